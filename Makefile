@@ -1,0 +1,42 @@
+# Two commands: `make demo` runs the default study, `make test` runs every test. Both make .venv first.
+PYTHON ?= python3
+CORES ?= 2
+BIN := .venv/bin
+READY := .venv/ready
+STUDY := results/studies/openclipart
+REPORT := $(STUDY)/report.html
+
+.PHONY: demo test lint bench lock
+
+demo: $(READY)
+	$(BIN)/snakemake --cores $(CORES)
+	@[ -e $(REPORT) ] && [ -z "$$(find $(STUDY) -type f -newer $(REPORT))" ] || $(BIN)/snakemake --report $(REPORT)
+	@echo "Heatmap (Figure 1): $(STUDY)/openclipart/small/layerwise/two-seeds.png"
+	@echo "Tables:             $(STUDY)/openclipart/small/*/*.csv"
+	@echo "Report:             $(REPORT)"
+
+test: $(READY)
+	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/snakefmt --check --compact-diff Snakefile workflow
+	$(BIN)/snakemake --lint
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+
+# Everything comes from the lock, so nothing is resolved or added on the way.
+$(READY): requirements.lock demo/requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --no-deps -r requirements.lock
+	$(BIN)/pip install --quiet --no-deps -r demo/requirements.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $(READY)
+
+# Lock anew what pyproject.toml asks for, for every platform and Python from 3.11 on. Needs uv.
+lock:
+	uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+		--all-extras pyproject.toml --output-file requirements.lock

@@ -1,0 +1,6 @@
+# The workflow lives in workflow/, where workflow catalogs and deployment tools look for it.
+include: "workflow/Snakefile"
+
+
+# An included file has no default target of its own.
+workflow.default_target = "all"

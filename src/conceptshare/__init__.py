@@ -1,0 +1,1 @@
+"""conceptshare: which concepts do image, text and multimodal encoders share?"""

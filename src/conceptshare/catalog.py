@@ -1,0 +1,266 @@
+"""The specifications of data sets and encoders, and the catalog that holds the known ones.
+
+Models and data are data: `workflow/catalog/*.yaml` holds one entry a name. A study may override keys of
+an entry, derive a variant from one by ``base``, or describe an encoder of its own in full.
+"""
+
+import difflib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from conceptshare.errors import StudyError
+
+CATALOG = Path(__file__).parents[2] / "workflow" / "catalog"
+"""The catalog of the clone that this package is installed from."""
+
+# A name becomes part of paths such as a@0__b@1.zarr, so it can hold neither "@" nor "__" nor "/".
+NAME = re.compile(r"[A-Za-z0-9]+([._-][A-Za-z0-9]+)*")
+
+
+def _as_name(value: str) -> str:
+    if not isinstance(value, str) or not NAME.fullmatch(value):
+        raise ValueError(f"{value!r} is not a name: use letters, digits, and single '.', '_' or '-' between them")
+    return value
+
+
+Name = Annotated[str, BeforeValidator(_as_name)]
+
+
+class Spec(BaseModel):
+    """Base of every part of a study: unknown keys are errors, and values do not change once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DatasetSpec(Spec):
+    """A data set of image-caption pairs."""
+
+    source: str
+    """A hub id, or a path (starting with ``.``, ``/`` or ``~``) to a Parquet, CSV, JSON lines or Arrow file, or
+    to a folder in the `imagefolder` layout."""
+    revision: str | None = None
+    """The hub revision. Without one, the newest, which the manifest then records."""
+    split: str = "train"
+    """The split to read."""
+    image: str = "image"
+    """The column of images."""
+    caption: str = "caption"
+    """The column of captions."""
+    id: str | None = None
+    """The column of unique sample ids. Without one, the row number."""
+    limit: int | None = Field(default=None, ge=1)
+    """Read the first so many rows only."""
+    max_dropped: float = Field(default=0.01, ge=0, le=1)
+    """Largest share of rows that may be unusable; more is an error."""
+    note: str = ""
+    """Free text for readers; nothing depends on it."""
+
+
+class ModelSpec(Spec, extra="ignore"):
+    """Where an encoder's files come from: the part of its entry that the `weights` stage needs."""
+
+    library: Literal["transformers", "open_clip"]
+    """The library that loads it."""
+    model: str
+    """A hub id or the library's own model name; a path (starting with ``.``, ``/`` or ``~``) to a folder;
+    ``package:NAME/FOLDER`` for a folder inside an installed Python package; or ``script:FILE.py`` for a script that
+    writes the folder it is given as its argument."""
+    weights: str | None = None
+    """open_clip only: the pretrained tag, or a path to a checkpoint."""
+    revision: str | None = None
+    """The hub revision. Without one, the newest, which the `weights` stage then records."""
+
+
+class EncoderSpec(ModelSpec, extra="forbid"):
+    """An encoder: where it comes from, what it reads, and which of its activations are recorded."""
+
+    modality: Literal["image", "text"]
+    """What it reads."""
+    kind: Literal["vlm", "vision", "language"]
+    """What it was trained on: pairs, images or text."""
+    layers: int = Field(ge=1)
+    """How many blocks the encoder has; checked when it is loaded."""
+    width: int = Field(ge=1)
+    """Width of its residual stream; checked when it is loaded."""
+    global_token: Literal["first", "eot", "last", "mean"]
+    """What stands for the whole sample: the first token, the end-of-text token, the last position, padding
+    included, or the mean of the unpadded tokens."""
+    use_layers: Literal["all", "last"] | list[int] = "all"
+    """Which layers to record, counted from 0."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Side in pixels at which images are fed, where it is not the model's own."""
+    context_length: int | None = Field(default=None, ge=1)
+    """Longest text in tokens, where it is not the model's own."""
+    blocks: str | None = None
+    """Dotted path of the module list that holds the blocks, where the longest run of like blocks is not it."""
+    batch_size: int = Field(default=32, ge=1)
+    """Samples a forward pass."""
+    seeds: list[int] = Field(default=[0], min_length=1)
+    """Seeds of the SAEs trained on it."""
+    note: str = ""
+    """Free text for readers; nothing depends on it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.layer_numbers():
+            raise ValueError("use_layers is empty: name at least one layer, or say 'all' or 'last'")
+        absent = [layer for layer in self.layer_numbers() if not 0 <= layer < self.layers]
+        if absent:
+            raise ValueError(
+                f"use_layers names layer {absent[0]}, which the encoder lacks: it has layers 0 to {self.layers - 1}"
+            )
+        if self.weights is not None and self.library != "open_clip":
+            raise ValueError("weights is for library: open_clip; transformers takes its weights from model")
+        if (self.modality, self.kind) in {("image", "language"), ("text", "vision")}:
+            raise ValueError(f"a {self.kind} encoder does not read {self.modality}s; set modality or kind")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds names a seed twice: {self.seeds}")
+        return self
+
+    def layer_numbers(self) -> list[int]:
+        """The recorded layers, ascending."""
+        if self.use_layers == "all":
+            return list(range(self.layers))
+        if self.use_layers == "last":
+            return [self.layers - 1]
+        return sorted(set(self.use_layers))
+
+    def weights_key(self) -> str:
+        """What the `weights` stage depends on, as canonical JSON."""
+        return canonical(self, set(ModelSpec.model_fields))
+
+    def activations_key(self) -> str:
+        """What the `activations` stage depends on, as canonical JSON."""
+        return canonical(self, set(type(self).model_fields) - {"seeds", "note"})
+
+
+def canonical(spec: BaseModel, keys: set[str] | None = None) -> str:
+    """The given keys of ``spec`` that are not at their default, as JSON with sorted keys.
+
+    Snakemake compares parameters as strings; a default left out means that a later version can add a key
+    without making old results stale.
+    """
+    return json.dumps(spec.model_dump(mode="json", include=keys, exclude_defaults=True), sort_keys=True)
+
+
+def is_path(text: str) -> bool:
+    """Whether a source or model is a path on this machine and not a name in a hub or library."""
+    return text.startswith((".", "/", "~"))
+
+
+def local_path(text: str) -> Path | None:
+    """The file or folder that a model or source is read from, where that is a path or a script of the user's."""
+    if text.startswith("script:"):
+        return Path(text.removeprefix("script:")).expanduser()
+    return Path(text).expanduser() if is_path(text) else None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        StudyError: where the file is missing, is not YAML, or holds something else than a mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StudyError(f"{path}: no such file") from None
+    except yaml.YAMLError as error:
+        raise StudyError(f"{path}: not valid YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise StudyError(f"{path}: expected a mapping of keys to values, found {type(content).__name__}")
+    return content
+
+
+def read_catalog(what: Literal["datasets", "encoders"], catalog: Path = CATALOG) -> dict[str, dict[str, Any]]:
+    """The catalog's entries by name, with their paths, written relative to the clone, made relative to here."""
+    entries = read_yaml(catalog / f"{what}.yaml")
+    root = catalog.parent.parent
+    for entry in entries.values():
+        for key in ("source", "model", "weights"):
+            if isinstance(entry.get(key), str):
+                entry[key] = _from_here(entry[key], root)
+    return entries
+
+
+# Without it, an entry that is not in the catalog is a slip of the pen and not a description.
+_ESSENTIAL = {"datasets": "source", "encoders": "model"}
+
+
+def complete(name: str, given: dict[str, Any] | None, entries: dict[str, dict[str, Any]], what: str) -> dict[str, Any]:
+    """An entry of a study: the catalog's entry of that name, or of its ``base``, with the study's keys over it.
+
+    Raises:
+        StudyError: where ``base`` is unknown, or the name is and nothing describes it.
+    """
+    if given is not None and not isinstance(given, dict):
+        raise StudyError(f"{what}.{name}: expected keys and values (or nothing), found {given!r}")
+    overrides = dict(given or {})
+    base = overrides.pop("base", None)
+    if base is not None and base not in entries:
+        raise StudyError(f"{what}.{name}.base: {_unknown(base, entries, what)}")
+    if base is None and name not in entries and _ESSENTIAL[what] not in overrides:
+        raise StudyError(f"{what}.{name}: {_unknown(name, entries, what)}; or describe it here, see config/README.md")
+    return {**entries.get(base or name, {}), **overrides}
+
+
+def parse(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:  # noqa: ANN401 - of type ``model``
+    """Validate ``values``, with every fault told as one line ``where.key: what is wrong``.
+
+    Raises:
+        StudyError: where a key is unknown or missing, or a value is wrong.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise StudyError("\n".join(_explain(fault, model, where) for fault in error.errors())) from None
+
+
+def suggest(wrong: str, known: list[str]) -> str:
+    """The known name nearest to a wrong one, as a question, or the list of those there are."""
+    near = difflib.get_close_matches(wrong, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(known)) or 'none'}"
+
+
+def _unknown(name: str, entries: dict[str, dict[str, Any]], what: str) -> str:
+    return f"{name!r} is not in the catalog of {what}; {suggest(name, list(entries))}"
+
+
+def _from_here(text: str, root: Path) -> str:
+    """A catalog's path as seen from the working directory, so that a study keeps no absolute path of its own."""
+    path = local_path(text)
+    if path is None or path.is_absolute():
+        return text
+    relative = Path(os.path.relpath(root / path)).as_posix()
+    if text.startswith("script:"):
+        return f"script:{relative}"
+    return relative if relative.startswith("..") else f"./{relative}"
+
+
+def _explain(fault: Any, model: type[BaseModel], where: str) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
+    place = ".".join([where, *(str(part) for part in fault["loc"])]).strip(".")
+    if fault["type"] == "extra_forbidden":
+        known = _fields_at(model, fault["loc"][:-1])
+        return f"{place}: unknown key; {suggest(str(fault['loc'][-1]), known)}"
+    if fault["type"] == "missing":
+        return f"{place}: missing; it has no default"
+    return f"{place}: {fault['msg'].removeprefix('Value error, ')} (found {fault['input']!r})"
+
+
+def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """The keys of the part of ``model`` at a location, following model-valued fields and mappings of models."""
+    current: Any = model
+    for part in location:
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            current = current.model_fields[part].annotation if part in current.model_fields else None
+        elif getattr(current, "__args__", None):
+            current = current.__args__[-1]
+    return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []

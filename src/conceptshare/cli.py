@@ -1,0 +1,262 @@
+"""The command line: one subcommand a stage. The workflow's rules call these, and so can anyone without Snakemake."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+import yaml
+
+from conceptshare.catalog import CATALOG, DatasetSpec, EncoderSpec, ModelSpec, complete, parse, read_catalog
+from conceptshare.errors import ConceptshareError, StudyError
+from conceptshare.study import SAESettings, load_study
+
+app = typer.Typer(
+    help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+metrics_app = typer.Typer(help="Tables of a study, from its stores.", no_args_is_help=True)
+figures_app = typer.Typer(help="Figures of a study, from its tables.", no_args_is_help=True)
+app.add_typer(metrics_app, name="metrics")
+app.add_typer(figures_app, name="figures")
+
+Out = Annotated[Path, typer.Option(help="What to write.")]
+Threads = Annotated[int, typer.Option(help="CPU threads; the last digits of results depend on it.", min=1)]
+
+
+@app.command()
+def check(config: Annotated[Path, typer.Argument(help="A study.")] = Path("config.yaml")) -> None:
+    """Check a study and say what it needs."""
+    study = load_study(config)
+    typer.echo(f"{config}: study {study.study!r} is sound")
+    typer.echo(f"  data sets: {', '.join(study.datasets)}")
+    typer.echo(f"  encoders:  {', '.join(study.encoders)}")
+    typer.echo(f"  SAE settings: {', '.join(study.saes)}")
+    typer.echo(f"  {len(study.members())} members, {len(study.pairs())} pairs to correlate")
+
+
+@app.command()
+def dataset(
+    dataset: Annotated[str, typer.Option(help="A name in the catalog, or keys and values as JSON.")], out: Out
+) -> None:
+    """Read a data set, drop what is unusable and fix its order."""
+    from conceptshare.dataset import make_dataset
+
+    make_dataset(_spec(DatasetSpec, "datasets", dataset), out)
+
+
+@app.command()
+def weights(
+    encoder: Annotated[str, typer.Option(help="A name in the catalog, or keys and values as JSON.")], out: Out
+) -> None:
+    """Find or fetch an encoder's files and record exactly which they are."""
+    from conceptshare.weights import fetch_weights
+
+    fetch_weights(_spec(ModelSpec, "encoders", encoder), out)
+
+
+@app.command()
+def activations(
+    encoder: Annotated[str, typer.Option(help="A name in the catalog, or keys and values as JSON.")],
+    weights: Annotated[Path, typer.Option(help="The record of the weights stage.")],
+    data: Annotated[Path, typer.Option(help="The folder of the dataset stage.")],
+    out: Out,
+    threads: Threads = 1,
+) -> None:
+    """Record every layer of an encoder over a data set in one forward pass."""
+    from conceptshare.activations import extract_activations
+    from conceptshare.dataset import Data
+    from conceptshare.encoders import load_encoder
+
+    _use_threads(threads)
+    spec = _spec(EncoderSpec, "encoders", encoder)
+    extract_activations(load_encoder(spec, weights), Data(data), out)
+
+
+@app.command()
+def sae(
+    activations: Annotated[Path, typer.Option(help="An activation store.")],
+    layer: Annotated[int, typer.Option(help="The layer to train on, from 0.")],
+    out: Out,
+    settings: Annotated[str, typer.Option(help="Keys and values as JSON; what is left out is the paper's.")] = "{}",
+    seed: Annotated[int, typer.Option(help="Of the initial weights and the order of samples.")] = 0,
+    threads: Threads = 1,
+) -> None:
+    """Train a sparse autoencoder on one layer."""
+    from conceptshare.sae import train_sae
+
+    _use_threads(threads)
+    train_sae(activations, layer, parse(SAESettings, _mapping(settings), "settings"), seed, out)
+
+
+@app.command()
+def features(
+    activations: Annotated[Path, typer.Option(help="The encoder's activation store.")],
+    saes: Annotated[Path, typer.Option(help="The folder that holds layer-NN/seed-S/.")],
+    out: Out,
+    seed: Annotated[int, typer.Option(help="The seed of the SAEs.")] = 0,
+    threads: Threads = 1,
+) -> None:
+    """Record the SAE features of every sample's global token."""
+    from conceptshare.features import record_features
+
+    _use_threads(threads)
+    record_features(activations, saes, seed, out)
+
+
+@app.command()
+def correlations(
+    a: Annotated[Path, typer.Argument(help="A feature store.")],
+    b: Annotated[Path, typer.Argument(help="Another of the same samples.")],
+    out: Out,
+    memory_mb: Annotated[int, typer.Option(help="Bound of the working memory, in MB.", min=1)] = 1024,
+    threads: Threads = 1,
+) -> None:
+    """Find each feature's best match in the other encoder, for every pair of layers, in both directions."""
+    from conceptshare.correlations import correlate_stores
+
+    _use_threads(threads)
+    correlate_stores(a, b, out, memory_mb * 2**20)
+
+
+Features = Annotated[Path, typer.Option(help="The folder of feature stores.")]
+Correlations = Annotated[Path, typer.Option(help="The folder of correlation stores.")]
+Members = Annotated[str, typer.Option(help="JSON list of members.")]
+
+
+@metrics_app.command("matrix")
+def metrics_matrix(
+    members: Annotated[str, typer.Option(help="JSON list of [member, modality, kind].")],
+    features: Features,
+    correlations: Correlations,
+    out: Out,
+) -> None:
+    """The wMPPC from every member to every other."""
+    from conceptshare.tables import GroupedMember, Stores, matrix_table, write_table
+
+    grouped = [GroupedMember(*entry) for entry in json.loads(members)]
+    write_table(matrix_table(grouped, Stores(features, correlations)), out)
+
+
+@metrics_app.command("layerwise")
+def metrics_layerwise(
+    pairs: Annotated[str, typer.Option(help="JSON list of pairs of members.")],
+    features: Features,
+    correlations: Correlations,
+    out: Out,
+) -> None:
+    """The wMPPC from every layer of one member to every layer of another."""
+    from conceptshare.tables import Stores, layerwise_table, write_table
+
+    write_table(layerwise_table(json.loads(pairs), Stores(features, correlations)), out)
+
+
+@metrics_app.command("sharedness")
+def metrics_sharedness(
+    analysis: Annotated[str, typer.Option(help="JSON with source, shared_with and not_shared_with.")],
+    features: Features,
+    correlations: Correlations,
+    out: Out,
+) -> None:
+    """A member's features by Comparative Sharedness."""
+    from conceptshare.tables import Stores, sharedness_table, write_table
+
+    write_table(sharedness_table(**json.loads(analysis), stores=Stores(features, correlations)), out)
+
+
+@metrics_app.command("saes")
+def metrics_saes(
+    members: Members, saes: Annotated[Path, typer.Option(help="The folder of SAEs.")], features: Features, out: Out
+) -> None:
+    """Size and quality of every SAE."""
+    from conceptshare.tables import Stores, sae_table, write_table
+
+    write_table(sae_table(json.loads(members), saes, Stores(features, features)), out)
+
+
+Table = Annotated[Path, typer.Option(help="The table to draw (CSV).")]
+
+
+@figures_app.command("matrix")
+def figures_matrix(table: Table, out: Out) -> None:
+    """Annotated wMPPC matrices."""
+    import pandas as pd
+
+    from conceptshare.figures import draw_matrix
+
+    draw_matrix(pd.read_csv(table), out)
+
+
+@figures_app.command("layerwise")
+def figures_layerwise(
+    table: Table, pairs: Annotated[str, typer.Option(help="JSON list of pairs of members.")], out: Out
+) -> None:
+    """Layerwise heatmaps."""
+    import pandas as pd
+
+    from conceptshare.figures import draw_layerwise
+
+    draw_layerwise(pd.read_csv(table), json.loads(pairs), out)
+
+
+@figures_app.command("sharedness")
+def figures_sharedness(
+    table: Table,
+    features: Annotated[Path, typer.Option(help="The source's feature store.")],
+    data: Annotated[Path, typer.Option(help="The folder of the dataset stage.")],
+    out: Out,
+    pictured: Annotated[int, typer.Option(help="How many features to show.", min=1)] = 6,
+) -> None:
+    """A grid of the top samples of a ranking's top features."""
+    import pandas as pd
+
+    from conceptshare.dataset import Data
+    from conceptshare.features import read_statistics
+    from conceptshare.figures import draw_sharedness
+
+    draw_sharedness(pd.read_csv(table), read_statistics(features), Data(data), pictured, out)
+
+
+@figures_app.command("saes")
+def figures_saes(table: Table, saes: Annotated[Path, typer.Option(help="The folder of SAEs.")], out: Out) -> None:
+    """Loss curves, FVU and dead latents of every SAE."""
+    import pandas as pd
+
+    from conceptshare.figures import draw_saes
+
+    draw_saes(pd.read_csv(table), saes, out)
+
+
+def main() -> NoReturn:
+    """Run the command line; an error of the user's is one message, and not a traceback."""
+    try:
+        app(standalone_mode=True)
+    except ConceptshareError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _spec(model: type[Any], what: Any, text: str) -> Any:  # noqa: ANN401 - of type ``model``
+    """A specification from its name in the catalog, or from JSON, which may name a ``base`` in the catalog."""
+    if text.lstrip().startswith("{"):
+        values = _mapping(text)
+        entries = read_catalog(what, CATALOG) if "base" in values else {}
+        return parse(model, complete("", values, entries, what), what)
+    return parse(model, complete(text, None, read_catalog(what, CATALOG), what), f"{what}.{text}")
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise StudyError(f"{text}: neither JSON nor YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise StudyError(f"{text}: expected keys and values, such as '{{\"k\": 32}}'")
+    return values
+
+
+def _use_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)

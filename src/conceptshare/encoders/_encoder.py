@@ -1,0 +1,148 @@
+"""What an encoder is, whichever library it comes from."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from conceptshare.catalog import EncoderSpec
+from conceptshare.errors import EncoderError
+
+Samples = Sequence[Image.Image] | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prepared inputs of a forward pass."""
+
+    inputs: dict[str, Tensor]
+    mask: Tensor | None
+    """``[B, T]`` bool, true for unpadded tokens; none where there is no padding."""
+    eot: Tensor | None
+    """``[B]`` position of each end-of-text token, for text."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The residual stream of a batch: for each recorded layer, all positions and the global token."""
+
+    tokens: dict[int, Tensor]
+    """``[B, T, D]`` float32 by layer, padding included."""
+    global_token: dict[int, Tensor]
+    """``[B, D]`` float32 by layer."""
+    training: Tensor
+    """``[B, T]`` bool: the positions SAEs train on, which are the unpadded tokens and the global token."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A loaded encoder, whose forward pass is observed block by block."""
+
+    spec: EncoderSpec
+    device: torch.device
+    blocks: Sequence[nn.Module]
+    """The modules whose outputs are the residual stream."""
+    prepare: Callable[[Samples], Batch]
+    """Turns pictures or captions into inputs."""
+    forward: Callable[[dict[str, Tensor]], object]
+    """Runs the model on inputs that are on its device."""
+    batch_first: bool = True
+    """Whether blocks give ``[B, T, D]`` and not ``[T, B, D]``."""
+
+    @torch.inference_mode()
+    def activations(self, samples: Samples) -> Activations:
+        """The residual stream after each recorded layer, from one forward pass.
+
+        Args:
+            samples: RGB pictures for an image encoder, captions for a text encoder.
+
+        Raises:
+            EncoderError: where a block's output is not a residual stream of the width the catalog says.
+        """
+        batch = self.prepare(samples)
+        outputs = self._observe({name: value.to(self.device) for name, value in batch.inputs.items()})
+        tokens = {layer: self._residual(layer, outputs[layer], len(samples)) for layer in self.spec.layer_numbers()}
+        some = next(iter(tokens.values()))
+        mask = torch.ones(some.shape[:2], dtype=torch.bool) if batch.mask is None else batch.mask
+        mask = mask.to(self.device)
+        position = self._global_position(mask, batch.eot)
+        if position is None:
+            weights = mask / mask.sum(1, keepdim=True)
+            global_token = {layer: torch.einsum("bt,btd->bd", weights, x) for layer, x in tokens.items()}
+            return Activations(tokens, global_token, training=mask)
+        rows = torch.arange(len(samples), device=self.device)
+        training = mask.clone()
+        training[rows, position] = True
+        return Activations(tokens, {layer: x[rows, position] for layer, x in tokens.items()}, training)
+
+    def _observe(self, inputs: dict[str, Tensor]) -> dict[int, Any]:
+        outputs: dict[int, Any] = {}
+
+        def keep(layer: int) -> Callable[[nn.Module, Any, Any], None]:
+            def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+                outputs[layer] = output
+
+            return hook
+
+        hooks = [self.blocks[n].register_forward_hook(keep(n)) for n in self.spec.layer_numbers()]
+        try:
+            self.forward(inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return outputs
+
+    def _residual(self, layer: int, output: Any, samples: int) -> Tensor:  # noqa: ANN401 - a block's own type
+        x = output[0] if isinstance(output, tuple) else output
+        if not isinstance(x, Tensor) or x.ndim != 3:
+            raise EncoderError(f"{self.spec.model}, layer {layer}: no residual stream [B, T, D]; set blocks")
+        x = x if self.batch_first else x.transpose(0, 1)
+        if x.shape[2] != self.spec.width:
+            raise EncoderError(
+                f"{self.spec.model}, layer {layer}: width {x.shape[2]}, where its entry says {self.spec.width}; "
+                f"set width: {x.shape[2]}"
+            )
+        if x.shape[0] != samples:
+            raise EncoderError(f"{self.spec.model}, layer {layer}: {x.shape[0]} rows for {samples} samples")
+        return x.float()
+
+    def _global_position(self, mask: Tensor, eot: Tensor | None) -> Tensor | None:
+        """``[B]`` positions of the global tokens; none where it is the mean of all."""
+        match self.spec.global_token:
+            case "first":
+                return torch.zeros(len(mask), dtype=torch.long, device=self.device)
+            case "last":
+                return torch.full((len(mask),), mask.shape[1] - 1, device=self.device)
+            case "eot":
+                if eot is None:
+                    raise EncoderError(f"{self.spec.model}: images have no end of text; set global_token")
+                return eot.to(self.device)
+            case "mean":
+                return None
+
+
+def find_blocks(tower: nn.Module, spec: EncoderSpec) -> list[nn.Module]:
+    """The encoder's blocks: the module list at ``spec.blocks``, or the longest run of modules of one class.
+
+    Raises:
+        EncoderError: where there are not as many as the catalog says, or none at that path.
+    """
+    if spec.blocks is not None:
+        try:
+            blocks = list(tower.get_submodule(spec.blocks).children())
+        except AttributeError:
+            known = ", ".join(name for name, module in tower.named_modules() if isinstance(module, nn.ModuleList))
+            raise EncoderError(f"{spec.model}: no module at blocks: {spec.blocks}; lists are at: {known}") from None
+    else:
+        runs = [list(m.children()) for m in tower.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
+        alike = [run for run in runs if len({type(block) for block in run}) == 1]
+        blocks = max(alike, key=len, default=[])
+    if len(blocks) != spec.layers:
+        raise EncoderError(
+            f"{spec.model}: {len(blocks)} blocks found, where its entry says layers: {spec.layers}; "
+            f"set layers: {len(blocks)}, or blocks to the path of the right module list"
+        )
+    return blocks

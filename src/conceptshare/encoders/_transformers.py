@@ -1,0 +1,74 @@
+"""Encoders of the transformers library: a folder with configuration, weights, and a tokenizer or image processor."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+from conceptshare.catalog import EncoderSpec
+from conceptshare.encoders._encoder import Batch, Encoder, Samples, find_blocks
+
+# Longest text where neither the study, the tokenizer nor the model sets a bound.
+_LONGEST_TEXT = 512
+
+
+def load_transformers(spec: EncoderSpec, folder: Path, device: torch.device) -> Encoder:
+    """Load the encoder in ``folder``; of a model with two towers, the one that reads ``spec.modality``."""
+    model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    tower: nn.Module = getattr(model, "vision_model" if spec.modality == "image" else "text_model", model)
+    tower = tower.eval().to(device)
+    prepare = _prepare_images(spec, folder) if spec.modality == "image" else _prepare_texts(spec, folder, tower)
+    resized = spec.image_size is not None and "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters
+    options = {"interpolate_pos_encoding": True} if resized else {}
+
+    def forward(inputs: dict[str, Tensor]) -> object:
+        return tower(**inputs, **options)
+
+    return Encoder(spec, device, find_blocks(tower, spec), prepare, forward)
+
+
+def _prepare_images(spec: EncoderSpec, folder: Path) -> Any:  # noqa: ANN401 - a function of samples
+    processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    sizes = {} if spec.image_size is None else _sizes(processor, spec.image_size)
+
+    def prepare(samples: Samples) -> Batch:
+        pixels = processor(images=list(samples), return_tensors="pt", **sizes)["pixel_values"]
+        return Batch({"pixel_values": pixels}, mask=None, eot=None)
+
+    return prepare
+
+
+def _sizes(processor: Any, side: int) -> dict[str, dict[str, int]]:  # noqa: ANN401 - an image processor
+    """Sizes for pictures of another side, in the processor's own proportion of resized to cropped."""
+    square = {"height": side, "width": side}
+    edge, cropped = processor.size.get("shortest_edge"), getattr(processor, "do_center_crop", False)
+    if edge is None:
+        return {"size": square} | ({"crop_size": square} if cropped else {})
+    if not cropped:
+        return {"size": {"shortest_edge": side}}
+    return {"size": {"shortest_edge": round(edge * side / processor.crop_size["height"])}, "crop_size": square}
+
+
+def _prepare_texts(spec: EncoderSpec, folder: Path, tower: Any) -> Any:  # noqa: ANN401 - a function of samples
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    positions = getattr(tower.config, "max_position_embeddings", _LONGEST_TEXT)
+    length = spec.context_length or min(tokenizer.model_max_length, positions, _LONGEST_TEXT)
+    # The last of all positions, padding included, is the global token of models that always see full padding.
+    padding = "max_length" if spec.global_token == "last" else "longest"
+
+    def prepare(samples: Samples) -> Batch:
+        encoded = tokenizer(
+            list(samples),
+            padding=padding,
+            truncation=True,
+            max_length=length,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        mask = encoded["attention_mask"].bool()
+        return Batch(dict(encoded), mask, eot=mask.sum(1) - 1)
+
+    return prepare

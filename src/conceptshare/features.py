@@ -1,0 +1,129 @@
+"""Stage `features`: the SAE features of every sample's global token, before TopK and after ReLU.
+
+`results/{dataset}/features/{sae}/{encoder}@{seed}.zarr` holds for each layer ``features [N, F]`` float16, the summed
+activation ``strength [F]`` (S of the paper) and the share of samples above zero ``density [F]``, both float64, and the
+samples on which each feature is strongest, ``top_samples [F, K]`` int32 with ``top_values [F, K]`` float32, strongest
+first, -1 where the feature is active on fewer. Statistics are those of the stored float16 values.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from numpy.typing import NDArray
+from torch import Tensor
+
+from conceptshare import activations
+from conceptshare.errors import StoreError
+from conceptshare.progress import progress
+from conceptshare.sae import TopKSAE, load_sae
+from conceptshare.store import as_float16, layer_group, layer_name, new_array, new_store, open_store, save_array
+
+KIND = "features"
+
+_ROWS = 1024
+_COLUMNS = 512
+_TOP_SAMPLES = 100
+
+
+@dataclass
+class Top:
+    """Running top samples of each feature."""
+
+    values: Tensor
+    """``[K, F]``"""
+    samples: Tensor
+    """``[K, F]``"""
+
+    def add(self, features: Tensor, first: int) -> None:
+        """Merge ``features [n, F]`` of the samples from ``first`` on; of equal values the earlier sample wins."""
+        samples = torch.arange(first, first + len(features), dtype=torch.int32)[:, None].expand(-1, features.shape[1])
+        values = torch.cat([self.values, features])
+        order = values.sort(dim=0, descending=True, stable=True).indices[: len(self.values)]
+        self.values = values.gather(0, order)
+        self.samples = torch.cat([self.samples, samples]).gather(0, order)
+
+
+def record_features(activation_store: Path, saes: Path, seed: int, out: Path) -> None:
+    """Encode the global tokens of every layer and write the feature store ``out``.
+
+    Args:
+        activation_store: the encoder's activations.
+        saes: the folder with `layer-NN/seed-S/` for each layer.
+        seed: S.
+        out: the store to write.
+
+    Raises:
+        StoreError: where the activations or an SAE are missing or damaged, or do not fit each other.
+        NumericsError: where a feature is not finite or does not fit float16.
+    """
+    source: Any = open_store(activation_store, activations.KIND)
+    spec: Any = source.attrs["spec"]
+    described = {key: spec[key] for key in ("name", "encoder", "content_hash", "samples", "layers")}
+    with new_store(out, KIND, described | {"seed": seed}) as store:
+        for layer in progress(spec["layers"], len(spec["layers"]), f"features of {out.stem}", "layers"):
+            folder = saes / layer_name(layer) / f"seed-{seed}"
+            sae = load_sae(folder)
+            x = layer_group(source, layer, activation_store)["global"]
+            if x.shape[1] != sae.W_dec.shape[1]:
+                raise StoreError(
+                    f"{folder}: an SAE for width {sae.W_dec.shape[1]}, where the activations have {x.shape[1]}; "
+                    f"run the sae stage again"
+                )
+            _record_layer(store.create_group(layer_name(layer)), sae, x, f"{out.stem}, layer {layer}")
+
+
+@torch.no_grad()
+def _record_layer(group: zarr.Group, sae: TopKSAE, x: Any, where: str) -> None:  # noqa: ANN401 - a Zarr array
+    N, F = x.shape[0], len(sae.W_dec)
+    rows, columns = min(_ROWS, N), min(_COLUMNS, F)
+    features = new_array(group, "features", (N, F), np.float16, (rows, columns), (rows, columns * -(-F // columns)))
+    strength, density = np.zeros(F), np.zeros(F)
+    k = min(_TOP_SAMPLES, N)
+    top = Top(torch.zeros(k, F), torch.full((k, F), -1, dtype=torch.int32))
+    for start, block in _blocks(sae, x, where):
+        features[start : start + len(block)] = block
+        strength += block.sum(0, dtype=np.float64)
+        density += (block > 0).sum(0)
+        top.add(torch.from_numpy(block).float(), start)
+    save_array(group, "strength", strength)
+    save_array(group, "density", density / N)
+    save_array(group, "top_samples", np.where(top.values > 0, top.samples, -1).astype(np.int32).T)
+    save_array(group, "top_values", top.values.numpy().T)
+
+
+def _blocks(sae: TopKSAE, x: Any, where: str) -> Iterator[tuple[int, NDArray[np.float16]]]:  # noqa: ANN401
+    for start in range(0, x.shape[0], _ROWS):
+        rows = torch.from_numpy(x[start : start + _ROWS].astype(np.float32))
+        block = sae.encode(rows).numpy()
+        yield start, as_float16(block, where, np.arange(start, start + len(block)))
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """What analyses need to know of one layer's features."""
+
+    strength: NDArray[np.float64]
+    """``[F]`` S: the summed activation."""
+    density: NDArray[np.float64]
+    """``[F]`` share of samples on which the feature is above zero."""
+    top_samples: NDArray[np.int32]
+    """``[F, K]`` samples on which it is strongest, -1 where there are fewer."""
+
+
+def read_statistics(path: Path) -> dict[int, FeatureStatistics]:
+    """The statistics of each layer of a feature store, by layer.
+
+    Raises:
+        StoreError: where the store is not whole.
+    """
+    store: Any = open_store(path, KIND)
+    found = {}
+    for layer in store.attrs["spec"]["layers"]:
+        group = store[layer_name(layer)]
+        found[layer] = FeatureStatistics(group["strength"][:], group["density"][:], group["top_samples"][:])
+    return found

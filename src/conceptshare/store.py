@@ -1,0 +1,208 @@
+"""Results on disk: written aside and renamed when complete; Zarr stores that can tell when they are not whole.
+
+A store is a Zarr v3 group. Its root attributes hold the ``kind`` and ``version`` of its format, the ``spec`` it was
+made from, the size of each file in it (``files``), and ``complete: true``. The last two are written last. Zarr reads
+a missing chunk as zeros without a word, so `open_store` compares the files with that list first.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import DTypeLike, NDArray
+
+from conceptshare.errors import NumericsError, StoreError
+
+VERSION = 1
+"""Version of the formats of all stores; a change that old readers would misread raises it."""
+
+_ROOT = "zarr.json"
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Give a path beside ``path`` to write a file or folder at, and rename it to ``path`` if all went well.
+
+    Where the body raises, what it wrote is removed; where the process is killed, what it wrote keeps the suffix
+    ``.partial`` and is removed by the next attempt.
+    """
+    partial = path.with_name(path.name + ".partial")
+    _remove(partial)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        _remove(path)
+        partial.rename(path)
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+@contextmanager
+def new_store(path: Path, kind: str, spec: dict[str, Any]) -> Iterator[zarr.Group]:
+    """Give an empty Zarr group to fill; it becomes the store at ``path`` if all went well.
+
+    Args:
+        path: the store's final path.
+        kind: the format, such as ``"activations"``.
+        spec: what the store was made from, kept in its attributes.
+    """
+    with written_aside(path) as partial:
+        group = zarr.open_group(partial, mode="w", zarr_format=3)
+        group.attrs.update({"kind": kind, "version": VERSION, "spec": spec, "complete": False})
+        yield group
+        group.attrs["files"] = {name: size for name, size in _files(partial).items() if name != _ROOT}
+        group.attrs["complete"] = True
+
+
+def open_store(path: Path, kind: str) -> zarr.Group:
+    """Open a store for reading.
+
+    Raises:
+        StoreError: where there is none, it is of another kind or version, it was never completed, or a file in it
+            is missing or has another size than when it was completed.
+    """
+    if not (path / _ROOT).is_file():
+        raise StoreError(f"{path}: no {kind} store there; run the stage that makes it")
+    group = zarr.open_group(path, mode="r")
+    attributes: Any = dict(group.attrs)
+    if attributes.get("kind") != kind:
+        raise StoreError(f"{path}: a store of {attributes.get('kind')!r}, where one of {kind!r} is needed")
+    if attributes.get("version") != VERSION:
+        raise StoreError(
+            f"{path}: format version {attributes.get('version')}, where {VERSION} is needed; delete it and run again"
+        )
+    if attributes.get("complete") is not True:
+        raise StoreError(f"{path}: incomplete, the job that wrote it did not finish; delete it and run again")
+    found = _files(path)
+    for name, size in attributes["files"].items():
+        if name not in found:
+            raise StoreError(f"{path}: chunk {name} is missing; delete the store and run again")
+        if found[name] != size:
+            raise StoreError(f"{path}: {name} has {found[name]} bytes, not {size}; delete the store and run again")
+    return group
+
+
+def new_array(
+    group: zarr.Group,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    chunks: tuple[int, ...] | None = None,
+    shards: tuple[int, ...] | None = None,
+) -> zarr.Array[Any]:
+    """Add an array to a store, every chunk of which will be written, zeros too.
+
+    Chunks default to the whole array; nothing is compressed further than Zarr's default.
+    """
+    whole = tuple(max(1, n) for n in shape)
+    return group.create_array(
+        name,
+        shape=shape,
+        dtype=dtype,
+        chunks=chunks or whole,
+        shards=shards,
+        config={"write_empty_chunks": True},
+    )
+
+
+def save_array(group: zarr.Group, name: str, values: NDArray[Any]) -> None:
+    """Add a small array to a store in one chunk."""
+    new_array(group, name, values.shape, values.dtype)[...] = values
+
+
+def layer_name(layer: int) -> str:
+    """The name of a layer's group or folder: ``layer-03``."""
+    return f"layer-{layer:02d}"
+
+
+def layer_group(store: zarr.Group, layer: int, path: Path) -> Any:  # noqa: ANN401 - a group of typed arrays
+    """A layer's group in a store.
+
+    Raises:
+        StoreError: where the store has no such layer.
+    """
+    if layer_name(layer) not in store:
+        raise StoreError(f"{path}: no layer {layer}; it has {', '.join(sorted(store.group_keys()))}")
+    return store[layer_name(layer)]
+
+
+class RowWriter:
+    """Appends rows to a two-dimensional array of unknown length, a whole shard at a time."""
+
+    def __init__(self, group: zarr.Group, name: str, width: int, dtype: DTypeLike, shard_bytes: int) -> None:
+        row_bytes = width * np.dtype(dtype).itemsize
+        self._chunk = max(1, _CHUNK_BYTES // row_bytes)
+        self._shard = self._chunk * max(1, shard_bytes // (self._chunk * row_bytes))
+        self._array = new_array(group, name, (0, width), dtype, (self._chunk, width), (self._shard, width))
+        self._pending: list[NDArray[Any]] = []
+        self._pending_rows = 0
+
+    def append(self, rows: NDArray[Any]) -> None:
+        """Add rows ``[n, width]`` of the array's type."""
+        self._pending.append(rows)
+        self._pending_rows += len(rows)
+        while self._pending_rows >= self._shard:
+            block = np.concatenate(self._pending)
+            self._write(block[: self._shard])
+            self._pending = [block[self._shard :]]
+            self._pending_rows = len(self._pending[0])
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._pending_rows:
+            self._write(np.concatenate(self._pending))
+        self._pending, self._pending_rows = [], 0
+
+    def _write(self, block: NDArray[Any]) -> None:
+        start = self._array.shape[0]
+        self._array.resize((start + len(block), self._array.shape[1]))
+        self._array[start:] = block
+
+
+# Small enough to read one sample of a large encoder without its neighbours, large enough to read them all quickly.
+_CHUNK_BYTES = 2**18
+
+
+def as_float16(values: NDArray[np.float32], where: str, samples: NDArray[np.int64]) -> NDArray[np.float16]:
+    """Values ``[n, ...]`` as float16, the type of stored activations and features.
+
+    Args:
+        values: what to convert.
+        where: the encoder and layer, for the message.
+        samples: ``[n]`` the sample that each row belongs to, for the message.
+
+    Raises:
+        NumericsError: where a value is not finite, or too large for float16.
+    """
+    with np.errstate(over="ignore"):
+        halves = values.astype(np.float16)
+    finite = np.isfinite(halves).reshape(len(halves), -1).all(axis=1)
+    if not finite.all():
+        row = int(np.argmin(finite))
+        largest = float(np.abs(values[row]).max())
+        what = f"{largest:.3g} is beyond float16's 65504" if np.isfinite(largest) else "a value that is not finite"
+        raise NumericsError(f"{where}, sample {samples[row]}: {what}; leave the sample or the layer out")
+    return halves
+
+
+def _files(folder: Path) -> dict[str, int]:
+    """Size in bytes of every file below a folder, by relative path; Snakemake's time stamp is not ours."""
+    return {
+        (Path(place) / name).relative_to(folder).as_posix(): (Path(place) / name).stat().st_size
+        for place, _, names in os.walk(folder)
+        for name in sorted(names)
+        if name != ".snakemake_timestamp"
+    }
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

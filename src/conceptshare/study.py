@@ -1,0 +1,293 @@
+"""The study: which data sets, encoders, SAEs and analyses, read from `config.yaml` and checked before any work.
+
+A *member* is an encoder with the seed of its SAEs, written ``encoder@seed``. The study lists the members and the
+pairs of members that its analyses need; the workflow makes those and nothing else.
+"""
+
+import json
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from conceptshare.catalog import (
+    CATALOG,
+    DatasetSpec,
+    EncoderSpec,
+    Name,
+    Spec,
+    canonical,
+    complete,
+    local_path,
+    parse,
+    read_catalog,
+    read_yaml,
+    suggest,
+)
+from conceptshare.errors import StudyError
+
+# Groups of a matrix, in the order of the paper's tables: what reads images first, then what reads text.
+_GROUPS = [("image", "vlm"), ("image", "vision"), ("text", "vlm"), ("text", "language")]
+
+
+class Member(NamedTuple):
+    """An encoder with the seed of the SAEs trained on it."""
+
+    encoder: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.encoder}@{self.seed}"
+
+
+Pair = tuple[Member, Member]
+
+
+class SAESettings(Spec):
+    """How sparse autoencoders are trained. The defaults are the paper's."""
+
+    expansion: int = Field(default=8, ge=1)
+    """Latents for each dimension of the residual stream: F = expansion x D."""
+    k: int = Field(default=32, ge=1)
+    """Latents kept for a token by TopK."""
+    learning_rate: float = Field(default=5e-5, gt=0)
+    """Adam's learning rate."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the data set."""
+    batch_samples: int = Field(default=16, ge=1)
+    """Samples a step; a batch is all their tokens."""
+
+
+class Matrix(Spec):
+    """wMPPC between all pairs of members, over all layers and for the last layers."""
+
+    members: list[str] | None = None
+    """``encoder`` or ``encoder@seed``; without it, every encoder of the study at its first seed."""
+
+
+class Layerwise(Spec):
+    """wMPPC between each layer of one member and each of another: one heatmap a pair, in one figure."""
+
+    pairs: list[tuple[str, str]] = Field(min_length=1)
+    """Pairs of members: rows first, then columns."""
+
+
+class Sharedness(Spec):
+    """Comparative Sharedness (Eq. 7 and 8): last-layer features of one member that one group shares, another not."""
+
+    source: str
+    """The member whose features are ranked."""
+    shared_with: list[str] = Field(min_length=1)
+    """The group G that should share them."""
+    not_shared_with: list[str] = Field(min_length=1)
+    """The group H that should not."""
+    pictured: int = Field(default=6, ge=1)
+    """How many of the top features the picture grid shows."""
+
+
+def _or_empty(value: Any) -> Any:  # noqa: ANN401 - a raw value from YAML
+    return {} if value is None else value
+
+
+class Analyses(Spec):
+    """What is computed from the correlations, by name. Each is done for every data set and SAE setting."""
+
+    matrices: dict[Name, Annotated[Matrix, BeforeValidator(_or_empty)]] = Field(default={})
+    layerwise: dict[Name, Layerwise] = Field(default={})
+    sharedness: dict[Name, Sharedness] = Field(default={})
+
+
+class Study(Spec):
+    """One study, complete: every entry has been merged with its catalog entry."""
+
+    study: Name
+    """Name of the folder under `results/studies/`."""
+    datasets: dict[Name, DatasetSpec] = Field(min_length=1)
+    encoders: dict[Name, EncoderSpec] = Field(min_length=1)
+    saes: dict[Name, Annotated[SAESettings, BeforeValidator(_or_empty)]] = Field(min_length=1)
+    analyses: Annotated[Analyses, BeforeValidator(_or_empty)] = Analyses()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for where, text in self._named_members():
+            try:
+                self.member(text)
+            except StudyError as error:
+                raise ValueError(f"analyses.{where}: {error}") from None
+        for name, layerwise in self.analyses.layerwise.items():
+            for a, b in layerwise.pairs:
+                if self.member(a) == self.member(b):
+                    raise ValueError(
+                        f"analyses.layerwise.{name}: {a} is paired with itself, where every feature has a perfect "
+                        f"match; pair two seeds or two encoders"
+                    )
+        for name, analysis in self.analyses.sharedness.items():
+            if self.member(analysis.source) in self._group(analysis):
+                raise ValueError(
+                    f"analyses.sharedness.{name}: the source {analysis.source} is also in a group it is compared "
+                    f"with, where every feature has a perfect match; leave it out there"
+                )
+        return self
+
+    def member(self, text: str) -> Member:
+        """The member that ``encoder`` or ``encoder@seed`` names; without a seed, the encoder's first.
+
+        Raises:
+            StudyError: where the study has no such encoder, or the encoder no such seed.
+        """
+        encoder, _, seed = text.partition("@")
+        if encoder not in self.encoders:
+            raise StudyError(f"{text!r}: the study has no encoder {encoder!r}; {suggest(encoder, list(self.encoders))}")
+        seeds = self.encoders[encoder].seeds
+        if not seed:
+            return Member(encoder, seeds[0])
+        if not seed.isdecimal() or int(seed) not in seeds:
+            raise StudyError(f"{text!r}: {encoder} has the seeds {seeds}; add {seed!r} to encoders.{encoder}.seeds")
+        return Member(encoder, int(seed))
+
+    def matrix_members(self, name: str) -> list[Member]:
+        """A matrix's members, grouped by modality and kind, then by name: the config's order changes nothing."""
+        named = self.analyses.matrices[name].members
+        members = {self.member(text) for text in (self.encoders if named is None else named)}
+        return sorted(members, key=self._rank)
+
+    def matrix_pairs(self, name: str) -> list[Pair]:
+        """The pairs that a matrix needs."""
+        return list(combinations(sorted(self.matrix_members(name)), 2))
+
+    def layerwise_pairs(self, name: str) -> list[Pair]:
+        """The pairs of a layerwise analysis, in its order."""
+        return [(self.member(a), self.member(b)) for a, b in self.analyses.layerwise[name].pairs]
+
+    def sharedness_source(self, name: str) -> Member:
+        """The member whose features a Comparative Sharedness analysis ranks."""
+        return self.member(self.analyses.sharedness[name].source)
+
+    def sharedness_pairs(self, name: str) -> list[Pair]:
+        """The pairs that a Comparative Sharedness analysis needs: its source with each of both groups."""
+        source = self.sharedness_source(name)
+        return [(source, other) for other in self._group(self.analyses.sharedness[name])]
+
+    def pairs(self) -> list[Pair]:
+        """Every unordered pair of members that some analysis needs, each sorted, in sorted order."""
+        needed = [pair for name in self.analyses.matrices for pair in self.matrix_pairs(name)]
+        needed += [pair for name in self.analyses.layerwise for pair in self.layerwise_pairs(name)]
+        needed += [pair for name in self.analyses.sharedness for pair in self.sharedness_pairs(name)]
+        return sorted({sorted_pair(*pair) for pair in needed})
+
+    def members(self) -> list[Member]:
+        """Every member that some analysis needs, in sorted order."""
+        alone = [member for name in self.analyses.matrices for member in self.matrix_members(name)]
+        return sorted({*alone, *(member for pair in self.pairs() for member in pair)})
+
+    def members_key(self) -> str:
+        """All needed members, as canonical JSON."""
+        return _json([str(member) for member in self.members()])
+
+    def matrix_key(self, name: str) -> str:
+        """What a matrix depends on beside its inputs, as canonical JSON: its members and their groups."""
+        return _json([[str(m), *_GROUPS[self._rank(m)[0]]] for m in self.matrix_members(name)])
+
+    def layerwise_key(self, name: str) -> str:
+        """What a layerwise analysis depends on beside its inputs, as canonical JSON: its pairs in order."""
+        return _json([[str(a), str(b)] for a, b in self.layerwise_pairs(name)])
+
+    def sharedness_key(self, name: str) -> str:
+        """What a ranking depends on beside its inputs, as canonical JSON: its source and its groups."""
+        analysis = self.analyses.sharedness[name]
+        return _json(
+            {
+                "source": str(self.member(analysis.source)),
+                "shared_with": sorted(str(self.member(text)) for text in analysis.shared_with),
+                "not_shared_with": sorted(str(self.member(text)) for text in analysis.not_shared_with),
+            }
+        )
+
+    def sae_key(self, name: str) -> str:
+        """What an SAE depends on beside its activations and seed, as canonical JSON."""
+        return canonical(self.saes[name])
+
+    def dataset_key(self, name: str) -> str:
+        """What a data set depends on, as canonical JSON."""
+        return canonical(self.datasets[name], set(DatasetSpec.model_fields) - {"note"})
+
+    def _rank(self, member: Member) -> tuple[int, Member]:
+        spec = self.encoders[member.encoder]
+        return _GROUPS.index((spec.modality, spec.kind)), member
+
+    def _group(self, analysis: Sharedness) -> list[Member]:
+        return [self.member(text) for text in [*analysis.shared_with, *analysis.not_shared_with]]
+
+    def _named_members(self) -> list[tuple[str, str]]:
+        """Each place of the config that names a member, with the text it holds."""
+        named = [
+            (f"matrices.{name}.members", text)
+            for name, matrix in self.analyses.matrices.items()
+            for text in matrix.members or []
+        ]
+        for name, layerwise in self.analyses.layerwise.items():
+            named += [(f"layerwise.{name}.pairs", text) for pair in layerwise.pairs for text in pair]
+        for name, analysis in self.analyses.sharedness.items():
+            named.append((f"sharedness.{name}.source", analysis.source))
+            named += [(f"sharedness.{name}.shared_with", text) for text in analysis.shared_with]
+            named += [(f"sharedness.{name}.not_shared_with", text) for text in analysis.not_shared_with]
+        return named
+
+
+def load_study(path: Path | str = "config.yaml", catalog: Path = CATALOG) -> Study:
+    """Read a study and check it.
+
+    Raises:
+        StudyError: naming the file, the key and the remedy.
+    """
+    return build_study(read_yaml(Path(path)), origin=str(path), catalog=catalog)
+
+
+def build_study(config: dict[str, Any], origin: str, catalog: Path = CATALOG) -> Study:
+    """Check a configuration and complete it from the catalog.
+
+    Args:
+        config: the mapping that a config file holds.
+        origin: where it comes from, for messages.
+        catalog: the folder with `encoders.yaml` and `datasets.yaml`.
+
+    Raises:
+        StudyError: naming the key and the remedy.
+    """
+    completed = dict(config)
+    try:
+        for what in ("datasets", "encoders"):
+            given = config.get(what)
+            if isinstance(given, dict):
+                entries = read_catalog(what, catalog)
+                completed[what] = {name: complete(name, value, entries, what) for name, value in given.items()}
+        study: Study = parse(Study, completed, "")
+        _check_paths(study)
+    except StudyError as error:
+        raise StudyError("\n".join(f"{origin}: {line}" for line in str(error).splitlines())) from None
+    return study
+
+
+def sorted_pair(a: Member, b: Member) -> tuple[Member, Member]:
+    """Two members in their one order, whichever way round they were named."""
+    return (a, b) if a <= b else (b, a)
+
+
+def pair_name(a: Member, b: Member) -> str:
+    """The name of a pair's store, the same whichever way round the two were named."""
+    first, second = sorted_pair(a, b)
+    return f"{first}__{second}"
+
+
+def _check_paths(study: Study) -> None:
+    sources = [(f"datasets.{name}.source", spec.source) for name, spec in study.datasets.items()]
+    models = [(f"encoders.{name}.model", spec.model) for name, spec in study.encoders.items()]
+    for key, text in sources + models:
+        path = local_path(text)
+        if path is not None and not path.exists():
+            raise StudyError(f"{key}: {text} does not exist; paths are relative to the working directory")
+
+
+def _json(value: Any) -> str:  # noqa: ANN401 - plain lists, mappings and strings
+    return json.dumps(value, sort_keys=True)

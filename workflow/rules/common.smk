@@ -1,0 +1,79 @@
+# The study, read once, and the functions that turn it into files. Nothing here imports torch: each cluster job
+# parses the workflow again.
+import os
+import sys
+from pathlib import Path
+
+import conceptshare
+from conceptshare.catalog import local_path
+from conceptshare.errors import ConceptshareError
+from conceptshare.store import layer_name
+from conceptshare.study import build_study, pair_name
+from snakemake.exceptions import WorkflowError
+
+# Rules run `python -m conceptshare`: let that be this very Python and library, also where no environment is active. A
+# rule's conda environment, where one is used, comes before them.
+_LIBRARY = Path(conceptshare.__file__).parent
+os.environ.update(
+    PATH=os.pathsep.join([str(Path(sys.executable).parent), os.getenv("PATH", "")]),
+    PYTHONPATH=os.pathsep.join(filter(None, [str(_LIBRARY.parent), os.getenv("PYTHONPATH", "")])),
+)
+
+try:
+    STUDY = build_study(config, origin=", ".join(map(str, workflow.configfiles)))
+except ConceptshareError as error:
+    raise WorkflowError(str(error))
+
+
+def code(*names):
+    """The source files of a stage: inputs this small are compared by content, so a touch reruns nothing."""
+    paths = [path for name in names for path in sorted(_LIBRARY.glob(name))]
+    return [os.path.relpath(path) for path in paths]
+
+
+def local_files(text):
+    """The files that a source or model is made of, where it is on this machine."""
+    path = local_path(text)
+    if path is None:
+        return []
+    if path.is_dir():
+        return sorted(str(file) for file in path.rglob("*") if file.is_file())
+    return [str(path)]
+
+
+def grown(megabytes_or_minutes):
+    """A resource that grows with each attempt."""
+    return lambda wildcards, attempt: megabytes_or_minutes * attempt
+
+
+def folder_of(files):
+    """The folder that stores of one kind lie in."""
+    return str(Path(files[0]).parent)
+
+
+def features_of(members, wildcards):
+    """The feature stores of members."""
+    return [f"results/{wildcards.dataset}/features/{wildcards.sae}/{member}.zarr" for member in sorted(members)]
+
+
+def correlations_of(pairs, wildcards):
+    """The correlation stores of pairs of members."""
+    return [f"results/{wildcards.dataset}/correlations/{wildcards.sae}/{pair_name(a, b)}.zarr" for a, b in pairs]
+
+
+def study_results():
+    """Every table and figure of the study."""
+    kinds = {
+        "matrices": STUDY.analyses.matrices,
+        "layerwise": STUDY.analyses.layerwise,
+        "sharedness": STUDY.analyses.sharedness,
+    }
+    stems = [f"{kind}/{name}" for kind, analyses in kinds.items() for name in analyses]
+    stems += ["saes"] if STUDY.members() else []
+    return [
+        f"results/studies/{STUDY.study}/{dataset}/{sae}/{stem}.{suffix}"
+        for dataset in STUDY.datasets
+        for sae in STUDY.saes
+        for stem in stems
+        for suffix in ("csv", "png")
+    ]

@@ -1,0 +1,21 @@
+# Best matches between the features of two members, in both directions. A job is a pair of members, never a pair
+# of layers: thousands of jobs plan in seconds, and each loads its stores once.
+rule correlations:
+    input:
+        a="results/{dataset}/features/{sae}/{a}.zarr",
+        b="results/{dataset}/features/{sae}/{b}.zarr",
+        code=code("correlations.py"),
+    output:
+        directory("results/{dataset}/correlations/{sae}/{a}__{b}.zarr"),
+    log:
+        "results/logs/{dataset}/correlations/{sae}/{a}__{b}.log",
+    conda:
+        "../../envs/conceptshare.yaml"
+    threads: 1
+    resources:
+        gpu=1,
+        mem_mb=grown(4000),
+        runtime=grown(240),
+    shell:
+        "python -m conceptshare correlations {input.a:q} {input.b:q} --threads {threads} --out {output:q}"
+        " > {log:q} 2>&1"

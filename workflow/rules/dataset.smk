@@ -1,0 +1,25 @@
+# Image-caption pairs, read once and put in their one order. Runs where the workflow is started: it may need the hub.
+localrules:
+    dataset,
+
+
+rule dataset:
+    input:
+        source=lambda w: local_files(STUDY.datasets[w.dataset].source),
+        code=code("dataset.py"),
+    output:
+        samples="results/{dataset}/data/samples.arrow",
+        manifest="results/{dataset}/data/manifest.json",
+    log:
+        "results/logs/{dataset}/dataset.log",
+    conda:
+        "../../envs/conceptshare.yaml"
+    threads: 1
+    resources:
+        mem_mb=grown(2000),
+        runtime=grown(240),
+    params:
+        spec=lambda w: STUDY.dataset_key(w.dataset),
+        folder=subpath(output.manifest, parent=True),
+    shell:
+        "python -m conceptshare dataset --dataset {params.spec:q} --out {params.folder:q} > {log:q} 2>&1"

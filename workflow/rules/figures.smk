@@ -1,0 +1,134 @@
+# Pictures of the study's tables, as PNG to look at and PDF to print.
+localrules:
+    figures_matrix,
+    figures_layerwise,
+    figures_sharedness,
+    figures_saes,
+
+
+rule figures_matrix:
+    input:
+        table=rules.metrics_matrix.output.csv,
+        code=code("figures.py"),
+    output:
+        png=report(
+            "results/studies/{study}/{dataset}/{sae}/matrices/{name}.png",
+            caption="../report/matrix.rst",
+            category="wMPPC matrices",
+            labels={
+                "analysis": "{name}",
+                "data set": "{dataset}",
+                "SAEs": "{sae}",
+                "type": "figure",
+            },
+        ),
+        pdf="results/studies/{study}/{dataset}/{sae}/matrices/{name}.pdf",
+    log:
+        "results/logs/studies/{study}/{dataset}/{sae}/matrices/{name}.figure.log",
+    conda:
+        "../../envs/conceptshare.yaml"
+    threads: 1
+    resources:
+        mem_mb=grown(2000),
+        runtime=grown(30),
+    shell:
+        "python -m conceptshare figures matrix --table {input.table:q} --out {output.png:q} > {log:q} 2>&1"
+
+
+rule figures_layerwise:
+    input:
+        table=rules.metrics_layerwise.output.csv,
+        code=code("figures.py"),
+    output:
+        png=report(
+            "results/studies/{study}/{dataset}/{sae}/layerwise/{name}.png",
+            caption="../report/layerwise.rst",
+            category="Layerwise heatmaps",
+            labels={
+                "analysis": "{name}",
+                "data set": "{dataset}",
+                "SAEs": "{sae}",
+                "type": "figure",
+            },
+        ),
+        pdf="results/studies/{study}/{dataset}/{sae}/layerwise/{name}.pdf",
+    log:
+        "results/logs/studies/{study}/{dataset}/{sae}/layerwise/{name}.figure.log",
+    conda:
+        "../../envs/conceptshare.yaml"
+    threads: 1
+    resources:
+        mem_mb=grown(2000),
+        runtime=grown(30),
+    params:
+        pairs=lambda w: STUDY.layerwise_key(w.name),
+    shell:
+        "python -m conceptshare figures layerwise --table {input.table:q} --pairs {params.pairs:q}"
+        " --out {output.png:q} > {log:q} 2>&1"
+
+
+rule figures_sharedness:
+    input:
+        table=rules.metrics_sharedness.output.csv,
+        features=lambda w: features_of([STUDY.sharedness_source(w.name)], w),
+        data=rules.dataset.output,
+        code=code("figures.py"),
+    output:
+        png=report(
+            "results/studies/{study}/{dataset}/{sae}/sharedness/{name}.png",
+            caption="../report/sharedness.rst",
+            category="Comparative Sharedness",
+            labels={
+                "analysis": "{name}",
+                "data set": "{dataset}",
+                "SAEs": "{sae}",
+                "type": "figure",
+            },
+        ),
+        pdf="results/studies/{study}/{dataset}/{sae}/sharedness/{name}.pdf",
+    log:
+        "results/logs/studies/{study}/{dataset}/{sae}/sharedness/{name}.figure.log",
+    conda:
+        "../../envs/conceptshare.yaml"
+    threads: 1
+    resources:
+        mem_mb=grown(2000),
+        runtime=grown(30),
+    params:
+        pictured=lambda w: STUDY.analyses.sharedness[w.name].pictured,
+        data=lambda w, input: folder_of(input.data),
+    shell:
+        "python -m conceptshare figures sharedness --table {input.table:q} --features {input.features:q}"
+        " --data {params.data:q} --pictured {params.pictured} --out {output.png:q} > {log:q} 2>&1"
+
+
+rule figures_saes:
+    input:
+        table=rules.metrics_saes.output.csv,
+        code=code("figures.py"),
+    output:
+        png=report(
+            "results/studies/{study}/{dataset}/{sae}/saes.png",
+            caption="../report/saes.rst",
+            category="SAE training",
+            labels={
+                "analysis": "all SAEs",
+                "data set": "{dataset}",
+                "SAEs": "{sae}",
+                "type": "figure",
+            },
+        ),
+        pdf="results/studies/{study}/{dataset}/{sae}/saes.pdf",
+    log:
+        "results/logs/studies/{study}/{dataset}/{sae}/saes.figure.log",
+    conda:
+        "../../envs/conceptshare.yaml"
+    threads: 1
+    resources:
+        mem_mb=grown(2000),
+        runtime=grown(30),
+    params:
+        saes="results/{dataset}/saes/{sae}",
+    shell:
+        "python -m conceptshare figures saes --table {input.table:q} --saes {params.saes:q}"
+        " --out {output.png:q} > {log:q} 2>&1"

@@ -1,0 +1,29 @@
+# One sparse autoencoder for each layer and seed.
+rule sae:
+    input:
+        activations=rules.activations.output,
+        code=code("sae.py"),
+    output:
+        multiext(
+            "results/{dataset}/saes/{sae}/{encoder}/layer-{layer}/seed-{seed}/",
+            weights="sae_weights.safetensors",
+            config="cfg.json",
+            metrics="metrics.json",
+            losses="loss.csv",
+        ),
+    log:
+        "results/logs/{dataset}/saes/{sae}/{encoder}/layer-{layer}/seed-{seed}.log",
+    conda:
+        "../../envs/conceptshare.yaml"
+    threads: 1
+    resources:
+        gpu=1,
+        mem_mb=grown(8000),
+        runtime=grown(720),
+    params:
+        settings=lambda w: STUDY.sae_key(w.sae),
+        folder=subpath(output.config, parent=True),
+    shell:
+        "python -m conceptshare sae --activations {input.activations:q} --layer {wildcards.layer}"
+        " --seed {wildcards.seed} --settings {params.settings:q} --threads {threads} --out {params.folder:q}"
+        " > {log:q} 2>&1"

@@ -1,0 +1,23 @@
+# The exact files of an encoder. Runs where the workflow is started: it may need the hub.
+localrules:
+    weights,
+
+
+rule weights:
+    input:
+        model=lambda w: local_files(STUDY.encoders[w.encoder].model),
+        code=code("weights.py"),
+    output:
+        "results/weights/{encoder}.json",
+    log:
+        "results/logs/weights/{encoder}.log",
+    conda:
+        "../../envs/conceptshare.yaml"
+    threads: 1
+    resources:
+        mem_mb=grown(2000),
+        runtime=grown(120),
+    params:
+        spec=lambda w: STUDY.encoders[w.encoder].weights_key(),
+    shell:
+        "python -m conceptshare weights --encoder {params.spec:q} --out {output:q} > {log:q} 2>&1"
