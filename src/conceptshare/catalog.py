@@ -9,7 +9,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -35,7 +35,7 @@ Name = Annotated[str, BeforeValidator(_as_name)]
 class Spec(BaseModel):
     """Base of every part of a study: unknown keys are errors, and values do not change once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class DatasetSpec(Spec):
@@ -260,7 +260,11 @@ def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     current: Any = model
     for part in location:
         if isinstance(current, type) and issubclass(current, BaseModel):
-            current = current.model_fields[part].annotation if part in current.model_fields else None
-        elif getattr(current, "__args__", None):
-            current = current.__args__[-1]
+            current = _plain(current.model_fields[part].annotation)
+        else:
+            current = _plain(get_args(current)[-1])
     return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
+
+
+def _plain(annotation: Any) -> Any:  # noqa: ANN401 - any type expression
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation

@@ -94,8 +94,11 @@ class Analyses(Spec):
     """What is computed from the correlations, by name. Each is done for every data set and SAE setting."""
 
     matrices: dict[Name, Annotated[Matrix, BeforeValidator(_or_empty)]] = Field(default={})
+    """wMPPC between all pairs of encoders."""
     layerwise: dict[Name, Layerwise] = Field(default={})
+    """wMPPC between all layers of two encoders."""
     sharedness: dict[Name, Sharedness] = Field(default={})
+    """Rankings of features by Comparative Sharedness."""
 
 
 class Study(Spec):
@@ -104,9 +107,13 @@ class Study(Spec):
     study: Name
     """Name of the folder under `results/studies/`."""
     datasets: dict[Name, DatasetSpec] = Field(min_length=1)
+    """Data sets by name. Every analysis is done for each."""
     encoders: dict[Name, EncoderSpec] = Field(min_length=1)
+    """Encoders by name."""
     saes: dict[Name, Annotated[SAESettings, BeforeValidator(_or_empty)]] = Field(min_length=1)
+    """SAE settings by name. Every analysis is done for each."""
     analyses: Annotated[Analyses, BeforeValidator(_or_empty)] = Analyses()
+    """What to compute."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

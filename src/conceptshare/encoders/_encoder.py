@@ -113,7 +113,7 @@ class Encoder:
         """``[B]`` positions of the global tokens; none where it is the mean of all."""
         match self.spec.global_token:
             case "first":
-                return torch.zeros(len(mask), dtype=torch.long, device=self.device)
+                return mask.int().argmax(1)  # some tokenizers pad on the left
             case "last":
                 return torch.full((len(mask),), mask.shape[1] - 1, device=self.device)
             case "eot":

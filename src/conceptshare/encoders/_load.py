@@ -7,8 +7,6 @@ import torch
 
 from conceptshare.catalog import EncoderSpec
 from conceptshare.encoders._encoder import Encoder
-from conceptshare.encoders._open_clip import load_open_clip
-from conceptshare.encoders._transformers import load_transformers
 from conceptshare.errors import EncoderError
 from conceptshare.weights import locate, recorded_location
 
@@ -26,8 +24,13 @@ def load_encoder(spec: EncoderSpec, weights: Path | None = None) -> Encoder:
     location = recorded_location(weights) if weights else locate(spec, made=Path(mkdtemp()) / "model")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        # Only the library that is needed: each takes a second and hundreds of megabytes to import.
         if spec.library == "open_clip":
+            from conceptshare.encoders._open_clip import load_open_clip
+
             return load_open_clip(spec, location, device)
+        from conceptshare.encoders._transformers import load_transformers
+
         return load_transformers(spec, location, device)
     except EncoderError:
         raise

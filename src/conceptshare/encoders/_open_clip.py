@@ -5,10 +5,11 @@ from typing import Any
 
 import open_clip
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from conceptshare.catalog import EncoderSpec
 from conceptshare.encoders._encoder import Batch, Encoder, Samples, find_blocks
+from conceptshare.errors import EncoderError
 
 
 def load_open_clip(spec: EncoderSpec, location: Path, device: torch.device) -> Encoder:
@@ -17,9 +18,22 @@ def load_open_clip(spec: EncoderSpec, location: Path, device: torch.device) -> E
         name, pretrained = f"local-dir:{location}", None
     else:
         name, pretrained = spec.model, str(location)
+    # A tag says how its weights were trained; the checkpoint, and so open_clip, which is given its path, does not.
+    trained: dict[str, Any] = {}
+    if spec.weights is not None and not location.is_dir():
+        trained = open_clip.get_pretrained_cfg(name, spec.weights)
     model: Any
     model, transform = open_clip.create_model_from_pretrained(
-        name, pretrained, device=device, force_image_size=spec.image_size, return_transform=True
+        name,
+        pretrained,
+        device=device,
+        force_quick_gelu=trained.get("quick_gelu", False),
+        force_image_size=spec.image_size,
+        image_mean=trained.get("mean"),
+        image_std=trained.get("std"),
+        image_interpolation=trained.get("interpolation"),
+        image_resize_mode=trained.get("resize_mode"),
+        return_transform=True,
     )
     model.eval()
     if spec.modality == "image":
@@ -27,7 +41,7 @@ def load_open_clip(spec: EncoderSpec, location: Path, device: torch.device) -> E
         prepare, forward = _images(model, transform)
     else:
         tower = model.text if hasattr(model, "text") else model.transformer
-        prepare, forward = _texts(model, open_clip.get_tokenizer(name, context_length=spec.context_length), spec)
+        prepare, forward = _texts(model, open_clip.get_tokenizer(name), spec)
     batch_first = next((m.batch_first for m in tower.modules() if hasattr(m, "resblocks")), True)
     return Encoder(spec, device, find_blocks(tower, spec), prepare, forward, batch_first)
 
@@ -44,14 +58,21 @@ def _images(model: Any, transform: Any) -> Any:  # noqa: ANN401 - open_clip has 
 
 def _texts(model: Any, tokenizer: Any, spec: EncoderSpec) -> Any:  # noqa: ANN401 - open_clip has no types
     settings = model.text if hasattr(model, "text") else model
+    own: int = tokenizer.context_length
+    longest = spec.context_length or own
+    if longest > own:
+        raise EncoderError(f"{spec.model}: context_length {longest} is more than the {own} tokens it can read")
+    inner = getattr(tokenizer, "tokenizer", None)  # where open_clip uses one of transformers
+    padding = 0 if inner is None else inner.pad_token_id
+    pads_with_end = inner is not None and padding == inner.eos_token_id
 
     def prepare(samples: Samples) -> Batch:
-        ids = tokenizer(list(samples))
+        # The towers read full padding only, however short the texts are cut.
+        ids = nn.functional.pad(tokenizer(list(samples), longest), (0, own - longest), value=padding)
         eot = _end_of_text(ids, settings)
-        # A causal tower never looks past the end of text, and pads with a token that also stands for itself.
-        causal = spec.global_token == "eot"
-        mask = torch.arange(ids.shape[1]) <= eot[:, None] if causal else ids != getattr(settings, "pad_id", 0)
-        return Batch({"text": ids}, mask, eot)
+        # What pads may also stand for itself, so tokens are counted: open_clip's own tokenizer pads with "!".
+        lengths = eot + 1 if inner is None else (ids != padding).sum(1) + pads_with_end
+        return Batch({"text": ids}, torch.arange(own) < lengths[:, None], eot)
 
     def forward(inputs: dict[str, Tensor]) -> object:
         return model.encode_text(inputs["text"])

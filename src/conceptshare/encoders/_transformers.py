@@ -1,6 +1,7 @@
 """Encoders of the transformers library: a folder with configuration, weights, and a tokenizer or image processor."""
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from conceptshare.catalog import EncoderSpec
 from conceptshare.encoders._encoder import Batch, Encoder, Samples, find_blocks
+from conceptshare.errors import EncoderError
 
 # Longest text where neither the study, the tokenizer nor the model sets a bound.
 _LONGEST_TEXT = 512
@@ -17,7 +19,10 @@ _LONGEST_TEXT = 512
 
 def load_transformers(spec: EncoderSpec, folder: Path, device: torch.device) -> Encoder:
     """Load the encoder in ``folder``; of a model with two towers, the one that reads ``spec.modality``."""
-    model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model: Any
+    model, found = AutoModel.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+    )
     tower: nn.Module = getattr(model, "vision_model" if spec.modality == "image" else "text_model", model)
     tower = tower.eval().to(device)
     prepare = _prepare_images(spec, folder) if spec.modality == "image" else _prepare_texts(spec, folder, tower)
@@ -27,7 +32,20 @@ def load_transformers(spec: EncoderSpec, folder: Path, device: torch.device) -> 
     def forward(inputs: dict[str, Tensor]) -> object:
         return tower(**inputs, **options)
 
-    return Encoder(spec, device, find_blocks(tower, spec), prepare, forward)
+    blocks = find_blocks(tower, spec)
+    _check_blocks(spec, model, blocks, set(found["missing_keys"]))
+    return Encoder(spec, device, blocks, prepare, forward)
+
+
+def _check_blocks(spec: EncoderSpec, model: nn.Module, blocks: Sequence[nn.Module], missing: set[str]) -> None:
+    """Refuse blocks that the checkpoint has no weights for, which transformers fills with random ones."""
+    needed = {parameter for block in blocks for parameter in block.parameters()}
+    lacking = [name for name, parameter in model.named_parameters() if name in missing and parameter in needed]
+    if lacking:
+        raise EncoderError(
+            f"{spec.model}: its weights lack {lacking[0]} and {len(lacking) - 1} more of its blocks; "
+            f"use weights that its config.json describes"
+        )
 
 
 def _prepare_images(spec: EncoderSpec, folder: Path) -> Any:  # noqa: ANN401 - a function of samples
@@ -54,6 +72,10 @@ def _sizes(processor: Any, side: int) -> dict[str, dict[str, int]]:  # noqa: ANN
 
 def _prepare_texts(spec: EncoderSpec, folder: Path, tower: Any) -> Any:  # noqa: ANN401 - a function of samples
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    if tokenizer.vocab_files_names and not any((folder / name).is_file() for name in files):
+        # transformers would go on without a vocabulary, and read every caption as unknown words.
+        raise EncoderError(f"{spec.model}: no tokenizer in {folder}; put {' or '.join(sorted(files))} there")
     positions = getattr(tower.config, "max_position_embeddings", _LONGEST_TEXT)
     length = spec.context_length or min(tokenizer.model_max_length, positions, _LONGEST_TEXT)
     # The last of all positions, padding included, is the global token of models that always see full padding.
@@ -69,6 +91,8 @@ def _prepare_texts(spec: EncoderSpec, folder: Path, tower: Any) -> Any:  # noqa:
             return_tensors="pt",
         )
         mask = encoded["attention_mask"].bool()
-        return Batch(dict(encoded), mask, eot=mask.sum(1) - 1)
+        eot = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
+        # Tokenizers say what their models take; those of SigLIP name no mask, because SigLIP sees its padding.
+        return Batch({name: encoded[name] for name in tokenizer.model_input_names if name in encoded}, mask, eot)
 
     return prepare

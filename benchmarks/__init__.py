@@ -1,0 +1,1 @@
+"""Speed, as ratios of two ways measured in turns in one run: ``python -m benchmarks``."""

@@ -1,0 +1,54 @@
+"""Write the table of every key into config/README.md, from the models that check it.
+
+Run as `python docs/write_config_reference.py`.
+"""
+
+import re
+from pathlib import Path
+from typing import get_args
+
+from pydantic import BaseModel
+
+from conceptshare.catalog import DatasetSpec, EncoderSpec
+from conceptshare.study import Layerwise, Matrix, SAESettings, Sharedness
+
+README = Path(__file__).parents[1] / "config" / "README.md"
+BEGIN, END = "<!-- keys -->\n", "<!-- end of keys -->\n"
+SECTIONS: dict[str, type[BaseModel]] = {
+    "datasets.NAME": DatasetSpec,
+    "encoders.NAME": EncoderSpec,
+    "saes.NAME": SAESettings,
+    "analyses.matrices.NAME": Matrix,
+    "analyses.layerwise.NAME": Layerwise,
+    "analyses.sharedness.NAME": Sharedness,
+}
+
+
+def reference() -> str:
+    """The tables, as Markdown."""
+    return "\n".join(_table(place, model) for place, model in SECTIONS.items())
+
+
+def with_reference(text: str) -> str:
+    """A README's text with its tables replaced."""
+    return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{reference()}\n{END}", text, flags=re.DOTALL)
+
+
+def _table(place: str, model: type[BaseModel]) -> str:
+    rows = [f"### `{place}`\n", "| key | meaning | default |", "|---|---|---|"]
+    for name, field in model.model_fields.items():
+        default = "required" if field.is_required() else f"`{_as_yaml(field.get_default(call_default_factory=True))}`"
+        meaning = " ".join((field.description or "").replace("``", "`").split())
+        choices = [value for value in get_args(field.annotation) if isinstance(value, str)]
+        if choices:
+            meaning += f" One of {', '.join(f'`{choice}`' for choice in choices)}."
+        rows.append(f"| `{name}` | {meaning} | {default} |")
+    return "\n".join(rows) + "\n"
+
+
+def _as_yaml(value: object) -> str:
+    return {None: "none", "": '""'}.get(value, str(value)) if isinstance(value, str | None) else str(value)
+
+
+if __name__ == "__main__":
+    README.write_text(with_reference(README.read_text(encoding="utf-8")), encoding="utf-8")

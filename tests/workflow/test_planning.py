@@ -1,0 +1,173 @@
+"""What is planned after a change, and nothing else."""
+
+import os
+import time
+
+import pytest
+
+from .conftest import CLONE, LAYERS, Project, encoder_entry
+
+ALWAYS = {"all": 1}
+SAE_REPORT = {"metrics_saes": 1, "figures_saes": 1}
+TABLES_AND_FIGURES = {
+    f"{stage}_{kind}": 1 for stage in ("metrics", "figures") for kind in ("matrix", "layerwise", "sharedness", "saes")
+}
+
+
+def test_a_finished_study_plans_nothing(study):
+    assert study.plan() == {}
+
+
+def test_a_fresh_study_plans_one_job_a_stage_and_part(new_study):
+    assert new_study.plan() == {
+        "dataset": 1,
+        "weights": 2,
+        "activations": 2,
+        "sae": 3 * LAYERS,
+        "features": 3,
+        "correlations": 2,
+        **TABLES_AND_FIGURES,
+        **ALWAYS,
+    }
+
+
+def test_touching_every_source_file_plans_nothing(study):
+    later = time.time() + 60
+    for path in [*study.folder.glob("src/**/*.py"), *study.folder.glob("workflow/**/*"), study.folder / "Snakefile"]:
+        os.utime(path, (later, later))
+    assert study.plan() == {}
+
+
+def test_reordering_encoders_plans_nothing(study):
+    config = study.config
+    config["encoders"] = dict(reversed(config["encoders"].items()))
+    study.config = config
+    assert study.plan() == {}
+
+
+def test_changing_a_note_plans_nothing(study):
+    config = study.config
+    config["encoders"]["viewer"]["note"] = "looks at squares"
+    study.config = config
+    assert study.plan() == {}
+
+
+def test_an_added_encoder_plans_its_own_jobs_its_pairs_and_what_aggregates(study):
+    config = study.config
+    config["encoders"]["added"] = encoder_entry("./models/second-reader", "text", "language")
+    study.config = config
+    assert study.plan() == {
+        "weights": 1,
+        "activations": 1,
+        "sae": LAYERS,
+        "features": 1,
+        "correlations": 2,  # with reader@0 and viewer@0, the other members of the matrix
+        "metrics_matrix": 1,
+        "figures_matrix": 1,
+        **SAE_REPORT,
+        **ALWAYS,
+    }
+
+
+def test_an_encoders_changed_setting_plans_that_encoders_jobs_alone(study):
+    config = study.config
+    config["encoders"]["viewer"]["image_size"] = 48
+    study.config = config
+    assert study.plan() == {
+        "activations": 1,
+        "sae": LAYERS,
+        "features": 1,
+        "correlations": 1,
+        **{job: n for job, n in TABLES_AND_FIGURES.items() if "layerwise" not in job},
+        **ALWAYS,
+    }
+
+
+def test_an_added_seed_leaves_activations_and_other_seeds_alone(study):
+    config = study.config
+    config["encoders"]["viewer"]["seeds"] = [0, 1]
+    config["analyses"]["layerwise"]["viewer"] = {"pairs": [["viewer@0", "viewer@1"]]}
+    study.config = config
+    assert study.plan() == {
+        "sae": LAYERS,
+        "features": 1,
+        "correlations": 1,
+        "metrics_layerwise": 1,
+        "figures_layerwise": 1,
+        **SAE_REPORT,
+        **ALWAYS,
+    }
+
+
+def test_a_second_sae_setting_leaves_the_first_alone(study):
+    config = study.config
+    config["saes"]["sparser"] = {"expansion": 2, "k": 2, "learning_rate": 1e-2}
+    study.config = config
+    assert study.plan() == {"sae": 3 * LAYERS, "features": 3, "correlations": 2, **TABLES_AND_FIGURES, **ALWAYS}
+
+
+def test_a_changed_sae_setting_plans_training_and_what_follows(study):
+    config = study.config
+    config["saes"]["tiny"]["k"] = 3
+    study.config = config
+    assert study.plan() == {"sae": 3 * LAYERS, "features": 3, "correlations": 2, **TABLES_AND_FIGURES, **ALWAYS}
+
+
+def test_swapped_settings_of_two_encoders_are_seen(study):
+    config = study.config
+    reader, viewer = config["encoders"]["reader"], config["encoders"]["viewer"]
+    reader["batch_size"], viewer["batch_size"] = 16, 8
+    study.config = config
+    first = study.plan()
+    assert first["activations"] == 2
+    assert first["sae"] == 3 * LAYERS
+
+
+@pytest.mark.parametrize(
+    ("source", "planned"),
+    [
+        ("figures.py", {job: 1 for job in TABLES_AND_FIGURES if job.startswith("figures")}),
+        ("metrics.py", {job: 1 for job in TABLES_AND_FIGURES if job not in SAE_REPORT}),
+        ("correlations.py", {"correlations": 2, **{j: 1 for j in TABLES_AND_FIGURES if j not in SAE_REPORT}}),
+        ("features.py", {"features": 3, "correlations": 2, **TABLES_AND_FIGURES}),
+        ("sae.py", {"sae": 9, "features": 3, "correlations": 2, **TABLES_AND_FIGURES}),
+        (
+            "encoders/_transformers.py",
+            {"activations": 2, "sae": 9, "features": 3, "correlations": 2, **TABLES_AND_FIGURES},
+        ),
+        ("progress.py", {}),
+    ],
+)
+def test_an_edited_stage_plans_that_stage_and_what_follows(study, source, planned):
+    path = study.folder / "src" / "conceptshare" / source
+    path.write_text(path.read_text() + "\n# edited\n")
+    assert study.plan() == (planned | ALWAYS if planned else {})
+
+
+def test_a_dataset_that_changed_plans_everything_but_weights(study):
+    config = study.config
+    config["datasets"]["squares"]["limit"] = 30
+    study.config = config
+    assert study.plan() == {
+        "dataset": 1,
+        "activations": 2,
+        "sae": 3 * LAYERS,
+        "features": 3,
+        "correlations": 2,
+        **TABLES_AND_FIGURES,
+        **ALWAYS,
+    }
+
+
+@pytest.mark.parametrize("arguments", [(), ("--cores", "2"), ("--profile", "slurm")])
+def test_the_default_study_plans_as_typed_in_the_clone(arguments):
+    result = Project(CLONE).run("-n", *arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_entry_of_the_profiles_is_explained():
+    for profile in ("default", "slurm"):
+        lines = (CLONE / "profiles" / profile / "config.yaml").read_text().splitlines()
+        for before, line in zip(["", *lines], lines, strict=False):
+            if line and not line.lstrip().startswith("#"):
+                assert "#" in line or before.startswith("#"), f"{profile}: {line}"

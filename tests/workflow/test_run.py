@@ -1,0 +1,229 @@
+"""A whole miniature study through real Snakemake: its numbers, its repeatability, and what it does with bad input."""
+
+import json
+import zipfile
+
+import numpy as np
+import pandas as pd
+import pytest
+import zarr
+from safetensors.torch import load_file, save_file
+
+from .conftest import LAYERS, write_dataset
+
+TABLES = "results/studies/miniature/squares/tiny"
+
+
+def best_correlations(a, b):
+    """For each column of ``a``, its largest correlation with a column of ``b``; 0 for a constant column."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r = np.corrcoef(a.T.astype(np.float64), b.T.astype(np.float64))[: a.shape[1], a.shape[1] :]
+    return np.nan_to_num(np.fmax.reduce(r, axis=1))
+
+
+def stored_features(study, member):
+    store = zarr.open_group(study.folder / f"results/squares/features/tiny/{member}.zarr", mode="r")
+    return [store[f"layer-{layer:02d}/features"][:].astype(np.float64) for layer in range(LAYERS)]
+
+
+def weighted_mean(values, weights):
+    return (values * weights).sum() / weights.sum()
+
+
+def test_every_table_and_figure_is_there_and_every_job_left_a_log(finished):
+    stems = ["matrices/all", "layerwise/seeds", "sharedness/seen", "saes"]
+    for stem in stems:
+        for suffix in ("csv", "parquet", "png", "pdf"):
+            assert (finished.folder / TABLES / f"{stem}.{suffix}").stat().st_size > 0
+    logs = [path for path in (finished.folder / "results/logs").rglob("*.log") if path.stat().st_size >= 0]
+    assert len(logs) == 1 + 2 + 2 + 3 * LAYERS + 3 + 2 + 4 + 4
+
+
+def test_a_second_run_finds_nothing_to_do(finished):
+    result = finished.run("--cores", "2")
+    assert result.returncode == 0
+    assert "Nothing to be done" in result.stdout + result.stderr
+
+
+def test_matrix_equals_a_direct_computation_from_the_features(finished):
+    table = pd.read_csv(finished.folder / TABLES / "matrices/all.csv").set_index(["source", "target", "reading"])
+    for source, target in [("reader@0", "viewer@0"), ("viewer@0", "reader@0")]:
+        a, b = stored_features(finished, source), stored_features(finished, target)
+        S = [layer.sum(0) for layer in a]
+        rho = [best_correlations(layer, np.concatenate(b, axis=1)) for layer in a]
+        pooled = weighted_mean(np.concatenate(rho), np.concatenate(S))
+        layer_mean = np.mean([weighted_mean(r, s) for r, s in zip(rho, S, strict=True)])  # layers are of equal size
+        last = weighted_mean(best_correlations(a[-1], b[-1]), S[-1])
+        for reading, expected in [("pooled", pooled), ("layer_mean", layer_mean), ("last", last)]:
+            assert table.loc[(source, target, reading), "wmppc"] == pytest.approx(expected, abs=1e-5)
+        assert table.loc[(source, target, "pooled"), "mppc"] == pytest.approx(np.concatenate(rho).mean(), abs=1e-5)
+
+
+def test_layerwise_and_sharedness_equal_a_direct_computation_from_the_features(finished):
+    reader, other = stored_features(finished, "reader@0"), stored_features(finished, "reader@1")
+    viewer = stored_features(finished, "viewer@0")
+    layerwise = pd.read_csv(finished.folder / TABLES / "layerwise/seeds.csv")
+    cell = layerwise.query("source == 'reader@0' and source_layer == 1 and target_layer == 2").wmppc.item()
+    assert cell == pytest.approx(weighted_mean(best_correlations(reader[1], other[2]), reader[1].sum(0)), abs=1e-5)
+    ranking = pd.read_csv(finished.folder / TABLES / "sharedness/seen.csv").set_index("feature").sort_index()
+    g, h = best_correlations(reader[-1], viewer[-1]), best_correlations(reader[-1], other[-1])
+    np.testing.assert_allclose(ranking.delta, reader[-1].sum(0) * (g**2 - h**2), atol=1e-3)
+
+
+def test_saes_learnt(finished):
+    for path in (finished.folder / "results/squares/saes/tiny").rglob("loss.csv"):
+        losses = pd.read_csv(path).loss
+        assert losses.iloc[-1] < losses.iloc[0]
+
+
+def test_another_run_on_other_cores_gives_the_same_numbers(finished, new_study):
+    result = new_study.run("--cores", "1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    compared = 0
+    for path in [*finished.folder.rglob("*.csv"), *finished.folder.rglob("*.safetensors")]:
+        if path.is_relative_to(finished.folder / "results"):
+            assert path.read_bytes() == (new_study.folder / path.relative_to(finished.folder)).read_bytes(), path
+            compared += 1
+    assert compared == 4 + 2 * 3 * LAYERS
+
+
+def test_the_report_holds_every_figure_and_table_with_its_caption(finished):
+    result = finished.run("--report", "report.zip")
+    assert result.returncode == 0, result.stdout + result.stderr
+    with zipfile.ZipFile(finished.folder / "report.zip") as report:
+        data = "".join(
+            report.read(name).decode(errors="replace") for name in report.namelist() if name.endswith(".html")
+        )
+    for words in ["Comparative Sharedness", "Layerwise heatmaps", "wMPPC matrices", "SAE training", "Eq. 6"]:
+        assert words in data
+    for figure in ["all.png", "seeds.png", "seen.png", "saes.png"]:
+        assert figure in data
+
+
+def change(*keys, to):
+    """A function that sets one key of a config."""
+
+    def apply(config):
+        for key in keys[:-1]:
+            config = config[key]
+        config[keys[-1]] = to
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("change_config", "message"),
+    [
+        (
+            change("saes", "tiny", "lerning_rate", to=1),
+            "saes.tiny.lerning_rate: unknown key; did you mean 'learning_rate'?",
+        ),
+        (change("encoders", "minlm", to=None), "'minlm' is not in the catalog of encoders; did you mean 'minilm'?"),
+        (change("datasets", "openclip", to=None), "'openclip' is not in the catalog of datasets"),
+        (
+            change("encoders", "viewer", "use_layers", to=[0, 3]),
+            "layer 3, which the encoder lacks: it has layers 0 to 2",
+        ),
+        (change("analyses", "sharedness", "seen", "source", to="speaker"), "the study has no encoder 'speaker'"),
+        (change("analyses", "matrices", "all", to={"members": ["viewer@7"]}), "viewer has the seeds [0]"),
+        (change("encoders", "viewer", "model", to="./models/none"), "./models/none does not exist"),
+    ],
+)
+def test_a_wrong_config_is_one_clear_message_before_any_job(new_study, change_config, message):
+    config = new_study.config
+    change_config(config)
+    new_study.config = config
+    result = new_study.run("--cores", "1")
+    output = result.stdout + result.stderr
+    assert result.returncode != 0
+    assert message in output
+    assert "config.yaml" in output
+    assert "Traceback" not in output
+    assert not (new_study.folder / "results").exists()
+
+
+def spoil_captions(study):
+    write_dataset(study.folder / "squares.parquet", columns=("picture", "text"))
+
+
+def spoil_images(study):
+    table = pd.read_parquet(study.folder / "squares.parquet")
+    table["picture"] = [
+        {"bytes": b"no image", "path": None} if row < 3 else image for row, image in enumerate(table.picture)
+    ]
+    table.to_parquet(study.folder / "squares.parquet")
+
+
+def spoil_weights(study):
+    path = study.folder / "models/reader/model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if "layer.1" in name and name.endswith("output.dense.bias"))
+    weights[name][0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def claim(**changes):
+    def spoil(study):
+        config = study.config
+        config["encoders"]["reader"] |= changes
+        study.config = config
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "target", "message"),
+    [
+        (spoil_captions, "results/squares/data/manifest.json", "no column 'words'; the columns are picture, text"),
+        (spoil_images, "results/squares/data/manifest.json", "3 of 40 rows are unusable, more than max_dropped = 0.01"),
+        (claim(layers=4), "results/squares/activations/reader.zarr", "3 blocks found, where its entry says layers: 4"),
+        (claim(width=17), "results/squares/activations/reader.zarr", "width 16, where its entry says 17"),
+        (
+            spoil_weights,
+            "results/squares/activations/reader.zarr",
+            "reader, layer 1, sample 0: a value that is not finite",
+        ),
+    ],
+)
+def test_bad_input_fails_its_job_with_a_clear_message_and_no_output(new_study, spoil, target, message):
+    spoil(new_study)
+    result = new_study.run("--cores", "1", target)
+    assert result.returncode != 0
+    assert message in result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert not (new_study.folder / target).exists()
+    assert not list(new_study.folder.rglob("*.partial"))
+
+
+def test_few_undecodable_images_are_dropped_for_all_encoders_and_listed(new_study):
+    spoil_images(new_study)
+    config = new_study.config
+    config["datasets"]["squares"]["max_dropped"] = 0.1
+    new_study.config = config
+    stores = [f"results/squares/activations/{name}.zarr" for name in ("reader", "viewer")]
+    result = new_study.run("--cores", "2", *stores)
+    assert result.returncode == 0, result.stdout + result.stderr
+    manifest = json.loads((new_study.folder / "results/squares/data/manifest.json").read_text())
+    assert [row["row"] for row in manifest["dropped"]] == [0, 1, 2]
+    for store in stores:
+        assert zarr.open_group(new_study.folder / store, mode="r")["layer-00/global"].shape[0] == 37
+
+
+def test_a_store_that_lost_a_chunk_stops_what_reads_it(study):
+    store = study.folder / "results/squares/activations/reader.zarr"
+    (store / "layer-01/tokens/c/0/0").unlink()
+    result = study.run("--cores", "1", "--forcerun", "features", "--rerun-triggers", "mtime")
+    output = result.stdout + result.stderr
+    assert result.returncode != 0
+    assert "chunk layer-01/tokens/c/0/0 is missing; delete the store and run again" in output
+    assert not (study.folder / "results/squares/features/tiny/reader@0.zarr").exists()
+
+
+def test_an_unfinished_store_stops_what_reads_it(study):
+    root = study.folder / "results/squares/activations/reader.zarr/zarr.json"
+    metadata = json.loads(root.read_text())
+    metadata["attributes"]["complete"] = False
+    root.write_text(json.dumps(metadata))
+    result = study.run("--cores", "1", "--forcerun", "features", "--rerun-triggers", "mtime")
+    assert result.returncode != 0
+    assert "incomplete, the job that wrote it did not finish" in result.stdout + result.stderr
