@@ -101,7 +101,7 @@ class EncoderSpec(ModelSpec, extra="forbid"):
     """Dotted path of the module list that holds the blocks, where the longest run of like blocks is not it."""
     batch_size: int = Field(default=32, ge=1)
     """Samples a forward pass."""
-    seeds: list[int] = Field(default=[0], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
     """Seeds of the SAEs trained on it."""
     note: str = ""
     """Free text for readers; nothing depends on it."""
@@ -203,8 +203,12 @@ def complete(name: str, given: dict[str, Any] | None, entries: dict[str, dict[st
     """
     if given is not None and not isinstance(given, dict):
         raise StudyError(f"{what}.{name}: expected keys and values (or nothing), found {given!r}")
+    if not isinstance(name, str):
+        raise StudyError(f"{what}.{name}: a name is text; put it into quotes")
     overrides = dict(given or {})
     base = overrides.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise StudyError(f"{what}.{name}.base: expected a name in the catalog, found {base!r}")
     if base is not None and base not in entries:
         raise StudyError(f"{what}.{name}.base: {_unknown(base, entries, what)}")
     if base is None and name not in entries and _ESSENTIAL[what] not in overrides:
@@ -212,7 +216,7 @@ def complete(name: str, given: dict[str, Any] | None, entries: dict[str, dict[st
     return {**entries.get(base or name, {}), **overrides}
 
 
-def parse(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:  # noqa: ANN401 - of type ``model``
+def parse(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
     """Validate ``values``, with every fault told as one line ``where.key: what is wrong``.
 
     Raises:
@@ -245,14 +249,18 @@ def _from_here(text: str, root: Path) -> str:
     return relative if relative.startswith("..") else f"./{relative}"
 
 
-def _explain(fault: Any, model: type[BaseModel], where: str) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
+def _explain(fault: Any, model: type[BaseModel], where: str) -> str:
     place = ".".join([where, *(str(part) for part in fault["loc"])]).strip(".")
     if fault["type"] == "extra_forbidden":
         known = _fields_at(model, fault["loc"][:-1])
         return f"{place}: unknown key; {suggest(str(fault['loc'][-1]), known)}"
     if fault["type"] == "missing":
         return f"{place}: missing; it has no default"
-    return f"{place}: {fault['msg'].removeprefix('Value error, ')} (found {fault['input']!r})"
+    message = fault["msg"].removeprefix("Value error, ")
+    # A fault of the whole names its own place, and the whole is too much to show.
+    return (
+        f"{place}: {message} (found {fault['input']!r})" if fault["loc"] else f"{place}: {message}".removeprefix(": ")
+    )
 
 
 def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
@@ -266,5 +274,5 @@ def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
 
 
-def _plain(annotation: Any) -> Any:  # noqa: ANN401 - any type expression
+def _plain(annotation: Any) -> Any:
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation

@@ -237,7 +237,7 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-def _spec(model: type[Any], what: Any, text: str) -> Any:  # noqa: ANN401 - of type ``model``
+def _spec(model: type[Any], what: Any, text: str) -> Any:
     """A specification from its name in the catalog, or from JSON, which may name a ``base`` in the catalog."""
     if text.lstrip().startswith("{"):
         values = _mapping(text)

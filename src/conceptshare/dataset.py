@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from PIL import Image
 
@@ -139,6 +140,9 @@ def decode(image: bytes) -> Image.Image:
             layered = picture.convert("RGBA")
             white = Image.new("RGBA", layered.size, "white")
             return Image.alpha_composite(white, layered).convert("RGB")
+        if picture.mode.startswith("I"):
+            # PIL would cut 16-bit greys off at 255.
+            return Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
         return picture.convert("RGB")
 
 
@@ -184,8 +188,10 @@ def _rows(spec: DatasetSpec) -> Iterator[dict[str, Any]]:
 def _outcome(spec: DatasetSpec, number: int, row: dict[str, Any]) -> Sample | Dropped:
     id_ = str(row[spec.id]) if spec.id else f"{number:08d}"
     caption = row[spec.caption]
-    if not isinstance(caption, str) or not caption.strip():
-        return Dropped(number, id_, "no caption" if not caption else f"caption is {type(caption).__name__}, not text")
+    if caption is None or (isinstance(caption, str) and not caption.strip()):
+        return Dropped(number, id_, "no caption")
+    if not isinstance(caption, str):
+        return Dropped(number, id_, f"caption is {type(caption).__name__}, not text")
     try:
         image = _image_bytes(row[spec.image], Path(spec.source).expanduser().parent)
         decode(image)
@@ -194,7 +200,7 @@ def _outcome(spec: DatasetSpec, number: int, row: dict[str, Any]) -> Sample | Dr
     return Sample(id_, image, caption)
 
 
-def _image_bytes(value: Any, folder: Path) -> bytes:  # noqa: ANN401 - a cell of the user's table
+def _image_bytes(value: Any, folder: Path) -> bytes:
     """The bytes of an image cell: an encoded image, bytes, or a path relative to the table's folder."""
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")

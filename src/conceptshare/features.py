@@ -78,7 +78,7 @@ def record_features(activation_store: Path, saes: Path, seed: int, out: Path) ->
 
 
 @torch.no_grad()
-def _record_layer(group: zarr.Group, sae: TopKSAE, x: Any, where: str) -> None:  # noqa: ANN401 - a Zarr array
+def _record_layer(group: zarr.Group, sae: TopKSAE, x: Any, where: str) -> None:
     N, F = x.shape[0], len(sae.W_dec)
     rows, columns = min(_ROWS, N), min(_COLUMNS, F)
     features = new_array(group, "features", (N, F), np.float16, (rows, columns), (rows, columns * -(-F // columns)))
@@ -96,7 +96,7 @@ def _record_layer(group: zarr.Group, sae: TopKSAE, x: Any, where: str) -> None: 
     save_array(group, "top_values", top.values.numpy().T)
 
 
-def _blocks(sae: TopKSAE, x: Any, where: str) -> Iterator[tuple[int, NDArray[np.float16]]]:  # noqa: ANN401
+def _blocks(sae: TopKSAE, x: Any, where: str) -> Iterator[tuple[int, NDArray[np.float16]]]:
     for start in range(0, x.shape[0], _ROWS):
         rows = torch.from_numpy(x[start : start + _ROWS].astype(np.float32))
         block = sae.encode(rows).numpy()

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from conceptshare.dataset import Data
 from conceptshare.features import FeatureStatistics
@@ -69,7 +70,7 @@ def draw_matrix(table: pd.DataFrame, out: Path) -> None:
 def draw_layerwise(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], out: Path) -> None:
     """WMPPC from each layer of one member to each layer of another, a panel a pair, with one colour scale (Fig. 1)."""
     chosen = [table[(table.source == a) & (table.target == b)] for a, b in pairs]
-    top = max(float(panel.wmppc.max()) for panel in chosen)
+    top = float(np.nanmax([1e-6, *(panel.wmppc.max() for panel in chosen)]))
     columns = min(3, len(pairs))
     rows = -(-len(pairs) // columns)
     with mpl.rc_context(_STYLE):
@@ -86,7 +87,7 @@ def draw_layerwise(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], out: P
             ax.set_ylabel(f"layer of {a}")
         for ax in axes.flat[len(pairs) :]:
             ax.remove()
-        figure.colorbar(image, ax=axes, label="wMPPC", shrink=0.85)
+        figure.colorbar(image, ax=list(axes.flat[: len(pairs)]), label="wMPPC", shrink=0.85)
         save(figure, out)
 
 
@@ -153,7 +154,7 @@ def save(figure: Figure, out: Path) -> None:
             figure.savefig(partial, format=path.suffix[1:], metadata=metadata)
 
 
-def _heatmap(ax: Axes, cells: np.ndarray[Any, Any], low: float, high: float, annotate: bool) -> Any:  # noqa: ANN401
+def _heatmap(ax: Axes, cells: np.ndarray[Any, Any], low: float, high: float, annotate: bool) -> Any:
     image = ax.imshow(cells, cmap=_COLOURS, vmin=low, vmax=high, aspect="equal")
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
@@ -167,7 +168,7 @@ def _heatmap(ax: Axes, cells: np.ndarray[Any, Any], low: float, high: float, ann
     return image
 
 
-def _layer_ticks(axis: Any, layers: Sequence[int], positions: Sequence[int] | None = None) -> None:  # noqa: ANN401
+def _layer_ticks(axis: Any, layers: Sequence[int], positions: Sequence[int] | None = None) -> None:
     step = -(-len(layers) // 12)
     places = range(len(layers)) if positions is None else positions
     axis.set_ticks(list(places)[::step], [str(layer) for layer in layers[::step]])
@@ -187,7 +188,8 @@ def _picture(ax: Axes, data: Data, sample: int) -> None:
     words = data.caption(sample)
     short = words if len(words) <= 44 else words[:43].rsplit(" ", 1)[0] + "…"
     # A caption is the user's text: a dollar sign in it is no formula.
-    ax.set_title(fill(short, 22), fontsize=5.5, fontweight="normal", y=-0.02, va="top", parse_math=False)
+    ax.set_anchor("S")
+    ax.text(0.5, -0.06, fill(short, 22), fontsize=5.5, ha="center", va="top", transform=ax.transAxes, parse_math=False)
 
 
 def _loss_curves(ax: Axes, saes: pd.DataFrame, folder: Path) -> None:
@@ -200,5 +202,8 @@ def _loss_curves(ax: Axes, saes: pd.DataFrame, folder: Path) -> None:
         colour = colours[layers.index(row.layer)]
         ax.plot(curve.step, curve.loss / curve.loss.iloc[0], color=colour, linewidth=0.9, label=label)
     ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("step")
     ax.legend(frameon=False, fontsize=7)

@@ -94,14 +94,14 @@ class _TopLatents(torch.autograd.Function):
     """TopK(ReLU(x W_enc)), whose gradients touch only the latents that were kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W_enc_T: Tensor, k: int) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor, W_enc_T: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values, indices = torch.relu(x @ W_enc_T.T).topk(k, dim=1)
         ctx.save_for_backward(x, W_enc_T, values, indices)
         ctx.mark_non_differentiable(indices)
         return values, indices
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         x, W_enc_T, values, indices = ctx.saved_tensors
         latent_gradients = gradients[0] * (values > 0)
         with torch.enable_grad():

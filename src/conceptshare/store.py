@@ -69,7 +69,10 @@ def open_store(path: Path, kind: str) -> zarr.Group:
     """
     if not (path / _ROOT).is_file():
         raise StoreError(f"{path}: no {kind} store there; run the stage that makes it")
-    group = zarr.open_group(path, mode="r")
+    try:
+        group = zarr.open_group(path, mode="r")
+    except Exception as error:  # damaged metadata fails in many ways
+        raise StoreError(f"{path}: {_ROOT} cannot be read ({error}); delete the store and run again") from error
     attributes: Any = dict(group.attrs)
     if attributes.get("kind") != kind:
         raise StoreError(f"{path}: a store of {attributes.get('kind')!r}, where one of {kind!r} is needed")
@@ -121,7 +124,7 @@ def layer_name(layer: int) -> str:
     return f"layer-{layer:02d}"
 
 
-def layer_group(store: zarr.Group, layer: int, path: Path) -> Any:  # noqa: ANN401 - a group of typed arrays
+def layer_group(store: zarr.Group, layer: int, path: Path) -> Any:
     """A layer's group in a store.
 
     Raises:

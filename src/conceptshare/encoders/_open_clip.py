@@ -46,7 +46,7 @@ def load_open_clip(spec: EncoderSpec, location: Path, device: torch.device) -> E
     return Encoder(spec, device, find_blocks(tower, spec), prepare, forward, batch_first)
 
 
-def _images(model: Any, transform: Any) -> Any:  # noqa: ANN401 - open_clip has no types
+def _images(model: Any, transform: Any) -> Any:
     def prepare(samples: Samples) -> Batch:
         return Batch({"image": torch.stack([transform(sample) for sample in samples])}, mask=None, eot=None)
 
@@ -56,7 +56,7 @@ def _images(model: Any, transform: Any) -> Any:  # noqa: ANN401 - open_clip has 
     return prepare, forward
 
 
-def _texts(model: Any, tokenizer: Any, spec: EncoderSpec) -> Any:  # noqa: ANN401 - open_clip has no types
+def _texts(model: Any, tokenizer: Any, spec: EncoderSpec) -> Any:
     settings = model.text if hasattr(model, "text") else model
     own: int = tokenizer.context_length
     longest = spec.context_length or own
@@ -80,7 +80,7 @@ def _texts(model: Any, tokenizer: Any, spec: EncoderSpec) -> Any:  # noqa: ANN40
     return prepare, forward
 
 
-def _end_of_text(ids: Tensor, settings: Any) -> Tensor:  # noqa: ANN401 - open_clip has no types
+def _end_of_text(ids: Tensor, settings: Any) -> Tensor:
     """``[B]`` positions that open_clip's own pooling reads: the end-of-text id, by default the highest of all."""
     pool = getattr(settings, "text_pool_type", getattr(settings, "pool_type", "argmax"))
     if pool == "eos":

@@ -48,7 +48,7 @@ def _check_blocks(spec: EncoderSpec, model: nn.Module, blocks: Sequence[nn.Modul
         )
 
 
-def _prepare_images(spec: EncoderSpec, folder: Path) -> Any:  # noqa: ANN401 - a function of samples
+def _prepare_images(spec: EncoderSpec, folder: Path) -> Any:
     processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     sizes = {} if spec.image_size is None else _sizes(processor, spec.image_size)
 
@@ -59,7 +59,7 @@ def _prepare_images(spec: EncoderSpec, folder: Path) -> Any:  # noqa: ANN401 - a
     return prepare
 
 
-def _sizes(processor: Any, side: int) -> dict[str, dict[str, int]]:  # noqa: ANN401 - an image processor
+def _sizes(processor: Any, side: int) -> dict[str, dict[str, int]]:
     """Sizes for pictures of another side, in the processor's own proportion of resized to cropped."""
     square = {"height": side, "width": side}
     edge, cropped = processor.size.get("shortest_edge"), getattr(processor, "do_center_crop", False)
@@ -70,7 +70,7 @@ def _sizes(processor: Any, side: int) -> dict[str, dict[str, int]]:  # noqa: ANN
     return {"size": {"shortest_edge": round(edge * side / processor.crop_size["height"])}, "crop_size": square}
 
 
-def _prepare_texts(spec: EncoderSpec, folder: Path, tower: Any) -> Any:  # noqa: ANN401 - a function of samples
+def _prepare_texts(spec: EncoderSpec, folder: Path, tower: Any) -> Any:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
     if tokenizer.vocab_files_names and not any((folder / name).is_file() for name in files):

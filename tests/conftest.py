@@ -1,0 +1,83 @@
+"""Small inputs that several stages' tests are built from. No test reaches the network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+from conceptshare.features import record_features
+from conceptshare.sae import TopKSAE, save_sae
+from conceptshare.store import RowWriter, layer_name, new_store, save_array
+
+# The same examples on every run: a failure on one machine is a failure on all.
+settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def write_activations():
+    """Writes an activation store of ``{layer: [tokens of each sample]}``; a sample's first token is its global one."""
+
+    def write(path, layers, content_hash="the same samples"):
+        samples = next(iter(layers.values()))
+        spec = {
+            "name": path.stem,
+            "encoder": {"model": "made up"},
+            "content_hash": content_hash,
+            "samples": len(samples),
+            "layers": list(layers),
+            "width": samples[0].shape[1],
+        }
+        with new_store(path, "activations", spec) as store:
+            for layer, tokens in layers.items():
+                group = store.create_group(layer_name(layer))
+                rows = {"tokens": np.concatenate(tokens), "global": np.stack([sample[0] for sample in tokens])}
+                for name, values in rows.items():
+                    writer = RowWriter(group, name, values.shape[1], np.float16, shard_bytes=2**20)
+                    writer.append(values.astype(np.float16))
+                    writer.close()
+            save_array(store, "offsets", np.cumsum([0, *(len(sample) for sample in samples)]).astype(np.int64))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def write_features(tmp_path, write_activations):
+    """Writes ``{member}.zarr`` in a folder with the given features, by ``{layer: [N, F] not negative}``.
+
+    They go through the real stage: SAEs whose encoders are the identity turn activations into equal features.
+    """
+
+    def write(folder, member, layers, content_hash="the same samples"):
+        made = tmp_path / "made" / member
+        encoder, _, seed = member.rpartition("@")
+        store = made / f"{encoder}.zarr"
+        write_activations(store, {n: list(x[:, None, :]) for n, x in layers.items()}, content_hash)
+        for layer, x in layers.items():
+            width = x.shape[1]
+            sae = TopKSAE(width, width, k=1)
+            with torch.no_grad():
+                sae.W_enc_T.copy_(torch.eye(width))
+                sae.W_dec.copy_(torch.eye(width))
+            saes = made / layer_name(layer) / f"seed-{seed}"
+            saes.mkdir(parents=True)
+            save_sae(sae, saes, encoder, f"layer {layer}")
+        record_features(store, made, int(seed), folder / f"{member}.zarr")
+        return folder / f"{member}.zarr"
+
+    return write

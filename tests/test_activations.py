@@ -1,0 +1,209 @@
+"""The activation store holds what the encoder gives, rounded to float16, at the rows that its offsets say."""
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conceptshare import activations, store
+from conceptshare.activations import TokenReader, extract_activations
+from conceptshare.catalog import DatasetSpec, EncoderSpec
+from conceptshare.dataset import Data, make_dataset
+from conceptshare.encoders import load_encoder
+from conceptshare.errors import EncoderError, NumericsError, StoreError
+from tests import models
+from tests.models import CAPTIONS, LAYERS
+
+# Of the last batch, only one sample is left.
+BATCH = 3
+ROWS = [*CAPTIONS, "a mat", "zebra"]
+FAMILIES = [models.bert, models.deberta, models.clip_text, models.siglip_text, models.clip_image, models.siglip_image]
+by_name = {"ids": lambda make: make.__name__}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    cells = []
+    for picture in models.pictures(len(ROWS)):
+        png = io.BytesIO()
+        picture.save(png, "png")
+        cells.append(png.getvalue())
+    pq.write_table(pa.table({"image": cells, "caption": ROWS}), folder / "rows.parquet")
+    make_dataset(DatasetSpec(source=str(folder / "rows.parquet")), folder / "made")
+    return Data(folder / "made")
+
+
+@pytest.fixture(scope="module")
+def extracted(data, tmp_path_factory):
+    """For each family: its entry, its store, and its encoder's activations of each batch, as numpy. Made once."""
+    made = {}
+
+    def get(make):
+        if make not in made:
+            folder = tmp_path_factory.mktemp(make.__name__)
+            spec = batched(make(folder / "model").spec)
+            encoder = load_encoder(spec)
+            extract_activations(encoder, data, folder / "tiny.zarr")
+            samples = ROWS if spec.modality == "text" else models.pictures(len(ROWS))
+            batches = [encoder.activations(samples[i : i + BATCH]) for i in range(0, len(ROWS), BATCH)]
+            made[make] = spec, folder / "tiny.zarr", batches
+        return made[make]
+
+    return get
+
+
+def batched(spec, **values):
+    return EncoderSpec(**{**spec.model_dump(), "batch_size": BATCH, **values})
+
+
+def expected(spec, batches, layer):
+    """``[rows, D]`` training tokens of each sample and its global token, one sample at a time."""
+    tokens, global_tokens = [], []
+    for batch in batches:
+        for x, chosen, whole in zip(batch.tokens[layer], batch.training, batch.global_token[layer], strict=True):
+            rows = [row.cpu().numpy() for row, kept in zip(x, chosen, strict=True) if kept]
+            if spec.global_token == "mean":
+                rows.append(whole.cpu().numpy())
+            tokens.append(np.stack(rows).astype(np.float16))
+            global_tokens.append(whole.cpu().numpy().astype(np.float16))
+    return tokens, global_tokens
+
+
+def poison(folder, name, change):
+    """Change one tensor of a saved model."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors[name])
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def assert_nothing_written(folder):
+    assert [path.name for path in folder.iterdir() if "zarr" in path.name] == []
+
+
+@pytest.mark.parametrize("make", FAMILIES, **by_name)
+def test_store_holds_the_encoders_activations_as_float16(extracted, make):
+    spec, path, batches = extracted(make)
+    opened = store.open_store(path, "activations")
+    for layer in range(spec.layers):
+        tokens, global_tokens = expected(spec, batches, layer)
+        group = opened[f"layer-{layer:02d}"]
+        assert group["tokens"].dtype == group["global"].dtype == np.float16
+        assert np.array_equal(group["tokens"][:], np.concatenate(tokens))
+        assert np.array_equal(group["global"][:], np.stack(global_tokens))
+        assert np.array_equal(opened["offsets"][:], np.cumsum([0, *map(len, tokens)]))
+
+
+@pytest.mark.parametrize("make", FAMILIES, **by_name)
+def test_global_token_of_each_sample_is_one_of_its_training_rows(extracted, make):
+    spec, path, _ = extracted(make)
+    reader = TokenReader.open(path, layer=1)
+    for sample, token in enumerate(reader.global_tokens.astype(np.float32)):
+        rows = reader.read(np.array([sample])).numpy()
+        assert (rows == token).all(axis=1).any()
+        if spec.global_token == "mean":
+            assert np.array_equal(rows[-1], token)
+
+
+@pytest.mark.parametrize("make", [models.deberta, models.siglip_image], **by_name)
+def test_mean_is_stored_as_the_last_training_row_of_its_sample(extracted, make):
+    _, path, _ = extracted(make)
+    reader = TokenReader.open(path, layer=2)
+    for sample, token in enumerate(reader.global_tokens):
+        rows = reader.read(np.array([sample])).numpy()
+        # Each float16 is off by at most 2^-11 of the largest value.
+        assert np.allclose(rows[:-1].mean(0), token, rtol=0, atol=2**-10 * np.abs(rows).max())
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("samples", [[4, 0, 4, 6], [6], [0, 1, 2, 3, 4, 5, 6]])
+def test_reader_gives_the_rows_of_any_samples_in_their_order(extracted, monkeypatch, samples, in_memory):
+    spec, path, batches = extracted(models.bert)
+    if not in_memory:
+        monkeypatch.setattr(activations, "_IN_MEMORY_BYTES", 0)
+    reader = TokenReader.open(path, layer=1)
+    tokens, _ = expected(spec, batches, 1)
+    rows = reader.read(np.array(samples))
+    assert rows.dtype == torch.float32
+    assert np.array_equal(rows.numpy(), np.concatenate([tokens[i] for i in samples]).astype(np.float32))
+    assert len(reader) == len(ROWS)
+    assert reader.width == spec.width
+
+
+def test_many_small_shards_hold_the_same(extracted, data, tmp_path, monkeypatch):
+    spec, _, batches = extracted(models.bert)
+    monkeypatch.setattr(store, "_CHUNK_BYTES", 2 * spec.width * 3)
+    monkeypatch.setattr(activations, "_SHARD_BYTES", 2 * spec.width * 6)
+    extract_activations(load_encoder(spec), data, tmp_path / "tiny.zarr")
+    reader = TokenReader.open(tmp_path / "tiny.zarr", layer=2)
+    tokens, global_tokens = expected(spec, batches, 2)
+    assert np.array_equal(reader.read(np.arange(len(ROWS))).numpy(), np.concatenate(tokens).astype(np.float32))
+    assert np.array_equal(reader.global_tokens, np.stack(global_tokens))
+
+
+def test_store_says_what_it_was_made_from(extracted, data):
+    spec, path, _ = extracted(models.bert)
+    described = store.open_store(path, "activations").attrs["spec"]
+    assert described["name"] == "tiny"
+    assert described["content_hash"] == data.content_hash
+    assert (described["samples"], described["layers"], described["width"]) == (len(ROWS), [0, 1, 2], spec.width)
+    assert described["encoder"]["model"] == spec.model
+    assert described["encoder"]["global_token"] == "first"
+
+
+def test_only_the_layers_in_use_are_stored_and_another_is_an_error_that_names_them(extracted, data, tmp_path):
+    spec, path, _ = extracted(models.bert)
+    some = tmp_path / "some.zarr"
+    extract_activations(load_encoder(batched(spec, use_layers=[0, 2])), data, some)
+    whole = TokenReader.open(path, layer=2)
+    everything = np.arange(len(ROWS))
+    assert torch.equal(TokenReader.open(some, layer=2).read(everything), whole.read(everything))
+    with pytest.raises(StoreError, match=r"some\.zarr: no layer 1; it has layer-00, layer-02"):
+        TokenReader.open(some, layer=1)
+
+
+def test_an_activation_that_is_not_finite_is_an_error_that_names_encoder_layer_and_sample(data, tmp_path):
+    models.save_bert(tmp_path / "model")
+    word = models.bert_tokenizer().convert_tokens_to_ids("hat")
+    poison(tmp_path / "model", "embeddings.word_embeddings.weight", lambda x: x[word].fill_(torch.nan))
+    encoder = load_encoder(batched(models.entry(tmp_path / "model", "text", "first", kind="language")))
+    sample = next(i for i, caption in enumerate(ROWS) if "hat" in caption)
+    assert sample >= BATCH
+    with pytest.raises(NumericsError, match=f"^tiny, layer 0, sample {sample}: a value that is not finite"):
+        extract_activations(encoder, data, tmp_path / "tiny.zarr")
+    assert_nothing_written(tmp_path)
+
+
+def test_an_activation_beyond_float16_is_an_error_that_names_encoder_layer_and_sample(data, tmp_path):
+    models.save_bert(tmp_path / "model")
+    poison(tmp_path / "model", "encoder.layer.1.output.LayerNorm.bias", lambda x: x[3:4].fill_(1e5))
+    encoder = load_encoder(batched(models.entry(tmp_path / "model", "text", "first", kind="language")))
+    with pytest.raises(NumericsError, match=r"^tiny, layer 1, sample 0: 1e\+05 is beyond float16's 65504"):
+        extract_activations(encoder, data, tmp_path / "tiny.zarr")
+    assert_nothing_written(tmp_path)
+
+
+def test_an_activation_beyond_float16_at_any_token_is_an_error_that_names_its_sample(data, tmp_path):
+    model = models.save_clip(tmp_path / "model")
+    # The z of the last caption alone; nothing of a caption reaches back to its first token, the global one here.
+    letter = models.clip_tokenizer().convert_tokens_to_ids("z")
+    poison(tmp_path / "model", "text_model.embeddings.token_embedding.weight", lambda x: x[letter].fill_(1e6))
+    encoder = load_encoder(batched(models.entry(tmp_path / "model", "text", "first")))
+    assert "".join(ROWS).count("z") == 1
+    assert model.config.text_config.num_hidden_layers == LAYERS
+    with pytest.raises(NumericsError, match=r"^tiny, layer 0, sample 6: 1e\+06 is beyond float16's 65504"):
+        extract_activations(encoder, data, tmp_path / "tiny.zarr")
+    assert_nothing_written(tmp_path)
+
+
+def test_an_encoder_of_another_width_leaves_no_store(data, tmp_path):
+    models.save_bert(tmp_path / "model")
+    spec = batched(models.entry(tmp_path / "model", "text", "first", kind="language"), width=20)
+    with pytest.raises(EncoderError, match="set width: 16"):
+        extract_activations(load_encoder(spec), data, tmp_path / "tiny.zarr")
+    assert_nothing_written(tmp_path)

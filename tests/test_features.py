@@ -1,0 +1,153 @@
+"""The recorded features and statistics, against NumPy over the same float16 activations."""
+
+import numpy as np
+import pytest
+import torch
+
+from conceptshare.errors import NumericsError, StoreError
+from conceptshare.features import read_statistics, record_features
+from conceptshare.sae import TopKSAE, save_sae
+from conceptshare.store import layer_name, open_store
+
+# More rows and columns than are encoded, or stored in a chunk, at once.
+SAMPLES, D, F = 1100, 6, 600
+
+
+def write_sae(saes, layer, seed, W_enc, b_dec):
+    folder = saes / layer_name(layer) / f"seed-{seed}"
+    folder.mkdir(parents=True)
+    sae = TopKSAE(*W_enc.shape, k=2)
+    with torch.no_grad():
+        sae.W_enc_T.copy_(torch.from_numpy(W_enc.T))
+        sae.W_dec.copy_(torch.from_numpy(W_enc.T))
+        sae.b_dec.copy_(torch.from_numpy(b_dec))
+    save_sae(sae, folder, "vit", f"layer {layer}")
+
+
+@pytest.fixture
+def stage(tmp_path, write_activations, rng):
+    """Two layers of activations and their SAEs, in multiples of 1/8 on which float32 arithmetic is exact."""
+    tokens, weights = {}, {}
+    for layer in (0, 2):
+        x = rng.integers(-40, 40, (SAMPLES, 2, D)) / 8
+        W_enc, b_dec = rng.integers(-8, 8, (D, F)) / 8, rng.integers(-8, 8, D) / 8
+        W_enc[:, :10] = 0  # features that are never active
+        W_enc[:, 10:20] = np.array([1, 0, 0, 0, 0, 0])[:, None]  # of few values, so with many ties
+        W_enc[:, 20:30] = np.array([1e-3] * D)[:, None] * np.arange(10)  # inexact
+        x[:, 0, 1] = np.where(rng.random(SAMPLES) < 0.9, -50, x[:, 0, 1])
+        W_enc[:, 30:40] = np.array([0, 1, 0, 0, 0, 0])[:, None]  # active on few
+        tokens[layer], weights[layer] = x, (W_enc.astype(np.float32), b_dec.astype(np.float32))
+        write_sae(tmp_path / "saes", layer, 7, *weights[layer])
+    store = write_activations(tmp_path / "vit.zarr", {layer: list(x) for layer, x in tokens.items()})
+    return store, tokens, weights
+
+
+@pytest.fixture
+def recorded(stage, tmp_path):
+    store, tokens, weights = stage
+    record_features(store, tmp_path / "saes", 7, tmp_path / "vit@7.zarr")
+    return open_store(tmp_path / "vit@7.zarr", "features"), tokens, weights
+
+
+def test_features_are_those_of_the_global_token_before_top_k_and_after_relu(recorded):
+    store, tokens, weights = recorded
+    for layer in (0, 2):
+        W_enc, b_dec = (w.astype(np.float64) for w in weights[layer])
+        x = tokens[layer][:, 0].astype(np.float16).astype(np.float64)
+        expected = np.maximum((x - b_dec) @ W_enc, 0)
+        found = store[layer_name(layer)]["features"]
+        assert found.dtype == np.float16
+        exact = [*range(20), *range(30, F)]
+        np.testing.assert_array_equal(found[:][:, exact], expected[:, exact].astype(np.float16))
+        np.testing.assert_allclose(found[:][:, 20:30], expected[:, 20:30], rtol=2**-11 + 1e-5, atol=1e-6)
+        assert (expected[:, 40:] > 0).sum(1).min() > 2  # more than k, which would be all that TopK leaves
+
+
+def test_statistics_are_those_of_the_stored_features(recorded):
+    store, _, _ = recorded
+    for layer in (0, 2):
+        group = store[layer_name(layer)]
+        f = group["features"][:].astype(np.float64)
+        np.testing.assert_allclose(group["strength"][:], f.sum(0), rtol=1e-12)
+        np.testing.assert_array_equal(group["density"][:], (f > 0).mean(0))
+        assert group["strength"].dtype == group["density"].dtype == np.float64
+        assert (group["density"][:10] == 0).all()
+
+
+def test_top_samples_are_the_strongest_and_of_equals_the_earlier(recorded):
+    store, _, _ = recorded
+    for layer in (0, 2):
+        group = store[layer_name(layer)]
+        f = group["features"][:].astype(np.float64)
+        order = np.argsort(-f, axis=0, kind="stable")[:100]
+        values = np.take_along_axis(f, order, axis=0)
+        np.testing.assert_array_equal(group["top_values"][:], values.T)
+        np.testing.assert_array_equal(group["top_samples"][:], np.where(values > 0, order, -1).T)
+        assert group["top_samples"].dtype == np.int32
+        # The example has what the claims are about.
+        assert (np.diff(values[:, 10:20], axis=0) == 0).any()
+        few = group["top_samples"][30:40]
+        assert (few == -1).any()
+        assert (few >= 0).any()
+        assert few.max() >= 1024  # in the second block
+
+
+def test_statistics_are_read_back_by_layer(recorded, tmp_path):
+    store, _, _ = recorded
+    statistics = read_statistics(tmp_path / "vit@7.zarr")
+    assert list(statistics) == [0, 2]
+    for layer, found in statistics.items():
+        for name in ("strength", "density", "top_samples"):
+            np.testing.assert_array_equal(getattr(found, name), store[layer_name(layer)][name][:])
+
+
+def test_the_spec_says_what_the_features_are_of(recorded):
+    spec = recorded[0].attrs["spec"]
+    assert {**spec, "encoder": None} == {
+        "name": "vit",
+        "encoder": None,
+        "content_hash": "the same samples",
+        "samples": SAMPLES,
+        "layers": [0, 2],
+        "seed": 7,
+    }
+
+
+def test_fewer_samples_than_top_samples(tmp_path, write_features):
+    x = np.array([[0, 1, 2], [0, 3, 2], [0, 0, 2]])
+    write_features(tmp_path, "vit@0", {0: x})
+    group = open_store(tmp_path / "vit@0.zarr", "features")["layer-00"]
+    assert group["top_samples"][:].tolist() == [[-1, -1, -1], [1, 0, -1], [0, 1, 2]]
+    assert group["top_values"][:].tolist() == [[0, 0, 0], [3, 1, 0], [2, 2, 2]]
+
+
+def nothing_written(tmp_path):
+    return not [path for path in tmp_path.iterdir() if path.name.startswith("vit@")]
+
+
+def test_a_missing_sae_is_named_and_nothing_is_written(stage, tmp_path):
+    with pytest.raises(StoreError, match=r"saes/layer-00/seed-8: no readable SAE"):
+        record_features(stage[0], tmp_path / "saes", 8, tmp_path / "vit@8.zarr")
+    assert nothing_written(tmp_path)
+
+
+def test_an_sae_of_another_width_is_refused_and_nothing_is_written(stage, tmp_path):
+    write_sae(tmp_path / "saes", 0, 9, np.zeros((D + 1, F), np.float32), np.zeros(D + 1, np.float32))
+    with pytest.raises(StoreError, match=r"layer-00/seed-9: an SAE for width 7, where the activations have 6"):
+        record_features(stage[0], tmp_path / "saes", 9, tmp_path / "vit@9.zarr")
+    assert nothing_written(tmp_path)
+
+
+def test_missing_activations_are_named(tmp_path):
+    with pytest.raises(StoreError, match=r"vit\.zarr: no activations store"):
+        record_features(tmp_path / "vit.zarr", tmp_path / "saes", 0, tmp_path / "vit@0.zarr")
+
+
+def test_a_feature_beyond_float16_names_layer_and_sample_and_nothing_is_written(tmp_path, write_activations):
+    x = np.zeros((1100, 1, 2))
+    x[1050, 0] = 300
+    store = write_activations(tmp_path / "vit.zarr", {4: list(x)})
+    write_sae(tmp_path / "saes", 4, 0, np.full((2, 3), 200, np.float32), np.zeros(2, np.float32))
+    with pytest.raises(NumericsError, match=r"vit@0, layer 4, sample 1050: 1\.2e\+05 is beyond float16's 65504"):
+        record_features(store, tmp_path / "saes", 0, tmp_path / "vit@0.zarr")
+    assert nothing_written(tmp_path)

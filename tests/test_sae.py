@@ -1,0 +1,415 @@
+"""Gradients and training against plain dense autograd, metrics against their definitions, folders against damage."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conceptshare.activations import TokenReader
+from conceptshare.errors import NumericsError, StoreError
+from conceptshare.sae import TopKSAE, evaluate, load_sae, save_sae, train, train_sae
+from conceptshare.study import SAESettings
+
+
+def dense_reconstruction(x, W_enc, W_dec, b_dec, k):
+    """x_hat as the equations have it, every latent taking part: dropped ones as zeros."""
+    f = torch.relu((x - b_dec) @ W_enc)
+    values, indices = f.topk(k, dim=1)
+    return torch.zeros_like(f).scatter(1, indices, values) @ W_dec + b_dec
+
+
+def some_sae(d_in=8, d_sae=24, k=4, seed=0):
+    """An SAE away from its start: b_dec is not zero, and encoder and decoder are not aligned."""
+    generator = torch.Generator().manual_seed(seed)
+    sae = TopKSAE(d_in, d_sae, k, generator)
+    with torch.no_grad():
+        sae.b_dec.normal_(generator=generator)
+        sae.W_dec.normal_(generator=generator)
+    return sae
+
+
+def equations(sae):
+    """The SAE's parameters as leaves of their own, in the shapes of the equations."""
+    return [p.detach().clone().requires_grad_() for p in (sae.W_enc, sae.W_dec, sae.b_dec)]
+
+
+# In the last case most tokens have fewer than k latents above zero.
+@pytest.mark.parametrize(("d_in", "d_sae", "k", "tokens"), [(8, 24, 4, 50), (3, 3, 1, 1), (16, 16, 16, 40)])
+def test_gradients_equal_those_of_dense_autograd(d_in, d_sae, k, tokens):
+    sae = some_sae(d_in, d_sae, k)
+    x = torch.randn(tokens, d_in, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    (sae(x) - x).square().mean().backward()
+    y = x.detach().clone().requires_grad_()
+    W_enc, W_dec, b_dec = equations(sae)
+    (dense_reconstruction(y, W_enc, W_dec, b_dec, k) - y).square().mean().backward()
+    expected = {"W_enc_T": W_enc.grad.T, "W_dec": W_dec.grad, "b_dec": b_dec.grad}
+    for name, parameter in sae.named_parameters():
+        assert expected[name].abs().max() > 1e-3
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_equal_finite_differences():
+    sae = some_sae(d_in=5, d_sae=11, k=3).double()
+    x = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def loss():
+        return (sae(x) - x).square().mean()
+
+    loss().backward()
+    step = 1e-6
+    for name, parameter in sae.named_parameters():
+        flat, differences = parameter.data.view(-1), []
+        for i in range(len(flat)):
+            kept = flat[i].item()
+            flat[i] = kept + step
+            above = loss().item()
+            flat[i] = kept - step
+            differences.append((above - loss().item()) / (2 * step))
+            flat[i] = kept
+        expected = torch.tensor(differences, dtype=torch.float64).view_as(parameter)
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_reconstruction_keeps_the_k_largest_latents_alone():
+    sae = some_sae()
+    x = torch.randn(30, 8, generator=torch.Generator().manual_seed(1))
+    expected = dense_reconstruction(x, sae.W_enc, sae.W_dec, sae.b_dec, 4)
+    torch.testing.assert_close(sae(x), expected, rtol=1e-5, atol=1e-5)
+    f = torch.relu((x - sae.b_dec) @ sae.W_enc)
+    torch.testing.assert_close(sae.encode(x), f)
+    torch.testing.assert_close(sae.top_k(x).values, f.sort(dim=1, descending=True).values[:, :4])
+
+
+def test_initial_weights():
+    D, F = 48, 2000
+    sae = TopKSAE(D, F, 4, torch.Generator().manual_seed(0))
+    assert sae.W_enc.shape == (D, F)
+    assert sae.W_dec.shape == (F, D)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(F))
+    directions = sae.W_enc.T / sae.W_enc.norm(dim=0)[:, None]
+    torch.testing.assert_close(sae.W_dec, directions)
+    assert (sae.b_dec == 0).all()
+    # Kaiming-uniform: evenly spread up to sqrt(6 / D), of variance 2 / D
+    bound = math.sqrt(6 / D)
+    assert 0.999 * bound < sae.W_enc.max() <= bound
+    assert -bound <= sae.W_enc.min() < -0.999 * bound
+    assert sae.W_enc.var().item() == pytest.approx(2 / D, rel=0.02)
+    assert sae.W_enc.mean().item() == pytest.approx(0, abs=0.01 * bound)
+
+
+def test_more_latents_a_token_than_there_are_is_refused():
+    with pytest.raises(NumericsError, match=r"k = 9 is more than the 8 latents"):
+        TopKSAE(4, 8, 9)
+    with pytest.raises(NumericsError, match=r"k = 33"):
+        train(reader(planted()), SAESettings(expansion=2, k=33), seed=0)
+
+
+def planted(samples=400, tokens_each=3, d_in=16, atoms=32, seed=0):
+    """Tokens of each sample: sums of three of 32 unit vectors, with positive coefficients, off a mean of 0.5."""
+    rng = np.random.default_rng(seed)
+    dictionary = rng.standard_normal((atoms, d_in))
+    dictionary /= np.linalg.norm(dictionary, axis=1, keepdims=True)
+    codes = np.zeros((samples * tokens_each, atoms))
+    for code in codes:
+        code[rng.choice(atoms, 3, replace=False)] = rng.uniform(0.5, 2, 3)
+    return list((codes @ dictionary + 0.5).astype(np.float16).reshape(samples, tokens_each, d_in))
+
+
+def reader(tokens):
+    return TokenReader(
+        np.concatenate(tokens),
+        np.stack([sample[0] for sample in tokens]),
+        np.cumsum([0, *(len(sample) for sample in tokens)]),
+    )
+
+
+def dense_training(tokens, settings, seed):
+    """The same training in other words: dense autograd, Adam by its paper, batches of samples from one generator."""
+    D = tokens[0].shape[1]
+    F = settings.expansion * D
+    generator = torch.Generator().manual_seed(seed)
+    bound = math.sqrt(6 / D)
+    W_enc = torch.empty(F, D).uniform_(-bound, bound, generator=generator).T
+    W_dec = (W_enc / W_enc.norm(dim=0)).T
+    parameters = [p.clone().requires_grad_() for p in (W_enc, W_dec, torch.zeros(D))]
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
+    orders = [torch.randperm(len(tokens), generator=generator).tolist() for _ in range(settings.epochs)]
+    size, losses = settings.batch_samples, []
+    for order in orders:
+        for start in range(0, len(order), size):
+            x = torch.from_numpy(np.concatenate([tokens[i] for i in order[start : start + size]]).astype(np.float32))
+            loss = (dense_reconstruction(x, *parameters, settings.k) - x).square().mean()
+            gradients = torch.autograd.grad(loss, parameters)
+            losses.append(loss.item())
+            t = len(losses)
+            with torch.no_grad():
+                for p, (m, v), g in zip(parameters, moments, gradients, strict=True):
+                    m.mul_(0.9).add_(0.1 * g)
+                    v.mul_(0.999).add_(0.001 * g * g)
+                    p -= settings.learning_rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+    return parameters, losses
+
+
+def test_200_steps_of_training_equal_dense_autograd():
+    tokens = [sample[: 1 + i % 3] for i, sample in enumerate(planted(samples=398))]  # ragged, and a short last batch
+    settings = SAESettings(expansion=4, k=4, learning_rate=3e-3, epochs=2, batch_samples=4)
+    sae, losses = train(reader(tokens), settings, seed=7)
+    (W_enc, W_dec, b_dec), expected = dense_training(tokens, settings, seed=7)
+    assert len(losses) == 200
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    torch.testing.assert_close(sae.W_enc, W_enc, rtol=0, atol=1e-5)
+    torch.testing.assert_close(sae.W_dec, W_dec, rtol=0, atol=1e-5)
+    torch.testing.assert_close(sae.b_dec, b_dec, rtol=0, atol=1e-5)
+    # So close only because it is the same training: the weights went far from where they began.
+    start = TopKSAE(16, 64, 4, torch.Generator().manual_seed(7))
+    assert (sae.W_enc - start.W_enc).abs().max() > 0.1
+
+
+def test_training_learns_planted_features():
+    tokens = reader(planted(samples=2000))
+    settings = SAESettings(expansion=4, k=3, learning_rate=1e-2, epochs=4)
+    everything = [tokens.read(np.arange(len(tokens)))]
+    sae, losses = train(tokens, settings, seed=0)
+    before = evaluate(TopKSAE(16, 64, 3, torch.Generator().manual_seed(0)), everything)
+    after = evaluate(sae, everything)
+    assert losses[-20:].mean() < 0.25 * losses[:5].mean()
+    assert after.fvu < 0.25 * before.fvu
+    assert after.fvu < 0.25
+    assert after.l0 <= 3
+
+
+def test_the_papers_settings_are_the_defaults():
+    settings = SAESettings()
+    assert (settings.expansion, settings.k, settings.learning_rate) == (8, 32, 5e-5)
+    assert (settings.epochs, settings.batch_samples) == (1, 16)
+
+
+def test_predicting_the_mean_has_fvu_1():
+    x = 100 + torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+    sae = some_sae()
+    with torch.no_grad():
+        sae.W_dec.zero_()
+        sae.b_dec.copy_(x.mean(0))
+    assert evaluate(sae, x.split(64)).fvu == pytest.approx(1, abs=1e-4)
+
+
+def sae_of_both_signs(D):
+    """x = relu(x) - relu(-x): a perfect reconstruction with D active latents of 2D."""
+    sae = TopKSAE(D, 2 * D, D)
+    with torch.no_grad():
+        both = torch.cat([torch.eye(D), -torch.eye(D)])
+        sae.W_enc_T.copy_(both)
+        sae.W_dec.copy_(both)
+    return sae
+
+
+def test_perfect_reconstruction_has_fvu_0():
+    x = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+    quality = evaluate(sae_of_both_signs(8), x.split(64))
+    assert quality.fvu == pytest.approx(0, abs=1e-10)
+    assert (quality.tokens, quality.l0, quality.dead) == (500, 8, 0)
+
+
+def test_l0_counts_latents_above_zero_and_dead_those_that_never_are():
+    x = torch.tensor([[1.0, -2, 0], [3, 0, 0], [0, 0, 0]])  # of the latents +1 +2 +3 -1 -2 -3, +1 and -2 are active
+    quality = evaluate(sae_of_both_signs(3), [x[:1], x[1:]])
+    assert quality.l0 == pytest.approx(3 / 3)
+    assert quality.dead == pytest.approx(4 / 6)
+
+
+def test_a_latent_that_top_k_always_drops_is_dead():
+    sae = TopKSAE(2, 2, 1)
+    with torch.no_grad():
+        sae.W_enc_T.copy_(torch.tensor([[2.0, 0], [1.0, 0]]))
+        sae.W_dec.zero_()
+    quality = evaluate(sae, [torch.rand(10, 2) + 0.1])
+    assert (quality.l0, quality.dead) == (1, 0.5)
+
+
+def fvu(x, reconstructed):
+    x, reconstructed = np.asarray(x, np.float64), np.asarray(reconstructed, np.float64)
+    return ((x - reconstructed) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+
+
+@pytest.mark.parametrize("batch", [1, 7, 200])
+def test_evaluation_does_not_depend_on_batches_and_keeps_precision_far_from_zero(batch):
+    x = 1000 + torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    sae = some_sae()
+    with torch.no_grad():
+        sae.b_dec.fill_(1000)
+        expected = fvu(x, dense_reconstruction(x, sae.W_enc, sae.W_dec, sae.b_dec, 4))
+    assert evaluate(sae, x.split(batch)).fvu == pytest.approx(expected, rel=1e-4)
+
+
+def test_fvu_of_tokens_that_are_all_alike_is_nan():
+    assert math.isnan(evaluate(some_sae(), [torch.full((4, 8), 0.5)]).fvu)
+
+
+SETTINGS = SAESettings(expansion=2, k=4, learning_rate=1e-3)
+
+
+@pytest.fixture
+def activations(tmp_path, write_activations):
+    tokens = planted(samples=60)
+    return write_activations(tmp_path / "activations" / "vit.zarr", {0: tokens, 3: tokens})
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_same_seed_gives_the_same_bytes(activations, tmp_path):
+    for name in ("one", "two"):
+        train_sae(activations, 3, SETTINGS, seed=0, out=tmp_path / name)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert set(contents(tmp_path / "one")) == {"sae_weights.safetensors", "cfg.json", "metrics.json", "loss.csv"}
+
+
+def test_another_seed_layer_or_encoder_gives_other_initial_weights(activations, tmp_path, write_activations):
+    """With equal ones, features of two SAEs would line up by their index."""
+    other = write_activations(tmp_path / "activations" / "bert.zarr", {3: planted(samples=60)})
+    runs = {"a": (activations, 3, 0), "b": (activations, 3, 1), "c": (activations, 0, 0), "d": (other, 3, 0)}
+    settings = SETTINGS.model_copy(update={"learning_rate": 1e-12})
+    for name, (store, layer, seed) in runs.items():
+        train_sae(store, layer, settings, seed, tmp_path / name)
+    weights = [load_sae(tmp_path / name).W_dec for name in runs]
+    for i, one in enumerate(weights):
+        for other_weights in weights[:i]:
+            assert (one @ other_weights.T).diagonal().abs().mean() < 0.5
+
+
+def test_recorded_metrics_are_those_of_all_tokens_and_of_the_global_ones(activations, tmp_path):
+    train_sae(activations, 3, SETTINGS, seed=0, out=tmp_path / "sae")
+    metrics = json.loads((tmp_path / "sae" / "metrics.json").read_text())
+    tensors = load_file(tmp_path / "sae" / "sae_weights.safetensors")
+    tokens = np.concatenate(planted(samples=60)).astype(np.float32)
+    for name, x in (("all_tokens", tokens), ("global_tokens", tokens[::3])):
+        expected = dense_reconstruction(
+            torch.from_numpy(x), tensors["W_enc"], tensors["W_dec"], tensors["b_dec"], SETTINGS.k
+        )
+        assert metrics[name]["fvu"] == pytest.approx(fvu(x, expected), rel=1e-5)
+        assert metrics[name]["tokens"] == len(x)
+        assert 0 < metrics[name]["l0"] <= SETTINGS.k
+        assert 0 <= metrics[name]["dead"] < 1
+    assert metrics["steps"] == 4  # 60 samples in batches of 16
+    assert metrics["settings"]["learning_rate"] == 1e-3
+
+
+def test_recorded_losses_fall(activations, tmp_path):
+    settings = SETTINGS.model_copy(update={"epochs": 20})
+    train_sae(activations, 0, settings, seed=0, out=tmp_path / "sae")
+    with (tmp_path / "sae" / "loss.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(80))
+    losses = [float(row["loss"]) for row in rows]
+    assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
+
+
+def test_a_saved_sae_loads_as_it_was(tmp_path):
+    sae = some_sae()
+    save_sae(sae, tmp_path, "vit", "layer 3")
+    loaded = load_sae(tmp_path)
+    assert loaded.k == sae.k
+    for name, parameter in sae.named_parameters():
+        assert torch.equal(parameter, dict(loaded.named_parameters())[name])
+    assert load_sae(str(tmp_path)).W_enc.shape == (8, 24)
+
+
+def test_the_files_are_what_saelens_reads(tmp_path):
+    sae = some_sae(d_in=8, d_sae=24, k=4)
+    save_sae(sae, tmp_path, "vit", "layer 3")
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    metadata = config.pop("metadata")
+    assert config == {
+        "architecture": "topk",
+        "d_in": 8,
+        "d_sae": 24,
+        "k": 4,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "rescale_acts_by_decoder_norm": False,
+    }
+    assert {"sae_lens_version", "model_name", "hook_name", "token_position"} <= set(metadata)
+    tensors = load_file(tmp_path / "sae_weights.safetensors")
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == {
+        "W_enc": (8, 24),
+        "W_dec": (24, 8),
+        "b_enc": (24,),
+        "b_dec": (8,),
+    }
+    assert all(t.dtype == torch.float32 for t in tensors.values())
+    assert (tensors["b_enc"] == 0).all()
+    assert torch.equal(tensors["W_enc"], sae.W_enc)
+
+
+def test_tokens_that_are_not_finite_are_an_error_and_leave_nothing(tmp_path, write_activations):
+    tokens = planted(samples=60)
+    tokens[37][1, 2] = np.nan
+    store = write_activations(tmp_path / "vit.zarr", {0: tokens})
+    with pytest.raises(NumericsError, match=r"vit layer 0 seed 5: the loss is not finite from step [0-3] on"):
+        train_sae(store, 0, SETTINGS, seed=5, out=tmp_path / "saes" / "sae")
+    assert not (tmp_path / "saes").exists() or not list((tmp_path / "saes").iterdir())
+
+
+def test_an_absent_layer_is_refused(activations, tmp_path):
+    with pytest.raises(StoreError, match="no layer 2; it has layer-00, layer-03"):
+        train_sae(activations, 2, SETTINGS, seed=0, out=tmp_path / "sae")
+    assert not (tmp_path / "sae").exists()
+
+
+def break_nothing_there(folder):
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+def break_no_weights(folder):
+    (folder / "sae_weights.safetensors").unlink()
+
+
+def break_no_config(folder):
+    (folder / "cfg.json").unlink()
+
+
+def break_truncated_weights(folder):
+    path = folder / "sae_weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def break_truncated_config(folder):
+    path = folder / "cfg.json"
+    path.write_text(path.read_text()[:-20])
+
+
+def break_other_width(folder):
+    path = folder / "cfg.json"
+    path.write_text(path.read_text().replace('"d_in": 8', '"d_in": 7'))
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        break_nothing_there,
+        break_no_weights,
+        break_no_config,
+        break_truncated_weights,
+        break_truncated_config,
+        break_other_width,
+    ],
+)
+def test_a_damaged_sae_is_refused(tmp_path, break_it):
+    folder = tmp_path / "seed-0"
+    folder.mkdir()
+    save_sae(some_sae(), folder, "vit", "layer 3")
+    load_sae(folder)
+    break_it(folder)
+    with pytest.raises(StoreError, match=r"seed-0: no readable SAE"):
+        load_sae(folder)

@@ -1,0 +1,278 @@
+"""Files and stores appear whole or not at all, and a store that is not whole does not open."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conceptshare.errors import NumericsError, StoreError
+from conceptshare.store import (
+    RowWriter,
+    as_float16,
+    layer_group,
+    layer_name,
+    new_array,
+    new_store,
+    open_store,
+    save_array,
+    written_aside,
+)
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_appears_under_its_name_only_when_it_is_complete(tmp_path):
+    out = tmp_path / "deep" / "table.csv"
+    with written_aside(out) as partial:
+        partial.write_text("half")
+        assert not out.exists()
+        assert partial.parent == out.parent  # or renaming could cross file systems
+    assert out.read_text() == "half"
+    assert names_in(out.parent) == ["table.csv"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_what_failed_leaves_nothing_behind_and_the_old_output_as_it_was(tmp_path, error, as_folder):
+    out = tmp_path / "result"
+    out.write_text("old")
+
+    def fail():
+        with written_aside(out) as partial:
+            if as_folder:
+                partial.mkdir()
+                (partial / "part").write_text("new")
+            else:
+                partial.write_text("new")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert out.read_text() == "old"
+    assert names_in(tmp_path) == ["result"]
+
+
+@pytest.mark.parametrize("old_is_folder", [True, False])
+@pytest.mark.parametrize("new_is_folder", [True, False])
+def test_an_old_output_is_replaced_whole(tmp_path, old_is_folder, new_is_folder):
+    out = tmp_path / "result"
+    if old_is_folder:
+        out.mkdir()
+        (out / "old").touch()
+    else:
+        out.touch()
+    with written_aside(out) as partial:
+        if new_is_folder:
+            partial.mkdir()
+            (partial / "new").touch()
+        else:
+            partial.write_text("new")
+    if new_is_folder:
+        assert names_in(out) == ["new"]
+    else:
+        assert out.read_text() == "new"
+
+
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_the_remains_of_a_killed_attempt_are_cleared_away(tmp_path, as_folder):
+    remains = tmp_path / "result.partial"
+    if as_folder:
+        remains.mkdir()
+        (remains / "left over").touch()
+    else:
+        remains.touch()
+    with written_aside(tmp_path / "result") as partial:
+        assert not partial.exists()
+        partial.mkdir()
+    assert names_in(tmp_path / "result") == []
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A small complete store with one sharded array of several chunks, one plain one, and one of zeros."""
+    path = tmp_path / "some.zarr"
+    with new_store(path, "numbers", {"of": "nothing", "layers": [0]}) as group:
+        new_array(group, "sharded", (6, 4), np.float16, chunks=(1, 4), shards=(2, 4))[...] = np.arange(24).reshape(6, 4)
+        save_array(group.create_group(layer_name(0)), "plain", np.arange(5.0))
+        new_array(group, "zeros", (7, 3), np.int32, chunks=(2, 2))[...] = 0
+    return path
+
+
+def chunks(path):
+    return sorted(p for p in path.rglob("*") if p.is_file() and p.name != "zarr.json")
+
+
+def test_a_store_comes_back_as_it_was_written(store):
+    group = open_store(store, "numbers")
+    assert group.attrs["spec"] == {"of": "nothing", "layers": [0]}
+    assert group.attrs["complete"] is True
+    assert (group["sharded"][:] == np.arange(24).reshape(6, 4)).all()
+    assert group["sharded"].dtype == np.float16
+    assert (group["layer-00/plain"][:] == np.arange(5)).all()
+    assert zarr.open_group(store, mode="r").metadata.zarr_format == 3
+
+
+def test_zeros_too_are_written_to_disk(store):
+    assert len(chunks(store / "zeros")) == 4 * 2
+    assert len(chunks(store / "sharded")) == 3
+
+
+def test_a_store_is_marked_incomplete_while_it_is_written_and_not_there_if_that_fails(tmp_path):
+    path = tmp_path / "some.zarr"
+
+    def fail():
+        with new_store(path, "numbers", {}) as group:
+            save_array(group, "x", np.ones(3))
+            partial = tmp_path / "some.zarr.partial"
+            assert json.loads((partial / "zarr.json").read_text())["attributes"]["complete"] is False
+            raise ValueError
+
+    with pytest.raises(ValueError):  # noqa: PT011 - raised just above
+        fail()
+    assert names_in(tmp_path) == []
+
+
+def test_a_missing_store_is_refused(tmp_path):
+    with pytest.raises(StoreError, match=r"absent\.zarr: no numbers store"):
+        open_store(tmp_path / "absent.zarr", "numbers")
+
+
+def test_a_store_of_another_kind_is_refused(store):
+    with pytest.raises(StoreError, match="'numbers', where one of 'features' is needed"):
+        open_store(store, "features")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"), [("version", 999, "version 999"), ("complete", False, "incomplete")]
+)
+def test_a_store_of_another_version_or_unfinished_is_refused(store, key, value, message):
+    zarr.open_group(store, mode="r+").attrs[key] = value
+    with pytest.raises(StoreError, match=message):
+        open_store(store, "numbers")
+
+
+def test_a_folder_that_zarr_made_for_others_is_refused(tmp_path):
+    zarr.open_group(tmp_path / "other.zarr", mode="w", zarr_format=3)
+    with pytest.raises(StoreError, match="a store of None"):
+        open_store(tmp_path / "other.zarr", "numbers")
+
+
+def test_any_missing_chunk_is_noticed(store):
+    assert len(chunks(store)) == 8 + 3 + 1
+    for chunk in chunks(store):
+        kept = chunk.read_bytes()
+        chunk.unlink()
+        with pytest.raises(StoreError, match="is missing"):
+            open_store(store, "numbers")
+        chunk.write_bytes(kept)
+    open_store(store, "numbers")
+
+
+def test_any_truncated_chunk_is_noticed(store):
+    for chunk in chunks(store):
+        kept = chunk.read_bytes()
+        chunk.write_bytes(kept[:-1])
+        with pytest.raises(StoreError, match=rf"{len(kept) - 1} bytes, not {len(kept)}"):
+            open_store(store, "numbers")
+        chunk.write_bytes(kept)
+    open_store(store, "numbers")
+
+
+def test_a_missing_array_description_is_noticed(store):
+    (store / "zeros" / "zarr.json").unlink()
+    with pytest.raises(StoreError, match=r"zeros/zarr\.json is missing"):
+        open_store(store, "numbers")
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}"])
+def test_a_damaged_root_is_refused_as_a_damaged_store(store, content):
+    (store / "zarr.json").write_text(content)
+    with pytest.raises(StoreError, match=r"some\.zarr"):
+        open_store(store, "numbers")
+
+
+def test_what_snakemake_puts_into_a_store_does_no_harm(store):
+    (store / ".snakemake_timestamp").touch()
+    assert len(open_store(store, "numbers")["sharded"][:]) == 6
+
+
+def test_a_store_can_be_moved(store, tmp_path):
+    os.rename(store, tmp_path / "elsewhere.zarr")  # noqa: PTH104 - what people do
+    assert len(open_store(tmp_path / "elsewhere.zarr", "numbers")["sharded"][:]) == 6
+
+
+def test_an_absent_layer_is_named_with_those_there_are(store):
+    group = open_store(store, "numbers")
+    assert (layer_group(group, 0, store)["plain"][:] == np.arange(5)).all()
+    with pytest.raises(StoreError, match="no layer 3; it has layer-00"):
+        layer_group(group, 3, store)
+
+
+def test_layer_names_sort_as_numbers_do():
+    assert layer_name(3) == "layer-03"
+    assert sorted(layer_name(n) for n in range(100)) == [layer_name(n) for n in range(100)]
+
+
+# Rows so wide that a chunk holds 8 of them, and a shard 16.
+WIDTH = 2**14
+
+
+@settings(max_examples=15)
+@given(st.lists(st.integers(0, 20), max_size=6))
+def test_rows_come_back_in_order_however_they_were_appended(tmp_path_factory, lengths):
+    path = tmp_path_factory.mktemp("rows") / "rows.zarr"
+    parts, start = [], 0
+    for length in lengths:
+        numbers = np.arange(start, start + length, dtype=np.float16)[:, None]
+        parts.append(numbers + np.arange(WIDTH, dtype=np.float16)[None] / 2)
+        start += length
+    with new_store(path, "numbers", {}) as group:
+        writer = RowWriter(group, "x", WIDTH, np.float16, shard_bytes=2**19)
+        for part in parts:
+            writer.append(part)
+        writer.close()
+    found = open_store(path, "numbers")["x"]
+    assert found.shards == (16, WIDTH)
+    assert found.dtype == np.float16
+    np.testing.assert_array_equal(found[:], np.concatenate([np.empty((0, WIDTH), np.float16), *parts]))
+
+
+def test_rows_of_zeros_are_written_to_disk(tmp_path):
+    with new_store(tmp_path / "rows.zarr", "numbers", {}) as group:
+        writer = RowWriter(group, "x", WIDTH, np.float16, shard_bytes=2**19)
+        writer.append(np.zeros((40, WIDTH), np.float16))
+        writer.close()
+    assert len(chunks(tmp_path / "rows.zarr")) == 3
+
+
+def test_float16_holds_what_fits():
+    values = np.array([[0.1, -65504.0], [65519.0, 1e-9]], np.float32)  # 65519 is rounded to the largest, 65504
+    halves = as_float16(values, "vit, layer 3", np.array([0, 1]))
+    assert halves.dtype == np.float16
+    assert halves.tolist() == [[float(np.float16(0.1)), -65504], [65504, 0]]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (70000, "7e+04 is beyond float16's 65504"),
+        (-65520, "6.55e+04 is beyond"),
+        (np.inf, "not finite"),
+        (-np.inf, "not finite"),
+        (np.nan, "not finite"),
+    ],
+)
+@pytest.mark.parametrize("shape", [(4, 3), (4, 2, 3)])
+def test_float16_refuses_what_does_not_fit_and_names_layer_and_sample(value, words, shape):
+    values = np.ones(shape, np.float32)
+    values[2, ..., 1] = value
+    with pytest.raises(NumericsError) as caught:
+        as_float16(values, "vit, layer 3", np.array([10, 10, 11, 12]))
+    assert "vit, layer 3, sample 11: " in str(caught.value)
+    assert words in str(caught.value)

@@ -1,0 +1,468 @@
+"""What a study may say, what its errors tell, and what its jobs are keyed by."""
+
+import json
+import random
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conceptshare.errors import StudyError
+from conceptshare.study import Member, build_study, load_study, pair_name
+
+ROOT = Path(__file__).parents[1]
+
+DATASETS = {"coco": {"source": "hub/coco", "id": "key"}, "laion": {"source": "hub/laion"}}
+ENCODERS = {
+    "vit": {"modality": "image", "kind": "vision"},
+    "dinov2": {"modality": "image", "kind": "vision"},
+    "clip-image": {"modality": "image", "kind": "vlm"},
+    "clip-text": {"modality": "text", "kind": "vlm"},
+    "bert": {"modality": "text", "kind": "language"},
+}
+
+
+@pytest.fixture
+def catalog(tmp_path):
+    folder = tmp_path / "workflow" / "catalog"
+    folder.mkdir(parents=True)
+    common = {"library": "transformers", "model": "hub/model", "layers": 12, "width": 768, "global_token": "first"}
+    encoders = {name: {**common, **entry} for name, entry in ENCODERS.items()}
+    (folder / "encoders.yaml").write_text(yaml.safe_dump(encoders))
+    (folder / "datasets.yaml").write_text(yaml.safe_dump(DATASETS))
+    return folder
+
+
+def config(**changes):
+    return {
+        "study": "test",
+        "datasets": {"coco": None},
+        "encoders": {name: {"seeds": [0, 1]} if name == "vit" else None for name in ENCODERS},
+        "saes": {"paper": None},
+    } | changes
+
+
+@pytest.fixture
+def build(catalog):
+    def built(**changes):
+        return build_study(config(**changes), "study.yaml", catalog)
+
+    return built
+
+
+@pytest.fixture
+def fault(build):
+    """The message of the error that a configuration gives."""
+
+    def message(**changes):
+        with pytest.raises(StudyError) as caught:
+            build(**changes)
+        return str(caught.value)
+
+    return message
+
+
+def test_the_default_study_is_sound(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = load_study("config.yaml")
+    assert study.pairs()
+
+
+def test_a_study_is_completed_from_the_catalog(build):
+    study = build(encoders={"vit": {"batch_size": 7}}, saes={"paper": {"k": 16}})
+    assert study.encoders["vit"].width == 768
+    assert study.encoders["vit"].batch_size == 7
+    assert study.datasets["coco"].source == "hub/coco"
+    assert study.saes["paper"].k == 16
+    assert study.saes["paper"].expansion == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "place", "suggestion"),
+    [
+        ({"analysis": {}}, "analysis", "analyses"),
+        ({"datasets": {"coco": {"captoin": "x"}}}, "datasets.coco.captoin", "caption"),
+        ({"encoders": {"vit": {"seed": [1]}}}, "encoders.vit.seed", "seeds"),
+        ({"saes": {"paper": {"expantion": 4}}}, "saes.paper.expantion", "expansion"),
+        ({"analyses": {"matrix": {}}}, "analyses.matrix", "matrices"),
+        ({"analyses": {"matrices": {"m": {"member": []}}}}, "analyses.matrices.m.member", "members"),
+        (
+            {"analyses": {"layerwise": {"l": {"pairs": [["vit", "bert"]], "pair": 1}}}},
+            "analyses.layerwise.l.pair",
+            "pairs",
+        ),
+        (
+            {
+                "analyses": {
+                    "sharedness": {
+                        "s": {"source": "vit", "shared_with": ["bert"], "not_shared_with": ["dinov2"], "picture": 3}
+                    }
+                }
+            },
+            "analyses.sharedness.s.picture",
+            "pictured",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_unknown_key_is_named_by_its_path_with_the_nearest_known_one(fault, changes, place, suggestion):
+    assert fault(**changes) == f"study.yaml: {place}: unknown key; did you mean {suggestion!r}?"
+
+
+def test_a_missing_key_is_named(fault, build, catalog):
+    given = config()
+    del given["saes"]
+    with pytest.raises(StudyError, match=r"^study\.yaml: saes: missing"):
+        build_study(given, "study.yaml", catalog)
+    own = {"mine": {"model": "hub/mine", "library": "transformers", "modality": "text", "kind": "language"}}
+    lines = fault(encoders=own).splitlines()
+    assert {line.split(": ")[1] for line in lines} == {
+        f"encoders.mine.{k}" for k in ("layers", "width", "global_token")
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"encoders": {"vitt": None}}, "encoders.vitt: 'vitt' is not in the catalog of encoders; did you mean 'vit'?"),
+        (
+            {"encoders": {"x": {"base": "brt"}}},
+            "encoders.x.base: 'brt' is not in the catalog of encoders; did you mean",
+        ),
+        ({"datasets": {"coko": None}}, "datasets.coko: 'coko' is not in the catalog of datasets; did you mean 'coco'?"),
+        ({"datasets": {"zzz": None}}, "there are: coco, laion"),
+    ],
+)
+def test_an_unknown_name_suggests_the_nearest_or_lists_those_there_are(fault, changes, words):
+    assert words in fault(**changes)
+
+
+def analyses_naming(text):
+    """Every place of a study that can name a member, with one that names ``text``."""
+    return {
+        "matrices.a.members": {"matrices": {"a": {"members": ["vit", text]}}},
+        "layerwise.a.pairs": {"layerwise": {"a": {"pairs": [["vit", text]]}}},
+        "sharedness.a.source": {
+            "sharedness": {"a": {"source": text, "shared_with": ["vit"], "not_shared_with": ["vit"]}}
+        },
+        "sharedness.a.shared_with": {
+            "sharedness": {"a": {"source": "vit", "shared_with": [text], "not_shared_with": ["bert"]}}
+        },
+        "sharedness.a.not_shared_with": {
+            "sharedness": {"a": {"source": "vit", "shared_with": ["bert"], "not_shared_with": [text]}}
+        },
+    }
+
+
+@pytest.mark.parametrize("place", analyses_naming(""))
+def test_an_analysis_that_names_an_absent_encoder_suggests_the_nearest(fault, place):
+    message = fault(analyses=analyses_naming("dinov1")[place])
+    assert f"analyses.{place}: 'dinov1': the study has no encoder 'dinov1'; did you mean 'dinov2'?" in message
+
+
+@pytest.mark.parametrize("place", analyses_naming(""))
+@pytest.mark.parametrize("seed", ["7", "x", "-1"])
+def test_an_analysis_that_names_an_absent_seed_says_which_there_are(fault, place, seed):
+    message = fault(analyses=analyses_naming(f"bert@{seed}")[place])
+    assert f"analyses.{place}: 'bert@{seed}': bert has the seeds [0]" in message
+
+
+@pytest.mark.parametrize(
+    "analyses", [analyses_naming("dinov1")["matrices.a.members"], {"layerwise": {"a": {"pairs": [["vit", "vit"]]}}}]
+)
+def test_an_error_is_a_line_that_names_the_key_and_not_the_whole_study(fault, analyses):
+    message = fault(analyses=analyses)
+    assert message.startswith("study.yaml: analyses.")
+    assert "hub/model" not in message
+    assert len(message) < 300
+
+
+@pytest.mark.parametrize("layers", [[12], [-1], [0, 3, 99]])
+def test_a_layer_the_encoder_lacks_is_refused(fault, layers):
+    message = fault(encoders={"vit": {"use_layers": layers}})
+    assert message.startswith("study.yaml: encoders.vit")
+    assert "it has layers 0 to 11" in message
+
+
+def test_no_layers_at_all_are_refused(fault):
+    assert "use_layers is empty" in fault(encoders={"vit": {"use_layers": []}})
+
+
+def test_layers_can_be_all_the_last_or_a_list(build):
+    encoders = {
+        "vit": None,
+        "bert": {"use_layers": "last"},
+        "dinov2": {"use_layers": [5, 1, 5]},
+    }
+    study = build(encoders=encoders)
+    assert study.encoders["vit"].layer_numbers() == list(range(12))
+    assert study.encoders["bert"].layer_numbers() == [11]
+    assert study.encoders["dinov2"].layer_numbers() == [1, 5]
+
+
+def test_a_seed_named_twice_is_refused(fault):
+    assert "seeds names a seed twice: [0, 1, 0]" in fault(encoders={"vit": {"seeds": [0, 1, 0]}})
+
+
+@pytest.mark.parametrize("seeds", [[], [-1], ["a"], 3])
+def test_seeds_that_cannot_be_are_refused(fault, seeds):
+    assert "encoders.vit.seeds" in fault(encoders={"vit": {"seeds": seeds}})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"k": 0}, {"expansion": 0}, {"learning_rate": 0}, {"epochs": 0}, {"batch_samples": 0}, {"k": "many"}, {"k": 1.5}],
+)
+def test_sae_settings_that_cannot_be_are_refused(fault, values):
+    (key,) = values
+    assert fault(saes={"paper": values}).startswith(f"study.yaml: saes.paper.{key}: ")
+
+
+def test_a_learning_rate_that_yaml_reads_as_text_is_a_number_all_the_same(build):
+    assert yaml.safe_load("5e-5") == "5e-5"
+    assert build(saes={"paper": {"learning_rate": "5e-5"}}).saes["paper"].learning_rate == 5e-5
+
+
+def test_base_derives_a_variant_and_overrides_it(build):
+    study = build(encoders={"vit": None, "vit-mean": {"base": "vit", "global_token": "mean"}})
+    assert study.encoders["vit"].global_token == "first"
+    variant = study.encoders["vit-mean"]
+    assert (variant.global_token, variant.model, variant.width) == ("mean", "hub/model", 768)
+    assert variant.activations_key() != study.encoders["vit"].activations_key()
+    assert variant.weights_key() == study.encoders["vit"].weights_key()
+
+
+def test_an_encoder_can_be_described_in_full(build):
+    entry = {
+        "library": "transformers",
+        "model": "hub/mine",
+        "modality": "text",
+        "kind": "language",
+        "layers": 2,
+        "width": 8,
+        "global_token": "mean",
+    }
+    assert build(encoders={"mine": entry}).encoders["mine"].layers == 2
+
+
+@pytest.mark.parametrize(
+    ("modality", "kind", "sound"),
+    [("image", "language", False), ("text", "vision", False), ("image", "vlm", True), ("text", "vlm", True)],
+)
+def test_what_an_encoder_reads_must_suit_what_it_was_trained_on(build, modality, kind, sound):
+    entry = {"base": "vit", "modality": modality, "kind": kind}
+    if sound:
+        build(encoders={"mine": entry})
+    else:
+        with pytest.raises(StudyError, match=rf"a {kind} encoder does not read {modality}s"):
+            build(encoders={"mine": entry})
+
+
+def test_a_layerwise_pair_with_itself_is_refused(fault, build):
+    message = fault(analyses={"layerwise": {"a": {"pairs": [["vit", "vit@0"]]}}})
+    assert "analyses.layerwise.a: vit is paired with itself" in message
+    build(analyses={"layerwise": {"a": {"pairs": [["vit@0", "vit@1"]]}}})
+
+
+@pytest.mark.parametrize("group", ["shared_with", "not_shared_with"])
+def test_a_sharedness_source_in_its_own_group_is_refused(fault, build, group):
+    analysis = {"source": "vit", "shared_with": ["bert"], "not_shared_with": ["dinov2"]}
+    assert "analyses.sharedness.a: the source vit is also in a group" in fault(
+        analyses={"sharedness": {"a": analysis | {group: ["clip-text", "vit@0"]}}}
+    )
+    build(analyses={"sharedness": {"a": analysis | {group: ["clip-text", "vit@1"]}}})
+
+
+@pytest.mark.parametrize("members", [[], ["vit"], ["vit", "vit@0"]])
+def test_a_matrix_of_fewer_than_two_members_is_refused(fault, members):
+    """There would be nothing to correlate, and the job that draws the matrix would fail."""
+    assert "analyses.matrices.a" in fault(analyses={"matrices": {"a": {"members": members}}})
+
+
+@pytest.mark.parametrize("name", ["a@b", "a__b", "a/b", "", "-a", "a b", ".", "..", "a.", "ä"])
+@pytest.mark.parametrize("place", ["study", "datasets", "encoders", "saes", "matrices", "layerwise", "sharedness"])
+def test_a_name_that_would_break_a_path_is_refused(fault, place, name):
+    sound = {
+        "datasets": {"source": "hub/x"},
+        "encoders": {"base": "vit"},
+        "saes": None,
+        "matrices": None,
+        "layerwise": {"pairs": [["vit", "bert"]]},
+        "sharedness": {"source": "vit", "shared_with": ["bert"], "not_shared_with": ["dinov2"]},
+    }
+    if place == "study":
+        message = fault(study=name)
+    elif place in ("datasets", "encoders", "saes"):
+        message = fault(**{place: {name: sound[place]}})
+    else:
+        message = fault(analyses={place: {name: sound[place]}})
+    assert f"{name!r} is not a name" in message
+
+
+@pytest.mark.parametrize("name", ["vit-l-14", "CLIP_ViT.L14", "a", "7b"])
+def test_names_as_models_have_them_are_sound(build, name):
+    assert name in build(encoders={name: {"base": "vit"}}).encoders
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"encoders": {1: None}},
+        {"datasets": {True: None}},
+        {"encoders": {"x": {"base": 5}}},
+        {"encoders": {"x": {"base": ["vit"]}}},
+        {"saes": {3: None}},
+        {"encoders": {"vit": 3}},
+        {"encoders": ["vit"]},
+        {"datasets": None},
+        {"saes": {}},
+        {"analyses": [1]},
+        {"study": None},
+    ],
+    ids=str,
+)
+def test_values_of_the_wrong_kind_are_errors_of_the_study(fault, changes):
+    """YAML reads ``1:`` as a number and ``on:`` as true; whatever it reads, the user gets a message."""
+    place = next(iter(changes))
+    assert f"study.yaml: {place}" in fault(**changes)
+
+
+def test_a_missing_path_is_refused(fault, build, tmp_path):
+    assert "datasets.mine.source: ./absent.csv does not exist" in fault(datasets={"mine": {"source": "./absent.csv"}})
+    assert "encoders.vit.model: /absent does not exist" in fault(encoders={"vit": {"model": "/absent"}})
+    assert "script:absent.py does not exist" in fault(encoders={"vit": {"model": "script:absent.py"}})
+    (tmp_path / "there.csv").touch()
+    build(datasets={"mine": {"source": str(tmp_path / "there.csv")}})
+
+
+def test_paths_of_the_catalog_are_relative_to_the_clone(catalog, tmp_path, monkeypatch):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "pairs.csv").touch()
+    (catalog / "datasets.yaml").write_text("pairs: {source: ./demo/pairs.csv}")
+    (tmp_path / "elsewhere").mkdir()
+    for here in (tmp_path, tmp_path / "elsewhere"):
+        monkeypatch.chdir(here)
+        study = build_study(config(datasets={"pairs": None}), "study.yaml", catalog)
+        assert Path(study.datasets["pairs"].source).resolve() == tmp_path / "demo" / "pairs.csv"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "no such file"), ("a: [", "not valid YAML"), ("- a", "expected a mapping"), ("", "study: missing")],
+)
+def test_a_file_that_is_no_study_is_named(tmp_path, catalog, content, words):
+    path = tmp_path / "mine.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(StudyError, match=rf"mine\.yaml: .*{words}"):
+        load_study(path, catalog)
+
+
+ANALYSES = {
+    "matrices": {"all": None, "few": {"members": ["vit@1", "bert", "clip-image"]}},
+    "layerwise": {"seeds": {"pairs": [["vit@1", "vit@0"], ["bert", "dinov2"]]}},
+    "sharedness": {
+        "seen": {"source": "vit@1", "shared_with": ["clip-text", "bert"], "not_shared_with": ["dinov2"]},
+    },
+}
+
+
+def shuffled(value, order):
+    """The same mapping with its keys, at every level, in another order."""
+    if not isinstance(value, dict):
+        return value
+    keys = list(value)
+    order.shuffle(keys)
+    return {key: shuffled(value[key], order) for key in keys}
+
+
+def keys_of(study):
+    """Everything that a workflow passes to its jobs."""
+    return {
+        "members": study.members_key(),
+        "pairs": study.pairs(),
+        "matrices": {name: study.matrix_key(name) for name in study.analyses.matrices},
+        "layerwise": {name: study.layerwise_key(name) for name in study.analyses.layerwise},
+        "sharedness": {name: study.sharedness_key(name) for name in study.analyses.sharedness},
+        "saes": {name: study.sae_key(name) for name in study.saes},
+        "datasets": {name: study.dataset_key(name) for name in study.datasets},
+        "weights": {name: spec.weights_key() for name, spec in study.encoders.items()},
+        "activations": {name: spec.activations_key() for name, spec in study.encoders.items()},
+    }
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_order_of_the_config_changes_neither_pairs_nor_keys(catalog, seed):
+    given = config(analyses=ANALYSES, datasets={"coco": {"limit": 10}, "laion": None})
+    expected = keys_of(build_study(given, "study.yaml", catalog))
+    other = shuffled(given, random.Random(seed))
+    other["analyses"]["matrices"]["few"]["members"].reverse()
+    other["analyses"]["sharedness"]["seen"]["shared_with"].reverse()
+    assert keys_of(build_study(other, "study.yaml", catalog)) == expected
+
+
+def test_pairs_are_those_the_analyses_need_each_sorted_and_once(build):
+    first_seeds = [Member(name, 0) for name in ENCODERS]
+    needed = {tuple(sorted(pair)) for pair in combinations(first_seeds, 2)}
+    vit1 = Member("vit", 1)
+    others = [Member("bert", 0), Member("clip-image", 0), Member("vit", 0), Member("clip-text", 0), Member("dinov2", 0)]
+    needed |= {tuple(sorted((vit1, other))) for other in others}
+    found = build(analyses=ANALYSES).pairs()
+    assert set(found) == needed
+    assert found == sorted(found)
+    assert len(found) == len(needed)
+
+
+def test_members_are_those_the_analyses_need(build):
+    study = build(analyses={"layerwise": {"a": {"pairs": [["vit@1", "bert"]]}}})
+    assert study.members() == [Member("bert", 0), Member("vit", 1)]
+    assert build().members() == []
+
+
+def test_a_matrix_is_grouped_as_the_papers_tables(build):
+    members = build(analyses=ANALYSES).matrix_members("all")
+    assert [str(member) for member in members] == ["clip-image@0", "dinov2@0", "vit@0", "clip-text@0", "bert@0"]
+
+
+def test_a_pair_has_one_name_whichever_way_round():
+    a, b = Member("vit", 0), Member("bert", 10)
+    assert pair_name(a, b) == pair_name(b, a) == "bert@10__vit@0"
+    assert pair_name(Member("vit", 10), Member("vit", 9)) == "vit@9__vit@10"
+
+
+def test_keys_leave_out_defaults_and_what_the_stage_does_not_depend_on(build):
+    plain = build(encoders={"vit": None})
+    same = build(
+        encoders={"vit": {"seeds": [3, 4], "note": "mine", "batch_size": 32, "use_layers": "all"}},
+        saes={"paper": {"k": 32, "learning_rate": 5e-5}},
+        datasets={"coco": {"note": "a note", "split": "train", "max_dropped": 0.01}},
+    )
+    assert plain.sae_key("paper") == same.sae_key("paper") == "{}"
+    assert plain.dataset_key("coco") == same.dataset_key("coco") == '{"id": "key", "source": "hub/coco"}'
+    assert plain.encoders["vit"].activations_key() == same.encoders["vit"].activations_key()
+    weights = json.loads(same.encoders["vit"].weights_key())
+    assert weights == {"library": "transformers", "model": "hub/model"}
+
+
+@pytest.mark.parametrize(
+    "change", [{"batch_size": 8}, {"use_layers": "last"}, {"global_token": "mean"}, {"image_size": 98}]
+)
+def test_what_activations_depend_on_is_in_their_key(build, change):
+    plain, changed = build(encoders={"vit": None}), build(encoders={"vit": change})
+    assert plain.encoders["vit"].activations_key() != changed.encoders["vit"].activations_key()
+    assert plain.encoders["vit"].weights_key() == changed.encoders["vit"].weights_key()
+
+
+def test_keys_are_json_with_sorted_keys(build):
+    study = build(analyses=ANALYSES, saes={"small": {"k": 4, "expansion": 2, "epochs": 3}})
+    for text in (study.sae_key("small"), study.dataset_key("coco"), study.sharedness_key("seen")):
+        assert text == json.dumps(json.loads(text), sort_keys=True)
+    assert json.loads(study.sae_key("small")) == {"k": 4, "expansion": 2, "epochs": 3}
+    assert json.loads(study.sharedness_key("seen")) == {
+        "source": "vit@1",
+        "shared_with": ["bert@0", "clip-text@0"],
+        "not_shared_with": ["dinov2@0"],
+    }
+    assert json.loads(study.layerwise_key("seeds")) == [["vit@1", "vit@0"], ["bert@0", "dinov2@0"]]
+    assert ["clip-text@0", "text", "vlm"] in json.loads(study.matrix_key("all"))
