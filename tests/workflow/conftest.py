@@ -22,6 +22,14 @@ WIDTH = 16
 WORDS = ["a", "red", "green", "blue", "square", "on", "white", "large", "small", "picture"]
 
 
+def pytest_collection_modifyitems(items):
+    """Run these first and in one process: they take longest, and share the miniature study's run."""
+    ours = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
+    for item in ours:
+        item.add_marker(pytest.mark.xdist_group("miniature"))
+    items.sort(key=lambda item: item not in ours)
+
+
 class Project:
     """A clone with its own source, config and results."""
 
