@@ -420,6 +420,12 @@ def test_members_are_those_the_analyses_need(build):
     assert build().members() == []
 
 
+def test_without_a_seed_a_member_is_of_the_encoders_first(build):
+    study = build(encoders={"vit": {"seeds": [7, 3]}, "bert": None}, analyses={"matrices": {"all": None}})
+    assert study.pairs() == [(Member("bert", 0), Member("vit", 7))]
+    assert study.member("vit@3") == Member("vit", 3)
+
+
 def test_a_matrix_is_grouped_as_the_papers_tables(build):
     members = build(analyses=ANALYSES).matrix_members("all")
     assert [str(member) for member in members] == ["clip-image@0", "dinov2@0", "vit@0", "clip-text@0", "bert@0"]
