@@ -324,3 +324,11 @@ def test_a_missing_feature_store_is_named(two_stores, tmp_path):
     path_a, *_ = two_stores
     with pytest.raises(StoreError, match=r"absent@0\.zarr"):
         correlate_stores(path_a, tmp_path / "absent@0.zarr", tmp_path / "pair.zarr")
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_one_array_alone_is_one_layer(rng, kind):
+    a, b = (rng.standard_normal((50, 4)).astype(np.float32) for _ in range(2))
+    alone, listed = max_correlations(kind(a), kind(b)), max_correlations([a], [b])
+    np.testing.assert_array_equal(alone.rho_ab, listed.rho_ab)
+    np.testing.assert_array_equal(alone.match_ba, listed.match_ba)

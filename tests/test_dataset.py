@@ -221,6 +221,12 @@ def test_a_caption_of_blanks_is_no_caption(make):
     assert [d["reason"] for d in data.manifest["dropped"]] == ["no caption"]
 
 
+def test_a_row_without_an_id_is_dropped(make):
+    data = make(ids=["a", None, "c", None, "e"], max_dropped=0.5)
+    assert data.ids() == ["a", "c", "e"]
+    assert [(d["row"], d["reason"]) for d in data.manifest["dropped"]] == [(1, "no id"), (3, "no id")]
+
+
 def test_a_missing_picture_is_dropped_by_name(tmp_path):
     csv_of_paths(tmp_path)
     (tmp_path / "pictures" / "2.png").unlink()

@@ -79,6 +79,16 @@ def test_an_old_output_is_replaced_whole(tmp_path, old_is_folder, new_is_folder)
         assert out.read_text() == "new"
 
 
+def test_a_link_is_replaced_and_what_it_points_at_is_left_alone(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").touch()
+    (tmp_path / "result").symlink_to(tmp_path / "elsewhere")
+    with written_aside(tmp_path / "result") as partial:
+        partial.mkdir()
+    assert names_in(tmp_path / "result") == []
+    assert names_in(tmp_path / "elsewhere") == ["kept"]
+
+
 @pytest.mark.parametrize("as_folder", [True, False])
 def test_the_remains_of_a_killed_attempt_are_cleared_away(tmp_path, as_folder):
     remains = tmp_path / "result.partial"

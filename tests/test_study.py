@@ -349,14 +349,32 @@ def test_paths_of_the_catalog_are_relative_to_the_clone(catalog, tmp_path, monke
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "no such file"), ("a: [", "not valid YAML"), ("- a", "expected a mapping"), ("", "study: missing")],
+    [
+        (None, "no such file"),
+        (b"a: [", "not valid YAML"),
+        (b"- a", "expected a mapping"),
+        (b"", "study: missing"),
+        (b"study: \xff\xfe", ""),
+    ],
 )
 def test_a_file_that_is_no_study_is_named(tmp_path, catalog, content, words):
     path = tmp_path / "mine.yaml"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content)
     with pytest.raises(StudyError, match=rf"mine\.yaml: .*{words}"):
         load_study(path, catalog)
+
+
+def test_a_folder_is_no_study(tmp_path, catalog):
+    with pytest.raises(StudyError, match=str(tmp_path)):
+        load_study(tmp_path, catalog)
+
+
+def test_a_key_written_twice_is_refused(tmp_path, catalog):
+    """YAML's reader would keep the second and forget the first without a word."""
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config()) + "saes:\n  other:\n")
+    with pytest.raises(StudyError, match=r"mine\.yaml: .*saes"):
+        load_study(tmp_path / "mine.yaml", catalog)
 
 
 ANALYSES = {

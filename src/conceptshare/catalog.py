@@ -161,16 +161,30 @@ def local_path(text: str) -> Path | None:
     return Path(text).expanduser() if is_path(text) else None
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """A safe loader that refuses a key written twice, of which YAML would keep the second without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is written twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        StudyError: where the file is missing, is not YAML, or holds something else than a mapping.
+        StudyError: where the file is missing, is not YAML, says a key twice, or holds something else than a mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # a safe loader
     except FileNotFoundError:
         raise StudyError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path}: not a readable text file: {error}") from None
     except yaml.YAMLError as error:
         raise StudyError(f"{path}: not valid YAML: {error}") from None
     if content is None:

@@ -11,7 +11,6 @@ Both directions are the row and the column maxima of one matrix, so one product 
 exists: features are standardised and multiplied a panel at a time, and panels are as wide as a memory budget allows.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +57,7 @@ class MaxCorrelations:
         return MaxCorrelations(self.rho_ba, self.match_ba, self.rho_ab, self.match_ab, self.sizes_b, self.sizes_a)
 
 
-def max_correlations(
-    a: Sequence[Any], b: Sequence[Any], memory_bytes: int = MEMORY_BYTES, what: str = "correlations"
-) -> MaxCorrelations:
+def max_correlations(a: Any, b: Any, memory_bytes: int = MEMORY_BYTES, what: str = "correlations") -> MaxCorrelations:
     """Correlate every feature of A with every feature of B over the same samples.
 
     A feature with zero variance has no correlation: its rho is 0, its match -1, and it is nobody's best match.
@@ -68,7 +65,7 @@ def max_correlations(
     correlation is below 1e-5.
 
     Args:
-        a: for each layer of A, an array ``[N, F]``: NumPy, torch (CPU) or Zarr.
+        a: for each layer of A, an array ``[N, F]``: NumPy, torch or Zarr. One array alone is one layer.
         b: the same of B.
         memory_bytes: bound of the working memory.
         what: the step's name in the progress report.
@@ -76,6 +73,7 @@ def max_correlations(
     Raises:
         NumericsError: where sample counts differ, a value is not finite, or the budget cannot hold one panel.
     """
+    a, b = ([side] if hasattr(side, "shape") else list(side) for side in (a, b))
     N = _sample_count([*a, *b])
     width = _panel_width(N, memory_bytes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -187,6 +187,8 @@ def _rows(spec: DatasetSpec) -> Iterator[dict[str, Any]]:
 
 def _outcome(spec: DatasetSpec, number: int, row: dict[str, Any]) -> Sample | Dropped:
     id_ = str(row[spec.id]) if spec.id else f"{number:08d}"
+    if spec.id and row[spec.id] is None:
+        return Dropped(number, id_, "no id")
     caption = row[spec.caption]
     if caption is None or (isinstance(caption, str) and not caption.strip()):
         return Dropped(number, id_, "no caption")

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import conceptshare
-from conceptshare.catalog import local_path
+from conceptshare.catalog import local_path, read_yaml
 from conceptshare.errors import ConceptshareError
 from conceptshare.store import layer_name
 from conceptshare.study import build_study, pair_name
@@ -20,6 +20,8 @@ os.environ.update(
 )
 
 try:
+    for configfile in workflow.configfiles:
+        read_yaml(Path(configfile))  # refuses a key written twice, of which Snakemake keeps the last
     STUDY = build_study(config, origin=", ".join(map(str, workflow.configfiles)))
 except ConceptshareError as error:
     raise WorkflowError(str(error))
