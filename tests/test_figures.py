@@ -64,10 +64,20 @@ def check_twice(draw, tmp_path, colours_at_least=60):
     return pixels
 
 
-def filled_colours(pixels):
-    """How many colours, other than greys, fill at least 1 % of the picture each."""
+def coloured(pixels):
+    """The colours, other than greys, that fill at least 1 % of the picture each."""
     found, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
-    return int(((np.ptp(found.astype(int), axis=1) > 30) & (counts > 0.01 * counts.sum())).sum())
+    return found[(np.ptp(found.astype(int), axis=1) > 30) & (counts > 0.01 * counts.sum())]
+
+
+def filled_colours(pixels):
+    return len(coloured(pixels))
+
+
+def box(pixels, where):
+    """The part of a picture that just holds all the places ``where``."""
+    rows, columns = np.flatnonzero(where.any(axis=1)), np.flatnonzero(where.any(axis=0))
+    return pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 def matrix(members, rng):
@@ -111,6 +121,11 @@ def test_matrix_with_cells_that_are_nan(tmp_path, rng, missing):
     table.loc[table.index[:3] if missing == "some" else table.index, "wmppc"] = np.nan
     pixels = check(lambda out: draw_matrix(table, out), tmp_path / "drawn")
     assert (filled_colours(pixels) >= 10) == (missing == "some")
+    if missing == "all":
+        grey = (np.ptp(pixels, axis=2) == 0) & (abs(pixels[..., 0].astype(int) - 230) <= 1)
+        assert grey.mean() > 0.2
+        cells = pixels[np.ix_(grey.mean(axis=1) > 0.2, grey.mean(axis=0) > 0.2)]
+        assert cells.min() > 200  # nothing is written on a cell without a value
 
 
 def test_a_matrix_of_two_members_shows_its_values(tmp_path, rng):
@@ -121,6 +136,10 @@ def test_a_matrix_of_two_members_shows_its_values(tmp_path, rng):
         for n, values in enumerate((table.wmppc, table.wmppc[::-1].to_numpy()))
     ]
     assert pictures[0].shape == pictures[1].shape
+    cells = [(pictures[0] == colour).all(axis=2) for colour in coloured(pictures[0])]
+    assert len(cells) == 6
+    for cell in cells:
+        assert 0.9 < box(cell, cell).mean() < 1  # a number is written on it
     assert (pictures[0] != pictures[1]).any(axis=2).mean() > 0.1
 
 
@@ -247,20 +266,20 @@ def test_sharedness_of_one_feature_that_was_never_active(tmp_path, data):
     assert colours(read(tmp_path / "one" / "figure.png")) > 20
 
 
-def test_a_caption_stands_below_its_picture_and_not_on_it(tmp_path):
+def test_a_sample_is_one_picture_with_its_caption_below(tmp_path):
     buffer = io.BytesIO()
     Image.new("RGB", (64, 48), "red").save(buffer, "PNG")
     rows = {"image": [buffer.getvalue()] * 2, "caption": ["a red picture of nothing at all"] * 2}
     pq.write_table(pa.table(rows), tmp_path / "red.parquet")
     make_dataset(DatasetSpec(source=str(tmp_path / "red.parquet")), tmp_path / "red")
     table = ranking().query("feature == 0").reset_index(drop=True)
-    shown = {3: FeatureStatistics(np.ones(1), np.ones(1), np.array([[0]], np.int32))}
+    shown = {3: FeatureStatistics(np.ones(1), np.ones(1), np.array([[0, -1, -1]], np.int32))}
     draw_sharedness(table, shown, Data(tmp_path / "red"), 1, tmp_path / "one" / "figure.png")
     pixels = read(tmp_path / "one" / "figure.png")
     red = (pixels == [255, 0, 0]).all(axis=2)
-    rows, columns = np.flatnonzero(red.any(axis=1)), np.flatnonzero(red.any(axis=0))
-    picture = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    assert picture[..., 0].min() > 200  # no black letters, that is
+    picture = box(pixels, red)
+    assert picture.shape[1] / picture.shape[0] == pytest.approx(64 / 48, rel=0.05)
+    assert picture[..., 0].min() > 200  # no black letters on it
 
 
 @pytest.fixture

@@ -139,12 +139,12 @@ def test_sharedness_table_takes_the_least_over_g_and_the_largest_over_h(study):
 def test_features_that_tie_keep_their_order(tmp_path, write_features):
     x = np.zeros((10, 100))  # so many that an unstable sort would mix them
     x[0, 17] = 5
-    for member in ("a@0", "b@0", "c@0"):
-        write_features(tmp_path, member, {0: x})
+    for member, features in (("a@0", x), ("b@0", x), ("c@0", np.zeros((10, 3)))):
+        write_features(tmp_path, member, {0: features})
     for other in ("b@0", "c@0"):
         correlate_stores(tmp_path / "a@0.zarr", tmp_path / f"{other}.zarr", tmp_path / f"a@0__{other}.zarr")
     table = sharedness_table("a@0", ["b@0"], ["c@0"], Stores(tmp_path, tmp_path))
-    assert table.feature.tolist() == list(range(100))
+    assert table.feature.tolist() == [17, *range(17), *range(18, 100)]
 
 
 @pytest.fixture
