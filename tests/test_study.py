@@ -355,6 +355,7 @@ def test_paths_of_the_catalog_are_relative_to_the_clone(catalog, tmp_path, monke
         (b"- a", "expected a mapping"),
         (b"", "study: missing"),
         (b"study: \xff\xfe", ""),
+        (b"? [a, b]\n: 1", ""),
     ],
 )
 def test_a_file_that_is_no_study_is_named(tmp_path, catalog, content, words):
