@@ -9,13 +9,14 @@ from typing import get_args
 
 from pydantic import BaseModel
 
-from conceptshare.catalog import DatasetSpec, EncoderSpec
+from conceptshare.catalog import DatasetSpec, Download, EncoderSpec
 from conceptshare.study import Layerwise, Matrix, SAESettings, Sharedness
 
 README = Path(__file__).parents[1] / "config" / "README.md"
 BEGIN, END = "<!-- keys -->\n", "<!-- end of keys -->\n"
 SECTIONS: dict[str, type[BaseModel]] = {
     "datasets.NAME": DatasetSpec,
+    "datasets.NAME.download": Download,
     "encoders.NAME": EncoderSpec,
     "saes.NAME": SAESettings,
     "analyses.matrices.NAME": Matrix,
@@ -47,6 +48,8 @@ def _table(place: str, model: type[BaseModel]) -> str:
 
 
 def _as_yaml(value: object) -> str:
+    if isinstance(value, BaseModel):
+        return "see below"
     return {None: "none", "": '""'}.get(value, str(value)) if isinstance(value, str | None) else str(value)
 
 

@@ -38,26 +38,51 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+class Download(Spec):
+    """How images are downloaded, where a data set holds their addresses."""
+
+    parallel: int = Field(default=32, ge=1)
+    """Requests under way at once."""
+    timeout: float = Field(default=10, gt=0)
+    """Seconds to wait for a connection, and for each part of an answer."""
+    attempts: int = Field(default=3, ge=1)
+    """Tries an address gets, with growing pauses between them."""
+    max_mb: float = Field(default=20, gt=0)
+    """Largest file in MB; a larger one is not read to its end."""
+    allow_private: bool = False
+    """Whether loopback, private and other addresses that are not on the public internet may be asked."""
+
+
 class DatasetSpec(Spec):
     """A data set of image-caption pairs."""
 
     source: str
-    """A hub id, or a path (starting with ``.``, ``/`` or ``~``) to a Parquet, CSV, JSON lines or Arrow file, or
-    to a folder in the `imagefolder` layout."""
+    """A hub id, or a path (starting with ``.``, ``/`` or ``~``) to a Parquet, CSV, JSON lines or Arrow file, to a
+    folder in the `imagefolder` layout, or to a WebDataset tar file or a folder of them."""
     revision: str | None = None
     """The hub revision. Without one, the newest, which the manifest then records."""
     split: str = "train"
     """The split to read."""
     image: str = "image"
     """The column of images."""
+    image_url: str | None = None
+    """The column of image addresses (http or https), which are downloaded; ``image`` is then not read."""
     caption: str = "caption"
     """The column of captions."""
+    several_captions: Literal["first", "joined", "sampled"] = "first"
+    """Of a row with a list of captions: its first, all of them joined by spaces, or one drawn by chance."""
+    caption_seed: int = Field(default=0, ge=0)
+    """Seed of ``several_captions: sampled``."""
     id: str | None = None
     """The column of unique sample ids. Without one, the row number."""
     limit: int | None = Field(default=None, ge=1)
     """Read the first so many rows only."""
     max_dropped: float = Field(default=0.01, ge=0, le=1)
     """Largest share of rows that may be unusable; more is an error."""
+    max_pixels: int = Field(default=100_000_000, ge=1)
+    """Largest image in pixels; a larger one is dropped before it is decoded."""
+    download: Download = Download()
+    """How the images at ``image_url`` are downloaded."""
     note: str = ""
     """Free text for readers; nothing depends on it."""
 
@@ -65,7 +90,7 @@ class DatasetSpec(Spec):
 class ModelSpec(Spec, extra="ignore"):
     """Where an encoder's files come from: the part of its entry that the `weights` stage needs."""
 
-    library: Literal["transformers", "open_clip"]
+    library: Literal["transformers", "open_clip", "timm"]
     """The library that loads it."""
     model: str
     """A hub id or the library's own model name; a path (starting with ``.``, ``/`` or ``~``) to a folder;
@@ -75,6 +100,8 @@ class ModelSpec(Spec, extra="ignore"):
     """open_clip only: the pretrained tag, or a path to a checkpoint."""
     revision: str | None = None
     """The hub revision. Without one, the newest, which the `weights` stage then records."""
+    remote_code: bool = False
+    """transformers only: whether to fetch and run the Python code that comes with the model."""
 
 
 class EncoderSpec(ModelSpec, extra="forbid"):
@@ -88,21 +115,34 @@ class EncoderSpec(ModelSpec, extra="forbid"):
     """How many blocks the encoder has; checked when it is loaded."""
     width: int = Field(ge=1)
     """Width of its residual stream; checked when it is loaded."""
-    global_token: Literal["first", "eot", "last", "mean"]
+    global_token: Literal["first", "eot", "last", "mean", "reference"]
     """What stands for the whole sample: the first token, the end-of-text token, the last position, padding
-    included, or the mean of the unpadded tokens."""
+    included, or the mean of the unpadded tokens. ``reference`` is what the paper's published code reads: position 0,
+    with SAEs trained on padding too."""
     use_layers: Literal["all", "last"] | list[int] = "all"
     """Which layers to record, counted from 0."""
     image_size: int | None = Field(default=None, ge=1)
-    """Side in pixels at which images are fed, where it is not the model's own."""
+    """Side in pixels at which images are fed. Without it, the model's own."""
     context_length: int | None = Field(default=None, ge=1)
-    """Longest text in tokens, where it is not the model's own."""
+    """Longest text in tokens. Without it, the model's own."""
     blocks: str | None = None
     """Dotted path of the module list that holds the blocks, where the longest run of like blocks is not it."""
     batch_size: int = Field(default=32, ge=1)
     """Samples a forward pass."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the forward pass computes in; the 16-bit ones by autocast, with the weights kept in float32."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Keep so many training tokens a sample, the global one among them, drawn by chance. Without it, all."""
+    token_seed: int = Field(default=0, ge=0)
+    """Seed of the draw of ``max_tokens``."""
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
     """Seeds of the SAEs trained on it."""
+    tokens: int | None = Field(default=None, ge=1)
+    """Tokens of a usual sample, padding left out. For estimates of size and time only."""
+    gflops: float | None = Field(default=None, gt=0)
+    """GFLOPs of a sample's forward pass, where layers, width and tokens do not tell. For estimates only."""
+    trained_on: str = ""
+    """What it was trained on, for readers; nothing depends on it."""
     note: str = ""
     """Free text for readers; nothing depends on it."""
 
@@ -116,7 +156,9 @@ class EncoderSpec(ModelSpec, extra="forbid"):
                 f"use_layers names layer {absent[0]}, which the encoder lacks: it has layers 0 to {self.layers - 1}"
             )
         if self.weights is not None and self.library != "open_clip":
-            raise ValueError("weights is for library: open_clip; transformers takes its weights from model")
+            raise ValueError(f"weights is for library: open_clip; {self.library} takes its weights from model")
+        if self.remote_code and self.library != "transformers":
+            raise ValueError(f"remote_code is for library: transformers; {self.library} runs no code of a model's")
         if (self.modality, self.kind) in {("image", "language"), ("text", "vision")}:
             raise ValueError(f"a {self.kind} encoder does not read {self.modality}s; set modality or kind")
         if len(set(self.seeds)) < len(self.seeds):
@@ -137,7 +179,11 @@ class EncoderSpec(ModelSpec, extra="forbid"):
 
     def activations_key(self) -> str:
         """What the `activations` stage depends on, as canonical JSON."""
-        return canonical(self, set(type(self).model_fields) - {"seeds", "note"})
+        return canonical(self, set(type(self).model_fields) - _TOLD_ONLY - {"seeds"})
+
+
+# Keys that tell a reader or an estimate something, and change no result.
+_TOLD_ONLY = {"tokens", "gflops", "trained_on", "note"}
 
 
 def canonical(spec: BaseModel, keys: set[str] | None = None) -> str:

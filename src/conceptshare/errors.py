@@ -23,3 +23,7 @@ class StoreError(ConceptshareError):
 
 class NumericsError(ConceptshareError):
     """A computation met numbers that are not finite or do not fit their type."""
+
+
+class HubError(ConceptshareError):
+    """Files that a model hub holds are neither on this machine nor to be fetched."""
