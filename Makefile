@@ -29,10 +29,10 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks
 
 # Everything comes from the lock, so nothing is resolved or added on the way.
-$(READY): requirements.lock demo/requirements.txt pyproject.toml
+$(READY): requirements.lock demo/requirements.txt tests/requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-deps -r requirements.lock
-	$(BIN)/pip install --quiet --no-deps -r demo/requirements.txt
+	$(BIN)/pip install --quiet --no-deps -r demo/requirements.txt -r tests/requirements.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $(READY)
 

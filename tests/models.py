@@ -9,16 +9,19 @@ from typing import Any
 
 import numpy as np
 import open_clip
+import timm
 import torch
 import transformers
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers import models as token_models
 from torch import Tensor, nn
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from conceptshare.catalog import EncoderSpec
+from conceptshare.encoders._selective_scan import supply_selective_scan
 
 WIDTH, LAYERS = 16, 3
 IMAGE_WIDTH, IMAGE_LAYERS = 24, 4
@@ -131,22 +134,47 @@ def bert(folder: Path) -> Family:
 
 
 def deberta(folder: Path) -> Family:
+    """As the paper's: disentangled attention of the first version, whose classifier reads the first token."""
+    config = transformers.DebertaConfig(
+        **_deberta(), position_biased_input=False, relative_attention=True, pos_att_type=["c2p", "p2c"]
+    )
+    model = randomise(transformers.DebertaForSequenceClassification(config))
+    model.save_pretrained(folder)
+    bert_tokenizer().save_pretrained(folder)
+    hidden = text_truth(model.deberta, bert_tokenizer())
+
+    @torch.no_grad()
+    def truth(captions: list[Any]) -> Truth:
+        inputs = bert_tokenizer()(captions, padding=True, truncation=True, return_tensors="pt")
+        found = hidden(captions)
+        return Truth(found.hidden, found.mask, model(**inputs).logits)
+
+    def head(token: Tensor) -> Tensor:
+        return model.classifier(model.pooler(token[:, None]))
+
+    return Family(entry(folder, "text", "first", kind="language"), CAPTIONS, truth, head)
+
+
+def deberta_v2(folder: Path) -> Family:
     """Its blocks return tuples."""
     config = transformers.DebertaV2Config(
-        vocab_size=5 + len(WORDS),
-        hidden_size=WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=CONTEXT,
-        relative_attention=True,
-        position_buckets=4,
-        pos_att_type=["p2c", "c2p"],
+        **_deberta(), relative_attention=True, position_buckets=4, pos_att_type=["p2c", "c2p"]
     )
     model = randomise(transformers.DebertaV2Model(config))
     model.save_pretrained(folder)
     bert_tokenizer().save_pretrained(folder)
     return Family(entry(folder, "text", "mean", kind="language"), CAPTIONS, text_truth(model, bert_tokenizer()))
+
+
+def _deberta() -> dict[str, Any]:
+    return {
+        "vocab_size": 5 + len(WORDS),
+        "hidden_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": CONTEXT,
+    }
 
 
 def text_truth(model: Any, tokenizer: Any, embed: Any = None, **how: Any) -> Callable[[list[Any]], Truth]:
@@ -281,10 +309,31 @@ def siglip_tokenizer() -> Any:
     )
 
 
+def save_siglip2_tokenizer(folder: Path) -> None:
+    """As published SigLIP2s have it: Gemma's, with an end of text, padded on the right with another token, no mask."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    vocabulary = {token: i for i, token in enumerate([*special, "▁", *string.ascii_lowercase])}
+    backend = Tokenizer(token_models.BPE(vocab=vocabulary, merges=[], fuse_unk=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    backend.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {f"{token[1:-1]}_token": token for token in special} | {
+        "tokenizer_class": "GemmaTokenizer",
+        "processor_class": "SiglipProcessor",
+        "add_bos_token": False,
+        "add_eos_token": True,
+        "padding_side": "right",
+        "model_input_names": ["input_ids"],
+        "model_max_length": 10**30,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
 def save_siglip(folder: Path) -> Any:
     config = transformers.SiglipConfig(
         text_config={
-            "vocab_size": 2 + len(WORDS),
+            "vocab_size": 40,
             "hidden_size": WIDTH,
             "intermediate_size": 32,
             "num_hidden_layers": LAYERS,
@@ -314,14 +363,14 @@ def siglip_image(folder: Path) -> Family:
     return Family(entry(folder, "image", "mean"), pictures(), image_truth(model.vision_model, processor))
 
 
-def siglip_text(folder: Path) -> Family:
+def siglip_text(folder: Path, tokenizer: Callable[[], Any] = siglip_tokenizer) -> Family:
     model = save_siglip(folder)
-    how = {"padding": "max_length"}
-    hidden = text_truth(model.text_model, siglip_tokenizer(), **how)
+    how = {"padding": "max_length", "max_length": CONTEXT}
+    hidden = text_truth(model.text_model, tokenizer(), **how)
 
     @torch.no_grad()
     def truth(captions: list[Any]) -> Truth:
-        inputs = siglip_tokenizer()(captions, truncation=True, return_tensors="pt", **how)
+        inputs = tokenizer()(captions, truncation=True, return_tensors="pt", **how)
         found = hidden(captions)
         return Truth(found.hidden, found.mask, model.get_text_features(**inputs).pooler_output)
 
@@ -329,6 +378,16 @@ def siglip_text(folder: Path) -> Family:
         return model.text_model.head(model.text_model.final_layer_norm(token))
 
     return Family(entry(folder, "text", "last"), CAPTIONS, truth, head)
+
+
+def siglip2_text(folder: Path) -> Family:
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def tokenizer() -> Any:
+        save_siglip2_tokenizer(folder)
+        return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+
+    return siglip_text(folder, tokenizer)
 
 
 def dinov2(folder: Path, side: int | None = None) -> Family:
@@ -365,6 +424,182 @@ def vit(folder: Path, side: int | None = None) -> Family:
 
 def vit_resized(folder: Path) -> Family:
     return vit(folder, side=48)
+
+
+def vit_classifier(folder: Path) -> Family:
+    """As the published ones of Google: no pooler, and a classifier of the normalised first token."""
+    model = randomise(transformers.ViTForImageClassification(transformers.ViTConfig(**_vision(), num_labels=EMBEDDING)))
+    model.save_pretrained(folder)
+    processor = square_processor(transformers.ViTImageProcessor)
+    processor.save_pretrained(folder)
+    hidden = image_truth(model.vit, processor)
+
+    @torch.no_grad()
+    def truth(images: list[Any]) -> Truth:
+        found = hidden(images)
+        return Truth(found.hidden, found.mask, model(**processor(images, return_tensors="pt")).logits)
+
+    def head(token: Tensor) -> Tensor:
+        return model.classifier(model.vit.layernorm(token))
+
+    return Family(entry(folder, "image", "first", kind="vision", image_size=SIDE), pictures(), truth, head)
+
+
+# MambaVision: the real code of the package mambavision, in a folder as NVIDIA publishes it
+
+MAMBA_CONFIGURATION = """
+from transformers import PretrainedConfig
+
+
+class MambaVisionConfig(PretrainedConfig):
+    model_type = "mambavision"
+
+    def __init__(self, depths=[1, 1, 2, 2], dim=8, crop_pct=0.9, crop_mode="center", **more):
+        super().__init__(**more)
+        self.depths, self.dim, self.crop_pct, self.crop_mode = depths, dim, crop_pct, crop_mode
+        self.mean, self.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""
+
+# Like the published class, this one neither calls post_init nor can be built without storage.
+MAMBA_MODEL = """
+from einops import rearrange
+from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+from mambavision.models.mamba_vision import MambaVision
+from transformers import PreTrainedModel
+
+from .configuration_mambavision import MambaVisionConfig
+
+
+class MambaVisionModel(PreTrainedModel):
+    config_class = MambaVisionConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = MambaVision(
+            dim=config.dim, in_dim=4, depths=config.depths, window_size=[8, 8, 14, 7], mlp_ratio=2,
+            num_heads=[1, 2, 2, 4], num_classes=config.num_labels, layer_scale=0.5,
+        )
+
+    def forward(self, tensor):
+        return self.model.forward_features(tensor)
+"""
+
+
+def save_mambavision(folder: Path) -> Any:
+    """Write a MambaVision with code of its own into ``folder`` and return it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "configuration_mambavision.py").write_text(MAMBA_CONFIGURATION)
+    (folder / "modeling_mambavision.py").write_text(MAMBA_MODEL)
+    settings = {
+        "model_type": "mambavision",
+        "num_labels": EMBEDDING,
+        "auto_map": {
+            "AutoConfig": "configuration_mambavision.MambaVisionConfig",
+            "AutoModel": "modeling_mambavision.MambaVisionModel",
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    supply_selective_scan()
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    model = randomise(get_class_from_dynamic_module(settings["auto_map"]["AutoModel"], str(folder))(config))
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def mambavision(folder: Path) -> Family:
+    """Four levels of different widths, whose outputs are grids; the last is recorded. Its head reads the mean."""
+    model = save_mambavision(folder).model
+    side = 96
+    transform = timm.data.create_transform((3, side, side), interpolation="bicubic", crop_pct=0.9)
+
+    @torch.no_grad()
+    def truth(images: list[Any]) -> Truth:
+        pixels = torch.stack([transform(image) for image in images])
+        x = model.patch_embed(pixels)
+        for level in model.levels:
+            x = level(x)
+        hidden = x.flatten(2).transpose(1, 2)
+        return Truth([hidden], torch.ones(hidden.shape[:2], dtype=torch.bool), model(pixels))
+
+    def head(token: Tensor) -> Tensor:
+        return model.head(model.norm(token[:, :, None, None])[:, :, 0, 0])
+
+    how = {"layers": 4, "width": 64, "use_layers": "last", "blocks": "model.levels", "image_size": side}
+    spec = entry(folder, "image", "mean", kind="vision", remote_code=True, **how)
+    return Family(spec, pictures(), truth, head)
+
+
+# timm
+
+
+def save_timm(folder: Path, name: str, **settings: Any) -> Any:
+    """Write a model of timm into ``folder``, as timm itself saves one for the hub, and return it."""
+    model = randomise(timm.create_model(name, num_classes=EMBEDDING, **settings))
+    timm.models.save_for_hf(model, folder, model_args=settings, safe_serialization=True)
+    return model
+
+
+def timm_truth(model: Any, side: int, hidden: Callable[[Tensor], list[Tensor]]) -> Callable[[list[Any]], Truth]:
+    transform = timm.data.create_transform(
+        **timm.data.resolve_data_config({"input_size": (3, side, side)}, model=model)
+    )
+
+    @torch.no_grad()
+    def truth(images: list[Any]) -> Truth:
+        pixels = torch.stack([transform(image) for image in images])
+        found = hidden(pixels)
+        return Truth(found, torch.ones(found[0].shape[:2], dtype=torch.bool), model(pixels))
+
+    return truth
+
+
+def timm_vit(folder: Path, side: int | None = None) -> Family:
+    model = save_timm(folder, "test_vit", global_pool="token")
+    if side is not None:
+        model.set_input_size((side, side))
+
+    def hidden(pixels: Tensor) -> list[Tensor]:
+        found = model.forward_intermediates(
+            pixels, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
+        )
+        return [torch.cat([prefix, x], dim=1) for x, prefix in found]
+
+    how = {"library": "timm", "kind": "vision", "layers": 6, "width": 64, "image_size": side}
+    truth = timm_truth(model, side or 160, hidden)
+    return Family(
+        entry(folder, "image", "first", **how), pictures(), truth, lambda token: model.head(model.norm(token))
+    )
+
+
+def timm_vit_resized(folder: Path) -> Family:
+    return timm_vit(folder, side=96)
+
+
+def timm_convnext(folder: Path) -> Family:
+    """Stages of different widths, whose outputs are grids with the width behind the samples."""
+    model = save_timm(folder, "test_convnext")
+
+    def hidden(pixels: Tensor) -> list[Tensor]:
+        return [model.stages(model.stem(pixels)).flatten(2).transpose(1, 2)]
+
+    how = {"library": "timm", "kind": "vision", "layers": 4, "width": 64, "blocks": "stages", "use_layers": "last"}
+
+    def head(token: Tensor) -> Tensor:
+        return model.head(token[:, :, None, None])
+
+    return Family(entry(folder, "image", "mean", **how), pictures(), timm_truth(model, 160, hidden), head)
+
+
+def timm_swin(folder: Path) -> Family:
+    """The same, with the width last."""
+    settings = {"embed_dim": 8, "depths": (1, 1, 2), "num_heads": (1, 2, 2), "window_size": 4, "img_size": 64}
+    model = save_timm(folder, "swin_tiny_patch4_window7_224", **settings)
+
+    def hidden(pixels: Tensor) -> list[Tensor]:
+        return [model.layers(model.patch_embed(pixels)).flatten(1, 2)]
+
+    how = {"library": "timm", "kind": "vision", "layers": 3, "width": 32, "blocks": "layers", "use_layers": "last"}
+    return Family(entry(folder, "image", "mean", image_size=64, **how), pictures(), timm_truth(model, 64, hidden))
 
 
 # open_clip
@@ -499,8 +734,10 @@ def open_clip_eos_text(folder: Path) -> Family:
 TEXTS = [
     bert,
     deberta,
+    deberta_v2,
     clip_text,
     siglip_text,
+    siglip2_text,
     open_clip_text,
     open_clip_short_text,
     open_clip_siglip_text,
@@ -514,6 +751,12 @@ IMAGES = [
     dinov2_resized,
     vit,
     vit_resized,
+    vit_classifier,
+    mambavision,
+    timm_vit,
+    timm_vit_resized,
+    timm_convnext,
+    timm_swin,
     open_clip_image,
     open_clip_image_resized,
     open_clip_timm_image,

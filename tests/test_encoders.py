@@ -1,6 +1,7 @@
 """Activations are the residual stream that the encoder's own library computes, at the tokens that they should be."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ from torch import nn
 from conceptshare.catalog import EncoderSpec, read_catalog
 from conceptshare.encoders import Encoder, load_encoder
 from conceptshare.encoders._encoder import Batch, find_blocks
+from conceptshare.encoders._selective_scan import selective_scan_fn
 from conceptshare.errors import EncoderError
 from tests import models
 from tests.models import CAPTIONS, CONTEXT, FAMILIES, LAYERS, TEXTS, WIDTH, close
 
-HEADED = [f for f in FAMILIES if f not in (models.deberta, models.siglip_image)]
+HEADED = [f for f in FAMILIES if f not in (models.deberta_v2, models.siglip_image, models.timm_swin)]
 by_name = {"ids": lambda make: make.__name__}
 
 
@@ -71,9 +73,8 @@ def expected_position(spec, mask):
 @pytest.mark.parametrize("make", FAMILIES, **by_name)
 def test_every_layer_is_the_librarys_own_hidden_state_at_every_position(loaded, make):
     family, _, found, truth = loaded(make)
-    assert sorted(found.tokens) == list(range(family.spec.layers))
-    assert len(truth.hidden) == family.spec.layers
-    for layer, own in enumerate(truth.hidden):
+    assert sorted(found.tokens) == family.spec.layer_numbers()
+    for layer, own in zip(family.spec.layer_numbers(), truth.hidden, strict=True):
         assert found.tokens[layer].dtype == torch.float32
         assert close(found.tokens[layer].cpu(), own), layer
 
@@ -90,7 +91,7 @@ def test_global_token_through_the_models_own_head_is_its_own_embedding(loaded, m
 def test_global_token_of_every_layer_is_at_its_position(loaded, make):
     family, _, found, truth = loaded(make)
     positions = expected_position(family.spec, truth.mask)
-    for layer, own in enumerate(truth.hidden):
+    for layer, own in zip(family.spec.layer_numbers(), truth.hidden, strict=True):
         for sample, x in enumerate(own):
             token = x[truth.mask[sample]].mean(0) if positions is None else x[positions[sample]]
             assert close(found.global_token[layer][sample].cpu(), token), (layer, sample)
@@ -119,7 +120,7 @@ def test_a_batch_gives_what_its_samples_give_alone(loaded, make):
     for i, sample in enumerate(family.samples):
         alone = encoder.activations([sample])
         assert int(alone.training.sum()) == int(found.training[i].sum())
-        for layer in range(family.spec.layers):
+        for layer in family.spec.layer_numbers():
             together = found.tokens[layer][i][found.training[i]]
             assert close(alone.tokens[layer][0][alone.training[0]], together)
             assert close(alone.global_token[layer][0], found.global_token[layer][i])
@@ -396,3 +397,121 @@ def test_minilm_of_the_catalog_gives_what_its_package_gives():
     for sample, mask in enumerate(inputs["attention_mask"].numpy().astype(bool)):
         own = out.last_hidden_state[sample].numpy()[mask].mean(0)
         assert np.allclose(found.global_token[5][sample].cpu(), own, rtol=0, atol=models.TOLERANCE * np.abs(own).max())
+
+
+def test_reference_is_position_0_of_every_sample_and_trains_on_padding(loaded):
+    family, _, _, truth = loaded(models.bert)
+    found = load_encoder(change(family.spec, global_token="reference")).activations(family.samples)
+    assert found.training.all()
+    assert found.training.shape == truth.mask.shape
+    for layer, own in enumerate(truth.hidden):
+        assert close(found.global_token[layer].cpu(), own[:, 0])
+
+
+def test_reference_of_a_tokenizer_that_pads_on_the_left_is_position_0_though_it_is_padding(tmp_path):
+    models.save_bert(tmp_path, padding_side="left")
+    found = load_encoder(models.entry(tmp_path, "text", "reference", kind="language")).activations(CAPTIONS)
+    assert torch.equal(found.global_token[2], found.tokens[2][:, 0])
+
+
+@pytest.mark.parametrize("make", [models.open_clip_text, models.clip_text], **by_name)
+def test_reference_is_the_same_for_every_caption_of_a_causal_tower(loaded, make):
+    family, _, _, _ = loaded(make)
+    found = load_encoder(change(family.spec, global_token="reference")).activations(family.samples)
+    for layer in range(family.spec.layers):
+        assert close(found.global_token[layer], found.global_token[layer][:1].expand_as(found.global_token[layer]))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("make", [models.bert, models.vit, models.open_clip_text, models.timm_vit], **by_name)
+def test_half_precision_gives_float32_activations_that_are_near_and_not_the_same(loaded, make, precision):
+    family, _, whole, _ = loaded(make)
+    found = load_encoder(change(family.spec, precision=precision)).activations(family.samples)
+    for layer, x in found.tokens.items():
+        assert x.dtype == found.global_token[layer].dtype == torch.float32
+        error = (x - whole.tokens[layer]).norm() / whole.tokens[layer].norm()
+        # bfloat16 has 8 bits, and a few dozen roundings lie between input and last layer.
+        assert 1e-6 < error < 0.05
+
+
+def recurrence(u, delta, A, B, C, D):
+    """The scan by its definition, one number at a time, in float64."""
+    u, delta, A, B, C, D = (x.double().numpy() for x in (u, delta, A, B, C, D))
+    y = np.zeros_like(u)
+    for b, d in np.ndindex(*u.shape[:2]):
+        state = np.zeros(A.shape[1])
+        for t in range(u.shape[2]):
+            state = np.exp(delta[b, d, t] * A[d]) * state + delta[b, d, t] * B[b, :, t] * u[b, d, t]
+            y[b, d, t] = C[b, :, t] @ state + D[d] * u[b, d, t]
+    return y
+
+
+@pytest.mark.parametrize("length", [1, 2, 49])
+def test_selective_scan_is_the_recurrence(length):
+    generator = torch.Generator().manual_seed(0)
+    samples, width, states = 2, 5, 8
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    u, delta, bias = normal(samples, width, length), normal(samples, width, length), normal(width)
+    A, D = -normal(width, states).exp(), normal(width)
+    B, C = normal(samples, states, length), normal(samples, states, length)
+    found = selective_scan_fn(u, delta, A, B, C, D, delta_bias=bias, delta_softplus=True)
+    steps = torch.log1p((delta.double() + bias.double()[:, None]).exp())
+    assert found.dtype == torch.float32
+    assert np.allclose(found.numpy(), recurrence(u, steps, A, B, C, D), rtol=0, atol=1e-5)
+    plain = selective_scan_fn(u, delta.abs(), A, B, C, D)
+    assert np.allclose(plain.numpy(), recurrence(u, delta.abs(), A, B, C, D), rtol=0, atol=1e-5)
+
+
+def test_selective_scan_of_half_precision_is_summed_in_single_precision():
+    u, delta = torch.ones(1, 1, 4096, dtype=torch.bfloat16), torch.full((1, 1, 4096), 1e-3)
+    A, B, D = torch.zeros(1, 1), torch.ones(1, 1, 4096), torch.zeros(1)
+    found = selective_scan_fn(u, delta, A, B, B, D)
+    assert found.dtype == torch.bfloat16
+    assert found[0, 0, -1].item() == pytest.approx(4.096, rel=2**-8)
+
+
+def test_code_that_comes_with_a_model_is_not_run_unless_its_entry_says_so(tmp_path):
+    spec = models.mambavision(tmp_path / "model").spec
+    marker = tmp_path / "it ran"
+    for code in Path(spec.model).glob("*.py"):
+        code.write_text(f"open({str(marker)!r}, 'w')\n" + code.read_text())
+    with pytest.raises(EncoderError, match="Python code of its own; read that code, and set remote_code: true"):
+        load_encoder(change(spec, remote_code=False))
+    assert not marker.exists()
+    load_encoder(spec)
+    assert marker.exists()
+
+
+def test_remote_code_of_a_model_that_has_none_is_an_error(bert):
+    spec, _ = bert
+    with pytest.raises(EncoderError, match=r"config\.json names no class for AutoModel; leave remote_code out"):
+        load_encoder(change(spec, remote_code=True))
+
+
+def test_weights_that_a_model_with_code_of_its_own_lacks_are_an_error_and_not_random(tmp_path):
+    spec = models.mambavision(tmp_path / "model").spec
+    file = Path(spec.model) / "model.safetensors"
+    save_file({name: x for name, x in load_file(file).items() if "levels.3" not in name}, file)
+    with pytest.raises(EncoderError, match=r"its weights lack model\.levels\.3"):
+        load_encoder(spec)
+
+
+def test_a_model_with_code_of_its_own_loads_from_a_pickle_of_tensors_too(loaded, tmp_path):
+    family, _, found, _ = loaded(models.mambavision)
+    folder = tmp_path / "model"
+    shutil.copytree(family.spec.model, folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    again = load_encoder(change(family.spec, model=str(folder))).activations(family.samples)
+    assert torch.equal(again.tokens[3], found.tokens[3])
+
+
+def test_a_pickle_of_more_than_tensors_is_refused(tmp_path):
+    spec = models.mambavision(tmp_path / "model").spec
+    (Path(spec.model) / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Path("/")}, Path(spec.model) / "pytorch_model.bin")
+    with pytest.raises(EncoderError, match="cannot load"):
+        load_encoder(spec)

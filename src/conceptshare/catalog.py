@@ -83,6 +83,8 @@ class DatasetSpec(Spec):
     """Largest image in pixels; a larger one is dropped before it is decoded."""
     download: Download = Download()
     """How the images at ``image_url`` are downloaded."""
+    samples: int | None = Field(default=None, ge=2)
+    """How many samples there are, for estimates of size and time only."""
     note: str = ""
     """Free text for readers; nothing depends on it."""
 
@@ -159,6 +161,8 @@ class EncoderSpec(ModelSpec, extra="forbid"):
             raise ValueError(f"weights is for library: open_clip; {self.library} takes its weights from model")
         if self.remote_code and self.library != "transformers":
             raise ValueError(f"remote_code is for library: transformers; {self.library} runs no code of a model's")
+        if (self.library, self.modality) == ("timm", "text"):
+            raise ValueError("timm's models read images; set modality or library")
         if (self.modality, self.kind) in {("image", "language"), ("text", "vision")}:
             raise ValueError(f"a {self.kind} encoder does not read {self.modality}s; set modality or kind")
         if len(set(self.seeds)) < len(self.seeds):

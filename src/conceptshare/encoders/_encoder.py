@@ -13,6 +13,8 @@ from conceptshare.errors import EncoderError
 
 Samples = Sequence[Image.Image] | Sequence[str]
 
+_LOW_PRECISION = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -23,6 +25,9 @@ class Batch:
     """``[B, T]`` bool, true for unpadded tokens; none where there is no padding."""
     eot: Tensor | None
     """``[B]`` position of each end-of-text token, for text."""
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class Activations:
     """``[B, D]`` float32 by layer."""
     training: Tensor
     """``[B, T]`` bool: the positions SAEs train on, which are the unpadded tokens and the global token."""
+    position: Tensor | None
+    """``[B]`` position of the global token; none where it is the mean of the unpadded tokens."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,9 @@ class Encoder:
     """Runs the model on inputs that are on its device."""
     batch_first: bool = True
     """Whether blocks give ``[B, T, D]`` and not ``[T, B, D]``."""
+    fingerprint: str = ""
+    """Digest of the files it was loaded from; empty where they were not recorded."""
 
-    @torch.inference_mode()
     def activations(self, samples: Samples) -> Activations:
         """The residual stream after each recorded layer, from one forward pass.
 
@@ -62,9 +70,13 @@ class Encoder:
         Raises:
             EncoderError: where a block's output is not a residual stream of the width the catalog says.
         """
-        batch = self.prepare(samples)
+        return self.read(self.prepare(samples))
+
+    @torch.inference_mode()
+    def read(self, batch: Batch) -> Activations:
+        """The same of prepared inputs."""
         outputs = self._observe({name: value.to(self.device) for name, value in batch.inputs.items()})
-        tokens = {layer: self._residual(layer, outputs[layer], len(samples)) for layer in self.spec.layer_numbers()}
+        tokens = {layer: self._residual(layer, outputs[layer], len(batch)) for layer in self.spec.layer_numbers()}
         some = next(iter(tokens.values()))
         mask = torch.ones(some.shape[:2], dtype=torch.bool) if batch.mask is None else batch.mask
         mask = mask.to(self.device)
@@ -72,11 +84,11 @@ class Encoder:
         if position is None:
             weights = mask / mask.sum(1, keepdim=True)
             global_token = {layer: torch.einsum("bt,btd->bd", weights, x) for layer, x in tokens.items()}
-            return Activations(tokens, global_token, training=mask)
-        rows = torch.arange(len(samples), device=self.device)
-        training = mask.clone()
+            return Activations(tokens, global_token, mask, position)
+        rows = torch.arange(len(batch), device=self.device)
+        training = torch.ones_like(mask) if self.spec.global_token == "reference" else mask.clone()
         training[rows, position] = True
-        return Activations(tokens, {layer: x[rows, position] for layer, x in tokens.items()}, training)
+        return Activations(tokens, {layer: x[rows, position] for layer, x in tokens.items()}, training, position)
 
     def _observe(self, inputs: dict[str, Tensor]) -> dict[int, Any]:
         outputs: dict[int, Any] = {}
@@ -88,8 +100,12 @@ class Encoder:
             return hook
 
         hooks = [self.blocks[n].register_forward_hook(keep(n)) for n in self.spec.layer_numbers()]
+        low = _LOW_PRECISION.get(self.spec.precision)
+        # Convolutions would keep ten bits of each factor on a GPU, which is not what float32 says.
+        exact = torch.backends.cudnn.flags(allow_tf32=False)
         try:
-            self.forward(inputs)
+            with exact, torch.autocast(self.device.type, low, enabled=low is not None):
+                self.forward(inputs)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -97,9 +113,13 @@ class Encoder:
 
     def _residual(self, layer: int, output: Any, samples: int) -> Tensor:
         x = output[0] if isinstance(output, tuple) else output
-        if not isinstance(x, Tensor) or x.ndim != 3:
+        if isinstance(x, Tensor) and x.ndim == 4:
+            # A grid of tokens, with the width behind the samples (convolutions) or last.
+            x = x.flatten(2).transpose(1, 2) if x.shape[1] == self.spec.width else x.flatten(1, 2)
+        elif isinstance(x, Tensor) and x.ndim == 3:
+            x = x if self.batch_first else x.transpose(0, 1)
+        else:
             raise EncoderError(f"{self.spec.model}, layer {layer}: no residual stream [B, T, D]; set blocks")
-        x = x if self.batch_first else x.transpose(0, 1)
         if x.shape[2] != self.spec.width:
             raise EncoderError(
                 f"{self.spec.model}, layer {layer}: width {x.shape[2]}, where its entry says {self.spec.width}; "
@@ -114,6 +134,8 @@ class Encoder:
         match self.spec.global_token:
             case "first":
                 return mask.int().argmax(1)  # some tokenizers pad on the left
+            case "reference":
+                return torch.zeros(len(mask), dtype=torch.long, device=self.device)
             case "last":
                 return torch.full((len(mask),), mask.shape[1] - 1, device=self.device)
             case "eot":

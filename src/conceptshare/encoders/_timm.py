@@ -1,0 +1,33 @@
+"""Encoders of the timm library: a folder with config.json and weights, as timm itself saves one for the hub."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor
+
+from conceptshare.catalog import EncoderSpec
+from conceptshare.encoders._encoder import Batch, Encoder, Samples, find_blocks
+
+
+def load_timm(spec: EncoderSpec, folder: Path, device: torch.device) -> Encoder:
+    """Load the image encoder in ``folder``, with pictures seen as its own configuration says."""
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    seen: dict[str, Any] = {}
+    if spec.image_size is not None:
+        seen["input_size"] = (3, spec.image_size, spec.image_size)
+        # Without it, a model takes pictures of any size.
+        if hasattr(model, "set_input_size"):
+            model.set_input_size(seen["input_size"][1:])
+    transform: Any = create_transform(**resolve_data_config(seen, model=model), is_training=False)
+    model = model.eval().to(device)
+
+    def prepare(samples: Samples) -> Batch:
+        return Batch({"pixels": torch.stack([transform(sample) for sample in samples])}, mask=None, eot=None)
+
+    def forward(inputs: dict[str, Tensor]) -> object:
+        return model.forward_features(inputs["pixels"])
+
+    return Encoder(spec, device, find_blocks(model, spec), prepare, forward)
