@@ -426,6 +426,15 @@ def vit_resized(folder: Path) -> Family:
     return vit(folder, side=48)
 
 
+def fine_vit(folder: Path) -> EncoderSpec:
+    """A ViT of many small tokens, whose activations take much room and little time."""
+    sizes = {"layers": IMAGE_LAYERS, "width": IMAGE_WIDTH}
+    model = transformers.ViTModel(transformers.ViTConfig(**_vision() | {"patch_size": 2}))
+    model.save_pretrained(folder)
+    square_processor(transformers.ViTImageProcessor).save_pretrained(folder)
+    return entry(folder, "image", "first", kind="vision", **sizes)
+
+
 def vit_classifier(folder: Path) -> Family:
     """As the published ones of Google: no pooler, and a classifier of the normalised first token."""
     model = randomise(transformers.ViTForImageClassification(transformers.ViTConfig(**_vision(), num_labels=EMBEDDING)))

@@ -1,12 +1,18 @@
 """The activation store holds what the encoder gives, rounded to float16, at the rows that its offsets say."""
 
 import io
+import re
+import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conceptshare import activations, store
@@ -21,12 +27,20 @@ from tests.models import CAPTIONS, LAYERS
 # Of the last batch, only one sample is left.
 BATCH = 3
 ROWS = [*CAPTIONS, "a mat", "zebra"]
-FAMILIES = [models.bert, models.deberta, models.clip_text, models.siglip_text, models.clip_image, models.siglip_image]
+FAMILIES = [
+    models.bert,
+    models.deberta_v2,
+    models.clip_text,
+    models.siglip_text,
+    models.clip_image,
+    models.siglip_image,
+    models.mambavision,
+]
 by_name = {"ids": lambda make: make.__name__}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     cells = []
     for picture in models.pictures(len(ROWS)):
@@ -35,7 +49,12 @@ def data(tmp_path_factory):
         cells.append(png.getvalue())
     pq.write_table(pa.table({"image": cells, "caption": ROWS}), folder / "rows.parquet")
     make_dataset(DatasetSpec(source=str(folder / "rows.parquet")), folder / "made")
-    return Data(folder / "made")
+    return folder / "made"
+
+
+@pytest.fixture(scope="module")
+def data(data_folder):
+    return Data(data_folder)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +109,7 @@ def assert_nothing_written(folder):
 def test_store_holds_the_encoders_activations_as_float16(extracted, make):
     spec, path, batches = extracted(make)
     opened = store.open_store(path, "activations")
-    for layer in range(spec.layers):
+    for layer in spec.layer_numbers():
         tokens, global_tokens = expected(spec, batches, layer)
         group = opened[f"layer-{layer:02d}"]
         assert group["tokens"].dtype == group["global"].dtype == np.float16
@@ -102,15 +121,21 @@ def test_store_holds_the_encoders_activations_as_float16(extracted, make):
 @pytest.mark.parametrize("make", FAMILIES, **by_name)
 def test_global_token_of_each_sample_is_one_of_its_training_rows(extracted, make):
     spec, path, _ = extracted(make)
-    reader = TokenReader.open(path, layer=1)
+    layer = spec.layer_numbers()[-1]
+    reader = TokenReader.open(path, layer)
+    everything = store.open_store(path, "activations")
+    assert np.array_equal(
+        everything[f"layer-{layer:02d}/tokens"].oindex[everything["global_rows"][:], :], reader.global_tokens
+    )
     for sample, token in enumerate(reader.global_tokens.astype(np.float32)):
         rows = reader.read(np.array([sample])).numpy()
         assert (rows == token).all(axis=1).any()
+        assert everything["offsets"][sample] <= everything["global_rows"][sample] < everything["offsets"][sample + 1]
         if spec.global_token == "mean":
             assert np.array_equal(rows[-1], token)
 
 
-@pytest.mark.parametrize("make", [models.deberta, models.siglip_image], **by_name)
+@pytest.mark.parametrize("make", [models.deberta_v2, models.siglip_image], **by_name)
 def test_mean_is_stored_as_the_last_training_row_of_its_sample(extracted, make):
     _, path, _ = extracted(make)
     reader = TokenReader.open(path, layer=2)
@@ -207,3 +232,182 @@ def test_an_encoder_of_another_width_leaves_no_store(data, tmp_path):
     with pytest.raises(EncoderError, match="set width: 16"):
         extract_activations(load_encoder(spec), data, tmp_path / "tiny.zarr")
     assert_nothing_written(tmp_path)
+
+
+def test_an_overflow_at_low_precision_says_that_float32_may_help(data, tmp_path):
+    models.save_bert(tmp_path / "model")
+    poison(tmp_path / "model", "encoder.layer.1.output.dense.bias", lambda x: x[3:4].fill_(1e5))
+    poison(tmp_path / "model", "encoder.layer.1.output.LayerNorm.weight", lambda x: x.fill_(1e6))
+    entry = models.entry(tmp_path / "model", "text", "first", kind="language", precision="float16")
+    with pytest.raises(
+        NumericsError, match=r"^tiny, layer 1, sample 0: .*; set precision: float32 in place of float16"
+    ):
+        extract_activations(load_encoder(batched(entry)), data, tmp_path / "tiny.zarr")
+
+
+@pytest.mark.parametrize("make", [models.bert, models.siglip_text, models.siglip_image, models.clip_text], **by_name)
+def test_a_cap_keeps_so_many_tokens_of_a_sample_and_the_global_one_among_them(extracted, data, tmp_path, make):
+    spec, path, _ = extracted(make)
+    extract_activations(load_encoder(batched(spec, max_tokens=4)), data, tmp_path / "some.zarr")
+    for layer in spec.layer_numbers():
+        whole, some = TokenReader.open(path, layer), TokenReader.open(tmp_path / "some.zarr", layer)
+        assert np.array_equal(some.global_tokens, whole.global_tokens)
+        for sample in range(len(ROWS)):
+            there, kept = (reader.read(np.array([sample])).numpy() for reader in (whole, some))
+            assert len(kept) == min(4, len(there))
+            # In their order, and each of them one that is there.
+            places = [int(np.flatnonzero((there == row).all(axis=1))[0]) for row in kept]
+            assert places == sorted(set(places))
+            assert (kept == some.global_tokens[sample].astype(np.float32)).all(axis=1).any()
+
+
+def test_a_cap_draws_by_the_seed_and_by_the_sample_and_not_by_the_batch(extracted, data, tmp_path):
+    spec, _, _ = extracted(models.clip_image)
+
+    def drawn(name, **values):
+        extract_activations(load_encoder(batched(spec, max_tokens=5, **values)), data, tmp_path / f"{name}.zarr")
+        return TokenReader.open(tmp_path / f"{name}.zarr", layer=0).read(np.arange(len(ROWS)))
+
+    first = drawn("first")
+    assert torch.equal(drawn("again"), first)
+    assert torch.allclose(drawn("batched", batch_size=2), first, rtol=0, atol=1e-2)
+    assert not torch.allclose(drawn("seeded", token_seed=1), first, rtol=0, atol=1e-2)
+
+
+def test_a_cap_draws_each_token_alike(extracted):
+    spec, _, batches = extracted(models.clip_image)
+    found, capped = batches[0], batched(spec, max_tokens=5)
+    tokens = found.training.shape[1]
+    seen = np.zeros(tokens)
+    for start in range(0, 6000, BATCH):
+        seen += activations._drawn(found, capped, np.arange(start, start + BATCH)).numpy().sum(0)
+    assert seen[0] == 6000
+    # 4 of the 16 others each time: 1500 is expected, with a standard deviation of 34.
+    assert np.abs(seen[1:] - 6000 * 4 / (tokens - 1)).max() < 5 * 34
+
+
+EXTRACT = """
+import os, signal, sys
+from pathlib import Path
+import torch
+import zarr.storage._local as local
+from conceptshare import activations, store
+from conceptshare.catalog import EncoderSpec
+from conceptshare.dataset import Data
+from conceptshare.encoders import load_encoder
+from conceptshare.weights import fetch_weights
+
+torch.set_num_threads(1)
+store._CHUNK_BYTES, activations._SHARD_BYTES, activations._GLOBAL_SHARD_BYTES = 128, 512, 128
+spec = EncoderSpec.model_validate_json(sys.argv[1])
+data, out, last = Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+put, writes = local._put, 0
+
+def counted(*arguments, **options):
+    global writes
+    writes += 1
+    if writes == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return put(*arguments, **options)
+
+local._put = counted
+fetch_weights(spec, out.parent / "weights.json")
+activations.extract_activations(load_encoder(spec, out.parent / "weights.json"), Data(data), out)
+print(writes)
+"""
+
+
+def run_extraction(spec, data, out, last=0):
+    """Extract in a process of its own, which kills itself at its ``last``-th write to a store."""
+    command = [sys.executable, "-c", EXTRACT, spec.model_dump_json(), str(data), str(out), str(last)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def bytes_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("make", "moments"), [(models.bert, [0.4, 0.3, 0.2]), (models.siglip_image, [0.85])])
+def test_a_killed_extraction_goes_on_at_its_last_finished_shard_and_ends_with_the_same_bytes(
+    data_folder, tmp_path, make, moments
+):
+    spec = batched(make(tmp_path / "model").spec, use_layers=[0, 2], batch_size=2)
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole = run_extraction(spec, data_folder, tmp_path / "whole" / "tiny.zarr")
+    assert whole.returncode == 0, whole.stderr
+    out = tmp_path / "killed" / "tiny.zarr"
+    starts = [0]
+    for moment in moments:
+        killed = run_extraction(spec, data_folder, out, round(moment * int(whole.stdout)))
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert not out.exists()
+    finished = run_extraction(spec, data_folder, out)
+    assert finished.returncode == 0, finished.stderr
+    starts += [int(number) for number in re.findall(r"going on at sample (\d+)", killed.stderr + finished.stderr)]
+    assert len(starts) > 1
+    assert starts == sorted(starts)
+    assert bytes_of(out) == bytes_of(tmp_path / "whole" / "tiny.zarr")
+    assert sorted(path.name for path in out.parent.iterdir()) == ["tiny.zarr", "weights.json"]
+
+
+@pytest.mark.parametrize("change", ["spec", "weights"])
+def test_what_was_left_of_another_extraction_is_not_gone_on_with(data_folder, tmp_path, change):
+    spec = batched(models.bert(tmp_path / "model").spec, batch_size=2)
+    out = tmp_path / "tiny.zarr"
+    whole = run_extraction(spec, data_folder, out)
+    shutil.rmtree(out)
+    killed = run_extraction(spec, data_folder, out, int(whole.stdout) - 5)
+    assert killed.returncode == -signal.SIGKILL
+    if change == "spec":
+        spec = batched(spec, batch_size=2, context_length=6)
+    else:
+        poison(tmp_path / "model", "embeddings.word_embeddings.weight", lambda x: x.mul_(2))
+    again = run_extraction(spec, data_folder, out)
+    assert again.returncode == 0, again.stderr
+    assert "going on" not in again.stderr
+    extract_activations(load_encoder(spec), Data(data_folder), tmp_path / "fresh.zarr")
+    found, fresh = (
+        TokenReader.open(path, layer=2).read(np.arange(len(ROWS))) for path in (out, tmp_path / "fresh.zarr")
+    )
+    assert torch.equal(found, fresh)
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+from conceptshare import activations
+from conceptshare.catalog import EncoderSpec
+from conceptshare.dataset import Data
+from conceptshare.encoders import load_encoder
+
+torch.set_num_threads(1)
+activations._SHARD_BYTES = 2**21
+encoder = load_encoder(EncoderSpec.model_validate_json(sys.argv[1]))
+activations.extract_activations(encoder, Data(Path(sys.argv[2])), Path(sys.argv[3]))
+status = Path("/proc/self/status").read_text()  # getrusage tells the largest of the parent's and one's own
+print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
+    spec = models.fine_vit(tmp_path / "model")
+    noise = np.random.default_rng(0).integers(0, 256, (4800, 32, 32, 3), dtype=np.uint8)
+    peaks = {}
+    for samples in (1200, 4800):
+        cells = []
+        for pixels in noise[:samples]:
+            picture = io.BytesIO()
+            Image.fromarray(pixels).save(picture, "bmp")
+            cells.append(picture.getvalue())
+        rows = {"image": cells, "caption": ["noise"] * samples}
+        pq.write_table(pa.table(rows), tmp_path / f"{samples}.parquet")
+        make_dataset(DatasetSpec(source=str(tmp_path / f"{samples}.parquet")), tmp_path / f"{samples}")
+        arguments = [spec.model_dump_json(), str(tmp_path / f"{samples}"), str(tmp_path / f"{samples}.zarr")]
+        result = subprocess.run([sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        peaks[samples] = float(result.stdout)
+    held = sum(path.stat().st_size for path in (tmp_path / "4800.zarr").rglob("*") if path.is_file()) / 2**20
+    assert held > 200
+    assert peaks[4800] - peaks[1200] < held / 4

@@ -2,11 +2,16 @@
 
 `results/{dataset}/activations/{encoder}.zarr` holds, for each recorded layer, ``layer-NN/tokens [T, D]`` (the tokens
 that SAEs train on: unpadded ones and the global token) and ``layer-NN/global [N, D]``, both float16, and once for all
-layers ``offsets [N + 1]``: the tokens of sample i are rows ``offsets[i]`` to ``offsets[i + 1]``. Where the global
-token is a mean, it is the last of its sample's rows.
+layers ``offsets [N + 1]``: the tokens of sample i are rows ``offsets[i]`` to ``offsets[i + 1]``, of which row
+``global_rows[i]`` is its global token. Where that is a mean, it is the last of its sample's rows.
 """
 
+import json
 import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,77 +23,232 @@ from torch import Tensor
 
 from conceptshare.catalog import EncoderSpec
 from conceptshare.dataset import Data
-from conceptshare.encoders import Activations, Encoder
+from conceptshare.encoders import Activations, Batch, Encoder
 from conceptshare.progress import progress, say
-from conceptshare.store import RowWriter, as_float16, layer_group, layer_name, new_store, open_store, save_array
+from conceptshare.store import RowWriter, as_float16, layer_group, layer_name, new_array, new_store, open_store
 
 KIND = "activations"
 
 # Larger shards are fewer files; each layer keeps up to one in memory.
 _SHARD_BYTES = 2**26
+# Global tokens are few: smaller shards let less of them be held in memory only.
+_GLOBAL_SHARD_BYTES = 2**20
+_INDEX_ROWS = 2**16
+# Batches that wait to be written.
+_AHEAD = 2
 # Layers up to this size are read at once; of larger ones, each sample is read when its turn comes.
 _IN_MEMORY_BYTES = 2**30
 
 
-def extract_activations(encoder: Encoder, data: Data, out: Path) -> None:
+def extract_activations(encoder: Encoder, data: Data, out: Path, threads: int = 1) -> None:
     """Record the residual stream of every sample in the store ``out``.
+
+    Pictures are decoded, the encoder computes and shards are written at the same time. Where an earlier attempt was
+    cut off, its finished shards are kept and the rest is made, with the same bytes as in one go.
+
+    Args:
+        encoder: the encoder.
+        data: the samples.
+        out: the store to write.
+        threads: threads that decode and prepare pictures.
 
     Raises:
         NumericsError: where an activation is not finite or does not fit float16; it names layer and sample.
         EncoderError: where the encoder is not what its entry says.
     """
     spec = encoder.spec
-    layers = spec.layer_numbers()
     described = {
         "name": out.stem,
-        "encoder": spec.model_dump(mode="json", exclude={"seeds", "note"}),
+        "encoder": json.loads(spec.activations_key()),
+        "weights": encoder.fingerprint,
         "content_hash": data.content_hash,
         "samples": len(data),
-        "layers": layers,
+        "layers": spec.layer_numbers(),
         "width": spec.width,
     }
     started = time.monotonic()
-    lengths: list[NDArray[np.int64]] = []
-    with new_store(out, KIND, described) as store:
-        tokens: dict[int, RowWriter] = {}
-        global_tokens: dict[int, RowWriter] = {}
-        for layer in layers:
-            group = store.create_group(layer_name(layer))
-            tokens[layer] = RowWriter(group, "tokens", spec.width, np.float16, _SHARD_BYTES)
-            global_tokens[layer] = RowWriter(group, "global", spec.width, np.float16, _SHARD_BYTES)
-        starts = range(0, len(data), spec.batch_size)
-        for start in progress(starts, len(starts), f"activations of {out.stem}", "batches"):
-            found = encoder.activations(_samples(data, spec, start))
-            counts = training_counts(found, spec)
-            numbers = np.arange(start, start + len(counts))
-            for layer in layers:
-                where = f"{out.stem}, layer {layer}"
-                global_rows = found.global_token[layer].cpu().numpy()
-                global_tokens[layer].append(as_float16(global_rows, where, numbers))
-                rows = training_rows(found, layer, spec).cpu().numpy()
-                tokens[layer].append(as_float16(rows, where, np.repeat(numbers, counts)))
-            lengths.append(counts)
-        for writer in [*tokens.values(), *global_tokens.values()]:
+    with new_store(out, KIND, described, resume=True) as store, ThreadPoolExecutor(1) as writing:
+        recorder = _Recorder(store, spec, len(data))
+        starts = range(recorder.start, len(data), spec.batch_size)
+        if recorder.start:
+            say(f"{out.stem}: going on at sample {recorder.start:,}, from what an earlier attempt left")
+        writes: deque[Future[None]] = deque()
+        batches = _prepared(encoder, data, starts, threads)
+        for start, batch in progress(batches, len(starts), f"activations of {out.stem}", "batches"):
+            found = encoder.read(batch)
+            writes.append(writing.submit(recorder.append, kept_rows(found, spec, start, out.stem)))
+            if len(writes) > _AHEAD:
+                writes.popleft().result()
+        for write in writes:
+            write.result()
+        recorder.close()
+    seconds, made = time.monotonic() - started, len(data) - starts.start
+    say(f"{out.stem}: {made:,} samples, {len(described['layers'])} layers in {seconds:.1f} s ({made / seconds:.3g}/s)")
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """What is kept of a batch, as it is stored."""
+
+    counts: NDArray[np.int64]
+    """``[B]`` rows of each sample."""
+    places: NDArray[np.int64]
+    """``[B]`` which of its sample's rows is the global token."""
+    tokens: dict[int, NDArray[np.float16]]
+    """``[rows, D]`` training tokens by layer, sample after sample."""
+    global_token: dict[int, NDArray[np.float16]]
+    """``[B, D]`` by layer."""
+
+
+def kept_rows(found: Activations, spec: EncoderSpec, start: int, name: str) -> KeptRows:
+    """The rows of a batch that are stored and trained on, as float16.
+
+    Args:
+        found: the encoder's activations.
+        spec: the encoder.
+        start: number of the batch's first sample.
+        name: the encoder's name, for messages.
+
+    Raises:
+        NumericsError: where an activation is not finite or does not fit float16.
+    """
+    numbers = np.arange(start, start + len(found.training))
+    chosen = found.training
+    if spec.max_tokens is not None:
+        chosen = _drawn(found, spec, numbers)
+    counts = chosen.sum(1)
+    if found.position is None:
+        # The mean stands for no position: it is a row of its own, behind the others.
+        counts = counts + 1
+        places = counts - 1
+    else:
+        places = chosen.cumsum(1).gather(1, found.position[:, None])[:, 0] - 1
+    counts_ = counts.cpu().numpy().astype(np.int64)
+    global_token = {n: _halves(x, spec, f"{name}, layer {n}", numbers) for n, x in found.global_token.items()}
+    tokens = {}
+    for layer, x in found.tokens.items():
+        kept = x
+        mask = chosen
+        if found.position is None:
+            kept = torch.cat([x, found.global_token[layer][:, None]], dim=1)
+            mask = torch.cat([chosen, chosen.new_ones(len(chosen), 1)], dim=1)
+        rows = kept.flatten(0, 1) if mask.all() else kept[mask]
+        tokens[layer] = _halves(rows, spec, f"{name}, layer {layer}", np.repeat(numbers, counts_))
+    return KeptRows(counts_, places.cpu().numpy().astype(np.int64), tokens, global_token)
+
+
+def _drawn(found: Activations, spec: EncoderSpec, numbers: NDArray[np.int64]) -> Tensor:
+    """``[B, T]`` bool: at most ``spec.max_tokens`` training positions a sample, the global token among them.
+
+    A sample's draw depends on its number and the seed alone, and not on the batch it is in.
+    """
+    assert spec.max_tokens is not None
+    training = found.training.cpu().numpy()
+    chosen = np.zeros_like(training)
+    for row, (number, allowed) in enumerate(zip(numbers, training, strict=True)):
+        if found.position is not None:
+            position = int(found.position[row])
+            chosen[row, position] = True
+            allowed = allowed & ~chosen[row]
+        others = np.flatnonzero(allowed)
+        draw = np.random.default_rng([spec.token_seed, int(number)])
+        # The global token takes one place, be it a position or the mean.
+        chosen[row, draw.permutation(others)[: spec.max_tokens - 1]] = True
+    return torch.from_numpy(chosen).to(found.training.device)
+
+
+def _halves(x: Tensor, spec: EncoderSpec, where: str, numbers: NDArray[np.int64]) -> NDArray[np.float16]:
+    halves = x.half()
+    if not torch.isfinite(halves).all():
+        remedy = "leave the sample or the layer out"
+        if spec.precision != "float32":
+            remedy = f"set precision: float32 in place of {spec.precision}, or {remedy}"
+        as_float16(x.cpu().numpy(), where, numbers, remedy)
+    rows: NDArray[np.float16] = halves.cpu().numpy()
+    return rows
+
+
+def _prepared(encoder: Encoder, data: Data, starts: range, threads: int) -> Iterator[tuple[int, Batch]]:
+    """Each batch's first sample and inputs, in order, a few of them prepared ahead."""
+    # Tokenizers of transformers cannot be used by two threads at once.
+    workers = threads if encoder.spec.modality == "image" else 1
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque[tuple[int, Future[Batch]]] = deque()
+        for start in starts:
+            ahead.append((start, pool.submit(lambda n: encoder.prepare(_samples(data, encoder.spec, n)), start)))
+            if len(ahead) > workers:
+                first, batch = ahead.popleft()
+                yield first, batch.result()
+        for first, batch in ahead:
+            yield first, batch.result()
+
+
+class _Recorder:
+    """The arrays of an activation store, filled batch after batch, and how much of them is safely on disk.
+
+    The store's attribute ``progress`` is renewed whenever a shard of every layer is finished: so many ``rows`` of
+    tokens are in finished shards, and the ``offsets`` and ``global_rows`` of so many ``samples`` are there.
+    """
+
+    def __init__(self, store: Any, spec: EncoderSpec, samples: int) -> None:
+        self._store = store
+        progress = store.attrs.get("progress", {"rows": 0, "samples": 0})
+        for name, length in [("offsets", samples + 1), ("global_rows", samples)]:
+            if name not in store:
+                new_array(store, name, (length,), np.int64, chunks=(min(length, _INDEX_ROWS),))[...] = 0
+        offsets = self._store["offsets"][: progress["samples"] + 1]
+        whole = int(np.searchsorted(offsets[1:], progress["rows"], side="right"))
+        self.start = whole // spec.batch_size * spec.batch_size
+        """The first sample that has to be read again; batches are the same as in one go."""
+        self._samples = self.start
+        self._offsets = [int(offsets[self.start])]
+        self._global_rows: list[int] = []
+        self._skip = progress["rows"] - self._offsets[0]
+        groups = {layer: store.require_group(layer_name(layer)) for layer in spec.layer_numbers()}
+        self._tokens = {
+            layer: RowWriter(group, "tokens", spec.width, np.float16, _SHARD_BYTES, keep=progress["rows"])
+            for layer, group in groups.items()
+        }
+        self._global = {
+            layer: RowWriter(group, "global", spec.width, np.float16, _GLOBAL_SHARD_BYTES, keep=self.start)
+            for layer, group in groups.items()
+        }
+        for layer, writer in self._global.items():
+            # What the last attempt held in memory of these is among the tokens, which are on disk.
+            rows = self._store["global_rows"][writer.written : self.start]
+            if len(rows):
+                writer.append(self._store[layer_name(layer)]["tokens"].oindex[rows, :])
+
+    def append(self, kept: KeptRows) -> None:
+        """Add a batch."""
+        ends = self._offsets[-1] + np.cumsum(kept.counts)
+        self._global_rows += (ends - kept.counts + kept.places).tolist()
+        self._offsets += ends.tolist()
+        skip = min(self._skip, int(kept.counts.sum()))
+        self._skip -= skip
+        before = self._written()
+        for layer, writer in self._tokens.items():
+            writer.append(kept.tokens[layer][skip:])
+            self._global[layer].append(kept.global_token[layer])
+        if self._written() > before:
+            self._note()
+
+    def close(self) -> None:
+        """Write what is left."""
+        for writer in [*self._tokens.values(), *self._global.values()]:
             writer.close()
-        save_array(store, "offsets", np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64))
-    seconds = time.monotonic() - started
-    say(f"{out.stem}: {len(data):,} samples, {len(layers)} layers in {seconds:.1f} s ({len(data) / seconds:.3g}/s)")
+        self._note()
+        del self._store.attrs["progress"]
 
+    def _written(self) -> int:
+        return min(writer.written for writer in self._tokens.values())
 
-def training_counts(found: Activations, spec: EncoderSpec) -> NDArray[np.int64]:
-    """``[B]`` rows that each sample of a batch adds to the training tokens."""
-    extra = 1 if spec.global_token == "mean" else 0
-    counts: NDArray[np.int64] = found.training.sum(1).cpu().numpy().astype(np.int64) + extra
-    return counts
-
-
-def training_rows(found: Activations, layer: int, spec: EncoderSpec) -> Tensor:
-    """``[rows, D]`` training tokens of a batch, sample after sample."""
-    x, chosen = found.tokens[layer], found.training
-    if spec.global_token == "mean":
-        x = torch.cat([x, found.global_token[layer][:, None]], dim=1)
-        chosen = torch.cat([chosen, chosen.new_ones(len(chosen), 1)], dim=1)
-    return x[chosen]
+    def _note(self) -> None:
+        end = self._samples + len(self._global_rows)
+        self._store["offsets"][self._samples : end + 1] = self._offsets
+        self._store["global_rows"][self._samples : end] = self._global_rows
+        self._store.attrs["progress"] = {"rows": self._written(), "samples": end}
+        self._samples, self._offsets, self._global_rows = end, self._offsets[-1:], []
 
 
 class TokenReader:

@@ -5,6 +5,7 @@ made from, the size of each file in it (``files``), and ``complete: true``. The 
 a missing chunk as zeros without a word, so `open_store` compares the files with that list first.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import numpy as np
 import zarr
 from numpy.typing import DTypeLike, NDArray
 
-from conceptshare.errors import NumericsError, StoreError
+from conceptshare.errors import ConceptshareError, NumericsError, StoreError
 
 VERSION = 1
 """Version of the formats of all stores; a change that old readers would misread raises it."""
@@ -25,39 +26,60 @@ _ROOT = "zarr.json"
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def written_aside(path: Path, resume: bool = False) -> Iterator[Path]:
     """Give a path beside ``path`` to write a file or folder at, and rename it to ``path`` if all went well.
 
     Where the body raises, what it wrote is removed; where the process is killed, what it wrote keeps the suffix
-    ``.partial`` and is removed by the next attempt.
+    ``.partial`` and is removed by the next attempt. With ``resume``, the next attempt finds it instead, and only an
+    error that would come again (a ConceptshareError) removes it.
     """
     partial = path.with_name(path.name + ".partial")
-    _remove(partial)
+    if not resume:
+        _remove(partial)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
         _remove(path)
         partial.rename(path)
-    except BaseException:
-        _remove(partial)
+    except BaseException as error:
+        if not resume or isinstance(error, ConceptshareError):
+            _remove(partial)
         raise
 
 
 @contextmanager
-def new_store(path: Path, kind: str, spec: dict[str, Any]) -> Iterator[zarr.Group]:
-    """Give an empty Zarr group to fill; it becomes the store at ``path`` if all went well.
+def new_store(path: Path, kind: str, spec: dict[str, Any], resume: bool = False) -> Iterator[zarr.Group]:
+    """Give a Zarr group to fill; it becomes the store at ``path`` if all went well.
 
     Args:
         path: the store's final path.
         kind: the format, such as ``"activations"``.
         spec: what the store was made from, kept in its attributes.
+        resume: give what an attempt that was cut off left of the same store, where there is such; else an empty group.
     """
-    with written_aside(path) as partial:
-        group = zarr.open_group(partial, mode="w", zarr_format=3)
-        group.attrs.update({"kind": kind, "version": VERSION, "spec": spec, "complete": False})
+    described: dict[str, Any] = {"kind": kind, "version": VERSION, "spec": spec, "complete": False}
+    with written_aside(path, resume) as partial:
+        group = _left_over(partial, described)
+        if group is None:
+            _remove(partial)
+            group = zarr.open_group(partial, mode="w", zarr_format=3)
+            group.attrs.update(described)
         yield group
         group.attrs["files"] = {name: size for name, size in _files(partial).items() if name != _ROOT}
         group.attrs["complete"] = True
+
+
+def _left_over(partial: Path, described: dict[str, Any]) -> zarr.Group | None:
+    """The store at ``partial``, if it can be gone on with: its description is the same, and it can be read."""
+    try:
+        group = zarr.open_group(partial, mode="r+")
+        if any(group.attrs[key] != json.loads(json.dumps(value)) for key, value in described.items()):
+            return None
+    except Exception:  # there is none, or its metadata was cut off, which shows in many ways
+        return None
+    for torn in partial.rglob("*.partial"):
+        torn.unlink()  # Zarr writes aside too
+    return group
 
 
 def open_store(path: Path, kind: str) -> zarr.Group:
@@ -136,49 +158,70 @@ def layer_group(store: zarr.Group, layer: int, path: Path) -> Any:
 
 
 class RowWriter:
-    """Appends rows to a two-dimensional array of unknown length, a whole shard at a time."""
+    """Appends rows to a two-dimensional array of unknown length, a whole shard at a time.
 
-    def __init__(self, group: zarr.Group, name: str, width: int, dtype: DTypeLike, shard_bytes: int) -> None:
+    Where the array is there already, its first whole shards up to ``keep`` rows are kept, and rows go on from there.
+    """
+
+    def __init__(
+        self, group: zarr.Group, name: str, width: int, dtype: DTypeLike, shard_bytes: int, keep: int = 0
+    ) -> None:
         row_bytes = width * np.dtype(dtype).itemsize
         self._chunk = max(1, _CHUNK_BYTES // row_bytes)
         self._shard = self._chunk * max(1, shard_bytes // (self._chunk * row_bytes))
-        self._array = new_array(group, name, (0, width), dtype, (self._chunk, width), (self._shard, width))
-        self._pending: list[NDArray[Any]] = []
-        self._pending_rows = 0
+        if name not in group:
+            new_array(group, name, (0, width), dtype, (self._chunk, width), (self._shard, width))
+        array: Any = group[name]
+        array.resize((keep // self._shard * self._shard, width))
+        self._array = array
+        # One buffer, and not a list of what was appended: that would leave holes in memory that grow with time.
+        self._buffer = np.empty((self._shard, width), dtype)
+        self._filled = 0
+
+    @property
+    def written(self) -> int:
+        """Rows on disk, in whole shards until the writer is closed."""
+        return int(self._array.shape[0])
 
     def append(self, rows: NDArray[Any]) -> None:
         """Add rows ``[n, width]`` of the array's type."""
-        self._pending.append(rows)
-        self._pending_rows += len(rows)
-        while self._pending_rows >= self._shard:
-            block = np.concatenate(self._pending)
-            self._write(block[: self._shard])
-            self._pending = [block[self._shard :]]
-            self._pending_rows = len(self._pending[0])
+        while len(rows):
+            taken = rows[: self._shard - self._filled]
+            self._buffer[self._filled : self._filled + len(taken)] = taken
+            self._filled += len(taken)
+            rows = rows[len(taken) :]
+            if self._filled == self._shard:
+                self._write()
 
     def close(self) -> None:
         """Write what is left."""
-        if self._pending_rows:
-            self._write(np.concatenate(self._pending))
-        self._pending, self._pending_rows = [], 0
+        if self._filled:
+            self._write()
 
-    def _write(self, block: NDArray[Any]) -> None:
-        start = self._array.shape[0]
-        self._array.resize((start + len(block), self._array.shape[1]))
-        self._array[start:] = block
+    def _write(self) -> None:
+        start = self.written
+        self._array.resize((start + self._filled, self._array.shape[1]))
+        self._array[start:] = self._buffer[: self._filled]
+        self._filled = 0
 
 
 # Small enough to read one sample of a large encoder without its neighbours, large enough to read them all quickly.
 _CHUNK_BYTES = 2**18
 
 
-def as_float16(values: NDArray[np.float32], where: str, samples: NDArray[np.int64]) -> NDArray[np.float16]:
+def as_float16(
+    values: NDArray[np.float32],
+    where: str,
+    samples: NDArray[np.int64],
+    remedy: str = "leave the sample or the layer out",
+) -> NDArray[np.float16]:
     """Values ``[n, ...]`` as float16, the type of stored activations and features.
 
     Args:
         values: what to convert.
         where: the encoder and layer, for the message.
         samples: ``[n]`` the sample that each row belongs to, for the message.
+        remedy: what to do about it, for the message.
 
     Raises:
         NumericsError: where a value is not finite, or too large for float16.
@@ -190,17 +233,17 @@ def as_float16(values: NDArray[np.float32], where: str, samples: NDArray[np.int6
         row = int(np.argmin(finite))
         largest = float(np.abs(values[row]).max())
         what = f"{largest:.3g} is beyond float16's 65504" if np.isfinite(largest) else "a value that is not finite"
-        raise NumericsError(f"{where}, sample {samples[row]}: {what}; leave the sample or the layer out")
+        raise NumericsError(f"{where}, sample {samples[row]}: {what}; {remedy}")
     return halves
 
 
 def _files(folder: Path) -> dict[str, int]:
     """Size in bytes of every file below a folder, by relative path; Snakemake's time stamp is not ours."""
+    paths = (Path(place) / name for place, _, names in os.walk(folder) for name in names)
     return {
-        (Path(place) / name).relative_to(folder).as_posix(): (Path(place) / name).stat().st_size
-        for place, _, names in os.walk(folder)
-        for name in sorted(names)
-        if name != ".snakemake_timestamp"
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(paths)
+        if path.name != ".snakemake_timestamp"
     }
 
 

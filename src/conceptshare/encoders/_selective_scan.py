@@ -14,7 +14,7 @@ _MODULE = "mamba_ssm.ops.selective_scan_interface"
 
 
 def supply_selective_scan() -> None:
-    """Let model code import the scan of ``mamba_ssm``: its own where it is installed and has a GPU, else the one here."""
+    """Let model code import ``mamba_ssm``: the real one where it is installed and has a GPU, else the scan here."""
     if _PACKAGE in sys.modules or (torch.cuda.is_available() and importlib.util.find_spec(_PACKAGE) is not None):
         return
     parent = ""
