@@ -1,21 +1,34 @@
 """The weights stage finds or makes an encoder's files, records them, and says what is wrong where it cannot."""
 
 import hashlib
+import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
 import open_clip
 import open_clip.pretrained
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from typer.main import get_command
+from typer.testing import CliRunner
 
-from conceptshare.catalog import EncoderSpec, ModelSpec
+from conceptshare.catalog import DatasetSpec, EncoderSpec, ModelSpec
+from conceptshare.cli import app
+from conceptshare.dataset import make_dataset
 from conceptshare.encoders import load_encoder
-from conceptshare.errors import EncoderError
-from conceptshare.weights import fetch_weights, recorded_location
+from conceptshare.errors import EncoderError, HubError
+from conceptshare.store import open_store
+from conceptshare.weights import fetch_weights, fingerprint, recorded_location
 from tests import models
+from tests.hub import TOKEN, environment, running, use
 
 SCRIPT = """
 import sys
@@ -249,30 +262,470 @@ def test_an_unknown_open_clip_model_is_an_error_that_says_so():
         fetch("ViT-B-33", library="open_clip", weights="openai")
 
 
-def test_a_hub_model_without_a_connection_is_one_clear_error():
-    with pytest.raises(EncoderError) as error:
-        fetch("nobody/no-such-model")
-    assert str(error.value).startswith("nobody/no-such-model: cannot be fetched from the hub")
-    assert "set model to the path of a local copy" in str(error.value)
+def test_an_open_clip_model_whose_text_encoder_is_fetched_when_it_is_loaded_is_refused():
+    with pytest.raises(EncoderError, match="would build its text encoder from xlm-roberta-base, which it fetches when"):
+        fetch("xlm-roberta-base-ViT-B-32", library="open_clip", weights="laion5b_s13b_b90k")
 
 
-def test_open_clip_weights_without_a_connection_are_one_clear_error():
-    with pytest.raises(EncoderError) as error:
-        fetch("ViT-B-32", library="open_clip", weights="laion2b_s34b_b79k")
-    assert str(error.value).startswith("ViT-B-32 (laion2b_s34b_b79k): cannot be fetched from the hub")
+def save_foreign_tower(folder, tower):
+    """Let open_clip build the text encoder of a model in ``folder`` from another model's configuration."""
+    config = models.open_clip_config(text_cfg={"hf_model_name": tower, "context_length": models.CONTEXT})
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
 
 
-@pytest.mark.parametrize(("model", "library"), [("us/tiny", "transformers"), ("hf-hub:us/tiny", "open_clip")])
-def test_a_hub_model_is_recorded_with_its_revision(tmp_path, model, library):
-    """The hub's own client finds it in its cache, which is laid out as the client lays it out."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    cached = tmp_path / "hub" / "models--us--tiny"
-    snapshot = cached / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text(commit)
-    (snapshot / "config.json").write_text("{}")
-    record, path = fetch(model, library)
+def test_a_folder_whose_text_encoder_is_fetched_when_it_is_loaded_is_refused():
+    models.save_open_clip(Path("tiny"), models.open_clip_config())
+    save_foreign_tower(Path("tiny"), "us/tower")
+    with pytest.raises(EncoderError, match=r"\./tiny: open_clip would build its text encoder from us/tower"):
+        fetch("./tiny", library="open_clip")
+    Path("tower").mkdir()
+    save_foreign_tower(Path("tiny"), "./tower")
+    fetch("./tiny", library="open_clip")
+
+
+def test_a_checkpoint_file_without_the_tokenizer_that_its_model_needs_is_refused():
+    Path("tiny.pt").write_bytes(b"weights")
+    with pytest.raises(EncoderError, match=r"its tokenizer is not in \./tiny\.pt; .*timm/ViT-B-16-SigLIP.*hf-hub:"):
+        fetch("ViT-B-16-SigLIP", library="open_clip", weights="./tiny.pt")
+
+
+# Fingerprints
+
+
+def test_the_same_files_have_the_same_fingerprint_wherever_they_lie(folder, tmp_path):
+    _, here = fetch("./models/tiny")
+    (tmp_path / "elsewhere").mkdir()
+    copy = folder.rename(tmp_path / "elsewhere" / "copy")
+    _, there = fetch(copy, out="results/weights/copy.json")
+    assert fingerprint(here) == fingerprint(there)
+    assert len(fingerprint(here)) == 64
+
+
+@pytest.mark.parametrize("change", ["content", "name", "another"])
+def test_other_files_have_another_fingerprint(folder, change):
+    _, path = fetch("./models/tiny")
+    before = fingerprint(path)
+    if change == "content":
+        (folder / "config.json").write_text("[]")
+    elif change == "name":
+        (folder / "config.json").rename(folder / "configuration.json")
+    else:
+        (folder / "another.json").write_text("{}")
+    fetch("./models/tiny")
+    assert fingerprint(path) != before
+
+
+def test_no_record_has_no_fingerprint():
+    with pytest.raises(EncoderError, match=r"absent\.json: not readable .*; run the weights stage"):
+        fingerprint(Path("absent.json"))
+
+
+# From a hub
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with running() as hub:
+        use(monkeypatch, hub.endpoint, tmp_path / "hub")
+        yield hub
+
+
+def disconnect(hub, monkeypatch):
+    """Whatever is read from now on is read from this machine."""
+    hub.stop()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def as_pickles(folder):
+    """Turn a folder's safetensors into what PyTorch writes, as many published models still are."""
+    for path in folder.glob("*model.safetensors"):
+        torch.save(load_file(path), folder / path.name.replace("model.safetensors", "pytorch_model.bin"))
+        path.unlink()
+
+
+CLUTTER = {
+    "README.md": b"# Tiny",
+    ".gitattributes": b"*.bin filter=lfs",
+    "modeling_tiny.py": b"raise SystemExit('this code was run')",
+    "onnx/model.onnx": b"other format",
+    "onnx/config.json": b"{}",
+    "fp16/model.safetensors": b"other weights",
+    "model.gguf": b"other format",
+    "tf_model.h5": b"other format",
+    "flax_model.msgpack": b"other format",
+    "rust_model.ot": b"other format",
+    "pytorch_model.fp16.bin": b"other weights",
+    "model.fp16.safetensors": b"other weights",
+}
+
+
+def read_all(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def assert_loads(family, spec, record):
+    """The encoder that a record names computes what the library itself does of the original."""
+    encoder = load_encoder(spec, record)
+    layer = spec.layer_numbers()[-1]
+    found = encoder.activations(family.samples).tokens[layer].cpu()
+    assert models.close(found, family.truth(family.samples).hidden[-1])
+
+
+SERVED = [
+    models.bert,
+    models.deberta,
+    models.clip_text,
+    models.siglip2_text,
+    models.vit,
+    models.timm_vit,
+    models.open_clip_text,
+    models.open_clip_siglip_text,
+]
+
+
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "pickles"])
+@pytest.mark.parametrize("make", SERVED, ids=lambda make: make.__name__)
+def test_a_hub_model_is_fetched_without_clutter_and_loaded_without_a_connection(
+    hub, monkeypatch, tmp_path, make, pickled
+):
+    family = make(tmp_path / "source")
+    if pickled:
+        as_pickles(tmp_path / "source")
+    files = read_all(tmp_path / "source")
+    commit = hub.add("us/tiny", {**CLUTTER, **files})
+    name = "hf-hub:us/tiny" if family.spec.library == "open_clip" else "us/tiny"
+    record, path = fetch(name, family.spec.library)
+    assert record["files"] == listing(tmp_path / "source")
     assert record["revision"] == commit
-    assert recorded_location(path).samefile(snapshot)
-    assert record["files"] == listing(snapshot)
+    assert Path(record["location"]).name == commit
+    disconnect(hub, monkeypatch)
+    assert_loads(family, family.spec.model_copy(update={"model": name}), path)
+
+
+def test_safetensors_are_fetched_rather_than_pickles_of_the_same(hub, tmp_path):
+    models.save_bert(tmp_path / "source")
+    hub.add("us/tiny", {**read_all(tmp_path / "source"), "pytorch_model.bin": b"the same again"})
+    record, _ = fetch("us/tiny")
+    assert record["files"] == listing(tmp_path / "source")
+
+
+def test_weights_in_several_files_are_all_fetched(hub, monkeypatch, tmp_path):
+    family = models.bert(tmp_path / "source")
+    model = models.save_bert(tmp_path / "source")
+    (tmp_path / "source" / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path / "source", max_shard_size="8KB")
+    assert len(list((tmp_path / "source").glob("model-*-of-*.safetensors"))) > 1
+    hub.add("us/tiny", {**CLUTTER, **read_all(tmp_path / "source")})
+    record, path = fetch("us/tiny")
+    assert record["files"] == listing(tmp_path / "source")
+    disconnect(hub, monkeypatch)
+    assert_loads(family, family.spec.model_copy(update={"model": "us/tiny"}), path)
+
+
+def test_code_is_fetched_only_where_the_study_lets_it_run(hub, monkeypatch, tmp_path):
+    family = models.mambavision(tmp_path / "source")
+    hub.add("us/mamba", read_all(tmp_path / "source"))
+    without, _ = fetch("us/mamba")
+    assert sorted(without["files"]) == ["config.json", "model.safetensors"]
+    record, path = fetch("us/mamba", remote_code=True)
+    assert record["files"] == listing(tmp_path / "source")
+    assert "modeling_mambavision.py" in record["files"]
+    disconnect(hub, monkeypatch)
+    assert_loads(family, family.spec.model_copy(update={"model": "us/mamba"}), path)
+
+
+def test_a_record_holds_what_was_wanted_and_not_what_else_lies_in_the_shared_cache(hub, tmp_path):
+    models.save_bert(tmp_path / "source")
+    hub.add("us/tiny", {**CLUTTER, **read_all(tmp_path / "source")})
+    first, path = fetch("us/tiny")
+    print_before = fingerprint(path)
+    huggingface_hub.snapshot_download("us/tiny")
+    again, path = fetch("us/tiny")
+    assert again == first
+    assert fingerprint(path) == print_before
+
+
+def test_a_revision_is_fetched_and_recorded_as_the_commit_it_stands_for(hub, tmp_path):
+    models.save_bert(tmp_path / "source")
+    files = read_all(tmp_path / "source")
+    old = hub.add("us/tiny", files, revision="v1")
+    hub.add("us/tiny", {**files, "config.json": b"{}"})
+    record, _ = fetch("us/tiny", revision="v1")
+    assert record["revision"] == old
+    assert record["files"] == listing(tmp_path / "source")
+
+
+def test_a_repository_that_has_been_renamed_is_found_by_its_old_name(hub, monkeypatch, tmp_path):
+    """As the paper's bert-base-uncased, which has an owner by now."""
+    family = models.bert(tmp_path / "source")
+    commit = hub.add("google/tiny-uncased", read_all(tmp_path / "source"))
+    hub.rename("tiny-uncased", "google/tiny-uncased")
+    record, path = fetch("tiny-uncased")
+    assert (record["revision"], record["files"]) == (commit, listing(tmp_path / "source"))
+    disconnect(hub, monkeypatch)
+    assert_loads(family, family.spec.model_copy(update={"model": "tiny-uncased"}), path)
+
+
+@pytest.mark.parametrize("lost", ["config.json", "model.safetensors"])
+def test_a_repository_that_lacks_what_is_needed_is_an_error_and_leaves_no_record(hub, tmp_path, lost):
+    models.save_bert(tmp_path / "source")
+    (tmp_path / "source" / lost).unlink()
+    hub.add("us/tiny", read_all(tmp_path / "source"))
+    with pytest.raises(
+        EncoderError, match=rf"us/tiny: holds no {lost}.*, which transformers needs; it has .*tokenizer"
+    ):
+        fetch("us/tiny")
+    assert_no_record()
+
+
+@pytest.mark.parametrize(
+    ("model", "library", "weights", "repository", "remedy"),
+    [
+        ("us/tiny", "transformers", None, "us/tiny", "model: ./tiny"),
+        ("hf-hub:us/tiny", "open_clip", None, "us/tiny", "model: ./tiny"),
+        ("hf-hub:us/tiny", "timm", None, "us/tiny", "model: ./tiny"),
+        ("test_vit.r160_in1k", "timm", None, "timm/test_vit.r160_in1k", "model: ./test_vit.r160_in1k"),
+        (
+            "ViT-B-32-quickgelu",
+            "open_clip",
+            "openai",
+            "timm/vit_base_patch32_clip_224.openai",
+            "weights: ./open_clip_model.safetensors",
+        ),
+    ],
+)
+@pytest.mark.parametrize("trouble", ["unknown", "gated", "unreachable", "switched off"])
+def test_what_cannot_be_fetched_is_one_line_that_names_it_and_leaves_no_record(
+    hub, monkeypatch, model, library, weights, repository, remedy, trouble
+):
+    if trouble == "gated":
+        names = ["config.json", "model.safetensors", "open_clip_config.json", "open_clip_model.safetensors"]
+        hub.add(repository, dict.fromkeys(names, b"{}"))
+        hub.gate(repository)
+    elif trouble == "unreachable":
+        hub.stop()
+    elif trouble == "switched off":
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError) as error:
+        fetch(model, library, weights=weights)
+    message = str(error.value)
+    said = {
+        "unknown": "there is no such model, or it is private",
+        "gated": "it is gated; accept its licence at",
+        "unreachable": "the host cannot be reached",
+        "switched off": "HF_HUB_OFFLINE is set",
+    }
+    assert message.startswith((f"{repository}: ", f"{model}: {repository}: "))
+    assert model.removeprefix("hf-hub:") in message
+    assert said[trouble] in message
+    assert f"of {hub.endpoint} cannot be fetched: " in message
+    assert message.endswith(f"or point to a local copy, as in {remedy}")
+    assert "\n" not in message
+    assert not Path("results").exists()
+
+
+# open_clip's and timm's own names
+
+
+@pytest.fixture
+def tagged(monkeypatch):
+    """Lets open_clip know a tag whose weights are at a place on the hub."""
+
+    def know(place):
+        monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "ViT-B-32", {"mine": {"hf_hub": place}})
+
+    return know
+
+
+@pytest.mark.parametrize(
+    ("place", "names"),
+    [
+        ("us/tiny/", ["open_clip_pytorch_model.bin"]),
+        ("us/tiny/", ["open_clip_pytorch_model.bin", "open_clip_model.safetensors"]),
+        ("us/tiny/open_clip_pytorch_model.bin", ["open_clip_pytorch_model.bin", "open_clip_pytorch_model.safetensors"]),
+        ("us/tiny/pytorch_model.bin", ["pytorch_model.bin", "open_clip_model.safetensors"]),
+        ("us/tiny/pytorch_model.bin", ["pytorch_model.bin", "pytorch_model.safetensors"]),
+        ("us/tiny/tiny.pth", ["tiny.pth", "tiny.safetensors"]),
+        ("us/tiny/tiny.pt", ["tiny.pt", "tiny.bin"]),
+    ],
+)
+def test_of_a_tag_the_file_that_open_clip_itself_would_take_is_fetched(hub, tagged, place, names):
+    commit = hub.add("us/tiny", {name: name.encode() for name in [*names, "open_clip_config.json", "README.md"]})
+    tagged(place)
+    record, path = fetch("ViT-B-32", library="open_clip", weights="mine")
+    assert len(hub.asked("GET", "/resolve/")) == 1
+    assert record["revision"] == commit
+    own = Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg("ViT-B-32", "mine")))
+    assert recorded_location(path) == own
+    assert list(record["files"]) == [own.name]
+
+
+def test_the_papers_clip_is_recorded_with_the_commit_of_the_repository_that_its_tag_stands_for(hub):
+    commit = hub.add("timm/vit_base_patch32_clip_224.openai", {"open_clip_model.safetensors": b"weights"})
+    record, _ = fetch("ViT-B-32-quickgelu", library="open_clip", weights="openai")
+    assert record["revision"] == commit
+    assert (record["model"], record["weights"]) == ("ViT-B-32-quickgelu", "openai")
+    assert list(record["files"]) == ["open_clip_model.safetensors"]
+
+
+def test_a_tag_without_a_hub_repository_is_downloaded_by_open_clip(monkeypatch, tmp_path):
+    (tmp_path / "own.pt").write_bytes(b"weights")
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "ViT-B-32", {"mine": {"file": str(tmp_path / "own.pt")}})
+    record, _ = fetch("ViT-B-32", library="open_clip", weights="mine")
+    assert (record["location"], record["revision"]) == (str(tmp_path / "own.pt"), None)
+
+
+def test_a_tag_whose_address_does_not_answer_is_an_error_that_says_so(hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    hub.stop()
+    address = f"{hub.endpoint}/tiny.pt"
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "ViT-B-32", {"mine": {"url": address}})
+    with pytest.raises(EncoderError, match=f"ViT-B-32: its weights mine cannot be fetched from {address}"):
+        fetch("ViT-B-32", library="open_clip", weights="mine")
+
+
+def test_a_named_model_with_a_tokenizer_of_its_own_is_fetched_and_loaded_with_it(hub, monkeypatch, tmp_path):
+    family = models.open_clip_siglip_text(tmp_path / "source")
+    commit = hub.add("timm/ViT-B-16-SigLIP", {**CLUTTER, **read_all(tmp_path / "source")})
+    record, path = fetch("ViT-B-16-SigLIP", library="open_clip", weights="webli")
+    assert record["files"] == listing(tmp_path / "source")
+    assert record["revision"] == commit
+    assert any("tokenizer" in name for name in record["files"])
+    disconnect(hub, monkeypatch)
+    assert_loads(family, family.spec.model_copy(update={"model": "ViT-B-16-SigLIP", "weights": "webli"}), path)
+
+
+def test_a_missing_tokenizer_is_told(hub, tmp_path, capsys):
+    models.open_clip_siglip_text(tmp_path / "source")
+    kept = ("open_clip_config.json", "open_clip_model.safetensors")
+    hub.add("us/tiny", {name: x for name, x in read_all(tmp_path / "source").items() if name in kept})
+    fetch("hf-hub:us/tiny", library="open_clip")
+    assert "us/tiny holds no tokenizer, so only its image encoder can be used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["test_vit.r160_in1k", "test_vit"])
+def test_a_model_that_timm_knows_is_fetched_from_its_repository(hub, monkeypatch, tmp_path, name):
+    family = models.timm_vit(tmp_path / "source")
+    commit = hub.add("timm/test_vit.r160_in1k", {**CLUTTER, **read_all(tmp_path / "source")})
+    record, path = fetch(name, library="timm")
+    assert record["files"] == listing(tmp_path / "source")
+    assert record["revision"] == commit
+    assert recorded_location(path).is_dir()
+    disconnect(hub, monkeypatch)
+    assert_loads(family, family.spec.model_copy(update={"model": name}), path)
+    assert timm.create_model(f"local-dir:{recorded_location(path)}", pretrained=True).num_classes == models.EMBEDDING
+
+
+def test_a_timm_model_in_a_folder_is_recorded(tmp_path):
+    models.save_timm(Path("models/vit"), "test_vit")
+    record, _ = fetch("./models/vit", library="timm")
+    assert (record["location"], record["revision"]) == ("models/vit", None)
+    assert record["files"] == listing(Path("models/vit"))
+
+
+@pytest.mark.parametrize("name", ["vit_smal_patch16_224.augreg_in21k", "vit_small_patch16_224.augreg_in22k"])
+def test_an_unknown_timm_model_is_an_error_with_the_nearest_names(name):
+    with pytest.raises(EncoderError, match=r"timm has no weights for .*vit_small_patch16_224\.augreg_in21k"):
+        fetch(name, library="timm")
+
+
+def test_a_timm_model_that_no_hub_has_is_an_error(monkeypatch):
+    name = next(n for n in timm.list_models(pretrained=True) if timm.get_pretrained_cfg(n).hf_hub_id is None)
+    with pytest.raises(EncoderError, match="in no hub repository; set model to a folder with them"):
+        fetch(name, library="timm")
+
+
+def test_a_repository_of_another_library_is_an_error_where_timm_is_to_read_it(hub, tmp_path):
+    models.save_bert(tmp_path / "source")
+    hub.add("us/tiny", read_all(tmp_path / "source"))
+    with pytest.raises(EncoderError, match=r"us/tiny: its config\.json is not one of timm's"):
+        fetch("us/tiny", library="timm")
+
+
+# On the command line
+
+
+@pytest.fixture
+def data(tmp_path):
+    cells = []
+    for picture in models.pictures(len(models.CAPTIONS)):
+        png = io.BytesIO()
+        picture.save(png, "png")
+        cells.append(png.getvalue())
+    pq.write_table(pa.table({"image": cells, "caption": models.CAPTIONS}), tmp_path / "rows.parquet")
+    make_dataset(DatasetSpec(source=str(tmp_path / "rows.parquet")), tmp_path / "data")
+    return tmp_path / "data"
+
+
+def run(*arguments, env):
+    command = [sys.executable, "-m", "conceptshare", *map(str, arguments)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+def as_json(spec):
+    return json.dumps(spec.model_dump(mode="json", exclude_defaults=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "repository", "named"),
+    [
+        (models.bert, "us/tiny", {"model": "us/tiny"}),
+        (models.open_clip_text, "us/tiny", {"model": "hf-hub:us/tiny"}),
+        (models.open_clip_siglip_text, "timm/ViT-B-16-SigLIP", {"model": "ViT-B-16-SigLIP", "weights": "webli"}),
+    ],
+    ids=["bert", "open_clip", "siglip"],
+)
+def test_activations_ask_no_hub_and_read_what_the_record_names(hub, tmp_path, data, make, repository, named):
+    family = make(tmp_path / "source")
+    hub.add(repository, read_all(tmp_path / "source"))
+    spec = as_json(family.spec.model_copy(update=named))
+    env = environment(hub.endpoint, tmp_path / "home", HF_TOKEN=TOKEN)
+    fetched = run("weights", "--encoder", spec, "--out", "tiny.json", env=env)
+    assert fetched.returncode == 0, fetched.stderr
+    assert hub.log
+    assert TOKEN not in fetched.stdout + fetched.stderr + Path("tiny.json").read_text()
+    hub.log.clear()
+    hub.strangers.clear()
+    files = ["--weights", "tiny.json", "--data", data, "--out", "tiny.zarr"]
+    made = run("activations", "--encoder", spec, *files, env=env)
+    assert made.returncode == 0, made.stderr
+    assert (hub.log, hub.strangers) == ([], [])
+    open_store(Path("tiny.zarr"), "activations")
+
+
+def test_activations_ask_no_hub_even_where_the_library_wants_to(hub, tmp_path, data):
+    """The text encoder is one that open_clip fetches by name, and which the weights stage would not have recorded."""
+    models.save_open_clip(Path("tiny"), models.open_clip_config())
+    save_foreign_tower(Path("tiny"), "us/tower")
+    Path("tiny.json").write_text(json.dumps({"location": "tiny", "files": {}}))
+    spec = as_json(models.entry("./tiny", "text", "first", library="open_clip"))
+    files = ["--weights", "tiny.json", "--data", data, "--out", "tiny.zarr"]
+    ended = run("activations", "--encoder", spec, *files, env=environment(hub.endpoint, tmp_path / "home"))
+    assert ended.returncode == 1
+    assert f"connect to '{hub.endpoint}'" in ended.stderr
+    assert (hub.log, hub.strangers) == ([], [])
+
+
+@pytest.mark.parametrize("command", get_command(app).commands)
+def test_only_the_commands_that_fetch_may_use_the_network(monkeypatch, command):
+    switches = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+    for name in switches:
+        monkeypatch.setenv(name, "0")
+    assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
+    expected = "0" if command in ("dataset", "weights") else "1"
+    assert {os.environ[name] for name in switches} == {expected}
+
+
+def test_the_command_says_what_cannot_be_fetched_in_one_line(hub, tmp_path):
+    ended = run(
+        "weights",
+        "--encoder",
+        '{"library": "transformers", "model": "us/none"}',
+        "--out",
+        "results/weights/none.json",
+        env=environment(hub.endpoint, tmp_path / "home"),
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: us/none: ")
+    assert ended.stderr.count("\n") == 1
+    assert not Path("results").exists()

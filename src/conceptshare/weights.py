@@ -5,48 +5,79 @@ Runs on the submitting host, because compute nodes often have no internet. `resu
 SHA-256 of each file. A model that a script writes lies beside it, in `results/weights/{encoder}/`.
 """
 
+import difflib
 import hashlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from conceptshare.catalog import ModelSpec, local_path
-from conceptshare.errors import EncoderError
+from conceptshare.errors import EncoderError, HubError
+from conceptshare.hub import chosen, fetch_files
 from conceptshare.progress import say
 from conceptshare.store import written_aside
 
-# What a model needs to be loaded; other weight formats in the same hub repository would only cost space.
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+# What each library reads from a hub repository, in patterns of `conceptshare.hub.chosen`. The same weights in other
+# formats, and those in folders, which are for other libraries, would only cost space.
+_CONFIGURATION = {"transformers": "config.json", "open_clip": "open_clip_config.json", "timm": "config.json"}
+_WEIGHTS = {
+    "transformers": "model.safetensors|model-*.safetensors|pytorch_model.bin|pytorch_model-*.bin",
+    "open_clip": "open_clip_model.safetensors|open_clip_pytorch_model.bin",
+    "timm": "model.safetensors|pytorch_model.bin",
+}
+_TOKENIZER_AND_SETTINGS = ["*.json", "*.txt", "*.model"]
+_TOKENIZER = "tokenizer.json|*.model|vocab.txt|vocab.json"
+
+
+@dataclass(frozen=True)
+class Found:
+    """An encoder's files on this machine."""
+
+    location: Path
+    """The folder they are in, or a checkpoint file."""
+    files: Sequence[Path]
+    """All of them."""
+    revision: str | None = None
+    """The commit, where they come from the hub."""
 
 
 def fetch_weights(spec: ModelSpec, out: Path) -> None:
     """Find or fetch the files of ``spec`` and write the record ``out``.
 
     Raises:
-        EncoderError: where they cannot be had; it says from where they were wanted.
+        EncoderError: where they are not there, or not what the encoder's library reads.
+        HubError: where they cannot be fetched; it says from where they were wanted.
     """
-    location = locate(spec, made=out.with_suffix(""))
-    files = sorted(path for path in location.rglob("*") if path.is_file()) if location.is_dir() else [location]
-    if not files:
-        raise EncoderError(f"{spec.model}: {location} is empty; expected a model's configuration and weights there")
-    folder = location if location.is_dir() else location.parent
+    try:
+        found = find(spec, made=out.with_suffix(""))
+    except HubError as error:
+        if spec.model.removeprefix("hf-hub:") in str(error):
+            raise
+        # A library's own name for a model may be unlike that of the repository it stands for.
+        raise HubError(f"{spec.model}: {error}") from error
+    folder = found.location if found.location.is_dir() else found.location.parent
+    here = found.location.is_relative_to(Path.cwd())
     record = {
         "library": spec.library,
         "model": spec.model,
         "weights": spec.weights,
-        "location": os.path.relpath(location) if location.is_relative_to(Path.cwd()) else str(location),
-        "revision": location.name if "snapshots" in location.parts else None,
+        "location": os.path.relpath(found.location) if here else str(found.location),
+        "revision": found.revision,
         "files": {
             path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-            for path in files
+            for path in found.files
         },
     }
     with written_aside(out) as partial:
         partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    say(f"{spec.model}: {len(files)} files, {sum(path.stat().st_size for path in files):,} bytes at {location}")
+    size = sum(path.stat().st_size for path in found.files)
+    say(f"{spec.model}: {len(found.files)} files, {size:,} bytes at {found.location}")
 
 
 def recorded_location(record: Path) -> Path:
@@ -55,10 +86,7 @@ def recorded_location(record: Path) -> Path:
     Raises:
         EncoderError: where the record or a file is missing, or a file has changed.
     """
-    try:
-        content = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EncoderError(f"{record}: not readable ({error}); run the weights stage") from None
+    content = _read(record)
     location = Path(content["location"])
     folder = location.parent if location.is_file() else location
     for name, expected in content["files"].items():
@@ -68,7 +96,22 @@ def recorded_location(record: Path) -> Path:
     return location
 
 
+def fingerprint(record: Path) -> str:
+    """SHA-256 over the names and digests of all files in a record, wherever they lie.
+
+    Raises:
+        EncoderError: where the record is missing.
+    """
+    digests = [[name, file["sha256"]] for name, file in sorted(_read(record)["files"].items())]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
 def locate(spec: ModelSpec, made: Path) -> Path:
+    """As `find`, without the names of the files."""
+    return find(spec, made).location
+
+
+def find(spec: ModelSpec, made: Path) -> Found:
     """The folder or checkpoint of an encoder, fetched where need be.
 
     Args:
@@ -76,17 +119,37 @@ def locate(spec: ModelSpec, made: Path) -> Path:
         made: where a ``script:`` puts its folder.
     """
     if spec.model.startswith("script:"):
-        return _make(spec.model.removeprefix("script:"), made)
+        return _in_folder(spec, _make(spec.model.removeprefix("script:"), made))
     if spec.model.startswith("package:"):
-        return _in_package(spec.model.removeprefix("package:"))
+        return _in_folder(spec, _in_package(spec.model.removeprefix("package:")))
     path = local_path(spec.model)
     if path is not None:
         if not path.is_dir():
             raise EncoderError(f"{spec.model}: no such folder")
-        return path
-    if spec.library == "open_clip" and not spec.model.startswith("hf-hub:"):
-        return _open_clip_checkpoint(spec)
-    return _from_hub(spec.model.removeprefix("hf-hub:"), spec.revision)
+        return _in_folder(spec, path)
+    if spec.model.startswith("hf-hub:"):
+        return _in_hub(spec, spec.model.removeprefix("hf-hub:"))
+    if spec.library == "open_clip":
+        return _open_clip_model(spec)
+    if spec.library == "timm" and "/" not in spec.model:
+        return _in_hub(spec, _timm_repository(spec.model))
+    return _in_hub(spec, spec.model)
+
+
+def _read(record: Path) -> Any:
+    try:
+        return json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EncoderError(f"{record}: not readable ({error}); run the weights stage") from None
+
+
+def _in_folder(spec: ModelSpec, folder: Path) -> Found:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if not files:
+        raise EncoderError(f"{spec.model}: {folder} is empty; expected a model's configuration and weights there")
+    if spec.library == "open_clip" and (folder / _CONFIGURATION["open_clip"]).is_file():
+        _refuse_foreign_tower(spec, _open_clip_text(folder))
+    return Found(folder, files)
 
 
 def _make(script: str, folder: Path) -> Path:
@@ -111,41 +174,131 @@ def _in_package(place: str) -> Path:
     return folder
 
 
-def _open_clip_checkpoint(spec: ModelSpec) -> Path:
+def _in_hub(spec: ModelSpec, repository: str) -> Found:
+    """The folder with what ``spec.library`` reads of a repository.
+
+    Code that comes with a model is fetched only where the study says that it may run.
+    """
+    needed = [_CONFIGURATION[spec.library], _WEIGHTS[spec.library]]
+    code = ["*.py"] if spec.remote_code else []
+    snapshot = fetch_files(repository, "model", spec.revision, [*_TOKENIZER_AND_SETTINGS, *needed, *code])
+    for pattern in needed:
+        if not chosen(snapshot.files, [pattern]):
+            raise EncoderError(
+                f"{repository}: holds no {pattern.replace('|', ' or ')}, which {spec.library} needs; it has "
+                f"{', '.join(snapshot.files)}; name another library or repository"
+            )
+    if spec.library == "timm" and "architecture" not in _configuration("timm", snapshot.folder):
+        raise EncoderError(f"{repository}: its config.json is not one of timm's; use another library")
+    if spec.library == "open_clip":
+        text = _open_clip_text(snapshot.folder)
+        _refuse_foreign_tower(spec, text)
+        if text.get("hf_tokenizer_name") and not chosen(snapshot.files, [_TOKENIZER]):
+            say(f"{spec.model}: {repository} holds no tokenizer, so only its image encoder can be used")
+    return Found(snapshot.folder, [snapshot.folder / name for name in snapshot.files], snapshot.folder.name)
+
+
+def _open_clip_model(spec: ModelSpec) -> Found:
+    """A model that open_clip knows by name, with a checkpoint file, or with the weights of a tag."""
     import open_clip
 
     if spec.weights is None:
         raise EncoderError(f"{spec.model}: say which pretrained weights; set weights to a tag or a checkpoint file")
+    text = (open_clip.get_model_config(spec.model) or {}).get("text_cfg", {})
     path = local_path(spec.weights)
-    if path is None:
-        tags = open_clip.list_pretrained_tags_by_model(spec.model)
-        if not tags:
-            raise EncoderError(f"{spec.model}: open_clip has no weights for a model of that name; check the name")
-        if spec.weights not in tags:
-            raise EncoderError(f"{spec.model}: open_clip has no weights {spec.weights!r}; it has {', '.join(tags)}")
-        try:
-            path = Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(spec.model, spec.weights)))
-        except Exception as error:  # the downloaders raise many types
-            raise _unreachable(f"{spec.model} ({spec.weights})", error) from error
-    if not path.is_file():
-        raise EncoderError(f"{spec.weights}: no such checkpoint file")
-    return path
+    if path is not None:
+        if not path.is_file():
+            raise EncoderError(f"{spec.weights}: no such checkpoint file")
+        _refuse_foreign_tower(spec, text)
+        if text.get("hf_tokenizer_name"):
+            raise EncoderError(
+                f"{spec.model}: its tokenizer is not in {spec.weights}; set model to a folder with that checkpoint, "
+                f"open_clip_config.json, and the files of the tokenizer {text['hf_tokenizer_name']}, or to a hub "
+                f"repository that has them, as in model: hf-hub:OWNER/NAME"
+            )
+        return Found(path, [path])
+    tags = open_clip.list_pretrained_tags_by_model(spec.model)
+    if not tags:
+        raise EncoderError(
+            f"{spec.model}: open_clip has no weights for a model of that name; check the name, or write a hub id as "
+            f"hf-hub:OWNER/NAME"
+        )
+    if spec.weights not in tags:
+        raise EncoderError(f"{spec.model}: open_clip has no weights {spec.weights!r}; it has {', '.join(tags)}")
+    _refuse_foreign_tower(spec, text)
+    tag = open_clip.get_pretrained_cfg(spec.model, spec.weights)
+    repository, _, name = tag.get("hf_hub", "").rpartition("/")
+    if not repository:
+        return _open_clip_download(spec, tag)
+    if text.get("hf_tokenizer_name"):
+        return _in_hub(spec, repository)  # where the tokenizer is, too
+    return _open_clip_weights(spec, repository, name)
 
 
-def _from_hub(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+def _configuration(library: str, folder: Path) -> dict[str, Any]:
+    path = folder / _CONFIGURATION[library]
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EncoderError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise EncoderError(f"{path}: expected a mapping of keys to values, found {type(content).__name__}")
+    return content
+
+
+def _open_clip_text(folder: Path) -> dict[str, Any]:
+    """What open_clip knows of a model's text encoder."""
+    text: dict[str, Any] = _configuration("open_clip", folder).get("model_cfg", {}).get("text_cfg", {})
+    return text
+
+
+def _refuse_foreign_tower(spec: ModelSpec, text: dict[str, Any]) -> None:
+    if text.get("hf_model_name") and not Path(text["hf_model_name"]).is_dir():
+        raise EncoderError(
+            f"{spec.model}: open_clip would build its text encoder from {text['hf_model_name']}, which it fetches "
+            f"when it loads the model, of whatever revision; use another model"
+        )
+
+
+def _open_clip_weights(spec: ModelSpec, repository: str, name: str) -> Found:
+    """The one file that open_clip takes for a tag: safetensors where there are any."""
+    own = name in ("", "open_clip_pytorch_model.bin")
+    wanted = _WEIGHTS["open_clip"] if own else f"{name.rpartition('.')[0]}.safetensors|{name}"
+    remedy = f"weights: ./{wanted.partition('|')[0]}"
+    snapshot = fetch_files(repository, "model", spec.revision, [wanted], remedy)
+    path = snapshot.folder / snapshot.files[0]
+    return Found(path, [path], snapshot.folder.name)
+
+
+def _open_clip_download(spec: ModelSpec, tag: dict[str, Any]) -> Found:
+    import open_clip
 
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES))
-    except Exception as error:  # the hub's client raises many types
-        raise _unreachable(repository, error) from error
+        path = Path(open_clip.download_pretrained(tag))
+    except Exception as error:  # the downloader raises many types
+        raise EncoderError(
+            f"{spec.model}: its weights {spec.weights} cannot be fetched from {tag.get('url')} "
+            f"({type(error).__name__}: {error}); check the connection, or set weights to the path of a local copy"
+        ) from error
+    return Found(path, [path])
 
 
-def _unreachable(what: str, error: Exception) -> EncoderError:
-    return EncoderError(
-        f"{what}: cannot be fetched from the hub ({type(error).__name__}: {error}); "
-        f"check the name and the connection, or set model to the path of a local copy"
-    )
+def _timm_repository(name: str) -> str:
+    """The hub repository of a model that timm knows by name and tag."""
+    import timm
+
+    known = timm.list_models(pretrained=True, include_tags=True)
+    plain = {tagged.partition(".")[0] for tagged in known}
+    if name not in known and name not in plain:
+        near = difflib.get_close_matches(name, [*known, *plain], n=3) or ["vit_base_patch16_224"]
+        raise EncoderError(
+            f"{name}: timm has no weights for a model of that name; it has {', '.join(near)} among others; or write "
+            f"a hub id as hf-hub:OWNER/NAME"
+        )
+    repository: str | None = timm.get_pretrained_cfg(name).hf_hub_id
+    if repository is None:
+        raise EncoderError(f"{name}: timm has its weights in no hub repository; set model to a folder with them")
+    return repository
 
 
 def _sha256(path: Path) -> str:

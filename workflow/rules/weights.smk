@@ -6,7 +6,7 @@ localrules:
 rule weights:
     input:
         model=lambda w: local_files(STUDY.encoders[w.encoder].model),
-        code=code("weights.py"),
+        code=code("weights.py", "hub.py"),
     output:
         "results/weights/{encoder}.json",
     log:
