@@ -10,18 +10,19 @@ from typing import get_args
 from pydantic import BaseModel
 
 from conceptshare.catalog import DatasetSpec, Download, EncoderSpec
-from conceptshare.study import Layerwise, Matrix, SAESettings, Sharedness
+from conceptshare.study import Layerwise, Matrix, SAESettings, Sharedness, Study
 
 README = Path(__file__).parents[1] / "config" / "README.md"
 BEGIN, END = "<!-- keys -->\n", "<!-- end of keys -->\n"
 SECTIONS: dict[str, type[BaseModel]] = {
-    "datasets.NAME": DatasetSpec,
-    "datasets.NAME.download": Download,
-    "encoders.NAME": EncoderSpec,
-    "saes.NAME": SAESettings,
-    "analyses.matrices.NAME": Matrix,
-    "analyses.layerwise.NAME": Layerwise,
-    "analyses.sharedness.NAME": Sharedness,
+    "The study": Study,
+    "`datasets.NAME`": DatasetSpec,
+    "`datasets.NAME.download`": Download,
+    "`encoders.NAME`": EncoderSpec,
+    "`saes.NAME`": SAESettings,
+    "`analyses.matrices.NAME`": Matrix,
+    "`analyses.layerwise.NAME`": Layerwise,
+    "`analyses.sharedness.NAME`": Sharedness,
 }
 
 
@@ -36,7 +37,7 @@ def with_reference(text: str) -> str:
 
 
 def _table(place: str, model: type[BaseModel]) -> str:
-    rows = [f"### `{place}`\n", "| key | meaning | default |", "|---|---|---|"]
+    rows = [f"### {place}\n", "| key | meaning | default |", "|---|---|---|"]
     for name, field in model.model_fields.items():
         default = "required" if field.is_required() else f"`{_as_yaml(field.get_default(call_default_factory=True))}`"
         meaning = " ".join((field.description or "").replace("``", "`").split())

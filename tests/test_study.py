@@ -274,6 +274,115 @@ def test_a_sharedness_source_in_its_own_group_is_refused(fault, build, group):
     build(analyses={"sharedness": {"a": analysis | {group: ["clip-text", "vit@1"]}}})
 
 
+@pytest.mark.parametrize("name", ["vit", "vit@0"])
+def test_a_sharedness_member_in_both_groups_is_refused_by_its_name(fault, name):
+    """Its rho would count for and against each feature."""
+    analysis = {"source": "bert", "shared_with": ["clip-text", "vit@0"], "not_shared_with": ["dinov2", name]}
+    message = fault(analyses={"sharedness": {"a": analysis}})
+    assert message.startswith("study.yaml: analyses.sharedness.a: vit@0 is in both groups")
+
+
+def test_two_seeds_of_one_encoder_can_be_in_the_two_groups(build):
+    analysis = {"source": "bert", "shared_with": ["vit@1"], "not_shared_with": ["vit@0"]}
+    assert build(analyses={"sharedness": {"a": analysis}}).pairs()
+
+
+@pytest.mark.parametrize(("k", "sound"), [(1536, True), (1537, False)])
+def test_more_latents_kept_than_there_are_is_an_error_that_names_the_sae_setting_and_the_encoder(
+    build, fault, k, sound
+):
+    changes = {
+        "encoders": {"vit": None, "narrow": {"base": "vit", "width": 192}},
+        "saes": {"paper": None, "wide": {"k": k}},
+    }
+    if sound:
+        build(**changes)
+    else:
+        message = fault(**changes)
+        assert message.startswith("study.yaml: saes.wide.k: ")
+        assert "1537 is more than the 1536 latents" in message
+        assert "narrow" in message
+
+
+@pytest.mark.parametrize("place", analyses_naming(""))
+def test_an_empty_seed_is_refused_and_not_taken_for_the_first(fault, place):
+    message = fault(analyses=analyses_naming("bert@")[place])
+    assert f"analyses.{place}: 'bert@': no seed after '@'; write bert, or bert@0" in message
+
+
+PRESET = {
+    "encoders": {"clip-text": {"global_token": "eot"}, "vit": {"seeds": [0, 1]}, "bert": None},
+    "analyses": {
+        "matrices": {"all": None, "few": {"members": ["vit@1", "clip-text"]}},
+        "layerwise": {"l": {"pairs": [["vit", "vit@1"]]}},
+        "sharedness": {"s": {"source": "vit", "shared_with": ["clip-text@0"], "not_shared_with": ["bert"]}},
+    },
+}
+
+
+def test_the_reference_preset_reads_position_0_of_every_encoder_under_a_name_of_its_own(build):
+    own, reference = build(**PRESET), build(preset="reference", **PRESET)
+    assert build(preset="own", **PRESET) == own
+    assert list(own.encoders) == ["clip-text", "vit", "bert"]
+    assert list(reference.encoders) == ["clip-text.reference", "vit.reference", "bert.reference"]
+    assert {spec.global_token for spec in reference.encoders.values()} == {"reference"}
+    assert [spec.global_token for spec in own.encoders.values()] == ["eot", "first", "first"]
+    for name, spec in own.encoders.items():
+        changed = reference.encoders[f"{name}.reference"]
+        assert changed.weights_key() == spec.weights_key()
+        assert changed.activations_key() != spec.activations_key()
+
+
+def test_analyses_name_encoders_alike_under_either_preset(build):
+    def renamed(members):
+        return [Member(f"{encoder}.reference", seed) for encoder, seed in members]
+
+    own, reference = build(**PRESET), build(preset="reference", **PRESET)
+    assert reference.members() == renamed(own.members())
+    assert reference.pairs() == [tuple(renamed(pair)) for pair in own.pairs()]
+    for name in PRESET["analyses"]["matrices"]:
+        assert reference.matrix_members(name) == renamed(own.matrix_members(name))
+    assert json.loads(reference.sharedness_key("s"))["source"] == "vit.reference@0"
+
+
+def test_an_analysis_can_name_an_encoder_as_paths_and_tables_do(build):
+    suffixed = {"layerwise": {"l": {"pairs": [["vit.reference@1", "bert.reference"]]}}}
+    plain = {"layerwise": {"l": {"pairs": [["vit@1", "bert"]]}}}
+    given = {"preset": "reference", "encoders": PRESET["encoders"]}
+    assert build(analyses=suffixed, **given).pairs() == build(analyses=plain, **given).pairs()
+
+
+def test_under_the_reference_preset_the_configs_own_names_come_first(build):
+    encoders = {"vit": None, "vit.reference": {"base": "vit", "image_size": 98}}
+    study = build(preset="reference", encoders=encoders)
+    assert study.encoders[study.member("vit.reference").encoder].image_size == 98
+    assert study.encoders[study.member("vit").encoder].image_size is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"encoders": {"vit": {"width": 0}}}, "encoders.vit.width: "),
+        ({"encoders": {"vit": {"model": "/absent"}}}, "encoders.vit.model: /absent does not exist"),
+        ({"saes": {"wide": {"k": 9999}}}, "latents that vit has"),
+        (
+            {"analyses": {"matrices": {"m": {"members": ["vit", "bart"]}}}},
+            "'bart': the study has no encoder 'bart'; did you mean 'bert'?",
+        ),
+        ({"analyses": {"matrices": {"m": {"members": ["vit", "bert@7"]}}}}, "add '7' to encoders.bert.seeds"),
+        ({"analyses": {"matrices": {"m": {"members": ["vit", "bert.reference@7"]}}}}, "add '7' to encoders.bert.seeds"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_under_the_reference_preset_errors_name_the_configs_own_names(fault, changes, words):
+    given = {"encoders": {"vit": None, "bert": None}} | changes
+    assert words in fault(preset="reference", **given)
+
+
+def test_an_unknown_preset_is_refused(fault):
+    assert fault(preset="papers").startswith("study.yaml: preset: ")
+
+
 @pytest.mark.parametrize("members", [[], ["vit"], ["vit", "vit@0"]])
 def test_a_matrix_of_fewer_than_two_members_is_refused(fault, members):
     """There would be nothing to correlate, and the job that draws the matrix would fail."""
@@ -461,7 +570,7 @@ def test_keys_leave_out_defaults_and_what_the_stage_does_not_depend_on(build):
     same = build(
         encoders={"vit": {"seeds": [3, 4], "note": "mine", "batch_size": 32, "use_layers": "all"}},
         saes={"paper": {"k": 32, "learning_rate": 5e-5}},
-        datasets={"coco": {"note": "a note", "split": "train", "max_dropped": 0.01}},
+        datasets={"coco": {"note": "a note", "samples": 118_287, "split": "train", "max_dropped": 0.01}},
     )
     assert plain.sae_key("paper") == same.sae_key("paper") == "{}"
     assert plain.dataset_key("coco") == same.dataset_key("coco") == '{"id": "key", "source": "hub/coco"}'

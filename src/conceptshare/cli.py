@@ -1,6 +1,7 @@
 """The command line: one subcommand a stage. The workflow's rules call these, and so can anyone without Snakemake."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -10,6 +11,7 @@ import yaml
 
 from conceptshare.catalog import CATALOG, DatasetSpec, EncoderSpec, ModelSpec, complete, parse, read_catalog
 from conceptshare.errors import ConceptshareError, StudyError
+from conceptshare.plan import Rates, make_plan, plan_as_json, plan_as_text
 from conceptshare.study import SAESettings, load_study
 
 app = typer.Typer(
@@ -20,8 +22,19 @@ figures_app = typer.Typer(help="Figures of a study, from its tables.", no_args_i
 app.add_typer(metrics_app, name="metrics")
 app.add_typer(figures_app, name="figures")
 
+# The commands that may ask a hub; compute nodes often have no internet, and what a run reads is on record by then.
+_FETCHING = {"dataset", "weights"}
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
 Out = Annotated[Path, typer.Option(help="What to write.")]
 Threads = Annotated[int, typer.Option(help="CPU threads; the last digits of results depend on it.", min=1)]
+
+
+@app.callback()
+def _go_offline(context: typer.Context) -> None:
+    # The libraries read these when they are imported, which each command does for itself.
+    if context.invoked_subcommand not in _FETCHING:
+        os.environ.update(_OFFLINE)
 
 
 @app.command()
@@ -33,6 +46,20 @@ def check(config: Annotated[Path, typer.Argument(help="A study.")] = Path("confi
     typer.echo(f"  encoders:  {', '.join(study.encoders)}")
     typer.echo(f"  SAE settings: {', '.join(study.saes)}")
     typer.echo(f"  {len(study.members())} members, {len(study.pairs())} pairs to correlate")
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Option(help="A study.")] = Path("config.yaml"),
+    samples: Annotated[int | None, typer.Option(help="Samples of each data set, whatever it has.", min=2)] = None,
+    tflops: Annotated[float, typer.Option(help="Float32 TFLOP/s of the GPU.", min=1e-6)] = Rates.tflops,
+    disk_mb_per_s: Annotated[float, typer.Option(help="MB/s from and to disk.", min=1e-6)] = Rates.disk_mb_per_s,
+    cpu_gflops: Annotated[float, typer.Option(help="Float32 GFLOP/s of a job's cores.", min=1e-6)] = Rates.cpu_gflops,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines: bytes, operations and hours.")] = False,
+) -> None:
+    """Say what a study will cost: jobs, disk, memory and hours. Reckoned from the study alone; nothing is run."""
+    found = make_plan(load_study(config), Rates(tflops, disk_mb_per_s, cpu_gflops), samples)
+    typer.echo(plan_as_json(found) if as_json else plan_as_text(found))
 
 
 @app.command()
@@ -70,7 +97,7 @@ def activations(
 
     _use_threads(threads)
     spec = _spec(EncoderSpec, "encoders", encoder)
-    extract_activations(load_encoder(spec, weights), Data(data), out)
+    extract_activations(load_encoder(spec, weights), Data(data), out, threads)
 
 
 @app.command()

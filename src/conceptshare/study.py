@@ -7,9 +7,9 @@ pairs of members that its analyses need; the workflow makes those and nothing el
 import json
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from conceptshare.catalog import (
     CATALOG,
@@ -29,6 +29,9 @@ from conceptshare.errors import StudyError
 
 # Groups of a matrix, in the order of the paper's tables: what reads images first, then what reads text.
 _GROUPS = [("image", "vlm"), ("image", "vision"), ("text", "vlm"), ("text", "language")]
+
+# What the reference preset adds to an encoder's name, so that neither choice of token overwrites the other.
+_REFERENCE_SUFFIX = ".reference"
 
 
 class Member(NamedTuple):
@@ -106,6 +109,9 @@ class Study(Spec):
 
     study: Name
     """Name of the folder under `results/studies/`."""
+    preset: Literal["own", "reference"] = "own"
+    """Which token stands for a sample: each encoder's own ``global_token``, or for every encoder what the paper's
+    published code reads, ``global_token: reference``, under names that end in ``.reference``."""
     datasets: dict[Name, DatasetSpec] = Field(min_length=1)
     """Data sets by name. Every analysis is done for each."""
     encoders: dict[Name, EncoderSpec] = Field(min_length=1)
@@ -114,6 +120,16 @@ class Study(Spec):
     """SAE settings by name. Every analysis is done for each."""
     analyses: Annotated[Analyses, BeforeValidator(_or_empty)] = Analyses()
     """What to compute."""
+
+    @field_validator("encoders", mode="after")
+    @classmethod
+    def _with_preset(cls, encoders: dict[str, EncoderSpec], info: ValidationInfo) -> dict[str, EncoderSpec]:
+        if info.data.get("preset") != "reference":
+            return encoders
+        return {
+            name + _REFERENCE_SUFFIX: spec.model_copy(update={"global_token": "reference"})
+            for name, spec in encoders.items()
+        }
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -138,23 +154,48 @@ class Study(Spec):
                     f"analyses.sharedness.{name}: the source {analysis.source} is also in a group it is compared "
                     f"with, where every feature has a perfect match; leave it out there"
                 )
+            both = {self.member(m) for m in analysis.shared_with} & {self.member(m) for m in analysis.not_shared_with}
+            if both:
+                raise ValueError(
+                    f"analyses.sharedness.{name}: {min(both)} is in both groups, and cannot share a feature and not "
+                    f"share it; leave it out of one"
+                )
+        for name, settings in self.saes.items():
+            for encoder, spec in self.encoders.items():
+                latents = settings.expansion * spec.width
+                if settings.k > latents:
+                    raise ValueError(
+                        f"saes.{name}.k: {settings.k} is more than the {latents} latents that "
+                        f"{self.name_in_config(encoder)} has; lower k, or raise expansion"
+                    )
         return self
+
+    def name_in_config(self, encoder: str) -> str:
+        """The name that the config calls an encoder by, where ``encoder`` is the one in paths and tables."""
+        return encoder.removesuffix(_REFERENCE_SUFFIX) if self.preset == "reference" else encoder
 
     def member(self, text: str) -> Member:
         """The member that ``encoder`` or ``encoder@seed`` names; without a seed, the encoder's first.
 
+        Under the reference preset an encoder goes by its name in the config, and by the one in paths and tables.
+
         Raises:
             StudyError: where the study has no such encoder, or the encoder no such seed.
         """
-        encoder, _, seed = text.partition("@")
-        if encoder not in self.encoders:
-            raise StudyError(f"{text!r}: the study has no encoder {encoder!r}; {suggest(encoder, list(self.encoders))}")
-        seeds = self.encoders[encoder].seeds
+        encoder, at, seed = text.partition("@")
+        known = {self.name_in_config(name): name for name in self.encoders}
+        name = known.get(encoder, encoder)
+        if name not in self.encoders:
+            raise StudyError(f"{text!r}: the study has no encoder {encoder!r}; {suggest(encoder, list(known))}")
+        seeds = self.encoders[name].seeds
+        if not at:
+            return Member(name, seeds[0])
         if not seed:
-            return Member(encoder, seeds[0])
+            raise StudyError(f"{text!r}: no seed after '@'; write {encoder}, or {encoder}@{seeds[0]}")
         if not seed.isdecimal() or int(seed) not in seeds:
-            raise StudyError(f"{text!r}: {encoder} has the seeds {seeds}; add {seed!r} to encoders.{encoder}.seeds")
-        return Member(encoder, int(seed))
+            own = self.name_in_config(name)
+            raise StudyError(f"{text!r}: {own} has the seeds {seeds}; add {seed!r} to encoders.{own}.seeds")
+        return Member(name, int(seed))
 
     def matrix_members(self, name: str) -> list[Member]:
         """A matrix's members, grouped by modality and kind, then by name: the config's order changes nothing."""
@@ -220,7 +261,7 @@ class Study(Spec):
 
     def dataset_key(self, name: str) -> str:
         """What a data set depends on, as canonical JSON."""
-        return canonical(self.datasets[name], set(DatasetSpec.model_fields) - {"note"})
+        return canonical(self.datasets[name], set(DatasetSpec.model_fields) - {"note", "samples"})
 
     def _rank(self, member: Member) -> tuple[int, Member]:
         spec = self.encoders[member.encoder]
@@ -292,7 +333,7 @@ def pair_name(a: Member, b: Member) -> str:
 
 def _check_paths(study: Study) -> None:
     sources = [(f"datasets.{name}.source", spec.source) for name, spec in study.datasets.items()]
-    models = [(f"encoders.{name}.model", spec.model) for name, spec in study.encoders.items()]
+    models = [(f"encoders.{study.name_in_config(name)}.model", spec.model) for name, spec in study.encoders.items()]
     for key, text in sources + models:
         path = local_path(text)
         if path is not None and not path.exists():

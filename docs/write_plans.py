@@ -1,0 +1,42 @@
+"""Write what `conceptshare plan` says of the paper's studies into config/*.yaml and reproducing-the-paper.md.
+
+Run as `python docs/write_plans.py`.
+"""
+
+import re
+from pathlib import Path
+
+from conceptshare.plan import Plan, Rates, cost_cells, headline, make_plan
+from conceptshare.study import load_study
+
+CLONE = Path(__file__).parents[1]
+CONFIGS = sorted((CLONE / "config").glob("*.yaml"))
+GUIDE = CLONE / "docs" / "reproducing-the-paper.md"
+BEGIN, END = "<!-- costs -->\n", "<!-- end of costs -->\n"
+
+
+def plan_of(config: Path) -> Plan:
+    """A study's estimate at the default rates, whatever of it is made here."""
+    return make_plan(load_study(config), Rates(), results=CLONE / "no-such-folder")
+
+
+def with_headline(text: str, plan: Plan) -> str:
+    """A config's text with the line that says what the study costs."""
+    return re.sub(r"^# conceptshare plan:.*$", f"# conceptshare plan: {headline(plan)}", text, count=1, flags=re.M)
+
+
+def with_costs(text: str) -> str:
+    """The guide's text with its table of costs replaced."""
+    rows = ["| study | jobs | disk | read | FLOP | memory | hours |", "|---|---:|---:|---:|---:|---:|---:|"]
+    for config in CONFIGS:
+        plan = plan_of(config)
+        cells = [f"{sum(plan.jobs.values()):,}", *cost_cells(plan.total(), plan.rates)]
+        rows.append(f"| [{plan.study}](../config/{config.name}) | {' | '.join(cells)} |")
+    table = "\n".join(rows)
+    return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{table}\n\n{END}", text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    for path in CONFIGS:
+        path.write_text(with_headline(path.read_text(encoding="utf-8"), plan_of(path)), encoding="utf-8")
+    GUIDE.write_text(with_costs(GUIDE.read_text(encoding="utf-8")), encoding="utf-8")

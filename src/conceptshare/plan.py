@@ -1,0 +1,390 @@
+"""What a study will cost, reckoned from the study alone: jobs, disk, arithmetic, memory and hours on one GPU.
+
+It follows what each stage does, and runs none: no torch, no model, no data. Sizes are those of the arrays; Zarr
+compresses them, float16 activations by some percent and features, half of which are zero, by about half.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from conceptshare.catalog import DatasetSpec, EncoderSpec, local_path
+from conceptshare.errors import StudyError
+from conceptshare.study import SAESettings, Study
+
+RESULTS = Path("results")
+"""Where data sets that are already made lie."""
+
+# What the stages keep to themselves; tests hold these equal to theirs.
+IN_MEMORY_BYTES = 2**30
+CHUNK_BYTES = 2**18
+SHARD_BYTES = 2**26
+FEATURE_ROWS = 1024
+FEATURE_COLUMNS = 512
+TOP_SAMPLES = 100
+EVALUATED_SAMPLES = 4096
+CORRELATIONS_MEMORY_BYTES = 2**30
+STANDARDISED_BYTES = 28
+
+# A photograph as COCO has them, where the data set is neither made nor a file on this machine.
+_SAMPLE_BYTES = 160_000
+# Side of pictures and of patches, and length of captions, where an entry says nothing of its tokens.
+_IMAGE_SIZE, _PATCH = 224, 14
+_CAPTION_TOKENS = 16
+# Python with torch and a library of models, before it has loaded anything.
+_PROCESS_BYTES = 1_000_000_000
+# Sums, products and roots of Adam for a parameter and step.
+_ADAM_FLOPS = 12
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast the machine is, on the average of a whole stage."""
+
+    tflops: float = 15
+    """Of the GPU, in 10^12 float32 operations a second; the default is about what an A100 sustains."""
+    disk_mb_per_s: float = 500
+    """Of reading and of writing, in 10^6 bytes a second."""
+    cpu_gflops: float = 200
+    """Of the cores of one job, in 10^9 float32 operations a second, for what runs on them also where there is a GPU."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one job costs, or all jobs of a rule."""
+
+    written: float = 0
+    """Bytes that stay on disk."""
+    read: float = 0
+    """Bytes read, as often as they are."""
+    flops: float = 0
+    """Floating-point operations on the GPU, or in its place."""
+    cpu_flops: float = 0
+    """Floating-point operations on the CPU, whether there is a GPU or not."""
+    memory: float = 0
+    """Peak memory of the largest job in bytes, the GPU's part in it."""
+
+    def hours(self, rates: Rates) -> float:
+        """Hours on one GPU, where nothing goes on at the same time."""
+        computing = self.flops / (rates.tflops * 1e12) + self.cpu_flops / (rates.cpu_gflops * 1e9)
+        return (computing + (self.read + self.written) / (rates.disk_mb_per_s * 1e6)) / 3600
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study costs."""
+
+    study: str
+    samples: dict[str, int]
+    """How many samples each data set has."""
+    guessed: list[str]
+    """Encoders whose entry does not say how many tokens a sample has."""
+    jobs: dict[str, int]
+    """Jobs of each rule, in the workflow's order, for a results folder that has none of them."""
+    costs: dict[str, Cost]
+    """What all jobs of a rule cost; what has no entry takes seconds."""
+    rates: Rates
+
+    def total(self) -> Cost:
+        """The whole study."""
+        return _sum(self.costs.values())
+
+
+def make_plan(study: Study, rates: Rates, samples: int | None = None, results: Path = RESULTS) -> Plan:
+    """Reckon what a study costs, as if nothing of it were made.
+
+    Args:
+        study: the study.
+        rates: how fast the machine is.
+        samples: so many samples a data set, whatever it has.
+        results: where data sets that are already made lie, whose true size is then taken.
+
+    Raises:
+        StudyError: where nothing tells how many samples a data set has.
+    """
+    counts = {name: samples or _samples(name, spec, results) for name, spec in study.datasets.items()}
+    parts: dict[str, list[Cost]] = {rule: [] for rule in ("dataset", "activations", "sae", "features", "correlations")}
+    members, pairs = study.members(), study.pairs()
+    needed = {member.encoder: study.encoders[member.encoder] for member in members}
+    for name, N in counts.items() if members else ():
+        data_bytes = _data_bytes(name, study.datasets[name], N, results)
+        copies = 1 if study.datasets[name].image_url is None else 2  # what is downloaded stays
+        parts["dataset"].append(Cost(written=copies * data_bytes, read=data_bytes, memory=_PROCESS_BYTES))
+        parts["activations"] += [activations_cost(spec, N, data_bytes) for spec in needed.values()]
+        for settings in study.saes.values():
+            for member in members:
+                spec = needed[member.encoder]
+                parts["sae"] += [sae_cost(spec, settings, N)] * len(spec.layer_numbers())
+                parts["features"].append(features_cost(spec, settings, N))
+            parts["correlations"] += [
+                correlations_cost(needed[a.encoder], needed[b.encoder], settings, N) for a, b in pairs
+            ]
+    return Plan(
+        study=study.study,
+        samples=counts,
+        guessed=[study.name_in_config(name) for name, spec in needed.items() if spec.tokens is None],
+        jobs=count_jobs(study),
+        costs={rule: _sum(costs) for rule, costs in parts.items() if costs},
+        rates=rates,
+    )
+
+
+def count_jobs(study: Study) -> dict[str, int]:
+    """Jobs of each rule that Snakemake plans for a results folder that has none of them."""
+    members = study.members()
+    encoders = {member.encoder for member in members}
+    layers = sum(len(study.encoders[member.encoder].layer_numbers()) for member in members)
+    datasets = len(study.datasets) if members else 0
+    settings = datasets * len(study.saes)
+    jobs = {
+        "dataset": datasets,
+        "weights": len(encoders),
+        "activations": datasets * len(encoders),
+        "sae": settings * layers,
+        "features": settings * len(members),
+        "correlations": settings * len(study.pairs()),
+    }
+    tables = {
+        "matrix": settings * len(study.analyses.matrices),
+        "layerwise": settings * len(study.analyses.layerwise),
+        "sharedness": settings * len(study.analyses.sharedness),
+        "saes": settings,
+    }
+    for stage in ("metrics", "figures"):
+        jobs |= {f"{stage}_{kind}": count for kind, count in tables.items()}
+    return {rule: count for rule, count in jobs.items() if count} | {"all": 1}
+
+
+def activations_cost(spec: EncoderSpec, N: int, data_bytes: float = 0) -> Cost:
+    """One forward pass over N samples: 24 L T D^2 + 4 L T^2 D operations a sample, or the entry's ``gflops``."""
+    D, T, kept = spec.width, positions(spec), len(spec.layer_numbers())
+    flops = 24 * spec.layers * T * D**2 + 4 * spec.layers * T**2 * D if spec.gflops is None else spec.gflops * 1e9
+    a_layer = [tokens_bytes(spec, N), global_bytes(spec, N)]
+    pending = kept * min(SHARD_BYTES, tokens_bytes(spec, N))
+    parameters = 12 * spec.layers * D**2
+    batch = spec.batch_size * T * D * kept
+    return Cost(
+        written=kept * sum(a_layer) + 8 * (2 * N + 1),
+        read=data_bytes if spec.modality == "image" else 0,
+        flops=N * flops,
+        # Activations of one batch in float32, and of those that wait to be written in float16.
+        memory=_PROCESS_BYTES + pending + 4 * parameters + (4 + 4 * 2) * batch,
+    )
+
+
+def sae_cost(spec: EncoderSpec, settings: SAESettings, N: int) -> Cost:
+    """Training on one layer: for a token x W_enc, 2 D F, and five products over the k latents kept, 2 k D each.
+
+    Those five are decoding, its gradients for weights and latents, and the encoder's for inputs and weights.
+    """
+    D, F, k = spec.width, settings.expansion * spec.width, settings.k
+    tokens = stored_tokens(spec)
+    parameters = 2 * D * F + D
+    steps = settings.epochs * -(-N // settings.batch_samples)
+    evaluated = min(N, EVALUATED_SAMPLES)
+    size = tokens_bytes(spec, N)
+    in_memory = size <= IN_MEMORY_BYTES
+    read = size if in_memory else (settings.epochs * N + evaluated) * _sample_read(spec)
+    batch = max(settings.batch_samples, 32) * tokens
+    return Cost(
+        written=4 * (parameters + F),
+        read=read + global_bytes(spec, N),
+        flops=settings.epochs * N * tokens * (2 * D * F + 10 * k * D) + steps * parameters * _ADAM_FLOPS,
+        cpu_flops=evaluated * (tokens + 1) * (2 * D * F + 2 * k * D),
+        # Weights, gradients and both moments; latents before and after ReLU, and their order.
+        memory=_PROCESS_BYTES + in_memory * size + global_bytes(spec, N) + 4 * (4 * parameters + 3 * batch * F),
+    )
+
+
+def features_cost(spec: EncoderSpec, settings: SAESettings, N: int) -> Cost:
+    """Features of N global tokens in every layer, with their statistics and top samples; 2 N D F on the CPU."""
+    D, F, kept = spec.width, settings.expansion * spec.width, len(spec.layer_numbers())
+    sae = 4 * (2 * D * F + D + F)
+    rows = min(FEATURE_ROWS, N)
+    # A block of rows in float32 and float16, and values with their samples and order where top samples are merged.
+    working = F * (6 * rows + 16 * (rows + min(TOP_SAMPLES, N)))
+    return Cost(
+        written=kept * (features_bytes(F, N) + F * (16 + 8 * min(TOP_SAMPLES, N))),
+        read=kept * (global_bytes(spec, N) + sae),
+        cpu_flops=kept * N * 2 * D * F,
+        memory=_PROCESS_BYTES + 2 * sae + working,
+    )
+
+
+def correlations_cost(a: EncoderSpec, b: EncoderSpec, settings: SAESettings, N: int) -> Cost:
+    """Best matches of two members: 2 N F_a F_b over all pairs of layers, once for both directions.
+
+    A is read once, and B again for each panel of A; a panel is as wide as the memory budget allows.
+    """
+    layers_a, layers_b = len(a.layer_numbers()), len(b.layer_numbers())
+    F_a, F_b = settings.expansion * a.width, settings.expansion * b.width
+    width = panel_width(N)
+    panels = layers_a * -(-F_a // width)
+    return Cost(
+        written=8 * layers_a * layers_b * (F_a + F_b),
+        read=layers_a * _panels_read(F_a, width, N) + panels * layers_b * _panels_read(F_b, width, N),
+        flops=2 * N * (layers_a * F_a) * (layers_b * F_b),
+        memory=_PROCESS_BYTES + CORRELATIONS_MEMORY_BYTES,
+    )
+
+
+def positions(spec: EncoderSpec) -> int:
+    """Positions of a sample in a forward pass, padding included where the model always sees all of it."""
+    if spec.modality == "text" and spec.context_length is not None and _padded(spec):
+        return spec.context_length
+    return usual_tokens(spec)
+
+
+def usual_tokens(spec: EncoderSpec) -> int:
+    """Tokens of a usual sample, padding left out: what the entry says, or a guess."""
+    if spec.tokens is not None:
+        return spec.tokens
+    if spec.modality == "image":
+        return ((spec.image_size or _IMAGE_SIZE) // _PATCH) ** 2 + 1
+    return min(_CAPTION_TOKENS, spec.context_length or _CAPTION_TOKENS)
+
+
+def stored_tokens(spec: EncoderSpec) -> int:
+    """Training tokens of a sample: all of its own, the padding too for ``reference``, and a mean beside them."""
+    tokens = positions(spec) if spec.global_token == "reference" else usual_tokens(spec)
+    tokens += spec.global_token in {"mean", "last"}
+    return tokens if spec.max_tokens is None else min(tokens, spec.max_tokens)
+
+
+def tokens_bytes(spec: EncoderSpec, N: int) -> int:
+    """Bytes of one layer's training tokens, in float16."""
+    return N * stored_tokens(spec) * spec.width * 2
+
+
+def global_bytes(spec: EncoderSpec, N: int) -> int:
+    """Bytes of one layer's global tokens, in float16."""
+    return N * spec.width * 2
+
+
+def features_bytes(F: int, N: int) -> int:
+    """Bytes of one layer's F features, in float16."""
+    return N * F * 2
+
+
+def panel_width(N: int) -> int:
+    """Features that the correlations stage standardises at once: w (28 N) + 8 w^2 is its memory budget."""
+    per_feature = N * STANDARDISED_BYTES
+    return max(1, int((-per_feature + (per_feature**2 + 32 * CORRELATIONS_MEMORY_BYTES) ** 0.5) / 16))
+
+
+def headline(plan: Plan) -> str:
+    """The estimate in one line."""
+    total = plan.total()
+    hours = total.hours(plan.rates)
+    return f"{_bytes(total.written)} of disk, {_bytes(total.memory)} of memory, {_hours(hours)} hours on one GPU"
+
+
+def plan_as_json(plan: Plan) -> str:
+    """The estimate for machines: bytes, operations and hours, by rule and in all."""
+    costs = {rule: asdict(cost) | {"hours": cost.hours(plan.rates)} for rule, cost in plan.costs.items()}
+    total = plan.total()
+    return json.dumps(asdict(plan) | {"costs": costs, "total": asdict(total) | {"hours": total.hours(plan.rates)}})
+
+
+def plan_as_text(plan: Plan) -> str:
+    """The estimate as a table, with what it assumes below."""
+    rows = [["rule", "jobs", "disk", "read", "FLOP", "memory", "hours"]]
+    for rule, count in plan.jobs.items():
+        rows.append([rule, f"{count:,}", *cost_cells(plan.costs.get(rule), plan.rates)])
+    rows.append(["total", f"{sum(plan.jobs.values()):,}", *cost_cells(plan.total(), plan.rates)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join([f"study {plan.study}", "", *lines, "", *_assumptions(plan)])
+
+
+def cost_cells(cost: Cost | None, rates: Rates) -> list[str]:
+    """A cost for people: disk, read, FLOP, memory and hours."""
+    if cost is None:
+        return ["-"] * 5
+    flops = cost.flops + cost.cpu_flops
+    return [
+        _bytes(cost.written),
+        _bytes(cost.read),
+        f"{flops:.2e}" if flops else "-",
+        _bytes(cost.memory),
+        _hours(cost.hours(rates)),
+    ]
+
+
+def _assumptions(plan: Plan) -> list[str]:
+    samples = ", ".join(f"{name} {count:,}" for name, count in plan.samples.items())
+    rates = plan.rates
+    lines = [
+        f"Samples: {samples}.",
+        f"Rates: {rates.tflops:g} TFLOP/s on the GPU (--tflops), {rates.disk_mb_per_s:g} MB/s from and to disk",
+        f"(--disk-mb-per-s), {rates.cpu_gflops:g} GFLOP/s on the CPU (--cpu-gflops), where features and the metrics of",
+        "SAEs are computed. Hours: one job after another on one GPU, computing and reading in turns.",
+        "Disk: before compression; models in the hub's cache not counted. Memory: of the largest job, the GPU's in it.",
+        "Nothing is taken as done, and nothing as still in the file cache. Tables and figures take seconds.",
+    ]
+    if plan.guessed:
+        lines.append(f"Tokens of a sample guessed, for want of `tokens` in the entry: {', '.join(plan.guessed)}.")
+    return lines
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB" if count < 99.5 else f"{count:,.0f} TB"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 9.5 else f"{hours:.1f}" if hours >= 0.05 else "<0.1"
+
+
+def _padded(spec: EncoderSpec) -> bool:
+    return spec.library == "open_clip" or spec.global_token == "last"
+
+
+def _samples(name: str, spec: DatasetSpec, results: Path) -> int:
+    manifest = results / name / "data" / "manifest.json"
+    if manifest.is_file():
+        return int(json.loads(manifest.read_text(encoding="utf-8"))["rows"])
+    known = [count for count in (spec.samples, spec.limit) if count is not None]
+    if not known:
+        raise StudyError(f"datasets.{name}: nothing says how many samples it has; give --samples, or set samples")
+    return min(known)
+
+
+def _data_bytes(name: str, spec: DatasetSpec, N: int, results: Path) -> float:
+    made = results / name / "data" / "samples.arrow"
+    path = made if made.is_file() else local_path(spec.source)
+    if path is not None and path.is_file() and spec.limit is None:
+        return path.stat().st_size
+    return N * _SAMPLE_BYTES
+
+
+def _sample_read(spec: EncoderSpec) -> float:
+    """Bytes of the chunks that a sample's tokens lie in, of a layer too large for memory."""
+    row = 2 * spec.width
+    rows = max(1, CHUNK_BYTES // row)
+    return (1 + (stored_tokens(spec) - 1) / rows) * rows * row
+
+
+def _panels_read(F: int, width: int, N: int) -> int:
+    """Bytes of the chunks that all panels of a layer's F features lie in: those on a border are read twice."""
+    chunk = min(FEATURE_COLUMNS, F)
+    chunks = sum(-(-min(first + width, F) // chunk) - first // chunk for first in range(0, F, width))
+    return chunks * chunk * N * 2
+
+
+def _sum(costs: Iterable[Cost]) -> Cost:
+    costs = list(costs)
+    return Cost(
+        written=sum(cost.written for cost in costs),
+        read=sum(cost.read for cost in costs),
+        flops=sum(cost.flops for cost in costs),
+        cpu_flops=sum(cost.cpu_flops for cost in costs),
+        memory=max((cost.memory for cost in costs), default=0),
+    )

@@ -1,0 +1,519 @@
+"""What a study is said to cost, against Snakemake, the stages themselves and the design's numbers."""
+
+import csv
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from conceptshare import activations, correlations, features, plan, sae, store
+from conceptshare.catalog import EncoderSpec
+from conceptshare.cli import app
+from conceptshare.errors import StudyError
+from conceptshare.plan import Rates, count_jobs, make_plan
+from conceptshare.study import SAESettings, build_study, load_study
+
+from .workflow.conftest import CLONE, Project
+
+COCO = 118_287
+PAPER = SAESettings()
+CONFIGS = ["config.yaml", *sorted(f"config/{path.name}" for path in (CLONE / "config").glob("*.yaml"))]
+# The tables of the paper that each study holds all cells of.
+TABLES = {
+    "coco-large": {"6", "7", "8", "9"},
+    "coco-base": {"10", "11", "12", "13"},
+    "laion-large": {"14", "15", "16", "17"},
+    "flowers-large": {"18", "19", "20", "21"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_the_clone(monkeypatch):
+    monkeypatch.chdir(CLONE)
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A results folder in which nothing is made."""
+    return tmp_path / "results"
+
+
+def encoder(**changes):
+    described = {
+        "library": "transformers",
+        "model": "hub/x",
+        "modality": "image",
+        "kind": "vision",
+        "layers": 2,
+        "width": 64,
+        "global_token": "first",
+        "tokens": 17,
+    }
+    return EncoderSpec(**(described | changes))
+
+
+def study_of(**changes):
+    given = {
+        "study": "test",
+        "datasets": {"openclipart": None},
+        "encoders": {"minilm": {"seeds": [0, 1]}, "dinov2-small": {"use_layers": "last"}, "tiny-clip-text": None},
+        "saes": {"small": {"k": 4}, "paper": None},
+        "analyses": {"matrices": {"all": None}, "layerwise": {"seeds": {"pairs": [["minilm@0", "minilm@1"]]}}},
+    }
+    return given | changes
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, CLONE / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_study_has_the_jobs_that_snakemake_plans_for_it(config):
+    """``--forceall`` plans as for a results folder that holds nothing."""
+    planned = Project(CLONE).plan("--forceall", "--configfile", config)
+    assert count_jobs(load_study(config)) == planned
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"preset": "reference"},
+        {"analyses": {}},
+        {"datasets": {"openclipart": None, "first": {"base": "openclipart", "limit": 5}}},
+        {"analyses": {"layerwise": {"a": {"pairs": [["minilm", "dinov2-small"]]}}}},
+        {
+            "analyses": {
+                "sharedness": {
+                    "s": {"source": "minilm", "shared_with": ["minilm@1"], "not_shared_with": ["tiny-clip-text"]}
+                }
+            }
+        },
+    ],
+    ids=["several", "reference", "nothing", "two data sets", "an encoder too many", "sharedness alone"],
+)
+def test_studies_of_every_shape_have_the_jobs_that_snakemake_plans_for_them(tmp_path, changes):
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study_of(**changes)))
+    assert count_jobs(load_study(path)) == Project(CLONE).plan("--forceall", "--configfile", str(path))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_rule_that_has_a_cost_has_jobs_and_costs_come_in_the_workflows_order(config, elsewhere):
+    found = make_plan(load_study(config), Rates(), results=elsewhere)
+    assert [rule for rule in found.jobs if rule in found.costs] == list(found.costs)
+
+
+def test_large_clip_on_coco_has_the_sizes_that_the_design_names(elsewhere):
+    study = load_study("config/coco-large.yaml")
+    clip = study.encoders["clip-image-large"]
+    assert plan.tokens_bytes(clip, COCO) == pytest.approx(62e9, rel=0.01)
+    assert plan.global_bytes(clip, COCO) == pytest.approx(0.24e9, rel=0.01)
+    assert plan.features_bytes(8 * 1024, COCO) == pytest.approx(1.9e9, rel=0.03)
+    assert make_plan(study, Rates(), results=elsewhere).samples == {"coco": COCO}
+
+
+def test_a_pair_of_large_encoders_on_coco_has_the_products_that_the_design_names():
+    large = encoder(layers=24, width=1024)
+    assert plan.correlations_cost(large, large, PAPER, COCO).flops == pytest.approx(9.14e15, rel=1e-3)
+
+
+def test_a_forward_pass_has_the_operations_of_a_transformers_blocks():
+    spec = encoder()
+    block = torch.nn.TransformerEncoderLayer(64, nhead=2, dim_feedforward=4 * 64, batch_first=True)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+        block(torch.randn(1, 17, 64))
+    assert plan.activations_cost(spec, N=5).flops == 5 * spec.layers * counted.get_total_flops()
+
+
+def test_an_entry_that_tells_its_operations_is_believed():
+    assert plan.activations_cost(encoder(gflops=30), N=7).flops == 7 * 30e9
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [
+        ({}, 17),
+        ({"global_token": "mean"}, 18),
+        ({"max_tokens": 5}, 5),
+        ({"max_tokens": 500}, 17),
+        ({"use_layers": "last"}, 17),
+        ({"modality": "text", "kind": "vlm", "library": "open_clip", "context_length": 77}, 17),
+        (
+            {
+                "modality": "text",
+                "kind": "vlm",
+                "library": "open_clip",
+                "context_length": 77,
+                "global_token": "reference",
+            },
+            77,
+        ),
+        ({"tokens": None, "image_size": 98}, 50),
+        ({"tokens": None, "modality": "text", "kind": "language"}, 16),
+    ],
+    ids=str,
+)
+def test_training_tokens_are_those_that_the_activations_stage_keeps(changes, tokens):
+    spec = encoder(**changes)
+    cost = plan.activations_cost(spec, N=3)
+    assert cost.written == len(spec.layer_numbers()) * 3 * (tokens + 1) * 64 * 2 + 8 * (3 + 4)
+
+
+def test_text_towers_that_always_see_their_padding_compute_it():
+    def of(**changes):
+        text = {"modality": "text", "kind": "vlm", "tokens": 14, "context_length": 77}
+        return plan.activations_cost(encoder(**(text | changes)), N=1).flops
+
+    assert of(library="open_clip") == of(global_token="last") == of(tokens=77) > of()
+
+
+def test_what_stages_keep_to_themselves_is_reckoned_with_as_it_is():
+    assert plan.IN_MEMORY_BYTES == activations._IN_MEMORY_BYTES
+    assert plan.SHARD_BYTES == activations._SHARD_BYTES
+    assert plan.CHUNK_BYTES == store._CHUNK_BYTES
+    assert (plan.FEATURE_ROWS, plan.FEATURE_COLUMNS) == (features._ROWS, features._COLUMNS)
+    assert plan.TOP_SAMPLES == features._TOP_SAMPLES
+    assert plan.EVALUATED_SAMPLES == sae._EVALUATED_SAMPLES
+    assert plan.CORRELATIONS_MEMORY_BYTES == correlations.MEMORY_BYTES
+    for N in (2, 1888, COCO):
+        assert plan.panel_width(N) == correlations._panel_width(N, correlations.MEMORY_BYTES)
+
+
+class Counted:
+    """A layer of features that counts the bytes of the chunks that are read of it."""
+
+    def __init__(self, values, chunk):
+        self.values, self.shape, self.chunk, self.read = values, values.shape, chunk, 0
+
+    def __getitem__(self, place):
+        columns = place[1]
+        touched = {column // self.chunk for column in range(columns.start, columns.stop)}
+        self.read += len(touched) * self.chunk * len(self.values) * 2
+        return self.values[place]
+
+
+@pytest.mark.parametrize("budget", [2_000, 6_000, 50_000])
+def test_correlations_read_what_they_are_said_to(rng, monkeypatch, budget):
+    N, chunk = 10, 4
+    a, b = encoder(layers=2, width=6), encoder(layers=3, width=8)
+    settings = SAESettings(expansion=2, k=1)
+    monkeypatch.setattr(plan, "CORRELATIONS_MEMORY_BYTES", budget)
+    monkeypatch.setattr(plan, "FEATURE_COLUMNS", chunk)
+
+    def layers(spec):
+        return [Counted(rng.random((N, 2 * spec.width)).astype(np.float16), chunk) for _ in range(spec.layers)]
+
+    sides = [layers(a), layers(b)]
+    found = correlations.max_correlations(*sides, memory_bytes=budget)
+    cost = plan.correlations_cost(a, b, settings, N)
+    assert cost.read == sum(layer.read for side in sides for layer in side)
+    assert cost.flops == 2 * N * len(found.rho_ab[0]) * len(found.rho_ba[0])
+    kept = (found.rho_ab, found.match_ab, found.rho_ba, found.match_ba)
+    assert cost.written == sum(values.nbytes for values in kept)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(257, 1024), (14, 768), (1, 64)])
+def test_reading_a_sample_reads_the_chunks_that_it_lies_in(tokens, width):
+    rows = 2**18 // (2 * width)
+    starts = np.arange(20_000) * tokens
+    chunks = (starts + tokens - 1) // rows - starts // rows + 1
+    expected = chunks.mean() * rows * 2 * width
+    assert plan._sample_read(encoder(tokens=tokens, width=width)) == pytest.approx(expected, rel=0.01)
+
+
+def test_an_sae_takes_the_bytes_it_is_said_to(tmp_path):
+    spec, settings = encoder(width=32), SAESettings(expansion=4, k=3)
+    sae.save_sae(sae.TopKSAE(32, 128, 3, torch.Generator()), tmp_path, "x", "layer 0")
+    weights = (tmp_path / "sae_weights.safetensors").stat().st_size
+    assert plan.sae_cost(spec, settings, N=10).written == pytest.approx(weights, abs=500)
+
+
+def test_training_an_sae_has_the_operations_of_its_products():
+    spec, settings = encoder(width=32, tokens=5), SAESettings(expansion=4, k=3, epochs=2, batch_samples=4)
+    model = sae.TopKSAE(32, 128, 3, torch.Generator())
+    with FlopCounterMode(display=False) as counted:
+        model(torch.randn(5, 32))
+    dense = counted.get_total_flops()
+    sparse = 5 * 2 * 5 * 3 * 32
+    steps = 2 * 3
+    assert plan.sae_cost(spec, settings, N=10).flops == 2 * 10 * (dense + sparse) + steps * 12 * (2 * 32 * 128 + 32)
+
+
+def test_an_sae_reads_a_layer_once_where_it_fits_memory_and_else_its_chunks_each_epoch(monkeypatch):
+    spec = encoder(tokens=5, width=32)
+    once, thrice = (SAESettings(expansion=4, k=3, epochs=epochs) for epochs in (1, 3))
+    N, size = 10, 10 * 5 * 32 * 2
+    small = plan.sae_cost(spec, thrice, N)
+    assert small.read == size + 10 * 32 * 2
+    assert plan.sae_cost(spec, once, N).read == small.read
+    monkeypatch.setattr(plan, "IN_MEMORY_BYTES", size - 1)
+    large = plan.sae_cost(spec, thrice, N)
+    each_pass = N * plan._sample_read(spec)
+    assert large.read == pytest.approx((3 + 1) * each_pass + 10 * 32 * 2)  # all samples are evaluated too
+    assert plan.sae_cost(spec, once, N).read == pytest.approx((1 + 1) * each_pass + 10 * 32 * 2)
+    assert small.memory - large.memory == size
+
+
+def test_features_take_the_bytes_of_the_arrays_that_are_recorded(tmp_path, rng, write_features):
+    spec, settings = encoder(layers=2, width=8), SAESettings(expansion=1, k=1)
+    path = write_features(tmp_path, "x@0", {layer: rng.random((5, 8)) for layer in range(2)})
+    recorded = store.open_store(path, features.KIND)
+    arrays = [array for name in recorded.group_keys() for _, array in recorded[name].arrays()]
+    cost = plan.features_cost(spec, settings, N=5)
+    assert cost.written == sum(array.nbytes for array in arrays)
+    assert cost.cpu_flops == 2 * 5 * 2 * 8 * 8
+
+
+@pytest.mark.parametrize("stage", ["activations", "sae", "features", "correlations"])
+def test_the_memory_that_rules_ask_for_is_enough_for_every_study_of_the_paper(stage, elsewhere):
+    rule = (CLONE / "workflow" / "rules" / f"{stage}.smk").read_text(encoding="utf-8")
+    asked = float(rule.split("mem_mb=grown(")[1].split(")")[0]) * 1e6
+    for config in CONFIGS:
+        assert make_plan(load_study(config), Rates(), results=elsewhere).costs[stage].memory < asked, config
+
+
+def test_the_time_that_the_guide_asks_for_is_enough_for_the_largest_pair():
+    text = (CLONE / "docs" / "reproducing-the-paper.md").read_text(encoding="utf-8")
+    asked = int(text.split("--set-resources correlations:runtime=")[1].split()[0]) / 60
+    large = load_study("config/coco-large.yaml").encoders["clip-image-large"]
+    hours = plan.correlations_cost(large, large, PAPER, COCO).hours(Rates())
+    assert f"by this estimate up to {hours:.0f}," in text
+    assert hours < asked
+
+
+def sizes(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_sizes_of_the_default_study_are_those_of_its_stores():
+    """Compression takes some percent from activations, and up to two thirds from features."""
+    made, study = CLONE / "results" / "openclipart", load_study()
+    stores = {path.stem: path for path in made.glob("activations/*.zarr") if path.stem in study.encoders}
+    if not stores:
+        pytest.skip("the default study has no results here")
+    N = make_plan(study, Rates()).samples["openclipart"]
+    settings = study.saes["small"]
+    for name, path in stores.items():
+        # The demo's entries do not say their tokens.
+        tokens = int(store.open_store(path, activations.KIND)["offsets"][-1]) / N
+        spec = study.encoders[name].model_copy(update={"tokens": tokens})
+        assert 0.85 < sizes(path) / plan.activations_cost(spec, N).written < 1.01, name
+        for weights in (made / "saes" / "small" / name).glob("layer-*/seed-*/sae_weights.safetensors"):
+            assert weights.stat().st_size == pytest.approx(plan.sae_cost(spec, settings, N).written, rel=0.01)
+        for recorded in (made / "features" / "small").glob(f"{name}@*.zarr"):
+            assert 0.3 < sizes(recorded) / plan.features_cost(spec, settings, N).written < 1.01, recorded
+
+
+def test_the_true_count_of_a_data_set_that_is_made_is_taken(elsewhere):
+    study = build_study(study_of(), "test")
+    assert make_plan(study, Rates(), results=elsewhere).samples == {"openclipart": 1888}
+    folder = elsewhere / "openclipart" / "data"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text('{"rows": 77}')
+    (folder / "samples.arrow").write_bytes(b"x" * 1234)
+    found = make_plan(study, Rates(), results=elsewhere)
+    assert found.samples == {"openclipart": 77}
+    assert found.costs["dataset"].written == 1234
+    assert make_plan(study, Rates(), samples=500, results=elsewhere).samples == {"openclipart": 500}
+
+
+def test_pictures_that_are_downloaded_are_on_disk_twice(elsewhere):
+    def written(**entry):
+        datasets = {"mine": {"source": "hub/mine", "samples": 100, **entry}}
+        study = build_study(study_of(datasets=datasets), "test")
+        return make_plan(study, Rates(), results=elsewhere).costs["dataset"].written
+
+    assert written(image_url="url") == 2 * written() == 2 * 100 * 160_000
+
+
+def test_a_data_set_of_unknown_size_is_an_error_that_says_what_to_give(elsewhere):
+    def plan_with(**entry):
+        datasets = {"mine": {"source": "hub/mine", **entry}}
+        return make_plan(build_study(study_of(datasets=datasets), "test"), Rates(), results=elsewhere)
+
+    with pytest.raises(StudyError, match=r"datasets\.mine: nothing says how many samples it has; give --samples"):
+        plan_with()
+    assert plan_with(limit=40).samples == plan_with(limit=40, samples=50).samples == {"mine": 40}
+    assert plan_with(limit=60, samples=50).samples == {"mine": 50}
+
+
+def test_hours_are_operations_and_bytes_over_their_rates():
+    cost = plan.Cost(written=1e9, read=2e9, flops=30e12, cpu_flops=400e9)
+    assert cost.hours(Rates(tflops=15, disk_mb_per_s=500, cpu_gflops=200)) == pytest.approx((2 + 2 + 6) / 3600)
+
+
+def test_the_whole_is_the_sum_of_its_rules_and_needs_the_memory_of_the_largest_job(elsewhere):
+    found = make_plan(load_study("config/coco-base.yaml"), Rates(), results=elsewhere)
+    for field in ("written", "read", "flops", "cpu_flops"):
+        assert getattr(found.total(), field) == pytest.approx(sum(getattr(c, field) for c in found.costs.values()))
+    assert found.total().memory == max(cost.memory for cost in found.costs.values())
+
+
+def test_padding_makes_the_reference_preset_cost_more(elsewhere):
+    changes = {"encoders": {"clip-text-large": None, "dinov2-large": None}, "analyses": {"matrices": {"m": None}}}
+    own, reference = (
+        make_plan(build_study(study_of(preset=preset, **changes), "test"), Rates(), results=elsewhere)
+        for preset in ("own", "reference")
+    )
+    assert reference.jobs == own.jobs
+    more = reference.costs["activations"].written - own.costs["activations"].written
+    assert more == 12 * 1888 * (77 - 14) * 768 * 2
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def test_the_command_prints_an_aligned_table_with_what_it_assumes_below():
+    output = run("--config", "config/coco-large.yaml", "--samples", "1000", "--tflops", "50").output
+    head, table, below = output.split("\n\n", 2)
+    assert head == "study coco-large"
+    lines = table.splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].split() == ["rule", "jobs", "disk", "read", "FLOP", "memory", "hours"]
+    jobs = count_jobs(load_study("config/coco-large.yaml"))
+    assert [line.split()[:2] for line in lines[1:-1]] == [[rule, str(count)] for rule, count in jobs.items()]
+    assert lines[-1].split()[:2] == ["total", str(sum(jobs.values()))]
+    for said in ("coco 1,000", "50 TFLOP/s", "500 MB/s", "200 GFLOP/s"):
+        assert said in below
+    assert "guessed" not in below
+
+
+def test_the_command_says_of_which_encoders_it_guesses_the_tokens():
+    assert "guessed, for want of `tokens` in the entry: " in run().output
+
+
+def test_the_command_speaks_json():
+    found = json.loads(run("--config", "config/coco-base.yaml", "--json").output)
+    assert found["study"] == "coco-base"
+    assert found["jobs"]["sae"] == 120
+    assert found["total"]["written"] == pytest.approx(sum(cost["written"] for cost in found["costs"].values()))
+    assert found["total"]["hours"] == pytest.approx(sum(cost["hours"] for cost in found["costs"].values()))
+    fast = json.loads(run("--config", "config/coco-base.yaml", "--json", "--disk-mb-per-s", "1e9").output)
+    assert fast["total"]["hours"] < found["total"]["hours"]
+    assert fast["total"]["read"] == found["total"]["read"]
+
+
+def test_a_plan_needs_no_torch():
+    code = "import sys, conceptshare.cli, conceptshare.plan; print('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(CLONE / "src")}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"), [(0, "0 B"), (999, "999 B"), (62_258e6, "62.3 GB"), (999.9e9, "1.0 TB"), (2614e12, "2,614 TB")]
+)
+def test_sizes_are_shown_in_the_unit_that_suits_them(size, shown):
+    assert plan._bytes(size) == shown
+
+
+@pytest.mark.parametrize("study", TABLES)
+def test_a_study_of_the_papers_tables_compares_the_encoders_that_are_in_them(study):
+    with (Path(plan.__file__).parent / "paper" / "wmppc.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["table"] in TABLES[study]]
+    (dataset,), (size,) = {row["dataset"] for row in rows}, {row["size"] for row in rows}
+    found = load_study(f"config/{study}.yaml")
+    assert found.study == study
+    assert list(found.datasets) == [dataset]
+    assert set(found.encoders) == {f"{row[side]}-{size}" for row in rows for side in ("source", "target")}
+    assert found.encoders == {member.encoder: found.encoders[member.encoder] for member in found.members()}
+    everywhere = {row["source"] for row in rows if row["layers"] == "all"}
+    for name, spec in found.encoders.items():
+        assert spec.use_layers == ("all" if name.removesuffix(f"-{size}") in everywhere else "last")
+    (matrix,) = found.analyses.matrices
+    assert len(found.matrix_members(matrix)) == len(found.encoders)
+    assert found.sae_key("paper") == "{}"
+
+
+def test_every_table_of_the_paper_belongs_to_one_study():
+    with (Path(plan.__file__).parent / "paper" / "wmppc.csv").open(encoding="utf-8") as file:
+        tables = {row["table"] for row in csv.DictReader(file)}
+    assert sorted(table for held in TABLES.values() for table in held) == sorted(tables)
+
+
+def test_the_studies_of_figure_1_and_of_the_typology_share_what_coco_large_makes():
+    large = load_study("config/coco-large.yaml")
+    for name in ("figure1", "typology"):
+        study = load_study(f"config/{name}.yaml")
+        for encoder_name, spec in study.encoders.items():
+            assert spec.activations_key() == large.encoders[encoder_name].activations_key()
+        assert study.dataset_key("coco") == large.dataset_key("coco")
+        assert study.sae_key("paper") == large.sae_key("paper")
+
+
+@pytest.mark.parametrize("config", CONFIGS[1:])
+def test_a_config_says_what_its_study_costs(config):
+    text = (CLONE / config).read_text(encoding="utf-8")
+    plans = script("write_plans")
+    assert text == plans.with_headline(text, plans.plan_of(CLONE / config)), "run python docs/write_plans.py"
+    assert "\n# conceptshare plan: " in text
+    assert load_study(config).study == Path(config).stem
+
+
+def test_the_guides_table_of_costs_is_what_the_program_says():
+    guide = CLONE / "docs" / "reproducing-the-paper.md"
+    text = guide.read_text(encoding="utf-8")
+    assert text == script("write_plans").with_costs(text), "run python docs/write_plans.py"
+    for config in CONFIGS[1:]:
+        assert text.count(f"](../{config})") >= 1
+
+
+def test_the_guide_names_every_table_and_figure_of_the_paper():
+    text = (CLONE / "docs" / "reproducing-the-paper.md").read_text(encoding="utf-8")
+    for number in range(1, 22):
+        assert f"Table {number}" in text
+    for number in range(1, 5):
+        assert f"Figure {number}" in text
+
+
+def test_the_guides_recipe_for_table_3_leaves_out_mambavision_as_the_paper_does(tmp_path, monkeypatch):
+    recipe = (CLONE / "docs" / "reproducing-the-paper.md").read_text(encoding="utf-8").split("```python\n")[1]
+    with (Path(plan.__file__).parent / "paper" / "wmppc.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["table"] in ("8", "9") and row["source"] != row["target"]]
+    table = tmp_path / "results/studies/coco-large/coco/paper/matrices/all-encoders.csv"
+    table.parent.mkdir(parents=True)
+    texts = ("clip-text", "siglip2-text", "dfn-text", "bert", "deberta")
+    with table.open("w", newline="") as file:
+        written = csv.writer(file)
+        written.writerow(["source", "target", "source_modality", "reading", "wmppc"])
+        for row in rows:
+            modality = "text" if row["source"] in texts else "image"
+            source, target = f"{row['source']}-large@0", f"{row['target']}-large@0"
+            written.writerow([source, target, modality, "last", row["wmppc"]])
+            written.writerow([source, target, modality, "layer_mean", "7"])
+    monkeypatch.chdir(tmp_path)
+    space = {}
+    exec(recipe.split("```")[0].replace('"layer_mean"', '"last"'), space)
+    found = {pair: round(value, 3) for pair, value in space["averages"].items()}
+    paper = {("image", "image"): 0.265, ("image", "text"): 0.213, ("text", "image"): 0.173, ("text", "text"): 0.249}
+    assert found == paper
+
+
+@pytest.mark.parametrize("document", ["docs/reproducing-the-paper.md", "config/README.md"])
+def test_every_link_of_the_guide_leads_somewhere(document):
+    path = CLONE / document
+    targets = [part.split(")")[0] for part in path.read_text(encoding="utf-8").split("](")[1:]]
+    assert targets
+    for target in targets:
+        assert target.startswith("https://") or (path.parent / target.split("#")[0]).exists(), target
+
+
+def test_every_study_of_the_folder_is_in_its_readme():
+    text = (CLONE / "config" / "README.md").read_text(encoding="utf-8")
+    for config in CONFIGS[1:]:
+        assert f"]({Path(config).name})" in text
