@@ -393,8 +393,12 @@ def test_the_command_prints_an_aligned_table_with_what_it_assumes_below():
     assert "guessed" not in below
 
 
-def test_the_command_says_of_which_encoders_it_guesses_the_tokens():
-    assert "guessed, for want of `tokens` in the entry: " in run().output
+def test_the_command_says_of_which_encoders_it_guesses_the_tokens(tmp_path):
+    config = yaml.safe_load((CLONE / "config.yaml").read_text())
+    config["encoders"]["minilm"] = {"tokens": None}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "guessed, for want of `tokens` in the entry: minilm." in run("--config", str(tmp_path / "config.yaml")).output
+    assert "guessed" not in run().output
 
 
 def test_the_command_speaks_json():

@@ -9,7 +9,9 @@ rule activations:
     log:
         "results/logs/{dataset}/activations/{encoder}.log",
     conda:
-        "../../envs/conceptshare.yaml"
+        lambda w: (
+            "../../envs/mambavision.yaml" if STUDY.encoders[w.encoder].remote_code else "../../envs/conceptshare.yaml"
+        )
     threads: 1
     resources:
         gpu=1,

@@ -6,6 +6,7 @@ localrules:
 rule weights:
     input:
         model=lambda w: local_files(STUDY.encoders[w.encoder].model),
+        checkpoint=lambda w: local_files(STUDY.encoders[w.encoder].weights or ""),
         code=code("weights.py", "hub.py"),
     output:
         "results/weights/{encoder}.json",
