@@ -2,12 +2,15 @@
 
 import json
 import random
+import re
 from itertools import combinations
 from pathlib import Path
 
+import open_clip
 import pytest
 import yaml
 
+from conceptshare.catalog import EncoderSpec, read_catalog
 from conceptshare.errors import StudyError
 from conceptshare.study import Member, build_study, load_study, pair_name
 
@@ -600,3 +603,56 @@ def test_keys_are_json_with_sorted_keys(build):
     }
     assert json.loads(study.layerwise_key("seeds")) == [["vit@1", "vit@0"], ["bert@0", "dinov2@0"]]
     assert ["clip-text@0", "text", "vlm"] in json.loads(study.matrix_key("all"))
+
+
+PAPER = {
+    "clip-image-base": ("open_clip", "ViT-B-32-quickgelu", "image", 12, 768, "first"),
+    "clip-text-base": ("open_clip", "ViT-B-32-quickgelu", "text", 12, 512, "eot"),
+    "clip-image-large": ("open_clip", "ViT-L-14-quickgelu", "image", 24, 1024, "first"),
+    "clip-text-large": ("open_clip", "ViT-L-14-quickgelu", "text", 12, 768, "eot"),
+    "dfn-image-base": ("open_clip", "hf-hub:apple/DFN2B-CLIP-ViT-B-16", "image", 12, 768, "first"),
+    "dfn-text-base": ("open_clip", "hf-hub:apple/DFN2B-CLIP-ViT-B-16", "text", 12, 512, "eot"),
+    "dfn-image-large": ("open_clip", "hf-hub:apple/DFN2B-CLIP-ViT-L-14", "image", 24, 1024, "first"),
+    "dfn-text-large": ("open_clip", "hf-hub:apple/DFN2B-CLIP-ViT-L-14", "text", 12, 768, "eot"),
+    "siglip2-image-base": ("transformers", "google/siglip2-base-patch16-224", "image", 12, 768, "mean"),
+    "siglip2-text-base": ("transformers", "google/siglip2-base-patch16-224", "text", 12, 768, "last"),
+    "siglip2-image-large": ("transformers", "google/siglip2-large-patch16-384", "image", 24, 1024, "mean"),
+    "siglip2-text-large": ("transformers", "google/siglip2-large-patch16-384", "text", 24, 1024, "last"),
+    "dinov2-base": ("transformers", "facebook/dinov2-base", "image", 12, 768, "first"),
+    "dinov2-large": ("transformers", "facebook/dinov2-large", "image", 24, 1024, "first"),
+    "vit-base": ("transformers", "google/vit-base-patch16-224", "image", 12, 768, "first"),
+    "vit-large": ("transformers", "google/vit-large-patch16-384", "image", 24, 1024, "first"),
+    "mambavision-base": ("transformers", "nvidia/MambaVision-B-1K", "image", 4, 1024, "mean"),
+    "mambavision-large": ("transformers", "nvidia/MambaVision-L-1K", "image", 4, 1568, "mean"),
+    "bert-base": ("transformers", "bert-base-uncased", "text", 12, 768, "first"),
+    "bert-large": ("transformers", "bert-large-uncased", "text", 24, 1024, "first"),
+    "deberta-base": ("transformers", "microsoft/deberta-base", "text", 12, 768, "first"),
+    "deberta-large": ("transformers", "microsoft/deberta-large", "text", 24, 1024, "first"),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_catalog_holds_each_encoder_of_the_paper_with_what_a_reader_asks(name):
+    entry = EncoderSpec(**read_catalog("encoders")[name])
+    found = (entry.library, entry.model, entry.modality, entry.layers, entry.width, entry.global_token)
+    assert found == PAPER[name]
+    assert entry.trained_on
+    assert entry.tokens
+    assert (entry.image_size if entry.modality == "image" else entry.context_length) is not None
+    assert entry.revision is None or re.fullmatch("[0-9a-f]{40}", entry.revision)
+    assert entry.remote_code == name.startswith("mambavision")
+
+
+@pytest.mark.parametrize("name", [name for name, row in PAPER.items() if row[0] == "open_clip"])
+def test_sizes_of_the_catalogs_open_clip_encoders_are_open_clips_own(name):
+    entry = EncoderSpec(**read_catalog("encoders")[name])
+    known = {"hf-hub:apple/DFN2B-CLIP-ViT-B-16": "ViT-B-16", "hf-hub:apple/DFN2B-CLIP-ViT-L-14": "ViT-L-14"}
+    config = open_clip.get_model_config(known.get(entry.model, entry.model))
+    tower = config["vision_cfg" if entry.modality == "image" else "text_cfg"]
+    assert (entry.layers, entry.width) == (tower["layers"], tower["width"])
+    if entry.modality == "image":
+        assert entry.image_size == tower["image_size"]
+        assert entry.tokens == (tower["image_size"] // tower["patch_size"]) ** 2 + 1
+    else:
+        assert entry.context_length == tower["context_length"]
+    assert entry.weights is None or entry.weights in open_clip.list_pretrained_tags_by_model(entry.model)

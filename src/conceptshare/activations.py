@@ -73,7 +73,7 @@ def extract_activations(encoder: Encoder, data: Data, out: Path, threads: int = 
         if recorder.start:
             say(f"{out.stem}: going on at sample {recorder.start:,}, from what an earlier attempt left")
         writes: deque[Future[None]] = deque()
-        batches = _prepared(encoder, data, starts, threads)
+        batches = prepared(encoder, data, starts, threads)
         for start, batch in progress(batches, len(starts), f"activations of {out.stem}", "batches"):
             found = encoder.read(batch)
             writes.append(writing.submit(recorder.append, kept_rows(found, spec, start, out.stem)))
@@ -168,8 +168,8 @@ def _halves(x: Tensor, spec: EncoderSpec, where: str, numbers: NDArray[np.int64]
     return rows
 
 
-def _prepared(encoder: Encoder, data: Data, starts: range, threads: int) -> Iterator[tuple[int, Batch]]:
-    """Each batch's first sample and inputs, in order, a few of them prepared ahead."""
+def prepared(encoder: Encoder, data: Data, starts: range, threads: int) -> Iterator[tuple[int, Batch]]:
+    """The first sample and the inputs of the batches that begin at ``starts``, in order, a few prepared ahead."""
     # Tokenizers of transformers cannot be used by two threads at once.
     workers = threads if encoder.spec.modality == "image" else 1
     with ThreadPoolExecutor(workers) as pool:

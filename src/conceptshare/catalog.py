@@ -44,37 +44,41 @@ class Download(Spec):
     parallel: int = Field(default=32, ge=1)
     """Requests under way at once."""
     timeout: float = Field(default=10, gt=0)
-    """Seconds to wait for a connection, and for each part of an answer."""
+    """Seconds to wait for a connection, and for each part of an answer. A try as a whole, redirects and all, gets six
+    times that."""
     attempts: int = Field(default=3, ge=1)
-    """Tries an address gets, with growing pauses between them."""
+    """Tries an address gets where it fails for a reason that may pass, with growing pauses between them."""
     max_mb: float = Field(default=20, gt=0)
-    """Largest file in MB; a larger one is not read to its end."""
+    """Largest file in MB, as sent and as unpacked; a larger one is not read to its end."""
     allow_private: bool = False
-    """Whether loopback, private and other addresses that are not on the public internet may be asked."""
+    """Whether loopback, private and other machines that are not on the public internet may be asked."""
 
 
 class DatasetSpec(Spec):
     """A data set of image-caption pairs."""
 
     source: str
-    """A hub id, or a path (starting with ``.``, ``/`` or ``~``) to a Parquet, CSV, JSON lines or Arrow file, to a
+    """A hub id, or a path (starting with ``.``, ``/`` or ``~``) to a Parquet, CSV, JSON, JSON lines or Arrow file, to a
     folder in the `imagefolder` layout, or to a WebDataset tar file or a folder of them."""
     revision: str | None = None
     """The hub revision. Without one, the newest, which the manifest then records."""
     split: str = "train"
     """The split to read."""
     image: str = "image"
-    """The column of images."""
+    """The column of images: the bytes of image files, or paths relative to the table. The columns of a WebDataset are
+    its members' extensions; alternatives are written as ``jpg;png;webp``, and a sample's first is taken."""
     image_url: str | None = None
-    """The column of image addresses (http or https), which are downloaded; ``image`` is then not read."""
+    """The column of image addresses (http or https), which are downloaded; ``image`` is then not read. What was
+    downloaded stays in `results/{dataset}/downloads/`."""
     caption: str = "caption"
-    """The column of captions."""
+    """The column of captions: text, or lists of texts."""
     several_captions: Literal["first", "joined", "sampled"] = "first"
-    """Of a row with a list of captions: its first, all of them joined by spaces, or one drawn by chance."""
+    """Of a row with a list of captions: its first, all of them joined by spaces, or one drawn by chance. Empty ones
+    do not count."""
     caption_seed: int = Field(default=0, ge=0)
     """Seed of ``several_captions: sampled``."""
     id: str | None = None
-    """The column of unique sample ids. Without one, the row number."""
+    """The column of unique sample ids (``__key__`` in a WebDataset). Without one, the row number."""
     limit: int | None = Field(default=None, ge=1)
     """Read the first so many rows only."""
     max_dropped: float = Field(default=0.01, ge=0, le=1)

@@ -6,7 +6,7 @@ localrules:
 rule dataset:
     input:
         source=lambda w: local_files(STUDY.datasets[w.dataset].source),
-        code=code("dataset.py"),
+        code=code("dataset.py", "download.py", "hub.py"),
     output:
         samples="results/{dataset}/data/samples.arrow",
         manifest="results/{dataset}/data/manifest.json",

@@ -1,0 +1,105 @@
+"""A study of encoders and data that a hub holds: a few lines of YAML each, and no network after they are fetched."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests import models
+from tests.hub import environment, running
+
+from .conftest import new_clone, write_dataset
+
+# Name: the model as a hub holds it, and how a study writes its id.
+ENCODERS = {
+    "reader": (models.bert, "{}"),
+    "classifier": (models.deberta, "{}"),
+    "pairs-image": (models.open_clip_image, "hf-hub:{}"),
+    "pairs-text": (models.open_clip_eos_text, "hf-hub:{}"),
+    "viewer": (models.timm_vit, "hf-hub:{}"),
+    "scanner": (models.mambavision, "{}"),
+}
+# What an entry has to say beside where the model is.
+KEYS = {"library", "modality", "kind", "layers", "width", "global_token", "blocks", "remote_code"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A study's clone after its run, the requests that the hub had, and how many of them before any extraction."""
+    project = new_clone(tmp_path_factory.mktemp("hub") / "clone")
+    made = tmp_path_factory.mktemp("repositories")
+    write_dataset(made / "squares.parquet")
+    table = pd.read_parquet(made / "squares.parquet")
+    table["words"] = [[caption, "a picture", "it is small"] for caption in table["words"]]
+    with running() as hub:
+        entries = {}
+        for name, (make, written) in ENCODERS.items():
+            spec = make(made / name).spec
+            hub.add(f"us/{name}", made / name)
+            entries[name] = {key: value for key, value in spec.model_dump(exclude_defaults=True).items() if key in KEYS}
+            entries[name] |= {"library": spec.library, "model": written.format(f"us/{name}"), "use_layers": "last"}
+        commit = hub.add("us/squares", {"data/train.parquet": table.to_parquet()}, kind="dataset")
+        project.config = {
+            "study": "from-a-hub",
+            "datasets": {
+                "squares": {
+                    "source": "us/squares",
+                    "image": "picture",
+                    "caption": "words",
+                    "several_captions": "joined",
+                }
+            },
+            "encoders": entries,
+            "saes": {"tiny": {"expansion": 2, "k": 4, "learning_rate": 1e-2}},
+            "analyses": {"matrices": {"all": None}},
+        }
+        surroundings = environment(hub.endpoint, made / "cache") | {"PYTHONPATH": str(project.folder / "src")}
+        surroundings.pop("HF_HUB_OFFLINE", None)
+
+        def run(*arguments):
+            command = [str(Path(sys.executable).parent / "snakemake"), "--cores", "2", *arguments]
+            return subprocess.run(
+                command, cwd=project.folder, env=surroundings, capture_output=True, text=True, check=False
+            )
+
+        fetched = run("--until", "dataset", "weights")
+        assert fetched.returncode == 0, fetched.stdout + fetched.stderr
+        before = len(hub.log)
+        rest = run()
+        assert rest.returncode == 0, rest.stdout + rest.stderr
+        return project, hub.log, before, commit
+
+
+def test_encoders_of_every_library_and_with_code_of_their_own_come_into_one_table(finished):
+    project, _, _, _ = finished
+    table = pd.read_csv(project.folder / "results/studies/from-a-hub/squares/tiny/matrices/all.csv")
+    assert set(table.source) == {f"{name}@0" for name in ENCODERS}
+    assert table.wmppc.between(0, 1.0001).all()
+
+
+def test_the_hub_is_asked_for_data_and_weights_and_for_nothing_after(finished):
+    _, log, before, _ = finished
+    assert before > 0
+    assert len(log) == before
+
+
+def test_only_models_that_may_run_code_of_their_own_are_fetched_with_it(finished):
+    _, log, _, _ = finished
+    code = {request.path.split("/")[2] for request in log if request.path.endswith(".py")}
+    assert code == {"scanner"}
+
+
+def test_what_was_read_is_on_record(finished):
+    project, _, _, commit = finished
+    manifest = json.loads((project.folder / "results/squares/data/manifest.json").read_text())
+    assert manifest["revision"] == commit
+    assert manifest["several_captions"] == "joined"
+    assert manifest["rows"] == 40
+    for name in ENCODERS:
+        record = json.loads((project.folder / f"results/weights/{name}.json").read_text())
+        assert len(record["revision"]) == 40
+        assert os.path.basename(record["location"]) == record["revision"]  # noqa: PTH119 - a location is text
