@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zarr
@@ -23,6 +23,7 @@ VERSION = 1
 """Version of the formats of all stores; a change that old readers would misread raises it."""
 
 _ROOT = "zarr.json"
+_EVERY_CHUNK: Any = {"write_empty_chunks": True}
 
 
 @contextmanager
@@ -120,10 +121,11 @@ def new_array(
     dtype: DTypeLike,
     chunks: tuple[int, ...] | None = None,
     shards: tuple[int, ...] | None = None,
+    compressors: Literal["auto"] | None = "auto",
 ) -> zarr.Array[Any]:
     """Add an array to a store, every chunk of which will be written, zeros too.
 
-    Chunks default to the whole array; nothing is compressed further than Zarr's default.
+    Chunks default to the whole array, compressors to Zarr's own.
     """
     whole = tuple(max(1, n) for n in shape)
     return group.create_array(
@@ -132,7 +134,8 @@ def new_array(
         dtype=dtype,
         chunks=chunks or whole,
         shards=shards,
-        config={"write_empty_chunks": True},
+        compressors=compressors,
+        config=_EVERY_CHUNK,
     )
 
 
@@ -170,8 +173,10 @@ class RowWriter:
         self._chunk = max(1, _CHUNK_BYTES // row_bytes)
         self._shard = self._chunk * max(1, shard_bytes // (self._chunk * row_bytes))
         if name not in group:
-            new_array(group, name, (0, width), dtype, (self._chunk, width), (self._shard, width))
+            # Activations are noise to a compressor: it would save some percent, and take longer than writing them.
+            new_array(group, name, (0, width), dtype, (self._chunk, width), (self._shard, width), compressors=None)
         array: Any = group[name]
+        array = array.with_config(_EVERY_CHUNK)
         array.resize((keep // self._shard * self._shard, width))
         self._array = array
         # One buffer, and not a list of what was appended: that would leave holes in memory that grow with time.
