@@ -397,7 +397,9 @@ def test_the_command_says_of_which_encoders_it_guesses_the_tokens(tmp_path):
     config = yaml.safe_load((CLONE / "config.yaml").read_text())
     config["encoders"]["minilm"] = {"tokens": None}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    assert "guessed, for want of `tokens` in the entry: minilm." in run("--config", str(tmp_path / "config.yaml")).output
+    assert (
+        "guessed, for want of `tokens` in the entry: minilm." in run("--config", str(tmp_path / "config.yaml")).output
+    )
     assert "guessed" not in run().output
 
 
