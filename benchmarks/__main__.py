@@ -40,7 +40,8 @@ def main() -> None:
             *extraction(Path(folder)),
             3,
         )
-    compare("SAE training step, D 768, F 6144, k 32, 4112 tokens", *sae_steps())
+    for precision in ("float32", "bfloat16"):
+        compare(f"SAE training step in {precision}, D 768, F 6144, k 32, 4112 tokens", *sae_steps(precision))
     compare("correlations, 2 x 2048 features with 2 x 2048, N 4096, both directions", *correlations())
     start_times()
 
@@ -94,11 +95,14 @@ def extraction(folder: Path) -> tuple[Callable[[], None], Callable[[], None]]:
     return ours, bare
 
 
-def sae_steps() -> tuple[Callable[[], None], Callable[[], None]]:
-    """Loss and gradients of one batch: touching active latents alone, and by dense autograd."""
+def sae_steps(precision: str) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Loss and gradients of one batch: touching active latents alone, and by dense autograd in float32."""
     generator = torch.Generator().manual_seed(0)
     sae = TopKSAE(768, 6144, 32, generator)
     x = torch.randn(4112, 768, generator=generator)
+
+    def sparse(x: Tensor) -> Tensor:
+        return sae.decode(sae.top_k(x, precision))
 
     def dense(x: Tensor) -> Tensor:
         values, indices = sae.encode(x).topk(sae.k, dim=1)
@@ -109,7 +113,7 @@ def sae_steps() -> tuple[Callable[[], None], Callable[[], None]]:
         sae.zero_grad()
         (reconstruct(x) - x).square().mean().backward()
 
-    return lambda: step(sae), lambda: step(dense)
+    return lambda: step(sparse), lambda: step(dense)
 
 
 def correlations() -> tuple[Callable[[], None], Callable[[], None]]:

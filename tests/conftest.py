@@ -32,11 +32,11 @@ def rng():
 def write_activations():
     """Writes an activation store of ``{layer: [tokens of each sample]}``; a sample's first token is its global one."""
 
-    def write(path, layers, content_hash="the same samples"):
+    def write(path, layers, content_hash="the same samples", modality="image"):
         samples = next(iter(layers.values()))
         spec = {
             "name": path.stem,
-            "encoder": {"model": "made up"},
+            "encoder": {"model": "made up", "modality": modality},
             "content_hash": content_hash,
             "samples": len(samples),
             "layers": list(layers),

@@ -253,14 +253,26 @@ class _Recorder:
 
 
 class TokenReader:
-    """The training tokens of one layer, sample by sample."""
+    """The training tokens of one layer, sample by sample.
+
+    Args:
+        tokens: ``[T, D]``.
+        global_tokens: ``[N, D]``.
+        offsets: ``[N + 1]`` where each sample's tokens begin and end.
+        made_from: what the store was made from.
+    """
 
     def __init__(
-        self, tokens: NDArray[np.float16], global_tokens: NDArray[np.float16], offsets: NDArray[np.int64]
+        self,
+        tokens: NDArray[np.float16],
+        global_tokens: NDArray[np.float16],
+        offsets: NDArray[np.int64],
+        made_from: dict[str, Any] | None = None,
     ) -> None:
         self._tokens = tokens
         self.global_tokens = global_tokens
         self.offsets = offsets
+        self.made_from = made_from or {}
 
     @classmethod
     def open(cls, path: Path, layer: int) -> Self:
@@ -272,7 +284,12 @@ class TokenReader:
         store: Any = open_store(path, KIND)
         group = layer_group(store, layer, path)
         tokens = group["tokens"]
-        return cls(tokens[:] if tokens.nbytes <= _IN_MEMORY_BYTES else tokens, group["global"][:], store["offsets"][:])
+        return cls(
+            tokens[:] if tokens.nbytes <= _IN_MEMORY_BYTES else tokens,
+            group["global"][:],
+            store["offsets"][:],
+            store.attrs["spec"],
+        )
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -281,6 +298,11 @@ class TokenReader:
     def width(self) -> int:
         """D."""
         return int(self._tokens.shape[1])
+
+    @property
+    def of_captions(self) -> bool:
+        """Whether a text encoder made them."""
+        return bool(self.made_from.get("encoder", {}).get("modality") == "text")
 
     def read(self, samples: NDArray[np.int64]) -> Tensor:
         """``[rows, D]`` float32 tokens of the given samples, in their order."""

@@ -1,7 +1,7 @@
 """What a study will cost, reckoned from the study alone: jobs, disk, arithmetic, memory and hours on one GPU.
 
-It follows what each stage does, and runs none: no torch, no model, no data. Sizes are those of the arrays; Zarr
-compresses them, float16 activations by some percent and features, half of which are zero, by about half.
+It follows what each stage does, and runs none: no torch, no model, no data. Sizes are those of the arrays; of them,
+features, half of which are zero, are compressed to about half.
 """
 
 import json
@@ -181,17 +181,19 @@ def sae_cost(spec: EncoderSpec, settings: SAESettings, N: int) -> Cost:
     D, F, k = spec.width, settings.expansion * spec.width, settings.k
     tokens = stored_tokens(spec)
     parameters = 2 * D * F + D
-    steps = settings.epochs * -(-N // settings.batch_samples)
+    samples_a_step = settings.batch_captions if spec.modality == "text" else settings.batch_samples
+    steps = settings.epochs * -(-N // samples_a_step)
     evaluated = min(N, EVALUATED_SAMPLES)
     size = tokens_bytes(spec, N)
     in_memory = size <= IN_MEMORY_BYTES
     read = size if in_memory else (settings.epochs * N + evaluated) * _sample_read(spec)
-    batch = max(settings.batch_samples, 32) * tokens
+    batch = max(samples_a_step, 32) * tokens
     return Cost(
         written=4 * (parameters + F),
         read=read + global_bytes(spec, N),
-        flops=settings.epochs * N * tokens * (2 * D * F + 10 * k * D) + steps * parameters * _ADAM_FLOPS,
-        cpu_flops=evaluated * (tokens + 1) * (2 * D * F + 2 * k * D),
+        flops=settings.epochs * N * tokens * (2 * D * F + 10 * k * D)
+        + steps * parameters * _ADAM_FLOPS
+        + evaluated * (tokens + 1) * (2 * D * F + 2 * k * D),
         # Weights, gradients and both moments; latents before and after ReLU, and their order.
         memory=_PROCESS_BYTES + in_memory * size + global_bytes(spec, N) + 4 * (4 * parameters + 3 * batch * F),
     )
@@ -321,8 +323,8 @@ def _assumptions(plan: Plan) -> list[str]:
     lines = [
         f"Samples: {samples}.",
         f"Rates: {rates.tflops:g} TFLOP/s on the GPU (--tflops), {rates.disk_mb_per_s:g} MB/s from and to disk",
-        f"(--disk-mb-per-s), {rates.cpu_gflops:g} GFLOP/s on the CPU (--cpu-gflops), where features and the metrics of",
-        "SAEs are computed. Hours: one job after another on one GPU, computing and reading in turns.",
+        f"(--disk-mb-per-s), {rates.cpu_gflops:g} GFLOP/s on the CPU (--cpu-gflops), where features are computed.",
+        "Hours: one job after another on one GPU, computing and reading in turns.",
         "Disk: before compression; models in the hub's cache not counted. Memory: of the largest job, the GPU's in it.",
         "Nothing is taken as done, and nothing as still in the file cache. Tables and figures take seconds.",
     ]

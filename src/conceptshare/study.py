@@ -48,18 +48,65 @@ Pair = tuple[Member, Member]
 
 
 class SAESettings(Spec):
-    """How sparse autoencoders are trained. The defaults are the paper's."""
+    """How sparse autoencoders are trained. The defaults are the paper's; `gao` is what Gao et al. (2024) recommend."""
 
+    preset: Literal["paper", "gao"] = "paper"
+    """What keys that are not given come from: ``gao`` has ``auxk: 0.03125``, ``initial_b_dec: mean``,
+    ``unit_norm_decoder: true`` and a learning rate of 2e-4 / sqrt(F / 16384)."""
     expansion: int = Field(default=8, ge=1)
     """Latents for each dimension of the residual stream: F = expansion x D."""
     k: int = Field(default=32, ge=1)
     """Latents kept for a token by TopK."""
-    learning_rate: float = Field(default=5e-5, gt=0)
-    """Adam's learning rate."""
+    learning_rate: float | None = Field(default=5e-5, gt=0)
+    """Adam's learning rate; none is 2e-4 / sqrt(F / 16384)."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate grows to its value."""
+    decay_share: float = Field(default=0, ge=0, le=1)
+    """Last share of the steps, over which the learning rate falls to 0."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Longest gradient, over all parameters; longer ones are shortened."""
     epochs: int = Field(default=1, ge=1)
     """Passes over the data set."""
     batch_samples: int = Field(default=16, ge=1)
-    """Samples a step; a batch is all their tokens."""
+    """Pictures a step; a batch is all their tokens."""
+    batch_captions: int = Field(default=256, ge=1)
+    """The same for captions, which have fewer tokens."""
+    order_seed: int = Field(default=0, ge=0)
+    """Seed of the order of samples, which is the same for all layers and seeds, and another each epoch."""
+    held_out: float = Field(default=0, ge=0, lt=1)
+    """Share of the samples, drawn by ``order_seed``, that is not trained on, and that metrics are then taken over."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What x and W_enc are rounded to in the product that chooses the k latents; all else is float32."""
+    initial_b_dec: Literal["zeros", "mean"] = "zeros"
+    """Where b_dec starts: at 0, or at the mean of the first batch."""
+    encoder_bias: bool = False
+    """Whether the encoder has a bias."""
+    unit_norm_decoder: bool = False
+    """Whether each latent's decoder row is kept at length 1."""
+    scale_inputs: bool = False
+    """Whether to train on tokens scaled to a mean length of sqrt(D), which is folded into the saved weights."""
+    auxk: float = Field(default=0, ge=0)
+    """Weight of the loss by which dead latents learn to reconstruct what is left (Gao et al. 2024, A.2)."""
+    auxk_latents: int = Field(default=512, ge=1)
+    """Dead latents that take part in it for a token."""
+    dead_after: int = Field(default=10_000_000, ge=1)
+    """Tokens without activation that make a latent dead, for ``auxk``."""
+    max_dead: float = Field(default=0.5, ge=0, le=1)
+    """A larger share of latents that no token activates is a warning."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("preset") == "gao":
+            return _GAO | values
+        return values
+
+    def rate(self, latents: int) -> float:
+        """The learning rate for F latents."""
+        return 2e-4 / (latents / 2**14) ** 0.5 if self.learning_rate is None else self.learning_rate
+
+
+_GAO = {"auxk": 1 / 32, "initial_b_dec": "mean", "unit_norm_decoder": True, "learning_rate": None}
 
 
 class Matrix(Spec):

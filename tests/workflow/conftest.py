@@ -135,7 +135,7 @@ def miniature_config():
             "reader": encoder_entry("./models/reader", "text", "language", seeds=[0, 1]),
             "viewer": encoder_entry("./models/viewer", "image", "vision"),
         },
-        "saes": {"tiny": {"expansion": 2, "k": 4, "learning_rate": 1e-2}},
+        "saes": {"tiny": {"expansion": 2, "k": 4, "learning_rate": 1e-2, "batch_captions": 16}},
         "analyses": {
             "matrices": {"all": None},
             "layerwise": {"seeds": {"pairs": [["reader@0", "reader@1"]]}},

@@ -54,7 +54,7 @@ def finished(tmp_path_factory):
                 }
             },
             "encoders": entries,
-            "saes": {"tiny": {"expansion": 2, "k": 4, "learning_rate": 1e-2}},
+            "saes": {"tiny": {"expansion": 2, "k": 4, "learning_rate": 1e-2, "batch_captions": 16}},
             "analyses": {"matrices": {"all": None}},
         }
         surroundings = environment(hub.endpoint, made / "cache") | {"PYTHONPATH": str(project.folder / "src")}

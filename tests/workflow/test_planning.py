@@ -130,7 +130,7 @@ def test_swapped_settings_of_two_encoders_are_seen(study):
         ("metrics.py", {job: 1 for job in TABLES_AND_FIGURES if job not in SAE_REPORT}),
         ("correlations.py", {"correlations": 2, **{j: 1 for j in TABLES_AND_FIGURES if j not in SAE_REPORT}}),
         ("features.py", {"features": 3, "correlations": 2, **TABLES_AND_FIGURES}),
-        ("sae.py", {"sae": 9, "features": 3, "correlations": 2, **TABLES_AND_FIGURES}),
+        ("sae/_train.py", {"sae": 9, "features": 3, "correlations": 2, **TABLES_AND_FIGURES}),
         (
             "encoders/_transformers.py",
             {"activations": 2, "sae": 9, "features": 3, "correlations": 2, **TABLES_AND_FIGURES},

@@ -2,7 +2,7 @@
 rule sae:
     input:
         activations=rules.activations.output,
-        code=code("sae.py"),
+        code=code("sae/*.py"),
     output:
         multiext(
             "results/{dataset}/saes/{sae}/{encoder}/layer-{layer}/seed-{seed}/",
@@ -10,6 +10,7 @@ rule sae:
             config="cfg.json",
             metrics="metrics.json",
             losses="loss.csv",
+            density="density.csv",
         ),
     log:
         "results/logs/{dataset}/saes/{sae}/{encoder}/layer-{layer}/seed-{seed}.log",
