@@ -740,6 +740,33 @@ def open_clip_eos_text(folder: Path) -> Family:
     return open_clip_hf_text(folder, "eot", custom_text=False, pool_type="eos", eos_id=1)
 
 
+def open_clip_last_text(folder: Path) -> Family:
+    """A tower with a tokenizer of transformers, read at the end of text, which is not the highest id."""
+    return open_clip_hf_text(folder, "eot", custom_text=True, no_causal_mask=True, pool_type="last")
+
+
+def open_clip_coca_text(folder: Path) -> Family:
+    """A tower whose class token stands behind the text, and is its embedding."""
+    text = {"context_length": CONTEXT, "vocab_size": 49408, "width": WIDTH, "heads": 2, "layers": LAYERS}
+    text |= {"embed_cls": True, "output_tokens": False}
+    model = save_open_clip(folder, open_clip_config(custom_text=True, text_cfg=text))
+    tokenizer = open_clip.SimpleTokenizer(context_length=CONTEXT)
+
+    @torch.no_grad()
+    def truth(captions: list[Any]) -> Truth:
+        ids = tokenizer(captions)
+        out = model.text.forward_intermediates(ids, output_fmt="NLC", output_extra_tokens=True)
+        parts = zip(out["text_intermediates"], out["text_intermediates_suffix"], strict=True)
+        mask = torch.arange(CONTEXT + 1) <= ids.argmax(1)[:, None]
+        mask[:, -1] = True
+        return Truth([torch.cat(part, dim=1) for part in parts], mask, model.encode_text(ids))
+
+    def head(token: Tensor) -> Tensor:
+        return model.text.ln_final(token) @ model.text.text_projection
+
+    return Family(entry(folder, "text", "last", library="open_clip"), CAPTIONS, truth, head)
+
+
 TEXTS = [
     bert,
     deberta,
@@ -751,6 +778,8 @@ TEXTS = [
     open_clip_short_text,
     open_clip_siglip_text,
     open_clip_eos_text,
+    open_clip_last_text,
+    open_clip_coca_text,
 ]
 IMAGES = [
     clip_image,

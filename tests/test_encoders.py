@@ -1,6 +1,7 @@
 """Activations are the residual stream that the encoder's own library computes, at the tokens that they should be."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from conceptshare.errors import EncoderError
 from tests import models
 from tests.models import CAPTIONS, CONTEXT, FAMILIES, LAYERS, TEXTS, WIDTH, close
 
-HEADED = [f for f in FAMILIES if f not in (models.deberta_v2, models.siglip_image, models.timm_swin)]
+UNHEADED = {models.deberta_v2, models.siglip_image, models.timm_swin, models.open_clip_last_text}
+HEADED = [f for f in FAMILIES if f not in UNHEADED]
 by_name = {"ids": lambda make: make.__name__}
 
 
@@ -231,15 +233,17 @@ def test_blocks_at_a_wrong_path_are_an_error_that_names_it_and_the_lists_there_a
 @pytest.mark.parametrize("layers", [2, 5])
 def test_blocks_of_another_number_are_an_error_that_names_both_and_the_remedy(bert, layers):
     spec, _ = bert
-    with pytest.raises(EncoderError, match=rf"3 blocks found.*layers: {layers}; set layers: 3, or blocks to"):
+    with pytest.raises(
+        EncoderError,
+        match=rf"3 blocks found at encoder\.layer, .*layers: {layers}; set layers: 3 if those are .*, or blocks to",
+    ):
         load_encoder(change(spec, layers=layers))
 
 
 def test_blocks_of_another_width_are_an_error_that_names_both_and_the_remedy(bert):
     spec, _ = bert
-    encoder = load_encoder(change(spec, width=20))
     with pytest.raises(EncoderError, match="layer 0: width 16, where its entry says 20; set width: 16"):
-        encoder.activations(CAPTIONS)
+        load_encoder(change(spec, width=20))
 
 
 def test_blocks_that_give_no_residual_stream_are_an_error():
@@ -258,11 +262,12 @@ def test_blocks_that_give_no_residual_stream_are_an_error():
 def test_blocks_keep_no_hooks_though_the_model_fails(bert):
     spec, _ = bert
     encoder = load_encoder(spec)
+    before = [list(block._forward_hooks) for block in encoder.blocks]  # transformers leaves some of its own
     encoder.activations(CAPTIONS)
     broken = Encoder(spec, encoder.device, encoder.blocks, encoder.prepare, forward=lambda inputs: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(EncoderError, match=r"its forward pass fails \(ZeroDivisionError: division by zero\)"):
         broken.activations(CAPTIONS)
-    assert not any(block._forward_hooks for block in encoder.blocks)
+    assert [list(block._forward_hooks) for block in encoder.blocks] == before
 
 
 @pytest.mark.parametrize(("layers", "recorded"), [("last", [2]), ([1], [1]), ([2, 0, 2], [0, 2])])
@@ -299,7 +304,7 @@ def test_blocks_that_the_weights_lack_are_an_error_and_not_random(bert, blocks):
     spec, _ = bert
     file = Path(spec.model) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 5}))
-    with pytest.raises(EncoderError, match=r"its weights lack encoder\.layer\.3.* more of its blocks"):
+    with pytest.raises(EncoderError, match=r"its weights lack encoder\.layer\.3.* more that its blocks need"):
         load_encoder(change(spec, layers=5, blocks=blocks))
 
 
@@ -515,3 +520,111 @@ def test_a_pickle_of_more_than_tensors_is_refused(tmp_path):
     torch.save({"model.norm.weight": Path("/")}, Path(spec.model) / "pytorch_model.bin")
     with pytest.raises(EncoderError, match="cannot load"):
         load_encoder(spec)
+
+
+@pytest.mark.parametrize("name", ["embeddings.word_embeddings.weight", "encoder.layer.1.output.dense.weight"])
+def test_embeddings_too_that_the_weights_lack_are_an_error_and_not_random(bert, name):
+    spec, _ = bert
+    file = Path(spec.model) / "model.safetensors"
+    save_file({key: x for key, x in load_file(file).items() if key != name}, file, metadata={"format": "pt"})
+    with pytest.raises(EncoderError, match=re.escape(f"its weights lack {name}")):
+        load_encoder(spec)
+
+
+def test_blocks_that_give_no_hidden_state_of_the_library_are_an_error(tmp_path):
+    config = transformers.XLMConfig(
+        vocab_size=5 + len(models.WORDS), emb_dim=WIDTH, n_layers=LAYERS, n_heads=2, max_position_embeddings=CONTEXT
+    )
+    models.randomise(transformers.XLMModel(config)).save_pretrained(tmp_path)
+    models.bert_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(EncoderError, match=r"layer 0: what its block gives is none of the model's own hidden states"):
+        load_encoder(models.entry(tmp_path, "text", "first", kind="language"))
+
+
+def test_a_model_whose_layers_share_one_block_is_an_error_and_not_its_last_layer(tmp_path):
+    config = transformers.AlbertConfig(
+        vocab_size=5 + len(models.WORDS),
+        embedding_size=8,
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    models.randomise(transformers.AlbertModel(config)).save_pretrained(tmp_path)
+    models.bert_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(EncoderError, match="layer 0: its block runs more than once in a pass"):
+        load_encoder(models.entry(tmp_path, "text", "first", kind="language", layers=1))
+
+
+def test_a_model_that_also_writes_is_read_by_its_encoder_alone(tmp_path):
+    size = {"d_model": WIDTH, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_layers": LAYERS, "num_decoder_layers": 5}
+    config = transformers.T5Config(vocab_size=5 + len(models.WORDS), decoder_start_token_id=0, **size)
+    model = models.randomise(transformers.T5ForConditionalGeneration(config))
+    model.save_pretrained(tmp_path)
+    models.bert_tokenizer().save_pretrained(tmp_path)
+    found = load_encoder(models.entry(tmp_path, "text", "mean", kind="language")).activations(CAPTIONS)
+    inputs = models.bert_tokenizer()(CAPTIONS, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        states = model.encoder(inputs.input_ids, inputs.attention_mask, output_hidden_states=True).hidden_states
+    for layer in range(LAYERS - 1):  # the last is normalised
+        assert close(found.tokens[layer].cpu(), states[layer + 1])
+
+
+def test_a_model_that_hides_patches_by_chance_is_refused(tmp_path):
+    config = transformers.ViTMAEConfig(**models._vision(), decoder_hidden_size=8, decoder_num_attention_heads=2)
+    transformers.ViTMAEModel(config).save_pretrained(tmp_path)
+    models.square_processor(transformers.ViTImageProcessor).save_pretrained(tmp_path)
+    with pytest.raises(EncoderError, match="it hides patches by chance while it reads"):
+        load_encoder(models.entry(tmp_path, "image", "first", kind="vision"))
+
+
+def test_blocks_whose_output_is_changed_in_place_are_recorded_as_they_gave_it():
+    tower = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(inplace=True))
+    x = torch.randn(3, 4, WIDTH, generator=torch.Generator().manual_seed(0))
+    encoder = Encoder(
+        models.entry("tower", "image", "first", layers=1, width=WIDTH),
+        torch.device("cpu"),
+        [tower[0]],
+        prepare=lambda samples: Batch({"x": x}, mask=None, eot=None),
+        forward=lambda inputs: tower(inputs["x"]),
+    )
+    with torch.no_grad():
+        assert torch.equal(encoder.activations(models.pictures(3)).tokens[0], tower[0](x))
+
+
+def test_blocks_that_the_forward_pass_leaves_out_are_an_error():
+    tower = nn.ModuleList([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)])
+    encoder = Encoder(
+        models.entry("tower", "image", "first", layers=2, width=WIDTH),
+        torch.device("cpu"),
+        list(tower),
+        prepare=lambda samples: Batch({"x": torch.ones(3, 4, WIDTH)}, mask=None, eot=None),
+        forward=lambda inputs: tower[0](inputs["x"]),
+    )
+    with pytest.raises(EncoderError, match="layer 1: its block takes no part in the forward pass"):
+        encoder.activations(models.pictures(3))
+
+
+def test_blocks_of_another_length_than_the_tokenizers_are_an_error():
+    encoder = Encoder(
+        models.entry("tower", "text", "first", layers=1),
+        torch.device("cpu"),
+        [block := nn.Linear(WIDTH, WIDTH)],
+        prepare=lambda samples: Batch({"x": torch.ones(3, 8, WIDTH)}, torch.ones(3, 7, dtype=torch.bool), eot=None),
+        forward=lambda inputs: block(inputs["x"]),
+    )
+    with pytest.raises(EncoderError, match="its blocks give 8 positions, where its tokenizer made 7"):
+        encoder.activations(CAPTIONS[:3])
+
+
+def test_a_grid_whose_width_and_sides_are_alike_is_an_error():
+    block = nn.Identity()
+    encoder = Encoder(
+        models.entry("tower", "image", "mean", layers=1, width=8),
+        torch.device("cpu"),
+        [block],
+        prepare=lambda samples: Batch({"x": torch.ones(3, 8, 8, 8)}, mask=None, eot=None),
+        forward=lambda inputs: block(inputs["x"]),
+    )
+    with pytest.raises(EncoderError, match=r"width and sides of its grid \[3, 8, 8, 8\] cannot be told apart"):
+        encoder.activations(models.pictures(3))

@@ -24,6 +24,7 @@ from torch import Tensor
 from conceptshare.catalog import EncoderSpec
 from conceptshare.dataset import Data
 from conceptshare.encoders import Activations, Batch, Encoder
+from conceptshare.errors import EncoderError
 from conceptshare.progress import progress, say
 from conceptshare.store import RowWriter, as_float16, layer_group, layer_name, new_array, new_store, open_store
 
@@ -176,12 +177,23 @@ def prepared(encoder: Encoder, data: Data, starts: range, threads: int) -> Itera
     with ThreadPoolExecutor(workers) as pool:
         ahead: deque[tuple[int, Future[Batch]]] = deque()
         for start in starts:
-            ahead.append((start, pool.submit(lambda n: encoder.prepare(_samples(data, encoder.spec, n)), start)))
+            ahead.append((start, pool.submit(_prepare, encoder, data, start)))
             if len(ahead) > workers:
                 first, batch = ahead.popleft()
                 yield first, batch.result()
         for first, batch in ahead:
             yield first, batch.result()
+
+
+def _prepare(encoder: Encoder, data: Data, start: int) -> Batch:
+    samples = _samples(data, encoder.spec, start)
+    try:
+        return encoder.prepare(samples)
+    except Exception as error:  # processors and tokenizers raise many types
+        raise EncoderError(
+            f"{encoder.spec.model}: samples {start} to {start + len(samples) - 1} cannot be made into its inputs "
+            f"({type(error).__name__}: {str(error).strip()}); check its image processor or tokenizer"
+        ) from error
 
 
 class _Recorder:

@@ -165,6 +165,10 @@ class EncoderSpec(ModelSpec, extra="forbid"):
             raise ValueError(f"weights is for library: open_clip; {self.library} takes its weights from model")
         if self.remote_code and self.library != "transformers":
             raise ValueError(f"remote_code is for library: transformers; {self.library} runs no code of a model's")
+        if self.modality == "text" and self.image_size is not None:
+            raise ValueError("image_size is for image encoders; leave it out")
+        if self.modality == "image" and self.context_length is not None:
+            raise ValueError("context_length is for text encoders; leave it out")
         if (self.library, self.modality) == ("timm", "text"):
             raise ValueError("timm's models read images; set modality or library")
         if (self.modality, self.kind) in {("image", "language"), ("text", "vision")}:

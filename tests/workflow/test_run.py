@@ -84,7 +84,7 @@ def test_another_run_on_other_cores_gives_the_same_numbers(finished, new_study):
         if path.is_relative_to(finished.folder / "results"):
             assert path.read_bytes() == (new_study.folder / path.relative_to(finished.folder)).read_bytes(), path
             compared += 1
-    assert compared == 4 + 2 * 3 * LAYERS
+    assert compared == 4 + 3 * 3 * LAYERS
 
 
 def test_the_report_holds_every_figure_and_table_with_its_caption(finished):

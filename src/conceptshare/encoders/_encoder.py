@@ -80,6 +80,11 @@ class Encoder:
         some = next(iter(tokens.values()))
         mask = torch.ones(some.shape[:2], dtype=torch.bool) if batch.mask is None else batch.mask
         mask = mask.to(self.device)
+        if mask.shape != some.shape[:2]:
+            raise EncoderError(
+                f"{self.spec.model}: its blocks give {some.shape[1]} positions, where its tokenizer made "
+                f"{mask.shape[1]}; such a model cannot be read token by token"
+            )
         position = self._global_position(mask, batch.eot)
         if position is None:
             weights = mask / mask.sum(1, keepdim=True)
@@ -94,8 +99,15 @@ class Encoder:
         outputs: dict[int, Any] = {}
 
         def keep(layer: int) -> Callable[[nn.Module, Any, Any], None]:
-            def hook(_module: nn.Module, _inputs: object, output: object) -> None:
-                outputs[layer] = output
+            def hook(_module: nn.Module, _inputs: object, output: Any) -> None:
+                if layer in outputs:
+                    raise EncoderError(
+                        f"{self.spec.model}, layer {layer}: its block runs more than once in a pass, and its layers "
+                        f"cannot be told apart; set blocks to modules that run once"
+                    )
+                first = output[0] if isinstance(output, tuple) and output else output
+                # What follows may change it in place.
+                outputs[layer] = first.clone() if isinstance(first, Tensor) else first
 
             return hook
 
@@ -106,15 +118,35 @@ class Encoder:
         try:
             with exact, torch.autocast(self.device.type, low, enabled=low is not None):
                 self.forward(inputs)
+        except EncoderError:
+            raise
+        except torch.OutOfMemoryError as error:
+            raise EncoderError(f"{self.spec.model}: the GPU's memory is too small; lower batch_size") from error
+        except Exception as error:  # model code raises whatever it meets
+            raise EncoderError(
+                f"{self.spec.model}: its forward pass fails ({type(error).__name__}: {str(error).strip()}); check its "
+                f"modality, image_size and context_length, and that its tokenizer is its own"
+            ) from error
         finally:
             for hook in hooks:
                 hook.remove()
+        idle = [layer for layer in self.spec.layer_numbers() if layer not in outputs]
+        if idle:
+            raise EncoderError(
+                f"{self.spec.model}, layer {idle[0]}: its block takes no part in the forward pass; set blocks to the "
+                f"module list that does"
+            )
         return outputs
 
     def _residual(self, layer: int, output: Any, samples: int) -> Tensor:
-        x = output[0] if isinstance(output, tuple) else output
+        x: Tensor = output
         if isinstance(x, Tensor) and x.ndim == 4:
             # A grid of tokens, with the width behind the samples (convolutions) or last.
+            if x.shape[1] == x.shape[3] == self.spec.width:
+                raise EncoderError(
+                    f"{self.spec.model}, layer {layer}: width and sides of its grid {list(x.shape)} cannot be told "
+                    f"apart; set image_size to another"
+                )
             x = x.flatten(2).transpose(1, 2) if x.shape[1] == self.spec.width else x.flatten(1, 2)
         elif isinstance(x, Tensor) and x.ndim == 3:
             x = x if self.batch_first else x.transpose(0, 1)
@@ -152,19 +184,25 @@ def find_blocks(tower: nn.Module, spec: EncoderSpec) -> list[nn.Module]:
     Raises:
         EncoderError: where there are not as many as the catalog says, or none at that path.
     """
+    lists = {
+        name: list(module.children())
+        for name, module in tower.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+    }
     if spec.blocks is not None:
+        place = spec.blocks
         try:
-            blocks = list(tower.get_submodule(spec.blocks).children())
+            blocks = list(tower.get_submodule(place).children())
         except AttributeError:
-            known = ", ".join(name for name, module in tower.named_modules() if isinstance(module, nn.ModuleList))
-            raise EncoderError(f"{spec.model}: no module at blocks: {spec.blocks}; lists are at: {known}") from None
+            known = ", ".join(name for name, run in lists.items() if len(run) > 1)
+            raise EncoderError(f"{spec.model}: no module at blocks: {place}; lists are at: {known}") from None
     else:
-        runs = [list(m.children()) for m in tower.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
-        alike = [run for run in runs if len({type(block) for block in run}) == 1]
-        blocks = max(alike, key=len, default=[])
+        alike = {name: run for name, run in lists.items() if len({type(block) for block in run}) == 1}
+        place, blocks = max(alike.items(), key=lambda named: len(named[1]), default=("", []))
     if len(blocks) != spec.layers:
         raise EncoderError(
-            f"{spec.model}: {len(blocks)} blocks found, where its entry says layers: {spec.layers}; "
-            f"set layers: {len(blocks)}, or blocks to the path of the right module list"
+            f"{spec.model}: {len(blocks)} blocks found{f' at {place}' if place else ''}, where its entry says layers: "
+            f"{spec.layers}; set layers: {len(blocks)} if those are its blocks, or blocks to the path of the right "
+            f"module list"
         )
     return blocks

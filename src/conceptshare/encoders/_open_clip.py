@@ -71,8 +71,13 @@ def _texts(model: Any, tokenizer: Any, spec: EncoderSpec) -> Any:
         ids = nn.functional.pad(tokenizer(list(samples), longest), (0, own - longest), value=padding)
         eot = _end_of_text(ids, settings)
         # What pads may also stand for itself, so tokens are counted: open_clip's own tokenizer pads with "!".
-        lengths = eot + 1 if inner is None else (ids != padding).sum(1) + pads_with_end
-        return Batch({"text": ids}, torch.arange(own) < lengths[:, None], eot)
+        lengths = eot + 1 if inner is None else ((ids != padding).sum(1) + pads_with_end).clamp(max=own)
+        if inner is not None and _pool_type(settings) != "eos":
+            eot = lengths - 1  # the highest id is the end of text in CLIP's own vocabulary alone
+        mask = torch.arange(own) < lengths[:, None]
+        if getattr(settings, "cls_emb", None) is not None:
+            mask = nn.functional.pad(mask, (0, 1), value=True)  # CoCa's class token stands behind the text
+        return Batch({"text": ids}, mask, eot)
 
     def forward(inputs: dict[str, Tensor]) -> object:
         return model.encode_text(inputs["text"])
@@ -82,8 +87,11 @@ def _texts(model: Any, tokenizer: Any, spec: EncoderSpec) -> Any:
 
 def _end_of_text(ids: Tensor, settings: Any) -> Tensor:
     """``[B]`` positions that open_clip's own pooling reads: the end-of-text id, by default the highest of all."""
-    pool = getattr(settings, "text_pool_type", getattr(settings, "pool_type", "argmax"))
-    if pool == "eos":
+    if _pool_type(settings) == "eos":
         end: int = getattr(settings, "text_eos_id", getattr(settings, "eos_id", 0))
         return torch.eq(ids, end).int().argmax(1)
     return ids.argmax(1)
+
+
+def _pool_type(settings: Any) -> str:
+    return str(getattr(settings, "text_pool_type", getattr(settings, "pool_type", "argmax")))

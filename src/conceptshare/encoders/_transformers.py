@@ -2,11 +2,14 @@
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_transform
 from torch import Tensor, nn
@@ -27,24 +30,64 @@ _IMAGE_SIZE = 224
 def load_transformers(spec: EncoderSpec, folder: Path, device: torch.device) -> Encoder:
     """Load the encoder in ``folder``; of a model with two towers, the one that reads ``spec.modality``."""
     model, missing = _own_code(spec, folder) if spec.remote_code else _library_code(spec, folder)
-    tower: Any = getattr(model, "vision_model" if spec.modality == "image" else "text_model", model)
-    tower = tower.eval().to(device)
+    tower = _tower(spec, model).eval().to(device)
+    takes = set(inspect.signature(tower.forward).parameters)
     if spec.modality == "image":
-        prepare = _prepare_images(spec, folder, model.config)
+        prepare = _prepare_images(spec, folder, model.config, takes)
     else:
         prepare = _prepare_texts(spec, folder, tower)
-    resized = spec.image_size is not None and "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters
-    options = {"interpolate_pos_encoding": True} if resized else {}
+    options = {"interpolate_pos_encoding": True} if spec.image_size and "interpolate_pos_encoding" in takes else {}
 
-    def forward(inputs: dict[str, Tensor]) -> object:
+    def forward(inputs: dict[str, Tensor], **more: Any) -> Any:
         if spec.modality == "image":
-            # Model code of its own calls its one input as it likes.
-            return tower(inputs["pixel_values"], **options)
-        return tower(**inputs)
+            # Model code of its own calls its first input as it likes.
+            others = {name: x for name, x in inputs.items() if name != "pixel_values"}
+            return tower(inputs["pixel_values"], **others, **options, **more)
+        return tower(**inputs, **more)
 
     blocks = find_blocks(tower, spec)
-    _check_blocks(spec, model, blocks, missing)
-    return Encoder(spec, device, blocks, prepare, forward)
+    _check_weights(spec, model, tower, blocks, missing)
+    encoder = Encoder(spec, device, blocks, prepare, forward)
+    if not spec.remote_code:
+        _check_residual_stream(encoder, forward)
+    return encoder
+
+
+def _tower(spec: EncoderSpec, model: Any) -> Any:
+    """The part of a model that reads ``spec.modality``."""
+    if getattr(model.config, "mask_ratio", 0):
+        raise EncoderError(f"{spec.model}: it hides patches by chance while it reads; use a plain ViT with its weights")
+    tower = getattr(model, "vision_model" if spec.modality == "image" else "text_model", model)
+    writes = tower is model and hasattr(model, "encoder") and hasattr(model, "decoder")
+    return model.encoder if writes and spec.modality == "text" else tower
+
+
+def _check_residual_stream(encoder: Encoder, forward: Callable[..., Any]) -> None:
+    """Refuse blocks whose outputs are not among the hidden states that the library itself gives.
+
+    The last layer is left out, because many libraries give it normalised. Where a model gives none, nothing is checked.
+    """
+    noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    samples: Samples = (
+        ["a dog", "a cat and a dog on a mat"] if encoder.spec.modality == "text" else [Image.fromarray(noise)]
+    )
+    batch = encoder.prepare(samples)
+    try:
+        with torch.inference_mode():
+            inputs = {name: value.to(encoder.device) for name, value in batch.inputs.items()}
+            states = forward(inputs, output_hidden_states=True).hidden_states
+    except Exception:  # a model that does not give its hidden states says so in its own way
+        return
+    found = replace(encoder, spec=encoder.spec.model_copy(update={"precision": "float32"})).read(batch)
+    for layer, x in found.tokens.items():
+        known = [state for state in states or [] if isinstance(state, Tensor) and state.numel() == x.numel()]
+        if layer == encoder.spec.layers - 1 or not known:
+            continue
+        if not any(torch.allclose(state.float().reshape(x.shape), x, rtol=1e-3, atol=1e-4) for state in known):
+            raise EncoderError(
+                f"{encoder.spec.model}, layer {layer}: what its block gives is none of the model's own hidden states; "
+                f"set blocks to the module list whose outputs they are"
+            )
 
 
 def _library_code(spec: EncoderSpec, folder: Path) -> tuple[Any, set[str]]:
@@ -80,26 +123,39 @@ def _own_code(spec: EncoderSpec, folder: Path) -> tuple[Any, set[str]]:
     return model.float(), set(found.missing_keys)
 
 
-def _check_blocks(spec: EncoderSpec, model: nn.Module, blocks: Sequence[nn.Module], missing: set[str]) -> None:
-    """Refuse blocks that the checkpoint has no weights for, which transformers fills with random ones."""
-    needed = {parameter for block in blocks for parameter in block.parameters()}
-    lacking = [name for name, parameter in model.named_parameters() if name in missing and parameter in needed]
+def _check_weights(
+    spec: EncoderSpec, model: nn.Module, tower: nn.Module, blocks: Sequence[nn.Module], missing: set[str]
+) -> None:
+    """Refuse blocks and embeddings that the checkpoint lacks, which transformers fills with random ones."""
+    named = list(model.named_parameters())
+    own = set(tower.parameters())
+    inner = {parameter for block in blocks for parameter in block.parameters()}
+    # Modules are registered in the order in which they run: embeddings, then blocks, then heads, which may lack.
+    end = max((n for n, (_, parameter) in enumerate(named) if parameter in inner), default=-1)
+    lacking = [
+        name
+        for name, parameter in named[: end + 1]
+        if name in missing and parameter in own and not name.endswith("mask_token")  # of no use outside training
+    ]
     if lacking:
         raise EncoderError(
-            f"{spec.model}: its weights lack {lacking[0]} and {len(lacking) - 1} more of its blocks; "
+            f"{spec.model}: its weights lack {lacking[0]} and {len(lacking) - 1} more that its blocks need; "
             f"use weights that its config.json describes"
         )
 
 
-def _prepare_images(spec: EncoderSpec, folder: Path, config: Any) -> Any:
+def _prepare_images(spec: EncoderSpec, folder: Path, config: Any, takes: set[str]) -> Any:
     if not (folder / "preprocessor_config.json").is_file() and hasattr(config, "crop_pct"):
         return _prepare_images_as_timm(spec, config)
     processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     sizes = {} if spec.image_size is None else _sizes(processor, spec.image_size)
 
     def prepare(samples: Samples) -> Batch:
-        pixels = processor(images=list(samples), return_tensors="pt", **sizes)["pixel_values"]
-        return Batch({"pixel_values": pixels}, mask=None, eot=None)
+        made = processor(images=list(samples), return_tensors="pt", **sizes)
+        inputs = {name: made[name] for name in made if name == "pixel_values" or name in takes}
+        # Of pictures in their own proportions, some have fewer patches than others.
+        padded = made["pixel_attention_mask"].bool() if "spatial_shapes" in inputs else None
+        return Batch(inputs, padded, eot=None)
 
     return prepare
 
