@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from conceptshare.ahead import in_order
 from conceptshare.catalog import EncoderSpec
 from conceptshare.dataset import Data
 from conceptshare.encoders import Activations, Batch, Encoder
@@ -175,14 +176,8 @@ def prepared(encoder: Encoder, data: Data, starts: range, threads: int) -> Itera
     # Tokenizers of transformers cannot be used by two threads at once.
     workers = threads if encoder.spec.modality == "image" else 1
     with ThreadPoolExecutor(workers) as pool:
-        ahead: deque[tuple[int, Future[Batch]]] = deque()
-        for start in starts:
-            ahead.append((start, pool.submit(_prepare, encoder, data, start)))
-            if len(ahead) > workers:
-                first, batch = ahead.popleft()
-                yield first, batch.result()
-        for first, batch in ahead:
-            yield first, batch.result()
+        batches = in_order((pool.submit(_prepare, encoder, data, start).result for start in starts), workers)
+        yield from zip(starts, batches, strict=True)
 
 
 def _prepare(encoder: Encoder, data: Data, start: int) -> Batch:

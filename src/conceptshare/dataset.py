@@ -15,19 +15,19 @@ import json
 import os
 import re
 import tarfile
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from conceptshare.ahead import in_order
 from conceptshare.catalog import DatasetSpec, is_path
 from conceptshare.download import HOPELESS, Downloads, Failure, UnusableError
 from conceptshare.errors import ConceptshareError, DatasetError
@@ -63,8 +63,6 @@ _TURNS = {
 
 # A WebDataset's member is KEY.COLUMN, split at the first dot of its file name.
 _MEMBER = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -302,18 +300,7 @@ def _outcomes(spec: DatasetSpec, source: _Source, downloads: Path) -> Generator[
         if spec.image_url is not None:
             yield from _downloaded(spec, spec.image_url, rows, downloads, pool)
         else:
-            yield from _in_order((pool.submit(_outcome, spec, source, *row).result for row in rows), 4 * cores)
-
-
-def _in_order(jobs: Iterable[Callable[[], T]], ahead: int) -> Iterator[T]:
-    """The results of jobs in their order; each is started by being taken from ``jobs``, at most ``ahead`` early."""
-    started: deque[Callable[[], T]] = deque()
-    for job in jobs:
-        started.append(job)
-        if len(started) > ahead:
-            yield started.popleft()()
-    while started:
-        yield started.popleft()()
+            yield from in_order((pool.submit(_outcome, spec, source, *row).result for row in rows), 4 * cores)
 
 
 def _downloaded(
@@ -328,7 +315,7 @@ def _downloaded(
     ahead = 256 * spec.download.parallel
     settings = {"max_pixels": spec.max_pixels}
     with Downloads(folder, spec.download, check, pool, settings, spec.source) as downloads:
-        for outcome in _in_order((_start_download(spec, column, *row, downloads) for row in rows), ahead):
+        for outcome in in_order((_start_download(spec, column, *row, downloads) for row in rows), ahead):
             if downloads.counts.unreachable >= HOPELESS:
                 _check_connection(spec, downloads)
             yield outcome

@@ -7,9 +7,8 @@ import shutil
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from conceptshare.activations import TokenReader
+from conceptshare.ahead import in_order
 from conceptshare.errors import NumericsError
 from conceptshare.progress import progress, say
 from conceptshare.sae._metrics import Measured, density_histogram, evaluate
@@ -299,13 +299,7 @@ def _read_ahead(tokens: Tokens, batches: list[NDArray[np.int64]], device: torch.
         return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
     with ThreadPoolExecutor(1) as reading:
-        ahead: deque[Future[Tensor]] = deque()
-        for batch in batches:
-            ahead.append(reading.submit(read, batch))
-            if len(ahead) > _AHEAD:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        yield from in_order((reading.submit(read, batch).result for batch in batches), _AHEAD)
 
 
 @contextmanager
