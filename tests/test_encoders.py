@@ -578,18 +578,19 @@ def test_a_model_that_hides_patches_by_chance_is_refused(tmp_path):
         load_encoder(models.entry(tmp_path, "image", "first", kind="vision"))
 
 
-def test_blocks_whose_output_is_changed_in_place_are_recorded_as_they_gave_it():
-    tower = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(inplace=True))
-    x = torch.randn(3, 4, WIDTH, generator=torch.Generator().manual_seed(0))
+def test_convolutions_whose_output_is_changed_in_place_are_recorded_as_they_gave_it():
+    tower = nn.Sequential(nn.Conv2d(3, WIDTH, 4, stride=4), nn.ReLU(inplace=True))
+    x = torch.randn(3, 3, 20, 20, generator=torch.Generator().manual_seed(0))
     encoder = Encoder(
-        models.entry("tower", "image", "first", layers=1, width=WIDTH),
+        models.entry("tower", "image", "mean", layers=1, width=WIDTH),
         torch.device("cpu"),
         [tower[0]],
         prepare=lambda samples: Batch({"x": x}, mask=None, eot=None),
         forward=lambda inputs: tower(inputs["x"]),
     )
     with torch.no_grad():
-        assert torch.equal(encoder.activations(models.pictures(3)).tokens[0], tower[0](x))
+        own = tower[0](x).flatten(2).transpose(1, 2)
+    assert torch.equal(encoder.activations(models.pictures(3)).tokens[0], own)
 
 
 def test_blocks_that_the_forward_pass_leaves_out_are_an_error():

@@ -32,7 +32,7 @@ from conceptshare.store import RowWriter, as_float16, layer_group, layer_name, n
 KIND = "activations"
 
 # Larger shards are fewer files; each layer keeps up to one in memory.
-_SHARD_BYTES = 2**26
+_SHARD_BYTES = 2**25
 # Global tokens are few: smaller shards let less of them be held in memory only.
 _GLOBAL_SHARD_BYTES = 2**20
 _INDEX_ROWS = 2**16

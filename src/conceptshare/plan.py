@@ -19,7 +19,7 @@ RESULTS = Path("results")
 # What the stages keep to themselves; tests hold these equal to theirs.
 IN_MEMORY_BYTES = 2**30
 CHUNK_BYTES = 2**18
-SHARD_BYTES = 2**26
+SHARD_BYTES = 2**25
 FEATURE_ROWS = 1024
 FEATURE_COLUMNS = 512
 TOP_SAMPLES = 100

@@ -176,7 +176,11 @@ def claim(**changes):
     [
         (spoil_captions, "results/squares/data/manifest.json", "no column 'words'; the columns are picture, text"),
         (spoil_images, "results/squares/data/manifest.json", "3 of 40 rows are unusable, more than max_dropped = 0.01"),
-        (claim(layers=4), "results/squares/activations/reader.zarr", "3 blocks found, where its entry says layers: 4"),
+        (
+            claim(layers=4),
+            "results/squares/activations/reader.zarr",
+            "3 blocks found at encoder.layer, where its entry says layers: 4",
+        ),
         (claim(width=17), "results/squares/activations/reader.zarr", "width 16, where its entry says 17"),
         (
             spoil_weights,

@@ -106,8 +106,8 @@ class Encoder:
                         f"cannot be told apart; set blocks to modules that run once"
                     )
                 first = output[0] if isinstance(output, tuple) and output else output
-                # What follows may change it in place.
-                outputs[layer] = first.clone() if isinstance(first, Tensor) else first
+                # What follows a convolution often works in place. Copying every transformer's blocks would cost time.
+                outputs[layer] = first.clone() if isinstance(first, Tensor) and first.ndim == 4 else first
 
             return hook
 

@@ -83,7 +83,9 @@ def _check_residual_stream(encoder: Encoder, forward: Callable[..., Any]) -> Non
         known = [state for state in states or [] if isinstance(state, Tensor) and state.numel() == x.numel()]
         if layer == encoder.spec.layers - 1 or not known:
             continue
-        if not any(torch.allclose(state.float().reshape(x.shape), x, rtol=1e-3, atol=1e-4) for state in known):
+        if not any(
+            torch.allclose(state.float().reshape(x.shape), x, rtol=1e-3, atol=1e-4, equal_nan=True) for state in known
+        ):
             raise EncoderError(
                 f"{encoder.spec.model}, layer {layer}: what its block gives is none of the model's own hidden states; "
                 f"set blocks to the module list whose outputs they are"
