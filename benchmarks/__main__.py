@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -21,14 +22,21 @@ from PIL import Image
 from torch import Tensor
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
+from conceptshare import activations
 from conceptshare.activations import extract_activations, prepared
 from conceptshare.catalog import DatasetSpec, EncoderSpec
 from conceptshare.correlations import max_correlations
 from conceptshare.dataset import Data, make_dataset
 from conceptshare.encoders import load_encoder
-from conceptshare.sae import TopKSAE
+from conceptshare.sae import TopKSAE, _order, evaluate, train_sae
+from conceptshare.sae._trainer import Trainer
+from conceptshare.store import RowWriter, layer_name, new_store, save_array
+from conceptshare.study import SAESettings
 
 TURNS = 7
+
+# An SAE of a ViT-B, and the tokens of one picture.
+D, F, K, TOKENS = 768, 6144, 32, 257
 
 
 def main() -> None:
@@ -42,6 +50,13 @@ def main() -> None:
         )
     for precision in ("float32", "bfloat16"):
         compare(f"SAE training step in {precision}, D 768, F 6144, k 32, 4112 tokens", *sae_steps(precision))
+    quality_of_bfloat16()
+    with TemporaryDirectory() as folder:
+        compare(
+            "SAE training of 60 such batches, from store to files; plain is the steps alone",
+            *whole_job(Path(folder)),
+            3,
+        )
     compare("correlations, 2 x 2048 features with 2 x 2048, N 4096, both directions", *correlations())
     start_times()
 
@@ -97,24 +112,74 @@ def extraction(folder: Path) -> tuple[Callable[[], None], Callable[[], None]]:
 
 
 def sae_steps(precision: str) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Loss and gradients of one batch: touching active latents alone, and by dense autograd in float32."""
-    generator = torch.Generator().manual_seed(0)
-    sae = TopKSAE(768, 6144, 32, generator)
-    x = torch.randn(4112, 768, generator=generator)
+    """One training step: touching active latents alone, and by dense autograd in float32, both with fused Adam."""
+    x = torch.randn(TOKENS * 16, D, generator=torch.Generator().manual_seed(0))
+    trainer = Trainer(D, SAESettings(precision=precision), 0, 1000, torch.device("cpu"))
+    sae = TopKSAE(D, F, K, torch.Generator().manual_seed(0))
+    adam = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=5e-5, fused=True)
 
-    def sparse(x: Tensor) -> Tensor:
-        return sae.decode(sae.top_k(x, precision))
-
-    def dense(x: Tensor) -> Tensor:
+    def dense() -> None:
         values, indices = sae.encode(x).topk(sae.k, dim=1)
-        latents = torch.zeros(len(x), len(sae.W_dec)).scatter(1, indices, values)
-        return latents @ sae.W_dec + sae.b_dec
+        latents = torch.zeros(len(x), F).scatter(1, indices, values)
+        loss = (latents @ sae.W_dec + sae.b_dec - x).square().mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
 
-    def step(reconstruct: Callable[[Tensor], Tensor]) -> None:
-        sae.zero_grad()
-        (reconstruct(x) - x).square().mean().backward()
+    return lambda: trainer.train_on(x), dense
 
-    return lambda: step(sparse), lambda: step(dense)
+
+def whole_job(folder: Path) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Training from a store that is read from disk as it goes to the SAE's files, and its steps alone."""
+    samples, settings = 16 * 60, SAESettings(held_out=0.04)
+    steps = len(_order.steps(samples, settings.batch_samples, 32, settings))
+    generator = torch.Generator().manual_seed(0)
+    spec = {"encoder": {"modality": "image"}, "batch_size": 32}
+    with new_store(folder / "vit.zarr", "activations", spec) as store:
+        group = store.create_group(layer_name(0))
+        tokens = RowWriter(group, "tokens", D, np.float16, 2**25)
+        for _ in range(samples):
+            tokens.append(torch.randn(TOKENS, D, generator=generator).half().numpy())
+        tokens.flush()
+        save_array(group, "global", group["tokens"][::TOKENS])
+        save_array(store, "offsets", np.arange(samples + 1) * TOKENS)
+    batch = torch.randn(TOKENS * 16, D, generator=generator)
+    outs = (folder / f"sae-{n}" for n in itertools.count())
+
+    def ours() -> None:
+        with patch.object(activations, "_IN_MEMORY_BYTES", 0):  # as if the layer were larger than memory
+            quiet(lambda: train_sae(folder / "vit.zarr", 0, settings, 0, next(outs)))
+
+    def bare() -> None:
+        trainer = Trainer(D, settings, 0, steps, torch.device("cpu"))
+        for _ in range(steps):
+            trainer.train_on(batch)
+
+    return ours, bare
+
+
+def quality_of_bfloat16() -> None:
+    """FVU after the same training with a bfloat16 product and without, on sums of 64 directions of 4,096."""
+    generator = torch.Generator().manual_seed(0)
+    width, tokens, steps = 256, 4096, 400
+    directions = torch.nn.functional.normalize(torch.randn(4096, width, generator=generator))
+
+    def batch() -> Tensor:
+        chosen = torch.randint(4096, (tokens, 64), generator=generator)
+        amounts = torch.rand(tokens, 64, generator=generator)
+        return torch.nn.functional.embedding_bag(chosen, directions, per_sample_weights=amounts, mode="sum")
+
+    batches, held_out, found = [batch() for _ in range(steps)], [batch() for _ in range(4)], {}
+    for precision in ("float32", "bfloat16"):
+        settings = SAESettings(learning_rate=1e-3, decay_share=0.2, precision=precision)
+        trainer = Trainer(width, settings, 0, steps, torch.device("cpu"))
+        for x in batches:
+            trainer.train_on(x)
+        found[precision] = evaluate(trainer.finish(), held_out).quality.fvu
+    print(
+        f"FVU after {steps} steps with a bfloat16 product: {found['bfloat16'] / found['float32']:.4f} times that of "
+        f"float32, which is {found['float32']:.4f}"
+    )
 
 
 def correlations() -> tuple[Callable[[], None], Callable[[], None]]:

@@ -39,6 +39,7 @@ def write_activations():
             "encoder": {"model": "made up", "modality": modality},
             "content_hash": content_hash,
             "samples": len(samples),
+            "batch_size": 8,
             "layers": list(layers),
             "width": samples[0].shape[1],
         }
@@ -49,7 +50,7 @@ def write_activations():
                 for name, values in rows.items():
                     writer = RowWriter(group, name, values.shape[1], np.float16, shard_bytes=2**20)
                     writer.append(values.astype(np.float16))
-                    writer.close()
+                    writer.flush()
             save_array(store, "offsets", np.cumsum([0, *(len(sample) for sample in samples)]).astype(np.int64))
         return path
 

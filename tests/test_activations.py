@@ -47,7 +47,10 @@ def data_folder(tmp_path_factory):
         png = io.BytesIO()
         picture.save(png, "png")
         cells.append(png.getvalue())
-    pq.write_table(pa.table({"image": cells, "caption": ROWS}), folder / "rows.parquet")
+    # Written so that the shuffled samples are ROWS.
+    places = np.argsort(np.random.default_rng(0).permutation(len(ROWS)))
+    table = pa.table({"image": [cells[i] for i in places], "caption": [ROWS[i] for i in places]})
+    pq.write_table(table, folder / "rows.parquet")
     make_dataset(DatasetSpec(source=str(folder / "rows.parquet")), folder / "made")
     return folder / "made"
 

@@ -22,6 +22,7 @@ from conceptshare import dataset
 from conceptshare.catalog import DatasetSpec
 from conceptshare.dataset import MAX_RATIO, Data, decode, make_dataset
 from conceptshare.errors import DatasetError, HubError
+from tests.data import AsRead
 from tests.hub import running, use
 
 COLOURS = ["red", "lime", "blue", "yellow", "black"]
@@ -188,7 +189,7 @@ def make(tmp_path):
             columns["key"], keys["id"] = ids, "key"
         pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
         make_dataset(DatasetSpec(source=str(tmp_path / f"{name}.parquet"), **keys), tmp_path / name)
-        return Data(tmp_path / name)
+        return AsRead(tmp_path / name)
 
     return made
 
@@ -196,7 +197,7 @@ def make(tmp_path):
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_kind_of_source_gives_the_same_samples_in_order(source, tmp_path, make):
     make_dataset(DatasetSpec(source=str(source(tmp_path))), tmp_path / "data")
-    data = Data(tmp_path / "data")
+    data = AsRead(tmp_path / "data")
     assert len(data) == 5
     assert [data.caption(i) for i in range(5)] == CAPTIONS
     assert [data.image(i).getpixel((1, 1)) for i in range(5)] == RGB
@@ -209,12 +210,26 @@ def test_every_kind_of_source_gives_the_same_samples_in_order(source, tmp_path, 
 
 
 def test_the_samples_are_an_arrow_file_as_documented(make, tmp_path):
-    make(ids=list("abcde"))
+    make(ids=list("abcde"), order_seed=3)
     with pa.memory_map(str(tmp_path / "made" / "samples.arrow")) as source:
         table = pa.ipc.open_file(source).read_all()
     assert table.schema == pa.schema([("id", pa.string()), ("image", pa.binary()), ("caption", pa.string())])
-    assert table["image"].to_pylist() == IMAGES
-    assert table["id"].to_pylist() == list("abcde")
+    order = np.random.default_rng(3).permutation(5)
+    assert table["image"].to_pylist() == [IMAGES[row] for row in order]
+    assert table["id"].to_pylist() == ["abcde"[row] for row in order]
+    assert sorted(file.name for file in (tmp_path / "made").iterdir()) == ["manifest.json", "samples.arrow"]
+
+
+def test_the_order_of_samples_is_a_permutation_drawn_by_its_seed_alone(make):
+    images, captions = [IMAGES[n % 5] for n in range(600)], [f"caption {n}" for n in range(600)]
+    first, again, other = (
+        Data.ids(make(images, captions, name=name, order_seed=seed)) for name, seed in [("a", 0), ("b", 0), ("c", 1)]
+    )
+    assert first == again
+    assert sorted(first) == sorted(other) == [f"{n:08d}" for n in range(600)]
+    assert first != other
+    places = np.array([int(id_) for id_ in first])
+    assert abs(np.corrcoef(places, np.arange(600))[0, 1]) < 0.2
 
 
 def test_order_is_kept_over_many_batches(make):
@@ -247,15 +262,16 @@ def test_the_content_hash_tells_what_differs(make):
 
 
 def test_the_content_hash_tells_where_a_caption_ends_and_the_next_id_begins(make):
-    one = make(IMAGES[:2], ["a", "b"], ids=["1", "x2"], name="one")
-    two = make(IMAGES[:2], ["ax", "b"], ids=["1", "2"], name="two")
+    seed = next(seed for seed in range(9) if np.random.default_rng(seed).permutation(2).tolist() == [0, 1])
+    one = make(IMAGES[:2], ["a", "b"], ids=["1", "x2"], name="one", order_seed=seed)
+    two = make(IMAGES[:2], ["ax", "b"], ids=["1", "2"], name="two", order_seed=seed)
     assert one.content_hash != two.content_hash
 
 
 def test_the_content_hash_depends_neither_on_the_form_nor_on_the_place_of_the_source(make, tmp_path):
     (tmp_path / "deep").mkdir()
     make_dataset(DatasetSpec(source=str(csv_of_paths(tmp_path / "deep"))), tmp_path / "from csv")
-    assert Data(tmp_path / "from csv").content_hash == make().content_hash
+    assert AsRead(tmp_path / "from csv").content_hash == make().content_hash
 
 
 @pytest.mark.parametrize(("key", "column"), [("image", "picture"), ("caption", "text"), ("id", "key")])
@@ -269,7 +285,7 @@ def test_columns_can_have_any_name(tmp_path):
     pq.write_table(pa.table({"jpg": IMAGES, "txt": CAPTIONS, "n": range(5)}), tmp_path / "pairs.parquet")
     spec = DatasetSpec(source=str(tmp_path / "pairs.parquet"), image="jpg", caption="txt", id="n")
     make_dataset(spec, tmp_path / "data")
-    assert Data(tmp_path / "data").ids() == ["0", "1", "2", "3", "4"]
+    assert AsRead(tmp_path / "data").ids() == ["0", "1", "2", "3", "4"]
 
 
 def test_unusable_rows_are_dropped_and_listed(make):
@@ -305,7 +321,7 @@ def test_a_missing_picture_is_dropped_by_name(tmp_path):
     csv_of_paths(tmp_path)
     (tmp_path / "pictures" / "2.png").unlink()
     make_dataset(DatasetSpec(source=str(tmp_path / "pairs.csv"), max_dropped=0.5), tmp_path / "data")
-    (dropped,) = Data(tmp_path / "data").manifest["dropped"]
+    (dropped,) = AsRead(tmp_path / "data").manifest["dropped"]
     assert dropped["row"] == 2
     assert "2.png" in dropped["reason"]
 
@@ -377,17 +393,17 @@ def test_making_it_again_gives_the_same_bytes(make, tmp_path):
 
 def test_data_that_is_missing_or_damaged_is_refused(make, tmp_path):
     with pytest.raises(DatasetError, match="no readable data set"):
-        Data(tmp_path / "absent")
+        AsRead(tmp_path / "absent")
     make()
     samples, manifest = tmp_path / "made" / "samples.arrow", tmp_path / "made" / "manifest.json"
     content = samples.read_bytes()
     samples.write_bytes(content[:-30])
     with pytest.raises(DatasetError, match="no readable data set"):
-        Data(tmp_path / "made")
+        AsRead(tmp_path / "made")
     samples.write_bytes(content)
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "rows": 6}))
     with pytest.raises(DatasetError, match="5 rows, where the manifest says 6"):
-        Data(tmp_path / "made")
+        AsRead(tmp_path / "made")
 
 
 def test_transparency_is_laid_on_white():
@@ -479,7 +495,7 @@ def hub(tmp_path, monkeypatch):
 def test_a_data_set_of_the_hub_gives_the_same_samples_and_its_exact_commit(source, hub, make, tmp_path):
     commit = hub(source)
     make_dataset(DatasetSpec(source="someone/pairs", max_dropped=0.0), tmp_path / "data")
-    data = Data(tmp_path / "data")
+    data = AsRead(tmp_path / "data")
     assert data.manifest["revision"] == commit
     copies = [path for path in tmp_path.rglob("*.arrow") if path.is_file()]
     assert copies == [tmp_path / "data" / "samples.arrow"]
@@ -491,7 +507,7 @@ def test_the_revision_that_is_asked_for_is_the_one_that_is_read(hub, tmp_path):
     assert old != new
     for revision, commit in [("v1", old), (old, old), (None, new)]:
         make_dataset(DatasetSpec(source="someone/pairs", revision=revision), tmp_path / "data")
-        assert Data(tmp_path / "data").manifest["revision"] == commit
+        assert AsRead(tmp_path / "data").manifest["revision"] == commit
 
 
 def test_a_data_set_that_the_hub_lacks_is_an_error_of_the_hub(hub, tmp_path):
@@ -512,7 +528,7 @@ def test_a_table_of_the_hub_reads_no_file_outside_its_data_set(path, hub, tmp_pa
 
     hub(source)
     make_dataset(DatasetSpec(source="someone/pairs", max_dropped=0.5), tmp_path / "data")
-    (dropped,) = Data(tmp_path / "data").manifest["dropped"]
+    (dropped,) = AsRead(tmp_path / "data").manifest["dropped"]
     assert dropped["row"] == 4
     assert "leads out of the data set" in dropped["reason"]
 
@@ -608,7 +624,7 @@ def test_a_caption_or_an_id_that_has_no_utf_8_is_dropped(tmp_path):
         source=str(tar_of(tmp_path / "pairs.tar", members)), image="png", caption="json", id="__key__", max_dropped=0.5
     )
     make_dataset(spec, tmp_path / "data")
-    data = Data(tmp_path / "data")
+    data = AsRead(tmp_path / "data")
     assert [data.caption(row) for row in range(2)] == ["fine", "also"]
     assert [d["reason"].split(" (")[0] for d in data.manifest["dropped"]] == [
         "caption cannot be encoded as UTF-8",
@@ -627,7 +643,7 @@ def test_json_lines_may_hold_half_a_surrogate_pair_other_types_and_rows_that_lac
     rows = [f'{{"image": "pictures/{n}.png", "caption": {caption}}}' for n, caption in enumerate(captions)]
     spec = json_lines(tmp_path / "a.jsonl", '{"caption": "no image"}', "", *rows, '{"image": "pictures/0.png"}')
     make_dataset(spec, tmp_path / "data")
-    data = Data(tmp_path / "data")
+    data = AsRead(tmp_path / "data")
     assert [data.caption(row) for row in range(len(data))] == ["one", "two"]
     assert [(d["row"], d["reason"].split(" (")[0]) for d in data.manifest["dropped"]] == [
         (0, "image cannot be decoded"),
@@ -662,7 +678,7 @@ def test_a_caption_in_a_csv_file_that_reads_as_nothing_in_a_program_is_text(tmp_
     rows = [f"{path},{caption}" for path, caption in zip(pictures(tmp_path), captions, strict=True)]
     (tmp_path / "a.csv").write_text("\n".join(["image,caption", *rows]))
     make_dataset(DatasetSpec(source=str(tmp_path / "a.csv"), max_dropped=0.5), tmp_path / "data")
-    data = Data(tmp_path / "data")
+    data = AsRead(tmp_path / "data")
     assert [data.caption(row) for row in range(len(data))] == ["NA", "null", "None", "nan"]
     assert [d["reason"] for d in data.manifest["dropped"]] == ["no caption"]
 
@@ -688,7 +704,7 @@ def test_a_web_data_set_has_its_keys_as_ids_and_its_members_as_columns(tmp_path)
         ("README", b"no sample"),
     ]
     make_dataset(web_spec(tar_of(tmp_path / "a.tar", members)), tmp_path / "data")
-    data = Data(tmp_path / "data")
+    data = AsRead(tmp_path / "data")
     assert data.ids() == ["train/0001", "train/0002", "train/0003"]
     assert [data.caption(row) for row in range(3)] == ["été", "two", "three, the other way round"]
     assert [data.image(row).getpixel((0, 0)) for row in range(3)] == [
@@ -702,7 +718,7 @@ def test_a_web_data_set_of_another_first_sample_and_lacking_members_drops_those_
     members = [("1.json", b"{}"), ("2.png", IMAGES[0]), ("3.txt", b"three"), ("4.png", IMAGES[1]), ("4.txt", b"four")]
     members += [("5.png", IMAGES[2]), ("5.txt", b"\xff\xfe"), ("6.txt", b"six"), ("6.png", IMAGES[3])]
     make_dataset(web_spec(tar_of(tmp_path / "a.tar", members), max_dropped=0.9), tmp_path / "data")
-    manifest = Data(tmp_path / "data").manifest
+    manifest = AsRead(tmp_path / "data").manifest
     assert [(d["id"], d["reason"]) for d in manifest["dropped"]] == [
         ("1", "no caption"),
         ("2", "no caption"),
@@ -731,7 +747,7 @@ def test_members_of_a_tar_never_touch_the_disk_whatever_their_names(tmp_path):
     make_dataset(web_spec(source), tmp_path / "inner" / "data")
     made = {tmp_path / "inner" / "data" / name for name in ("", "samples.arrow", "manifest.json")}
     assert set(tmp_path.rglob("*")) - set(before) == made
-    assert Data(tmp_path / "inner" / "data").ids() == ["../../evil", str(tmp_path / "absolute"), "plain"]
+    assert AsRead(tmp_path / "inner" / "data").ids() == ["../../evil", str(tmp_path / "absolute"), "plain"]
 
 
 def test_two_members_of_one_name_are_an_error_that_names_the_sample(tmp_path):
@@ -753,21 +769,21 @@ def test_the_split_of_a_folder_of_tars_is_chosen_by_its_name(tmp_path):
     tar_of(tmp_path / "set" / "validation-0.tar", web_members([2, 3, 4]))
     for split, count in [("train", 2), ("validation", 3)]:
         make_dataset(DatasetSpec(source=str(tmp_path / "set"), split=split), tmp_path / split)
-        assert len(Data(tmp_path / split)) == count
+        assert len(AsRead(tmp_path / split)) == count
     with pytest.raises(DatasetError, match="no split 'test'; it has train, validation"):
         make_dataset(DatasetSpec(source=str(tmp_path / "set"), split="test"), tmp_path / "data")
 
 
 def test_limit_reads_the_first_samples_of_a_tar_alone(tmp_path):
     make_dataset(DatasetSpec(source=str(web_tar(tmp_path)), limit=2), tmp_path / "data")
-    assert len(Data(tmp_path / "data")) == 2
+    assert len(AsRead(tmp_path / "data")) == 2
 
 
 def test_a_missing_picture_of_an_image_folder_is_dropped_by_name(tmp_path):
     source = image_folder(tmp_path)
     (source / "train" / "pictures" / "2.png").unlink()
     make_dataset(DatasetSpec(source=str(source), max_dropped=0.5), tmp_path / "data")
-    (dropped,) = Data(tmp_path / "data").manifest["dropped"]
+    (dropped,) = AsRead(tmp_path / "data").manifest["dropped"]
     assert dropped["row"] == 2
     assert "2.png" in dropped["reason"]
 

@@ -1,13 +1,19 @@
 """Documents that repeat what the code says must say the same."""
 
 import importlib.util
+import re
+import shlex
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from typer.testing import CliRunner
 
-from conceptshare.study import build_study
+from conceptshare.cli import app
+from conceptshare.sae import train_sae
+from conceptshare.study import SAESettings, build_study
+from tests.elsewhere import run_elsewhere
 
 CLONE = Path(__file__).parents[1]
 
@@ -40,9 +46,58 @@ def test_the_demo_data_is_what_its_readme_says():
     assert table.column_names == ["id", "image", "caption"]
 
 
-@pytest.mark.parametrize("document", ["README.md", "config/README.md", "docs/formats.md", "results/README.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "config/README.md", "docs/formats.md", "docs/using-saes.md", "results/README.md"]
+)
 def test_every_relative_link_leads_somewhere(document):
     path = CLONE / document
     targets = [part.split(")")[0] for part in path.read_text(encoding="utf-8").split("](")[1:]]
     for target in targets:
         assert target.startswith("https://") or (path.parent / target.split("#")[0]).exists(), target
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch, write_activations, rng):
+    """The page on using SAEs, in a folder that has the SAE it speaks of, and the activations that it was trained on."""
+    store = tmp_path / "results/openclipart/streams/small/activations/minilm.zarr"
+    store.parent.mkdir(parents=True)
+    write_activations(store, {5: [rng.standard_normal((4, 12)) for _ in range(50)]})
+    out = tmp_path / "results/openclipart/streams/small/saes/minilm/layer-05/seed-0"
+    train_sae(store, 5, SAESettings(expansion=4, k=3), seed=0, out=out)
+    monkeypatch.chdir(tmp_path)
+    return (CLONE / "docs/using-saes.md").read_text(encoding="utf-8")
+
+
+def run_commands(page):
+    """The output of each command of the page, run in order."""
+    runner = CliRunner()
+    commands = re.findall(r"^    \.venv/bin/conceptshare (.*)$", page, re.MULTILINE)
+    return [runner.invoke(app, shlex.split(command), catch_exceptions=False).stdout for command in commands]
+
+
+def test_the_page_on_using_saes_runs(page, tmp_path):
+    run_commands(page)
+    checked = "with torch.no_grad():\n    assert torch.allclose(reconstruction, sae.decode(sae.top_k(x)), atol=1e-5)\n"
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    ours = [block for block in blocks if "sae_lens" not in block and "sparsify" not in block]
+    assert len(ours) == len(blocks) - 2
+    run_elsewhere([], "".join(ours) + "assert features.shape == (50, 48)\n", cwd=tmp_path)
+    theirs = "".join(f"{block}{checked}" for block in blocks[2:])
+    run_elsewhere(["sae_lens", "transformer_lens", "sparsify"], "".join(blocks[:2]) + theirs, cwd=tmp_path)
+
+
+def test_the_page_on_using_saes_shows_what_info_says(page):
+    shown = page.split("```\nencoder ")[1].split("```")[0].splitlines()
+    described = run_commands(page)[0].removeprefix("encoder ").splitlines()
+    labels = [[line[:20].strip() for line in lines[1:] if line[:20].strip()] for lines in (shown, described)]
+    assert labels[0] == labels[1]
+    settings = [set(re.findall(r"(\w+): ", " ".join(lines))) for lines in (shown, described)]
+    assert settings[0] == settings[1]
+    assert {"preset", "k", "max_dead"} <= settings[0]
+
+
+def test_what_the_page_imports_is_the_sae_that_it_exported(page, tmp_path):
+    run_commands(page)
+    own = tmp_path / "results/openclipart/streams/small/saes/minilm/layer-05/seed-0"
+    for file in ("cfg.json", "sae_weights.safetensors"):
+        assert (tmp_path / "imported/layer-05" / file).read_bytes() == (own / file).read_bytes()

@@ -26,9 +26,10 @@ from PIL import Image
 
 from conceptshare import download
 from conceptshare.catalog import DatasetSpec, Download
-from conceptshare.dataset import Data, make_dataset
+from conceptshare.dataset import make_dataset
 from conceptshare.download import Downloads, Failure, pause, refusal, retry_after
 from conceptshare.errors import DatasetError
+from tests.data import AsRead
 
 
 def picture(number, side=4):
@@ -114,7 +115,7 @@ def make(tmp_path, server):
         pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
         spec = {"source": str(tmp_path / f"{name}.parquet"), "image_url": "url", "caption": "text", "max_dropped": 1.0}
         make_dataset(DatasetSpec(**{**spec, **keys, "download": options}), tmp_path / name / "data")
-        return Data(tmp_path / name / "data")
+        return AsRead(tmp_path / name / "data")
 
     return made
 
@@ -278,7 +279,7 @@ def test_what_is_no_web_address_is_dropped_with_a_reason(address, server, tmp_pa
         download=Download(**FAST),
     )
     make_dataset(spec, tmp_path / "set" / "data")
-    (dropped,) = Data(tmp_path / "set" / "data").manifest["dropped"]
+    (dropped,) = AsRead(tmp_path / "set" / "data").manifest["dropped"]
     assert "address" in dropped["reason"]
     assert dropped["row"] == 2
 
@@ -360,7 +361,7 @@ def test_the_rows_are_not_read_far_ahead_of_a_slow_download(server, tmp_path, mo
         release.set()
         making.result()
     assert asked <= 520
-    assert len(Data(tmp_path / "data")) == 1200
+    assert len(AsRead(tmp_path / "data")) == 1200
 
 
 def until(condition, seconds=30):
@@ -728,7 +729,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_bytes
         assert (tmp_path / "killed" / "data" / name).read_bytes() == (
             tmp_path / "undisturbed" / "data" / name
         ).read_bytes()
-    assert len(Data(tmp_path / "killed" / "data")) == count - 6
+    assert len(AsRead(tmp_path / "killed" / "data")) == count - 6
 
 
 def test_leaving_the_downloads_in_the_midst_ends_them(server, tmp_path):

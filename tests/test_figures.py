@@ -1,16 +1,24 @@
 """Figures: files that can be read and show something, the same bytes from the same data, and no data too odd."""
 
 import io
+import warnings
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from conceptshare.catalog import DatasetSpec
 from conceptshare.dataset import Data, make_dataset
+from conceptshare.errors import StoreError
 from conceptshare.features import FeatureStatistics
 from conceptshare.figures import draw_layerwise, draw_matrix, draw_saes, draw_sharedness, short_labels
 
@@ -36,7 +44,8 @@ def read(out):
     assert pdf.startswith(b"%PDF-")
     assert pdf.rstrip().endswith(b"%%EOF")
     assert len(pdf) > 3000
-    assert sorted(path.name for path in out.parent.iterdir()) == sorted([out.name, out.with_suffix(".pdf").name])
+    files = [path.name for path in out.parent.iterdir() if path.is_file()]
+    assert sorted(files) == sorted([out.name, out.with_suffix(".pdf").name])
     return pixels
 
 
@@ -59,7 +68,9 @@ def check_twice(draw, tmp_path, colours_at_least=60):
     """The same, and equal to the byte when it is drawn again."""
     pixels = check(draw, tmp_path / "one", colours_at_least)
     draw(tmp_path / "two" / "figure.png")
-    for name in ("figure.png", "figure.pdf"):
+    written = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()]
+    assert len(written) >= 2
+    for name in written:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     return pixels
 
@@ -260,10 +271,57 @@ def test_sharedness_with_captions_that_are_markup_or_other_scripts(tmp_path, dat
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
-def test_sharedness_of_one_feature_that_was_never_active(tmp_path, data):
+def test_sharedness_of_one_feature_that_was_never_active(tmp_path, data, drawn):
     table = ranking().query("feature == 1").reset_index(drop=True)
     draw_sharedness(table, statistics(), data, 6, tmp_path / "one" / "figure.png")
     assert colours(read(tmp_path / "one" / "figure.png")) > 20
+    assert "active on no sample" in written_on(drawn[0])
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_sharedness_says_of_no_other_feature_that_it_was_never_active(tmp_path, data, drawn):
+    draw_sharedness(ranking(), statistics(), data, 4, tmp_path / "all" / "figure.png")
+    assert written_on(drawn[0]).count("active on no sample") == 1
+
+
+def font_with(letter, family, folder):
+    """A font that has one letter, a square."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 900), (900, 900), (900, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    square = pen.glyph()
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder([".notdef", "letter"])
+    font.setupCharacterMap({ord(letter): "letter"})
+    font.setupGlyf({".notdef": square, "letter": square})
+    font.setupHorizontalMetrics({".notdef": (1000, 0), "letter": (1000, 0)})
+    font.setupHorizontalHeader(ascent=900, descent=-100)
+    font.setupNameTable({"familyName": family, "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(folder / "font.ttf")
+    return folder / "font.ttf"
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_caption_in_another_script_is_drawn_with_a_font_that_the_system_has(tmp_path, monkeypatch, installed):
+    fonts = font_manager.fontManager
+    known = {name for name in fonts.get_font_names() if "CJK" not in name and "Gothic" not in name}
+    monkeypatch.setattr(fonts, "ttflist", [font for font in fonts.ttflist if font.name in known])
+    if installed:
+        fonts.addfont(font_with("猫", "Noto Sans CJK JP", tmp_path))
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 48), "red").save(buffer, "PNG")
+    pq.write_table(pa.table({"image": [buffer.getvalue()] * 2, "caption": ["a 猫"] * 2}), tmp_path / "cat.parquet")
+    make_dataset(DatasetSpec(source=str(tmp_path / "cat.parquet")), tmp_path / "cat")
+    shown = {3: FeatureStatistics(np.ones(1), np.ones(1), np.array([[0]], np.int32))}
+    table = ranking().query("feature == 0").reset_index(drop=True)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        draw_sharedness(table, shown, Data(tmp_path / "cat"), 1, tmp_path / "one" / "figure.png")
+    assert any("missing from font" in str(warning.message) for warning in said) != installed
 
 
 def test_a_sample_is_one_picture_with_its_caption_below(tmp_path):
@@ -282,32 +340,260 @@ def test_a_sample_is_one_picture_with_its_caption_below(tmp_path):
     assert picture[..., 0].min() > 200  # no black letters on it
 
 
+KINDS = ("all", "global")
+MEMBERS = {("vit", 0): (0, 2, 5), ("vit", 1): (0, 2, 5), ("mini_lm", 4): (0, 2, 5)}
+
+
+def make_saes(folder, members=MEMBERS, steps=60, latents=512):
+    """A table of SAEs, and the folder of their loss curves and densities, with numbers that differ between all."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for (encoder, seed), layers in members.items():
+        for layer in layers:
+            sae = folder / encoder / f"layer-{layer:02d}" / f"seed-{seed}"
+            sae.mkdir(parents=True)
+            curve = 10.0 ** (layer / 3) * (np.exp(-np.arange(steps) / (steps / 8 + layer)) + 0.1 + 0.05 * seed)
+            noisy = curve * rng.uniform(0.8, 1.2, steps)
+            pd.DataFrame({"step": range(steps), "loss": noisy}).to_csv(sae / "loss.csv", index=False)
+            row = {"encoder": encoder, "seed": seed, "layer": layer, "latents": latents, "steps": steps}
+            densities = []
+            for tokens, share in zip(KINDS, (0.02, 0.6), strict=True):
+                never = int(share * latents) + layer
+                alive, edges = np.histogram(rng.normal(-2.6, 0.6, latents - never), np.arange(-6, 0.25, 0.25))
+                alive[0] += latents - never - alive.sum()
+                densities += [(tokens, "never", -np.inf, never)]
+                densities += [(tokens, "bin", *values) for values in zip(edges, alive, strict=False)]
+                row |= {f"fvu_{tokens}": rng.uniform(0.1, 3), f"l0_{tokens}": rng.uniform(8, 40)}
+                row[f"dead_{tokens}"] = never / latents
+            columns = ["tokens", "kind", "log10_density", "latents"]
+            pd.DataFrame(densities, columns=columns).to_csv(sae / "density.csv", index=False)
+            rows.append(row)
+    return pd.DataFrame(rows), folder
+
+
 @pytest.fixture
 def saes(tmp_path):
-    """Two encoders, one of two seeds, of three layers each, with their loss curves."""
-    rows = []
-    for encoder, seeds in (("vit", (0, 1)), ("mini_lm", (4,))):
-        for seed in seeds:
-            for layer in (0, 2, 5):
-                folder = tmp_path / "saes" / encoder / f"layer-{layer:02d}" / f"seed-{seed}"
-                folder.mkdir(parents=True)
-                curve = np.exp(-np.arange(50) / (10 + layer)) + 0.05 * seed
-                pd.DataFrame({"step": range(50), "loss": curve}).to_csv(folder / "loss.csv", index=False)
-                rows.append(
-                    {"encoder": encoder, "seed": seed, "layer": layer, "fvu_all": 0.3 + layer / 10, "dead_all": 0.1}
-                )
-    return pd.DataFrame(rows), tmp_path / "saes"
+    """Two encoders, one of two seeds, of three layers each."""
+    return make_saes(tmp_path / "saes")
 
 
-def test_saes(tmp_path, saes):
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved as PNG, in that order, to look into."""
+    figures, save = [], Figure.savefig
+
+    def savefig(figure, path, **options):
+        if options.get("format") != "pdf":
+            figures.append(figure)
+        save(figure, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
+
+
+def written_on(figure):
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def panels(figure, ylabel):
+    return [ax for ax in figure.axes if ax.get_ylabel() == ylabel]
+
+
+def cells(figure):
+    """Of a member's figure: by layer, its panels of loss and density."""
+    losses, densities = panels(figure, "loss / first loss"), panels(figure, "latents")
+    return {ax.get_title(loc="left"): (ax, density) for ax, density in zip(losses, densities, strict=True)}
+
+
+def stored(folder, encoder, seed, layer, name):
+    return pd.read_csv(folder / encoder / f"layer-{layer:02d}" / f"seed-{seed}" / name)
+
+
+def visible_texts(figure):
+    """All that is written on a figure, with where it is."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    ticks, shown = set(), []
+    bars = [bar for ax in figure.axes for bar in ax.child_axes]
+    for axis in (axis for ax in [*figure.axes, *bars] for axis in (ax.xaxis, ax.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        for tick in axis.get_major_ticks():
+            ticks |= {tick.label1, tick.label2}
+            if axis.get_visible() and low <= tick.get_loc() <= high:
+                shown += [tick.label1, tick.label2]
+    others = [text for text in figure.findobj(Text) if text not in ticks]
+    return [
+        (text.get_text(), text.get_window_extent(renderer))
+        for text in [*shown, *others]
+        if text.get_visible() and text.get_text().strip()
+    ]
+
+
+def assert_readable(figure):
+    """Nothing is written over anything else, nor beyond the figure's edge."""
+    texts = visible_texts(figure)
+    assert len(texts) > 10
+    edge = figure.bbox
+    for n, (words, box) in enumerate(texts):
+        assert edge.x0 <= box.x0, words
+        assert box.x1 <= edge.x1, words
+        assert edge.y0 <= box.y0, words
+        assert box.y1 <= edge.y1, words
+        for other, place in texts[:n]:
+            apart = min(box.x1, place.x1) <= max(box.x0, place.x0) or min(box.y1, place.y1) <= max(box.y0, place.y0)
+            assert apart, (words, other)
+
+
+def test_saes_are_an_overview_and_a_figure_for_each_member(tmp_path, saes):
     table, folder = saes
     check_twice(lambda out: draw_saes(table, folder, out), tmp_path)
+    members = tmp_path / "one" / "figure"
+    assert {path.name for path in members.iterdir()} == {"vit@0.png", "vit@1.png", "mini_lm@4.png"}
+    for path in members.iterdir():
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        assert min(pixels.shape[:2]) >= 200
+        assert colours(pixels) >= 60
 
 
-def test_saes_of_one_layer_with_metrics_that_are_nan(tmp_path, saes):
+def test_a_member_that_is_gone_leaves_no_figure(tmp_path, saes):
     table, folder = saes
-    table = table.query("encoder == 'mini_lm' and layer == 2").assign(fvu_all=np.nan)
+    out = tmp_path / "drawn" / "saes.png"
+    draw_saes(table, folder, out)
+    draw_saes(table.query("encoder == 'vit'"), folder, out)
+    assert {path.name for path in out.parent.iterdir()} == {"saes.png", "saes.pdf", "saes"}
+    assert {path.name for path in (out.parent / "saes").iterdir()} == {"vit@0.png", "vit@1.png"}
+
+
+def test_the_overview_shows_the_tables_numbers_and_each_curve_from_its_start(tmp_path, saes, drawn):
+    table, folder = saes
+    draw_saes(table, folder, tmp_path / "drawn" / "saes.png")
+    for label, column in (("FVU", "fvu"), ("dead latents", "dead")):
+        for ax, encoder in zip(panels(drawn[0], label), ("vit", "mini_lm"), strict=True):
+            lines = {tuple(line.get_ydata()) for line in ax.lines if list(line.get_xdata()) == [0, 2, 5]}
+            expected = {
+                tuple(of_seed[f"{column}_{tokens}"])
+                for _, of_seed in table[table.encoder == encoder].groupby("seed")
+                for tokens in KINDS
+            }
+            assert lines == expected
+    for ax, (encoder, count) in zip(panels(drawn[0], "loss / first loss"), (("vit", 6), ("mini_lm", 3)), strict=True):
+        assert ax.get_title(loc="left") == encoder
+        assert ax.get_yscale() == "log"
+        assert len(ax.lines) == count
+        assert len({line.get_color().tobytes() for line in ax.lines}) == 3  # a colour a layer
+        for line in ax.lines:
+            assert line.get_ydata()[0] == pytest.approx(1)
+            assert list(line.get_xdata()[[0, -1]]) == [0, 59]
+    assert_readable(drawn[0])
+
+
+def test_a_members_figure_shows_curves_densities_and_numbers_of_its_layers(tmp_path, saes, drawn):
+    table, folder = saes
+    draw_saes(table, folder, tmp_path / "drawn" / "saes.png")
+    figures = {name: figure for figure in drawn[1:] for name in written_on(figure) if "@" in name}
+    assert set(figures) == {"vit@0", "vit@1", "mini_lm@4"}
+    for row in table.itertuples():
+        found = cells(figures[f"{row.encoder}@{row.seed}"])
+        assert set(found) == {"layer 0", "layer 2", "layer 5"}
+        loss, density = found[f"layer {row.layer}"]
+        losses = stored(folder, row.encoder, row.seed, row.layer, "loss.csv").loss
+        raw, smooth = (line.get_ydata() for line in loss.lines)
+        np.testing.assert_allclose(raw, losses / losses[0])
+        assert np.abs(np.diff(np.log(smooth))).mean() < 0.6 * np.abs(np.diff(np.log(raw))).mean()
+        assert loss.get_yscale() == "log"
+        bins = stored(folder, row.encoder, row.seed, row.layer, "density.csv")
+        numbers = [text.get_text() for text in density.texts]
+        for tokens, stairs, words in zip(KINDS, density.patches, numbers, strict=True):
+            of_tokens = bins[bins.tokens == tokens]
+            values, edges, _ = stairs.get_data()
+            assert list(values) == list(of_tokens[of_tokens.kind == "bin"].latents)
+            np.testing.assert_allclose(edges, np.arange(-6, 0.25, 0.25))
+            never = of_tokens[of_tokens.kind == "never"].latents.item()
+            fvu, l0 = getattr(row, f"fvu_{tokens}"), getattr(row, f"l0_{tokens}")
+            assert words == f"FVU {fvu:.3g}, L0 {l0:.3g}, dead {100 * never / 512:.1f}%: {never} of 512"
+
+
+@pytest.mark.parametrize(
+    ("layers", "steps", "latents"),
+    [(1, 2, 64), (1, 1, 64), (6, 60, 8192), (7, 3, 64), (12, 2000, 6144), (24, 100, 8192)],
+)
+def test_figures_of_saes_are_readable_whatever_their_number(tmp_path, drawn, layers, steps, latents):
+    members = {("an-encoder-with-a-name-that-is-much-too-long", 0): range(layers), ("b", 1): range(layers)}
+    table, folder = make_saes(tmp_path / "saes", members, steps, latents)
+    draw_saes(table, folder, tmp_path / "drawn" / "saes.png")
+    for figure in drawn:
+        assert_readable(figure)
+        for ax in panels(figure, "loss / first loss"):
+            low, high = ax.get_ylim()
+            assert sum(low <= tick <= high for tick in ax.get_yticks()) >= 2
+    for figure in drawn[1:]:
+        assert set(cells(figure)) == {f"layer {layer}" for layer in range(layers)}
+        columns = {ax.get_position().x0 for ax in panels(figure, "latents")}
+        assert len(columns) == (1 if layers <= 6 else 2)
+
+
+def test_a_long_training_is_few_points_that_keep_its_extremes(tmp_path, drawn):
+    table, folder = make_saes(tmp_path / "saes", {("vit", 0): [3]}, steps=100_000)
+    draw_saes(table, folder, tmp_path / "drawn" / "saes.png")
+    losses = stored(folder, "vit", 0, 3, "loss.csv").loss.to_numpy()
+    shares = losses / losses[0]
+    (raw, smooth), curve = cells(drawn[1])["layer 3"][0].lines, 10 * (np.exp(-np.arange(100_000) / 12503) + 0.1)
+    assert len(raw.get_ydata()) <= 1000
+    assert len(smooth.get_ydata()) <= 500
+    assert raw.get_ydata().max() == pytest.approx(shares.max())
+    assert raw.get_ydata().min() == pytest.approx(shares.min())
+    assert list(smooth.get_xdata()[[0, -1]]) == [0, 99_999]
+    past = smooth.get_xdata() > 2000
+    np.testing.assert_allclose(
+        smooth.get_ydata()[past], curve[smooth.get_xdata()[past].astype(int)] / losses[0], rtol=0.03
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1.0, 1e6, 1e15])
+def test_overview_of_saes_whose_fvu_spans_orders_of_magnitude(tmp_path, saes, drawn, scale):
+    table, folder = saes
+    draw_saes(table.assign(fvu_global=table.fvu_global * scale), folder, tmp_path / "drawn" / "saes.png")
+    assert_readable(drawn[0])
+    low, high = panels(drawn[0], "FVU")[0].get_ylim()
+    assert 2 <= sum(low <= tick <= high for tick in panels(drawn[0], "FVU")[0].get_yticks()) <= 9
+
+
+def test_saes_with_fvu_that_is_nan_and_with_none_active(tmp_path, drawn):
+    table, folder = make_saes(tmp_path / "saes", {("vit", 0): [2]})
+    path = folder / "vit" / "layer-02" / "seed-0" / "density.csv"
+    densities = pd.read_csv(path)
+    densities["latents"] = np.where(densities.kind == "never", 512, 0)
+    densities.to_csv(path, index=False)
+    table = table.assign(fvu_all=np.nan, fvu_global=np.nan, dead_all=1.0, dead_global=1.0)
     check(lambda out: draw_saes(table, folder, out), tmp_path / "drawn")
+    assert "undefined" in written_on(drawn[0])
+    numbers = [text for text in written_on(drawn[1]) if text.startswith("FVU")]
+    assert len(numbers) == 2
+    assert all("FVU undefined" in text and "100.0%: 512 of 512" in text for text in numbers)
+    for figure in drawn:
+        assert_readable(figure)
+
+
+def test_saes_whose_loss_is_zero_from_the_start(tmp_path):
+    """A logarithmic axis has no place for it: the panels are empty."""
+    table, folder = make_saes(tmp_path / "saes", {("vit", 0): [0, 2]})
+    for path in folder.rglob("loss.csv"):
+        pd.read_csv(path).assign(loss=0.0).to_csv(path, index=False)
+    check(lambda out: draw_saes(table, folder, out), tmp_path / "drawn", colours_at_least=30)
+
+
+@pytest.mark.parametrize("name", ["loss.csv", "density.csv"])
+@pytest.mark.parametrize("content", [None, "", "step,loss\n", "step,loss,tokens,kind,log10_density,latents\n"])
+def test_saes_without_a_curve_or_densities_are_an_error_that_names_the_file(tmp_path, saes, name, content):
+    table, folder = saes
+    path = folder / "vit" / "layer-02" / "seed-1" / name
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(StoreError, match=f"layer-02/seed-1/{name}: unreadable .*run the sae stage"):
+        draw_saes(table, folder, tmp_path / "drawn" / "saes.png")
+    assert not (tmp_path / "drawn").exists()
 
 
 def test_labels_leave_out_seeds_that_tell_nothing_apart():

@@ -246,7 +246,7 @@ def test_rows_come_back_in_order_however_they_were_appended(tmp_path_factory, le
         writer = RowWriter(group, "x", WIDTH, np.float16, shard_bytes=2**19)
         for part in parts:
             writer.append(part)
-        writer.close()
+        writer.flush()
     found = open_store(path, "numbers")["x"]
     assert found.shards == (16, WIDTH)
     assert found.dtype == np.float16
@@ -257,7 +257,7 @@ def test_rows_of_zeros_are_written_to_disk(tmp_path):
     with new_store(tmp_path / "rows.zarr", "numbers", {}) as group:
         writer = RowWriter(group, "x", WIDTH, np.float16, shard_bytes=2**19)
         writer.append(np.zeros((40, WIDTH), np.float16))
-        writer.close()
+        writer.flush()
     assert len(chunks(tmp_path / "rows.zarr")) == 3
 
 

@@ -9,7 +9,7 @@ layers ``offsets [N + 1]``: the tokens of sample i are rows ``offsets[i]`` to ``
 import json
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from conceptshare.ahead import in_order
 from conceptshare.catalog import EncoderSpec
 from conceptshare.dataset import Data
 from conceptshare.encoders import Activations, Batch, Encoder
-from conceptshare.errors import EncoderError
+from conceptshare.errors import EncoderError, StoreError
 from conceptshare.progress import progress, say
 from conceptshare.store import RowWriter, as_float16, layer_group, layer_name, new_array, new_store, open_store
 
@@ -59,15 +59,7 @@ def extract_activations(encoder: Encoder, data: Data, out: Path, threads: int = 
         EncoderError: where the encoder is not what its entry says.
     """
     spec = encoder.spec
-    described = {
-        "name": out.stem,
-        "encoder": json.loads(spec.activations_key()),
-        "weights": encoder.fingerprint,
-        "content_hash": data.content_hash,
-        "samples": len(data),
-        "layers": spec.layer_numbers(),
-        "width": spec.width,
-    }
+    described = describe(encoder, data, out.stem)
     started = time.monotonic()
     with new_store(out, KIND, described, resume=True) as store, ThreadPoolExecutor(1) as writing:
         recorder = _Recorder(store, spec, len(data))
@@ -75,10 +67,9 @@ def extract_activations(encoder: Encoder, data: Data, out: Path, threads: int = 
         if recorder.start:
             say(f"{out.stem}: going on at sample {recorder.start:,}, from what an earlier attempt left")
         writes: deque[Future[None]] = deque()
-        batches = prepared(encoder, data, starts, threads)
-        for start, batch in progress(batches, len(starts), f"activations of {out.stem}", "batches"):
-            found = encoder.read(batch)
-            writes.append(writing.submit(recorder.append, kept_rows(found, spec, start, out.stem)))
+        batches = forward_pass(encoder, data, starts, threads, out.stem)
+        for kept in progress(batches, len(starts), f"activations of {out.stem}", "batches"):
+            writes.append(writing.submit(recorder.append, kept))
             if len(writes) > _AHEAD:
                 writes.popleft().result()
         for write in writes:
@@ -88,18 +79,49 @@ def extract_activations(encoder: Encoder, data: Data, out: Path, threads: int = 
     say(f"{out.stem}: {made:,} samples, {len(described['layers'])} layers in {seconds:.1f} s ({made / seconds:.3g}/s)")
 
 
+def describe(encoder: Encoder, data: Data, name: str) -> dict[str, Any]:
+    """What a store of an encoder's activations is made from."""
+    spec = encoder.spec
+    return {
+        "name": name,
+        "encoder": json.loads(spec.activations_key()),
+        "weights": encoder.fingerprint,
+        "content_hash": data.content_hash,
+        "samples": len(data),
+        "batch_size": spec.batch_size,
+        "layers": spec.layer_numbers(),
+        "width": spec.width,
+    }
+
+
+def forward_pass(
+    encoder: Encoder, data: Data, starts: Sequence[int], threads: int, name: str
+) -> Generator["KeptRows", None, None]:
+    """What is kept of the batches that begin at ``starts``, in their order, while the next ones are prepared."""
+    for start, batch in prepared(encoder, data, starts, threads):
+        yield kept_rows(encoder.read(batch), encoder.spec, start, name)
+
+
 @dataclass(frozen=True)
 class KeptRows:
     """What is kept of a batch, as it is stored."""
 
+    start: int
+    """The batch's first sample."""
     counts: NDArray[np.int64]
     """``[B]`` rows of each sample."""
     places: NDArray[np.int64]
     """``[B]`` which of its sample's rows is the global token."""
-    tokens: dict[int, NDArray[np.float16]]
-    """``[rows, D]`` training tokens by layer, sample after sample."""
-    global_token: dict[int, NDArray[np.float16]]
-    """``[B, D]`` by layer."""
+    tokens: dict[int, Tensor]
+    """``[rows, D]`` float16 training tokens by layer, sample after sample, where the encoder is."""
+    global_token: dict[int, Tensor]
+    """``[B, D]`` float16 by layer."""
+
+    def of(self, samples: NDArray[np.int64]) -> dict[int, Tensor]:
+        """``[rows, D]`` training tokens of samples that follow one another, by layer."""
+        ends = self.counts.cumsum()
+        first, last = samples[0] - self.start, samples[-1] - self.start
+        return {layer: x[ends[first] - self.counts[first] : ends[last]] for layer, x in self.tokens.items()}
 
 
 def kept_rows(found: Activations, spec: EncoderSpec, start: int, name: str) -> KeptRows:
@@ -136,7 +158,7 @@ def kept_rows(found: Activations, spec: EncoderSpec, start: int, name: str) -> K
             mask = torch.cat([chosen, chosen.new_ones(len(chosen), 1)], dim=1)
         rows = kept.flatten(0, 1) if mask.all() else kept[mask]
         tokens[layer] = _halves(rows, spec, f"{name}, layer {layer}", np.repeat(numbers, counts_))
-    return KeptRows(counts_, places.cpu().numpy().astype(np.int64), tokens, global_token)
+    return KeptRows(start, counts_, places.cpu().numpy().astype(np.int64), tokens, global_token)
 
 
 def _drawn(found: Activations, spec: EncoderSpec, numbers: NDArray[np.int64]) -> Tensor:
@@ -159,7 +181,7 @@ def _drawn(found: Activations, spec: EncoderSpec, numbers: NDArray[np.int64]) ->
     return torch.from_numpy(chosen).to(found.training.device)
 
 
-def _halves(x: Tensor, spec: EncoderSpec, where: str, numbers: NDArray[np.int64]) -> NDArray[np.float16]:
+def _halves(x: Tensor, spec: EncoderSpec, where: str, numbers: NDArray[np.int64]) -> Tensor:
     halves = x.half()
     # The extremes of what is not finite are not, and one pass finds both.
     if len(halves) and not torch.isfinite(torch.stack(halves.aminmax())).all():
@@ -167,11 +189,10 @@ def _halves(x: Tensor, spec: EncoderSpec, where: str, numbers: NDArray[np.int64]
         if spec.precision != "float32":
             remedy = f"set precision: float32 in place of {spec.precision}, or {remedy}"
         as_float16(x.cpu().numpy(), where, numbers, remedy)
-    rows: NDArray[np.float16] = halves.cpu().numpy()
-    return rows
+    return halves
 
 
-def prepared(encoder: Encoder, data: Data, starts: range, threads: int) -> Iterator[tuple[int, Batch]]:
+def prepared(encoder: Encoder, data: Data, starts: Sequence[int], threads: int) -> Iterator[tuple[int, Batch]]:
     """The first sample and the inputs of the batches that begin at ``starts``, in order, a few prepared ahead."""
     # Tokenizers of transformers cannot be used by two threads at once.
     workers = threads if encoder.spec.modality == "image" else 1
@@ -217,15 +238,7 @@ class _Recorder:
             layer: RowWriter(group, "tokens", spec.width, np.float16, _SHARD_BYTES, keep=progress["rows"])
             for layer, group in groups.items()
         }
-        self._global = {
-            layer: RowWriter(group, "global", spec.width, np.float16, _GLOBAL_SHARD_BYTES, keep=self.start)
-            for layer, group in groups.items()
-        }
-        for layer, writer in self._global.items():
-            # What the last attempt held in memory of these is among the tokens, which are on disk.
-            rows = self._store["global_rows"][writer.written : self.start]
-            if len(rows):
-                writer.append(self._store[layer_name(layer)]["tokens"].oindex[rows, :])
+        self._global = GlobalTokens(store, spec, self.start)
 
     def append(self, kept: KeptRows) -> None:
         """Add a batch."""
@@ -236,15 +249,15 @@ class _Recorder:
         self._skip -= skip
         before = self._written()
         for layer, writer in self._tokens.items():
-            writer.append(kept.tokens[layer][skip:])
-            self._global[layer].append(kept.global_token[layer])
+            writer.append(kept.tokens[layer][skip:].cpu().numpy())
+        self._global.append(kept)
         if self._written() > before:
             self._note()
 
     def close(self) -> None:
         """Write what is left."""
-        for writer in [*self._tokens.values(), *self._global.values()]:
-            writer.close()
+        for writer in self._tokens.values():
+            writer.flush()
         self._note()
         del self._store.attrs["progress"]
 
@@ -255,8 +268,40 @@ class _Recorder:
         end = self._samples + len(self._global_rows)
         self._store["offsets"][self._samples : end + 1] = self._offsets
         self._store["global_rows"][self._samples : end] = self._global_rows
+        self._global.flush()
         self._store.attrs["progress"] = {"rows": self._written(), "samples": end}
         self._samples, self._offsets, self._global_rows = end, self._offsets[-1:], []
+
+
+class GlobalTokens:
+    """The global tokens of an activation store, filled batch after batch.
+
+    Args:
+        store: the store.
+        spec: the encoder.
+        keep: how many samples are there from an earlier attempt.
+    """
+
+    def __init__(self, store: Any, spec: EncoderSpec, keep: int) -> None:
+        self._writers = {
+            layer: RowWriter(
+                store.require_group(layer_name(layer)), "global", spec.width, np.float16, _GLOBAL_SHARD_BYTES, keep
+            )
+            for layer in spec.layer_numbers()
+        }
+        self.samples = keep
+        """Samples that are there."""
+
+    def append(self, kept: KeptRows) -> None:
+        """Add a batch."""
+        for layer, writer in self._writers.items():
+            writer.append(kept.global_token[layer].cpu().numpy())
+        self.samples += len(kept.counts)
+
+    def flush(self) -> None:
+        """Let the store hold all that was added."""
+        for writer in self._writers.values():
+            writer.flush()
 
 
 class TokenReader:
@@ -267,6 +312,7 @@ class TokenReader:
         global_tokens: ``[N, D]``.
         offsets: ``[N + 1]`` where each sample's tokens begin and end.
         made_from: what the store was made from.
+        block: samples that the encoder read at once.
     """
 
     def __init__(
@@ -275,27 +321,35 @@ class TokenReader:
         global_tokens: NDArray[np.float16],
         offsets: NDArray[np.int64],
         made_from: dict[str, Any] | None = None,
+        block: int = 1,
     ) -> None:
         self._tokens = tokens
         self.global_tokens = global_tokens
         self.offsets = offsets
         self.made_from = made_from or {}
+        self.block = block
 
     @classmethod
     def open(cls, path: Path, layer: int) -> Self:
         """Open a layer of an activation store.
 
         Raises:
-            StoreError: where the store is not whole, or has no such layer.
+            StoreError: where the store is not whole, has no such layer, or holds global tokens only.
         """
         store: Any = open_store(path, KIND)
         group = layer_group(store, layer, path)
-        tokens = group["tokens"]
+        if "tokens" not in group:
+            raise StoreError(
+                f"{path}: only global tokens in it, as its SAEs were trained while the encoder read; set stream: false "
+                f"to store all tokens"
+            )
+        tokens, spec = group["tokens"], store.attrs["spec"]
         return cls(
             tokens[:] if tokens.nbytes <= _IN_MEMORY_BYTES else tokens,
             group["global"][:],
             store["offsets"][:],
-            store.attrs["spec"],
+            spec,
+            spec["batch_size"],
         )
 
     def __len__(self) -> int:
@@ -307,13 +361,14 @@ class TokenReader:
         return int(self._tokens.shape[1])
 
     @property
-    def of_captions(self) -> bool:
-        """Whether a text encoder made them."""
-        return bool(self.made_from.get("encoder", {}).get("modality") == "text")
+    def modality(self) -> str:
+        """What the encoder that made them reads."""
+        return str(self.made_from["encoder"]["modality"])
 
     def read(self, samples: NDArray[np.int64]) -> Tensor:
         """``[rows, D]`` float32 tokens of the given samples, in their order."""
-        parts = [self._tokens[self.offsets[i] : self.offsets[i + 1]] for i in samples]
+        runs = np.split(samples, np.flatnonzero(np.diff(samples) != 1) + 1)
+        parts = [self._tokens[self.offsets[run[0]] : self.offsets[run[-1] + 1]] for run in runs]
         return torch.from_numpy(np.concatenate(parts).astype(np.float32))
 
 

@@ -81,6 +81,8 @@ class DatasetSpec(Spec):
     """The column of unique sample ids (``__key__`` in a WebDataset). Without one, the row number."""
     limit: int | None = Field(default=None, ge=1)
     """Read the first so many rows only."""
+    order_seed: int = Field(default=0, ge=0)
+    """Seed of the order of samples, in which every encoder reads them and every SAE learns from them."""
     max_dropped: float = Field(default=0.01, ge=0, le=1)
     """Largest share of rows that may be unusable; more is an error."""
     max_pixels: int = Field(default=100_000_000, ge=1)

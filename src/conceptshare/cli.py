@@ -1,10 +1,11 @@
 """The command line: one subcommand a stage. The workflow's rules call these, and so can anyone without Snakemake."""
 
+import errno
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 import yaml
@@ -19,6 +20,8 @@ app = typer.Typer(
 )
 metrics_app = typer.Typer(help="Tables of a study, from its stores.", no_args_is_help=True)
 figures_app = typer.Typer(help="Figures of a study, from its tables.", no_args_is_help=True)
+sae_app = typer.Typer(help="Train an SAE, look at one, or exchange one with another library.", no_args_is_help=True)
+app.add_typer(sae_app, name="sae")
 app.add_typer(metrics_app, name="metrics")
 app.add_typer(figures_app, name="figures")
 
@@ -100,8 +103,8 @@ def activations(
     extract_activations(load_encoder(spec, weights), Data(data), out, threads)
 
 
-@app.command()
-def sae(
+@sae_app.command("train")
+def sae_train(
     activations: Annotated[Path, typer.Option(help="An activation store.")],
     layer: Annotated[int, typer.Option(help="The layer to train on, from 0.")],
     out: Out,
@@ -114,6 +117,62 @@ def sae(
 
     _use_threads(threads)
     train_sae(activations, layer, parse(SAESettings, _mapping(settings), "settings"), seed, out)
+
+
+Folder = Annotated[Path, typer.Argument(help="The folder of an SAE.")]
+
+
+@sae_app.command("info")
+def sae_info(folder: Folder) -> None:
+    """Say what an SAE is, how it was trained and how good it is."""
+    from conceptshare.sae_folder import describe_sae
+
+    typer.echo(describe_sae(folder))
+
+
+@sae_app.command("export")
+def sae_export(
+    folder: Folder,
+    to: Annotated[Literal["sparsify"], typer.Option(help="Whose layout; SAELens reads the folder as it is.")],
+    out: Out,
+) -> None:
+    """Write an SAE in the layout of another library."""
+    from conceptshare.exchange import export_to_sparsify
+
+    export_to_sparsify(folder, out)
+
+
+@sae_app.command("import")
+def sae_import(folder: Folder, out: Out) -> None:
+    """Write a TopK SAE of SAELens's or sparsify's in our layout."""
+    from conceptshare.exchange import import_sae
+
+    import_sae(folder, out)
+
+
+@app.command()
+def stream(
+    encoder: Annotated[str, typer.Option(help="A name in the catalog, or keys and values as JSON.")],
+    weights: Annotated[Path, typer.Option(help="The record of the weights stage.")],
+    data: Annotated[Path, typer.Option(help="The folder of the dataset stage.")],
+    saes: Annotated[Path, typer.Option(help="The folder to write, with layer-NN/seed-S/ in it.")],
+    activations: Annotated[Path, typer.Option(help="The store of global tokens to write.")],
+    settings: Annotated[str, typer.Option(help="Keys and values as JSON; what is left out is the paper's.")] = "{}",
+    seeds: Annotated[str, typer.Option(help="Seeds of the initial weights, as a JSON list.")] = "[0]",
+    workers: Annotated[int, typer.Option(help="SAEs trained side by side, where there is no GPU.", min=1)] = 1,
+    threads: Threads = 1,
+) -> None:
+    """Train an encoder's SAEs of all layers and seeds while it reads a data set, and store no tokens."""
+    from conceptshare.dataset import Data
+    from conceptshare.encoders import load_encoder
+    from conceptshare.sae import train_stream
+
+    _use_threads(threads)
+    spec = _spec(EncoderSpec, "encoders", encoder)
+    chosen = parse(SAESettings, _mapping(settings), "settings")
+    train_stream(
+        load_encoder(spec, weights), Data(data), chosen, json.loads(seeds), saes, activations, threads, workers
+    )
 
 
 @app.command()
@@ -246,7 +305,7 @@ def figures_sharedness(
 
 @figures_app.command("saes")
 def figures_saes(table: Table, saes: Annotated[Path, typer.Option(help="The folder of SAEs.")], out: Out) -> None:
-    """Loss curves, FVU and dead latents of every SAE."""
+    """Loss curves, densities, FVU and dead latents of every SAE: an overview, and a folder beside it, by member."""
     import pandas as pd
 
     from conceptshare.figures import draw_saes
@@ -260,6 +319,12 @@ def main() -> NoReturn:
         app(standalone_mode=True)
     except ConceptshareError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        # Libraries that write files raise types of their own, which quote the system's words.
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        print("error: the disk is full; make room and run again, which goes on from what is there", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
 

@@ -1,8 +1,11 @@
-"""Stage `dataset`: read image-caption pairs once, drop what no encoder could read, and fix their order.
+"""Stage `dataset`: read image-caption pairs once, drop what no encoder could read, and shuffle the others once for all.
 
 `results/{dataset}/data/` holds `samples.arrow`, an Arrow IPC file with the columns ``id`` (string), ``image`` (binary,
 the bytes of the source's file) and ``caption`` (string), and `manifest.json`. Row i of every later array is
 sample i. A sample that one encoder could not read is dropped here, for all, and listed in the manifest.
+
+Samples are shuffled here and not where SAEs are trained: encoders then read, and SAEs learn, in one order from the
+first row to the last, whether tokens are stored in between or not.
 
 Where a data set holds the addresses of its images, they are downloaded into `results/{dataset}/downloads/`.
 """
@@ -150,13 +153,13 @@ def make_dataset(spec: DatasetSpec, out: Path) -> None:
         HubError: where the source is neither on this machine nor to be fetched from the hub.
     """
     source = _locate(spec)
-    digest = hashlib.sha256()
     dropped: list[Dropped] = []
     seen: set[str] = set()
     rows_read = 0
     with written_aside(out) as folder:
         folder.mkdir()
-        with pa.ipc.new_file(str(folder / "samples.arrow"), _SCHEMA) as writer:
+        as_read = folder / "as-read.arrow"
+        with pa.ipc.new_file(str(as_read), _SCHEMA) as writer:
             batch: list[Sample] = []
             with closing(_outcomes(spec, source, out.parent / "downloads")) as outcomes:
                 for outcome in progress(outcomes, spec.limit, f"rows of {spec.source}", "rows"):
@@ -169,8 +172,6 @@ def make_dataset(spec: DatasetSpec, out: Path) -> None:
                             f"{spec.source}: the id {outcome.id!r} occurs twice; name a column of unique ids"
                         )
                     seen.add(outcome.id)
-                    for part in (outcome.id.encode(), outcome.image, outcome.caption.encode()):
-                        digest.update(len(part).to_bytes(8, "little") + part)
                     batch.append(outcome)
                     if len(batch) == _BATCH_ROWS:
                         writer.write(_to_arrow(batch))
@@ -178,6 +179,8 @@ def make_dataset(spec: DatasetSpec, out: Path) -> None:
             if batch:
                 writer.write(_to_arrow(batch))
         _check_share(spec, rows_read, dropped)
+        content_hash = _shuffle(as_read, folder / "samples.arrow", spec.order_seed)
+        as_read.unlink()
         manifest = {
             "source": spec.source,
             "revision": source.revision,
@@ -185,10 +188,11 @@ def make_dataset(spec: DatasetSpec, out: Path) -> None:
             "columns": _columns(spec),
             "several_captions": spec.several_captions,
             "caption_seed": spec.caption_seed,
+            "order_seed": spec.order_seed,
             "rows_read": rows_read,
             "rows": rows_read - len(dropped),
             "dropped": [{k: v for k, v in asdict(row).items() if v is not None} for row in dropped],
-            "content_hash": digest.hexdigest(),
+            "content_hash": content_hash,
         }
         text = json.dumps(manifest, indent=1, ensure_ascii=False)
         # A lone surrogate in a dropped row's id or address becomes \\udcXX, as JSON too would write it.
@@ -604,6 +608,22 @@ def _check_share(spec: DatasetSpec, rows_read: int, dropped: list[Dropped]) -> N
     if rows_read - len(dropped) < 2:
         why = f" (dropped: {reasons})" if dropped else ""
         raise DatasetError(f"{spec.source}: {rows_read - len(dropped)} usable rows; correlations need at least 2{why}")
+
+
+def _shuffle(source: Path, out: Path, seed: int) -> str:
+    """Write the samples of ``source`` to ``out`` in the order that a seed draws, and return their content hash."""
+    digest = hashlib.sha256()
+    with pa.memory_map(str(source)) as file, pa.ipc.new_file(str(out), _SCHEMA) as writer:
+        table = pa.ipc.open_file(file).read_all()
+        order = np.random.default_rng(seed).permutation(table.num_rows).tolist()
+        for start in range(0, len(order), _BATCH_ROWS):
+            rows = order[start : start + _BATCH_ROWS]
+            batch = [Sample(*(table[name][row].as_py() for name in _SCHEMA.names)) for row in rows]
+            for sample in batch:
+                for part in (sample.id.encode(), sample.image, sample.caption.encode()):
+                    digest.update(len(part).to_bytes(8, "little") + part)
+            writer.write(_to_arrow(batch))
+    return digest.hexdigest()
 
 
 def _to_arrow(batch: list[Sample]) -> pa.RecordBatch:

@@ -3,19 +3,32 @@
 Colours are perceptually uniform and readable by the colour-blind and in grey; the style is set in one place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Any, NamedTuple
+from unicodedata import east_asian_width
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import (
+    LogLocator,
+    MaxNLocator,
+    MultipleLocator,
+    NullLocator,
+    PercentFormatter,
+)
+from numpy.typing import NDArray
 
 from conceptshare.dataset import Data
+from conceptshare.errors import StoreError
 from conceptshare.features import FeatureStatistics
 from conceptshare.store import layer_name, written_aside
 from conceptshare.tables import as_member
@@ -38,6 +51,33 @@ _READINGS = {
     "last": "Last layer",
 }
 _GRID_SAMPLES = 8
+# matplotlib's own font has no Chinese, Japanese or Korean; systems have these.
+_WIDE_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR"),
+    *("Source Han Sans SC", "Source Han Sans", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback"),
+    *("IPAexGothic", "IPAGothic", "NanumGothic", "Unifont"),
+    *("PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Arial Unicode MS"),
+    *("Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "SimHei", "MS Gothic"),
+)
+
+
+class _Look(NamedTuple):
+    name: str
+    colour: str
+    face: str
+
+
+# The kinds of tokens that SAEs are measured over.
+_TOKENS = {"all": _Look("all tokens", "#1f6fb4", "#a9cbe8"), "global": _Look("global tokens", "#b84a00", "none")}
+_SEED_LINES: Any = ("-", "--", ":", "-.")
+_POINTS = 300
+"""Of a curve; a panel has not many more pixels in a row."""
+_MEMBER_DPI = 110
+# What is placed in inches needs no second look at what the figure holds, nor at where titles would hit something.
+_PLACED: Any = {"savefig.bbox": None, "axes.titley": 1.0}
+_SMALL: Any = {"xtick.labelsize": 7, "ytick.labelsize": 7, "axes.labelsize": 7, "axes.titlesize": 8.5}
+
+_Points = NDArray[Any]
 
 
 def draw_matrix(table: pd.DataFrame, out: Path) -> None:
@@ -109,36 +149,29 @@ def draw_sharedness(
             text += f"$\\rho_G$ = {row.rho_g:.2f}\n$\\rho_H$ = {row.rho_h:.2f}\nactive on {row.density:.1%}"
             axes[0].text(0, 0.5, text, va="center", transform=axes[0].transAxes, fontsize=8)
             samples = statistics[int(row.layer)].top_samples[int(row.feature)][:_GRID_SAMPLES]
-            for ax, sample in zip(axes[1:], samples, strict=False):
-                if sample >= 0:
-                    _picture(ax, data, int(sample))
+            for ax, sample in zip(axes[1:], samples[samples >= 0], strict=False):
+                _picture(ax, data, int(sample))
+            if (samples < 0).all():
+                axes[1].text(0, 0.5, "active on no sample", va="center", transform=axes[1].transAxes, fontsize=8)
         figure.suptitle(f"Top features of {table.source[0]}, layer {table.layer[0]}, by Comparative Sharedness")
         save(figure, out)
 
 
-def draw_saes(saes: pd.DataFrame, folder: Path, out: Path) -> None:
-    """For each encoder, the loss curves of its SAEs, and their FVU and dead share by layer."""
-    encoders = list(dict.fromkeys(saes.encoder))
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(3.1 * len(encoders) + 0.6, 5.2), layout="constrained")
-        axes = figure.subplots(2, len(encoders), squeeze=False)
-        for column, encoder in enumerate(encoders):
-            of_encoder = saes[saes.encoder == encoder]
-            curves, quality = axes[:, column]
-            _loss_curves(curves, of_encoder, folder)
-            curves.set_title(encoder)
-            for seed, of_seed in of_encoder.groupby("seed"):
-                style: dict[str, Any] = {"linestyle": "-" if seed == of_encoder.seed.min() else "--", "marker": "o"}
-                style["markersize"] = 3
-                quality.plot(of_seed.layer, of_seed.fvu_all, color="C0", label=f"FVU, seed {seed}", **style)
-                quality.plot(of_seed.layer, of_seed.dead_all, color="C1", label=f"dead, seed {seed}", **style)
-            quality.set_ylim(0, 1)
-            quality.set_xlabel("layer")
-            _layer_ticks(quality.xaxis, sorted(set(of_encoder.layer)), positions=sorted(set(of_encoder.layer)))
-            quality.legend(frameon=False, fontsize=7)
-        axes[0, 0].set_ylabel("loss / loss of the first step")
-        axes[1, 0].set_ylabel("share")
-        save(figure, out)
+def draw_saes(table: pd.DataFrame, saes: Path, out: Path) -> None:
+    """An overview of all SAEs at ``out``, and a folder beside it, of the same name, with a PNG for each member.
+
+    Raises:
+        StoreError: where an SAE's loss curve or densities are missing or unreadable.
+    """
+    trainings = [_read_training(row, saes) for row in table.itertuples()]
+    with mpl.rc_context(_STYLE | _PLACED):
+        save(_overview(trainings), out)
+        with written_aside(out.with_suffix("")) as folder:
+            folder.mkdir()
+            for member, of_member in _grouped(trainings, lambda sae: f"{sae.encoder}@{sae.seed}").items():
+                with mpl.rc_context(_SMALL):
+                    figure = _member_figure(member, of_member)
+                    figure.savefig(folder / f"{member}.png", dpi=_MEMBER_DPI, metadata={"Software": None})
 
 
 def short_labels(members: Sequence[str]) -> list[str]:
@@ -168,8 +201,8 @@ def _heatmap(ax: Axes, cells: np.ndarray[Any, Any], low: float, high: float, ann
     return image
 
 
-def _layer_ticks(axis: Any, layers: Sequence[int], positions: Sequence[int] | None = None) -> None:
-    step = -(-len(layers) // 12)
+def _layer_ticks(axis: Any, layers: Sequence[int], positions: Sequence[int] | None = None, most: int = 12) -> None:
+    step = -(-len(layers) // most)
     places = range(len(layers)) if positions is None else positions
     axis.set_ticks(list(places)[::step], [str(layer) for layer in layers[::step]])
 
@@ -186,24 +219,285 @@ def _picture(ax: Axes, data: Data, sample: int) -> None:
     picture.thumbnail((160, 160))
     ax.imshow(np.asarray(picture), interpolation="lanczos")
     words = data.caption(sample)
-    short = words if len(words) <= 44 else words[:43].rsplit(" ", 1)[0] + "…"
-    # A caption is the user's text: a dollar sign in it is no formula.
+    # Chinese, Japanese and Korean letters are twice as wide as others.
+    line = 11 if any(east_asian_width(letter) in "WF" for letter in words) else 22
+    short = words if len(words) <= 2 * line else words[: 2 * line - 1].rsplit(" ", 1)[0] + "…"
     ax.set_anchor("S")
-    ax.text(0.5, -0.06, fill(short, 22), fontsize=5.5, ha="center", va="top", transform=ax.transAxes, parse_math=False)
+    style: Any = {"fontsize": 5.5, "fontfamily": _caption_fonts(), "ha": "center", "va": "top"}
+    # A caption is the user's text: a dollar sign in it is no formula.
+    ax.text(0.5, -0.06, fill(short, line), transform=ax.transAxes, parse_math=False, **style)
 
 
-def _loss_curves(ax: Axes, saes: pd.DataFrame, folder: Path) -> None:
-    layers = sorted(set(saes.layer))
+def _caption_fonts() -> list[str]:
+    """The usual font, and for what it lacks, such as Chinese, Japanese or Korean, those of `_WIDE_FONTS` there are."""
+    installed = set(font_manager.get_font_names())
+    return [*mpl.rcParams["font.family"], *(name for name in _WIDE_FONTS if name in installed)]
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What the figures show of one SAE: points to draw, no more than can be told apart, and numbers."""
+
+    encoder: str
+    seed: int
+    layer: int
+    steps: int
+    fvu: dict[str, float]
+    """Over ``all`` and over ``global`` tokens; NaN where the tokens do not vary. So the others."""
+    l0: dict[str, float]
+    dead: dict[str, float]
+    losses: tuple[float, float]
+    """At the first step, and at the end of the smoothed curve."""
+    raw: tuple[_Points, _Points]
+    """Steps, and losses relative to the first; above zero, or NaN, as a logarithmic axis needs."""
+    smooth: tuple[_Points, _Points]
+    edges: _Points
+    """Of the bins of log10 density, one more than bins."""
+    latents: dict[str, _Points]
+    """In each bin."""
+    never: dict[str, int]
+    """Latents that are active on no token."""
+
+
+def _read_training(row: Any, saes: Path) -> _Training:
+    folder = saes / str(row.encoder) / layer_name(int(row.layer)) / f"seed-{row.seed}"
+    losses = _read_csv(folder / "loss.csv", ["step", "loss"]).loss.to_numpy(np.float64)
+    densities = _read_csv(folder / "density.csv", ["tokens", "kind", "log10_density", "latents"])
+    bins, never = densities[densities.kind == "bin"], densities[densities.kind == "never"]
+    smoothed = _smoothed(losses)
+    shown = np.unique(np.linspace(0, len(losses) - 1, min(len(losses), _POINTS)).astype(np.int64))
+    return _Training(
+        encoder=str(row.encoder),
+        seed=int(row.seed),
+        layer=int(row.layer),
+        steps=len(losses),
+        fvu={tokens: float(getattr(row, f"fvu_{tokens}")) for tokens in _TOKENS},
+        l0={tokens: float(getattr(row, f"l0_{tokens}")) for tokens in _TOKENS},
+        dead={tokens: float(getattr(row, f"dead_{tokens}")) for tokens in _TOKENS},
+        losses=(losses[0], smoothed[-1]),
+        raw=_relative(*_extremes(losses), losses[0]),
+        smooth=_relative(shown, smoothed[shown], losses[0]),
+        # The last bin ends where a latent is active on every token.
+        edges=np.append(bins[bins.tokens == "all"].log10_density.to_numpy(np.float64), 0.0),
+        latents={tokens: bins[bins.tokens == tokens].latents.to_numpy(np.float64) for tokens in _TOKENS},
+        never={tokens: int(never[never.tokens == tokens].latents.sum()) for tokens in _TOKENS},
+    )
+
+
+def _read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path, usecols=columns)
+        if table.empty:
+            raise ValueError("no rows")
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: unreadable ({error}); run the sae stage") from None
+    return table
+
+
+def _smoothed(values: _Points) -> _Points:
+    """A running mean over 2 % of the steps on either side, over fewer at the start, where a curve is steepest."""
+    at = np.arange(len(values))
+    reach = np.minimum(at, len(values) // 50)
+    first, last = at - reach, np.minimum(at + reach, len(values) - 1)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    mean: _Points = (sums[last + 1] - sums[first]) / (last + 1 - first)
+    return mean
+
+
+def _extremes(values: _Points) -> tuple[_Points, _Points]:
+    """The steps and values themselves, or the least and the largest value of each stretch where there are many."""
+    if len(values) <= 2 * _POINTS:
+        return np.arange(len(values)), values
+    starts = np.linspace(0, len(values), _POINTS, endpoint=False).astype(np.int64)
+    extremes = np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)
+    return np.repeat(starts, 2), np.stack(extremes, axis=1).ravel()
+
+
+def _relative(steps: _Points, losses: _Points, first: float) -> tuple[_Points, _Points]:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = losses / first
+    return steps, np.where(np.isfinite(shares) & (shares > 0), shares, np.nan)
+
+
+def _grouped(trainings: Sequence[_Training], key: Callable[[_Training], str]) -> dict[str, list[_Training]]:
+    """The SAEs by what ``key`` says of them, in the order of the table, and by layer within."""
+    groups: dict[str, list[_Training]] = {}
+    for training in trainings:
+        groups.setdefault(key(training), []).append(training)
+    return {name: sorted(group, key=lambda sae: (sae.seed, sae.layer)) for name, group in groups.items()}
+
+
+def _panels(rows: int, widths: Sequence[float], height: float, above: float, gap: float) -> tuple[Figure, Any]:
+    """A figure with panels of sizes in inches, placed by hand, since matplotlib is slow to do so for many.
+
+    Each row has room ``above`` it. ``gap`` is what lies between columns, and left of the first.
+    """
+    top, bottom, right = 0.42, 0.42, 0.15
+    width_all, height_all = gap + sum(widths) + gap * (len(widths) - 1) + right, top + rows * (height + above) + bottom
+    figure = Figure(figsize=(width_all, height_all))
+    axes = np.empty((rows, len(widths)), dtype=object)
+    for row, column in np.ndindex(axes.shape):
+        left = gap * (column + 1) + sum(widths[:column])
+        low = bottom + (rows - 1 - row) * (height + above)
+        place = (left / width_all, low / height_all, widths[column] / width_all, height / height_all)
+        axes[row, column] = figure.add_axes(place)
+    return figure, axes
+
+
+def _from_top(figure: Figure, inches: float) -> float:
+    return float(1 - inches / figure.get_figheight())
+
+
+def _overview(trainings: Sequence[_Training]) -> Figure:
+    """For each encoder, its loss curves, a colour a layer, and its FVU and dead share by layer."""
+    of_encoders = _grouped(trainings, lambda sae: sae.encoder)
+    seeds = sorted({sae.seed for sae in trainings})
+    lines = {seed: _SEED_LINES[n % len(_SEED_LINES)] for n, seed in enumerate(seeds)}
+    figure, axes = _panels(len(of_encoders), [3.2, 2.6, 2.6], 1.7, 0.65, 1.1)
+    for (curves, fvu, dead), (encoder, saes) in zip(axes, of_encoders.items(), strict=True):
+        curves.sharey(axes[0, 0])
+        fvu.sharey(axes[0, 1])
+        curves.set_title(encoder, loc="left", pad=15)
+        _overview_losses(curves, saes, lines)
+        _by_layer(fvu, saes, lambda sae: sae.fvu, lines)
+        _by_layer(dead, saes, lambda sae: sae.dead, lines)
+        dead.set_ylim(-0.03, 1.03)
+        curves.set_ylabel("loss / first loss")
+        fvu.set_ylabel("FVU")
+        dead.set_ylabel("dead latents")
+        dead.yaxis.set_major_formatter(PercentFormatter(1))
+        fvu.axhline(1, color="0.6", linewidth=0.7, zorder=0)
+    for ax in axes[0, :2]:
+        _logarithmic(ax)
+    for ax in axes[:, 0]:
+        ax.xaxis.set_major_locator(_whole_numbers(6))
+    for ax, label in zip(axes[-1], ("step", "layer", "layer"), strict=True):
+        ax.set_xlabel(label)
+    handles = [
+        Line2D([], [], color=_TOKENS[t].colour, marker="o", markersize=3, label=_TOKENS[t].name) for t in _TOKENS
+    ]
+    if len(seeds) > 1:
+        handles += [Line2D([], [], color="0.3", linestyle=lines[seed], label=f"seed {seed}") for seed in seeds]
+    at = (0.995, _from_top(figure, 0.05))
+    figure.legend(handles=handles, loc="upper right", bbox_to_anchor=at, ncols=len(handles), frameon=False, fontsize=8)
+    return figure
+
+
+def _overview_losses(ax: Axes, saes: Sequence[_Training], lines: dict[int, Any]) -> None:
+    layers = sorted({sae.layer for sae in saes})
     colours = mpl.colormaps[_COLOURS](np.linspace(0, 0.9, len(layers)))
-    for row in saes.itertuples():
-        path = folder / str(row.encoder) / layer_name(int(row.layer)) / f"seed-{row.seed}" / "loss.csv"
-        curve = pd.read_csv(path)
-        label = f"layer {row.layer}" if row.layer in (layers[0], layers[-1]) and row.seed == saes.seed.min() else None
-        colour = colours[layers.index(row.layer)]
-        ax.plot(curve.step, curve.loss / curve.loss.iloc[0], color=colour, linewidth=0.9, label=label)
+    for sae in saes:
+        marker = "o" if sae.steps == 1 else None
+        style: dict[str, Any] = {"linestyle": lines[sae.seed], "linewidth": 0.9, "marker": marker}
+        ax.plot(*sae.smooth, color=colours[layers.index(sae.layer)], **style)
+    bar = ax.inset_axes((1.02, 0, 0.03, 1))
+    bar.imshow(colours[:, None], aspect="auto", origin="lower")
+    bar.set_xticks([])
+    bar.yaxis.tick_right()
+    bar.tick_params(length=0, labelsize=7)
+    bar.spines[:].set_visible(False)
+    bar.set_title("layer", fontsize=7, fontweight="normal", pad=3)
+    _layer_ticks(bar.yaxis, layers, most=8)
+
+
+def _by_layer(
+    ax: Axes, saes: Sequence[_Training], quantity: Callable[[_Training], dict[str, float]], lines: dict[int, Any]
+) -> None:
+    """A number by layer, a line for each seed and kind of tokens."""
+    for seed in sorted({sae.seed for sae in saes}):
+        of_seed = [sae for sae in saes if sae.seed == seed]
+        for tokens, look in _TOKENS.items():
+            values = [quantity(sae)[tokens] for sae in of_seed]
+            style: dict[str, Any] = {"color": look.colour, "linestyle": lines[seed], "marker": "o", "markersize": 3}
+            ax.plot([sae.layer for sae in of_seed], values, linewidth=1.2, **style)
+    if np.isnan([quantity(sae)[tokens] for sae in saes for tokens in _TOKENS]).all():
+        ax.text(0.5, 0.6, "undefined", ha="center", color="0.4", transform=ax.transAxes)
+    layers = sorted({sae.layer for sae in saes})
+    _layer_ticks(ax.xaxis, layers, positions=layers)
+    ax.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
+
+
+def _whole_numbers(most: int) -> MaxNLocator:
+    return MaxNLocator(most, integer=True, min_n_ticks=1)
+
+
+def _logarithmic(ax: Axes) -> None:
+    """Make the y axis of ``ax``, and of all that share it, logarithmic, once everything is drawn on them."""
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel("step")
-    ax.legend(frameon=False, fontsize=7)
+    low, high = (float(end) for end in ax.get_ylim())
+    if low <= 0:  # nothing that a logarithmic axis could show
+        low, high = 0.1, 1
+        ax.set_ylim(low, high)
+    if high < 5 * low:  # where powers of ten, or 1, 2 and 5 times those, would be a tick at most
+        ticks = np.asarray(MaxNLocator(4).tick_values(low, high))
+    else:
+        ticks = np.asarray(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,), numticks=6).tick_values(low, high))
+    within = [float(tick) for tick in ticks if low <= tick <= high]
+    # Ticks that are fixed are placed once, and not by each panel.
+    ax.set_yticks(within, [_short(tick) for tick in within])
+    ax.yaxis.set_minor_locator(NullLocator())
+
+
+def _short(number: float) -> str:
+    """As few digits as tell it: ``0.2`` and ``5000``, but ``1e+06``."""
+    plain, power = f"{number:g}", f"{number:.0e}"
+    return power if len(power) < len(plain) and np.isclose(float(power), number, atol=0) else plain
+
+
+def _member_figure(member: str, saes: Sequence[_Training]) -> Figure:
+    """A cell for each layer: its loss curve, the densities of its latents, and its FVU, L0 and dead share."""
+    columns = 1 if len(saes) <= 6 else 2
+    figure, axes = _panels(-(-len(saes) // columns), [2.1, 2.7] * columns, 0.85, 0.5, 0.62)
+    cells = axes.reshape(-1, 2)
+    for n, (panels, sae) in enumerate(zip(cells, saes, strict=False)):
+        lowest = n + columns >= len(saes)
+        for ax, first in zip(panels, cells[0], strict=True):
+            # All share their axes, and ticks are what takes matplotlib longest.
+            ax.xaxis.set_visible(lowest)
+            if n:
+                ax.sharex(first)
+                ax.sharey(first)
+        _loss_panel(panels[0], sae)
+        _density_panel(panels[1], sae)
+        if lowest:
+            panels[0].set_xlabel("step")
+            panels[1].set_xlabel("$\\log_{10}$ of the share of tokens that activate a latent")
+    losses, densities = cells[0]
+    losses.xaxis.set_major_locator(_whole_numbers(4))
+    _logarithmic(losses)
+    densities.set_xlim(saes[0].edges[0], 0)
+    densities.xaxis.set_major_locator(MultipleLocator(2))
+    densities.set_ylim(0)
+    densities.yaxis.set_major_locator(_whole_numbers(3))
+    for ax in cells[len(saes) :].flat:
+        ax.remove()
+    figure.text(0.01, _from_top(figure, 0.06), member, va="top", fontsize=11, fontweight="bold")
+    names = [Patch(facecolor=look.face, edgecolor=look.colour, label=look.name) for look in _TOKENS.values()]
+    place = (1 - 0.15 / figure.get_figwidth(), _from_top(figure, 0.22))
+    figure.legend(handles=names, loc="upper right", bbox_to_anchor=place, ncols=2, frameon=False, fontsize=7.5)
+    return figure
+
+
+def _loss_panel(ax: Axes, sae: _Training) -> None:
+    if sae.steps >= 50:
+        ax.plot(*sae.raw, color="0.83", linewidth=0.6)
+    ax.plot(*sae.smooth, color="0.15", linewidth=1.1, marker="o" if sae.steps == 1 else None, markersize=3)
+    ax.set_title(f"layer {sae.layer}", loc="left")
+    ax.set_title(f"loss {sae.losses[0]:.3g} → {sae.losses[1]:.3g}", loc="right", fontsize=7, fontweight="normal")
+    ax.set_ylabel("loss / first loss")
+
+
+def _density_panel(ax: Axes, sae: _Training) -> None:
+    for n, (tokens, look) in enumerate(_TOKENS.items()):
+        filled = look.face != "none"
+        ax.stairs(sae.latents[tokens], sae.edges, color=look.face if filled else look.colour, fill=filled)
+        at: Any = {"xytext": (0, 13 - 9.5 * n), "xycoords": "axes fraction", "textcoords": "offset points"}
+        ax.annotate(_numbers(sae, tokens), (0, 1), **at, color=look.colour, fontsize=7, va="bottom")
+    ax.set_ylabel("latents")
+
+
+def _numbers(sae: _Training, tokens: str) -> str:
+    fvu = "undefined" if np.isnan(sae.fvu[tokens]) else f"{sae.fvu[tokens]:.3g}"
+    never = sae.never[tokens]
+    latents = int(sae.latents[tokens].sum()) + never
+    return f"FVU {fvu}, L0 {sae.l0[tokens]:.3g}, dead {sae.dead[tokens]:.1%}: {never:,} of {latents:,}"

@@ -104,18 +104,25 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
         StudyError: where nothing tells how many samples a data set has.
     """
     counts = {name: samples or _samples(name, spec, results) for name, spec in study.datasets.items()}
-    parts: dict[str, list[Cost]] = {rule: [] for rule in ("dataset", "activations", "sae", "features", "correlations")}
+    rules = ("dataset", "activations", "sae", "stream", "features", "correlations")
+    parts: dict[str, list[Cost]] = {rule: [] for rule in rules}
     members, pairs = study.members(), study.pairs()
     needed = {member.encoder: study.encoders[member.encoder] for member in members}
     for name, N in counts.items() if members else ():
         data_bytes = _data_bytes(name, study.datasets[name], N, results)
         copies = 1 if study.datasets[name].image_url is None else 2  # what is downloaded stays
         parts["dataset"].append(Cost(written=copies * data_bytes, read=data_bytes, memory=_PROCESS_BYTES))
-        parts["activations"] += [activations_cost(spec, N, data_bytes) for spec in needed.values()]
+        if not study.stream:
+            parts["activations"] += [activations_cost(spec, N, data_bytes) for spec in needed.values()]
         for settings in study.saes.values():
+            if study.stream:
+                parts["stream"] += [
+                    stream_cost(spec, settings, N, len(spec.seeds), data_bytes) for spec in needed.values()
+                ]
             for member in members:
                 spec = needed[member.encoder]
-                parts["sae"] += [sae_cost(spec, settings, N)] * len(spec.layer_numbers())
+                if not study.stream:
+                    parts["sae"] += [sae_cost(spec, settings, N)] * len(spec.layer_numbers())
                 parts["features"].append(features_cost(spec, settings, N))
             parts["correlations"] += [
                 correlations_cost(needed[a.encoder], needed[b.encoder], settings, N) for a, b in pairs
@@ -140,8 +147,9 @@ def count_jobs(study: Study) -> dict[str, int]:
     jobs = {
         "dataset": datasets,
         "weights": len(encoders),
-        "activations": datasets * len(encoders),
-        "sae": settings * layers,
+        "activations": 0 if study.stream else datasets * len(encoders),
+        "sae": 0 if study.stream else settings * layers,
+        "stream": settings * len(encoders) if study.stream else 0,
         "features": settings * len(members),
         "correlations": settings * len(study.pairs()),
     }
@@ -157,46 +165,100 @@ def count_jobs(study: Study) -> dict[str, int]:
 
 
 def activations_cost(spec: EncoderSpec, N: int, data_bytes: float = 0) -> Cost:
-    """One forward pass over N samples: 24 L T D^2 + 4 L T^2 D operations a sample, or the entry's ``gflops``."""
-    D, T, kept = spec.width, positions(spec), len(spec.layer_numbers())
-    flops = 24 * spec.layers * T * D**2 + 4 * spec.layers * T**2 * D if spec.gflops is None else spec.gflops * 1e9
+    """One forward pass over N samples, whose tokens are stored."""
+    kept = len(spec.layer_numbers())
     a_layer = [tokens_bytes(spec, N), global_bytes(spec, N)]
     pending = kept * min(SHARD_BYTES, tokens_bytes(spec, N))
-    parameters = 12 * spec.layers * D**2
-    batch = spec.batch_size * T * D * kept
     return Cost(
         written=kept * sum(a_layer) + 8 * (2 * N + 1),
         read=data_bytes if spec.modality == "image" else 0,
-        flops=N * flops,
-        # Activations of one batch in float32, and of those that wait to be written in float16.
-        memory=_PROCESS_BYTES + pending + 4 * parameters + (4 + 4 * 2) * batch,
+        flops=N * forward_flops(spec),
+        memory=_PROCESS_BYTES + pending + _forward_bytes(spec),
     )
 
 
+def forward_flops(spec: EncoderSpec) -> float:
+    """Operations of a sample's forward pass: 24 L T D^2 + 4 L T^2 D, or what the entry says."""
+    D, T = spec.width, positions(spec)
+    return 24 * spec.layers * T * D**2 + 4 * spec.layers * T**2 * D if spec.gflops is None else spec.gflops * 1e9
+
+
+def _forward_bytes(spec: EncoderSpec) -> int:
+    """The model, activations of one batch in float32, and of those that wait to be used in float16."""
+    batch = spec.batch_size * positions(spec) * spec.width * len(spec.layer_numbers())
+    return 4 * 12 * spec.layers * spec.width**2 + (4 + 4 * 2) * batch
+
+
 def sae_cost(spec: EncoderSpec, settings: SAESettings, N: int) -> Cost:
-    """Training on one layer: for a token x W_enc, 2 D F, and five products over the k latents kept, 2 k D each.
+    """Training on one layer's stored tokens."""
+    F = settings.expansion * spec.width
+    size = tokens_bytes(spec, N)
+    in_memory = size <= IN_MEMORY_BYTES
+    samples = settings.epochs * (N - settings.held_out_samples(N)) + measured(N, settings)
+    return Cost(
+        written=4 * (sae_parameters(spec, settings) + F),
+        read=(size if in_memory else samples * _sample_read(spec, settings.samples_a_step(spec.modality)))
+        + global_bytes(spec, N),
+        flops=training_flops(spec, settings, N),
+        memory=_PROCESS_BYTES
+        + in_memory * size
+        + global_bytes(spec, N)
+        + _optimised_bytes(spec, settings)
+        + _latents_bytes(spec, settings),
+    )
+
+
+def training_flops(spec: EncoderSpec, settings: SAESettings, N: int) -> float:
+    """Operations of an SAE's training: for a token x W_enc, 2 D F, and five products over k latents, 2 k D each.
 
     Those five are decoding, its gradients for weights and latents, and the encoder's for inputs and weights.
     """
     D, F, k = spec.width, settings.expansion * spec.width, settings.k
-    tokens = stored_tokens(spec)
-    parameters = 2 * D * F + D
-    samples_a_step = settings.batch_captions if spec.modality == "text" else settings.batch_samples
-    steps = settings.epochs * -(-N // samples_a_step)
-    evaluated = min(N, EVALUATED_SAMPLES)
-    size = tokens_bytes(spec, N)
-    in_memory = size <= IN_MEMORY_BYTES
-    read = size if in_memory else (settings.epochs * N + evaluated) * _sample_read(spec)
-    batch = max(samples_a_step, 32) * tokens
-    return Cost(
-        written=4 * (parameters + F),
-        read=read + global_bytes(spec, N),
-        flops=settings.epochs * N * tokens * (2 * D * F + 10 * k * D)
-        + steps * parameters * _ADAM_FLOPS
-        + evaluated * (tokens + 1) * (2 * D * F + 2 * k * D),
-        # Weights, gradients and both moments; latents before and after ReLU, and their order.
-        memory=_PROCESS_BYTES + in_memory * size + global_bytes(spec, N) + 4 * (4 * parameters + 3 * batch * F),
+    trained, tokens = N - settings.held_out_samples(N), stored_tokens(spec)
+    steps = settings.epochs * -(-trained // settings.samples_a_step(spec.modality))
+    return (
+        settings.epochs * trained * tokens * (2 * D * F + 10 * k * D)
+        + steps * sae_parameters(spec, settings) * _ADAM_FLOPS
+        + measured(N, settings) * (tokens + 1) * (2 * D * F + 2 * k * D)
     )
+
+
+def stream_cost(spec: EncoderSpec, settings: SAESettings, N: int, seeds: int, data_bytes: float = 0) -> Cost:
+    """A forward pass an epoch, and one more over what is held out or measured, with all SAEs of an encoder."""
+    kept, F = len(spec.layer_numbers()), settings.expansion * spec.width
+    last = settings.held_out_samples(N) or measured(N, settings)
+    passes = (settings.epochs * (N - settings.held_out_samples(N)) + last) / N
+    saes = kept * seeds
+    return Cost(
+        written=kept * global_bytes(spec, N) + saes * 4 * (sae_parameters(spec, settings) + F),
+        read=passes * data_bytes if spec.modality == "image" else 0,
+        flops=passes * N * forward_flops(spec) + saes * training_flops(spec, settings, N),
+        memory=_PROCESS_BYTES
+        + _forward_bytes(spec)
+        + saes * _optimised_bytes(spec, settings)
+        + _latents_bytes(spec, settings),
+    )
+
+
+def sae_parameters(spec: EncoderSpec, settings: SAESettings) -> int:
+    """Numbers that an SAE learns: W_enc, W_dec and b_dec."""
+    return 2 * spec.width * settings.expansion * spec.width + spec.width
+
+
+def measured(N: int, settings: SAESettings) -> int:
+    """Samples that metrics are taken over."""
+    return min(settings.held_out_samples(N) or N, EVALUATED_SAMPLES)
+
+
+def _optimised_bytes(spec: EncoderSpec, settings: SAESettings) -> int:
+    """Weights, gradients and both moments of an SAE."""
+    return 4 * 4 * sae_parameters(spec, settings)
+
+
+def _latents_bytes(spec: EncoderSpec, settings: SAESettings) -> int:
+    """Latents of one batch before and after ReLU, and their order."""
+    tokens = max(settings.samples_a_step(spec.modality), 32) * stored_tokens(spec)
+    return 4 * 3 * tokens * settings.expansion * spec.width
 
 
 def features_cost(spec: EncoderSpec, settings: SAESettings, N: int) -> Cost:
@@ -367,11 +429,11 @@ def _data_bytes(name: str, spec: DatasetSpec, N: int, results: Path) -> float:
     return N * _SAMPLE_BYTES
 
 
-def _sample_read(spec: EncoderSpec) -> float:
-    """Bytes of the chunks that a sample's tokens lie in, of a layer too large for memory."""
+def _sample_read(spec: EncoderSpec, at_once: int) -> float:
+    """Bytes of the chunks that a sample's tokens lie in, of a layer too large for memory, so many samples at once."""
     row = 2 * spec.width
     rows = max(1, CHUNK_BYTES // row)
-    return (1 + (stored_tokens(spec) - 1) / rows) * rows * row
+    return (1 + (at_once * stored_tokens(spec) - 1) / rows) * rows * row / at_once
 
 
 def _panels_read(F: int, width: int, N: int) -> int:

@@ -163,7 +163,7 @@ def layer_group(store: zarr.Group, layer: int, path: Path) -> Any:
 class RowWriter:
     """Appends rows to a two-dimensional array of unknown length, a whole shard at a time.
 
-    Where the array is there already, its first whole shards up to ``keep`` rows are kept, and rows go on from there.
+    Where the array is there already, its first ``keep`` rows are kept, and rows go on from there.
     """
 
     def __init__(
@@ -176,17 +176,14 @@ class RowWriter:
             # Activations are noise to a compressor: it would save some percent, and take longer than writing them.
             new_array(group, name, (0, width), dtype, (self._chunk, width), (self._shard, width), compressors=None)
         array: Any = group[name]
-        array = array.with_config(_EVERY_CHUNK)
-        array.resize((keep // self._shard * self._shard, width))
-        self._array = array
+        self._array = array.with_config(_EVERY_CHUNK)
+        self.written = keep // self._shard * self._shard
+        """Rows in whole shards, which are on disk."""
         # One buffer, and not a list of what was appended: that would leave holes in memory that grow with time.
         self._buffer = np.empty((self._shard, width), dtype)
-        self._filled = 0
-
-    @property
-    def written(self) -> int:
-        """Rows on disk, in whole shards until the writer is closed."""
-        return int(self._array.shape[0])
+        self._filled = keep - self.written
+        self._buffer[: self._filled] = self._array[self.written : keep]
+        self._array.resize((keep, width))
 
     def append(self, rows: NDArray[Any]) -> None:
         """Add rows ``[n, width]`` of the array's type."""
@@ -196,18 +193,16 @@ class RowWriter:
             self._filled += len(taken)
             rows = rows[len(taken) :]
             if self._filled == self._shard:
-                self._write()
+                self.flush()
+                self.written += self._shard
+                self._filled = 0
 
-    def close(self) -> None:
-        """Write what is left."""
+    def flush(self) -> None:
+        """Let the array on disk hold all rows so far."""
+        end = self.written + self._filled
+        self._array.resize((end, self._array.shape[1]))
         if self._filled:
-            self._write()
-
-    def _write(self) -> None:
-        start = self.written
-        self._array.resize((start + self._filled, self._array.shape[1]))
-        self._array[start:] = self._buffer[: self._filled]
-        self._filled = 0
+            self._array[self.written : end] = self._buffer[: self._filled]
 
 
 # Small enough to read one sample of a large encoder without its neighbours, large enough to read them all quickly.

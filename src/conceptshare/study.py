@@ -71,12 +71,12 @@ class SAESettings(Spec):
     """Pictures a step; a batch is all their tokens."""
     batch_captions: int = Field(default=256, ge=1)
     """The same for captions, which have fewer tokens."""
-    order_seed: int = Field(default=0, ge=0)
-    """Seed of the order of samples, which is the same for all layers and seeds, and another each epoch."""
     held_out: float = Field(default=0, ge=0, lt=1)
-    """Share of the samples, drawn by ``order_seed``, that is not trained on, and that metrics are then taken over."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """What x and W_enc are rounded to in the product that chooses the k latents; all else is float32."""
+    """Share of the samples, the last in the data set's order, that is not trained on, and that metrics are then taken
+    over."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """What x and W_enc are rounded to in the product that chooses the k latents; all else is float32. ``tf32`` is for
+    NVIDIA GPUs and stored tokens; other devices then take float32."""
     initial_b_dec: Literal["zeros", "mean"] = "zeros"
     """Where b_dec starts: at 0, or at the mean of the first batch."""
     encoder_bias: bool = False
@@ -100,6 +100,14 @@ class SAESettings(Spec):
         if isinstance(values, dict) and values.get("preset") == "gao":
             return _GAO | values
         return values
+
+    def held_out_samples(self, samples: int) -> int:
+        """How many of so many samples, the last ones, are not trained on."""
+        return int(samples * self.held_out)
+
+    def samples_a_step(self, modality: str) -> int:
+        """How many samples of a modality one step trains on."""
+        return self.batch_captions if modality == "text" else self.batch_samples
 
     def rate(self, latents: int) -> float:
         """The learning rate for F latents."""
@@ -165,6 +173,10 @@ class Study(Spec):
     """Encoders by name."""
     saes: dict[Name, Annotated[SAESettings, BeforeValidator(_or_empty)]] = Field(min_length=1)
     """SAE settings by name. Every analysis is done for each."""
+    stream: bool = False
+    """Whether an encoder's SAEs of all layers and seeds are trained while it reads the data set, and no tokens are
+    stored. They are the same SAEs; but each epoch is another forward pass, and a seed that is added trains all of its
+    encoder's anew."""
     analyses: Annotated[Analyses, BeforeValidator(_or_empty)] = Analyses()
     """What to compute."""
 
@@ -210,6 +222,11 @@ class Study(Spec):
         for name, settings in self.saes.items():
             for encoder, spec in self.encoders.items():
                 latents = settings.expansion * spec.width
+                if settings.precision == "tf32" and self.stream:
+                    raise ValueError(
+                        f"saes.{name}.precision: tf32 would also round the products of the encoder that a stream runs; "
+                        f"take bfloat16, or set stream: false"
+                    )
                 if settings.k > latents:
                     raise ValueError(
                         f"saes.{name}.k: {settings.k} is more than the {latents} latents that "
@@ -282,6 +299,13 @@ class Study(Spec):
     def members_key(self) -> str:
         """All needed members, as canonical JSON."""
         return _json([str(member) for member in self.members()])
+
+    def seeds_key(self, encoder: str) -> str:
+        """The seeds of the SAEs that a stream trains, as JSON: all that the encoder's entry lists, needed or not.
+
+        So studies with the same entry share a stream, whatever they analyse.
+        """
+        return _json(sorted(self.encoders[encoder].seeds))
 
     def matrix_key(self, name: str) -> str:
         """What a matrix depends on beside its inputs, as canonical JSON: its members and their groups."""

@@ -9,9 +9,7 @@ rule activations:
     log:
         "results/logs/{dataset}/activations/{encoder}.log",
     conda:
-        lambda w: (
-            "../../envs/mambavision.yaml" if STUDY.encoders[w.encoder].remote_code else "../../envs/conceptshare.yaml"
-        )
+        environment_of
     threads: 1
     resources:
         gpu=1,

@@ -48,6 +48,33 @@ def grown(megabytes_or_minutes):
     return lambda wildcards, attempt: megabytes_or_minutes * attempt
 
 
+def environment_of(wildcards):
+    """The conda environment of rules that run an encoder."""
+    own = STUDY.encoders[wildcards.encoder].remote_code
+    return "../../envs/mambavision.yaml" if own else "../../envs/conceptshare.yaml"
+
+
+def saes_folder(wildcards):
+    """The folder that an SAE setting's encoders lie in."""
+    results = f"results/{wildcards.dataset}"
+    return f"{results}/streams/{wildcards.sae}/saes" if STUDY.stream else f"{results}/saes/{wildcards.sae}"
+
+
+def saes_of(wildcards):
+    """The SAEs of a member: of all its layers, or the folder that a stream makes of them."""
+    folder = f"{saes_folder(wildcards)}/{wildcards.encoder}"
+    if STUDY.stream:
+        return [folder]
+    layers = STUDY.encoders[wildcards.encoder].layer_numbers()
+    return [f"{folder}/{layer_name(layer)}/seed-{wildcards.seed}/sae_weights.safetensors" for layer in layers]
+
+
+def activations_of(wildcards):
+    """The store with the global tokens of an encoder."""
+    streams = f"streams/{wildcards.sae}/" if STUDY.stream else ""
+    return f"results/{wildcards.dataset}/{streams}activations/{wildcards.encoder}.zarr"
+
+
 def folder_of(files):
     """The folder that stores of one kind lie in."""
     return str(Path(files[0]).parent)

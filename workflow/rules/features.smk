@@ -1,11 +1,8 @@
 # The SAE features of every sample's global token, in all layers.
 rule features:
     input:
-        activations=rules.activations.output,
-        saes=lambda w: [
-            f"results/{w.dataset}/saes/{w.sae}/{w.encoder}/{layer_name(layer)}/seed-{w.seed}/sae_weights.safetensors"
-            for layer in STUDY.encoders[w.encoder].layer_numbers()
-        ],
+        activations=activations_of,
+        saes=saes_of,
         code=code("features.py"),
     output:
         directory("results/{dataset}/features/{sae}/{encoder}@{seed}.zarr"),
@@ -19,7 +16,7 @@ rule features:
         mem_mb=grown(8000),
         runtime=grown(120),
     params:
-        saes=lambda w, input: str(Path(input.saes[0]).parents[2]),
+        saes=lambda w: f"{saes_folder(w)}/{w.encoder}",
     shell:
         "python -m conceptshare features --activations {input.activations:q} --saes {params.saes:q}"
         " --seed {wildcards.seed} --threads {threads} --out {output:q} > {log:q} 2>&1"

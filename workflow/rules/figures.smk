@@ -119,6 +119,18 @@ rule figures_saes:
             },
         ),
         pdf="results/studies/{study}/{dataset}/{sae}/saes.pdf",
+        members=report(
+            directory("results/studies/{study}/{dataset}/{sae}/saes"),
+            patterns=["{member}.png"],
+            caption="../report/saes_member.rst",
+            category="SAE training",
+            labels={
+                "analysis": "{member}",
+                "data set": "{dataset}",
+                "SAEs": "{sae}",
+                "type": "figure",
+            },
+        ),
     log:
         "results/logs/studies/{study}/{dataset}/{sae}/saes.figure.log",
     conda:
@@ -128,7 +140,7 @@ rule figures_saes:
         mem_mb=grown(2000),
         runtime=grown(30),
     params:
-        saes="results/{dataset}/saes/{sae}",
+        saes=saes_folder,
     shell:
         "python -m conceptshare figures saes --table {input.table:q} --saes {params.saes:q}"
         " --out {output.png:q} > {log:q} 2>&1"

@@ -138,7 +138,7 @@ rule metrics_saes:
         runtime=grown(30),
     params:
         members=STUDY.members_key(),
-        saes="results/{dataset}/saes/{sae}",
+        saes=saes_folder,
         features=lambda w, input: folder_of(input.features),
     shell:
         "python -m conceptshare metrics saes --members {params.members:q} --saes {params.saes:q}"

@@ -40,45 +40,62 @@ class Measured:
     """``[F]`` share of tokens for which each latent reached the decoder above 0."""
 
 
-@torch.no_grad()
 def evaluate(sae: TopKSAE, batches: Iterable[Tensor]) -> Measured:
     """Measure an SAE over all rows of the batches ``[rows, D]``, in float64 and one pass, where the SAE is."""
-    F, D = sae.W_dec.shape
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(*shape, dtype=torch.float64, device=sae.W_dec.device)
-
-    n = 0
-    error, active, cosine, ratio = zeros(1), zeros(1), zeros(1), zeros(1)
-    total, square, counts = zeros(D), zeros(D), zeros(F)
+    measuring = Measuring(sae)
     for batch in batches:
-        x = batch.to(sae.W_dec.device)
-        latents = sae.top_k(x)
-        reconstruction, x = sae.decode(latents).double(), x.double()
-        n += len(x)
-        total += x.sum(0)
-        square += x.square().sum(0)
-        error += (reconstruction - x).square().sum()
+        measuring.add(batch)
+    return measuring.result()
+
+
+class Measuring:
+    """What is known of an SAE so far, while its tokens come batch by batch."""
+
+    def __init__(self, sae: TopKSAE) -> None:
+        F, D = sae.W_dec.shape
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=sae.W_dec.device)
+
+        self._sae = sae
+        self._tokens = 0
+        self._error, self._active, self._cosine, self._ratio = zeros(1), zeros(1), zeros(1), zeros(1)
+        self._total, self._square, self._counts = zeros(D), zeros(D), zeros(F)
+
+    @torch.no_grad()
+    def add(self, batch: Tensor) -> None:
+        """Measure ``batch [rows, D]``."""
+        x = batch.to(self._sae.W_dec.device)
+        latents = self._sae.top_k(x)
+        reconstruction, x = self._sae.decode(latents).double(), x.double()
+        self._tokens += len(x)
+        self._total += x.sum(0)
+        self._square += x.square().sum(0)
+        self._error += (reconstruction - x).square().sum()
         lengths, reconstructed = x.norm(dim=1), reconstruction.norm(dim=1)
         # A token of length 0 has no direction, and none of its reconstruction is right.
-        cosine += ((reconstruction * x).sum(1) / (lengths * reconstructed).clamp(min=1e-30)).sum()
-        ratio += (reconstructed / lengths.clamp(min=1e-30)).sum()
+        self._cosine += ((reconstruction * x).sum(1) / (lengths * reconstructed).clamp(min=1e-30)).sum()
+        self._ratio += (reconstructed / lengths.clamp(min=1e-30)).sum()
         above = (latents.values > 0).double()
-        active += above.sum()
-        counts.index_add_(0, latents.indices.flatten(), above.flatten())
-    variance = float((square - total.square() / n).sum())
-    fvu = float(error) / variance if variance > 0 else float("nan")
-    density = counts.cpu().numpy() / n
-    quality = Quality(
-        tokens=n,
-        fvu=fvu,
-        explained_variance=1 - fvu,
-        cosine=float(cosine) / n,
-        l2_ratio=float(ratio) / n,
-        l0=float(active) / n,
-        dead=float((density == 0).mean()),
-    )
-    return Measured(quality, density)
+        self._active += above.sum()
+        self._counts.index_add_(0, latents.indices.flatten(), above.flatten())
+
+    def result(self) -> Measured:
+        """Over all that was added."""
+        n = self._tokens
+        variance = float((self._square - self._total.square() / n).sum())
+        fvu = float(self._error) / variance if variance > 0 else float("nan")
+        density = self._counts.cpu().numpy() / n
+        quality = Quality(
+            tokens=n,
+            fvu=fvu,
+            explained_variance=1 - fvu,
+            cosine=float(self._cosine) / n,
+            l2_ratio=float(self._ratio) / n,
+            l0=float(self._active) / n,
+            dead=float((density == 0).mean()),
+        )
+        return Measured(quality, density)
 
 
 def density_histogram(density: NDArray[np.float64]) -> list[tuple[str, float, int]]:

@@ -1,6 +1,8 @@
 """The model, and the folder that holds one, which SAELens reads too."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
 from conceptshare.errors import NumericsError, StoreError
+from conceptshare.sae_folder import other_meaning
 
 # The layout that this file writes was tried with this version of SAELens.
 _SAE_LENS_VERSION = "6.54.12"
@@ -64,8 +67,8 @@ class TopKSAE(nn.Module):
 
         Args:
             x: tokens.
-            precision: with bfloat16, x and W_enc are rounded to it for the product that chooses the latents; their
-                values are computed in float32 all the same.
+            precision: with bfloat16 or tf32, x and W_enc are rounded to it for the product that chooses the latents;
+                their values are computed in float32 all the same.
             k: how many; the model's own k without it.
             among: ``[F]`` bool, the latents to choose from. Of others, values are 0. Without it, all.
         """
@@ -88,9 +91,12 @@ class _TopLatents(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, W_enc_T: Tensor, b_enc: Tensor, k: int, precision: str, among: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        rounded = precision == "bfloat16"
-        if rounded:
+        rounded = precision != "float32"
+        if precision == "bfloat16":
             products = torch.addmm(b_enc.bfloat16(), x.bfloat16(), W_enc_T.bfloat16().T)
+        elif precision == "tf32":
+            with _tf32():
+                products = torch.addmm(b_enc, x, W_enc_T.T)
         else:
             products = torch.addmm(b_enc, x, W_enc_T.T)
         if among is not None:
@@ -116,6 +122,17 @@ class _TopLatents(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             b_gradient = x.new_zeros(len(W_enc_T)).index_add_(0, indices.flatten(), latent_gradients.flatten())
         return x_gradient.detach(), W_gradient, b_gradient, None, None, None
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """Let GPUs keep ten bits of each factor of a product, in all threads of the process."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _weighted_sum(indices: Tensor, W: Tensor, weights: Tensor) -> Tensor:
@@ -167,21 +184,27 @@ def save_sae(sae: TopKSAE, folder: Path, model_name: str, hook_name: str) -> Non
 
 
 def load_sae(folder: Path | str) -> TopKSAE:
-    """Load an SAE that `save_sae` wrote.
+    """Load an SAE that `save_sae` wrote, or one of SAELens's that computes the same.
 
     Raises:
-        StoreError: where the folder holds none, or its files do not fit one another.
+        StoreError: where the folder holds none, its files do not fit one another, or its weights mean something else.
     """
     folder = Path(folder)
     try:
         config = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+        if other := other_meaning(config):
+            said = ", ".join(f"{key} = {value!r}" for key, value in other.items())
+            raise StoreError(
+                f"{folder}: cfg.json says {said}, so that its weights mean something else here; convert it with "
+                f"`conceptshare sae import {folder} --out FOLDER`"
+            )
         tensors = load_file(folder / "sae_weights.safetensors")
         sae = TopKSAE(config["d_in"], config["d_sae"], config["k"])
-        with torch.no_grad():
-            sae.W_enc_T.copy_(tensors["W_enc"].T)
-            sae.b_enc.copy_(tensors["b_enc"])
-            sae.W_dec.copy_(tensors["W_dec"])
-            sae.b_dec.copy_(tensors["b_dec"])
+        # Strict in names and shapes: a tensor of another library's would have a meaning that is not known here.
+        sae.load_state_dict({"W_enc_T": tensors.pop("W_enc").T, **tensors})
+    except StoreError:
+        raise
     except Exception as error:  # a damaged file fails in as many ways as there are bytes in it
-        raise StoreError(f"{folder}: no readable SAE there ({error}); run the sae stage") from error
+        said = " ".join(str(error).split())
+        raise StoreError(f"{folder}: no readable SAE there ({said}); run the sae stage") from error
     return sae

@@ -1,0 +1,140 @@
+"""The training of one SAE, step by step."""
+
+import torch
+from torch import Tensor
+
+from conceptshare.sae._model import TopK, TopKSAE
+from conceptshare.study import SAESettings
+
+_STEPS_BETWEEN_LOOKS = 50
+
+
+class Trainer:
+    """The training of one SAE, a batch at a time, with all of its state.
+
+    Args:
+        width: D.
+        settings: size and optimisation.
+        seed: of the initial weights.
+        steps: how many steps there will be.
+        device: where to train.
+    """
+
+    def __init__(self, width: int, settings: SAESettings, seed: int, steps: int, device: torch.device) -> None:
+        self._settings = settings
+        generator = torch.Generator().manual_seed(seed)
+        self.sae = TopKSAE(width, settings.expansion * width, settings.k, generator).to(device)
+        self.sae.b_enc.requires_grad_(settings.encoder_bias)
+        trained = [parameter for parameter in self.sae.parameters() if parameter.requires_grad]
+        self._rate = settings.rate(len(self.sae.W_dec))
+        self._adam = torch.optim.Adam(trained, lr=self._rate, fused=True)
+        self.losses = torch.zeros(steps, device=device)
+        """``[steps]`` mean squared error of each step so far; 0 after that."""
+        self.step = 0
+        """Steps done."""
+        self._scale = torch.ones((), device=device)
+        self._seen = 0
+        # The count of tokens at which each latent was last active, and whether some were dead when that was looked at.
+        self._last_active = torch.zeros(len(self.sae.W_dec), dtype=torch.int64, device=device)
+        self._some_dead = False
+
+    def train_on(self, x: Tensor) -> None:
+        """One step on the tokens ``x [T, D]``."""
+        if self.step == 0:
+            self._begin(x)
+        x = x * self._scale if self._settings.scale_inputs else x
+        latents = self.sae.top_k(x, self._settings.precision)
+        reconstruction = self.sae.decode(latents)
+        loss = (reconstruction - x).square().mean()
+        self.losses[self.step] = (loss / self._scale**2).detach()
+        if self._settings.auxk:
+            self._count(latents, len(x))
+            if self._some_dead:
+                loss = loss + self._settings.auxk * self._revival(x, reconstruction)
+        self._adam.zero_grad()
+        torch.autograd.backward(loss)
+        self._descend()
+        self.step += 1
+
+    def finish(self) -> TopKSAE:
+        """The SAE, for tokens as they are: their scaling is folded into its weights."""
+        with torch.no_grad():
+            self.sae.W_enc_T.mul_(self._scale)
+            self.sae.W_dec.div_(self._scale)
+            self.sae.b_dec.div_(self._scale)
+            self._scale.fill_(1)
+        return self.sae
+
+    @torch.no_grad()
+    def _begin(self, x: Tensor) -> None:
+        if self._settings.scale_inputs:
+            self._scale.copy_(x.shape[1] ** 0.5 / x.norm(dim=1).mean())
+        if self._settings.initial_b_dec == "mean":
+            self.sae.b_dec.copy_(x.mean(0) * self._scale)
+
+    @torch.no_grad()
+    def _descend(self) -> None:
+        if self._settings.unit_norm_decoder:
+            # What would only change a row's length is taken out of its gradient: Adam's moments would keep it.
+            W, gradient = self.sae.W_dec, self.sae.W_dec.grad
+            assert gradient is not None
+            gradient -= (gradient * W).sum(1, keepdim=True) * W
+        if self._settings.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self._settings.clip_norm, foreach=True)
+        for group in self._adam.param_groups:
+            group["lr"] = self._rate * rate_share(self.step, len(self.losses), self._settings)
+        self._adam.step()
+        if self._settings.unit_norm_decoder:
+            self.sae.W_dec.div_(self.sae.W_dec.norm(dim=1, keepdim=True))
+
+    @torch.no_grad()
+    def _count(self, latents: TopK, tokens: int) -> None:
+        self._seen += tokens
+        now = torch.where(latents.values > 0, self._seen, 0)
+        self._last_active.scatter_reduce_(0, latents.indices.flatten(), now.flatten(), "amax")
+        if self.step % _STEPS_BETWEEN_LOOKS == 0:  # looking makes a GPU wait
+            self._some_dead = bool(self._dead().any())
+
+    def _dead(self) -> Tensor:
+        return self._seen - self._last_active > self._settings.dead_after
+
+    def _revival(self, x: Tensor, reconstruction: Tensor) -> Tensor:
+        """Mean squared error of the dead latents' reconstruction of what the others left, without b_dec."""
+        k = min(self._settings.auxk_latents, len(self.sae.W_dec))
+        latents = self.sae.top_k(x, self._settings.precision, k, among=self._dead())
+        left = (x - reconstruction).detach()
+        return (self.sae.decode(latents) - self.sae.b_dec - left).square().mean()
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, on the CPU."""
+        state = {f"sae.{name}": x for name, x in self.sae.state_dict().items()}
+        for name, parameter in self.sae.named_parameters():
+            state |= {f"adam.{name}.{key}": x for key, x in self._adam.state.get(parameter, {}).items()}
+        state |= {"losses": self.losses, "scale": self._scale, "last_active": self._last_active}
+        counts = {"step": self.step, "seen": self._seen, "some_dead": self._some_dead}
+        state |= {name: torch.tensor(int(count)) for name, count in counts.items()}
+        return {name: x.detach().cpu().contiguous() for name, x in state.items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from a state."""
+        weights = {name.removeprefix("sae."): x for name, x in state.items() if name.startswith("sae.")}
+        self.sae.load_state_dict(weights)
+        for name, parameter in self.sae.named_parameters():
+            start = f"adam.{name}."
+            own = {key.removeprefix(start): x for key, x in state.items() if key.startswith(start)}
+            if own:
+                self._adam.state[parameter] = {
+                    key: x if key == "step" and parameter.device.type == "cpu" else x.to(parameter.device)
+                    for key, x in own.items()
+                }
+        self.losses.copy_(state["losses"])
+        self._scale.copy_(state["scale"])
+        self._last_active.copy_(state["last_active"])
+        self.step, self._seen, self._some_dead = int(state["step"]), int(state["seen"]), bool(state["some_dead"])
+
+
+def rate_share(step: int, steps: int, settings: SAESettings) -> float:
+    """The share of the learning rate at a step, counted from 0: rising over the first steps, falling over the last."""
+    rising = (step + 1) / settings.warmup_steps if settings.warmup_steps else 1.0
+    falling = (steps - step) / (settings.decay_share * steps) if settings.decay_share else 1.0
+    return min(rising, falling, 1.0)

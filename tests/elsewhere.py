@@ -1,0 +1,34 @@
+"""Runs SAELens's and sparsify's real code, in a process of its own.
+
+What they import and do not need to load, save or apply an SAE is stood in for there: reports to a website (wandb), and
+the placing and descending of a training (accelerate, schedulefree). transformers would act otherwise in every other
+test if accelerate were installed.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+_STAND_INS = """
+import importlib.machinery, sys
+from unittest.mock import MagicMock
+
+for name in ("wandb", "accelerate", "accelerate.utils", "schedulefree"):
+    sys.modules[name] = MagicMock(__spec__=importlib.machinery.ModuleSpec(name, None))
+"""
+
+
+def run_elsewhere(libraries, code, *arguments, cwd=None):
+    """Run code that may import these libraries; skipped where they are not installed (tests/requirements.txt)."""
+    for library in libraries:
+        if importlib.util.find_spec(library) is None:
+            pytest.skip(f"{library} is not installed")
+    # sparsify decodes with Triton wherever it is installed, which a CPU cannot run.
+    environment = os.environ | {"SPARSIFY_DISABLE_TRITON": "1"}
+    command = [sys.executable, "-c", _STAND_INS + code, *map(str, arguments)]
+    ended = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout

@@ -1,0 +1,104 @@
+"""The miniature study with `stream: true`: the same results without stored tokens, and still only new work runs."""
+
+import pytest
+
+from .conftest import LAYERS, encoder_entry
+from .test_planning import ALWAYS, SAE_REPORT, TABLES_AND_FIGURES
+
+
+@pytest.fixture(scope="module")
+def streamed(fresh, tmp_path_factory):
+    """The miniature study after a run that stores no tokens."""
+    project = fresh.copy(tmp_path_factory.mktemp("streamed") / "clone")
+    project.config = project.config | {"stream": True}
+    result = project.run("--cores", "2")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return project
+
+
+@pytest.fixture
+def stream(streamed, tmp_path):
+    """A streamed miniature study to change."""
+    return streamed.copy(tmp_path / "clone")
+
+
+def contents(folder, pattern):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob(pattern) if path.is_file()}
+
+
+def test_a_fresh_study_plans_one_job_an_encoder(new_study):
+    new_study.config = new_study.config | {"stream": True}
+    rest = {"features": 3, "correlations": 2, **TABLES_AND_FIGURES, **ALWAYS}
+    assert new_study.plan() == {"dataset": 1, "weights": 2, "stream": 2, **rest}
+
+
+def test_every_sae_feature_and_table_is_that_of_stored_tokens(finished, streamed):
+    results = [project.folder / "results" for project in (finished, streamed)]
+    saes = contents(results[0] / "squares/saes/tiny", "*")
+    assert len(saes) == 5 * 3 * LAYERS
+    stamps = {f"{encoder}/.snakemake_timestamp": b"" for encoder in ("reader", "viewer")}
+    assert contents(results[1] / "squares/streams/tiny/saes", "*") == saes | stamps
+    for place, pattern in [("studies", "*.csv"), ("squares/features", "*")]:
+        one, other = (contents(folder / place, pattern) for folder in results)
+        assert one == other
+        assert one
+
+
+def test_no_tokens_are_stored(streamed):
+    assert list((streamed.folder / "results").rglob("tokens")) == []
+    assert not (streamed.folder / "results/squares/activations").exists()
+
+
+def test_a_finished_stream_plans_nothing(stream):
+    assert stream.plan() == {}
+
+
+def test_an_added_encoder_plans_its_own_jobs_its_pairs_and_what_aggregates(stream):
+    config = stream.config
+    config["encoders"]["added"] = encoder_entry("./models/second-reader", "text", "language")
+    stream.config = config
+    assert stream.plan() == {
+        "weights": 1,
+        "stream": 1,
+        "features": 1,
+        "correlations": 2,
+        "metrics_matrix": 1,
+        "figures_matrix": 1,
+        **SAE_REPORT,
+        **ALWAYS,
+    }
+
+
+def test_a_new_analysis_of_what_is_there_trains_nothing(stream):
+    config = stream.config
+    config["analyses"]["layerwise"]["both"] = {"pairs": [["reader@1", "viewer"]]}
+    stream.config = config
+    planned = stream.plan()
+    assert "stream" not in planned
+    assert planned["correlations"] == 1
+
+
+def test_an_added_seed_trains_its_encoders_anew_and_no_others(stream):
+    config = stream.config
+    config["encoders"]["viewer"]["seeds"] = [0, 1]
+    stream.config = config
+    assert stream.plan()["stream"] == 1
+
+
+def test_a_changed_setting_trains_all_anew_and_a_second_one_leaves_the_first_alone(stream):
+    config = stream.config
+    config["saes"]["tiny"]["k"] = 3
+    stream.config = config
+    changed = stream.plan()
+    config["saes"]["tiny"]["k"] = 4
+    config["saes"]["sparser"] = {"expansion": 2, "k": 2, "learning_rate": 1e-2}
+    stream.config = config
+    assert changed == stream.plan()
+    assert changed["stream"] == 2
+
+
+def test_going_back_to_stored_tokens_makes_them(stream):
+    stream.config = stream.config | {"stream": False}
+    planned = stream.plan()
+    assert (planned["activations"], planned["sae"], planned["features"]) == (2, 3 * LAYERS, 3)
+    assert "stream" not in planned

@@ -1,0 +1,28 @@
+# The SAEs of all layers and seeds of an encoder, trained while it reads a data set, where the study says `stream: true`.
+# They are those of the rules `activations` and `sae`, without the tokens in between.
+rule stream:
+    input:
+        data=rules.dataset.output,
+        weights=rules.weights.output,
+        code=code("activations.py", "encoders/*.py", "sae/*.py"),
+    output:
+        saes=directory("results/{dataset}/streams/{sae}/saes/{encoder}"),
+        activations=directory("results/{dataset}/streams/{sae}/activations/{encoder}.zarr"),
+    log:
+        "results/logs/{dataset}/streams/{sae}/{encoder}.log",
+    conda:
+        environment_of
+    threads: 1
+    resources:
+        gpu=1,
+        mem_mb=grown(24000),
+        runtime=grown(1440),
+    params:
+        spec=lambda w: STUDY.encoders[w.encoder].activations_key(),
+        settings=lambda w: STUDY.sae_key(w.sae),
+        seeds=lambda w: STUDY.seeds_key(w.encoder),
+        data=lambda w, input: folder_of(input.data),
+    shell:
+        "python -m conceptshare stream --encoder {params.spec:q} --weights {input.weights:q} --data {params.data:q}"
+        " --settings {params.settings:q} --seeds {params.seeds:q} --workers {threads} --saes {output.saes:q}"
+        " --activations {output.activations:q} > {log:q} 2>&1"
