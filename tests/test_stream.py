@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from conceptshare.dataset import Data, make_dataset
 from conceptshare.encoders import load_encoder
 from conceptshare.errors import NumericsError, StoreError
 from conceptshare.features import record_features
-from conceptshare.sae import train_sae, train_stream
+from conceptshare.sae import _order, train_sae, train_stream
 from conceptshare.sae._checkpoints import PREEMPTED
 from conceptshare.store import layer_name, open_store
 from conceptshare.study import SAESettings
@@ -143,6 +144,15 @@ def test_each_epoch_is_one_forward_pass_and_what_is_held_out_is_read_once(
     assert set(read) == set(range(SAMPLES))
 
 
+def test_what_is_held_out_and_not_measured_is_read_for_its_global_tokens(
+    encoder_of, data_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(_order, "_EVALUATED_SAMPLES", 6)
+    encoder, data, settings = encoder_of(models.bert), Data(data_folder), SAESettings(**SETTINGS, held_out=0.5)
+    streamed(encoder, data, settings, tmp_path / "streamed")
+    assert_the_same(stored(encoder, data, settings, tmp_path / "stored"), tmp_path / "streamed")
+
+
 def test_features_need_nothing_but_what_a_stream_leaves(encoder_of, data_folder, tmp_path):
     encoder, data, settings = encoder_of(models.bert), Data(data_folder), SAESettings(**SETTINGS)
     for make in (stored, streamed):
@@ -213,15 +223,22 @@ def test_a_stream_that_is_killed_at_any_moment_goes_on_and_ends_with_the_same_by
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-def test_a_stream_that_is_asked_to_stop_saves_and_exits_with_a_code_of_its_own(encoder_of, data_folder, tmp_path):
-    encoder, settings = encoder_of(models.bert), SAESettings(**SETTINGS, epochs=2)
+def test_a_stream_that_is_asked_to_stop_saves_and_exits_with_a_code_of_its_own(
+    encoder_of, data_folder, tmp_path, monkeypatch
+):
+    encoder, settings, read = encoder_of(models.bert), SAESettings(**SETTINGS, epochs=2, held_out=0.2), []
     streamed(encoder, Data(data_folder), settings, tmp_path / "whole")
     stopped = run_stream(encoder, data_folder, settings, tmp_path / "stopped", signal.SIGTERM, last=30)
     assert stopped.returncode == PREEMPTED
     assert "tiny: asked to stop at step" in stopped.stderr
     assert not (tmp_path / "stopped" / "tiny").exists()
+    step = int(re.search(r"asked to stop at step (\d+) of 12;", stopped.stderr)[1])
+    assert 0 < step < 6
+    monkeypatch.setattr(Data, "caption", lambda self, row, caption=Data.caption: read.append(row) or caption(self, row))
     streamed(encoder, Data(data_folder), settings, tmp_path / "stopped")
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+    # What the first epoch had left, the second, and what is held out: not what was read before.
+    assert len(read) <= (38 - 7 * step) + 38 + 9 + 4 * BLOCK
 
 
 def test_a_torn_state_of_one_sae_takes_all_to_the_checkpoint_before(encoder_of, data_folder, tmp_path, capsys):
