@@ -359,6 +359,22 @@ def test_a_killed_extraction_goes_on_at_its_last_finished_shard_and_ends_with_th
     assert sorted(path.name for path in out.parent.iterdir()) == ["tiny.zarr", "weights.json"]
 
 
+@pytest.mark.parametrize("lost", ["layer-02/tokens/c/0/0", "layer-00/global/c/0/0", "offsets/c/0", "global_rows/c/0"])
+def test_a_chunk_that_an_unfinished_store_lost_is_an_error_and_then_made_again(data_folder, tmp_path, lost):
+    spec = batched(models.bert(tmp_path / "model").spec, batch_size=2)
+    out = tmp_path / "tiny.zarr"
+    whole = run_extraction(spec, data_folder, out)
+    expected = bytes_of(out)
+    shutil.rmtree(out)
+    assert run_extraction(spec, data_folder, out, int(whole.stdout) - 5).returncode == -signal.SIGKILL
+    (tmp_path / "tiny.zarr.partial" / lost).unlink()
+    damaged = run_extraction(spec, data_folder, out)
+    assert damaged.returncode == 1
+    assert "tiny.zarr: what an earlier attempt left of it is damaged" in damaged.stderr
+    assert run_extraction(spec, data_folder, out).returncode == 0
+    assert bytes_of(out) == expected
+
+
 @pytest.mark.parametrize("change", ["spec", "weights"])
 def test_what_was_left_of_another_extraction_is_not_gone_on_with(data_folder, tmp_path, change):
     spec = batched(models.bert(tmp_path / "model").spec, batch_size=2)

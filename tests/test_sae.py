@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -771,6 +772,52 @@ def test_a_torn_checkpoint_is_noticed_and_the_one_before_used(activations, tmp_p
     assert f"{newest.parent}: not whole; using the checkpoint before it" in said
     assert "going on at step 2 of 4" in said
     assert contents(tmp_path / "torn") == contents(tmp_path / "whole")
+
+
+def cut_all(folder):
+    for file in folder.glob("*/*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-100])
+
+
+def garble_what_they_are_of(folder):
+    (folder / "of.json").write_bytes(b"\xff\xfe" * 99)
+
+
+def put_a_file_in_place_of_a_step(folder):
+    newest = max(folder.glob("0*"))
+    shutil.rmtree(newest)
+    newest.write_text("no folder")
+
+
+def put_a_file_in_place_of_all(folder):
+    shutil.rmtree(folder)
+    folder.write_text("no folder")
+
+
+@pytest.mark.parametrize(
+    "damage", [cut_all, garble_what_they_are_of, put_a_file_in_place_of_a_step, put_a_file_in_place_of_all]
+)
+def test_damaged_checkpoints_are_left_behind_and_new_ones_kept(activations, tmp_path, damage):
+    settings = SETTINGS.model_copy(update={"epochs": 5})
+    train_sae(activations, 3, settings, seed=0, out=tmp_path / "whole")
+    out = tmp_path / "damaged"
+    assert run_training(activations, out, last=9, settings=settings).returncode == -signal.SIGKILL
+    damage(tmp_path / "damaged.checkpoints")
+    stopped = run_training(activations, out, signal.SIGTERM, last=3, settings=settings)
+    if damage is put_a_file_in_place_of_a_step:  # the one before it is whole, and step 3 past
+        assert "going on at step 7" in stopped.stderr
+    else:
+        assert stopped.returncode == PREEMPTED, stopped.stderr
+        assert "going on at step 3" in run_training(activations, out, settings=settings).stderr
+    assert contents(out) == contents(tmp_path / "whole")
+    assert not (tmp_path / "damaged.checkpoints").exists()
+
+
+def test_a_training_that_diverges_in_its_last_step_is_an_error(activations, tmp_path):
+    settings = SETTINGS.model_copy(update={"learning_rate": 1e38, "batch_samples": 1000})
+    with pytest.raises(NumericsError, match=r"the loss is not finite from step 1 on"):
+        train_sae(activations, 3, settings, seed=0, out=tmp_path / "sae")
+    assert not (tmp_path / "sae").exists()
 
 
 def test_checkpoints_of_another_training_are_not_gone_on_with(activations, tmp_path, capsys):

@@ -20,7 +20,7 @@ from conceptshare.activations import TokenReader, extract_activations
 from conceptshare.catalog import DatasetSpec, EncoderSpec
 from conceptshare.dataset import Data, make_dataset
 from conceptshare.encoders import load_encoder
-from conceptshare.errors import NumericsError, StoreError
+from conceptshare.errors import NumericsError, StoreError, StudyError
 from conceptshare.features import record_features
 from conceptshare.sae import _order, train_sae, train_stream
 from conceptshare.sae._checkpoints import PREEMPTED
@@ -256,6 +256,38 @@ def test_a_torn_state_of_one_sae_takes_all_to_the_checkpoint_before(encoder_of, 
     assert contents(tmp_path / "torn") == contents(tmp_path / "whole")
 
 
+def lose_a_chunk(store):
+    (store / "layer-01/global/c/0/0").unlink()
+
+
+def cut_a_chunk(store):
+    chunk = store / "layer-01/global/c/0/0"
+    chunk.write_bytes(chunk.read_bytes()[:50])
+
+
+def cut_an_arrays_metadata(store):
+    metadata = store / "layer-01/global/zarr.json"
+    metadata.write_text(metadata.read_text()[:50])
+
+
+@pytest.mark.parametrize("damage", [lose_a_chunk, cut_a_chunk, cut_an_arrays_metadata])
+def test_a_damaged_unfinished_store_is_an_error_and_then_made_again(damage, encoder_of, data_folder, tmp_path):
+    encoder, settings = encoder_of(models.bert), SAESettings(**SETTINGS, held_out=0.2)
+    streamed(encoder, Data(data_folder), settings, tmp_path / "whole")
+    assert run_stream(encoder, data_folder, settings, tmp_path / "k", last=40).returncode == -signal.SIGKILL
+    damage(tmp_path / "k" / "tiny.zarr.partial")
+    with pytest.raises(StoreError, match=r"tiny.zarr: what an earlier attempt left of it is damaged .* run again"):
+        streamed(encoder, Data(data_folder), settings, tmp_path / "k")
+    streamed(encoder, Data(data_folder), settings, tmp_path / "k")
+    assert contents(tmp_path / "k") == contents(tmp_path / "whole")
+
+
+def test_precisions_that_would_change_the_encoder_too_are_refused(encoder_of, data_folder, tmp_path):
+    with pytest.raises(StudyError, match=r"precision: tf32 would also round the products of the encoder"):
+        streamed(encoder_of(models.bert), Data(data_folder), SAESettings(precision="tf32"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_checkpoints_of_other_settings_are_not_gone_on_with(encoder_of, data_folder, tmp_path, capsys):
     encoder, settings = encoder_of(models.bert), SAESettings(**SETTINGS)
     other = settings.model_copy(update={"learning_rate": 1e-3})
@@ -290,7 +322,21 @@ def test_the_command_line_streams(encoder_of, data_folder, tmp_path):
     cli = [sys.executable, "-m", "conceptshare"]
     text = json.dumps(json.loads(spec.model_dump_json(exclude_none=True)))
     run([*cli, "weights", "--encoder", text, "--out", tmp_path / "weights.json"], check=True)
-    options = ["--data", data_folder, "--settings", json.dumps(SETTINGS), "--seeds", "[0, 3]", "--workers", "2"]
+    options = [
+        "--data",
+        data_folder,
+        "--settings",
+        json.dumps(SETTINGS),
+        "--seed",
+        "0",
+        "--seed",
+        "3",
+        "--workers",
+        "2",
+    ]
     where = ["--saes", tmp_path / "tiny", "--activations", tmp_path / "tiny.zarr"]
     run([*cli, "stream", "--encoder", text, "--weights", tmp_path / "weights.json", *options, *where], check=True)
+    refused = run([*cli, "stream", "--seed", "a", *where], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "Traceback" not in refused.stderr
     assert sorted(path.name for path in (tmp_path / "tiny").glob("*/*")) == sorted(["seed-0", "seed-3"] * spec.layers)

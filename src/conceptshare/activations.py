@@ -27,7 +27,16 @@ from conceptshare.dataset import Data
 from conceptshare.encoders import Activations, Batch, Encoder
 from conceptshare.errors import EncoderError, StoreError
 from conceptshare.progress import progress, say
-from conceptshare.store import RowWriter, as_float16, layer_group, layer_name, new_array, new_store, open_store
+from conceptshare.store import (
+    RowWriter,
+    as_float16,
+    gone_on_with,
+    layer_group,
+    layer_name,
+    new_array,
+    new_store,
+    open_store,
+)
 
 KIND = "activations"
 
@@ -62,7 +71,8 @@ def extract_activations(encoder: Encoder, data: Data, out: Path, threads: int = 
     described = describe(encoder, data, out.stem)
     started = time.monotonic()
     with new_store(out, KIND, described, resume=True) as store, ThreadPoolExecutor(1) as writing:
-        recorder = _Recorder(store, spec, len(data))
+        with gone_on_with(out):
+            recorder = _Recorder(store, spec, len(data))
         starts = range(recorder.start, len(data), spec.batch_size)
         if recorder.start:
             say(f"{out.stem}: going on at sample {recorder.start:,}, from what an earlier attempt left")
@@ -226,6 +236,9 @@ class _Recorder:
             if name not in store:
                 new_array(store, name, (length,), np.int64, chunks=(min(length, _INDEX_ROWS),))[...] = 0
         offsets = self._store["offsets"][: progress["samples"] + 1]
+        global_rows = self._store["global_rows"][: progress["samples"]]
+        if ((global_rows < offsets[:-1]) | (global_rows >= offsets[1:])).any():
+            raise ValueError("offsets and global_rows do not fit one another")
         whole = int(np.searchsorted(offsets[1:], progress["rows"], side="right"))
         self.start = whole // spec.batch_size * spec.batch_size
         """The first sample that has to be read again; batches are the same as in one go."""

@@ -109,7 +109,7 @@ def sae_train(
     layer: Annotated[int, typer.Option(help="The layer to train on, from 0.")],
     out: Out,
     settings: Annotated[str, typer.Option(help="Keys and values as JSON; what is left out is the paper's.")] = "{}",
-    seed: Annotated[int, typer.Option(help="Of the initial weights and the order of samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the initial weights.", min=0)] = 0,
     threads: Threads = 1,
 ) -> None:
     """Train a sparse autoencoder on one layer."""
@@ -158,7 +158,9 @@ def stream(
     saes: Annotated[Path, typer.Option(help="The folder to write, with layer-NN/seed-S/ in it.")],
     activations: Annotated[Path, typer.Option(help="The store of global tokens to write.")],
     settings: Annotated[str, typer.Option(help="Keys and values as JSON; what is left out is the paper's.")] = "{}",
-    seeds: Annotated[str, typer.Option(help="Seeds of the initial weights, as a JSON list.")] = "[0]",
+    seeds: Annotated[
+        list[int], typer.Option("--seed", help="Of the initial weights; more than one by giving it again.", min=0)
+    ] = [0],  # noqa: B006 - typer copies it
     workers: Annotated[int, typer.Option(help="SAEs trained side by side, where there is no GPU.", min=1)] = 1,
     threads: Threads = 1,
 ) -> None:
@@ -171,7 +173,7 @@ def stream(
     spec = _spec(EncoderSpec, "encoders", encoder)
     chosen = parse(SAESettings, _mapping(settings), "settings")
     train_stream(
-        load_encoder(spec, weights), Data(data), chosen, json.loads(seeds), saes, activations, threads, workers
+        load_encoder(spec, weights), Data(data), chosen, sorted(set(seeds)), saes, activations, threads, workers
     )
 
 

@@ -36,15 +36,15 @@ def written_aside(path: Path, resume: bool = False) -> Iterator[Path]:
     """
     partial = path.with_name(path.name + ".partial")
     if not resume:
-        _remove(partial)
+        remove(partial)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
-        _remove(path)
+        remove(path)
         partial.rename(path)
     except BaseException as error:
         if not resume or isinstance(error, ConceptshareError):
-            _remove(partial)
+            remove(partial)
         raise
 
 
@@ -62,7 +62,7 @@ def new_store(path: Path, kind: str, spec: dict[str, Any], resume: bool = False)
     with written_aside(path, resume) as partial:
         group = _left_over(partial, described)
         if group is None:
-            _remove(partial)
+            remove(partial)
             group = zarr.open_group(partial, mode="w", zarr_format=3)
             group.attrs.update(described)
         yield group
@@ -160,10 +160,28 @@ def layer_group(store: zarr.Group, layer: int, path: Path) -> Any:
     return store[layer_name(layer)]
 
 
+@contextmanager
+def gone_on_with(path: Path) -> Iterator[None]:
+    """Where what an earlier attempt left of the store at ``path`` turns out damaged, say so.
+
+    Raises:
+        StoreError: in place of any error of the libraries.
+    """
+    try:
+        yield
+    except ConceptshareError:
+        raise
+    except Exception as error:  # damaged metadata and chunks fail in many ways
+        raise StoreError(
+            f"{path}: what an earlier attempt left of it is damaged ({error}) and was removed; run again"
+        ) from error
+
+
 class RowWriter:
     """Appends rows to a two-dimensional array of unknown length, a whole shard at a time.
 
-    Where the array is there already, its first ``keep`` rows are kept, and rows go on from there.
+    Where the array is there already, its first ``keep`` rows are kept, and rows go on from there. Where one is lost, it
+    raises errors of many types: `gone_on_with` makes one of them.
     """
 
     def __init__(
@@ -181,9 +199,20 @@ class RowWriter:
         """Rows in whole shards, which are on disk."""
         # One buffer, and not a list of what was appended: that would leave holes in memory that grow with time.
         self._buffer = np.empty((self._shard, width), dtype)
+        self._check(keep)
         self._filled = keep - self.written
         self._buffer[: self._filled] = self._array[self.written : keep]
         self._array.resize((keep, width))
+
+    def _check(self, keep: int) -> None:
+        """Make sure that the shards of the first ``keep`` rows are there: Zarr would read zeros."""
+        place = Path(self._array.store.root) / self._array.path / "c"
+        sizes = [(place / str(n) / "0").stat().st_size for n in range(-(-keep // self._shard))]
+        # Rows as they are, then place and length of each chunk, and a checksum of those.
+        whole = self._buffer.nbytes + 16 * (self._shard // self._chunk) + 4
+        short = [n for n, size in enumerate(sizes[: keep // self._shard]) if size != whole]
+        if short:
+            raise ValueError(f"shard {short[0]} of {self._array.path} has {sizes[short[0]]} bytes, not {whole}")
 
     def append(self, rows: NDArray[Any]) -> None:
         """Add rows ``[n, width]`` of the array's type."""
@@ -247,7 +276,8 @@ def _files(folder: Path) -> dict[str, int]:
     }
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it; what is not there is no error."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

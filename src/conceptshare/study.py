@@ -300,12 +300,12 @@ class Study(Spec):
         """All needed members, as canonical JSON."""
         return _json([str(member) for member in self.members()])
 
-    def seeds_key(self, encoder: str) -> str:
-        """The seeds of the SAEs that a stream trains, as JSON: all that the encoder's entry lists, needed or not.
+    def stream_seeds(self, encoder: str) -> list[int]:
+        """The seeds of the SAEs that a stream trains: all that the encoder's entry lists, needed or not.
 
         So studies with the same entry share a stream, whatever they analyse.
         """
-        return _json(sorted(self.encoders[encoder].seeds))
+        return sorted(self.encoders[encoder].seeds)
 
     def matrix_key(self, name: str) -> str:
         """What a matrix depends on beside its inputs, as canonical JSON: its members and their groups."""

@@ -20,9 +20,9 @@ rule stream:
     params:
         spec=lambda w: STUDY.encoders[w.encoder].activations_key(),
         settings=lambda w: STUDY.sae_key(w.sae),
-        seeds=lambda w: STUDY.seeds_key(w.encoder),
+        seeds=lambda w: " ".join(f"--seed {seed}" for seed in STUDY.stream_seeds(w.encoder)),
         data=lambda w, input: folder_of(input.data),
     shell:
         "python -m conceptshare stream --encoder {params.spec:q} --weights {input.weights:q} --data {params.data:q}"
-        " --settings {params.settings:q} --seeds {params.seeds:q} --workers {threads} --saes {output.saes:q}"
+        " --settings {params.settings:q} {params.seeds} --workers {threads} --saes {output.saes:q}"
         " --activations {output.activations:q} > {log:q} 2>&1"

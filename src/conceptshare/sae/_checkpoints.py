@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from conceptshare.progress import say
 from conceptshare.sae._trainer import Trainer
+from conceptshare.store import remove
 
 PREEMPTED = 75
 """Exit status of a training that was asked to stop (SIGTERM) and saved its state: temporary failure, in sysexits.h."""
@@ -45,7 +45,7 @@ class Checkpoints:
             (self._folder / _KEY).write_text(self._key, encoding="utf-8")
         step = next(iter(trainers.values())).step
         partial = self._folder / "partial"
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         try:
             partial.mkdir()
             for name, trainer in trainers.items():
@@ -54,9 +54,9 @@ class Checkpoints:
                 file.rename(partial / f"{_file_name(name)}-{_digest(file)}.safetensors")
             partial.rename(self._folder / f"{step:09d}")
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
         for older in self._all()[_KEPT:]:
-            shutil.rmtree(older)
+            remove(older)
 
     def restore(self, trainers: Mapping[str, Trainer]) -> int:
         """Let trainings go on from the newest checkpoint that is whole.
@@ -68,6 +68,7 @@ class Checkpoints:
             files = {file.stem.rpartition("-")[0]: file for file in checkpoint.glob("*.safetensors")}
             if not all(_file_name(name) in files and _whole(files[_file_name(name)]) for name in trainers):
                 say(f"{checkpoint}: not whole; using the checkpoint before it, if there is one")
+                remove(checkpoint)
                 continue
             for name, trainer in trainers.items():
                 trainer.restore(load_file(files[_file_name(name)]))
@@ -76,12 +77,12 @@ class Checkpoints:
 
     def remove(self) -> None:
         """Leave nothing."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove(self._folder)
 
     def _ours(self) -> bool:
         try:
             return (self._folder / _KEY).read_text(encoding="utf-8") == self._key
-        except OSError:
+        except (OSError, UnicodeError):
             return False
 
     def _all(self) -> list[Path]:

@@ -15,13 +15,14 @@ from conceptshare.activations import KIND, GlobalTokens, describe, forward_pass
 from conceptshare.ahead import in_order
 from conceptshare.dataset import Data
 from conceptshare.encoders import Encoder
+from conceptshare.errors import StudyError
 from conceptshare.progress import progress, say
 from conceptshare.sae import _order
 from conceptshare.sae._checkpoints import Checkpoints
 from conceptshare.sae._metrics import Measured, Measuring, evaluate
 from conceptshare.sae._train import Origin, Report, descend, devices, write_sae
 from conceptshare.sae._trainer import Trainer
-from conceptshare.store import layer_name, new_store, written_aside
+from conceptshare.store import gone_on_with, layer_name, new_store, written_aside
 from conceptshare.study import SAESettings
 
 Result = TypeVar("Result")
@@ -58,8 +59,12 @@ def train_stream(
     Raises:
         NumericsError: where training diverges, or an activation is not finite or does not fit float16.
         EncoderError: where the encoder is not what its entry says.
+        StoreError: where what an earlier attempt left of the store is damaged.
+        StudyError: where the settings' precision would change the encoder's too.
         SystemExit: with the status PREEMPTED, after SIGTERM.
     """
+    if settings.precision == "tf32":
+        raise StudyError("precision: tf32 would also round the products of the encoder; take bfloat16, or store tokens")
     spec, name, N = encoder.spec, saes.name, len(data)
     described = describe(encoder, data, name)
     steps = _order.steps(N, settings.samples_a_step(spec.modality), spec.batch_size, settings)
@@ -70,7 +75,8 @@ def train_stream(
         written_aside(saes) as folder,
         closing(_Team(encoder, settings, seeds, name, len(steps), workers)) as team,
     ):
-        reader = _Reader(encoder, data, name, threads, store)
+        with gone_on_with(activations):
+            reader = _Reader(encoder, data, name, threads, store)
         done = checkpoints.restore(team.trainers)
         if done:
             say(f"{name}: going on at step {done:,} of {len(steps):,}")

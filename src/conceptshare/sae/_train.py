@@ -142,22 +142,24 @@ def descend(
         for batch in progress(batches, steps - some.step, f"training {what}", "steps"):
             train_on(batch)
             if checkpoints is not None and (asked.is_set() or time.monotonic() - last >= _SECONDS_BETWEEN_CHECKPOINTS):
-                _check_losses(trainers)
+                _check_finite(trainers)
                 before_saving()
                 checkpoints.save(trainers)
                 last = time.monotonic()
             if asked.is_set():
                 say(f"{what}: asked to stop at step {some.step:,} of {steps:,}; run again to go on")
                 raise SystemExit(PREEMPTED)
-    _check_losses(trainers)
+    _check_finite(trainers)
 
 
-def _check_losses(trainers: Mapping[str, Trainer]) -> None:
+def _check_finite(trainers: Mapping[str, Trainer]) -> None:
     for name, trainer in trainers.items():
-        bad = (~trainer.losses.isfinite()).nonzero()
-        if len(bad):
+        bad = (~trainer.losses.isfinite()).nonzero().flatten().tolist()
+        if not bad and not all(parameter.isfinite().all() for parameter in trainer.sae.parameters()):
+            bad = [trainer.step]  # its loss would be the first
+        if bad:
             raise NumericsError(
-                f"{name}: the loss is not finite from step {int(bad[0])} on; lower learning_rate, or set clip_norm"
+                f"{name}: the loss is not finite from step {bad[0]} on; lower learning_rate, or set clip_norm"
             )
 
 
