@@ -5,6 +5,7 @@ made from, the size of each file in it (``files``), and ``complete: true``. The 
 a missing chunk as zeros without a word, so `open_store` compares the files with that list first.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -172,6 +173,8 @@ def gone_on_with(path: Path) -> Iterator[None]:
     except ConceptshareError:
         raise
     except Exception as error:  # damaged metadata and chunks fail in many ways
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
         raise StoreError(
             f"{path}: what an earlier attempt left of it is damaged ({error}) and was removed; run again"
         ) from error
