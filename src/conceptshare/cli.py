@@ -161,7 +161,10 @@ def stream(
     seeds: Annotated[
         list[int], typer.Option("--seed", help="Of the initial weights; more than one by giving it again.", min=0)
     ] = [0],  # noqa: B006 - typer copies it
-    workers: Annotated[int, typer.Option(help="SAEs trained side by side, where there is no GPU.", min=1)] = 1,
+    workers: Annotated[
+        int,
+        typer.Option(help="Threads that prepare pictures, and SAEs trained side by side where there is no GPU.", min=1),
+    ] = 1,
     threads: Threads = 1,
 ) -> None:
     """Train an encoder's SAEs of all layers and seeds while it reads a data set, and store no tokens."""
@@ -172,9 +175,7 @@ def stream(
     _use_threads(threads)
     spec = _spec(EncoderSpec, "encoders", encoder)
     chosen = parse(SAESettings, _mapping(settings), "settings")
-    train_stream(
-        load_encoder(spec, weights), Data(data), chosen, sorted(set(seeds)), saes, activations, threads, workers
-    )
+    train_stream(load_encoder(spec, weights), Data(data), chosen, sorted(set(seeds)), saes, activations, workers)
 
 
 @app.command()

@@ -36,7 +36,6 @@ def train_stream(
     seeds: Sequence[int],
     saes: Path,
     activations: Path,
-    threads: int = 1,
     workers: int = 1,
 ) -> None:
     """Train the SAEs of all layers and seeds of an encoder while it reads a data set, and store its global tokens.
@@ -52,9 +51,8 @@ def train_stream(
         seeds: of their initial weights.
         saes: the folder to write, with `layer-NN/seed-S/` in it.
         activations: the store of global tokens to write.
-        threads: threads that decode and prepare pictures.
-        workers: SAEs that are trained side by side, where there is no GPU. Where there are GPUs, layers are spread over
-            them, and each GPU trains one SAE at a time.
+        workers: threads that decode and prepare pictures, and, where there is no GPU, SAEs that are trained side by
+            side. Where there are GPUs, layers are spread over them, and each GPU trains one SAE at a time.
 
     Raises:
         NumericsError: where training diverges, or an activation is not finite or does not fit float16.
@@ -76,7 +74,7 @@ def train_stream(
         closing(_Team(encoder, settings, seeds, name, len(steps), workers)) as team,
     ):
         with gone_on_with(activations):
-            reader = _Reader(encoder, data, name, threads, store)
+            reader = _Reader(encoder, data, name, workers, store)
         done = checkpoints.restore(team.trainers)
         if done:
             say(f"{name}: going on at step {done:,} of {len(steps):,}")
@@ -133,8 +131,8 @@ class _Team:
 class _Reader:
     """An encoder at a data set: gives the tokens of any samples, and stores the global tokens of all."""
 
-    def __init__(self, encoder: Encoder, data: Data, name: str, threads: int, store: Any) -> None:
-        self._encoder, self._data, self._name, self._threads, self._store = encoder, data, name, threads, store
+    def __init__(self, encoder: Encoder, data: Data, name: str, workers: int, store: Any) -> None:
+        self._encoder, self._data, self._name, self._workers, self._store = encoder, data, name, workers, store
         there = store.attrs.get("progress", {"samples": 0})["samples"]
         self._global = GlobalTokens(store, encoder.spec, there)
 
@@ -148,7 +146,7 @@ class _Reader:
         batches = [np.split(samples, np.flatnonzero(np.diff(samples // block)) + 1) for samples in wanted]
         of_runs = [int(run[0]) // block * block for runs in batches for run in runs]
         starts = [start for n, start in enumerate(of_runs) if n == 0 or start != of_runs[n - 1]]
-        passes = forward_pass(self._encoder, self._data, starts, self._threads, self._name)
+        passes = forward_pass(self._encoder, self._data, starts, self._workers, self._name)
         with closing(passes), _threads(1) as computing:
             ready = in_order((computing.submit(next, passes).result for _ in starts), 1)
             kept = None
