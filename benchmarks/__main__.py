@@ -11,13 +11,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 import torch
+import zarr
 from PIL import Image
 from torch import Tensor
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
@@ -25,16 +28,18 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 from conceptshare import activations
 from conceptshare.activations import extract_activations, prepared
 from conceptshare.catalog import DatasetSpec, EncoderSpec
-from conceptshare.correlations import max_correlations
+from conceptshare.correlations import Precision, max_correlations
 from conceptshare.dataset import Data, make_dataset
 from conceptshare.encoders import load_encoder
 from conceptshare.sae import TopKSAE, _order, evaluate, train_sae
 from conceptshare.sae._trainer import Trainer
-from conceptshare.store import RowWriter, layer_name, new_store, save_array
+from conceptshare.store import RowWriter, layer_name, new_array, new_store, save_array
 from conceptshare.study import SAESettings
 
 TURNS = 7
 
+# Two encoders, whose features are correlated.
+LAYERS, FEATURES, SAMPLES = 4, 2048, 8192
 # An SAE of a ViT-B, and the tokens of one picture.
 D, F, K, TOKENS = 768, 6144, 32, 257
 
@@ -57,7 +62,9 @@ def main() -> None:
             *whole_job(Path(folder)),
             3,
         )
-    compare("correlations, 2 x 2048 features with 2 x 2048, N 4096, both directions", *correlations())
+    with TemporaryDirectory() as folder:
+        best_matches(Path(folder))
+        reading_features(Path(folder))
     start_times()
 
 
@@ -182,23 +189,61 @@ def quality_of_bfloat16() -> None:
     )
 
 
-def correlations() -> tuple[Callable[[], None], Callable[[], None]]:
-    """Best matches of two encoders with two layers each: from one product a pair, and from one a direction."""
+def best_matches(folder: Path) -> None:
+    """Best matches of two encoders: beside the bare products, and beside one product a direction."""
     generator = torch.Generator().manual_seed(0)
-    layers = [torch.rand(4096, 2048, generator=generator) for _ in range(4)]
-    a, b = layers[:2], layers[2:]
+    stored = zarr.open_group(folder / "features.zarr", mode="w")
+    for n in range(2 * LAYERS):
+        features = torch.randn(SAMPLES, FEATURES, generator=generator).relu().half().numpy()
+        array = new_array(stored, layer_name(n), features.shape, np.float16, (1024, 512), (1024, FEATURES))
+        array[...] = features
+    in_memory = [stored[layer_name(n)][:] for n in range(2 * LAYERS)]
+    on_disk = [stored[layer_name(n)] for n in range(2 * LAYERS)]
+    operands = [standardised(torch.from_numpy(layer).float()) for layer in (in_memory[0], in_memory[-1])]
+    product = torch.empty(FEATURES, FEATURES)
 
-    def standardised(x: Tensor) -> Tensor:
-        x = x - x.mean(0)
-        return x / x.norm(dim=0)
+    def matches(layers: list[Any], precision: Precision) -> None:
+        quiet(lambda: max_correlations(layers[:LAYERS], layers[LAYERS:], 2**31, precision))
 
-    def plain() -> None:
-        for source, target in [(a, b), (b, a)]:
+    def products(x: Tensor, y: Tensor, out: Tensor) -> None:
+        for _ in range(LAYERS**2):
+            torch.mm(x.T, y, out=out)
+
+    def straightforward() -> None:
+        layers = [torch.from_numpy(layer) for layer in in_memory]
+        for source, target in ((layers[:LAYERS], layers[LAYERS:]), (layers[LAYERS:], layers[:LAYERS])):
             for x in source:
                 for y in target:
-                    (standardised(x).T @ standardised(y)).max(dim=1)
+                    (standardised(x.float()).T @ standardised(y.float())).max(dim=1)
 
-    return lambda: quiet(lambda: max_correlations(a, b)), plain
+    size = f"{LAYERS} x {FEATURES} features with {LAYERS} x {FEATURES}, N {SAMPLES}"
+    for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        bare = partial(products, *(x.to(dtype) for x in operands), product.to(dtype))
+        ours: Any = partial(matches, in_memory, precision)
+        compare(f"best matches in {precision}, {size}; plain is the {LAYERS**2} products alone", ours, bare, 5)
+    for precision in ("float32", "bfloat16"):
+        ours = partial(matches, on_disk, precision)
+        compare(f"best matches in {precision}, from disk; plain is one product a direction", ours, straightforward, 3)
+
+
+def reading_features(folder: Path) -> None:
+    """What a layer's features cost to read, and to compute again from the global tokens."""
+    stored = zarr.open_group(folder / "features.zarr", mode="r")[layer_name(0)]
+    generator = torch.Generator().manual_seed(0)
+    for width in (512, 1024):
+        sae, x = TopKSAE(width, FEATURES, K, generator), torch.randn(SAMPLES, width, generator=generator)
+        with torch.no_grad():
+            compare(
+                f"reading a layer's features, D {width}; plain is to compute them again from global tokens",
+                lambda: stored[:],  # type: ignore[index]
+                lambda sae=sae, x=x: sae.encode(x).half().numpy(),  # type: ignore[misc]
+            )
+
+
+def standardised(x: Tensor) -> Tensor:
+    """Columns of mean 0 and length 1."""
+    x = x - x.mean(0)
+    return x / x.norm(dim=0)
 
 
 def quiet(work: Callable[[], object]) -> None:

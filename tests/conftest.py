@@ -1,6 +1,7 @@
 """Small inputs that several stages' tests are built from. No test reaches the network."""
 
 import os
+from functools import partial
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -28,7 +29,7 @@ def rng():
     return np.random.default_rng(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_activations():
     """Writes an activation store of ``{layer: [tokens of each sample]}``; a sample's first token is its global one."""
 
@@ -57,15 +58,16 @@ def write_activations():
     return write
 
 
-@pytest.fixture
-def write_features(tmp_path, write_activations):
+@pytest.fixture(scope="session")
+def write_features_from(write_activations):
     """Writes ``{member}.zarr`` in a folder with the given features, by ``{layer: [N, F] not negative}``.
 
-    They go through the real stage: SAEs whose encoders are the identity turn activations into equal features.
+    They go through the real stage: SAEs whose encoders are the identity turn activations into equal features. Both are
+    written to ``source / member``.
     """
 
-    def write(folder, member, layers, content_hash="the same samples"):
-        made = tmp_path / "made" / member
+    def write(source, folder, member, layers, content_hash="the same samples"):
+        made = source / member
         encoder, _, seed = member.rpartition("@")
         store = made / f"{encoder}.zarr"
         write_activations(store, {n: list(x[:, None, :]) for n, x in layers.items()}, content_hash)
@@ -82,3 +84,9 @@ def write_features(tmp_path, write_activations):
         return folder / f"{member}.zarr"
 
     return write
+
+
+@pytest.fixture
+def write_features(tmp_path, write_features_from):
+    """The same from activations and SAEs in ``tmp_path / "made"``."""
+    return partial(write_features_from, tmp_path / "made")

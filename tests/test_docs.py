@@ -47,7 +47,15 @@ def test_the_demo_data_is_what_its_readme_says():
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "config/README.md", "docs/formats.md", "docs/using-saes.md", "results/README.md"]
+    "document",
+    [
+        "README.md",
+        "config/README.md",
+        "docs/formats.md",
+        "docs/using-saes.md",
+        "docs/comparing-encoders.md",
+        "results/README.md",
+    ],
 )
 def test_every_relative_link_leads_somewhere(document):
     path = CLONE / document
@@ -101,3 +109,23 @@ def test_what_the_page_imports_is_the_sae_that_it_exported(page, tmp_path):
     own = tmp_path / "results/openclipart/streams/small/saes/minilm/layer-05/seed-0"
     for file in ("cfg.json", "sae_weights.safetensors"):
         assert (tmp_path / "imported/layer-05" / file).read_bytes() == (own / file).read_bytes()
+
+
+@pytest.fixture
+def comparing(tmp_path, monkeypatch, write_features, rng):
+    """The page on comparing encoders, in a folder that has the features it speaks of."""
+    features = tmp_path / "results/openclipart/features/small"
+    for member in ("minilm@0", "tiny-clip-text@0", "tiny-clip-image@0", "dinov2-small@0"):
+        write_features(features, member, {n: rng.random((60, 30)) for n in range(2)})
+    monkeypatch.chdir(tmp_path)
+    return (CLONE / "docs/comparing-encoders.md").read_text(encoding="utf-8")
+
+
+def test_the_page_on_comparing_encoders_runs(comparing, tmp_path):
+    table, ranking = run_commands(comparing)
+    assert "minilm@0" in table
+    assert "tiny-clip-text@0" in table
+    assert "rho_g" in ranking
+    blocks = re.findall(r"^```python\n(.*?)^```", comparing, re.MULTILINE | re.DOTALL)
+    shapes = "assert found.rho_ab.shape == found.match_ab.shape == (1, 128)\nassert rho.shape == match.shape == (64,)\n"
+    run_elsewhere([], "".join(blocks) + shapes, cwd=tmp_path)

@@ -70,6 +70,8 @@ def test_statistics_are_those_of_the_stored_features(recorded):
         f = group["features"][:].astype(np.float64)
         np.testing.assert_allclose(group["strength"][:], f.sum(0), rtol=1e-12)
         np.testing.assert_array_equal(group["density"][:], (f > 0).mean(0))
+        np.testing.assert_allclose(group["deviation"][:], f.astype(np.float64).std(0), rtol=1e-9, atol=1e-12)
+        assert (group["deviation"][:][(f == f[0]).all(0)] == 0).all()
         assert group["strength"].dtype == group["density"].dtype == np.float64
         assert (group["density"][:10] == 0).all()
 

@@ -15,12 +15,24 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
+from scipy import stats
 
 from conceptshare.catalog import DatasetSpec
 from conceptshare.dataset import Data, make_dataset
 from conceptshare.errors import StoreError
 from conceptshare.features import FeatureStatistics
-from conceptshare.figures import draw_layerwise, draw_matrix, draw_saes, draw_sharedness, short_labels
+from conceptshare.figures import (
+    draw_averages,
+    draw_intervals,
+    draw_layerwise,
+    draw_matrix,
+    draw_paper,
+    draw_saes,
+    draw_sharedness,
+    draw_similarity,
+    draw_strength,
+)
+from conceptshare.paper import compare
 
 READINGS = ("pooled", "layer_mean", "last")
 CAPTIONS = [
@@ -253,7 +265,7 @@ def statistics(count=4):
     top[3] = [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
     top[2, :2] = [5, 6]
     top[0, :1] = [7]
-    return {3: FeatureStatistics(np.ones(count), np.ones(count), top)}
+    return {3: FeatureStatistics(*np.ones((3, count)), top)}
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
@@ -316,7 +328,7 @@ def test_a_caption_in_another_script_is_drawn_with_a_font_that_the_system_has(tm
     Image.new("RGB", (64, 48), "red").save(buffer, "PNG")
     pq.write_table(pa.table({"image": [buffer.getvalue()] * 2, "caption": ["a 猫"] * 2}), tmp_path / "cat.parquet")
     make_dataset(DatasetSpec(source=str(tmp_path / "cat.parquet")), tmp_path / "cat")
-    shown = {3: FeatureStatistics(np.ones(1), np.ones(1), np.array([[0]], np.int32))}
+    shown = {3: FeatureStatistics(*np.ones((3, 1)), np.array([[0]], np.int32))}
     table = ranking().query("feature == 0").reset_index(drop=True)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -331,7 +343,7 @@ def test_a_sample_is_one_picture_with_its_caption_below(tmp_path):
     pq.write_table(pa.table(rows), tmp_path / "red.parquet")
     make_dataset(DatasetSpec(source=str(tmp_path / "red.parquet")), tmp_path / "red")
     table = ranking().query("feature == 0").reset_index(drop=True)
-    shown = {3: FeatureStatistics(np.ones(1), np.ones(1), np.array([[0, -1, -1]], np.int32))}
+    shown = {3: FeatureStatistics(*np.ones((3, 1)), np.array([[0, -1, -1]], np.int32))}
     draw_sharedness(table, shown, Data(tmp_path / "red"), 1, tmp_path / "one" / "figure.png")
     pixels = read(tmp_path / "one" / "figure.png")
     red = (pixels == [255, 0, 0]).all(axis=2)
@@ -423,7 +435,7 @@ def visible_texts(figure):
                 shown += [tick.label1, tick.label2]
     others = [text for text in figure.findobj(Text) if text not in ticks]
     return [
-        (text.get_text(), text.get_window_extent(renderer))
+        (text.get_text(), Text.get_window_extent(text, renderer))  # without the line of an annotation
         for text in [*shown, *others]
         if text.get_visible() and text.get_text().strip()
     ]
@@ -596,6 +608,317 @@ def test_saes_without_a_curve_or_densities_are_an_error_that_names_the_file(tmp_
     assert not (tmp_path / "drawn").exists()
 
 
-def test_labels_leave_out_seeds_that_tell_nothing_apart():
-    assert short_labels(["vit@0", "bert@3"]) == ["vit", "bert"]
-    assert short_labels(["vit@0", "vit@1", "bert@3"]) == ["vit@0", "vit@1", "bert"]
+ELEVEN = {
+    "clip-image-large@0": "image",
+    "siglip2-image-large@0": "image",
+    "dfn-image-large@0": "image",
+    "dinov2-large@0": "image",
+    "vit-large@0": "image",
+    "mambavision-large@0": "image",
+    "clip-text-large@0": "text",
+    "siglip2-text-large@0": "text",
+    "dfn-text-large@0": "text",
+    "bert-large@0": "text",
+    "deberta-large@0": "text",
+}
+SOME = {
+    "two": {"vit@0": "image", "vit@1": "image"},
+    "four": {"clip-image@0": "image", "dinov2@0": "image", "clip-text@0": "text", "minilm@3": "text"},
+    "eleven": ELEVEN,
+}
+TITLES = {
+    "pooled": "All layers, pooled (Eq. 6)",
+    "layer_mean": "All layers, mean over layers",
+    "last": "Last layer",
+}
+
+
+def full_matrix(members, rng):
+    """A matrix table with intervals, floors and, for every second source, a ceiling."""
+    rows = [
+        {"source": a, "target": b, "source_modality": members[a], "target_modality": members[b], "reading": reading}
+        for a in members
+        for b in members
+        if a != b
+        for reading in READINGS
+    ]
+    table = pd.DataFrame(rows)
+    table["wmppc"] = rng.uniform(0.15, 0.6, len(table))
+    table["low"] = table.wmppc - rng.uniform(0.001, 0.03, len(table))
+    table["high"] = table.wmppc + rng.uniform(0.001, 0.03, len(table))
+    table["floor"] = rng.uniform(0.03, 0.08, len(table))
+    table["ceiling"] = np.where(table.source.isin(list(members)[::2]), rng.uniform(0.6, 0.7, len(table)), np.nan)
+    for measure in ("cka", "mutual_knn"):
+        table[measure] = np.clip(table.wmppc + rng.normal(0, 0.1, len(table)), 0, 1)
+    return table
+
+
+def by_title(figure):
+    """Panels by the first line of their title."""
+    return {ax.get_title().splitlines()[0]: ax for ax in figure.axes if ax.get_title()}
+
+
+def marked(ax, marker):
+    """What lines with a marker show, as x by y, without what is NaN."""
+    lines = [line for line in ax.lines if line.get_marker() == marker]
+    points = [point for line in lines for point in zip(line.get_ydata(), line.get_xdata(), strict=True)]
+    return {int(y): float(x) for y, x in points if np.isfinite(x)}
+
+
+@pytest.mark.parametrize("members", SOME.values(), ids=SOME)
+def test_intervals_show_each_cell_with_its_interval_its_floor_and_its_ceiling(tmp_path, rng, drawn, members):
+    table = full_matrix(members, rng)
+    check(lambda out: draw_intervals(table, out), tmp_path / "drawn")
+    assert_readable(drawn[0])
+    panels = by_title(drawn[0])
+    assert list(panels) == list(TITLES.values())
+    names = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
+    label = {member: member if "vit" in member and len(members) == 2 else member.split("@")[0] for member in members}
+    expected, rows = [], {}
+    for a in members:
+        expected.append(f"from {label[a]}")
+        for b in members:
+            if a != b:
+                rows[a, b] = len(expected)
+                expected.append(label[b])
+    assert names == expected
+    for reading, title in TITLES.items():
+        of = table[table.reading == reading].set_index(["source", "target"])
+        ax = panels[title]
+        assert marked(ax, "x") == {y: of.floor[cell] for cell, y in rows.items()}
+        assert marked(ax, "|") == {y: of.ceiling[cell] for cell, y in rows.items() if np.isfinite(of.ceiling[cell])}
+        for modality, marker in (("image", "o"), ("text", "s")):
+            to = {y: of.wmppc[cell] for cell, y in rows.items() if members[cell[1]] == modality}
+            assert marked(ax, marker) == to
+        bars = {int(y): (x, end) for bars in ax.collections for (x, y), (end, _) in bars.get_segments()}
+        assert bars == {y: (of.low[cell], of.high[cell]) for cell, y in rows.items()}
+        assert ax.get_xlim()[1] > table[["high", "ceiling"]].max(axis=None)
+        assert ax.get_ylim()[0] > len(expected) - 1 > 0 > ax.get_ylim()[1]  # the first row is above
+
+
+def test_intervals_are_the_same_twice(tmp_path, rng):
+    table = full_matrix(SOME["four"], rng)
+    check_twice(lambda out: draw_intervals(table, out), tmp_path)
+
+
+def test_intervals_without_values_or_without_ceilings(tmp_path, rng, drawn):
+    table = full_matrix(SOME["four"], rng).assign(ceiling=np.nan)
+    check(lambda out: draw_intervals(table, out), tmp_path / "one")
+    empty = table.assign(**dict.fromkeys(["wmppc", "low", "high", "floor"], np.nan))
+    check(lambda out: draw_intervals(empty, out), tmp_path / "two", colours_at_least=30)
+    assert not any("other seed" in text for figure in drawn for text in written_on(figure))
+    assert [written_on(figure).count("no values") for figure in drawn] == [0, 3]
+
+
+def modality_averages(rng, modalities=("image", "text")):
+    rows = [
+        {"reading": reading, "source_modality": a, "target_modality": b, "cells": 5}
+        for reading in READINGS
+        for a in modalities
+        for b in modalities
+    ]
+    numbers = rng.uniform(0.1, 0.6, len(rows))
+    return pd.DataFrame(rows).assign(wmppc=numbers, low=numbers - 0.01, high=numbers + 0.02, floor=0.05)
+
+
+@pytest.mark.parametrize("modalities", [("image", "text"), ("text",)])
+def test_averages_are_written_on_their_cells(tmp_path, rng, drawn, modalities):
+    averages = modality_averages(rng, modalities)
+    check_twice(lambda out: draw_averages(averages, out), tmp_path)
+    assert_readable(drawn[0])
+    panels = by_title(drawn[0])
+    for reading, title in TITLES.items():
+        of = averages[averages.reading == reading].set_index(["source_modality", "target_modality"])
+        written = {}
+        for text in panels[title].texts:
+            row, column = round(text.get_position()[1]), round(text.get_position()[0])
+            written.setdefault((modalities[row], modalities[column]), []).append(text.get_text())
+        assert written == {
+            cell: [f"{row.wmppc:.3f}", f"{row.low:.3f} to {row.high:.3f}"] for cell, row in of.iterrows()
+        }
+        (image,) = panels[title].images
+        np.testing.assert_array_equal(image.get_array().ravel(), of.wmppc)
+
+
+@pytest.mark.parametrize("missing", [1, 12])
+def test_averages_that_are_missing_are_grey_and_without_a_number(tmp_path, rng, drawn, missing):
+    averages = modality_averages(rng)
+    averages.loc[averages.index[:missing], ["wmppc", "low", "high"]] = np.nan
+    check(lambda out: draw_averages(averages, out), tmp_path / "drawn")
+    assert sum(" to " in text for text in written_on(drawn[0])) == 12 - missing
+    assert "nan" not in " ".join(written_on(drawn[0]))
+
+
+def test_averages_of_one_encoder_are_none(tmp_path, rng, drawn):
+    averages = modality_averages(rng)[:0]
+    draw_averages(averages, tmp_path / "drawn" / "figure.png")
+    read(tmp_path / "drawn" / "figure.png")
+    assert written_on(drawn[0]).count("nothing to average") == 3
+    assert not any(ax.images for ax in drawn[0].axes)
+
+
+@pytest.mark.parametrize("members", [SOME["four"], ELEVEN], ids=["four", "eleven"])
+def test_similarity_shows_each_cell_and_scipys_rank_correlations(tmp_path, rng, drawn, members):
+    table = full_matrix(members, rng)
+    table.loc[table.index[::7], "cka"] = np.nan
+    table.loc[table.index[1::9], "wmppc"] = np.nan
+    check_twice(lambda out: draw_similarity(table, out), tmp_path)
+    assert_readable(drawn[0])
+    panels = by_title(drawn[0])
+    for measure, title in (("cka", "Linear CKA"), ("mutual_knn", "Mutual kNN")):
+        known = table[table.reading != "pooled"].dropna(subset=["wmppc", measure])
+        ranks = []
+        for reading, name, points in zip(
+            ("layer_mean", "last"), ("mean over layers", "last layer"), panels[title].collections, strict=True
+        ):
+            of = known[known.reading == reading]
+            np.testing.assert_array_equal(points.get_offsets(), of[["wmppc", measure]])
+            ranks.append(f"{name} {stats.spearmanr(of.wmppc, of[measure]).statistic:.2f}")
+        assert panels[title].get_title() == f"{title}\nSpearman: {', '.join(ranks)}"
+        (low, high), (bottom, top) = panels[title].get_xlim(), panels[title].get_ylim()
+        assert low <= 0 < known.wmppc.max() < high
+        assert bottom <= 0 < known[measure].max() < top
+
+
+def test_similarity_of_two_seeds_has_nothing_to_compare(tmp_path, rng, drawn):
+    table = full_matrix(SOME["two"], rng).assign(cka=np.nan)
+    check(lambda out: draw_similarity(table, out), tmp_path / "drawn")
+    assert written_on(drawn[0]).count("nothing to compare") == 1  # CKA alone is missing
+    assert any(text.startswith("Mutual kNN\nSpearman") for text in written_on(drawn[0]))
+
+
+def features(source, targets, rng, count=3000, silent=200):
+    """Pairs of one source: strengths that are the same in each, and rho that grows with them."""
+    strength = 10 ** rng.normal(2, 0.6, count)
+    strength[rng.permutation(count)[:silent]] = 0
+    pairs = []
+    for target in targets:
+        rho = np.clip(0.2 + 0.1 * np.log10(strength + 1) + rng.normal(0, 0.1, count), 0, 1)
+        table = pd.DataFrame({"source": source, "target": target, "strength": strength, "rho": rho * (strength > 0)})
+        back = table.rename(columns={"source": "target", "target": "source"}).assign(strength=1e9, rho=0.9)
+        pairs.append((source, target, pd.concat([back, table])))
+    return pairs
+
+
+def strength_pairs(members, rng, targets):
+    return [pair for a in members for pair in features(a, [b for b in members if b != a][:targets], rng)]
+
+
+@pytest.mark.parametrize(
+    ("members", "targets"), [(SOME["two"], 9), (SOME["four"], 9), (ELEVEN, 1), (dict(list(ELEVEN.items())[3:9]), 9)]
+)
+def test_strength_shows_each_sources_distribution_and_each_pairs_correlation(tmp_path, rng, drawn, members, targets):
+    pairs = strength_pairs(members, rng, targets)
+    check(lambda out: draw_strength(pairs, out), tmp_path / "drawn")
+    assert_readable(drawn[0])
+    tables = {(a, b): table[table.source == a] for a, b, table in pairs}
+    short = {member: member if len(members) == 2 else member.split("@")[0] for member in members}
+    left = {ax.get_title(loc="left"): ax for ax in drawn[0].axes if ax.patches}
+    assert list(left) == [short[member] for member in members]
+    for member in members:
+        strength = next(table for (a, _), table in tables.items() if a == member).strength
+        (stairs,), ax = left[short[member]].patches, left[short[member]]
+        counts, edges, _ = stairs.get_data()
+        np.testing.assert_array_equal(counts, np.histogram(np.log10(strength[strength > 0]), edges)[0])
+        assert counts.sum() == 2800
+        cv = np.std(strength) / np.mean(strength)
+        assert [text.get_text() for text in ax.texts] == [f"CV {cv:.2f}, 200 of 3,000 silent"]
+    right = [ax for ax in drawn[0].axes if ax.images]
+    assert len(right) == len(pairs)
+    for ax, (a, b) in zip(right, tables, strict=True):
+        table = tables[a, b]
+        assert ax.get_title(loc="left") == f"to {short[b]}\nr {np.corrcoef(table.strength, table.rho)[0, 1]:.2f}"
+        (image,) = ax.images
+        active, (low, high, bottom, top) = table[table.strength > 0], image.get_extent()
+        ends = [(low, high), (bottom, top)]
+        expected = np.histogram2d(np.log10(active.strength), active.rho, image.get_array().shape[::-1], ends)[0]
+        np.testing.assert_array_equal(image.get_array().filled(0).T, expected)
+        assert image.get_array().sum() == 2800
+        assert image.norm is right[0].images[0].norm  # one colour scale
+
+
+def test_strength_is_the_same_twice(tmp_path, rng):
+    pairs = strength_pairs(SOME["two"], rng, 1)
+    check_twice(lambda out: draw_strength(pairs, out), tmp_path)
+
+
+def test_strength_of_a_source_whose_features_were_never_active(tmp_path, rng, drawn):
+    pairs = strength_pairs(SOME["four"], rng, 2)
+    silent = [(a, b, table.assign(strength=0.0, rho=0.0)) for a, b, table in pairs]
+    for n, some in enumerate((pairs[:2] + silent[2:], silent)):
+        check(lambda out, some=some: draw_strength(some, out), tmp_path / str(n))
+        assert_readable(drawn[n])
+    assert [written_on(figure).count("no feature is active") for figure in drawn] == [9, 12]
+    assert "CV undefined, 3,000 of 3,000 silent" in written_on(drawn[1])
+    assert any(text.endswith("r undefined") for text in written_on(drawn[1]))
+
+
+def compared(rng, members=ELEVEN):
+    """Cells of the paper's large encoders on COCO, near the paper's numbers."""
+    cells = compare(full_matrix(members, rng), "coco", "large")
+    ours = cells.paper + rng.normal(0, 0.03, len(cells))
+    return cells.assign(ours=ours, low=ours - 0.01, high=ours + 0.02, difference=ours - cells.paper)
+
+
+def test_our_numbers_are_drawn_against_the_papers(tmp_path, rng, drawn):
+    cells = compared(rng)
+    check_twice(lambda out: draw_paper(cells, out), tmp_path)
+    assert_readable(drawn[0])
+    panels = by_title(drawn[0])
+    assert list(panels) == [TITLES["layer_mean"], TITLES["last"]]
+    for reading in ("layer_mean", "last"):
+        of, ax = cells[cells.reading == reading], panels[TITLES[reading]]
+        points = [
+            tuple(point) for found in ax.collections if len(found.get_offsets()) > 1 for point in found.get_offsets()
+        ]
+        assert sorted(points) == sorted(zip(of.paper, of.ours, strict=True))
+        ends = [
+            (x, y, end)
+            for bars in ax.collections
+            if hasattr(bars, "get_segments")
+            for (x, y), (_, end) in bars.get_segments()
+        ]
+        assert sorted(ends) == sorted(zip(of.paper, of.low, of.high, strict=True))
+        spearman, pearson = (f(of.ours, of.paper).statistic for f in (stats.spearmanr, stats.pearsonr))
+        far = (of.ours - of.paper).abs().mean()
+        assert ax.get_title().splitlines()[1:] == [
+            f"Spearman {spearman:.2f}, Pearson {pearson:.2f}",
+            f"mean absolute difference {far:.3f}",
+        ]
+        assert ax.get_xlim() == ax.get_ylim()
+        worst = of.loc[of.difference.abs().nlargest(4).index]
+        named = next(text.get_text() for text in ax.texts if text.get_text().startswith("farthest")).splitlines()[1:]
+        assert named == [
+            f"{n}  {cell.source} to {cell.target}: {cell.ours:.3f}, paper {cell.paper:.3f}"
+            for n, cell in enumerate(worst.itertuples(), 1)
+        ]
+        numbered = {text.get_text(): text.xy for text in ax.texts if text.get_text() in "1234"}
+        assert numbered == {str(n): (cell.paper, cell.ours) for n, cell in enumerate(worst.itertuples(), 1)}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_numbers_beside_the_farthest_points_are_readable_however_close_those_are(tmp_path, seed, drawn):
+    cells = compared(np.random.default_rng(seed))
+    closest = cells[cells.reading == "last"].nlargest(4, "paper").index
+    cells.loc[closest, ["ours", "difference"]] = np.array([[0.02, -0.3]]) + 0.002 * np.arange(4)[:, None]
+    draw_paper(cells, tmp_path / "figure.png")
+    assert_readable(drawn[0])
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_few_of_the_papers_cells(tmp_path, rng, drawn, count):
+    cells = compared(rng, dict(list(ELEVEN.items())[:count]))
+    check(lambda out: draw_paper(cells, out), tmp_path / "drawn")
+    assert_readable(drawn[0])
+    assert "image to image" in written_on(drawn[0])
+    assert "text to image" not in written_on(drawn[0])
+
+
+def test_cells_of_the_paper_without_a_number_of_ours(tmp_path, rng, drawn):
+    cells = compared(rng)
+    missing = cells.reading == "last"
+    cells.loc[missing, ["ours", "low", "high", "difference"]] = np.nan
+    check(lambda out: draw_paper(cells, out), tmp_path / "drawn")
+    assert_readable(drawn[0])
+    assert written_on(drawn[0]).count("nothing to compare") == 1
+    assert any(text.startswith("Last layer\nSpearman undefined") for text in written_on(drawn[0]))

@@ -5,12 +5,16 @@ import math
 from importlib.resources import files
 from statistics import NormalDist
 
+import mpmath
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import false_discovery_control
 
 from conceptshare import metrics
+from conceptshare.correlations._influence import influence_weights
+from conceptshare.errors import NumericsError
 
 correlation = st.floats(-1, 1, width=32)
 weight = st.floats(0, 1000, width=32)
@@ -181,6 +185,301 @@ def test_significance_is_continuous_where_the_computation_changes():
     rho = np.tanh(z / math.sqrt(997))
     expected = [log10_upper_tail(x) + math.log10(1000) for x in z]
     assert metrics.significance(rho, samples=1000, candidates=1000) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("samples", [4, 50, 10_000, 118_287])
+@pytest.mark.parametrize("candidates", [1, 40, 8192, 196_608])
+def test_significance_equals_the_formula_in_fifty_digits(samples, candidates):
+    rho = np.array([-1, -0.9, -0.02, 0, 1e-9, 0.004, 0.01, 0.02, 0.03, 0.1, 0.3, 0.7, 0.99, 1 - 1e-12])
+    with mpmath.workdps(50):
+        expected = []
+        for x in rho:
+            upper = mpmath.erfc(mpmath.atanh(mpmath.mpf(x)) * mpmath.sqrt(samples - 3) / mpmath.sqrt(2)) / 2
+            none_larger = mpmath.exp(candidates * mpmath.log1p(-upper)) if upper < 1 else mpmath.mpf(0)
+            # 1 - (1 - Q)^N loses all of its fifty digits where it is smallest; there it is N Q.
+            chance = candidates * upper if upper * candidates < mpmath.mpf(10) ** -30 else 1 - none_larger
+            expected.append(float(mpmath.log10(chance)))
+    assert metrics.significance(rho, samples, candidates) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_chance_of_a_perfect_correlation_is_zero_and_of_none_is_one():
+    assert metrics.significance(1.0, 10_000, 8192) == -np.inf
+    assert metrics.significance([0.0, -0.5, -1.0], 10_000, 8192) == pytest.approx([0, 0, 0], abs=1e-12)
+
+
+@pytest.mark.parametrize("samples", [3, 0])
+def test_significance_of_too_few_samples_is_refused(samples):
+    with pytest.raises(NumericsError, match=f"{samples} samples: .* at least 4"):
+        metrics.significance([0.1], samples, candidates=5)
+
+
+def test_significance_without_candidates_is_refused():
+    with pytest.raises(NumericsError, match="0 candidates"):
+        metrics.significance([0.1], samples=100, candidates=0)
+
+
+@pytest.mark.parametrize("level", [0.001, 0.05, 0.5])
+def test_benjamini_hochberg_rejects_what_scipys_adjusted_chances_reject(level, rng):
+    rejected = 0
+    for _ in range(200):
+        p = rng.uniform(size=rng.integers(1, 60)) ** rng.integers(1, 9)
+        p = np.where(rng.uniform(size=len(p)) < 0.3, p.round(2).clip(1e-12), p)  # some are equal, some are 1
+        found = metrics.benjamini_hochberg(np.log10(p), level)
+        assert found.tolist() == (false_discovery_control(p) <= level).tolist()
+        rejected += found.sum()
+    assert rejected > 100
+
+
+def test_benjamini_hochberg_goes_up_to_the_last_that_is_below_its_bound():
+    """Of bounds 0.0125, 0.025, 0.0375, 0.05 only the last is kept; it takes the three before it along."""
+    assert metrics.benjamini_hochberg(np.log10([0.049, 0.03, 0.04, 0.045])).all()
+    assert not metrics.benjamini_hochberg(np.log10([0.051, 0.03, 0.04, 0.045])).any()
+
+
+def test_benjamini_hochberg_takes_chances_that_no_float_can_hold():
+    found = metrics.benjamini_hochberg([-400.0, -np.inf, -55_600.0, math.log10(0.6), 0.0, 0.0])
+    assert found.tolist() == [True, True, True, False, False, False]
+    assert metrics.benjamini_hochberg([-400.0, 0.0], level=1e-300).tolist() == [True, False]
+    assert metrics.benjamini_hochberg([-290.0, 0.0], level=1e-300).tolist() == [False, False]
+
+
+def test_benjamini_hochberg_rejects_equal_chances_together_and_a_chance_of_one_never():
+    assert metrics.benjamini_hochberg(np.log10([0.02, 0.9, 0.02, 0.02, 1])).tolist() == [True, False, True, True, False]
+    assert not metrics.benjamini_hochberg(np.zeros(4)).any()
+    assert not metrics.benjamini_hochberg([]).any()
+
+
+@pytest.mark.filterwarnings("error")
+def test_benjamini_hochberg_counts_no_test_where_the_chance_is_nan():
+    assert metrics.benjamini_hochberg([math.nan, math.log10(0.04), math.nan]).tolist() == [False, True, False]
+    assert not metrics.benjamini_hochberg([math.nan]).any()
+
+
+def beyond_by_hand(rho, shuffled, level):
+    """The definition, with a threshold in every gap between values and below all."""
+    values = np.unique(np.concatenate([rho, shuffled]))
+    gaps = [values[0] - 1, *((values[:-1] + values[1:]) / 2)]
+    for t in gaps:
+        found = rho > t
+        if found.any() and (1 + (shuffled > t).sum()) * (len(rho) / len(shuffled)) / found.sum() <= level:
+            return found
+    return np.zeros(len(rho), bool)
+
+
+@pytest.mark.parametrize("digits", [1, 2, 12])
+def test_beyond_shuffled_is_its_definition(digits, rng):
+    found = 0
+    for _ in range(200):
+        rho = np.concatenate([rng.normal(0.1, 0.05, 60), rng.normal(0.4, 0.1, 80)]).round(digits)
+        shuffled = rng.normal(0.1, 0.05, rng.integers(20, 140)).round(digits)
+        level = rng.choice([0.05, 0.2, 0.5])
+        expected = beyond_by_hand(rho, shuffled, level)
+        assert metrics.beyond_shuffled(rho, shuffled, level).tolist() == expected.tolist()
+        found += expected.any()
+    assert found > 20
+
+
+def test_of_chance_correlations_about_none_is_beyond_shuffled(rng):
+    F = 2000
+    found = [metrics.beyond_shuffled(rng.gumbel(size=F), rng.gumbel(size=F)).sum() for _ in range(200)]
+    assert np.mean(np.array(found) > 0) < 0.1
+    assert np.mean(found) < 0.005 * F
+
+
+def test_planted_correlations_are_found_and_the_false_share_keeps_to_the_level(rng):
+    chance, planted, level = 1500, 500, 0.1
+    found, false_share = [], []
+    for _ in range(200):
+        rho = np.concatenate([rng.normal(0, 1, chance), rng.normal(4, 1, planted)])
+        beyond = metrics.beyond_shuffled(rho, rng.normal(0, 1, 1000), level)
+        found.append(beyond[chance:].mean())
+        false_share.append(beyond[:chance].sum() / max(1, beyond.sum()))
+    assert np.mean(found) > 0.9
+    # Of 2,000 features 1,500 are unrelated, so the level that the test reaches is a little below the one asked for.
+    assert 0.5 * level < np.mean(false_share) < level
+
+
+def test_beyond_shuffled_finds_nothing_where_there_is_nothing_to_compare():
+    assert not metrics.beyond_shuffled([0.9, 0.8], []).any()
+    assert metrics.beyond_shuffled([], [0.1]).shape == (0,)
+
+
+def test_coefficient_of_variation_is_the_deviation_over_the_mean():
+    assert metrics.coefficient_of_variation([1, 3]) == pytest.approx(0.5)
+    assert metrics.coefficient_of_variation(np.float32([7, 7, 7])) == 0
+    assert math.isnan(metrics.coefficient_of_variation([0, 0]))
+
+
+def test_correlation_is_pearsons(rng):
+    x, y = rng.standard_normal((2, 50))
+    assert metrics.correlation(x, x + 2 * y) == pytest.approx(np.corrcoef(x, x + 2 * y)[0, 1])
+    assert metrics.correlation(x, -3 * x + 1e3) == pytest.approx(-1)
+    assert metrics.correlation(x * 1e-200, y * 1e200) == pytest.approx(np.corrcoef(x, y)[0, 1])
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_does_not_vary_has_no_correlation():
+    # The mean of three times 0.1 is not 0.1 in floats.
+    assert math.isnan(metrics.correlation([0.1, 0.1, 0.1], [1, 2, 4]))
+    assert math.isnan(metrics.correlation([1, 2, 4], [0.1, 0.1, 0.1]))
+    assert math.isnan(metrics.correlation([1.0], [2.0]))
+
+
+def test_overlap_counts_what_both_rankings_have_at_the_top():
+    assert metrics.overlap([4, 2, 7, 1], [7, 4, 3, 2], top=3) == 2
+    assert metrics.overlap([4, 2], [4, 2], top=5) == 2
+    assert metrics.overlap(np.arange(10), np.arange(10)[::-1], top=4) == 0
+
+
+def standardised(x):
+    """Columns of mean 0 and population variance 1; zeros where a column does not vary."""
+    deviation = x.std(0)
+    return (x - x.mean(0)) / np.where(deviation > 0, deviation, np.inf)
+
+
+class Matched:
+    """Features of layers of 12, 7 and 5 with the best match of each, and another match for those of the last layer."""
+
+    sizes = (12, 7, 5)
+
+    def __init__(self, rng, samples, silent=()):
+        F = sum(self.sizes)
+        self.samples = samples
+        self.a = np.maximum(rng.standard_normal((samples, F)) + rng.uniform(-0.5, 1, F), 0) * rng.uniform(0.2, 5, F)
+        self.a[:, list(silent)] = 0
+        noise = rng.standard_normal((2, samples, F))
+        self.best = self.a + rng.uniform(0.1, 4, F) * noise[0]
+        self.last = (self.a + rng.uniform(1, 8, F) * noise[1])[:, -self.sizes[-1] :]
+
+    def readings(self, counts):
+        """The wMPPC of each reading, of samples that count so much each."""
+        share = np.asarray(counts) / np.sum(counts)
+        S = share @ self.a
+        best, last = self._rho(self.best, share), self._rho(self.last, share)
+        return np.array(
+            [
+                metrics.wmppc(best, S),
+                metrics.wmppc_layer_mean([best], S, self.sizes),
+                metrics.wmppc(last, S[-self.sizes[-1] :]),
+            ]
+        )
+
+    def _rho(self, b, share):
+        a = self.a[:, -b.shape[1] :]
+        a, b = a - share @ a, b - share @ b
+        variances = (share @ a**2) * (share @ b**2)
+        return np.where(variances > 0, (share @ (a * b)) / np.sqrt(variances + (variances == 0)), 0)
+
+    def influence(self):
+        """``[3, N]`` by the sums that `influence_weights` writes down."""
+        share = np.full(self.samples, 1 / self.samples)
+        best, last = self._rho(self.best, share), self._rho(self.last, share)
+        c1, c2 = influence_weights(best, last, self.a.sum(0), self.sizes, self.samples)
+        z_a, z_best, z_last = (standardised(x) for x in (self.a, self.best, self.last))
+        with_last = np.zeros_like(z_best)
+        with_last[:, -self.sizes[-1] :] = z_last
+        rho_last = np.zeros(len(best))
+        rho_last[-self.sizes[-1] :] = last
+        psi = []
+        for reading, (z_b, rho) in enumerate([(z_best, best), (z_best, best), (with_last, rho_last)]):
+            on_weights = (self.a - self.a.mean(0)) @ c1[reading]
+            psi.append(on_weights + (z_a * z_b - rho / 2 * (z_a**2 + z_b**2)) @ c2[reading])
+        return np.array(psi)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("silent", [(), (3, 20), (12, 13, 14, 15, 16, 17, 18), (19, 20, 21, 22, 23)])
+def test_influence_is_how_a_reading_changes_as_a_sample_counts_more(silent, rng):
+    """Also where a feature, a layer in the middle or the last layer was never active."""
+    matched = Matched(rng, samples=40, silent=silent)
+    expected = []
+    for s in range(40):
+        step = 1e-4 * (np.arange(40) == s)
+        # A sample's count of 1 + 40 e makes its share of the sum 1/40 + e, to first order.
+        slope = (matched.readings(1 + 40 * step) - matched.readings(1 - 40 * step)) / 2e-4
+        expected.append(slope)
+    # The last layer's wMPPC is NaN where it was never active, and its influence 0.
+    assert matched.influence() == pytest.approx(np.nan_to_num(np.array(expected)).T, abs=2e-5)
+    assert matched.influence().sum(axis=1) == pytest.approx(0, abs=1e-9)
+
+
+def test_influence_weights_are_zero_where_a_feature_takes_no_part():
+    c1, c2 = influence_weights([0.5, 0.2, 0.4, 0.8, 0.1], [0.3, 0.1], [2, 4, 0, 3, 0], [2, 1, 2], samples=10)
+    assert c1.shape == c2.shape == (3, 5)
+    assert c1.dtype == c2.dtype == np.float64
+    assert c2[0] == pytest.approx(np.array([2, 4, 0, 3, 0]) / 9)
+    # Layers of two, one and two features, of which that of one was never active
+    assert c2[1] == pytest.approx(np.array([2 / 6, 4 / 6, 0, 3 / 3, 0]) / 2)
+    assert c2[2] == pytest.approx([0, 0, 0, 1, 0])
+    assert c1[1, 2] == c1[2, 0] == c1[2, 1] == c1[2, 2] == 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_influence_weights_of_an_encoder_that_was_never_active_are_zero():
+    c1, c2 = influence_weights([0.5, 0.2], [0.2], [0, 0], [1, 1], samples=10)
+    assert not c1.any()
+    assert not c2.any()
+
+
+def test_bootstrap_intervals_are_those_of_recomputing_wmppc_for_every_resample(rng):
+    matched = Matched(rng, samples=400)
+    values = matched.readings(np.ones(400))
+    found = metrics.bootstrap_intervals(values, matched.influence(), replicates=4000)
+    recomputed = [matched.readings(rng.multinomial(400, np.full(400, 1 / 400))) for _ in range(4000)]
+    low, high = np.quantile(recomputed, [0.025, 0.975], axis=0)
+    width = high - low
+    assert (np.abs(found[:, 0] - low) < 0.07 * width).all()
+    assert (np.abs(found[:, 1] - high) < 0.07 * width).all()
+
+
+def test_the_95_percent_interval_covers_the_wmppc_of_the_population(rng):
+    F, N, repetitions = 20, 300, 300
+    rho, mean = rng.uniform(0.05, 0.9, F), rng.uniform(0.5, 3, F)
+    population = (rho * mean).sum() / mean.sum()
+    covered = 0
+    for repetition in range(repetitions):
+        # Features of one encoder go together, so the error of their mean does not fall with their number.
+        common, own, noise = (rng.standard_normal((N, n)) for n in (1, F, F))
+        x = 0.6 * common + 0.8 * own
+        b = rho * x + np.sqrt(1 - rho**2) * noise
+        a = mean + x
+        found = np.array([np.corrcoef(a[:, i], b[:, i])[0, 1] for i in range(F)])
+        c1, c2 = (c[0] for c in influence_weights(found, found, a.sum(0), [F], N))
+        z_a, z_b = standardised(a), standardised(b)
+        psi = (a - a.mean(0)) @ c1 + (z_a * z_b - found / 2 * (z_a**2 + z_b**2)) @ c2
+        low, high = metrics.bootstrap_interval(metrics.wmppc(found, a.sum(0)), psi, replicates=500, seed=repetition)
+        covered += low <= population <= high
+    assert 0.9 <= covered / repetitions <= 0.98
+
+
+def test_a_bootstrap_interval_is_the_same_for_the_same_seed_alone_or_among_others(rng):
+    psi = rng.standard_normal((3, 100))
+    alone = metrics.bootstrap_interval(0.4, psi[1], replicates=300)
+    among = metrics.bootstrap_intervals([0.1, 0.4, 0.9], psi, replicates=300)
+    assert alone == pytest.approx(tuple(among[1]), abs=1e-12)
+    assert metrics.bootstrap_interval(0.4, psi[1], replicates=300, seed=1) != alone
+
+
+def test_a_bootstrap_interval_is_wider_at_a_higher_level_and_as_wide_as_the_deviation_says(rng):
+    psi = rng.standard_normal(5000)
+    for level, deviations in [(0.95, 1.96), (0.5, 0.674)]:
+        low, high = metrics.bootstrap_interval(2.0, psi, level, replicates=5000)
+        expected = psi.std() / math.sqrt(5000) * deviations
+        assert (low - 2 - psi.mean(), high - 2 - psi.mean()) == pytest.approx((-expected, expected), rel=0.06)
+
+
+def test_a_bootstrap_of_float32_influences_is_that_of_float64(rng):
+    psi = rng.standard_normal((2, 20_000)).astype(np.float32) ** 3
+    exact = metrics.bootstrap_intervals([0.5, 0.5], psi.astype(np.float64), replicates=100)
+    found = metrics.bootstrap_intervals([0.5, 0.5], psi, replicates=100)
+    assert found == pytest.approx(exact, abs=1e-3 * (exact[:, 1] - exact[:, 0]).min())
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_bootstrap_interval_of_nan_is_nan():
+    assert np.isnan(metrics.bootstrap_interval(math.nan, np.zeros(10))).all()
 
 
 def test_modality_averages_leave_out_an_encoder_with_itself():

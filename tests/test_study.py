@@ -12,7 +12,8 @@ import yaml
 
 from conceptshare.catalog import EncoderSpec, read_catalog
 from conceptshare.errors import StudyError
-from conceptshare.study import Member, build_study, load_study, pair_name
+from conceptshare.paper import datasets_of
+from conceptshare.study import Member, build_study, load_study, pair_name, paper_encoders
 
 ROOT = Path(__file__).parents[1]
 
@@ -90,6 +91,8 @@ def test_a_study_is_completed_from_the_catalog(build):
         ({"saes": {"paper": {"expantion": 4}}}, "saes.paper.expantion", "expansion"),
         ({"analyses": {"matrix": {}}}, "analyses.matrix", "matrices"),
         ({"analyses": {"matrices": {"m": {"member": []}}}}, "analyses.matrices.m.member", "members"),
+        ({"correlations": {"precison": "float32"}}, "correlations.precison", "precision"),
+        ({"analyses": {"matrices": {"m": {"papers": "large"}}}}, "analyses.matrices.m.papers", "paper"),
         (
             {"analyses": {"layerwise": {"l": {"pairs": [["vit", "bert"]], "pair": 1}}}},
             "analyses.layerwise.l.pair",
@@ -156,6 +159,67 @@ def analyses_naming(text):
             "sharedness": {"a": {"source": "vit", "shared_with": ["bert"], "not_shared_with": [text]}}
         },
     }
+
+
+PAIR = {"layerwise": {"l": {"pairs": [["vit@1", "bert"]]}}}
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (["vit@1", 3, "brt", 5], "'brt': the study has no encoder 'brt'; did you mean 'bert'?"),
+        (["vit@7", 3, "bert", 5], "'vit@7': vit has the seeds [0, 1]; add '7' to encoders.vit.seeds"),
+        (
+            ["vit@1", 12, "bert", 5],
+            "['vit@1', 12, 'bert', 5]: layer 12 of vit@1 is not recorded; its layers are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, "
+            "10, 11",
+        ),
+        (["bert", 5, "vit@1", 12], "['bert', 5, 'vit@1', 12]: layer 12 of vit@1 is not recorded; its layers are 0, 1,"),
+        (
+            ["vit", 3, "bert", 5],
+            "['vit', 3, 'bert', 5]: no analysis compares vit with bert; name a pair that one does, or add an analysis",
+        ),
+        (["bert", 3, "bert", 5], "['bert', 3, 'bert', 5]: no analysis compares bert with bert; name a pair"),
+    ],
+    ids=["encoder", "seed", "layer", "layer of the second", "pair", "itself"],
+)
+def test_a_whole_matrix_that_cannot_be_stored_is_refused(fault, entry, message):
+    found = fault(correlations={"full": [["vit@1", 0, "bert", 0], entry]}, analyses=PAIR)
+    assert found.startswith(f"study.yaml: correlations.full: {message}")
+
+
+def test_a_whole_matrix_of_layers_that_are_not_recorded_is_refused(fault):
+    encoders = {"vit": {"seeds": [0, 1], "use_layers": [3, 7]}, "bert": None}
+    message = fault(correlations={"full": [["vit@1", 4, "bert", 0]]}, encoders=encoders, analyses=PAIR)
+    assert "layer 4 of vit@1 is not recorded; its layers are 3, 7" in message
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"precision": "float16"}, "precision"),
+        ({"memory_mb": 0}, "memory_mb"),
+        ({"full": [["vit", 3]]}, "full.0"),
+        ({"full": [["vit", "x", "bert", 1]]}, "full.0.1"),
+    ],
+)
+def test_correlation_settings_that_cannot_be_are_refused(fault, values, key):
+    assert fault(correlations=values, analyses=PAIR).startswith(f"study.yaml: correlations.{key}")
+
+
+def test_correlations_are_keyed_by_their_precision_and_their_own_whole_matrices_in_sorted_order(build):
+    full = [["vit@1", 3, "bert", 5], ["bert@0", 5, "vit@1", 3], ["bert", 0, "vit@1", 11], ["vit@0", 1, "vit@1", 2]]
+    analyses = {"layerwise": {"l": {"pairs": [["vit@1", "bert"], ["vit@1", "vit@0"], ["vit@0", "bert"]]}}}
+    bert, vit0, vit1 = Member("bert", 0), Member("vit", 0), Member("vit", 1)
+    plain = build(analyses=analyses, correlations={"memory_mb": 77, "precision": "float32"})
+    assert plain.correlations_key(bert, vit1) == build(analyses=analyses).correlations_key(vit1, bert) == "{}"
+    study = build(analyses=analyses, correlations={"full": full})
+    assert study.correlations_key(bert, vit1) == study.correlations_key(vit1, bert) == '{"full": [[0, 11], [5, 3]]}'
+    assert study.correlations_key(vit0, vit1) == '{"full": [[1, 2]]}'
+    assert study.correlations_key(bert, vit0) == "{}"
+    rounded = build(analyses=analyses, correlations={"full": list(reversed(full)), "precision": "bfloat16"})
+    assert rounded.correlations_key(bert, vit1) == '{"full": [[0, 11], [5, 3]], "precision": "bfloat16"}'
+    assert rounded.correlations_key(bert, vit0) == '{"precision": "bfloat16"}'
 
 
 @pytest.mark.parametrize("place", analyses_naming(""))
@@ -516,6 +580,9 @@ def keys_of(study):
         "matrices": {name: study.matrix_key(name) for name in study.analyses.matrices},
         "layerwise": {name: study.layerwise_key(name) for name in study.analyses.layerwise},
         "sharedness": {name: study.sharedness_key(name) for name in study.analyses.sharedness},
+        "correlations": [study.correlations_key(*pair) for pair in study.pairs()],
+        "similarity": study.similarity_pairs(),
+        "overlapping": study.overlapping(),
         "saes": {name: study.sae_key(name) for name in study.saes},
         "datasets": {name: study.dataset_key(name) for name in study.datasets},
         "weights": {name: spec.weights_key() for name, spec in study.encoders.items()},
@@ -525,9 +592,11 @@ def keys_of(study):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_order_of_the_config_changes_neither_pairs_nor_keys(catalog, seed):
-    given = config(analyses=ANALYSES, datasets={"coco": {"limit": 10}, "laion": None})
+    full = [["vit@1", 3, "bert", 5], ["bert", 0, "vit@1", 2], ["dinov2", 4, "vit", 1]]
+    given = config(analyses=ANALYSES, datasets={"coco": {"limit": 10}, "laion": None}, correlations={"full": full})
     expected = keys_of(build_study(given, "study.yaml", catalog))
     other = shuffled(given, random.Random(seed))
+    other["correlations"]["full"].reverse()
     other["analyses"]["matrices"]["few"]["members"].reverse()
     other["analyses"]["sharedness"]["seen"]["shared_with"].reverse()
     assert keys_of(build_study(other, "study.yaml", catalog)) == expected
@@ -545,6 +614,117 @@ def test_pairs_are_those_the_analyses_need_each_sorted_and_once(build):
     assert len(found) == len(needed)
 
 
+def test_a_members_ceiling_is_the_first_other_seed_of_its_encoder(build):
+    study = build(encoders={"vit": {"seeds": [7, 3, 5]}, "bert": None})
+    assert study.ceiling_of(Member("vit", 7)) == Member("vit", 3)
+    assert study.ceiling_of(Member("vit", 3)) == Member("vit", 7)
+    assert study.ceiling_of(Member("vit", 5)) == Member("vit", 7)
+    assert study.ceiling_of(Member("bert", 0)) is None
+
+
+def test_a_matrix_needs_the_ceilings_of_its_members_and_other_analyses_none(build):
+    encoders = {"vit": {"seeds": [0, 1, 2]}, "bert": None, "dinov2": {"seeds": [4, 3]}}
+    matrix = build(encoders=encoders, analyses={"matrices": {"m": {"members": ["vit@2", "bert", "dinov2"]}}})
+    assert matrix.ceiling_pairs("m") == [
+        (Member("dinov2", 3), Member("dinov2", 4)),
+        (Member("vit", 0), Member("vit", 2)),
+    ]
+    assert set(matrix.ceiling_pairs("m")) <= set(matrix.pairs())
+    assert [str(member) for member in matrix.members()] == ["bert@0", "dinov2@3", "dinov2@4", "vit@0", "vit@2"]
+    assert len(matrix.pairs()) == 3 + 2
+    assert json.loads(matrix.matrix_key("m")) == [
+        ["dinov2@4", "image", "vision", "dinov2@3"],
+        ["vit@2", "image", "vision", "vit@0"],
+        ["bert@0", "text", "language", None],
+    ]
+    layerwise = build(encoders=encoders, analyses={"layerwise": {"l": {"pairs": [["vit", "bert"]]}}})
+    assert layerwise.pairs() == [(Member("bert", 0), Member("vit", 0))]
+
+
+def test_similarity_is_between_the_different_encoders_of_matrices_and_layerwise_analyses(build):
+    analyses = {
+        "matrices": {"m": {"members": ["vit@0", "vit@1", "dinov2"]}},
+        "layerwise": {"l": {"pairs": [["vit@1", "vit@0"], ["vit", "bert"], ["bert", "vit@1"]]}},
+        "sharedness": {"s": {"source": "bert", "shared_with": ["clip-text"], "not_shared_with": ["dinov2"]}},
+    }
+    assert build(analyses=analyses).similarity_pairs() == [("bert", "vit"), ("dinov2", "vit")]
+    assert build(analyses={"sharedness": analyses["sharedness"]}).similarity_pairs() == []
+
+
+def test_rankings_overlap_where_they_have_the_same_source(build):
+    def ranking(source):
+        return {"source": source, "shared_with": ["clip-text"], "not_shared_with": ["dinov2"]}
+
+    rankings = {"z": ranking("vit"), "one": ranking("vit@1"), "a": ranking("vit@0"), "b": ranking("bert")}
+    assert build(analyses={"sharedness": rankings}).overlapping() == ["a", "z"]
+    del rankings["a"]
+    assert build(analyses={"sharedness": rankings}).overlapping() == []
+
+
+PAPER_ENCODERS = {"bert-large": {"base": "bert"}, "dinov2-large": {"base": "dinov2"}, "bert-base": {"base": "bert"}}
+
+
+def test_a_matrix_is_compared_with_the_paper_on_the_papers_data_sets(build):
+    def datasets(size, names=("coco", "laion")):
+        members = ["bert-large", "dinov2-large"] if size != "base" else ["bert-base", "dinov2-base"]
+        encoders = PAPER_ENCODERS | {"dinov2-base": {"base": "dinov2"}}
+        study = build(
+            encoders=encoders,
+            datasets=dict.fromkeys(names),
+            analyses={"matrices": {"m": {"members": members, **({"paper": size} if size else {})}}},
+        )
+        return study.paper_datasets("m")
+
+    assert datasets("large") == ["coco", "laion"]
+    assert datasets("base") == ["coco"]
+    assert datasets(None) == []
+
+
+def test_the_papers_data_sets_and_encoders_are_those_of_its_numbers():
+    for size in ("large", "base", "huge"):
+        assert tuple(data for data, of_size in paper_encoders() if of_size == size) == datasets_of(size)
+    assert len(paper_encoders()["coco", "large"]) == 11
+    assert "mambavision" not in paper_encoders()["coco", "base"]
+
+
+@pytest.mark.parametrize(
+    ("size", "datasets", "message"),
+    [
+        (
+            "base",
+            ["laion"],
+            "the paper has base encoders on coco, and none of them is a data set of this study; add one",
+        ),
+        (
+            "base",
+            ["coco"],
+            "fewer than two members are among the paper's base encoders on coco, which are clip-image-base, ",
+        ),
+    ],
+)
+def test_a_comparison_with_numbers_that_the_paper_lacks_is_refused(fault, size, datasets, message):
+    analyses = {"matrices": {"m": {"paper": size}}}
+    found = fault(encoders=PAPER_ENCODERS, datasets=dict.fromkeys(datasets), analyses=analyses)
+    assert found.startswith(f"study.yaml: analyses.matrices.m.paper: {message}")
+
+
+def test_a_size_that_the_paper_lacks_is_refused(fault):
+    assert fault(analyses={"matrices": {"m": {"paper": "huge"}}}).startswith("study.yaml: analyses.matrices.m.paper: ")
+
+
+def test_under_the_reference_preset_the_papers_encoders_are_known_by_their_own_names(build):
+    analyses = {"matrices": {"m": {"paper": "large"}}}
+    study = build(preset="reference", encoders=PAPER_ENCODERS, analyses=analyses)
+    assert study.paper_datasets("m") == ["coco"]
+
+
+@pytest.mark.parametrize("part", ["averages", "intervals", "similarity", "strength", "paper", "paper-agreement"])
+def test_a_matrix_whose_files_would_be_another_ones_is_refused(fault, build, part):
+    message = fault(analyses={"matrices": {"all": None, f"all.{part}": None}})
+    assert f"analyses.matrices.all.{part}: the file of that name holds the {part} of all" in message
+    build(analyses={"matrices": {f"all.{part}": None}})
+
+
 def test_members_are_those_the_analyses_need(build):
     study = build(analyses={"layerwise": {"a": {"pairs": [["vit@1", "bert"]]}}})
     assert study.members() == [Member("bert", 0), Member("vit", 1)]
@@ -552,7 +732,8 @@ def test_members_are_those_the_analyses_need(build):
 
 
 def test_without_a_seed_a_member_is_of_the_encoders_first(build):
-    study = build(encoders={"vit": {"seeds": [7, 3]}, "bert": None}, analyses={"matrices": {"all": None}})
+    pairs = {"layerwise": {"l": {"pairs": [["vit", "bert"]]}}}
+    study = build(encoders={"vit": {"seeds": [7, 3]}, "bert": None}, analyses=pairs)
     assert study.pairs() == [(Member("bert", 0), Member("vit", 7))]
     assert study.member("vit@3") == Member("vit", 3)
 
@@ -602,7 +783,7 @@ def test_keys_are_json_with_sorted_keys(build):
         "not_shared_with": ["dinov2@0"],
     }
     assert json.loads(study.layerwise_key("seeds")) == [["vit@1", "vit@0"], ["bert@0", "dinov2@0"]]
-    assert ["clip-text@0", "text", "vlm"] in json.loads(study.matrix_key("all"))
+    assert ["clip-text@0", "text", "vlm", None] in json.loads(study.matrix_key("all"))
 
 
 PAPER = {

@@ -13,7 +13,7 @@ import yaml
 from conceptshare.catalog import CATALOG, DatasetSpec, EncoderSpec, ModelSpec, complete, parse, read_catalog
 from conceptshare.errors import ConceptshareError, StudyError
 from conceptshare.plan import Rates, make_plan, plan_as_json, plan_as_text
-from conceptshare.study import SAESettings, load_study
+from conceptshare.study import PairSettings, SAESettings, load_study
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -193,38 +193,170 @@ def features(
     record_features(activations, saes, seed, out)
 
 
+Precision = Annotated[
+    Literal["float32", "bfloat16"],
+    typer.Option(help="What features are rounded to in the product; bfloat16 errs by less than 2e-3."),
+]
+MemoryMB = Annotated[
+    int | None,
+    typer.Option(
+        help="Bound of the working memory, in MB: 1024 on a CPU, and most of what a GPU has free.",
+        min=1,
+        show_default=False,
+    ),
+]
+
+
 @app.command()
 def correlations(
     a: Annotated[Path, typer.Argument(help="A feature store.")],
     b: Annotated[Path, typer.Argument(help="Another of the same samples.")],
     out: Out,
-    memory_mb: Annotated[int, typer.Option(help="Bound of the working memory, in MB.", min=1)] = 1024,
+    precision: Precision = "float32",
+    full: Annotated[
+        list[str],
+        typer.Option(help="LAYER_A:LAYER_B, whose whole matrix is stored; more than one by giving it again."),
+    ] = [],  # noqa: B006 - typer copies it
+    settings: Annotated[str, typer.Option(help="Both as keys and values, in JSON; they go before the options.")] = "{}",
+    memory_mb: MemoryMB = None,
     threads: Threads = 1,
 ) -> None:
     """Find each feature's best match in the other encoder, for every pair of layers, in both directions."""
     from conceptshare.correlations import correlate_stores
 
     _use_threads(threads)
-    correlate_stores(a, b, out, memory_mb * 2**20)
+    given = {"precision": precision, "full": [entry.split(":") for entry in full]}
+    chosen = parse(PairSettings, given | _mapping(settings), "settings")
+    correlate_stores(a, b, out, _bytes(memory_mb), chosen.precision, chosen.full)
+
+
+@app.command()
+def similarity(
+    a: Annotated[Path, typer.Argument(help="An activation store.")],
+    b: Annotated[Path, typer.Argument(help="Another of the same samples.")],
+    out: Out,
+    threads: Threads = 1,
+) -> None:
+    """Compare the global tokens of two encoders, for every pair of layers: CKA and mutual nearest neighbours."""
+    from conceptshare.similarity import compare_stores
+
+    _use_threads(threads)
+    compare_stores(a, b, out)
+
+
+@app.command()
+def wmppc(
+    a: Annotated[Path, typer.Argument(help="A feature store.")],
+    b: Annotated[Path, typer.Argument(help="Another of the same samples.")],
+    memory_mb: MemoryMB = None,
+    precision: Precision = "float32",
+    threads: Threads = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Say how much two encoders share, in both directions, from their features alone."""
+    from conceptshare.ask import wmppc_between
+
+    _use_threads(threads)
+    table = wmppc_between(a, b, _bytes(memory_mb), precision)
+    typer.echo(table.to_json(orient="records") if as_json else table.to_string(index=False, float_format="%.4f"))
+
+
+@app.command()
+def sharedness(
+    source: Annotated[Path, typer.Option(help="The feature store whose features are ranked.")],
+    shared_with: Annotated[
+        list[Path], typer.Option(help="A store that should share them; more than one by giving it again.")
+    ],
+    not_shared_with: Annotated[
+        list[Path], typer.Option(help="A store that should not; more than one by giving it again.")
+    ],
+    top: Annotated[
+        int | None,
+        typer.Option(help="How many features to print: 1% without it.", min=1, show_default=False),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write all of them, as CSV and Parquet.")] = None,
+    threads: Threads = 1,
+) -> None:
+    """Rank an encoder's last-layer features by Comparative Sharedness, from features alone."""
+    from conceptshare.ask import sharedness_of
+    from conceptshare.tables import write_table
+
+    _use_threads(threads)
+    table = sharedness_of(source, shared_with, not_shared_with)
+    if out is not None:
+        write_table(table, out)
+    shown = table.head(top) if top else table[table.top]
+    columns = ["rank", "feature", "delta", "strength", "density", "rho_g", "rho_h"]
+    typer.echo(shown[columns].to_string(index=False, float_format="%.4g"))
 
 
 Features = Annotated[Path, typer.Option(help="The folder of feature stores.")]
 Correlations = Annotated[Path, typer.Option(help="The folder of correlation stores.")]
+Similarity = Annotated[
+    Path | None,
+    typer.Option(help="The folder of the similarity stage; without it, its columns are empty.", show_default=False),
+]
 Members = Annotated[str, typer.Option(help="JSON list of members.")]
 
 
 @metrics_app.command("matrix")
 def metrics_matrix(
-    members: Annotated[str, typer.Option(help="JSON list of [member, modality, kind].")],
+    members: Annotated[str, typer.Option(help="JSON list of [member, modality, kind, other seed or null].")],
     features: Features,
     correlations: Correlations,
     out: Out,
+    similarity: Similarity = None,
 ) -> None:
-    """The wMPPC from every member to every other."""
+    """The wMPPC from every member to every other, with intervals, floors, ceilings and similarities."""
     from conceptshare.tables import GroupedMember, Stores, matrix_table, write_table
 
     grouped = [GroupedMember(*entry) for entry in json.loads(members)]
-    write_table(matrix_table(grouped, Stores(features, correlations)), out)
+    write_table(matrix_table(grouped, Stores(features, correlations, similarity)), out)
+
+
+@metrics_app.command("averages")
+def metrics_averages(
+    table: Annotated[Path, typer.Option(help="The matrix, as Parquet.")], correlations: Correlations, out: Out
+) -> None:
+    """The mean wMPPC from each modality to each, with its interval."""
+    import pandas as pd
+
+    from conceptshare.tables import Stores, averages_table, write_table
+
+    write_table(averages_table(pd.read_parquet(table), Stores(correlations, correlations)), out)
+
+
+@metrics_app.command("formats")
+def metrics_formats(
+    table: Annotated[Path, typer.Option(help="The matrix, as Parquet.")],
+    averages: Annotated[Path, typer.Option(help="Its modality averages, as Parquet.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+) -> None:
+    """The matrix of each reading, and the averages, as CSV, Markdown and LaTeX."""
+    import pandas as pd
+
+    from conceptshare.formats import write_matrices
+
+    write_matrices(pd.read_parquet(table), pd.read_parquet(averages), out)
+
+
+@metrics_app.command("paper")
+def metrics_paper(
+    table: Annotated[Path, typer.Option(help="The matrix, as Parquet.")],
+    dataset: Annotated[str, typer.Option(help="The data set, as the paper has it.")],
+    size: Annotated[Literal["large", "base"], typer.Option(help="The size of the encoders.")],
+    out: Out,
+    agreement: Annotated[Path, typer.Option(help="Where to write how well they agree.")],
+) -> None:
+    """A matrix beside the paper's numbers, cell by cell, and how well they agree."""
+    import pandas as pd
+
+    from conceptshare import paper
+    from conceptshare.tables import write_table
+
+    cells = paper.compare(pd.read_parquet(table), dataset, size)
+    write_table(cells, out)
+    write_table(paper.agreement(cells), agreement)
 
 
 @metrics_app.command("layerwise")
@@ -233,11 +365,26 @@ def metrics_layerwise(
     features: Features,
     correlations: Correlations,
     out: Out,
+    similarity: Similarity = None,
 ) -> None:
     """The wMPPC from every layer of one member to every layer of another."""
     from conceptshare.tables import Stores, layerwise_table, write_table
 
-    write_table(layerwise_table(json.loads(pairs), Stores(features, correlations)), out)
+    write_table(layerwise_table(json.loads(pairs), Stores(features, correlations, similarity)), out)
+
+
+@metrics_app.command("pair")
+def metrics_pair(
+    a: Annotated[str, typer.Argument(help="A member.")],
+    b: Annotated[str, typer.Argument(help="Another.")],
+    features: Features,
+    correlations: Correlations,
+    out: Out,
+) -> None:
+    """Every feature of two members with its best match in the other."""
+    from conceptshare.tables import Stores, pair_table, write_table
+
+    write_table(pair_table(a, b, Stores(features, correlations)), out)
 
 
 @metrics_app.command("sharedness")
@@ -251,6 +398,18 @@ def metrics_sharedness(
     from conceptshare.tables import Stores, sharedness_table, write_table
 
     write_table(sharedness_table(**json.loads(analysis), stores=Stores(features, correlations)), out)
+
+
+@metrics_app.command("overlaps")
+def metrics_overlaps(
+    rankings: Annotated[list[Path], typer.Argument(help="Rankings by Comparative Sharedness, as Parquet.")], out: Out
+) -> None:
+    """How many top features every two rankings of one source have in common."""
+    import pandas as pd
+
+    from conceptshare.tables import overlap_table, write_table
+
+    write_table(overlap_table({path.stem: pd.read_parquet(path) for path in rankings}), out)
 
 
 @metrics_app.command("saes")
@@ -274,6 +433,62 @@ def figures_matrix(table: Table, out: Out) -> None:
     from conceptshare.figures import draw_matrix
 
     draw_matrix(pd.read_csv(table), out)
+
+
+@figures_app.command("averages")
+def figures_averages(table: Table, out: Out) -> None:
+    """Mean wMPPC from each modality to each."""
+    import pandas as pd
+
+    from conceptshare.figures import draw_averages
+
+    draw_averages(pd.read_csv(table), out)
+
+
+@figures_app.command("intervals")
+def figures_intervals(table: Table, out: Out) -> None:
+    """Each cell of a wMPPC matrix with its interval, floor and ceiling."""
+    import pandas as pd
+
+    from conceptshare.figures import draw_intervals
+
+    draw_intervals(pd.read_csv(table), out)
+
+
+@figures_app.command("similarity")
+def figures_similarity(table: Table, out: Out) -> None:
+    """CKA and mutual nearest neighbours beside wMPPC."""
+    import pandas as pd
+
+    from conceptshare.figures import draw_similarity
+
+    draw_similarity(pd.read_csv(table), out)
+
+
+@figures_app.command("strength")
+def figures_strength(
+    table: Annotated[Path, typer.Option(help="The matrix (CSV), for the order of its cells.")],
+    pairs: Annotated[Path, typer.Option(help="The folder of the tables of pairs.")],
+    out: Out,
+) -> None:
+    """How strong each member's features are, and how that goes with their best correlations."""
+    import pandas as pd
+
+    from conceptshare.figures import draw_strength
+    from conceptshare.tables import read_direction
+
+    cells = pd.read_csv(table)[["source", "target"]].drop_duplicates().itertuples(index=False, name=None)
+    draw_strength([(source, target, read_direction(pairs, source, target)) for source, target in cells], out)
+
+
+@figures_app.command("paper")
+def figures_paper(table: Table, out: Out) -> None:
+    """This study's wMPPC against the paper's."""
+    import pandas as pd
+
+    from conceptshare.figures import draw_paper
+
+    draw_paper(pd.read_csv(table), out)
 
 
 @figures_app.command("layerwise")
@@ -349,6 +564,10 @@ def _mapping(text: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise StudyError(f"{text}: expected keys and values, such as '{{\"k\": 32}}'")
     return values
+
+
+def _bytes(megabytes: int | None) -> int | None:
+    return None if megabytes is None else megabytes * 2**20
 
 
 def _use_threads(threads: int) -> None:

@@ -1,9 +1,10 @@
 """Stage `features`: the SAE features of every sample's global token, before TopK and after ReLU.
 
 `results/{dataset}/features/{sae}/{encoder}@{seed}.zarr` holds for each layer ``features [N, F]`` float16, the summed
-activation ``strength [F]`` (S of the paper) and the share of samples above zero ``density [F]``, both float64, and the
-samples on which each feature is strongest, ``top_samples [F, K]`` int32 with ``top_values [F, K]`` float32, strongest
-first, -1 where the feature is active on fewer. Statistics are those of the stored float16 values.
+activation ``strength [F]`` (S of the paper), the share of samples above zero ``density [F]`` and the standard
+``deviation [F]`` over the samples, all float64, and the samples on which each feature is strongest, ``top_samples [F,
+K]`` int32 with ``top_values [F, K]`` float32, strongest first, -1 where the feature is active on fewer. Statistics are
+those of the stored float16 values.
 """
 
 from collections.abc import Iterator
@@ -82,18 +83,30 @@ def _record_layer(group: zarr.Group, sae: TopKSAE, x: Any, where: str) -> None:
     N, F = x.shape[0], len(sae.W_dec)
     rows, columns = min(_ROWS, N), min(_COLUMNS, F)
     features = new_array(group, "features", (N, F), np.float16, (rows, columns), (rows, columns * -(-F // columns)))
-    strength, density = np.zeros(F), np.zeros(F)
+    strength, density, squares = np.zeros(F), np.zeros(F), np.zeros(F)
     k = min(_TOP_SAMPLES, N)
     top = Top(torch.zeros(k, F), torch.full((k, F), -1, dtype=torch.int32))
     for start, block in _blocks(sae, x, where):
         features[start : start + len(block)] = block
+        squares += _merged_squares(strength, start, block)
         strength += block.sum(0, dtype=np.float64)
         density += (block > 0).sum(0)
         top.add(torch.from_numpy(block).float(), start)
     save_array(group, "strength", strength)
     save_array(group, "density", density / N)
+    save_array(group, "deviation", np.sqrt(squares / N))
     save_array(group, "top_samples", np.where(top.values > 0, top.samples, -1).astype(np.int32).T)
     save_array(group, "top_values", top.values.numpy().T)
+
+
+def _merged_squares(strength: NDArray[np.float64], samples: int, block: NDArray[np.float16]) -> NDArray[np.float64]:
+    """``[F]`` what a block adds to the sums of squared deviations from the mean (Chan, Golub and LeVeque 1979)."""
+    values, n = block.astype(np.float64), len(block)
+    mean = values.mean(0)
+    squares: NDArray[np.float64] = ((values - mean) ** 2).sum(0)
+    if samples:
+        squares += (mean - strength / samples) ** 2 * (samples * n / (samples + n))
+    return squares
 
 
 def _blocks(sae: TopKSAE, x: Any, where: str) -> Iterator[tuple[int, NDArray[np.float16]]]:
@@ -111,6 +124,8 @@ class FeatureStatistics:
     """``[F]`` S: the summed activation."""
     density: NDArray[np.float64]
     """``[F]`` share of samples on which the feature is above zero."""
+    deviation: NDArray[np.float64]
+    """``[F]`` standard deviation over the samples; 0 where the feature does not vary."""
     top_samples: NDArray[np.int32]
     """``[F, K]`` samples on which it is strongest, -1 where there are fewer."""
 
@@ -125,5 +140,6 @@ def read_statistics(path: Path) -> dict[int, FeatureStatistics]:
     found = {}
     for layer in store.attrs["spec"]["layers"]:
         group = store[layer_name(layer)]
-        found[layer] = FeatureStatistics(group["strength"][:], group["density"][:], group["top_samples"][:])
+        arrays = [group[name][:] for name in ("strength", "density", "deviation", "top_samples")]
+        found[layer] = FeatureStatistics(*arrays)
     return found

@@ -9,7 +9,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import log_ndtr
 
+from conceptshare.errors import NumericsError
+
 Array = NDArray[np.float64]
+
+READINGS = ("pooled", "layer_mean", "last")
+"""The readings of wMPPC: over all layers in two ways, and between the last layers alone."""
+
+# Draws with replacement that are counted at once: 15 MB of float32 counts for 118,287 samples.
+_REPLICATES_AT_ONCE = 32
 
 
 def mppc(rho: ArrayLike) -> float:
@@ -93,7 +101,14 @@ def significance(rho: ArrayLike, samples: int, candidates: int) -> Array:
 
     Returns:
         log10 P, of rho's shape.
+
+    Raises:
+        NumericsError: where there are too few samples, or no candidate.
     """
+    if samples <= 3:
+        raise NumericsError(f"{samples} samples: the chance of a correlation needs at least 4")
+    if candidates < 1:
+        raise NumericsError(f"{candidates} candidates: the best match is one of at least 1")
     with np.errstate(divide="ignore"):
         z = np.arctanh(np.asarray(rho, np.float64)) * np.sqrt(samples - 3)
     # Phi(z)^N = exp(N log Phi(z)), and log Phi(z) is near -Q(z), which underflows where log Q(z) does not.
@@ -122,3 +137,130 @@ def modality_averages(
         if source != target:
             cells.setdefault((modalities[source], modalities[target]), []).append(value)
     return {pair: float(np.mean(values)) for pair, values in cells.items()}
+
+
+def coefficient_of_variation(values: ArrayLike) -> float:
+    """The population standard deviation over the mean, or NaN where the mean is 0."""
+    values = np.asarray(values, np.float64)
+    mean = values.mean()
+    return float(values.std() / mean) if mean != 0 else float("nan")
+
+
+def correlation(x: ArrayLike, y: ArrayLike) -> float:
+    """The Pearson correlation of ``x [n]`` and ``y [n]``, or NaN where one of them does not vary."""
+    unit = []
+    for values in (x, y):
+        values = np.asarray(values, np.float64)
+        if (values == values[:1]).all():
+            return float("nan")
+        deviation = values - values.mean()
+        # Squares of very small or large numbers leave the range of floats.
+        deviation /= np.abs(deviation).max()
+        unit.append(deviation / np.linalg.norm(deviation))
+    return float(np.clip(unit[0] @ unit[1], -1, 1))
+
+
+def benjamini_hochberg(log10_p: ArrayLike, level: float = 0.05) -> NDArray[np.bool_]:
+    """Which hypotheses are rejected at a false discovery rate (Benjamini and Hochberg, 1995).
+
+    With the p-values in ascending order p_1, ..., p_m, those up to the last i with p_i <= level i / m are rejected.
+    Logs are compared, so that a p-value far below the least float counts as what it is.
+
+    Args:
+        log10_p: ``[F]`` log10 of the p-values. NaN stands for no test: it is not rejected, and m does not count it.
+        level: the largest false discovery rate.
+
+    Returns:
+        ``[F]``.
+    """
+    log10_p = np.asarray(log10_p, np.float64)
+    ascending = np.sort(log10_p[~np.isnan(log10_p)])
+    bounds = np.log10(level * np.arange(1, len(ascending) + 1) / max(1, len(ascending)))
+    (below,) = np.nonzero(ascending <= bounds)
+    rejected: NDArray[np.bool_] = log10_p <= (ascending[below[-1]] if len(below) else np.nan)
+    return rejected
+
+
+def beyond_shuffled(rho: ArrayLike, shuffled: ArrayLike, level: float = 0.05) -> NDArray[np.bool_]:
+    """Which correlations are larger than those with shuffled samples, at a false discovery rate.
+
+    These are the rho above the least threshold t at which the expected share of chance matches is at most the level:
+    (1 + #{shuffled > t}) (F / F_shuffled) / #{rho > t} <= level, as targets and decoys are compared in proteomics.
+    It needs no formula for the chance of a correlation, so features may be as skewed and as sparse as they are. With
+    F_shuffled below F the least number that can be found is F / (level F_shuffled).
+
+    Args:
+        rho: ``[F]`` best correlations.
+        shuffled: ``[F_shuffled]`` best correlations of some of these features where the target's samples are shuffled.
+        level: the largest false discovery rate.
+
+    Returns:
+        ``[F]``.
+    """
+    rho, shuffled = np.asarray(rho, np.float64), np.sort(np.asarray(shuffled, np.float64))
+    if not rho.size or not shuffled.size:
+        return np.zeros(rho.shape, bool)
+    ascending = np.sort(rho)
+    # A threshold just below a rho takes it and all that are not smaller.
+    found = len(rho) - np.searchsorted(ascending, ascending)
+    by_chance = (1 + len(shuffled) - np.searchsorted(shuffled, ascending)) * (len(rho) / len(shuffled))
+    (enough,) = np.nonzero(by_chance <= level * found)
+    beyond: NDArray[np.bool_] = rho >= (ascending[enough[0]] if len(enough) else np.nan)
+    return beyond
+
+
+def bootstrap_intervals(
+    values: ArrayLike, influence: ArrayLike, level: float = 0.95, replicates: int = 2000, seed: int = 0
+) -> Array:
+    """Percentile intervals of several numbers, such as all cells of a matrix, over the same resamples of samples.
+
+    A resample's value is taken as the value plus the mean influence of the samples drawn. That is why it is cheap: no
+    product of features is made again, as what a sample does to a wMPPC is one number, and the numbers of a resample
+    are added up. The influence of a mean of cells is the mean of theirs. Matches are held fixed, so the interval tells
+    how a number varies with the samples, and not that the best of many matches is too high by chance.
+
+    Args:
+        values: ``[C]``.
+        influence: ``[C, N]`` of each sample on each value. A product in float32, where they are that, moves the ends
+            by less than 0.001 of the interval's width.
+        level: the share of resamples within the interval.
+        replicates: how many resamples are drawn.
+        seed: of the draws, which are the same for the same seed, N and replicates.
+
+    Returns:
+        ``[C, 2]`` the lower and the upper end, NaN where the value is.
+    """
+    influence = np.asarray(influence)
+    C, N = influence.shape
+    rng = np.random.default_rng(seed)
+    sums = np.empty((replicates, C))
+    for start in range(0, replicates, _REPLICATES_AT_ONCE):
+        block = sums[start : start + _REPLICATES_AT_ONCE]
+        counts = np.empty((len(block), N), influence.dtype)
+        for row in counts:
+            row[:] = np.bincount(rng.integers(N, size=N), minlength=N)
+        block[:] = counts @ influence.T
+    ends = np.quantile(sums / N, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    intervals: Array = np.asarray(values, np.float64)[:, None] + ends.T
+    return intervals
+
+
+def bootstrap_interval(
+    value: float, influence: ArrayLike, level: float = 0.95, replicates: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """The lower and the upper end of one number's interval: see `bootstrap_intervals`.
+
+    Args:
+        value: the number. The interval of NaN is NaN.
+        influence: ``[N]`` of each sample.
+        level: the share of resamples within the interval.
+        replicates: how many resamples are drawn.
+        seed: of the draws.
+    """
+    low, high = bootstrap_intervals([value], np.asarray(influence)[None], level, replicates, seed)[0]
+    return float(low), float(high)
+
+
+def overlap(a: ArrayLike, b: ArrayLike, top: int) -> int:
+    """How many features are among the first ``top`` of both rankings, each of which names a feature once."""
+    return len(np.intersect1d(np.asarray(a)[:top], np.asarray(b)[:top]))

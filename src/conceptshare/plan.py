@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from conceptshare.blocks import plan_blocks
 from conceptshare.catalog import DatasetSpec, EncoderSpec, local_path
 from conceptshare.errors import StudyError
-from conceptshare.study import SAESettings, Study
+from conceptshare.study import CorrelationSettings, SAESettings, Study, encoder_pairs
 
 RESULTS = Path("results")
 """Where data sets that are already made lie."""
@@ -24,8 +25,12 @@ FEATURE_ROWS = 1024
 FEATURE_COLUMNS = 512
 TOP_SAMPLES = 100
 EVALUATED_SAMPLES = 4096
-CORRELATIONS_MEMORY_BYTES = 2**30
-STANDARDISED_BYTES = 28
+FLOOR_FEATURES = 256
+CKA_SAMPLES = 10_000
+NEIGHBOUR_SAMPLES = 4096
+
+GPU_MEMORY_BYTES = 64 * 10**9
+"""What correlations may take where the study gives no bound: four fifths of a GPU with 80 GB."""
 
 # A photograph as COCO has them, where the data set is neither made nor a file on this machine.
 _SAMPLE_BYTES = 160_000
@@ -34,6 +39,8 @@ _IMAGE_SIZE, _PATCH = 224, 14
 _CAPTION_TOKENS = 16
 # Python with torch and a library of models, before it has loaded anything.
 _PROCESS_BYTES = 1_000_000_000
+# A pair of layers in a table of similarities.
+_SIMILARITY_BYTES = 32
 # Sums, products and roots of Adam for a parameter and step.
 _ADAM_FLOPS = 12
 
@@ -104,7 +111,7 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
         StudyError: where nothing tells how many samples a data set has.
     """
     counts = {name: samples or _samples(name, spec, results) for name, spec in study.datasets.items()}
-    rules = ("dataset", "activations", "sae", "stream", "features", "correlations")
+    rules = ("dataset", "activations", "sae", "stream", "features", "correlations", "similarity")
     parts: dict[str, list[Cost]] = {rule: [] for rule in rules}
     members, pairs = study.members(), study.pairs()
     needed = {member.encoder: study.encoders[member.encoder] for member in members}
@@ -125,8 +132,10 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
                     parts["sae"] += [sae_cost(spec, settings, N)] * len(spec.layer_numbers())
                 parts["features"].append(features_cost(spec, settings, N))
             parts["correlations"] += [
-                correlations_cost(needed[a.encoder], needed[b.encoder], settings, N) for a, b in pairs
+                correlations_cost(needed[a.encoder], needed[b.encoder], settings, N, study.correlations)
+                for a, b in pairs
             ]
+            parts["similarity"] += [similarity_cost(needed[a], needed[b], N) for a, b in study.similarity_pairs()]
     return Plan(
         study=study.study,
         samples=counts,
@@ -152,15 +161,32 @@ def count_jobs(study: Study) -> dict[str, int]:
         "stream": settings * len(encoders) if study.stream else 0,
         "features": settings * len(members),
         "correlations": settings * len(study.pairs()),
+        "similarity": settings * len(study.similarity_pairs()),
     }
-    tables = {
-        "matrix": settings * len(study.analyses.matrices),
-        "layerwise": settings * len(study.analyses.layerwise),
-        "sharedness": settings * len(study.analyses.sharedness),
-        "saes": settings,
+    matrices = len(study.analyses.matrices)
+    of_several_encoders = sum(bool(encoder_pairs(study.matrix_pairs(name))) for name in study.analyses.matrices)
+    on_the_papers_data = sum(len(study.paper_datasets(name)) for name in study.analyses.matrices)
+    layerwise, sharedness = len(study.analyses.layerwise), len(study.analyses.sharedness)
+    jobs |= {
+        "metrics_matrix": settings * matrices,
+        "metrics_averages": settings * matrices,
+        "metrics_formats": settings * matrices,
+        "metrics_paper": len(study.saes) * on_the_papers_data,
+        "metrics_layerwise": settings * layerwise,
+        "metrics_pair": settings * len(study.pairs()),
+        "metrics_sharedness": settings * sharedness,
+        "metrics_overlaps": settings * bool(study.overlapping()),
+        "metrics_saes": settings,
+        "figures_matrix": settings * matrices,
+        "figures_averages": settings * of_several_encoders,
+        "figures_intervals": settings * matrices,
+        "figures_similarity": settings * of_several_encoders,
+        "figures_strength": settings * matrices,
+        "figures_paper": len(study.saes) * on_the_papers_data,
+        "figures_layerwise": settings * layerwise,
+        "figures_sharedness": settings * sharedness,
+        "figures_saes": settings,
     }
-    for stage in ("metrics", "figures"):
-        jobs |= {f"{stage}_{kind}": count for kind, count in tables.items()}
     return {rule: count for rule, count in jobs.items() if count} | {"all": 1}
 
 
@@ -269,27 +295,55 @@ def features_cost(spec: EncoderSpec, settings: SAESettings, N: int) -> Cost:
     # A block of rows in float32 and float16, and values with their samples and order where top samples are merged.
     working = F * (6 * rows + 16 * (rows + min(TOP_SAMPLES, N)))
     return Cost(
-        written=kept * (features_bytes(F, N) + F * (16 + 8 * min(TOP_SAMPLES, N))),
+        written=kept * (features_bytes(F, N) + F * (24 + 8 * min(TOP_SAMPLES, N))),
         read=kept * (global_bytes(spec, N) + sae),
         cpu_flops=kept * N * 2 * D * F,
         memory=_PROCESS_BYTES + 2 * sae + working,
     )
 
 
-def correlations_cost(a: EncoderSpec, b: EncoderSpec, settings: SAESettings, N: int) -> Cost:
+def correlations_cost(
+    a: EncoderSpec, b: EncoderSpec, settings: SAESettings, N: int, correlations: CorrelationSettings | None = None
+) -> Cost:
     """Best matches of two members: 2 N F_a F_b over all pairs of layers, once for both directions.
 
-    A is read once, and B again for each panel of A; a panel is as wide as the memory budget allows.
+    Twice more of the first features of each layer with shuffled samples, and twice a pass for the influences. Each
+    member is read once for each, and more often for the matches where its features do not fit the memory budget.
     """
-    layers_a, layers_b = len(a.layer_numbers()), len(b.layer_numbers())
-    F_a, F_b = settings.expansion * a.width, settings.expansion * b.width
-    width = panel_width(N)
-    panels = layers_a * -(-F_a // width)
+    correlations = correlations or CorrelationSettings()
+    budget = (correlations.memory_mb or 0) * 2**20 or GPU_MEMORY_BYTES
+    sizes = [[settings.expansion * spec.width] * len(spec.layer_numbers()) for spec in (a, b)]
+    first = [[min(F, FLOOR_FEATURES) for F in side] for side in sizes]
+    read, flops, memory = 2.0 * sum(_panels_read(F, F, N) for side in sizes for F in side), 0, 0
+    for one, other in ((sizes[0], sizes[1]), (first[0], sizes[1]), (first[1], sizes[0])):
+        blocks = plan_blocks(N, one, other, 2, budget, correlations.precision)
+        read += sum(blocks.times_a * _panels_read(F, blocks.width, N) for F in one)
+        read += sum(blocks.times_b * _panels_read(F, blocks.width, N) for F in other)
+        flops += 2 * N * sum(one) * sum(other)
+        memory = max(memory, blocks.bytes)
+    rhos = [len(sizes[1]) * sum(sizes[0]), len(sizes[0]) * sum(sizes[1])]
+    floors = [len(sizes[1]) * sum(first[0]), len(sizes[0]) * sum(first[1])]
     return Cost(
-        written=8 * layers_a * layers_b * (F_a + F_b),
-        read=layers_a * _panels_read(F_a, width, N) + panels * layers_b * _panels_read(F_b, width, N),
-        flops=2 * N * (layers_a * F_a) * (layers_b * F_b),
-        memory=_PROCESS_BYTES + CORRELATIONS_MEMORY_BYTES,
+        written=8 * sum(rhos) + 4 * sum(floors) + 2 * 3 * 4 * N,
+        read=read,
+        flops=flops,
+        memory=_PROCESS_BYTES + memory,
+    )
+
+
+def similarity_cost(a: EncoderSpec, b: EncoderSpec, N: int) -> Cost:
+    """CKA and neighbours of the global tokens of two encoders, over the first samples; A's layers are all in memory.
+
+    CKA has 2 n D_a D_b operations for a pair of layers and 2 n D^2 for each layer, neighbours 2 m^2 D for a layer.
+    """
+    n, m = min(N, CKA_SAMPLES), min(N, NEIGHBOUR_SAMPLES)
+    widths = [spec.width for spec in (a, b) for _ in spec.layer_numbers()]
+    pairs = len(a.layer_numbers()) * len(b.layer_numbers())
+    return Cost(
+        written=_SIMILARITY_BYTES * pairs,
+        read=n * 2 * sum(widths),
+        flops=2 * n * (pairs * a.width * b.width + sum(D**2 for D in widths)) + 2 * m**2 * sum(widths),
+        memory=_PROCESS_BYTES + 4 * n * len(a.layer_numbers()) * a.width + 3 * 8 * n * max(widths),
     )
 
 
@@ -329,12 +383,6 @@ def global_bytes(spec: EncoderSpec, N: int) -> int:
 def features_bytes(F: int, N: int) -> int:
     """Bytes of one layer's F features, in float16."""
     return N * F * 2
-
-
-def panel_width(N: int) -> int:
-    """Features that the correlations stage standardises at once: w (28 N) + 8 w^2 is its memory budget."""
-    per_feature = N * STANDARDISED_BYTES
-    return max(1, int((-per_feature + (per_feature**2 + 32 * CORRELATIONS_MEMORY_BYTES) ** 0.5) / 16))
 
 
 def headline(plan: Plan) -> str:
@@ -388,6 +436,7 @@ def _assumptions(plan: Plan) -> list[str]:
         f"(--disk-mb-per-s), {rates.cpu_gflops:g} GFLOP/s on the CPU (--cpu-gflops), where features are computed.",
         "Hours: one job after another on one GPU, computing and reading in turns.",
         "Disk: before compression; models in the hub's cache not counted. Memory: of the largest job, the GPU's in it.",
+        "Correlations: memory as in correlations.memory_mb, or 64 GB of a GPU.",
         "Nothing is taken as done, and nothing as still in the file cache. Tables and figures take seconds.",
     ]
     if plan.guessed:

@@ -12,16 +12,17 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import DTypeLike, NDArray
+from zarr.codecs import ZstdCodec
 
 from conceptshare.errors import ConceptshareError, NumericsError, StoreError
 
-VERSION = 1
-"""Version of the formats of all stores; a change that old readers would misread raises it."""
+VERSIONS = {"features": 2, "correlations": 2}
+"""Version of a kind's format, where it is not 1; what old readers would misread, or new ones need, raises it."""
 
 _ROOT = "zarr.json"
 _EVERY_CHUNK: Any = {"write_empty_chunks": True}
@@ -59,7 +60,7 @@ def new_store(path: Path, kind: str, spec: dict[str, Any], resume: bool = False)
         spec: what the store was made from, kept in its attributes.
         resume: give what an attempt that was cut off left of the same store, where there is such; else an empty group.
     """
-    described: dict[str, Any] = {"kind": kind, "version": VERSION, "spec": spec, "complete": False}
+    described: dict[str, Any] = {"kind": kind, "version": VERSIONS.get(kind, 1), "spec": spec, "complete": False}
     with written_aside(path, resume) as partial:
         group = _left_over(partial, described)
         if group is None:
@@ -100,9 +101,10 @@ def open_store(path: Path, kind: str) -> zarr.Group:
     attributes: Any = dict(group.attrs)
     if attributes.get("kind") != kind:
         raise StoreError(f"{path}: a store of {attributes.get('kind')!r}, where one of {kind!r} is needed")
-    if attributes.get("version") != VERSION:
+    needed = VERSIONS.get(kind, 1)
+    if attributes.get("version") != needed:
         raise StoreError(
-            f"{path}: format version {attributes.get('version')}, where {VERSION} is needed; delete it and run again"
+            f"{path}: format version {attributes.get('version')}, where {needed} is needed; delete it and run again"
         )
     if attributes.get("complete") is not True:
         raise StoreError(f"{path}: incomplete, the job that wrote it did not finish; delete it and run again")
@@ -122,11 +124,11 @@ def new_array(
     dtype: DTypeLike,
     chunks: tuple[int, ...] | None = None,
     shards: tuple[int, ...] | None = None,
-    compressors: Literal["auto"] | None = "auto",
+    compress: bool = True,
 ) -> zarr.Array[Any]:
-    """Add an array to a store, every chunk of which will be written, zeros too.
+    """Add an array to a store, every chunk of which will be written, zeros too; chunks default to the whole array.
 
-    Chunks default to the whole array, compressors to Zarr's own.
+    What is compressed has a checksum, so that a chunk that was changed on disk cannot be read.
     """
     whole = tuple(max(1, n) for n in shape)
     return group.create_array(
@@ -135,7 +137,7 @@ def new_array(
         dtype=dtype,
         chunks=chunks or whole,
         shards=shards,
-        compressors=compressors,
+        compressors=ZstdCodec(checksum=True) if compress else None,
         config=_EVERY_CHUNK,
     )
 
@@ -159,6 +161,30 @@ def layer_group(store: zarr.Group, layer: int, path: Path) -> Any:
     if layer_name(layer) not in store:
         raise StoreError(f"{path}: no layer {layer}; it has {', '.join(sorted(store.group_keys()))}")
     return store[layer_name(layer)]
+
+
+class StoredArray:
+    """An array of a store, read as a NumPy array; where a chunk cannot be decoded, the error says which store."""
+
+    def __init__(self, store: zarr.Group, name: str, path: Path) -> None:
+        array: Any = store[name]
+        self._array = array
+        self._name, self._path = name, path
+        self.shape: tuple[int, ...] = tuple(self._array.shape)
+
+    def __getitem__(self, place: Any) -> NDArray[Any]:
+        """Read a part.
+
+        Raises:
+            StoreError: where that cannot be.
+        """
+        try:
+            values: NDArray[Any] = self._array[place]
+        except Exception as error:  # damaged chunks fail in many ways
+            raise StoreError(
+                f"{self._path}: {self._name} cannot be read ({error}); delete the store and run again"
+            ) from error
+        return values
 
 
 @contextmanager
@@ -195,7 +221,7 @@ class RowWriter:
         self._shard = self._chunk * max(1, shard_bytes // (self._chunk * row_bytes))
         if name not in group:
             # Activations are noise to a compressor: it would save some percent, and take longer than writing them.
-            new_array(group, name, (0, width), dtype, (self._chunk, width), (self._shard, width), compressors=None)
+            new_array(group, name, (0, width), dtype, (self._chunk, width), (self._shard, width), compress=False)
         array: Any = group[name]
         self._array = array.with_config(_EVERY_CHUNK)
         self.written = keep // self._shard * self._shard

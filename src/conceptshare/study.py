@@ -4,7 +4,10 @@ A *member* is an encoder with the seed of its SAEs, written ``encoder@seed``. Th
 pairs of members that its analyses need; the workflow makes those and nothing else.
 """
 
+import csv
 import json
+from collections.abc import Iterable
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -29,6 +32,9 @@ from conceptshare.errors import StudyError
 
 # Groups of a matrix, in the order of the paper's tables: what reads images first, then what reads text.
 _GROUPS = [("image", "vlm"), ("image", "vision"), ("text", "vlm"), ("text", "language")]
+
+# What stands after the name of a matrix in the names of the files that go with it.
+_MATRIX_PARTS = ("averages", "intervals", "similarity", "strength", "paper", "paper-agreement")
 
 # What the reference preset adds to an encoder's name, so that neither choice of token overwrites the other.
 _REFERENCE_SUFFIX = ".reference"
@@ -117,11 +123,37 @@ class SAESettings(Spec):
 _GAO = {"auxk": 1 / 32, "initial_b_dec": "mean", "unit_norm_decoder": True, "learning_rate": None}
 
 
+class PairSettings(Spec):
+    """How one pair of members is correlated."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What standardised features are rounded to in the product."""
+    full: list[tuple[int, int]] = Field(default=[])
+    """Pairs of layers, of the first and of the second member, whose whole matrix of correlations is stored."""
+
+
+class CorrelationSettings(Spec):
+    """How features are correlated."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What standardised features are rounded to in the product, whose sums are float32. With ``bfloat16`` the error of
+    a correlation stays below 2e-3, and the product is faster where the hardware multiplies bfloat16: on CPUs with
+    AVX512-BF16 or AMX, and on NVIDIA GPUs."""
+    memory_mb: int | None = Field(default=None, ge=1)
+    """Bound of a job's working memory in MB; none is 1 GiB on a CPU, and most of the free memory of a GPU."""
+    full: list[tuple[str, int, str, int]] = Field(default=[])
+    """Pairs of layers whose whole matrix of correlations is stored beside the best matches: member, layer, member,
+    layer. The pair of members must be one that an analysis compares."""
+
+
 class Matrix(Spec):
     """wMPPC between all pairs of members, over all layers and for the last layers."""
 
     members: list[str] | None = None
     """``encoder`` or ``encoder@seed``; without it, every encoder of the study at its first seed."""
+    paper: Literal["large", "base"] | None = None
+    """Compare with the numbers that the paper has for encoders of this size, on the data sets that it has them for:
+    ``large`` on coco, laion and flowers, ``base`` on coco."""
 
 
 class Layerwise(Spec):
@@ -177,6 +209,8 @@ class Study(Spec):
     """Whether an encoder's SAEs of all layers and seeds are trained while it reads the data set, and no tokens are
     stored. They are the same SAEs; but each epoch is another forward pass, and a seed that is added trains all of its
     encoder's anew."""
+    correlations: Annotated[CorrelationSettings, BeforeValidator(_or_empty)] = CorrelationSettings()
+    """How features are correlated."""
     analyses: Annotated[Analyses, BeforeValidator(_or_empty)] = Analyses()
     """What to compute."""
 
@@ -196,10 +230,18 @@ class Study(Spec):
             try:
                 self.member(text)
             except StudyError as error:
-                raise ValueError(f"analyses.{where}: {error}") from None
-        for name in self.analyses.matrices:
+                raise ValueError(f"{where}: {error}") from None
+        for name, matrix in self.analyses.matrices.items():
             if len(self.matrix_members(name)) < 2:
                 raise ValueError(f"analyses.matrices.{name}: a matrix needs two members at least; name more, or none")
+            if matrix.paper:
+                self._check_paper(name, matrix.paper)
+            for part in _MATRIX_PARTS:
+                if f"{name}.{part}" in self.analyses.matrices:
+                    raise ValueError(
+                        f"analyses.matrices.{name}.{part}: the file of that name holds the {part} of {name}; choose "
+                        f"another name"
+                    )
         for name, layerwise in self.analyses.layerwise.items():
             for a, b in layerwise.pairs:
                 if self.member(a) == self.member(b):
@@ -219,6 +261,7 @@ class Study(Spec):
                     f"analyses.sharedness.{name}: {min(both)} is in both groups, and cannot share a feature and not "
                     f"share it; leave it out of one"
                 )
+        self._check_full()
         for name, settings in self.saes.items():
             for encoder, spec in self.encoders.items():
                 latents = settings.expansion * spec.width
@@ -233,6 +276,43 @@ class Study(Spec):
                         f"{self.name_in_config(encoder)} has; lower k, or raise expansion"
                     )
         return self
+
+    def _check_paper(self, name: str, size: str) -> None:
+        place, known = (
+            f"analyses.matrices.{name}.paper",
+            [data for data, of_size in paper_encoders() if of_size == size],
+        )
+        datasets = self.paper_datasets(name)
+        if not datasets:
+            raise ValueError(
+                f"{place}: the paper has {size} encoders on {', '.join(known)}, and none of them is a data set of this "
+                f"study; add one, or leave paper out"
+            )
+        members = {self.name_in_config(encoder).removesuffix(f"-{size}") for encoder, _ in self.matrix_members(name)}
+        for dataset in datasets:
+            names = paper_encoders()[dataset, size]
+            if len(members & set(names)) < 2:
+                raise ValueError(
+                    f"{place}: fewer than two members are among the paper's {size} encoders on {dataset}, which are "
+                    f"{', '.join(f'{own}-{size}' for own in names)}; add more of them, or leave paper out"
+                )
+
+    def _check_full(self) -> None:
+        compared = self.pairs()
+        for entry in self.correlations.full:
+            text_a, layer_a, text_b, layer_b = entry
+            for text, layer in ((text_a, layer_a), (text_b, layer_b)):
+                layers = self.encoders[self.member(text).encoder].layer_numbers()
+                if layer not in layers:
+                    raise ValueError(
+                        f"correlations.full: {list(entry)}: layer {layer} of {text} is not recorded; its "
+                        f"layers are {', '.join(map(str, layers))}"
+                    )
+            if sorted_pair(self.member(text_a), self.member(text_b)) not in compared:
+                raise ValueError(
+                    f"correlations.full: {list(entry)}: no analysis compares {text_a} with {text_b}; name a pair that "
+                    f"one does, or add an analysis"
+                )
 
     def name_in_config(self, encoder: str) -> str:
         """The name that the config calls an encoder by, where ``encoder`` is the one in paths and tables."""
@@ -271,6 +351,25 @@ class Study(Spec):
         """The pairs that a matrix needs."""
         return list(combinations(sorted(self.matrix_members(name)), 2))
 
+    def ceiling_of(self, member: Member) -> Member | None:
+        """The same encoder with the first of its other seeds, where it lists more than one.
+
+        What two trainings on the same activations share bounds what two encoders can be seen to share.
+        """
+        others = (seed for seed in self.encoders[member.encoder].seeds if seed != member.seed)
+        seed = next(others, None)
+        return None if seed is None else Member(member.encoder, seed)
+
+    def ceiling_pairs(self, name: str) -> list[Pair]:
+        """The pairs of a matrix's members with their own other seeds, each sorted."""
+        found = ((member, self.ceiling_of(member)) for member in self.matrix_members(name))
+        return sorted({sorted_pair(member, other) for member, other in found if other is not None})
+
+    def paper_datasets(self, name: str) -> list[str]:
+        """The data sets on which a matrix is compared with the paper's numbers."""
+        size = self.analyses.matrices[name].paper
+        return [dataset for dataset in self.datasets if (dataset, size) in paper_encoders()]
+
     def layerwise_pairs(self, name: str) -> list[Pair]:
         """The pairs of a layerwise analysis, in its order."""
         return [(self.member(a), self.member(b)) for a, b in self.analyses.layerwise[name].pairs]
@@ -284,9 +383,21 @@ class Study(Spec):
         source = self.sharedness_source(name)
         return [(source, other) for other in self._group(self.analyses.sharedness[name])]
 
+    def overlapping(self) -> list[str]:
+        """The names of Comparative Sharedness analyses that rank the features of the same member as another one."""
+        sources = {name: self.sharedness_source(name) for name in self.analyses.sharedness}
+        return sorted(name for name, source in sources.items() if list(sources.values()).count(source) > 1)
+
+    def similarity_pairs(self) -> list[tuple[str, str]]:
+        """The pairs of different encoders that matrices and layerwise analyses compare, in sorted order."""
+        compared = [pair for name in self.analyses.matrices for pair in self.matrix_pairs(name)]
+        compared += [pair for name in self.analyses.layerwise for pair in self.layerwise_pairs(name)]
+        return encoder_pairs(compared)
+
     def pairs(self) -> list[Pair]:
         """Every unordered pair of members that some analysis needs, each sorted, in sorted order."""
         needed = [pair for name in self.analyses.matrices for pair in self.matrix_pairs(name)]
+        needed += [pair for name in self.analyses.matrices for pair in self.ceiling_pairs(name)]
         needed += [pair for name in self.analyses.layerwise for pair in self.layerwise_pairs(name)]
         needed += [pair for name in self.analyses.sharedness for pair in self.sharedness_pairs(name)]
         return sorted({sorted_pair(*pair) for pair in needed})
@@ -308,8 +419,9 @@ class Study(Spec):
         return sorted(self.encoders[encoder].seeds)
 
     def matrix_key(self, name: str) -> str:
-        """What a matrix depends on beside its inputs, as canonical JSON: its members and their groups."""
-        return _json([[str(m), *_GROUPS[self._rank(m)[0]]] for m in self.matrix_members(name)])
+        """What a matrix depends on beside its inputs, as canonical JSON: its members, their groups and other seeds."""
+        members = [(m, self.ceiling_of(m)) for m in self.matrix_members(name)]
+        return _json([[str(m), *_GROUPS[self._rank(m)[0]], other and str(other)] for m, other in members])
 
     def layerwise_key(self, name: str) -> str:
         """What a layerwise analysis depends on beside its inputs, as canonical JSON: its pairs in order."""
@@ -325,6 +437,18 @@ class Study(Spec):
                 "not_shared_with": sorted(str(self.member(text)) for text in analysis.not_shared_with),
             }
         )
+
+    def correlations_key(self, a: Member, b: Member) -> str:
+        """What the correlations of a pair depend on beside its features, as canonical JSON.
+
+        Layers stand in the pair's sorted order, ``[layer of the first, layer of the second]``.
+        """
+        full = set()
+        for text_a, layer_a, text_b, layer_b in self.correlations.full:
+            (first, layer), (second, other) = sorted([(self.member(text_a), layer_a), (self.member(text_b), layer_b)])
+            if (first, second) == sorted_pair(a, b):
+                full.add((layer, other))
+        return canonical(PairSettings(precision=self.correlations.precision, full=sorted(full)))
 
     def sae_key(self, name: str) -> str:
         """What an SAE depends on beside its activations and seed, as canonical JSON."""
@@ -344,16 +468,17 @@ class Study(Spec):
     def _named_members(self) -> list[tuple[str, str]]:
         """Each place of the config that names a member, with the text it holds."""
         named = [
-            (f"matrices.{name}.members", text)
+            (f"analyses.matrices.{name}.members", text)
             for name, matrix in self.analyses.matrices.items()
             for text in matrix.members or []
         ]
         for name, layerwise in self.analyses.layerwise.items():
-            named += [(f"layerwise.{name}.pairs", text) for pair in layerwise.pairs for text in pair]
+            named += [(f"analyses.layerwise.{name}.pairs", text) for pair in layerwise.pairs for text in pair]
         for name, analysis in self.analyses.sharedness.items():
-            named.append((f"sharedness.{name}.source", analysis.source))
-            named += [(f"sharedness.{name}.shared_with", text) for text in analysis.shared_with]
-            named += [(f"sharedness.{name}.not_shared_with", text) for text in analysis.not_shared_with]
+            named.append((f"analyses.sharedness.{name}.source", analysis.source))
+            named += [(f"analyses.sharedness.{name}.shared_with", text) for text in analysis.shared_with]
+            named += [(f"analyses.sharedness.{name}.not_shared_with", text) for text in analysis.not_shared_with]
+        named += [("correlations.full", text) for a, _, b, _ in self.correlations.full for text in (a, b)]
         return named
 
 
@@ -394,6 +519,22 @@ def build_study(config: dict[str, Any], origin: str, catalog: Path = CATALOG) ->
 def sorted_pair(a: Member, b: Member) -> tuple[Member, Member]:
     """Two members in their one order, whichever way round they were named."""
     return (a, b) if a <= b else (b, a)
+
+
+@cache
+def paper_encoders() -> dict[tuple[str, str], list[str]]:
+    """The names of the encoders that the paper has numbers for, by data set and size."""
+    with (Path(__file__).parent / "paper" / "wmppc.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        (dataset, size): list(dict.fromkeys(r["source"] for r in rows if (r["dataset"], r["size"]) == (dataset, size)))
+        for dataset, size in dict.fromkeys((row["dataset"], row["size"]) for row in rows)
+    }
+
+
+def encoder_pairs(pairs: Iterable[Pair]) -> list[tuple[str, str]]:
+    """The different encoders of pairs of members: each two names sorted, once, in sorted order."""
+    return sorted({(min(x, y), max(x, y)) for (x, _), (y, _) in pairs if x != y})
 
 
 def pair_name(a: Member, b: Member) -> str:

@@ -4,12 +4,15 @@ One row a value, so that pandas, R or a spreadsheet can pivot them at will. The 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
+from scipy.stats import hypergeom
 
 from conceptshare import metrics
 from conceptshare.correlations import PairCorrelations, read_correlations
@@ -18,21 +21,75 @@ from conceptshare.features import FeatureStatistics, read_statistics
 from conceptshare.store import layer_name, written_aside
 from conceptshare.study import Member, pair_name
 
+SIMILARITIES = ("cka", "mutual_knn")
+MATRIX_COLUMNS = (
+    *("source", "target", "source_modality", "target_modality", "source_kind", "target_kind", "reading"),
+    *("wmppc", "low", "high", "floor", "ceiling", "mppc", "features", "significant", "beyond_shuffled"),
+    *("strength_cv", "strength_rho", *SIMILARITIES),
+)
+
+# Cells of a matrix whose intervals are taken at once: 120 MB of influences for 118,287 samples.
+_CELLS_AT_ONCE = 256
+
 
 class Stores(NamedTuple):
     """Where the stores of one data set and SAE setting lie."""
 
     features: Path
     correlations: Path
+    similarity: Path | None = None
+    """The tables of the `similarity` stage; without them, what comes from them is NaN."""
 
     def statistics(self, member: str) -> dict[int, FeatureStatistics]:
         """A member's feature statistics by layer."""
         return read_statistics(self.features / f"{member}.zarr")
 
+    def active(self, member: str) -> dict[int, FeatureStatistics]:
+        """The same, where some feature is active: see `active_statistics`."""
+        return active_statistics(self.features / f"{member}.zarr")
+
     def pair(self, source: str, target: str) -> PairCorrelations:
         """The best matches of the source's features in the target."""
         name = pair_name(as_member(source), as_member(target))
         return read_correlations(self.correlations / f"{name}.zarr", source)
+
+    def similar(self, source: str, target: str) -> dict[str, pd.DataFrame]:
+        """CKA and mutual kNN of two members' encoders: rows are the source's layers, columns the target's.
+
+        Empty for two seeds of one encoder, and where there is no folder of such tables.
+
+        Raises:
+            StoreError: where the encoders' table is missing or unreadable.
+        """
+        a, b = as_member(source).encoder, as_member(target).encoder
+        if self.similarity is None or a == b:
+            return {}
+        first, second = sorted((a, b))
+        path = self.similarity / f"{first}__{second}.csv"
+        try:
+            table = pd.read_csv(path)
+            found = {
+                measure: table.pivot(index="source_layer", columns="target_layer", values=measure)
+                for measure in SIMILARITIES
+            }
+        except (OSError, ValueError, KeyError) as error:
+            raise StoreError(f"{path}: no readable similarities ({error}); run the similarity stage") from None
+        return found if a == first else {measure: values.T for measure, values in found.items()}
+
+
+def active_statistics(path: Path) -> dict[int, FeatureStatistics]:
+    """The statistics of each layer of a feature store, by layer, of which some feature is active.
+
+    Raises:
+        StoreError: where the store is not whole, or no sample activates any of its features.
+    """
+    found = read_statistics(path)
+    if not any((layer.density > 0).any() for layer in found.values()):
+        raise StoreError(
+            f"{path}: no sample activates any of its features, so there is nothing to compare; see what `conceptshare "
+            f"sae info` says of its SAEs, and train them with other settings"
+        )
+    return found
 
 
 class GroupedMember(NamedTuple):
@@ -41,21 +98,44 @@ class GroupedMember(NamedTuple):
     member: str
     modality: str
     kind: str
+    ceiling: str | None = None
+    """The same encoder with another seed, where there is one."""
 
 
 def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFrame:
-    """WMPPC and MPPC from every member to every other, for three readings.
+    """WMPPC from every member to every other, with what it is to be judged by, for three readings.
 
     The readings are ``pooled`` and ``layer_mean`` over all layers, and ``last``, the last recorded layers alone.
+
+    Columns beside those that name the cell:
+
+    - ``wmppc``, with ``low`` and ``high``, its 95% bootstrap interval over samples;
+    - ``floor``: the wMPPC where the target's samples are shuffled; ``ceiling``: the wMPPC from the source to the other
+      seed of its encoder, NaN where there is none;
+    - ``mppc``, and ``features``, the number that it is the mean of; ``significant``: how many of them are shared by the
+      chances of appendix B, at a false discovery rate of 5% by Benjamini and Hochberg (NaN for 3 samples or less);
+      ``beyond_shuffled``: how many are beyond shuffled samples at that rate. Features that never vary are not tested;
+    - ``strength_cv``: the coefficient of variation of S; ``strength_rho``: the correlation of S with rho;
+    - ``cka``, ``mutual_knn``: of the encoders' global tokens; for ``last`` those of the last layers, for ``layer_mean``
+      the mean over the source's layers of the best layer of the target, for ``pooled`` those of the best two layers.
+
+    Raises:
+        StoreError: where a store is missing, or no feature of a member is active.
     """
-    rows = []
+    statistics = {entry.member: stores.active(entry.member) for entry in members}
+    rows: list[dict[str, Any]] = []
+    cells: list[dict[str, Any]] = []
+    influences: list[NDArray[np.float32]] = []
     for source in members:
-        statistics = stores.statistics(source.member)
-        S = np.concatenate([layer.strength for layer in statistics.values()])
+        S = np.concatenate([layer.strength for layer in statistics[source.member].values()])
+        ceilings = dict.fromkeys(metrics.READINGS, float("nan"))
+        if source.ceiling is not None:
+            stores.active(source.ceiling)
+            other = stores.pair(source.member, source.ceiling).found
+            ceilings = wmppc_readings(other.rho_ab, S, other.sizes_a)
         for target in members:
             if source == target:
                 continue
-            pair = stores.pair(source.member, target.member)
             described = {
                 "source": source.member,
                 "target": target.member,
@@ -64,42 +144,214 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
                 "source_kind": source.kind,
                 "target_kind": target.kind,
             }
-            rows += [described | reading for reading in _readings(pair, S)]
-    return pd.DataFrame(rows)
+            pair = stores.pair(source.member, target.member)
+            similar = stores.similar(source.member, target.member)
+            influences.append(pair.influence)
+            for cell in _cells(pair, S, _active_counts(statistics[target.member])):
+                reading = cell["reading"]
+                of_tokens = {measure: _similarity(similar.get(measure), reading) for measure in SIMILARITIES}
+                cells.append(described | cell | {"ceiling": ceilings[reading]} | of_tokens)
+        # Many together, as drawing the samples is what takes time, and not all, which might not fit memory.
+        if len(cells) >= _CELLS_AT_ONCE or source == members[-1]:
+            ends = metrics.bootstrap_intervals([cell["wmppc"] for cell in cells], np.concatenate(influences))
+            rows += [cell | {"low": low, "high": high} for cell, (low, high) in zip(cells, ends, strict=True)]
+            cells, influences = [], []
+    return pd.DataFrame(rows)[list(MATRIX_COLUMNS)]
 
 
-def _readings(pair: PairCorrelations, S: metrics.Array) -> list[dict[str, Any]]:
+def _cells(pair: PairCorrelations, S: metrics.Array, active: Sequence[int]) -> list[dict[str, Any]]:
+    """The values of a source and a target for each reading; ``active`` counts the target's active features by layer."""
     rho, sizes = pair.found.rho_ab, pair.found.sizes_a
-    last = slice(len(S) - int(sizes[-1]), len(S))
-    best = rho.max(axis=0)
-    return [
-        {"reading": "pooled", "wmppc": metrics.wmppc_pooled(rho, S), "mppc": metrics.mppc(best)},
-        {"reading": "layer_mean", "wmppc": metrics.wmppc_layer_mean(rho, S, sizes), "mppc": metrics.mppc(best)},
-        {"reading": "last", "wmppc": metrics.wmppc(rho[-1, last], S[last]), "mppc": metrics.mppc(rho[-1, last])},
-    ]
+    values = wmppc_readings(rho, S, sizes)
+    shuffled = _shuffled(sizes, pair.floor_sizes)
+    floors = wmppc_readings(pair.floor, S[shuffled], pair.floor_sizes)
+    cells = []
+    for reading in metrics.READINGS:
+        best, strength = _best(rho, sizes, reading), _best(S[None], sizes, reading)
+        varying = _best(pair.found.match_ab, sizes, reading) >= 0
+        varying_shuffled = _best(pair.found.match_ab[:, shuffled], pair.floor_sizes, reading) >= 0
+        by_chance = _best(pair.floor, pair.floor_sizes, reading)[varying_shuffled]
+        candidates = active[-1] if reading == "last" else sum(active)
+        _, significant = _chances(best[varying], pair.samples, candidates)
+        cells.append(
+            {
+                "reading": reading,
+                "wmppc": values[reading],
+                "floor": floors[reading],
+                "mppc": metrics.mppc(best),
+                "features": len(best),
+                "significant": significant.sum() if pair.samples > 3 else float("nan"),
+                "beyond_shuffled": int(metrics.beyond_shuffled(best[varying], by_chance).sum()),
+                "strength_cv": metrics.coefficient_of_variation(strength),
+                "strength_rho": metrics.correlation(strength, best),
+            }
+        )
+    return cells
+
+
+def _best(values: NDArray[Any], sizes: NDArray[np.int64], reading: str) -> NDArray[Any]:
+    """The largest of ``[L_B, F]`` over the target's layers; of both sides' layers, ``last`` takes the last alone."""
+    best: NDArray[Any] = values[-1, -int(sizes[-1]) :] if reading == "last" else values.max(axis=0)
+    return best
+
+
+def _shuffled(sizes: NDArray[np.int64], floor_sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Which features, of all layers side by side, were correlated with shuffled samples: the first of each layer."""
+    starts = np.cumsum(sizes) - sizes
+    return np.concatenate([start + np.arange(size) for start, size in zip(starts, floor_sizes, strict=True)])
+
+
+def _active_counts(statistics: Mapping[int, FeatureStatistics]) -> list[int]:
+    return [int((layer.density > 0).sum()) for layer in statistics.values()]
+
+
+def _chances(rho: NDArray[Any], samples: int, candidates: int) -> tuple[metrics.Array, NDArray[np.bool_]]:
+    """log10 of each rho's chance by appendix B, and which are significant: NaN and none for 3 samples or less."""
+    if samples <= 3:
+        return np.full(len(rho), np.nan), np.zeros(len(rho), bool)
+    log10_p = metrics.significance(rho, samples, max(1, candidates))
+    return log10_p, metrics.benjamini_hochberg(log10_p)
+
+
+def _similarity(values: pd.DataFrame | None, reading: str) -> float:
+    """A measure ``[L_A, L_B]`` of two encoders as one number; a layer whose tokens never vary has none."""
+    if values is None:
+        return float("nan")
+    measure = values.to_numpy(np.float64)
+    if reading == "last":
+        return float(measure[-1, -1])
+    best = np.fmax.reduce(measure, axis=1)
+    best = best[~np.isnan(best)]
+    if not len(best):
+        return float("nan")
+    return float(best.max() if reading == "pooled" else best.mean())
+
+
+def wmppc_readings(rho: NDArray[Any], S: metrics.Array, sizes: NDArray[np.int64]) -> dict[str, float]:
+    """The wMPPC of each of `metrics.READINGS`; arguments as of `metrics.wmppc_layer_mean`."""
+    last = int(sizes[-1])
+    return {
+        "pooled": metrics.wmppc_pooled(rho, S),
+        "layer_mean": metrics.wmppc_layer_mean(rho, S, sizes),
+        "last": metrics.wmppc(rho[-1, -last:], S[-last:]),
+    }
+
+
+def averages_table(matrix: pd.DataFrame, stores: Stores) -> pd.DataFrame:
+    """Mean wMPPC from each modality to each (Table 3), by reading, with its 95% bootstrap interval and floor.
+
+    Every cell of a mean is resampled with the same samples: a sample's influence on the mean is the mean of its
+    influences on the cells. Two seeds of one encoder are no cell of a mean.
+
+    Args:
+        matrix: the table of `matrix_table`.
+        stores: where its correlations lie.
+    """
+    encoders = [matrix[side].map(lambda member: as_member(member).encoder) for side in ("source", "target")]
+    table = matrix[matrix.wmppc.notna() & (encoders[0] != encoders[1])]
+    groups = ["reading", "source_modality", "target_modality"]
+    influences: dict[tuple[str, ...], metrics.Array] = {}
+    for pair, cells in table.groupby(["source", "target"]):
+        of_pair = dict(zip(metrics.READINGS, stores.pair(*pair).influence, strict=True))
+        for group in cells[groups].itertuples(index=False, name=None):
+            influences[group] = influences.get(group, 0) + of_pair[group[0]].astype(np.float64)
+    averages = table.groupby(groups).agg(cells=("wmppc", "size"), wmppc=("wmppc", "mean"), floor=("floor", "mean"))
+    averages = averages.reindex(sorted(influences, key=lambda group: (metrics.READINGS.index(group[0]), *group)))
+    means = [influences[group] / count for group, count in averages.cells.items()]
+    ends = metrics.bootstrap_intervals(averages.wmppc, np.stack(means)) if means else np.empty((0, 2))
+    averages.insert(2, "low", ends[:, 0])
+    averages.insert(3, "high", ends[:, 1])
+    return averages.reset_index()
 
 
 def layerwise_table(pairs: Sequence[tuple[str, str]], stores: Stores) -> pd.DataFrame:
-    """WMPPC and MPPC from each layer of one member to each of another, in both directions."""
+    """WMPPC and MPPC from each layer of one member to each of another, in both directions.
+
+    ``floor`` is the wMPPC where the target's samples are shuffled; ``cka`` and ``mutual_knn`` are of the two
+    layers' global tokens, NaN for two seeds of one encoder.
+
+    Raises:
+        StoreError: where a store is missing, or no feature of a member is active.
+    """
     rows = []
     for a, b in pairs:
+        statistics = {member: stores.active(member) for member in (a, b)}
         for source, target in ((a, b), (b, a)):
-            pair = stores.pair(source, target)
-            statistics = stores.statistics(source)
-            ends = np.cumsum(pair.found.sizes_a)
-            for layer, size, end in zip(pair.layers_a, pair.found.sizes_a, ends, strict=True):
-                for target_layer, rho in zip(pair.layers_b, pair.found.rho_ab[:, end - size : end], strict=True):
+            pair, similar = stores.pair(source, target), stores.similar(source, target)
+            ends, floor_ends = np.cumsum(pair.found.sizes_a), np.cumsum(pair.floor_sizes)
+            for layer, first, end, floor_first, floor_end in zip(
+                pair.layers_a, ends - pair.found.sizes_a, ends, floor_ends - pair.floor_sizes, floor_ends, strict=True
+            ):
+                S = statistics[source][layer].strength
+                for n, target_layer in enumerate(pair.layers_b):
+                    rho, by_chance = pair.found.rho_ab[n, first:end], pair.floor[n, floor_first:floor_end]
                     rows.append(
                         {
                             "source": source,
                             "target": target,
                             "source_layer": layer,
                             "target_layer": target_layer,
-                            "wmppc": metrics.wmppc(rho, statistics[layer].strength),
+                            "wmppc": metrics.wmppc(rho, S),
                             "mppc": metrics.mppc(rho),
+                            "floor": metrics.wmppc(by_chance, S[: len(by_chance)]),
+                            **{
+                                measure: float(similar[measure].loc[layer, target_layer]) if similar else float("nan")
+                                for measure in SIMILARITIES
+                            },
                         }
                     )
     return pd.DataFrame(rows)
+
+
+def pair_table(a: str, b: str, stores: Stores) -> pd.DataFrame:
+    """Every feature of two members with its best match in the other: the features of ``a``, then those of ``b``.
+
+    ``rho`` is the largest correlation with any feature of any layer of the target, ``match_feature`` of
+    ``match_layer``; both are -1, and rho is 0, for a feature that never varies. ``log10_p`` is the chance of so large a
+    rho among unrelated features (appendix B), NaN for such a feature and for 3 samples or less; ``significant`` is what
+    Benjamini and Hochberg take as shared at a false discovery rate of 5%, over the features of one direction.
+
+    Raises:
+        StoreError: where a store is missing, or no feature of a member is active.
+    """
+    statistics = {member: stores.active(member) for member in (a, b)}
+    tables = []
+    for source, target in ((a, b), (b, a)):
+        pair, of_source = stores.pair(source, target), statistics[source]
+        best = pair.found.rho_ab.argmax(axis=0)[None]
+        rho, match = (np.take_along_axis(of, best, 0)[0] for of in (pair.found.rho_ab, pair.found.match_ab))
+        varying = pair.found.match_ab.max(axis=0) >= 0
+        log10_p, significant = np.full(len(rho), np.nan), np.zeros(len(rho), bool)
+        log10_p[varying], significant[varying] = _chances(
+            rho[varying], pair.samples, sum(_active_counts(statistics[target]))
+        )
+        sizes = pair.found.sizes_a
+        tables.append(
+            pd.DataFrame(
+                {
+                    "source": source,
+                    "target": target,
+                    "layer": np.repeat(pair.layers_a, sizes),
+                    "feature": np.concatenate([np.arange(size) for size in sizes]),
+                    "strength": np.concatenate([layer.strength for layer in of_source.values()]),
+                    "density": np.concatenate([layer.density for layer in of_source.values()]),
+                    "rho": rho,
+                    "match_layer": np.where(match < 0, -1, np.array(pair.layers_b)[best[0]]),
+                    "match_feature": match,
+                    "log10_p": log10_p,
+                    "significant": significant,
+                }
+            )
+        )
+    return pd.concat(tables, ignore_index=True)
+
+
+def read_direction(folder: Path, source: str, target: str) -> pd.DataFrame:
+    """The strengths and correlations of the source's features in a pair's table: ``source, target, strength, rho``."""
+    path = folder / f"{pair_name(as_member(source), as_member(target))}.parquet"
+    columns = ["source", "target", "strength", "rho"]
+    table = pd.read_parquet(path, columns=columns, filters=[("source", "==", source)])
+    return table.astype({"source": "category", "target": "category"})
 
 
 def sharedness_table(
@@ -107,25 +359,51 @@ def sharedness_table(
 ) -> pd.DataFrame:
     """The source's last-layer features by Comparative Sharedness, the most shared with G and least with H first.
 
-    A feature's rho with a member is its best match in that member's last layer. Ties keep the features' order.
+    A feature's rho with a member is its best match in that member's last layer.
+
+    Raises:
+        StoreError: where a store is missing, or no feature of a member is active.
     """
-    statistics = stores.statistics(source)
+    statistics = stores.active(source)
+    for member in (*shared_with, *not_shared_with):
+        stores.active(member)
     layer = max(statistics)
-    of_layer = statistics[layer]
-    F = len(of_layer.strength)
-    rho = {
-        member: stores.pair(source, member).found.rho_ab[-1, -F:].astype(np.float64)
-        for member in [*shared_with, *not_shared_with]
-    }
+    F = len(statistics[layer].strength)
+    rho = {member: stores.pair(source, member).found.rho_ab[-1, -F:] for member in [*shared_with, *not_shared_with]}
+    return ranking(source, layer, statistics[layer], rho, shared_with, not_shared_with)
+
+
+def ranking(
+    source: str,
+    layer: int,
+    statistics: FeatureStatistics,
+    rho: Mapping[str, NDArray[Any]],
+    shared_with: Sequence[str],
+    not_shared_with: Sequence[str],
+) -> pd.DataFrame:
+    """The F features of a layer by Comparative Sharedness; ``top`` marks the first 1%, as the paper reads them.
+
+    Ties keep the features' order.
+
+    Args:
+        source: the member they are of.
+        layer: the layer.
+        statistics: of that layer.
+        rho: ``[F]`` their best matches, by member of both groups.
+        shared_with: the group G.
+        not_shared_with: the group H.
+    """
+    F = len(statistics.strength)
+    rho = {member: values.astype(np.float64) for member, values in rho.items()}
     g, h = (np.stack([rho[member] for member in group]) for group in (shared_with, not_shared_with))
     table = pd.DataFrame(
         {
             "source": source,
             "layer": layer,
             "feature": np.arange(F),
-            "delta": metrics.comparative_sharedness(of_layer.strength, g, h),
-            "strength": of_layer.strength,
-            "density": of_layer.density,
+            "delta": metrics.comparative_sharedness(statistics.strength, g, h),
+            "strength": statistics.strength,
+            "density": statistics.density,
             "rho_g": g.min(axis=0),
             "rho_h": h.max(axis=0),
             **{f"rho[{member}]": values for member, values in rho.items()},
@@ -133,7 +411,41 @@ def sharedness_table(
     )
     table = table.sort_values("delta", ascending=False, kind="stable", ignore_index=True)
     table.insert(0, "rank", np.arange(1, F + 1))
+    table.insert(1, "top", np.arange(F) < top_count(F))
     return table
+
+
+def top_count(features: int) -> int:
+    """How many of so many ranked features are the top: 1%, at least one."""
+    return max(1, features // 100)
+
+
+def overlap_table(rankings: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """How many top features every two rankings of one source have in common, and how many they would have by chance.
+
+    ``expected`` is top^2 / F, and ``log10_p`` the chance of so many or more, by the hypergeometric distribution.
+
+    Args:
+        rankings: tables of `sharedness_table`, by name.
+    """
+    rows = []
+    for (first, a), (second, b) in combinations(sorted(rankings.items()), 2):
+        if a.source[0] != b.source[0]:
+            continue
+        F, top = len(a), int(a.top.sum())
+        overlap = metrics.overlap(a.feature.to_numpy(), b.feature.to_numpy(), top)
+        rows.append(
+            {
+                "source": a.source[0],
+                "first": first,
+                "second": second,
+                "top": top,
+                "overlap": overlap,
+                "expected": top**2 / F,
+                "log10_p": float(hypergeom.logsf(overlap - 1, F, top, top) / np.log(10)),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def sae_table(members: Sequence[str], saes: Path, stores: Stores) -> pd.DataFrame:

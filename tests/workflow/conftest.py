@@ -139,8 +139,12 @@ def miniature_config():
         "analyses": {
             "matrices": {"all": None},
             "layerwise": {"seeds": {"pairs": [["reader@0", "reader@1"]]}},
-            "sharedness": {"seen": {"source": "reader", "shared_with": ["viewer"], "not_shared_with": ["reader@1"]}},
+            "sharedness": {
+                "seen": {"source": "reader", "shared_with": ["viewer"], "not_shared_with": ["reader@1"]},
+                "own": {"source": "reader", "shared_with": ["reader@1"], "not_shared_with": ["viewer"]},
+            },
         },
+        "correlations": {"memory_mb": 100, "full": [["viewer", 2, "reader", 0]]},
     }
 
 

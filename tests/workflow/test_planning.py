@@ -9,9 +9,12 @@ from .conftest import CLONE, LAYERS, Project, encoder_entry
 
 ALWAYS = {"all": 1}
 SAE_REPORT = {"metrics_saes": 1, "figures_saes": 1}
-TABLES_AND_FIGURES = {
-    f"{stage}_{kind}": 1 for stage in ("metrics", "figures") for kind in ("matrix", "layerwise", "sharedness", "saes")
+MATRIX = dict.fromkeys(["metrics_matrix", "metrics_averages", "metrics_formats"], 1) | {
+    f"figures_{part}": 1 for part in ("matrix", "averages", "intervals", "similarity", "strength")
 }
+LAYERWISE = {"metrics_layerwise": 1, "figures_layerwise": 1}
+SHAREDNESS = {"metrics_sharedness": 2, "figures_sharedness": 2, "metrics_overlaps": 1}
+TABLES_AND_FIGURES = {"metrics_pair": 2, **MATRIX, **LAYERWISE, **SHAREDNESS, **SAE_REPORT}
 
 
 def test_a_finished_study_plans_nothing(study):
@@ -26,6 +29,7 @@ def test_a_fresh_study_plans_one_job_a_stage_and_part(new_study):
         "sae": 3 * LAYERS,
         "features": 3,
         "correlations": 2,
+        "similarity": 1,
         **TABLES_AND_FIGURES,
         **ALWAYS,
     }
@@ -62,8 +66,9 @@ def test_an_added_encoder_plans_its_own_jobs_its_pairs_and_what_aggregates(study
         "sae": LAYERS,
         "features": 1,
         "correlations": 2,  # with reader@0 and viewer@0, the other members of the matrix
-        "metrics_matrix": 1,
-        "figures_matrix": 1,
+        "similarity": 2,
+        "metrics_pair": 2,
+        **MATRIX,
         **SAE_REPORT,
         **ALWAYS,
     }
@@ -78,7 +83,11 @@ def test_an_encoders_changed_setting_plans_that_encoders_jobs_alone(study):
         "sae": LAYERS,
         "features": 1,
         "correlations": 1,
-        **{job: n for job, n in TABLES_AND_FIGURES.items() if "layerwise" not in job},
+        "similarity": 1,
+        "metrics_pair": 1,
+        **MATRIX,
+        **SHAREDNESS,
+        **SAE_REPORT,
         **ALWAYS,
     }
 
@@ -92,8 +101,9 @@ def test_an_added_seed_leaves_activations_and_other_seeds_alone(study):
         "sae": LAYERS,
         "features": 1,
         "correlations": 1,
-        "metrics_layerwise": 1,
-        "figures_layerwise": 1,
+        "metrics_pair": 1,
+        **MATRIX,  # of which the other seed is now a ceiling
+        **LAYERWISE,
         **SAE_REPORT,
         **ALWAYS,
     }
@@ -103,7 +113,8 @@ def test_a_second_sae_setting_leaves_the_first_alone(study):
     config = study.config
     config["saes"]["sparser"] = {"expansion": 2, "k": 2, "learning_rate": 1e-2}
     study.config = config
-    assert study.plan() == {"sae": 3 * LAYERS, "features": 3, "correlations": 2, **TABLES_AND_FIGURES, **ALWAYS}
+    new = {"sae": 3 * LAYERS, "features": 3, "correlations": 2, "similarity": 1}
+    assert study.plan() == {**new, **TABLES_AND_FIGURES, **ALWAYS}
 
 
 def test_a_changed_sae_setting_plans_training_and_what_follows(study):
@@ -126,16 +137,21 @@ def test_swapped_settings_of_two_encoders_are_seen(study):
 @pytest.mark.parametrize(
     ("source", "planned"),
     [
-        ("figures.py", {job: 1 for job in TABLES_AND_FIGURES if job.startswith("figures")}),
-        ("metrics.py", {job: 1 for job in TABLES_AND_FIGURES if job not in SAE_REPORT}),
-        ("correlations.py", {"correlations": 2, **{j: 1 for j in TABLES_AND_FIGURES if j not in SAE_REPORT}}),
+        ("figures/_style.py", {job: n for job, n in TABLES_AND_FIGURES.items() if job.startswith("figures")}),
+        ("metrics.py", {job: n for job, n in TABLES_AND_FIGURES.items() if job not in SAE_REPORT}),
+        ("similarity.py", {"similarity": 1, **MATRIX}),
+        (
+            "correlations/_engine.py",
+            {"correlations": 2, **{job: n for job, n in TABLES_AND_FIGURES.items() if job not in SAE_REPORT}},
+        ),
         ("features.py", {"features": 3, "correlations": 2, **TABLES_AND_FIGURES}),
         ("sae/_train.py", {"sae": 9, "features": 3, "correlations": 2, **TABLES_AND_FIGURES}),
         (
             "encoders/_transformers.py",
-            {"activations": 2, "sae": 9, "features": 3, "correlations": 2, **TABLES_AND_FIGURES},
+            {"activations": 2, "sae": 9, "features": 3, "correlations": 2, "similarity": 1, **TABLES_AND_FIGURES},
         ),
         ("progress.py", {}),
+        ("ask.py", {}),
     ],
 )
 def test_an_edited_stage_plans_that_stage_and_what_follows(study, source, planned):
@@ -154,9 +170,31 @@ def test_a_dataset_that_changed_plans_everything_but_weights(study):
         "sae": 3 * LAYERS,
         "features": 3,
         "correlations": 2,
+        "similarity": 1,
         **TABLES_AND_FIGURES,
         **ALWAYS,
     }
+
+
+@pytest.mark.parametrize(
+    ("changes", "correlations"),
+    [
+        ({"memory_mb": 50}, 0),
+        ({"full": [["reader", 0, "viewer", 2], ["viewer@0", 2, "reader@0", 0]]}, 0),
+        ({"full": [["viewer", 1, "reader", 0]]}, 1),
+        ({"full": []}, 1),
+        ({"precision": "bfloat16"}, 2),
+    ],
+    ids=["memory", "the same whole matrix", "another", "none", "precision"],
+)
+def test_settings_of_correlations_plan_the_pairs_whose_results_they_change(study, changes, correlations):
+    config = study.config
+    config["correlations"] |= changes
+    study.config = config
+    planned = study.plan()
+    assert planned.get("correlations", 0) == planned.get("metrics_pair", 0) == correlations
+    assert not planned.keys() & {"features", "similarity"}
+    assert planned or not correlations
 
 
 @pytest.mark.parametrize("arguments", [(), ("--cores", "2"), ("--profile", "slurm")])

@@ -31,12 +31,20 @@ def weighted_mean(values, weights):
 
 
 def test_every_table_and_figure_is_there_and_every_job_left_a_log(finished):
-    stems = ["matrices/all", "layerwise/seeds", "sharedness/seen", "saes"]
-    for stem in stems:
-        for suffix in ("csv", "parquet", "png", "pdf"):
-            assert (finished.folder / TABLES / f"{stem}.{suffix}").stat().st_size > 0
+    tables = {"overlaps", "pairs/reader@0__reader@1", "pairs/reader@0__viewer@0"}
+    both = {"matrices/all", "matrices/all.averages", "layerwise/seeds", "sharedness/seen", "sharedness/own", "saes"}
+    figures = {f"matrices/all.{part}" for part in ("intervals", "similarity", "strength")}
+    expected = {f"{stem}.{suffix}" for stem in tables | both for suffix in ("csv", "parquet")}
+    expected |= {f"{stem}.{suffix}" for stem in figures | both for suffix in ("png", "pdf")}
+    readings = ("pooled", "layer_mean", "last", "averages")
+    expected |= {f"matrices/all/{reading}.{suffix}" for reading in readings for suffix in ("csv", "md", "tex")}
+    expected |= {f"saes/{member}.png" for member in ("reader@0", "reader@1", "viewer@0")}
+    files = [path for path in (finished.folder / TABLES).rglob("*") if path.is_file()]
+    found = {str(path.relative_to(finished.folder / TABLES)) for path in files if path.stat().st_size > 0}
+    assert found == expected
     logs = [path for path in (finished.folder / "results/logs").rglob("*.log") if path.stat().st_size >= 0]
-    assert len(logs) == 1 + 2 + 2 + 3 * LAYERS + 3 + 2 + 4 + 4
+    # From the data set to similarities; tables; figures.
+    assert len(logs) == (1 + 2 + 2 + 3 * LAYERS + 3 + 2 + 1) + (3 + 1 + 2 + 2 + 1 + 1) + (5 + 1 + 2 + 1)
 
 
 def test_a_second_run_finds_nothing_to_do(finished):
@@ -70,6 +78,49 @@ def test_layerwise_and_sharedness_equal_a_direct_computation_from_the_features(f
     np.testing.assert_allclose(ranking.delta, reader[-1].sum(0) * (g**2 - h**2), atol=1e-3)
 
 
+def test_pairs_averages_and_overlaps_equal_a_direct_computation_from_the_features(finished):
+    reader, other, viewer = (stored_features(finished, member) for member in ("reader@0", "reader@1", "viewer@0"))
+    pairs = pd.read_parquet(finished.folder / TABLES / "pairs/reader@0__viewer@0.parquet")
+    rho = [best_correlations(layer, np.concatenate(viewer, axis=1)) for layer in reader]
+    np.testing.assert_allclose(pairs[pairs.source == "reader@0"].rho, np.concatenate(rho), atol=1e-5)
+    matrix = pd.read_csv(finished.folder / TABLES / "matrices/all.csv").set_index(["source", "reading"])
+    S = [layer.sum(0) for layer in reader]
+    ceiling = weighted_mean(best_correlations(reader[-1], other[-1]), S[-1])
+    assert matrix.ceiling["reader@0", "last"] == pytest.approx(ceiling, abs=1e-5)
+    assert np.isnan(matrix.ceiling["viewer@0", "last"])
+    averages = pd.read_csv(finished.folder / TABLES / "matrices/all.averages.csv").set_index(
+        ["source_modality", "reading"]
+    )
+    for modality, source in (("text", "reader@0"), ("image", "viewer@0")):
+        for reading in ("pooled", "layer_mean", "last"):
+            assert averages.wmppc[modality, reading] == pytest.approx(matrix.wmppc[source, reading], abs=1e-5)
+    rankings = [pd.read_csv(finished.folder / TABLES / f"sharedness/{name}.csv") for name in ("own", "seen")]
+    (overlap,) = pd.read_csv(finished.folder / TABLES / "overlaps.csv").itertuples()
+    assert (overlap.first, overlap.second, overlap.top) == ("own", "seen", 1)
+    assert overlap.overlap == (rankings[0].feature[0] == rankings[1].feature[0])
+
+
+def test_similarity_equals_a_direct_computation_from_the_activations(finished):
+    stores = (
+        zarr.open_group(finished.folder / f"results/squares/activations/{name}.zarr", mode="r")
+        for name in ("reader", "viewer")
+    )
+    x, y = (store["layer-02/global"][:].astype(np.float64) for store in stores)
+    x, y = x - x.mean(0), y - y.mean(0)
+    cka = np.linalg.norm(y.T @ x) ** 2 / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y))
+    matrix = pd.read_csv(finished.folder / TABLES / "matrices/all.csv")
+    assert matrix[matrix.reading == "last"].cka.tolist() == pytest.approx([cka, cka], abs=1e-4)
+
+
+def test_the_whole_matrix_that_the_study_asks_for_is_stored(finished):
+    store = zarr.open_group(finished.folder / "results/squares/correlations/tiny/reader@0__viewer@0.zarr", mode="r")
+    assert set(store["full"].array_keys()) == {"layer-00__layer-02"}
+    reader, viewer = stored_features(finished, "reader@0")[0], stored_features(finished, "viewer@0")[2]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r = np.corrcoef(reader.T, viewer.T)[: reader.shape[1], reader.shape[1] :]
+    np.testing.assert_allclose(store["full/layer-00__layer-02"][:], np.nan_to_num(r), atol=1e-5)
+
+
 def test_saes_learnt(finished):
     for path in (finished.folder / "results/squares/saes/tiny").rglob("loss.csv"):
         losses = pd.read_csv(path).loss
@@ -84,7 +135,7 @@ def test_another_run_on_other_cores_gives_the_same_numbers(finished, new_study):
         if path.is_relative_to(finished.folder / "results"):
             assert path.read_bytes() == (new_study.folder / path.relative_to(finished.folder)).read_bytes(), path
             compared += 1
-    assert compared == 4 + 3 * 3 * LAYERS
+    assert compared == (6 + 1 + 2 + 2 + 1 + 1 + 1) + 3 * 3 * LAYERS
 
 
 def test_the_report_holds_every_figure_and_table_with_its_caption(finished):
@@ -96,7 +147,8 @@ def test_the_report_holds_every_figure_and_table_with_its_caption(finished):
         )
     for words in ["Comparative Sharedness", "Layerwise heatmaps", "wMPPC matrices", "SAE training", "Eq. 6"]:
         assert words in data
-    for figure in ["all.png", "seeds.png", "seen.png", "saes.png"]:
+    parts = ["averages", "intervals", "similarity", "strength"]
+    for figure in ["all.png", *(f"all.{part}.png" for part in parts), "seeds.png", "seen.png", "saes.png"]:
         assert figure in data
 
 

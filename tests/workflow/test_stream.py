@@ -3,7 +3,7 @@
 import pytest
 
 from .conftest import LAYERS, encoder_entry
-from .test_planning import ALWAYS, SAE_REPORT, TABLES_AND_FIGURES
+from .test_planning import ALWAYS, MATRIX, SAE_REPORT, TABLES_AND_FIGURES
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def contents(folder, pattern):
 
 def test_a_fresh_study_plans_one_job_an_encoder(new_study):
     new_study.config = new_study.config | {"stream": True}
-    rest = {"features": 3, "correlations": 2, **TABLES_AND_FIGURES, **ALWAYS}
+    rest = {"features": 3, "correlations": 2, "similarity": 1, **TABLES_AND_FIGURES, **ALWAYS}
     assert new_study.plan() == {"dataset": 1, "weights": 2, "stream": 2, **rest}
 
 
@@ -38,7 +38,7 @@ def test_every_sae_feature_and_table_is_that_of_stored_tokens(finished, streamed
     assert len(saes) == 5 * 3 * LAYERS
     stamps = {f"{encoder}/.snakemake_timestamp": b"" for encoder in ("reader", "viewer")}
     assert contents(results[1] / "squares/streams/tiny/saes", "*") == saes | stamps
-    for place, pattern in [("studies", "*.csv"), ("squares/features", "*")]:
+    for place, pattern in [("studies", "*.csv"), ("squares/similarity", "*"), ("squares/features", "*")]:
         one, other = (contents(folder / place, pattern) for folder in results)
         assert one == other
         assert one
@@ -62,8 +62,9 @@ def test_an_added_encoder_plans_its_own_jobs_its_pairs_and_what_aggregates(strea
         "stream": 1,
         "features": 1,
         "correlations": 2,
-        "metrics_matrix": 1,
-        "figures_matrix": 1,
+        "similarity": 2,
+        "metrics_pair": 2,
+        **MATRIX,
         **SAE_REPORT,
         **ALWAYS,
     }

@@ -1,6 +1,7 @@
 # The study, read once, and the functions that turn it into files. Nothing here imports torch: each cluster job
 # parses the workflow again.
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import conceptshare
 from conceptshare.catalog import local_path, read_yaml
 from conceptshare.errors import ConceptshareError
 from conceptshare.store import layer_name
-from conceptshare.study import build_study, pair_name
+from conceptshare.study import Member, build_study, encoder_pairs, pair_name
 from snakemake.exceptions import WorkflowError
 
 # Rules run `python -m conceptshare`: let that be this very Python and library, also where no environment is active. A
@@ -69,10 +70,10 @@ def saes_of(wildcards):
     return [f"{folder}/{layer_name(layer)}/seed-{wildcards.seed}/sae_weights.safetensors" for layer in layers]
 
 
-def activations_of(wildcards):
-    """The store with the global tokens of an encoder."""
+def activations_of(wildcards, encoder="encoder"):
+    """The store with the global tokens of the encoder that a wildcard names."""
     streams = f"streams/{wildcards.sae}/" if STUDY.stream else ""
-    return f"results/{wildcards.dataset}/{streams}activations/{wildcards.encoder}.zarr"
+    return f"results/{wildcards.dataset}/{streams}activations/{wildcards[encoder]}.zarr"
 
 
 def folder_of(files):
@@ -90,19 +91,67 @@ def correlations_of(pairs, wildcards):
     return [f"results/{wildcards.dataset}/correlations/{wildcards.sae}/{pair_name(a, b)}.zarr" for a, b in pairs]
 
 
+def correlations_key(wildcards):
+    """What the correlations of a pair depend on beside its features."""
+    members = (text.rpartition("@") for text in (wildcards.a, wildcards.b))
+    return STUDY.correlations_key(*(Member(encoder, int(seed)) for encoder, _, seed in members))
+
+
+def correlations_memory(wildcards):
+    """The option that bounds the working memory, where the study does.
+
+    It changes no result, so it is a resource: another value of a rule's params would make the results again.
+    """
+    return f"--memory-mb {STUDY.correlations.memory_mb}" if STUDY.correlations.memory_mb else ""
+
+
+def pairs_of(pairs, wildcards):
+    """The tables of the features of pairs of members."""
+    folder = f"results/studies/{wildcards.study}/{wildcards.dataset}/{wildcards.sae}/pairs"
+    return [f"{folder}/{pair_name(a, b)}.parquet" for a, b in pairs]
+
+
+def similarity_of(pairs, wildcards):
+    """The tables of similarity of the encoders in pairs of members; two seeds of one encoder have none."""
+    folder = f"results/{wildcards.dataset}/similarity/{wildcards.sae}"
+    return [f"{folder}/{a}__{b}.csv" for a, b in encoder_pairs(pairs)]
+
+
+def similarity_option(wildcards, input):
+    """The option that names the folder of such tables, where there are any."""
+    return f"--similarity {folder_of(input.similarity)}" if input.similarity else ""
+
+
+def matrix_members_with_ceilings(name):
+    """The members of a matrix, and the other seeds of their encoders that tell its ceilings."""
+    return {member for pair in STUDY.ceiling_pairs(name) for member in pair} | set(STUDY.matrix_members(name))
+
+
+def matrix_files(name, dataset):
+    """The tables and figures of a matrix."""
+    suffixes = [".csv", ".png", ".averages.csv", ".intervals.png", ".strength.png", ""]
+    if encoder_pairs(STUDY.matrix_pairs(name)):
+        suffixes += [".averages.png", ".similarity.png"]
+    if dataset in STUDY.paper_datasets(name):
+        suffixes += [".paper.csv", ".paper.png"]
+    return [f"matrices/{name}{suffix}" for suffix in suffixes]
+
+
+def analysis_names():
+    """What a wildcard that names an analysis can be: its names, as their files have more dots than these."""
+    kinds = (STUDY.analyses.matrices, STUDY.analyses.layerwise, STUDY.analyses.sharedness)
+    return "|".join(re.escape(name) for name in sorted({name for kind in kinds for name in kind})) or "-"
+
+
 def study_results():
     """Every table and figure of the study."""
-    kinds = {
-        "matrices": STUDY.analyses.matrices,
-        "layerwise": STUDY.analyses.layerwise,
-        "sharedness": STUDY.analyses.sharedness,
-    }
-    stems = [f"{kind}/{name}" for kind, analyses in kinds.items() for name in analyses]
-    stems += ["saes"] if STUDY.members() else []
-    return [
-        f"results/studies/{STUDY.study}/{dataset}/{sae}/{stem}.{suffix}"
-        for dataset in STUDY.datasets
-        for sae in STUDY.saes
-        for stem in stems
-        for suffix in ("csv", "png")
-    ]
+    results = []
+    for dataset in STUDY.datasets:
+        files = [file for name in STUDY.analyses.matrices for file in matrix_files(name, dataset)]
+        files += [f"layerwise/{name}.{suffix}" for name in STUDY.analyses.layerwise for suffix in ("csv", "png")]
+        files += [f"sharedness/{name}.{suffix}" for name in STUDY.analyses.sharedness for suffix in ("csv", "png")]
+        files += [f"pairs/{pair_name(a, b)}.csv" for a, b in STUDY.pairs()]
+        files += ["overlaps.csv"] if STUDY.overlapping() else []
+        files += ["saes.csv", "saes.png"] if STUDY.members() else []
+        results += [f"results/studies/{STUDY.study}/{dataset}/{sae}/{file}" for sae in STUDY.saes for file in files]
+    return results

@@ -4,7 +4,7 @@ rule correlations:
     input:
         a="results/{dataset}/features/{sae}/{a}.zarr",
         b="results/{dataset}/features/{sae}/{b}.zarr",
-        code=code("correlations.py"),
+        code=code("blocks.py", "correlations/*.py"),
     output:
         directory("results/{dataset}/correlations/{sae}/{a}__{b}.zarr"),
     log:
@@ -14,8 +14,11 @@ rule correlations:
     threads: 1
     resources:
         gpu=1,
-        mem_mb=grown(4000),
-        runtime=grown(240),
+        mem_mb=grown((STUDY.correlations.memory_mb or 1000) + 8000),
+        runtime=grown(720),
+        bound=correlations_memory,
+    params:
+        settings=correlations_key,
     shell:
-        "python -m conceptshare correlations {input.a:q} {input.b:q} --threads {threads} --out {output:q}"
-        " > {log:q} 2>&1"
+        "python -m conceptshare correlations {input.a:q} {input.b:q} --settings {params.settings:q}"
+        " {resources.bound} --threads {threads} --out {output:q} > {log:q} 2>&1"

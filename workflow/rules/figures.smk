@@ -1,6 +1,11 @@
 # Pictures of the study's tables, as PNG to look at and PDF to print.
 localrules:
     figures_matrix,
+    figures_averages,
+    figures_intervals,
+    figures_similarity,
+    figures_strength,
+    figures_paper,
     figures_layerwise,
     figures_sharedness,
     figures_saes,
@@ -9,7 +14,7 @@ localrules:
 rule figures_matrix:
     input:
         table=rules.metrics_matrix.output.csv,
-        code=code("figures.py"),
+        code=code("figures/*.py", "formats.py"),
     output:
         png=report(
             "results/studies/{study}/{dataset}/{sae}/matrices/{name}.png",
@@ -35,10 +40,158 @@ rule figures_matrix:
         "python -m conceptshare figures matrix --table {input.table:q} --out {output.png:q} > {log:q} 2>&1"
 
 
+rule figures_averages:
+    input:
+        table=rules.metrics_averages.output.csv,
+        code=code("figures/*.py", "formats.py"),
+    output:
+        png=report(
+            "results/studies/{study}/{dataset}/{sae}/matrices/{name}.averages.png",
+            caption="../report/averages.rst",
+            category="wMPPC matrices",
+            labels={
+                "analysis": "{name}, averages",
+                "data set": "{dataset}",
+                "SAEs": "{sae}",
+                "type": "figure",
+            },
+        ),
+        pdf="results/studies/{study}/{dataset}/{sae}/matrices/{name}.averages.pdf",
+    log:
+        "results/logs/studies/{study}/{dataset}/{sae}/matrices/{name}.averages.figure.log",
+    conda:
+        "../../envs/conceptshare.yaml"
+    threads: 1
+    resources:
+        mem_mb=grown(2000),
+        runtime=grown(30),
+    shell:
+        "python -m conceptshare figures averages --table {input.table:q} --out {output.png:q} > {log:q} 2>&1"
+
+
+rule figures_intervals:
+    input:
+        table=rules.metrics_matrix.output.csv,
+        code=code("figures/*.py", "formats.py"),
+    output:
+        png=report(
+            "results/studies/{study}/{dataset}/{sae}/matrices/{name}.intervals.png",
+            caption="../report/intervals.rst",
+            category="wMPPC matrices",
+            labels={
+                "analysis": "{name}, intervals",
+                "data set": "{dataset}",
+                "SAEs": "{sae}",
+                "type": "figure",
+            },
+        ),
+        pdf="results/studies/{study}/{dataset}/{sae}/matrices/{name}.intervals.pdf",
+    log:
+        "results/logs/studies/{study}/{dataset}/{sae}/matrices/{name}.intervals.figure.log",
+    conda:
+        "../../envs/conceptshare.yaml"
+    threads: 1
+    resources:
+        mem_mb=grown(2000),
+        runtime=grown(30),
+    shell:
+        "python -m conceptshare figures intervals --table {input.table:q} --out {output.png:q} > {log:q} 2>&1"
+
+
+rule figures_similarity:
+    input:
+        table=rules.metrics_matrix.output.csv,
+        code=code("figures/*.py", "formats.py"),
+    output:
+        png=report(
+            "results/studies/{study}/{dataset}/{sae}/matrices/{name}.similarity.png",
+            caption="../report/similarity.rst",
+            category="wMPPC matrices",
+            labels={
+                "analysis": "{name}, similarity",
+                "data set": "{dataset}",
+                "SAEs": "{sae}",
+                "type": "figure",
+            },
+        ),
+        pdf="results/studies/{study}/{dataset}/{sae}/matrices/{name}.similarity.pdf",
+    log:
+        "results/logs/studies/{study}/{dataset}/{sae}/matrices/{name}.similarity.figure.log",
+    conda:
+        "../../envs/conceptshare.yaml"
+    threads: 1
+    resources:
+        mem_mb=grown(2000),
+        runtime=grown(30),
+    shell:
+        "python -m conceptshare figures similarity --table {input.table:q} --out {output.png:q} > {log:q} 2>&1"
+
+
+rule figures_paper:
+    input:
+        table=rules.metrics_paper.output.csv,
+        code=code("figures/*.py", "formats.py"),
+    output:
+        png=report(
+            "results/studies/{study}/{dataset}/{sae}/matrices/{name}.paper.png",
+            caption="../report/paper.rst",
+            category="wMPPC matrices",
+            labels={
+                "analysis": "{name}, beside the paper",
+                "data set": "{dataset}",
+                "SAEs": "{sae}",
+                "type": "figure",
+            },
+        ),
+        pdf="results/studies/{study}/{dataset}/{sae}/matrices/{name}.paper.pdf",
+    log:
+        "results/logs/studies/{study}/{dataset}/{sae}/matrices/{name}.paper.figure.log",
+    conda:
+        "../../envs/conceptshare.yaml"
+    threads: 1
+    resources:
+        mem_mb=grown(2000),
+        runtime=grown(30),
+    shell:
+        "python -m conceptshare figures paper --table {input.table:q} --out {output.png:q} > {log:q} 2>&1"
+
+
+rule figures_strength:
+    input:
+        table=rules.metrics_matrix.output.csv,
+        pairs=lambda w: pairs_of(STUDY.matrix_pairs(w.name), w),
+        code=code("figures/*.py", "formats.py"),
+    output:
+        png=report(
+            "results/studies/{study}/{dataset}/{sae}/matrices/{name}.strength.png",
+            caption="../report/strength.rst",
+            category="wMPPC matrices",
+            labels={
+                "analysis": "{name}, strength",
+                "data set": "{dataset}",
+                "SAEs": "{sae}",
+                "type": "figure",
+            },
+        ),
+        pdf="results/studies/{study}/{dataset}/{sae}/matrices/{name}.strength.pdf",
+    log:
+        "results/logs/studies/{study}/{dataset}/{sae}/matrices/{name}.strength.figure.log",
+    conda:
+        "../../envs/conceptshare.yaml"
+    threads: 1
+    resources:
+        mem_mb=grown(4000),
+        runtime=grown(30),
+    params:
+        pairs=lambda w, input: folder_of(input.pairs),
+    shell:
+        "python -m conceptshare figures strength --table {input.table:q} --pairs {params.pairs:q} --out {output.png:q} > {log:q} 2>&1"
+
+
 rule figures_layerwise:
     input:
         table=rules.metrics_layerwise.output.csv,
-        code=code("figures.py"),
+        code=code("figures/*.py", "formats.py"),
     output:
         png=report(
             "results/studies/{study}/{dataset}/{sae}/layerwise/{name}.png",
@@ -72,7 +225,7 @@ rule figures_sharedness:
         table=rules.metrics_sharedness.output.csv,
         features=lambda w: features_of([STUDY.sharedness_source(w.name)], w),
         data=rules.dataset.output,
-        code=code("figures.py"),
+        code=code("figures/*.py", "formats.py"),
     output:
         png=report(
             "results/studies/{study}/{dataset}/{sae}/sharedness/{name}.png",
@@ -105,7 +258,7 @@ rule figures_sharedness:
 rule figures_saes:
     input:
         table=rules.metrics_saes.output.csv,
-        code=code("figures.py"),
+        code=code("figures/*.py", "formats.py"),
     output:
         png=report(
             "results/studies/{study}/{dataset}/{sae}/saes.png",

@@ -1,19 +1,13 @@
-"""Stage `figures`: pictures of a study's tables, each as PNG to look at and PDF to print.
-
-Colours are perceptually uniform and readable by the colour-blind and in grey; the style is set in one place.
-"""
+"""How the SAEs were trained, and what became of them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import fill
 from typing import Any, NamedTuple
-from unicodedata import east_asian_width
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -27,38 +21,9 @@ from matplotlib.ticker import (
 )
 from numpy.typing import NDArray
 
-from conceptshare.dataset import Data
 from conceptshare.errors import StoreError
-from conceptshare.features import FeatureStatistics
+from conceptshare.figures._style import COLOURS, PLACED, STYLE, layer_ticks, save
 from conceptshare.store import layer_name, written_aside
-from conceptshare.tables import as_member
-
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.dpi": 150,
-    "savefig.bbox": "tight",
-    "savefig.facecolor": "white",
-    "pdf.fonttype": 42,
-}
-_COLOURS = "viridis"
-_READINGS = {
-    "pooled": "All layers, pooled (Eq. 6)",
-    "layer_mean": "All layers, mean over layers",
-    "last": "Last layer",
-}
-_GRID_SAMPLES = 8
-# matplotlib's own font has no Chinese, Japanese or Korean; systems have these.
-_WIDE_FONTS = (
-    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR"),
-    *("Source Han Sans SC", "Source Han Sans", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback"),
-    *("IPAexGothic", "IPAGothic", "NanumGothic", "Unifont"),
-    *("PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Arial Unicode MS"),
-    *("Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "SimHei", "MS Gothic"),
-)
 
 
 class _Look(NamedTuple):
@@ -73,88 +38,9 @@ _SEED_LINES: Any = ("-", "--", ":", "-.")
 _POINTS = 300
 """Of a curve; a panel has not many more pixels in a row."""
 _MEMBER_DPI = 110
-# What is placed in inches needs no second look at what the figure holds, nor at where titles would hit something.
-_PLACED: Any = {"savefig.bbox": None, "axes.titley": 1.0}
 _SMALL: Any = {"xtick.labelsize": 7, "ytick.labelsize": 7, "axes.labelsize": 7, "axes.titlesize": 8.5}
 
 _Points = NDArray[Any]
-
-
-def draw_matrix(table: pd.DataFrame, out: Path) -> None:
-    """The wMPPC matrix of each reading, annotated, with one colour scale and lines between groups."""
-    members = list(dict.fromkeys(table["source"]))
-    labels = short_labels(members)
-    of_member = table.drop_duplicates("source").set_index("source")
-    groups = [f"{of_member.source_modality[m]} {of_member.source_kind[m]}" for m in members]
-    side = 1.5 + 0.55 * len(members)
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(3 * side + 0.8, side + 0.6), layout="constrained")
-        axes = figure.subplots(1, len(_READINGS), sharey=True)
-        for ax, (reading, title) in zip(axes, _READINGS.items(), strict=True):
-            of_reading = table[table.reading == reading]
-            cells = of_reading.pivot(index="source", columns="target", values="wmppc").loc[members, members]
-            image = _heatmap(ax, cells.to_numpy(), 0, max(table.wmppc.max(), 1e-6), annotate=True)
-            ax.set_title(title)
-            ax.set_xticks(range(len(members)), labels, rotation=45, ha="right", rotation_mode="anchor")
-            ax.set_yticks(range(len(members)), labels)
-            for n in range(1, len(members)):
-                if groups[n] != groups[n - 1]:
-                    ax.axhline(n - 0.5, color="white", linewidth=2)
-                    ax.axvline(n - 0.5, color="white", linewidth=2)
-            ax.set_xlabel("to")
-        axes[0].set_ylabel("from")
-        figure.colorbar(image, ax=axes, label="wMPPC", shrink=0.85)
-        save(figure, out)
-
-
-def draw_layerwise(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], out: Path) -> None:
-    """WMPPC from each layer of one member to each layer of another, a panel a pair, with one colour scale (Fig. 1)."""
-    chosen = [table[(table.source == a) & (table.target == b)] for a, b in pairs]
-    top = float(np.nanmax([1e-6, *(panel.wmppc.max() for panel in chosen)]))
-    columns = min(3, len(pairs))
-    rows = -(-len(pairs) // columns)
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(3.5 * columns + 0.8, 3.4 * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False)
-        for ax, (a, b), panel in zip(axes.flat, pairs, chosen, strict=False):
-            cells = panel.pivot(index="source_layer", columns="target_layer", values="wmppc")
-            image = _heatmap(ax, cells.to_numpy(), 0, top, annotate=cells.size <= 64)
-            _layer_ticks(ax.xaxis, list(cells.columns))
-            _layer_ticks(ax.yaxis, list(cells.index))
-            ax.invert_yaxis()
-            ax.set_title(_pair_title(a, b))
-            ax.set_xlabel(f"layer of {b}")
-            ax.set_ylabel(f"layer of {a}")
-        for ax in axes.flat[len(pairs) :]:
-            ax.remove()
-        figure.colorbar(image, ax=list(axes.flat[: len(pairs)]), label="wMPPC", shrink=0.85)
-        save(figure, out)
-
-
-def draw_sharedness(
-    table: pd.DataFrame, statistics: dict[int, FeatureStatistics], data: Data, pictured: int, out: Path
-) -> None:
-    """The top features of a ranking, a row each, by the samples on which they are strongest."""
-    top = table.head(pictured)
-    captioned_rows = 1.62
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(1.25 * (_GRID_SAMPLES + 1.2), captioned_rows * len(top) + 0.5), layout="constrained")
-        grid = figure.subplots(
-            len(top), _GRID_SAMPLES + 1, squeeze=False, gridspec_kw={"width_ratios": [1.25] + [1] * _GRID_SAMPLES}
-        )
-        for axes, row in zip(grid, top.itertuples(), strict=True):
-            for ax in axes:
-                ax.axis("off")
-            text = f"#{row.rank}  feature {row.feature}\n$\\Delta$ = {row.delta:.3g}\n"
-            text += f"$\\rho_G$ = {row.rho_g:.2f}\n$\\rho_H$ = {row.rho_h:.2f}\nactive on {row.density:.1%}"
-            axes[0].text(0, 0.5, text, va="center", transform=axes[0].transAxes, fontsize=8)
-            samples = statistics[int(row.layer)].top_samples[int(row.feature)][:_GRID_SAMPLES]
-            for ax, sample in zip(axes[1:], samples[samples >= 0], strict=False):
-                _picture(ax, data, int(sample))
-            if (samples < 0).all():
-                axes[1].text(0, 0.5, "active on no sample", va="center", transform=axes[1].transAxes, fontsize=8)
-        figure.suptitle(f"Top features of {table.source[0]}, layer {table.layer[0]}, by Comparative Sharedness")
-        save(figure, out)
 
 
 def draw_saes(table: pd.DataFrame, saes: Path, out: Path) -> None:
@@ -164,7 +50,7 @@ def draw_saes(table: pd.DataFrame, saes: Path, out: Path) -> None:
         StoreError: where an SAE's loss curve or densities are missing or unreadable.
     """
     trainings = [_read_training(row, saes) for row in table.itertuples()]
-    with mpl.rc_context(_STYLE | _PLACED):
+    with mpl.rc_context(STYLE | PLACED):
         save(_overview(trainings), out)
         with written_aside(out.with_suffix("")) as folder:
             folder.mkdir()
@@ -172,66 +58,6 @@ def draw_saes(table: pd.DataFrame, saes: Path, out: Path) -> None:
                 with mpl.rc_context(_SMALL):
                     figure = _member_figure(member, of_member)
                     figure.savefig(folder / f"{member}.png", dpi=_MEMBER_DPI, metadata={"Software": None})
-
-
-def short_labels(members: Sequence[str]) -> list[str]:
-    """Members without their seed where each encoder occurs once."""
-    encoders = [as_member(member).encoder for member in members]
-    return [e if encoders.count(e) == 1 else m for e, m in zip(encoders, members, strict=True)]
-
-
-def save(figure: Figure, out: Path) -> None:
-    """Write a figure as PNG at ``out`` and as PDF beside it, without dates, so that equal data give equal files."""
-    for path, metadata in ((out.with_suffix(".pdf"), {"CreationDate": None}), (out, {"Software": None})):
-        with written_aside(path) as partial:
-            figure.savefig(partial, format=path.suffix[1:], metadata=metadata)
-
-
-def _heatmap(ax: Axes, cells: np.ndarray[Any, Any], low: float, high: float, annotate: bool) -> Any:
-    image = ax.imshow(cells, cmap=_COLOURS, vmin=low, vmax=high, aspect="equal")
-    ax.spines[:].set_visible(False)
-    ax.tick_params(length=0)
-    ax.set_facecolor("0.9")
-    if annotate:
-        for (i, j), value in np.ndenumerate(cells):
-            if np.isfinite(value):
-                dark = value < low + 0.6 * (high - low)
-                colour = "white" if dark else "black"
-                ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7.5)
-    return image
-
-
-def _layer_ticks(axis: Any, layers: Sequence[int], positions: Sequence[int] | None = None, most: int = 12) -> None:
-    step = -(-len(layers) // most)
-    places = range(len(layers)) if positions is None else positions
-    axis.set_ticks(list(places)[::step], [str(layer) for layer in layers[::step]])
-
-
-def _pair_title(a: str, b: str) -> str:
-    first, second = as_member(a), as_member(b)
-    if first.encoder == second.encoder:
-        return f"{first.encoder}, seeds {first.seed} and {second.seed}"
-    return f"{a} and {b}"
-
-
-def _picture(ax: Axes, data: Data, sample: int) -> None:
-    picture = data.image(sample)
-    picture.thumbnail((160, 160))
-    ax.imshow(np.asarray(picture), interpolation="lanczos")
-    words = data.caption(sample)
-    # Chinese, Japanese and Korean letters are twice as wide as others.
-    line = 11 if any(east_asian_width(letter) in "WF" for letter in words) else 22
-    short = words if len(words) <= 2 * line else words[: 2 * line - 1].rsplit(" ", 1)[0] + "…"
-    ax.set_anchor("S")
-    style: Any = {"fontsize": 5.5, "fontfamily": _caption_fonts(), "ha": "center", "va": "top"}
-    # A caption is the user's text: a dollar sign in it is no formula.
-    ax.text(0.5, -0.06, fill(short, line), transform=ax.transAxes, parse_math=False, **style)
-
-
-def _caption_fonts() -> list[str]:
-    """The usual font, and for what it lacks, such as Chinese, Japanese or Korean, those of `_WIDE_FONTS` there are."""
-    installed = set(font_manager.get_font_names())
-    return [*mpl.rcParams["font.family"], *(name for name in _WIDE_FONTS if name in installed)]
 
 
 @dataclass(frozen=True)
@@ -385,7 +211,7 @@ def _overview(trainings: Sequence[_Training]) -> Figure:
 
 def _overview_losses(ax: Axes, saes: Sequence[_Training], lines: dict[int, Any]) -> None:
     layers = sorted({sae.layer for sae in saes})
-    colours = mpl.colormaps[_COLOURS](np.linspace(0, 0.9, len(layers)))
+    colours = mpl.colormaps[COLOURS](np.linspace(0, 0.9, len(layers)))
     for sae in saes:
         marker = "o" if sae.steps == 1 else None
         style: dict[str, Any] = {"linestyle": lines[sae.seed], "linewidth": 0.9, "marker": marker}
@@ -397,7 +223,7 @@ def _overview_losses(ax: Axes, saes: Sequence[_Training], lines: dict[int, Any])
     bar.tick_params(length=0, labelsize=7)
     bar.spines[:].set_visible(False)
     bar.set_title("layer", fontsize=7, fontweight="normal", pad=3)
-    _layer_ticks(bar.yaxis, layers, most=8)
+    layer_ticks(bar.yaxis, layers, most=8)
 
 
 def _by_layer(
@@ -413,7 +239,7 @@ def _by_layer(
     if np.isnan([quantity(sae)[tokens] for sae in saes for tokens in _TOKENS]).all():
         ax.text(0.5, 0.6, "undefined", ha="center", color="0.4", transform=ax.transAxes)
     layers = sorted({sae.layer for sae in saes})
-    _layer_ticks(ax.xaxis, layers, positions=layers)
+    layer_ticks(ax.xaxis, layers, positions=layers)
     ax.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
 
 

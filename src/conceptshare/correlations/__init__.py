@@ -1,0 +1,42 @@
+"""Stage `correlations`: for every pair of layers of two encoders, each feature's best match in the other.
+
+`results/{dataset}/correlations/{sae}/{a}__{b}.zarr` holds both directions. The features of all layers of an encoder
+stand side by side, ``sizes_a [L_A]`` and ``sizes_b [L_B]`` telling how many each layer has:
+
+- ``rho_ab [L_B, F_A]`` float32: the largest Pearson correlation of a feature of A with any of a layer of B, and
+  ``match_ab [L_B, F_A]`` int32: which feature of that layer it is;
+- ``floor_ab [L_B, f_A]`` float32: the same rho of the first ``floor_sizes_a [L_A]`` features of each layer of A, where
+  B's samples are shuffled;
+- ``influence_ab [3, N]`` float32: each sample's influence on the wMPPC from A to B, by reading;
+- ``rho_ba [L_A, F_B]`` and so on: the same from B to A;
+- ``full/layer-NN__layer-MM [F_a, F_b]`` float32: all correlations of two layers, where they were asked for.
+
+Both directions are the row and the column maxima of one matrix, so one product serves both. The matrix never exists
+but for a tile: features are standardised and multiplied a panel at a time, as wide as a memory budget allows.
+"""
+
+from conceptshare.blocks import Precision
+from conceptshare.correlations._engine import MaxCorrelations, max_correlations
+from conceptshare.correlations._store import (
+    KIND,
+    FeatureStore,
+    PairCorrelations,
+    check_pair,
+    correlate_stores,
+    read_correlations,
+)
+from conceptshare.correlations._sums import CorrelationSums, correlation_sums
+
+__all__ = [
+    "KIND",
+    "CorrelationSums",
+    "FeatureStore",
+    "MaxCorrelations",
+    "PairCorrelations",
+    "Precision",
+    "check_pair",
+    "correlate_stores",
+    "correlation_sums",
+    "max_correlations",
+    "read_correlations",
+]

@@ -1,0 +1,411 @@
+"""Best matches between the features of two encoders: one product for every pair of layers, both directions from it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise, product
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from conceptshare.blocks import MEMORY_BYTES, Blocks, Precision, plan_blocks
+from conceptshare.correlations._standardise import (
+    Block,
+    BlockMemory,
+    Memory,
+    Panel,
+    Standard,
+    as_tensor,
+    standard_of,
+    standardised,
+    stretch,
+)
+from conceptshare.errors import NumericsError
+from conceptshare.progress import progress
+
+# A rare feature is a little below its mean nearly everywhere. Added one by one in float32 to a sum near 1, as a product
+# of few columns adds them, 100,000 such samples are lost, and with them the third digit. Wide products add in blocks.
+_SUMMED, _SUMMED_NARROW, _NARROW = 8192, 512, 256
+# A CPU's product of bfloat16 is rounded to bfloat16, by 0.0016 of itself in the mean square. The sum of so many of them
+# is off by 0.0004 in the mean square where it is near 1, and less elsewhere.
+_PARTIAL_SUMS = 20
+_ADDED = 256
+_GROUP = 32
+
+
+@dataclass(frozen=True)
+class MaxCorrelations:
+    """Best matches between the features of two encoders, for every pair of layers, in both directions."""
+
+    rho_ab: NDArray[np.float32]
+    """``[L_B, F_A]`` largest correlation of each feature of A (all layers side by side) with a layer of B."""
+    match_ab: NDArray[np.int32]
+    """``[L_B, F_A]`` the feature of that layer of B."""
+    rho_ba: NDArray[np.float32]
+    """``[L_A, F_B]``"""
+    match_ba: NDArray[np.int32]
+    """``[L_A, F_B]``"""
+    sizes_a: NDArray[np.int64]
+    """``[L_A]`` features of each layer of A."""
+    sizes_b: NDArray[np.int64]
+    """``[L_B]`` features of each layer of B."""
+
+    def reverse(self) -> "MaxCorrelations":
+        """The same, seen from B."""
+        return MaxCorrelations(self.rho_ba, self.match_ba, self.rho_ab, self.match_ab, self.sizes_b, self.sizes_a)
+
+
+Full = Mapping[tuple[int, int], Any]
+"""Arrays to write whole matrices of correlations ``[F_a, F_b]`` to, by the positions of A's and of B's layer."""
+
+
+class Kept(NamedTuple):
+    """Where a computation that was cut off can go on."""
+
+    found: MaxCorrelations
+    """The maxima so far."""
+    steps: int
+    """Steps that are in them: each is a panel of B with a group of panels of A."""
+
+
+def max_correlations(
+    a: Any,
+    b: Any,
+    memory_bytes: int | None = None,
+    precision: Precision = "float32",
+    full: Full | None = None,
+    what: str = "correlations",
+    kept: Kept | None = None,
+    keep: Callable[[Kept], None] | None = None,
+) -> MaxCorrelations:
+    """Correlate every feature of A with every feature of B over the same samples.
+
+    A feature with zero variance has no correlation: its rho is 0, its match -1, and it is nobody's best match.
+    Operands are standardised once, or where they do not fit the budget as often as they are needed. In float32 the
+    error of a correlation is below 1e-5: means and lengths are of float64 sums, products are summed in float32. In
+    bfloat16 it is below 2e-3: see `COARSE` for what is rounded and what is not.
+
+    Args:
+        a: for each layer of A, an array ``[N, F]``: NumPy, torch or Zarr. One array alone is one layer.
+        b: the same of B.
+        memory_bytes: bound of the working memory, of the GPU's where there is one; without it 1 GiB, or four fifths of
+            what is free on the GPU. What is returned comes on top.
+        precision: what standardised features are rounded to.
+        full: arrays to write whole matrices to, for pairs of layers.
+        what: the step's name in the progress report.
+        kept: where to go on.
+        keep: called with where to go on, after each step.
+
+    Raises:
+        NumericsError: where sample counts differ, a value is not finite, or the budget cannot hold the least block.
+    """
+    layers_a, layers_b = as_layers(a), as_layers(b)
+    N = sample_count([*layers_a, *layers_b])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes_a, sizes_b = sizes_of(layers_a), sizes_of(layers_b)
+    plan = plan_blocks(
+        N,
+        sizes_a.tolist(),
+        sizes_b.tolist(),
+        _raw_bytes([*layers_a, *layers_b]),
+        _budget(memory_bytes, device),
+        precision,
+    )
+    side_a = _Side(layers_a, plan, precision, device)
+    side_b = _Side(layers_b, plan, precision, device)
+    best_ab, best_ba = _Best(len(layers_b), int(sizes_a.sum())), _Best(len(layers_a), int(sizes_b.sum()))
+    if kept is not None:
+        best_ab.go_on(kept.found.rho_ab, kept.found.match_ab)
+        best_ba.go_on(kept.found.rho_ba, kept.found.match_ba)
+
+    def found() -> MaxCorrelations:
+        return MaxCorrelations(*best_ab.result(), *best_ba.result(), sizes_a, sizes_b)
+
+    size = plan.group or 1
+    groups = [side_a.panels[first : first + size] for first in range(0, len(side_a.panels), size)]
+    steps = list(product(groups, side_b.panels))
+    done = kept.steps if kept is not None else 0
+    tiles = _Tiles(side_a, side_b, steps[done:], plan, N)
+    for step in progress(range(done, len(steps)), len(steps) - done, what, "blocks"):
+        for panel_a, panel_b, r in tiles.of_step():
+            columns_a, columns_b = side_a.columns(panel_a), side_b.columns(panel_b)
+            if len(columns_a) and len(columns_b):
+                best_ab.update(panel_b.layer, panel_a, columns_a, panel_b.first, columns_b, *_row_maxima(r))
+                best_ba.update(panel_a.layer, panel_b, columns_b, panel_a.first, columns_a, *_column_maxima(r))
+            if full and (panel_a.layer, panel_b.layer) in full:
+                _write_full(full[panel_a.layer, panel_b.layer], panel_a, panel_b, columns_a, columns_b, r)
+        if keep is not None:
+            keep(Kept(found(), step + 1))
+    return found()
+
+
+def as_layers(side: Any) -> list[Any]:
+    """The layers of one side: one array alone is one layer."""
+    return [side] if hasattr(side, "shape") else list(side)
+
+
+def sizes_of(layers: Sequence[Any]) -> NDArray[np.int64]:
+    """``[L]`` features of each layer."""
+    return np.array([layer.shape[1] for layer in layers], np.int64)
+
+
+def sample_count(layers: Sequence[Any]) -> int:
+    """The number of samples that all layers have.
+
+    Raises:
+        NumericsError: where they have different ones, or fewer than two.
+    """
+    counts = {int(layer.shape[0]) for layer in layers}
+    if len(counts) != 1:
+        raise NumericsError(f"the arrays have different numbers of samples: {sorted(counts)}; give the same samples")
+    (N,) = counts
+    if N < 2:
+        raise NumericsError(f"{N} samples: a correlation needs at least 2")
+    return N
+
+
+def _budget(memory_bytes: int | None, device: torch.device) -> int:
+    if memory_bytes is not None:
+        return memory_bytes
+    return MEMORY_BYTES if device.type == "cpu" else torch.cuda.mem_get_info()[0] * 4 // 5
+
+
+def _raw_bytes(layers: Sequence[Any]) -> int:
+    return max(torch.as_tensor(np.asarray(layer[:1, :1])).element_size() for layer in layers)
+
+
+class _Side:
+    """The panels of one encoder, and what standardises each."""
+
+    def __init__(self, layers: Sequence[Any], plan: Blocks, precision: Precision, device: torch.device) -> None:
+        self.layers, self.rows, self.precision, self.device = layers, plan.rows, precision, device
+        starts = np.concatenate([[0], np.cumsum(sizes_of(layers))])
+        self.panels = [
+            Panel(n, first, min(plan.width, int(end - start) - first), int(start) + first)
+            for n, (start, end) in enumerate(pairwise(starts))
+            for first in range(0, int(end - start), plan.width)
+        ]
+        self._standards: dict[Panel, Standard] = {}
+
+    def read(self, panel: Panel, start: int) -> Any:
+        """Values of a panel as they are stored, of the samples from ``start`` on, ``[rows, width]`` at most."""
+        return self.layers[panel.layer][start : start + self.rows, panel.first : panel.first + panel.width]
+
+    def block(self, panel: Panel, values: Any, memory: BlockMemory) -> Block:
+        """What was read of a panel, standardised."""
+        x = as_tensor(values, self.device)
+        N = self.layers[0].shape[0]
+        if panel not in self._standards:
+
+            def chunks() -> Iterator[Tensor]:
+                if len(x) == N:
+                    return iter([x])
+                return (as_tensor(self.read(panel, start), self.device) for start in range(0, N, self.rows))
+
+            self._standards[panel] = standard_of(chunks, panel, self.precision)
+        return standardised(x, self._standards[panel], memory, rounded_at_once(N))
+
+    def columns(self, panel: Panel) -> NDArray[np.int64]:
+        """The features of a panel that vary, in the order of its blocks' columns."""
+        columns: NDArray[np.int64] = self._standards[panel].columns.cpu().numpy()
+        return columns
+
+
+Step = tuple[list[Panel], Panel]
+"""A group of panels of A, and a panel of B."""
+
+
+class _Tiles:
+    """Correlations ``[v_a, v_b]`` of the panels of each step, one tile at a time in the same memory."""
+
+    def __init__(self, a: _Side, b: _Side, steps: Sequence[Step], plan: Blocks, N: int) -> None:
+        self._a, self._b, self._steps, self._left = a, b, steps, iter(steps)
+        self._starts = range(0, N, plan.rows)
+        self._read = _read_ahead(self._loads())
+        self._product = Product(N, a.device)
+        self._memory_a = [BlockMemory(a.device) for _ in range(plan.group or 1)]
+        self._memory_b = BlockMemory(b.device)
+        self._group: list[Panel] = []
+        self._kept: list[Block] = []
+
+    def of_step(self) -> Iterator[tuple[Panel, Panel, Tensor]]:
+        """The tiles of the next step."""
+        group, panel_b = next(self._left)
+        if len(self._starts) > 1:
+            (panel_a,) = group
+            for start in self._starts:
+                block_a = self._a.block(panel_a, next(self._read), self._memory_a[0])
+                self._product.add(block_a, self._b.block(panel_b, next(self._read), self._memory_b), start == 0)
+            yield panel_a, panel_b, self._product.correlations()
+            return
+        block_b = self._b.block(panel_b, next(self._read), self._memory_b)
+        if group is not self._group:
+            self._group, self._kept = group, []
+        for n, panel_a in enumerate(group):
+            if n == len(self._kept):
+                self._kept.append(self._a.block(panel_a, next(self._read), self._memory_a[n]))
+            self._product.add(self._kept[n], block_b, anew=True)
+            yield panel_a, panel_b, self._product.correlations()
+
+    def _loads(self) -> Iterator[Callable[[], Any]]:
+        """What the steps read, in their order."""
+        before: list[Panel] = []
+        for group, panel_b in self._steps:
+            if len(self._starts) > 1:
+                for start in self._starts:
+                    yield partial(self._a.read, group[0], start)
+                    yield partial(self._b.read, panel_b, start)
+                continue
+            yield partial(self._b.read, panel_b, 0)
+            if group is not before:
+                before = group
+                yield from (partial(self._a.read, panel_a, 0) for panel_a in group)
+
+
+def _read_ahead(loads: Iterator[Callable[[], Any]]) -> Iterator[Any]:
+    """What each load gives, read while the one before is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = None
+        for load in loads:
+            following = pool.submit(load)
+            if ahead is not None:
+                yield ahead.result()
+            ahead = following
+        if ahead is not None:
+            yield ahead.result()
+
+
+def rounded_at_once(N: int) -> int:
+    """Samples whose products are added up before the sum is rounded."""
+    return min(_SUMMED, -(-N // _PARTIAL_SUMS))
+
+
+class Product:
+    """Correlations as a sum of products of blocks of samples, in memory that is used again for the next ones."""
+
+    def __init__(self, N: int, device: torch.device) -> None:
+        self._device = device
+        self._at_once = rounded_at_once(N)
+        self._memory, self._part = Memory(torch.float32, device), Memory(torch.float32, device)
+        self._rounded_part = Memory(torch.bfloat16, device)
+
+    def add(self, a: Block, b: Block, anew: bool) -> None:
+        """Add the products of some samples, or start with them."""
+        if anew:
+            self._sum = self._memory.view(a.features, b.features).zero_()
+            self._squares_a, self._squares_b = torch.zeros_like(a.squares), torch.zeros_like(b.squares)
+        r, rounded_a, rounded_b = self._sum, len(a.squares), len(b.squares)
+        self._squares_a += a.squares
+        self._squares_b += b.squares
+        self._add_rounded(r[:rounded_a, :rounded_b], a.rounded, b.rounded)
+        self._add_exact(r[:rounded_a, rounded_b:], a.rounded, b.exact, stretched=True)
+        self._add_exact(r[rounded_a:, :rounded_b], a.exact, b.rounded, stretched=True)
+        self._add_exact(r[rounded_a:, rounded_b:], a.exact, b.exact, stretched=False)
+
+    def correlations(self) -> Tensor:
+        """``[v_a, v_b]`` float32, until more is added."""
+        r = self._sum
+        r[: len(self._squares_a)].mul_(self._squares_a.rsqrt()[:, None])
+        r[:, : len(self._squares_b)].mul_(self._squares_b.rsqrt())
+        # Rounding can take a perfect correlation a little beyond 1, where artanh has no value.
+        return r.clamp_(-1, 1)
+
+    def _add_rounded(self, r: Tensor, a: Tensor, b: Tensor) -> None:
+        if not r.numel():
+            return
+        on_gpu = self._device.type == "cuda"
+        for n, start in enumerate(range(0, len(a), self._at_once)):
+            one, other = a[start : start + self._at_once].T, b[start : start + self._at_once]
+            if on_gpu:
+                r.add_(torch.mm(one, other, out_dtype=torch.float32), alpha=stretch(n) ** -2)
+                continue
+            part = torch.mm(one, other, out=self._rounded_part.view(*r.shape))
+            # torch makes a copy in float32 first; a small one stays in a core's cache.
+            for row in range(0, len(r), _ADDED):
+                r[row : row + _ADDED].add_(part[row : row + _ADDED], alpha=stretch(n) ** -2)
+
+    def _add_exact(self, r: Tensor, a: Tensor, b: Tensor, stretched: bool) -> None:
+        if not r.numel():
+            return
+        part = self._part.view(*r.shape)
+        at_once = self._at_once if stretched else _SUMMED_NARROW if min(r.shape) < _NARROW else _SUMMED
+        for n, start in enumerate(range(0, len(a), at_once)):
+            torch.mm(a[start : start + at_once].float().T, b[start : start + at_once].float(), out=part)
+            r.add_(part, alpha=1 / stretch(n) if stretched else 1)
+
+
+class _Best:
+    """Running maxima over the panels of each layer of the other side."""
+
+    def __init__(self, layers: int, count: int) -> None:
+        self._rho = np.full((layers, count), -np.inf, np.float32)
+        self._match = np.full((layers, count), -1, np.int32)
+
+    def go_on(self, rho: NDArray[np.float32], match: NDArray[np.int32]) -> None:
+        """Take over what `result` gave."""
+        self._rho = np.where(match < 0, np.float32(-np.inf), rho)
+        self._match = match.copy()
+
+    def update(
+        self,
+        layer: int,
+        panel: Panel,
+        columns: NDArray[np.int64],
+        first: int,
+        matched: NDArray[np.int64],
+        rho: Tensor,
+        match: Tensor,
+    ) -> None:
+        """Take in the maxima ``rho`` of a panel's ``columns``, at places ``match`` of the columns ``matched``."""
+        places = panel.start + columns
+        found = rho.cpu().numpy()
+        numbers = first + matched[match.cpu().numpy()]
+        better = found > self._rho[layer, places]
+        self._rho[layer, places[better]] = found[better]
+        self._match[layer, places[better]] = numbers[better]
+
+    def result(self) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        """The maxima; 0 and -1 where there was nothing to correlate."""
+        return np.where(self._match < 0, np.float32(0), self._rho), self._match.copy()
+
+
+def _row_maxima(r: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of each row of ``r [n, m]``, and where it is."""
+    n, m = r.shape
+    if m % _GROUP:
+        return r.max(dim=1)
+    groups = r.view(n, -1, _GROUP)
+    group = groups.amax(2).argmax(1)
+    rho, within = groups[torch.arange(n, device=r.device), group].max(dim=1)
+    return rho, group * _GROUP + within
+
+
+def _column_maxima(r: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of each column of ``r [n, m]``, and where it is.
+
+    Values alone are found ten times as fast as values and places, so first a group of rows is found, then the row.
+    """
+    n, m = r.shape
+    if n % _GROUP:
+        return r.max(dim=0)
+    groups = r.view(-1, _GROUP, m)
+    group = groups.amax(1).argmax(0)
+    rho, within = groups[group, :, torch.arange(m, device=r.device)].max(dim=1)
+    return rho, group * _GROUP + within
+
+
+def _write_full(
+    out: Any,
+    panel_a: Panel,
+    panel_b: Panel,
+    columns_a: NDArray[np.int64],
+    columns_b: NDArray[np.int64],
+    r: Tensor,
+) -> None:
+    tile = np.zeros((panel_a.width, panel_b.width), np.float32)
+    tile[np.ix_(columns_a, columns_b)] = r.cpu().numpy()
+    out[panel_a.first : panel_a.first + panel_a.width, panel_b.first : panel_b.first + panel_b.width] = tile

@@ -1,0 +1,264 @@
+"""The store of a pair of members: matches, shuffled floor, influences, and whole matrices where they are asked for."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from conceptshare import features
+from conceptshare.blocks import MEMORY_BYTES, Precision
+from conceptshare.correlations._engine import Full, Kept, MaxCorrelations, max_correlations, sample_count
+from conceptshare.correlations._influence import Encoder, influences
+from conceptshare.errors import NumericsError, StoreError
+from conceptshare.store import (
+    StoredArray,
+    gone_on_with,
+    layer_name,
+    new_array,
+    new_store,
+    open_store,
+    save_array,
+    written_aside,
+)
+
+KIND = "correlations"
+FLOOR_FEATURES = 256
+"""Features of each layer, the first ones, whose best matches among shuffled samples are sought: all of a wMPPC's floor
+is within some percent of theirs, as the number of a feature means nothing."""
+
+_PROGRESS = "progress.npz"
+_FULL_SIDE = 512
+_FOUND = tuple(MaxCorrelations.__dataclass_fields__)
+
+
+def correlate_stores(
+    path_a: Path,
+    path_b: Path,
+    out: Path,
+    memory_bytes: int | None = None,
+    precision: Precision = "float32",
+    full: Sequence[tuple[int, int]] = (),
+) -> None:
+    """Correlate two feature stores and write the store ``out``; what an attempt that was cut off left is gone on with.
+
+    Args:
+        path_a: a feature store.
+        path_b: another of the same samples, or the same.
+        out: the store to write.
+        memory_bytes: as in `max_correlations`.
+        precision: as there.
+        full: pairs of a layer of A and one of B, whose whole matrix is written too.
+
+    Raises:
+        StoreError: where a store is not whole, has no such layer, or they are not of the same samples in the same
+            order.
+        NumericsError: where a feature is not finite, there is but one sample, or no feature of a store is active.
+    """
+    a, b = FeatureStore(path_a), FeatureStore(path_b)
+    check_pair(a, b)
+    described = {
+        "a": path_a.stem,
+        "b": path_b.stem,
+        "layers_a": a.layers,
+        "layers_b": b.layers,
+        "content_hash": a.content_hash,
+        "samples": a.samples,
+        "precision": precision,
+        "full": sorted([int(layer_a), int(layer_b)] for layer_a, layer_b in full),
+        "features_a": a.digest(),
+        "features_b": b.digest(),
+    }
+    for layer_a, layer_b in full:
+        a.position(layer_a), b.position(layer_b)
+    with new_store(out, KIND, described, resume=True) as store:
+        progress = _Progress(Path(store.store.root) / _PROGRESS)  # type: ignore[attr-defined]
+        with gone_on_with(out):
+            matrices = {
+                (a.position(layer_a), b.position(layer_b)): _matrix(store, layer_a, layer_b, a, b)
+                for layer_a, layer_b in full
+            }
+            kept = progress.read()
+        found = max_correlations(a.arrays, b.arrays, memory_bytes, precision, matrices, out.stem, kept, progress.write)
+        arrays = dict(vars(found))
+        sides = ((a, b, found, "ab"), (b, a, found.reverse(), "ba"))
+        for source, target, of_source, direction in sides:
+            floor = shuffled_floor(source.arrays, target.arrays, memory_bytes, precision, f"floor of {source.name}")
+            arrays |= {f"floor_{direction}": floor.rho_ab, f"floor_sizes_{direction[0]}": floor.sizes_a}
+            arrays[f"influence_{direction}"] = influences(
+                source.encoder(), target.encoder(), of_source, memory_bytes or MEMORY_BYTES, f"influence, {source.name}"
+            )
+        for name, values in arrays.items():
+            if name in store:  # of an attempt that was cut off among these
+                del store[name]
+            save_array(store, name, values)
+        progress.remove()
+
+
+def check_pair(a: "FeatureStore", b: "FeatureStore") -> None:
+    """Make sure that two stores can be correlated.
+
+    Raises:
+        StoreError: where they are not of the same samples in the same order.
+        NumericsError: where there is but one sample, or no feature of a store is active on any.
+    """
+    if a.content_hash != b.content_hash:
+        raise StoreError(
+            f"{a.path} and {b.path} are of different samples, or in another order; make both from the same data set"
+        )
+    sample_count([*a.arrays, *b.arrays])
+    for store in (a, b):
+        if not store.encoder().mean.any():
+            raise NumericsError(f"{store.path}: no feature is active on any sample; train its SAEs anew")
+
+
+def shuffled_floor(
+    a: Sequence[Any], b: Sequence[Any], memory_bytes: int | None, precision: Precision, what: str
+) -> MaxCorrelations:
+    """What best matches amount to by chance: those of the first features of each layer of A, with B's samples shuffled.
+
+    Samples are in random order, so that it is enough to pair each with the one half of them further on: no sample
+    meets itself, and reading stays in sequence.
+    """
+    N = a[0].shape[0]
+    first = [_View(layer, min(FLOOR_FEATURES, layer.shape[1]), 0) for layer in a]
+    return max_correlations(
+        first, [_View(layer, layer.shape[1], N // 2) for layer in b], memory_bytes, precision, what=what
+    )
+
+
+@dataclass(frozen=True)
+class PairCorrelations:
+    """The best matches of a pair of members, as the store holds them, and what they are judged by."""
+
+    found: MaxCorrelations
+    layers_a: list[int]
+    layers_b: list[int]
+    samples: int
+    floor: NDArray[np.float32]
+    """``[L_B, f_A]`` rho of the first features of each layer of A, where B's samples are shuffled."""
+    floor_sizes: NDArray[np.int64]
+    """``[L_A]`` how many."""
+    influence: NDArray[np.float32]
+    """``[3, N]`` each sample's influence on the wMPPC from A to B, for each of `metrics.READINGS`."""
+
+
+def read_correlations(path: Path, source: str) -> PairCorrelations:
+    """A pair's correlations, turned so that ``source`` is A.
+
+    Raises:
+        StoreError: where the store is not whole, or ``source`` is neither of the pair.
+    """
+    store: Any = open_store(path, KIND)
+    spec: Any = store.attrs["spec"]
+    if source not in (spec["a"], spec["b"]):
+        raise StoreError(f"{path}: a pair of {spec['a']} and {spec['b']}, without {source}")
+    found = MaxCorrelations(**{name: store[name][:] for name in _FOUND})
+    direction, one, other = "ab", "a", "b"
+    if source != spec["a"]:
+        found, direction, one, other = found.reverse(), "ba", "b", "a"
+    return PairCorrelations(
+        found=found,
+        layers_a=spec[f"layers_{one}"],
+        layers_b=spec[f"layers_{other}"],
+        samples=spec["samples"],
+        floor=store[f"floor_{direction}"][:],
+        floor_sizes=store[f"floor_sizes_{one}"][:],
+        influence=store[f"influence_{direction}"][:],
+    )
+
+
+class FeatureStore:
+    """A feature store, open for reading."""
+
+    def __init__(self, path: Path) -> None:
+        """Open it.
+
+        Raises:
+            StoreError: where it is not whole.
+        """
+        store: Any = open_store(path, features.KIND)
+        spec: Any = store.attrs["spec"]
+        self.path, self.name = path, path.stem
+        self.layers: list[int] = spec["layers"]
+        self.samples: int = spec["samples"]
+        self.content_hash: str = spec["content_hash"]
+        self.arrays = [StoredArray(store, f"{layer_name(n)}/features", path) for n in self.layers]
+        groups = [store[layer_name(n)] for n in self.layers]
+        self._strength, self._deviation = (
+            np.concatenate([group[name][:] for group in groups]) for name in ("strength", "deviation")
+        )
+
+    def encoder(self) -> Encoder:
+        """Its features, and what standardises them."""
+        return Encoder(self.arrays, self._strength / self.samples, self._deviation)
+
+    def position(self, layer: int) -> int:
+        """Which of its layers it is, from 0.
+
+        Raises:
+            StoreError: where it has no such layer.
+        """
+        if layer not in self.layers:
+            raise StoreError(f"{self.path}: no layer {layer}; it has {', '.join(map(str, self.layers))}")
+        return self.layers.index(layer)
+
+    def digest(self) -> str:
+        """Tells stores of other features from this one: SHA-256 of the statistics of all features."""
+        return hashlib.sha256(self._strength.tobytes() + self._deviation.tobytes()).hexdigest()
+
+
+class _View:
+    """The first features of a layer ``[N, F]``, its samples taken from ``shift`` on and round again."""
+
+    def __init__(self, layer: Any, width: int, shift: int) -> None:
+        self._layer, self._shift, self.shape = layer, shift, (layer.shape[0], width)
+
+    def __getitem__(self, place: tuple[slice, slice]) -> Any:
+        rows, columns = place
+        N = self.shape[0]
+        start, stop, _ = rows.indices(N)
+        start, stop = start + self._shift, stop + self._shift
+        columns = slice(*columns.indices(self.shape[1]))
+        if start >= N:
+            return self._layer[start - N : stop - N, columns]
+        if stop <= N:
+            return self._layer[start:stop, columns]
+        return np.concatenate([self._layer[start:N, columns], self._layer[0 : stop - N, columns]])
+
+
+class _Progress:
+    """The maxima so far, in one file that is replaced as a whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self) -> Kept | None:
+        """What an earlier attempt left."""
+        if not self._path.is_file():
+            return None
+        with np.load(self._path) as kept:
+            return Kept(MaxCorrelations(**{name: kept[name] for name in _FOUND}), int(kept["steps"]))
+
+    def write(self, kept: Kept) -> None:
+        """Keep what there is."""
+        with written_aside(self._path) as partial, partial.open("wb") as file:
+            np.savez(file, steps=kept.steps, **vars(kept.found))
+
+    def remove(self) -> None:
+        """It is not part of the store."""
+        self._path.unlink(missing_ok=True)
+
+
+def _matrix(store: zarr.Group, layer_a: int, layer_b: int, a: FeatureStore, b: FeatureStore) -> Full:
+    """The array for a whole matrix."""
+    name = f"full/{layer_name(layer_a)}__{layer_name(layer_b)}"
+    if name not in store:
+        shape = a.arrays[a.position(layer_a)].shape[1], b.arrays[b.position(layer_b)].shape[1]
+        new_array(store, name, shape, np.float32, (min(_FULL_SIDE, shape[0]), min(_FULL_SIDE, shape[1])))
+    array: Any = store[name]
+    return array  # type: ignore[no-any-return]

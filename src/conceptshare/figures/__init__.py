@@ -1,0 +1,30 @@
+"""Stage `figures`: pictures of a study's tables, each as PNG to look at and PDF to print.
+
+Colours are perceptually uniform and readable by the colour-blind and in grey; the style is set in one place.
+"""
+
+from conceptshare.figures._averages import draw_averages
+from conceptshare.figures._intervals import draw_intervals
+from conceptshare.figures._layerwise import draw_layerwise
+from conceptshare.figures._matrix import draw_matrix
+from conceptshare.figures._paper import draw_paper
+from conceptshare.figures._saes import draw_saes
+from conceptshare.figures._sharedness import draw_sharedness
+from conceptshare.figures._similarity import draw_similarity
+from conceptshare.figures._strength import draw_strength
+from conceptshare.figures._style import save
+from conceptshare.formats import short_labels
+
+__all__ = [
+    "draw_averages",
+    "draw_intervals",
+    "draw_layerwise",
+    "draw_matrix",
+    "draw_paper",
+    "draw_saes",
+    "draw_sharedness",
+    "draw_similarity",
+    "draw_strength",
+    "save",
+    "short_labels",
+]

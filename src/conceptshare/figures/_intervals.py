@@ -1,0 +1,90 @@
+"""Each cell of a matrix with its interval, between chance and what another seed of the same encoder gives."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from conceptshare.figures._style import MARKERS, READING_TITLES, STYLE, save, say_nothing
+from conceptshare.formats import short_labels
+
+_ROW = 0.165
+"""Height of a row, in inches."""
+_TALL = 40
+"""Rows, from which on the axis is shown above as well."""
+_FLOOR: Any = {"color": "0.45", "marker": "x", "markersize": 4, "markeredgewidth": 1}
+_CEILING: Any = {"color": "black", "marker": "|", "markersize": 9, "markeredgewidth": 1.2}
+
+
+def draw_intervals(table: pd.DataFrame, out: Path) -> None:
+    """Each wMPPC with its 95% interval, a panel a reading and a row a cell, in blocks of one source.
+
+    Beside it are what shuffled samples give (``floor``) and what another seed of the source gives (``ceiling``), where
+    there is one.
+
+    Args:
+        table: the tidy matrix table, with at least ``source, target, target_modality, reading, wmppc, low, high, floor,
+            ceiling``.
+        out: where the PNG goes; the PDF goes beside it.
+    """
+    members = list(dict.fromkeys(table["source"]))
+    label = dict(zip(members, short_labels(members), strict=True))
+    targets = {source: list(dict.fromkeys(of.target)) for source, of in table.groupby("source", sort=False)}
+    rows = [(source, target) for source in members for target in (None, *targets[source])]
+    place = {row: n for n, row in enumerate(rows)}
+    numbers = table[["wmppc", "low", "high", "floor", "ceiling"]].to_numpy(np.float64)
+    known = numbers[np.isfinite(numbers)]
+    low, high = (known.min(initial=0), known.max()) if len(known) else (0, 1)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10.5, _ROW * len(rows) + 1.3), layout="constrained")
+        axes = figure.subplots(1, len(READING_TITLES), sharey=True)
+        for ax, (reading, title) in zip(axes, READING_TITLES.items(), strict=True):
+            _panel(ax, table[table.reading == reading], place)
+            for n, source in enumerate(members):
+                if n % 2 == 0:
+                    top = place[source, None]
+                    ax.axhspan(top - 0.5, top + len(targets[source]) + 0.5, color="0.95", linewidth=0, zorder=0)
+            ax.set_xlim(low, low + 1.04 * max(high - low, 1e-6))
+            ax.set_title(title)
+            ax.set_xlabel("wMPPC")
+            ax.tick_params(axis="x", top=len(rows) > _TALL, labeltop=len(rows) > _TALL)
+        axes[0].set_ylim(len(rows) - 0.4, -0.6)
+        names = [f"from {label[source]}" if target is None else label[target] for source, target in rows]
+        axes[0].set_yticks(range(len(rows)), names, fontsize=7.5)
+        for (_, target), text in zip(rows, axes[0].get_yticklabels(), strict=True):
+            text.set_fontweight("bold" if target is None else "normal")
+        figure.legend(handles=_legend(table), loc="outside upper center", ncols=4, frameon=False)
+        save(figure, out)
+
+
+def _panel(ax: Axes, cells: pd.DataFrame, place: dict[Any, int]) -> None:
+    y = np.array([place[row] for row in zip(cells.source, cells.target, strict=True)])
+    ax.plot(cells.floor, y, linestyle="none", **_FLOOR)
+    ax.plot(cells.ceiling, y, linestyle="none", **_CEILING)
+    for modality, look in MARKERS.items():
+        of = (cells.target_modality == modality).to_numpy()
+        ax.hlines(y[of], cells.low[of], cells.high[of], color=look["color"], linewidth=1.4)
+        ax.plot(cells.wmppc[of], y[of], linestyle="none", markersize=4, **look)
+    if cells.wmppc.isna().all():
+        say_nothing(ax, "no values")
+    ax.grid(axis="x", color="0.85", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+
+
+def _legend(table: pd.DataFrame) -> list[Line2D]:
+    there = [modality for modality in MARKERS if modality in set(table.target_modality)]
+    marks = [
+        Line2D([], [], linewidth=1.4, markersize=4, label=f"to {modality}, 95% interval", **MARKERS[modality])
+        for modality in there
+    ]
+    marks.append(Line2D([], [], linestyle="none", label="samples shuffled", **_FLOOR))
+    if table.ceiling.notna().any():
+        marks.append(Line2D([], [], linestyle="none", label="to the source's other seed", **_CEILING))
+    return marks

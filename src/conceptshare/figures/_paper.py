@@ -1,0 +1,93 @@
+"""A study's wMPPC beside the paper's."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from conceptshare.figures._style import BLUE, LIGHT_BLUE, ORANGE, READING_TITLES, RED, STYLE, known, save, say_nothing
+from conceptshare.paper import agreement, modality
+
+_DIRECTIONS: Any = {
+    ("image", "image"): {"color": BLUE, "marker": "o"},
+    ("image", "text"): {"color": LIGHT_BLUE, "marker": "^"},
+    ("text", "image"): {"color": ORANGE, "marker": "v"},
+    ("text", "text"): {"color": RED, "marker": "s"},
+}
+_NAMED = 4
+"""Cells that are named: those farthest from the paper's."""
+_PANEL = 3.3
+"""About the side of a panel, in inches."""
+
+
+def draw_paper(cells: pd.DataFrame, out: Path) -> None:
+    """Our wMPPC with its 95% interval against the paper's, a panel a reading, with the cells that are farthest off.
+
+    Args:
+        cells: what `conceptshare.paper.compare` gives.
+        out: where the PNG goes; the PDF goes beside it.
+    """
+    directions = [(modality(a), modality(b)) for a, b in zip(cells.source, cells.target, strict=True)]
+    numbers = cells[["ours", "low", "high", "paper"]].to_numpy(np.float64)
+    top = 1.06 * float(np.nanmax(numbers))
+    measures = agreement(cells)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(0.4 + 4.3 * len(measures), 5.4), layout="constrained")
+        axes = figure.subplots(1, len(measures), squeeze=False)
+        for ax, measured in zip(axes.flat, measures.itertuples(), strict=True):
+            here = (cells.reading == measured.reading).to_numpy()
+            _panel(ax, cells[here], [d for d, is_here in zip(directions, here, strict=True) if is_here], top)
+            numbers_of = f"Spearman {known(measured.spearman)}, Pearson {known(measured.pearson)}"
+            far = f"mean absolute difference {known(measured.mean_absolute_difference, 3)}"
+            ax.set_title(f"{READING_TITLES[measured.reading]}\n{numbers_of}\n{far}")
+            ax.set(xlim=(0, top), ylim=(0, top), aspect="equal", xlabel="wMPPC in the paper", ylabel="wMPPC here")
+        there = [direction for direction in _DIRECTIONS if direction in directions]
+        marks = [Line2D([], [], linestyle="none", label=f"{a} to {b}", **_DIRECTIONS[a, b]) for a, b in there]
+        figure.legend(handles=marks, loc="outside upper center", ncols=4, frameon=False, handletextpad=0.1)
+        save(figure, out)
+
+
+def _panel(ax: Axes, cells: pd.DataFrame, directions: list[tuple[str, str]], top: float) -> None:
+    if cells.ours.isna().all():
+        say_nothing(ax, "nothing to compare")
+        return
+    ax.axline((0, 0), slope=1, color="0.6", linewidth=0.8, zorder=0)
+    for direction, look in _DIRECTIONS.items():
+        of = np.array([other == direction for other in directions])
+        ax.vlines(cells.paper[of], cells.low[of], cells.high[of], color=look["color"], linewidth=0.8, alpha=0.6)
+        ax.scatter(cells.paper[of], cells.ours[of], s=18, linewidths=0, zorder=2, **look)
+    known_cells = cells[cells.ours.notna()]
+    order = known_cells.difference.abs().sort_values(ascending=False, kind="stable").index
+    farthest = known_cells.loc[order[:_NAMED]]
+    _number(ax, farthest, known_cells, top)
+    lines = [
+        f"{n}  {cell.source} to {cell.target}: {cell.ours:.3f}, paper {cell.paper:.3f}"
+        for n, cell in enumerate(farthest.itertuples(), 1)
+    ]
+    words: Any = {"fontsize": 7.5, "va": "top", "linespacing": 1.3}
+    ax.text(0, -0.16, "\n".join(["farthest from the paper's:", *lines]), transform=ax.transAxes, **words)
+
+
+def _number(ax: Axes, farthest: pd.DataFrame, cells: pd.DataFrame, top: float) -> None:
+    """Write a number beside each of the cells, where most room is."""
+    points = _PANEL * 72 / top
+    diagonal = np.repeat(np.linspace(0, top, 100)[:, None], 2, axis=1)
+    taken = points * np.concatenate([cells[["paper", "ours"]].to_numpy(np.float64), diagonal])
+    angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
+    around = np.concatenate([radius * np.stack([np.cos(angles), np.sin(angles)], axis=1) for radius in (9, 15, 21)])
+    for n, cell in enumerate(farthest.itertuples(), 1):
+        places = points * np.array([cell.paper, cell.ours]) + around
+        room = np.linalg.norm(places[:, None] - taken, axis=2).min(axis=1)
+        # A place farther off is taken where it has clearly more room, and none beyond the panel.
+        room -= np.linalg.norm(around, axis=1) / 3
+        room[((places < 6) | (places > points * top - 6)).any(axis=1)] -= 100
+        best = int(room.argmax())
+        taken = np.append(taken, places[best : best + 1], axis=0)
+        line: Any = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2}
+        at: Any = {"xytext": tuple(around[best]), "textcoords": "offset points", "ha": "center", "va": "center"}
+        ax.annotate(str(n), (cell.paper, cell.ours), **at, fontsize=7.5, fontweight="bold", arrowprops=line)

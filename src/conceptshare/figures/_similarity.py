@@ -1,0 +1,57 @@
+"""Other measures of how similar encoders are, beside wMPPC."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.stats import rankdata
+
+from conceptshare.figures._style import BLUE, RED, STYLE, known, save, say_nothing
+from conceptshare.metrics import correlation
+
+_MEASURES = {"cka": "Linear CKA", "mutual_knn": "Mutual kNN"}
+_LOOKS: Any = {
+    "layer_mean": {"label": "mean over layers", "color": BLUE, "marker": "o"},
+    "last": {"label": "last layer", "color": RED, "marker": "s"},
+}
+
+
+def draw_similarity(table: pd.DataFrame, out: Path) -> None:
+    """CKA and mutual kNN against wMPPC, a point a cell, with the correlation of their ranks for each reading.
+
+    Cells without one of the two are left out.
+
+    Args:
+        table: the tidy matrix table, with at least ``reading, wmppc, cka, mutual_knn``.
+        out: where the PNG goes; the PDF goes beside it.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9, 4.2), layout="constrained")
+        for ax, (measure, name) in zip(figure.subplots(1, len(_MEASURES)), _MEASURES.items(), strict=True):
+            _panel(ax, table[np.isfinite(table.wmppc) & np.isfinite(table[measure])], measure)
+            ax.set_ylabel(f"{name} of global tokens")
+            ax.set_xlabel("wMPPC")
+        save(figure, out)
+
+
+def _panel(ax: Axes, cells: pd.DataFrame, measure: str) -> None:
+    found = []
+    for reading, look in _LOOKS.items():
+        of_reading = cells[cells.reading == reading]
+        if len(of_reading):
+            ax.scatter(of_reading.wmppc, of_reading[measure], s=22, alpha=0.75, linewidths=0, **look)
+            ranks = correlation(rankdata(of_reading.wmppc), rankdata(of_reading[measure]))
+            found.append(f"{look['label']} {known(ranks)}")
+    if not found:
+        say_nothing(ax, "nothing to compare")
+        return
+    ax.set_title(f"{_MEASURES[measure]}\nSpearman: {', '.join(found)}")
+    ax.set_xlim(left=min(0.0, ax.get_xlim()[0]))
+    ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+    ax.grid(color="0.9", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.legend(frameon=False, handletextpad=0.2)
