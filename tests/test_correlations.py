@@ -22,10 +22,10 @@ from conceptshare.correlations import (
     correlate_stores,
     correlation_sums,
     max_correlations,
-    read_correlations,
 )
 from conceptshare.errors import NumericsError, StoreError
 from conceptshare.metrics import wmppc
+from conceptshare.reading import read_correlations
 from conceptshare.store import open_store
 
 
@@ -783,7 +783,7 @@ def test_both_orders_of_a_pair_say_the_same(larger_stores, tmp_path):
 def test_stores_without_an_active_feature_or_of_one_sample_are_refused(larger_stores, tmp_path, write_features, rng):
     path_a, *_ = larger_stores
     silent = write_features(tmp_path, "silent@0", {0: np.zeros((300, 5), np.float16)})
-    with pytest.raises(NumericsError, match=r"silent@0\.zarr: no feature is active"):
+    with pytest.raises(StoreError, match=r"silent@0\.zarr: no sample activates any"):
         correlate_stores(path_a, silent, tmp_path / "pair.zarr")
     one = write_features(tmp_path, "one@0", {0: adversarial("activations", 1, 5, rng)})
     with pytest.raises(NumericsError, match="at least 2"):

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from conceptshare.errors import NumericsError, StoreError
-from conceptshare.features import read_statistics, record_features
+from conceptshare.features import record_features
+from conceptshare.reading import read_statistics
 from conceptshare.sae import TopKSAE, save_sae
 from conceptshare.store import layer_name, open_store
 

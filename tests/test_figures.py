@@ -20,7 +20,6 @@ from scipy import stats
 from conceptshare.catalog import DatasetSpec
 from conceptshare.dataset import Data, make_dataset
 from conceptshare.errors import StoreError
-from conceptshare.features import FeatureStatistics
 from conceptshare.figures import (
     draw_averages,
     draw_intervals,
@@ -33,6 +32,7 @@ from conceptshare.figures import (
     draw_strength,
 )
 from conceptshare.paper import compare
+from conceptshare.reading import FeatureStatistics
 
 READINGS = ("pooled", "layer_mean", "last")
 CAPTIONS = [

@@ -544,3 +544,20 @@ def test_table_3_tells_the_two_directions_apart():
     (row,) = [r for r in read_paper("modality_averages.csv") if (r["layers"], r["size"]) == ("all", "base")]
     averages = paper_averages(row)
     assert abs(averages["text", "image"] - float(row["image_to_text"])) > 0.04
+
+
+def test_strata_are_of_features_active_on_about_as_many_samples():
+    active = [0, 1, 3, 4, 15, 16, 63, 64, 118_287]
+    assert metrics.strata(active).tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 8]
+    assert metrics.strata([2.9999999, 3.9999999]).tolist() == [0, 1]  # densities times samples
+
+
+def test_rare_features_that_meet_by_chance_do_not_hide_that_others_are_shared(rng):
+    """In all, shuffled features reach 1 too often for any threshold; among the frequent ones they do not."""
+    active = np.repeat([1, 1000], [300, 1700])
+    rho = np.where(active == 1, rng.choice([0.03, 1.0], 2000), rng.uniform(0.4, 0.8, 2000))
+    shuffled = np.where(active == 1, rng.choice([0.03, 1.0], 2000), rng.uniform(0.05, 0.15, 2000))
+    assert not metrics.beyond_shuffled(rho, shuffled).any()
+    frequent = metrics.strata(active) == metrics.strata([1000])[0]
+    assert metrics.beyond_shuffled(rho[frequent], shuffled[frequent]).all()
+    assert not metrics.beyond_shuffled(rho[~frequent], shuffled[~frequent]).any()

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from conceptshare import activations, correlations, features, plan, sae, similarity, store
+from conceptshare import activations, correlations, features, plan, reading, sae, similarity, store
 from conceptshare.catalog import EncoderSpec
 from conceptshare.cli import app
 from conceptshare.errors import StudyError
@@ -234,7 +234,7 @@ def test_correlations_read_what_they_are_said_to(rng, tmp_path, write_features, 
     seen = 3 * 2 * 512 * 2  # the types of values, of one layer of each side, in each of three products
     assert cost.read == pytest.approx(sum(layer.read for layer in layers) - seen, rel=0.15)
     assert counted.get_total_flops() == pytest.approx(cost.flops, rel=0.02)  # and those of the influences
-    store = open_store(tmp_path / "a@0__b@0.zarr", correlations.KIND)
+    store = open_store(tmp_path / "a@0__b@0.zarr", reading.CORRELATIONS)
     assert cost.written == pytest.approx(sum(store[name].nbytes for name in store.array_keys()), abs=200)
 
 
@@ -308,7 +308,7 @@ def test_large_clip_on_coco_streams_without_the_tokens_that_the_design_names():
 def test_features_take_the_bytes_of_the_arrays_that_are_recorded(tmp_path, rng, write_features):
     spec, settings = encoder(layers=2, width=8), SAESettings(expansion=1, k=1)
     path = write_features(tmp_path, "x@0", {layer: rng.random((5, 8)) for layer in range(2)})
-    recorded = store.open_store(path, features.KIND)
+    recorded = store.open_store(path, reading.FEATURES)
     arrays = [array for name in recorded.group_keys() for _, array in recorded[name].arrays()]
     cost = plan.features_cost(spec, settings, N=5)
     assert cost.written == sum(array.nbytes for array in arrays)

@@ -208,7 +208,12 @@ def test_a_matrix_counts_the_features_that_appendix_b_takes_as_shared_and_those_
         floor = stored(stores, source, target, "floor")
         floor = floor[-1, FLOOR_FEATURES:] if reading == "last" else floor.max(axis=0)
         shuffled = np.concatenate([a[n][:, :FLOOR_FEATURES].any(0) for n in layers])
-        assert row.beyond_shuffled == metrics.beyond_shuffled(best[varying], floor[shuffled]).sum()
+        first = np.concatenate([a[n][:, :FLOOR_FEATURES] for n in layers], axis=1)
+        beyond = 0
+        for low, high in ((1, 3), (4, 15), (16, 63)):
+            ours, by_chance = (((z > 0).sum(0) >= low) & ((z > 0).sum(0) <= high) for z in (x, first))
+            beyond += metrics.beyond_shuffled(best[varying & ours], floor[shuffled & by_chance]).sum()
+        assert row.beyond_shuffled == beyond
         counts.append((row.significant, len(best) - varying.sum()))
     assert len({significant for significant, _ in counts}) > 1
     assert min(constant for _, constant in counts) > 0

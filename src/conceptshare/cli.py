@@ -515,8 +515,8 @@ def figures_sharedness(
     import pandas as pd
 
     from conceptshare.dataset import Data
-    from conceptshare.features import read_statistics
     from conceptshare.figures import draw_sharedness
+    from conceptshare.reading import read_statistics
 
     draw_sharedness(pd.read_csv(table), read_statistics(features), Data(data), pictured, out)
 

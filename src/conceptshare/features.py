@@ -21,10 +21,9 @@ from torch import Tensor
 from conceptshare import activations
 from conceptshare.errors import StoreError
 from conceptshare.progress import progress
+from conceptshare.reading import FEATURES
 from conceptshare.sae import TopKSAE, load_sae
 from conceptshare.store import as_float16, layer_group, layer_name, new_array, new_store, open_store, save_array
-
-KIND = "features"
 
 _ROWS = 1024
 _COLUMNS = 512
@@ -65,7 +64,7 @@ def record_features(activation_store: Path, saes: Path, seed: int, out: Path) ->
     source: Any = open_store(activation_store, activations.KIND)
     spec: Any = source.attrs["spec"]
     described = {key: spec[key] for key in ("name", "encoder", "content_hash", "samples", "layers")}
-    with new_store(out, KIND, described | {"seed": seed}) as store:
+    with new_store(out, FEATURES, described | {"seed": seed}) as store:
         for layer in progress(spec["layers"], len(spec["layers"]), f"features of {out.stem}", "layers"):
             folder = saes / layer_name(layer) / f"seed-{seed}"
             sae = load_sae(folder)
@@ -114,32 +113,3 @@ def _blocks(sae: TopKSAE, x: Any, where: str) -> Iterator[tuple[int, NDArray[np.
         rows = torch.from_numpy(x[start : start + _ROWS].astype(np.float32))
         block = sae.encode(rows).numpy()
         yield start, as_float16(block, where, np.arange(start, start + len(block)))
-
-
-@dataclass(frozen=True)
-class FeatureStatistics:
-    """What analyses need to know of one layer's features."""
-
-    strength: NDArray[np.float64]
-    """``[F]`` S: the summed activation."""
-    density: NDArray[np.float64]
-    """``[F]`` share of samples on which the feature is above zero."""
-    deviation: NDArray[np.float64]
-    """``[F]`` standard deviation over the samples; 0 where the feature does not vary."""
-    top_samples: NDArray[np.int32]
-    """``[F, K]`` samples on which it is strongest, -1 where there are fewer."""
-
-
-def read_statistics(path: Path) -> dict[int, FeatureStatistics]:
-    """The statistics of each layer of a feature store, by layer.
-
-    Raises:
-        StoreError: where the store is not whole.
-    """
-    store: Any = open_store(path, KIND)
-    found = {}
-    for layer in store.attrs["spec"]["layers"]:
-        group = store[layer_name(layer)]
-        arrays = [group[name][:] for name in ("strength", "density", "deviation", "top_samples")]
-        found[layer] = FeatureStatistics(*arrays)
-    return found

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from scipy.stats import hypergeom
 
 from conceptshare import metrics
-from conceptshare.correlations import PairCorrelations, read_correlations
 from conceptshare.errors import StoreError
-from conceptshare.features import FeatureStatistics, read_statistics
+from conceptshare.reading import FeatureStatistics, PairCorrelations, read_correlations, read_statistics
 from conceptshare.store import layer_name, written_aside
 from conceptshare.study import Member, pair_name
 
@@ -114,7 +113,8 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
       seed of its encoder, NaN where there is none;
     - ``mppc``, and ``features``, the number that it is the mean of; ``significant``: how many of them are shared by the
       chances of appendix B, at a false discovery rate of 5% by Benjamini and Hochberg (NaN for 3 samples or less);
-      ``beyond_shuffled``: how many are beyond shuffled samples at that rate. Features that never vary are not tested;
+      ``beyond_shuffled``: how many are beyond shuffled samples at that rate, each among features that are active on
+      about as many samples. Features that never vary are not tested;
     - ``strength_cv``: the coefficient of variation of S; ``strength_rho``: the correlation of S with rho;
     - ``cka``, ``mutual_knn``: of the encoders' global tokens; for ``last`` those of the last layers, for ``layer_mean``
       the mean over the source's layers of the best layer of the target, for ``pooled`` those of the best two layers.
@@ -127,7 +127,10 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
     cells: list[dict[str, Any]] = []
     influences: list[NDArray[np.float32]] = []
     for source in members:
-        S = np.concatenate([layer.strength for layer in statistics[source.member].values()])
+        of_source = list(statistics[source.member].values())
+        S, density = (
+            np.concatenate(arrays) for arrays in zip(*((x.strength, x.density) for x in of_source), strict=True)
+        )
         ceilings = dict.fromkeys(metrics.READINGS, float("nan"))
         if source.ceiling is not None:
             stores.active(source.ceiling)
@@ -147,7 +150,7 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
             pair = stores.pair(source.member, target.member)
             similar = stores.similar(source.member, target.member)
             influences.append(pair.influence)
-            for cell in _cells(pair, S, _active_counts(statistics[target.member])):
+            for cell in _cells(pair, S, density, _active_counts(statistics[target.member])):
                 reading = cell["reading"]
                 of_tokens = {measure: _similarity(similar.get(measure), reading) for measure in SIMILARITIES}
                 cells.append(described | cell | {"ceiling": ceilings[reading]} | of_tokens)
@@ -159,7 +162,9 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
     return pd.DataFrame(rows)[list(MATRIX_COLUMNS)]
 
 
-def _cells(pair: PairCorrelations, S: metrics.Array, active: Sequence[int]) -> list[dict[str, Any]]:
+def _cells(
+    pair: PairCorrelations, S: metrics.Array, density: metrics.Array, active: Sequence[int]
+) -> list[dict[str, Any]]:
     """The values of a source and a target for each reading; ``active`` counts the target's active features by layer."""
     rho, sizes = pair.found.rho_ab, pair.found.sizes_a
     values = wmppc_readings(rho, S, sizes)
@@ -171,6 +176,13 @@ def _cells(pair: PairCorrelations, S: metrics.Array, active: Sequence[int]) -> l
         varying = _best(pair.found.match_ab, sizes, reading) >= 0
         varying_shuffled = _best(pair.found.match_ab[:, shuffled], pair.floor_sizes, reading) >= 0
         by_chance = _best(pair.floor, pair.floor_sizes, reading)[varying_shuffled]
+        strata = metrics.strata(density * pair.samples)
+        stratum = _best(strata[None], sizes, reading)[varying]
+        stratum_shuffled = _best(strata[None, shuffled], pair.floor_sizes, reading)[varying_shuffled]
+        beyond = [
+            metrics.beyond_shuffled(best[varying][stratum == n], by_chance[stratum_shuffled == n])
+            for n in np.unique(stratum)
+        ]
         candidates = active[-1] if reading == "last" else sum(active)
         _, significant = _chances(best[varying], pair.samples, candidates)
         cells.append(
@@ -181,7 +193,7 @@ def _cells(pair: PairCorrelations, S: metrics.Array, active: Sequence[int]) -> l
                 "mppc": metrics.mppc(best),
                 "features": len(best),
                 "significant": significant.sum() if pair.samples > 3 else float("nan"),
-                "beyond_shuffled": int(metrics.beyond_shuffled(best[varying], by_chance).sum()),
+                "beyond_shuffled": sum(int(found.sum()) for found in beyond),
                 "strength_cv": metrics.coefficient_of_variation(strength),
                 "strength_rho": metrics.correlation(strength, best),
             }

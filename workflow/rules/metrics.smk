@@ -16,7 +16,7 @@ rule metrics_matrix:
         features=lambda w: features_of(matrix_members_with_ceilings(w.name), w),
         correlations=lambda w: correlations_of(STUDY.matrix_pairs(w.name) + STUDY.ceiling_pairs(w.name), w),
         similarity=lambda w: similarity_of(STUDY.matrix_pairs(w.name), w),
-        code=code("metrics.py", "tables.py"),
+        code=code("metrics.py", "reading.py", "tables.py"),
     output:
         csv=report(
             "results/studies/{study}/{dataset}/{sae}/matrices/{name}.csv",
@@ -52,7 +52,7 @@ rule metrics_averages:
     input:
         table=rules.metrics_matrix.output.parquet,
         correlations=lambda w: correlations_of(STUDY.matrix_pairs(w.name), w),
-        code=code("metrics.py", "tables.py"),
+        code=code("metrics.py", "reading.py", "tables.py"),
     output:
         csv=report(
             "results/studies/{study}/{dataset}/{sae}/matrices/{name}.averages.csv",
@@ -151,7 +151,7 @@ rule metrics_layerwise:
         features=lambda w: features_of({m for pair in STUDY.layerwise_pairs(w.name) for m in pair}, w),
         correlations=lambda w: correlations_of(STUDY.layerwise_pairs(w.name), w),
         similarity=lambda w: similarity_of(STUDY.layerwise_pairs(w.name), w),
-        code=code("metrics.py", "tables.py"),
+        code=code("metrics.py", "reading.py", "tables.py"),
     output:
         csv=report(
             "results/studies/{study}/{dataset}/{sae}/layerwise/{name}.csv",
@@ -190,7 +190,7 @@ rule metrics_pair:
             "results/{dataset}/features/{sae}/{b}.zarr",
         ],
         correlations=rules.correlations.output,
-        code=code("metrics.py", "tables.py"),
+        code=code("metrics.py", "reading.py", "tables.py"),
     output:
         multiext(
             "results/studies/{study}/{dataset}/{sae}/pairs/{a}__{b}",
@@ -217,7 +217,7 @@ rule metrics_sharedness:
     input:
         features=lambda w: features_of({m for pair in STUDY.sharedness_pairs(w.name) for m in pair}, w),
         correlations=lambda w: correlations_of(STUDY.sharedness_pairs(w.name), w),
-        code=code("metrics.py", "tables.py"),
+        code=code("metrics.py", "reading.py", "tables.py"),
     output:
         csv=report(
             "results/studies/{study}/{dataset}/{sae}/sharedness/{name}.csv",
@@ -254,7 +254,7 @@ rule metrics_overlaps:
             "results/studies/{{study}}/{{dataset}}/{{sae}}/sharedness/{name}.parquet",
             name=STUDY.overlapping(),
         ),
-        code=code("metrics.py", "tables.py"),
+        code=code("metrics.py", "reading.py", "tables.py"),
     output:
         csv=report(
             "results/studies/{study}/{dataset}/{sae}/overlaps.csv",
@@ -283,7 +283,7 @@ rule metrics_overlaps:
 rule metrics_saes:
     input:
         features=lambda w: features_of(STUDY.members(), w),
-        code=code("tables.py"),
+        code=code("reading.py", "tables.py"),
     output:
         csv=report(
             "results/studies/{study}/{dataset}/{sae}/saes.csv",

@@ -16,27 +16,18 @@ but for a tile: features are standardised and multiplied a panel at a time, as w
 """
 
 from conceptshare.blocks import Precision
-from conceptshare.correlations._engine import MaxCorrelations, max_correlations
-from conceptshare.correlations._store import (
-    KIND,
-    FeatureStore,
-    PairCorrelations,
-    check_pair,
-    correlate_stores,
-    read_correlations,
-)
+from conceptshare.correlations._engine import max_correlations
+from conceptshare.correlations._store import FeatureStore, check_pair, correlate_stores
 from conceptshare.correlations._sums import CorrelationSums, correlation_sums
+from conceptshare.reading import MaxCorrelations
 
 __all__ = [
-    "KIND",
     "CorrelationSums",
     "FeatureStore",
     "MaxCorrelations",
-    "PairCorrelations",
     "Precision",
     "check_pair",
     "correlate_stores",
     "correlation_sums",
     "max_correlations",
-    "read_correlations",
 ]

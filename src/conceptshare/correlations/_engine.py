@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, product
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from conceptshare.correlations._standardise import (
 )
 from conceptshare.errors import NumericsError
 from conceptshare.progress import progress
+from conceptshare.reading import MaxCorrelations
 
 # A rare feature is a little below its mean nearly everywhere. Added one by one in float32 to a sum near 1, as a product
 # of few columns adds them, 100,000 such samples are lost, and with them the third digit. Wide products add in blocks.
@@ -35,28 +35,6 @@ _SUMMED, _SUMMED_NARROW, _NARROW = 8192, 512, 256
 _PARTIAL_SUMS = 20
 _ADDED = 256
 _GROUP = 32
-
-
-@dataclass(frozen=True)
-class MaxCorrelations:
-    """Best matches between the features of two encoders, for every pair of layers, in both directions."""
-
-    rho_ab: NDArray[np.float32]
-    """``[L_B, F_A]`` largest correlation of each feature of A (all layers side by side) with a layer of B."""
-    match_ab: NDArray[np.int32]
-    """``[L_B, F_A]`` the feature of that layer of B."""
-    rho_ba: NDArray[np.float32]
-    """``[L_A, F_B]``"""
-    match_ba: NDArray[np.int32]
-    """``[L_A, F_B]``"""
-    sizes_a: NDArray[np.int64]
-    """``[L_A]`` features of each layer of A."""
-    sizes_b: NDArray[np.int64]
-    """``[L_B]`` features of each layer of B."""
-
-    def reverse(self) -> "MaxCorrelations":
-        """The same, seen from B."""
-        return MaxCorrelations(self.rho_ba, self.match_ba, self.rho_ab, self.match_ab, self.sizes_b, self.sizes_a)
 
 
 Full = Mapping[tuple[int, int], Any]

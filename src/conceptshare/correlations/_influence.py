@@ -9,10 +9,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from conceptshare.correlations._engine import MaxCorrelations, sizes_of
+from conceptshare.correlations._engine import sizes_of
 from conceptshare.correlations._standardise import as_tensor
 from conceptshare.metrics import READINGS
 from conceptshare.progress import progress
+from conceptshare.reading import MaxCorrelations
 
 _ROWS = 1024
 

@@ -2,19 +2,17 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from numpy.typing import NDArray
 
-from conceptshare import features
 from conceptshare.blocks import MEMORY_BYTES, Precision
-from conceptshare.correlations._engine import Full, Kept, MaxCorrelations, max_correlations, sample_count
+from conceptshare.correlations._engine import Full, Kept, max_correlations, sample_count
 from conceptshare.correlations._influence import Encoder, influences
 from conceptshare.errors import NumericsError, StoreError
+from conceptshare.reading import CORRELATIONS, FEATURES, MaxCorrelations
 from conceptshare.store import (
     StoredArray,
     gone_on_with,
@@ -26,7 +24,6 @@ from conceptshare.store import (
     written_aside,
 )
 
-KIND = "correlations"
 FLOOR_FEATURES = 256
 """Features of each layer, the first ones, whose best matches among shuffled samples are sought: all of a wMPPC's floor
 is within some percent of theirs, as the number of a feature means nothing."""
@@ -55,9 +52,9 @@ def correlate_stores(
         full: pairs of a layer of A and one of B, whose whole matrix is written too.
 
     Raises:
-        StoreError: where a store is not whole, has no such layer, or they are not of the same samples in the same
-            order.
-        NumericsError: where a feature is not finite, there is but one sample, or no feature of a store is active.
+        StoreError: where a store is not whole, has no such layer or no active feature, or they are not of the same
+            samples in the same order.
+        NumericsError: where a feature is not finite, or there is but one sample.
     """
     a, b = FeatureStore(path_a), FeatureStore(path_b)
     check_pair(a, b)
@@ -75,7 +72,7 @@ def correlate_stores(
     }
     for layer_a, layer_b in full:
         a.position(layer_a), b.position(layer_b)
-    with new_store(out, KIND, described, resume=True) as store:
+    with new_store(out, CORRELATIONS, described, resume=True) as store:
         progress = _Progress(Path(store.store.root) / _PROGRESS)  # type: ignore[attr-defined]
         with gone_on_with(out):
             matrices = {
@@ -103,8 +100,8 @@ def check_pair(a: "FeatureStore", b: "FeatureStore") -> None:
     """Make sure that two stores can be correlated.
 
     Raises:
-        StoreError: where they are not of the same samples in the same order.
-        NumericsError: where there is but one sample, or no feature of a store is active on any.
+        StoreError: where they are not of the same samples in the same order, or no feature of one is active.
+        NumericsError: where there is but one sample.
     """
     if a.content_hash != b.content_hash:
         raise StoreError(
@@ -113,7 +110,9 @@ def check_pair(a: "FeatureStore", b: "FeatureStore") -> None:
     sample_count([*a.arrays, *b.arrays])
     for store in (a, b):
         if not store.encoder().mean.any():
-            raise NumericsError(f"{store.path}: no feature is active on any sample; train its SAEs anew")
+            raise StoreError(
+                f"{store.path}: no sample activates any of its features; train its SAEs with other settings, or leave it out"
+            )
 
 
 def shuffled_floor(
@@ -131,47 +130,6 @@ def shuffled_floor(
     )
 
 
-@dataclass(frozen=True)
-class PairCorrelations:
-    """The best matches of a pair of members, as the store holds them, and what they are judged by."""
-
-    found: MaxCorrelations
-    layers_a: list[int]
-    layers_b: list[int]
-    samples: int
-    floor: NDArray[np.float32]
-    """``[L_B, f_A]`` rho of the first features of each layer of A, where B's samples are shuffled."""
-    floor_sizes: NDArray[np.int64]
-    """``[L_A]`` how many."""
-    influence: NDArray[np.float32]
-    """``[3, N]`` each sample's influence on the wMPPC from A to B, for each of `metrics.READINGS`."""
-
-
-def read_correlations(path: Path, source: str) -> PairCorrelations:
-    """A pair's correlations, turned so that ``source`` is A.
-
-    Raises:
-        StoreError: where the store is not whole, or ``source`` is neither of the pair.
-    """
-    store: Any = open_store(path, KIND)
-    spec: Any = store.attrs["spec"]
-    if source not in (spec["a"], spec["b"]):
-        raise StoreError(f"{path}: a pair of {spec['a']} and {spec['b']}, without {source}")
-    found = MaxCorrelations(**{name: store[name][:] for name in _FOUND})
-    direction, one, other = "ab", "a", "b"
-    if source != spec["a"]:
-        found, direction, one, other = found.reverse(), "ba", "b", "a"
-    return PairCorrelations(
-        found=found,
-        layers_a=spec[f"layers_{one}"],
-        layers_b=spec[f"layers_{other}"],
-        samples=spec["samples"],
-        floor=store[f"floor_{direction}"][:],
-        floor_sizes=store[f"floor_sizes_{one}"][:],
-        influence=store[f"influence_{direction}"][:],
-    )
-
-
 class FeatureStore:
     """A feature store, open for reading."""
 
@@ -181,7 +139,7 @@ class FeatureStore:
         Raises:
             StoreError: where it is not whole.
         """
-        store: Any = open_store(path, features.KIND)
+        store: Any = open_store(path, FEATURES)
         spec: Any = store.attrs["spec"]
         self.path, self.name = path, path.stem
         self.layers: list[int] = spec["layers"]

@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from conceptshare.dataset import Data
-from conceptshare.features import FeatureStatistics
 from conceptshare.figures._style import STYLE, save
+from conceptshare.reading import FeatureStatistics
 
 _GRID_SAMPLES = 8
 # matplotlib's own font has no Chinese, Japanese or Korean; systems have these.

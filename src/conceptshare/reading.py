@@ -1,0 +1,106 @@
+"""What the stages `features` and `correlations` wrote, read without torch, so that tables and figures start at once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from conceptshare.errors import StoreError
+from conceptshare.store import layer_name, open_store
+
+FEATURES, CORRELATIONS = "features", "correlations"
+"""Kinds of stores."""
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """What analyses need to know of one layer's features."""
+
+    strength: NDArray[np.float64]
+    """``[F]`` S: the summed activation."""
+    density: NDArray[np.float64]
+    """``[F]`` share of samples on which the feature is above zero."""
+    deviation: NDArray[np.float64]
+    """``[F]`` standard deviation over the samples; 0 where the feature does not vary."""
+    top_samples: NDArray[np.int32]
+    """``[F, K]`` samples on which it is strongest, -1 where there are fewer."""
+
+
+def read_statistics(path: Path) -> dict[int, FeatureStatistics]:
+    """The statistics of each layer of a feature store, by layer.
+
+    Raises:
+        StoreError: where the store is not whole.
+    """
+    store: Any = open_store(path, FEATURES)
+    found = {}
+    for layer in store.attrs["spec"]["layers"]:
+        group = store[layer_name(layer)]
+        arrays = [group[name][:] for name in ("strength", "density", "deviation", "top_samples")]
+        found[layer] = FeatureStatistics(*arrays)
+    return found
+
+
+@dataclass(frozen=True)
+class MaxCorrelations:
+    """Best matches between the features of two encoders, for every pair of layers, in both directions."""
+
+    rho_ab: NDArray[np.float32]
+    """``[L_B, F_A]`` largest correlation of each feature of A (all layers side by side) with a layer of B."""
+    match_ab: NDArray[np.int32]
+    """``[L_B, F_A]`` the feature of that layer of B."""
+    rho_ba: NDArray[np.float32]
+    """``[L_A, F_B]``"""
+    match_ba: NDArray[np.int32]
+    """``[L_A, F_B]``"""
+    sizes_a: NDArray[np.int64]
+    """``[L_A]`` features of each layer of A."""
+    sizes_b: NDArray[np.int64]
+    """``[L_B]`` features of each layer of B."""
+
+    def reverse(self) -> "MaxCorrelations":
+        """The same, seen from B."""
+        return MaxCorrelations(self.rho_ba, self.match_ba, self.rho_ab, self.match_ab, self.sizes_b, self.sizes_a)
+
+
+@dataclass(frozen=True)
+class PairCorrelations:
+    """The best matches of a pair of members, as the store holds them, and what they are judged by."""
+
+    found: MaxCorrelations
+    layers_a: list[int]
+    layers_b: list[int]
+    samples: int
+    floor: NDArray[np.float32]
+    """``[L_B, f_A]`` rho of the first features of each layer of A, where B's samples are shuffled."""
+    floor_sizes: NDArray[np.int64]
+    """``[L_A]`` how many."""
+    influence: NDArray[np.float32]
+    """``[3, N]`` each sample's influence on the wMPPC from A to B, for each of `metrics.READINGS`."""
+
+
+def read_correlations(path: Path, source: str) -> PairCorrelations:
+    """A pair's correlations, turned so that ``source`` is A.
+
+    Raises:
+        StoreError: where the store is not whole, or ``source`` is neither of the pair.
+    """
+    store: Any = open_store(path, CORRELATIONS)
+    spec: Any = store.attrs["spec"]
+    if source not in (spec["a"], spec["b"]):
+        raise StoreError(f"{path}: a pair of {spec['a']} and {spec['b']}, without {source}")
+    found = MaxCorrelations(**{name: store[name][:] for name in MaxCorrelations.__dataclass_fields__})
+    direction, one, other = "ab", "a", "b"
+    if source != spec["a"]:
+        found, direction, one, other = found.reverse(), "ba", "b", "a"
+    return PairCorrelations(
+        found=found,
+        layers_a=spec[f"layers_{one}"],
+        layers_b=spec[f"layers_{other}"],
+        samples=spec["samples"],
+        floor=store[f"floor_{direction}"][:],
+        floor_sizes=store[f"floor_sizes_{one}"][:],
+        influence=store[f"influence_{direction}"][:],
+    )
