@@ -11,7 +11,7 @@ import zarr
 from conceptshare.blocks import MEMORY_BYTES, Precision
 from conceptshare.correlations._engine import Full, Kept, max_correlations, sample_count
 from conceptshare.correlations._influence import Encoder, influences
-from conceptshare.errors import NumericsError, StoreError
+from conceptshare.errors import StoreError
 from conceptshare.reading import CORRELATIONS, FEATURES, MaxCorrelations
 from conceptshare.store import (
     StoredArray,
@@ -111,7 +111,7 @@ def check_pair(a: "FeatureStore", b: "FeatureStore") -> None:
     for store in (a, b):
         if not store.encoder().mean.any():
             raise StoreError(
-                f"{store.path}: no sample activates any of its features; train its SAEs with other settings, or leave it out"
+                f"{store.path}: no sample activates any of its features; train its SAEs with other settings"
             )
 
 
