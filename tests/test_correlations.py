@@ -19,6 +19,7 @@ from hypothesis.extra.numpy import arrays
 from conceptshare.blocks import plan_blocks
 from conceptshare.correlations import (
     _engine,
+    _store,
     correlate_stores,
     correlation_sums,
     max_correlations,
@@ -598,14 +599,15 @@ def larger_stores(tmp_path, write_features, rng):
     return write_features(tmp_path, "vit@0", a), write_features(tmp_path, "bert@1", b), a, b
 
 
-def test_the_floor_is_of_shuffled_samples(larger_stores, tmp_path):
+def test_the_floor_is_of_shuffled_samples(larger_stores, tmp_path, monkeypatch):
     path_a, path_b, a, b = larger_stores
+    monkeypatch.setattr(_store, "FLOOR_FEATURES", 200)
     out = tmp_path / "pair.zarr"
     correlate_stores(path_b, path_a, out)
     for source, sides in (("vit@0", (a, b)), ("bert@1", (b, a))):
         pair = read_correlations(out, source)
         ours, others = (list(side.values()) for side in sides)
-        assert pair.floor_sizes.tolist() == [min(256, x.shape[1]) for x in ours]
+        assert pair.floor_sizes.tolist() == [min(200, x.shape[1]) for x in ours]
         start = 0
         for x, size in zip(ours, pair.floor_sizes, strict=True):
             for row, y in enumerate(others):

@@ -547,9 +547,9 @@ def test_table_3_tells_the_two_directions_apart():
 
 
 def test_strata_are_of_features_active_on_about_as_many_samples():
-    active = [0, 1, 3, 4, 15, 16, 63, 64, 118_287]
-    assert metrics.strata(active).tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 8]
-    assert metrics.strata([2.9999999, 3.9999999]).tolist() == [0, 1]  # densities times samples
+    active = [0, 1, 15, 16, 255, 256, 4095, 118_287]
+    assert metrics.strata(active).tolist() == [0, 0, 0, 1, 1, 2, 2, 4]
+    assert metrics.strata([14.9999999, 15.9999999]).tolist() == [0, 1]  # densities times samples
 
 
 def test_rare_features_that_meet_by_chance_do_not_hide_that_others_are_shared(rng):

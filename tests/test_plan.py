@@ -132,7 +132,7 @@ def test_large_clip_on_coco_has_the_sizes_that_the_design_names(elsewhere):
 def test_a_pair_of_large_encoders_on_coco_has_the_products_that_the_design_names():
     large = encoder(layers=24, width=1024)
     cost = plan.correlations_cost(large, large, PAPER, COCO)
-    assert cost.flops == pytest.approx(9.14e15 * (1 + 2 * 256 / 8192), rel=1e-3)  # with the shuffled ones
+    assert cost.flops == pytest.approx(9.14e15 * (1 + 2 * 512 / 8192), rel=1e-3)  # with the shuffled ones
 
 
 def test_a_forward_pass_has_the_operations_of_a_transformers_blocks():

@@ -210,7 +210,7 @@ def test_a_matrix_counts_the_features_that_appendix_b_takes_as_shared_and_those_
         shuffled = np.concatenate([a[n][:, :FLOOR_FEATURES].any(0) for n in layers])
         first = np.concatenate([a[n][:, :FLOOR_FEATURES] for n in layers], axis=1)
         beyond = 0
-        for low, high in ((1, 3), (4, 15), (16, 63)):
+        for low, high in ((1, 15), (16, 60)):
             ours, by_chance = (((z > 0).sum(0) >= low) & ((z > 0).sum(0) <= high) for z in (x, first))
             beyond += metrics.beyond_shuffled(best[varying & ours], floor[shuffled & by_chance]).sum()
         assert row.beyond_shuffled == beyond

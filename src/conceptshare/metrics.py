@@ -182,7 +182,7 @@ def benjamini_hochberg(log10_p: ArrayLike, level: float = 0.05) -> NDArray[np.bo
 
 
 def strata(active: ArrayLike) -> NDArray[np.int64]:
-    """Which features are alike enough to compare by chance: active on 1 to 3 samples, on 4 to 15, and so on by fours.
+    """Which features are alike enough to compare by chance: active on 1 to 15 samples, on 16 to 255, and so on.
 
     A feature that is active on few samples has a large correlation with another such one wherever they meet. Among
     shuffled features of all kinds, these few would hide that others are shared.
@@ -193,7 +193,7 @@ def strata(active: ArrayLike) -> NDArray[np.int64]:
     Returns:
         ``[F]`` from 0, features that are active on none among the first.
     """
-    return np.log2(np.maximum(1, np.rint(active))).astype(np.int64) // 2
+    return np.log2(np.maximum(1, np.rint(active))).astype(np.int64) // 4
 
 
 def beyond_shuffled(rho: ArrayLike, shuffled: ArrayLike, level: float = 0.05) -> NDArray[np.bool_]:

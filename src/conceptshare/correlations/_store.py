@@ -24,9 +24,9 @@ from conceptshare.store import (
     written_aside,
 )
 
-FLOOR_FEATURES = 256
+FLOOR_FEATURES = 512
 """Features of each layer, the first ones, whose best matches among shuffled samples are sought: all of a wMPPC's floor
-is within some percent of theirs, as the number of a feature means nothing."""
+is within some percent of theirs, as the number of a feature means nothing; and they are one column of chunks."""
 
 _PROGRESS = "progress.npz"
 _FULL_SIDE = 512
