@@ -239,8 +239,8 @@ def test_correlations_take_their_settings_from_options_or_as_json(run, stores, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--full", "3"], "settings.full.0"),
-        (["--full", "3:x"], "settings.full.0.1"),
+        (["--full", "3"], "--full 3: write LAYER_A:LAYER_B"),
+        (["--full", "3:x"], "--full 3:x: write LAYER_A:LAYER_B"),
         (["--settings", '{"precison": "float32"}'], "settings.precison: unknown key; did you mean 'precision'?"),
         (["--full", "2:1"], "no layer 2"),
     ],

@@ -819,3 +819,102 @@ def test_one_array_alone_is_one_layer(rng, kind):
     alone, listed = max_correlations(kind(a), kind(b)), max_correlations([a], [b])
     np.testing.assert_array_equal(alone.rho_ab, listed.rho_ab)
     np.testing.assert_array_equal(alone.match_ba, listed.match_ba)
+
+
+def test_another_memory_budget_does_not_go_on_with_steps_that_were_others(larger_stores, tmp_path):
+    path_a, path_b, *_ = larger_stores
+    out = tmp_path / "pair.zarr"
+    arguments = ["3", "panel", *map(str, (path_a, path_b, out))]
+    assert subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True).returncode == 9
+    correlate_stores(path_a, path_b, out, full=[(0, 2)])
+    correlate_stores(path_a, path_b, tmp_path / "whole.zarr", full=[(0, 2)])
+    assert files_in(out) == files_in(tmp_path / "whole.zarr")
+
+
+def test_a_chunk_that_an_attempt_lost_of_a_whole_matrix_is_noticed(larger_stores, tmp_path):
+    path_a, path_b, *_ = larger_stores
+    out = tmp_path / "pair.zarr"
+    arguments = ["0", "influences", *map(str, (path_a, path_b, out))]
+    assert subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True).returncode == 9
+    (tmp_path / "pair.zarr.partial/full/layer-00__layer-02/c/0/0").unlink()
+    with pytest.raises(StoreError, match=r"layer-00__layer-02/c/0/0 is lost\) and was removed; run again"):
+        correlate_stores(path_a, path_b, out, 700_000, full=[(0, 2)])
+    assert not list(tmp_path.glob("pair*"))
+
+
+@pytest.mark.parametrize("name", ["features", "strength", "deviation"])
+def test_a_changed_chunk_of_features_or_of_their_statistics_is_named(name, larger_stores, tmp_path):
+    path_a, path_b, *_ = larger_stores
+    chunk = max((path_a / "layer-00" / name / "c").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    content = bytearray(chunk.read_bytes())
+    content[len(content) // 3] ^= 255
+    chunk.write_bytes(content)
+    with pytest.raises(StoreError, match=r"vit@0\.zarr.* cannot be read .*; delete the store and run again"):
+        correlate_stores(path_a, path_b, tmp_path / "pair.zarr")
+    assert not list(tmp_path.glob("pair*"))
+
+
+@pytest.mark.parametrize(("old", "new"), [('"float16"', '"floatX6"'), ('"layer', '"layex'), ('"shape"', '"shapx"')])
+def test_changed_metadata_of_features_is_named(old, new, larger_stores, tmp_path):
+    path_a, path_b, *_ = larger_stores
+    metadata = path_a / "layer-00" / "features" / "zarr.json"
+    text = metadata.read_text()
+    if old not in text:
+        metadata = path_a / "layer-00" / "zarr.json"
+    metadata.write_text(text.replace(old, new) if old in text else "{" * metadata.stat().st_size)
+    with pytest.raises(StoreError, match=r"vit@0\.zarr"):
+        correlate_stores(path_a, path_b, tmp_path / "pair.zarr")
+
+
+@pytest.mark.parametrize("key", ["content_hash", "layers", "samples"])
+def test_a_store_that_does_not_say_what_it_is_of_is_refused(key, larger_stores, tmp_path):
+    path_a, path_b, *_ = larger_stores
+    root = path_a / "zarr.json"
+    root.write_text(root.read_text().replace(f'"{key}"', f'"{key[::-1]}"'))
+    with pytest.raises(StoreError, match=r"vit@0\.zarr: cannot be read \(KeyError"):
+        correlate_stores(path_a, path_b, tmp_path / "pair.zarr")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: [], "give \\[samples, features\\]"),
+        (lambda x: x[:, :0], "give \\[samples, features\\]"),
+        (lambda x: x[:, 0], "give \\[samples, features\\]"),
+        (lambda x: x.astype(complex), "give real numbers"),
+        (lambda x: x.astype(str), "give real numbers"),
+        (lambda x: x * 1e200, "beyond float64"),
+    ],
+)
+def test_what_has_no_correlations_is_refused(change, message, rng):
+    x = rng.random((20, 3))
+    for sides in ((change(x), x), (x, change(x))):
+        with pytest.raises(NumericsError, match=message):
+            max_correlations(*sides)
+
+
+def test_an_unknown_precision_is_refused(rng):
+    with pytest.raises(NumericsError, match="precision 'float16': take one of float32, bfloat16"):
+        max_correlations(rng.random((20, 3)), rng.random((20, 3)), precision="float16")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x[::-1, ::-1][::-1, ::-1],
+        lambda x: np.asfortranarray(x),
+        lambda x: x.astype(">f4"),
+        lambda x: torch.from_numpy(x).requires_grad_(),
+        lambda x: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
+    ],
+)
+def test_arrays_of_any_order_are_read(change, rng):
+    x, y = (rng.random((20, 3)).astype(np.float32) for _ in range(2))
+    np.testing.assert_array_equal(max_correlations(change(x), y).rho_ab, max_correlations(x, y).rho_ab)
+
+
+def test_torch_tensors_in_bfloat16_are_read(rng):
+    x, y = (torch.from_numpy(rng.random((20, 3))).bfloat16() for _ in range(2))
+    expected = max_correlations(x.float(), y.float())
+    np.testing.assert_allclose(max_correlations(x, y).rho_ab, expected.rho_ab, atol=1e-6)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -225,6 +226,9 @@ def correlations(
     from conceptshare.correlations import correlate_stores
 
     _use_threads(threads)
+    for entry in full:
+        if not re.fullmatch(r"\d+:\d+", entry):
+            raise StudyError(f"--full {entry}: write LAYER_A:LAYER_B, such as 3:5")
     given = {"precision": precision, "full": [entry.split(":") for entry in full]}
     chosen = parse(PairSettings, given | _mapping(settings), "settings")
     correlate_stores(a, b, out, _bytes(memory_mb), chosen.precision, chosen.full)

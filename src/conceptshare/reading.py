@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conceptshare.errors import StoreError
-from conceptshare.store import layer_name, open_store
+from conceptshare.store import layer_name, open_store, readable
 
 FEATURES, CORRELATIONS = "features", "correlations"
 """Kinds of stores."""
@@ -36,10 +36,11 @@ def read_statistics(path: Path) -> dict[int, FeatureStatistics]:
     """
     store: Any = open_store(path, FEATURES)
     found = {}
-    for layer in store.attrs["spec"]["layers"]:
-        group = store[layer_name(layer)]
-        arrays = [group[name][:] for name in ("strength", "density", "deviation", "top_samples")]
-        found[layer] = FeatureStatistics(*arrays)
+    with readable(path):
+        for layer in store.attrs["spec"]["layers"]:
+            group = store[layer_name(layer)]
+            arrays = [group[name][:] for name in ("strength", "density", "deviation", "top_samples")]
+            found[layer] = FeatureStatistics(*arrays)
     return found
 
 
@@ -88,19 +89,20 @@ def read_correlations(path: Path, source: str) -> PairCorrelations:
         StoreError: where the store is not whole, or ``source`` is neither of the pair.
     """
     store: Any = open_store(path, CORRELATIONS)
-    spec: Any = store.attrs["spec"]
-    if source not in (spec["a"], spec["b"]):
-        raise StoreError(f"{path}: a pair of {spec['a']} and {spec['b']}, without {source}")
-    found = MaxCorrelations(**{name: store[name][:] for name in MaxCorrelations.__dataclass_fields__})
-    direction, one, other = "ab", "a", "b"
-    if source != spec["a"]:
-        found, direction, one, other = found.reverse(), "ba", "b", "a"
-    return PairCorrelations(
-        found=found,
-        layers_a=spec[f"layers_{one}"],
-        layers_b=spec[f"layers_{other}"],
-        samples=spec["samples"],
-        floor=store[f"floor_{direction}"][:],
-        floor_sizes=store[f"floor_sizes_{one}"][:],
-        influence=store[f"influence_{direction}"][:],
-    )
+    with readable(path):
+        spec: Any = store.attrs["spec"]
+        if source not in (spec["a"], spec["b"]):
+            raise StoreError(f"{path}: a pair of {spec['a']} and {spec['b']}, without {source}")
+        found = MaxCorrelations(**{name: store[name][:] for name in MaxCorrelations.__dataclass_fields__})
+        direction, one, other = "ab", "a", "b"
+        if source != spec["a"]:
+            found, direction, one, other = found.reverse(), "ba", "b", "a"
+        return PairCorrelations(
+            found=found,
+            layers_a=spec[f"layers_{one}"],
+            layers_b=spec[f"layers_{other}"],
+            samples=spec["samples"],
+            floor=store[f"floor_{direction}"][:],
+            floor_sizes=store[f"floor_sizes_{one}"][:],
+            influence=store[f"influence_{direction}"][:],
+        )

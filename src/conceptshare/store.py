@@ -163,6 +163,23 @@ def layer_group(store: zarr.Group, layer: int, path: Path) -> Any:
     return store[layer_name(layer)]
 
 
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Where the store at ``path`` turns out damaged as it is read, say so.
+
+    Raises:
+        StoreError: in place of any error of the libraries.
+    """
+    try:
+        yield
+    except ConceptshareError:
+        raise
+    except Exception as error:  # damaged metadata and chunks fail in many ways
+        raise StoreError(
+            f"{path}: cannot be read ({type(error).__name__}: {error}); delete the store and run again"
+        ) from error
+
+
 class StoredArray:
     """An array of a store, read as a NumPy array; where a chunk cannot be decoded, the error says which store."""
 
@@ -178,12 +195,8 @@ class StoredArray:
         Raises:
             StoreError: where that cannot be.
         """
-        try:
+        with readable(self._path / self._name):
             values: NDArray[Any] = self._array[place]
-        except Exception as error:  # damaged chunks fail in many ways
-            raise StoreError(
-                f"{self._path}: {self._name} cannot be read ({error}); delete the store and run again"
-            ) from error
         return values
 
 

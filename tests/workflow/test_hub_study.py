@@ -23,6 +23,7 @@ ENCODERS = {
     "viewer": (models.timm_vit, "hf-hub:{}"),
     "scanner": (models.mambavision, "{}"),
 }
+PAIRS = [["reader", "classifier"], ["pairs-image", "pairs-text"], ["viewer", "scanner"]]
 # What an entry has to say beside where the model is.
 KEYS = {"library", "modality", "kind", "layers", "width", "global_token", "blocks", "remote_code"}
 
@@ -55,7 +56,7 @@ def finished(tmp_path_factory):
             },
             "encoders": entries,
             "saes": {"tiny": {"expansion": 2, "k": 4, "learning_rate": 1e-2, "batch_captions": 16}},
-            "analyses": {"matrices": {"all": None}},
+            "analyses": {"layerwise": {"all": {"pairs": PAIRS}}},
         }
         surroundings = environment(hub.endpoint, made / "cache") | {"PYTHONPATH": str(project.folder / "src")}
         surroundings.pop("HF_HUB_OFFLINE", None)
@@ -76,7 +77,7 @@ def finished(tmp_path_factory):
 
 def test_encoders_of_every_library_and_with_code_of_their_own_come_into_one_table(finished):
     project, _, _, _ = finished
-    table = pd.read_csv(project.folder / "results/studies/from-a-hub/squares/tiny/matrices/all.csv")
+    table = pd.read_csv(project.folder / "results/studies/from-a-hub/squares/tiny/layerwise/all.csv")
     assert set(table.source) == {f"{name}@0" for name in ENCODERS}
     assert table.wmppc.between(0, 1.0001).all()
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise, product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -48,6 +48,8 @@ class Kept(NamedTuple):
     """The maxima so far."""
     steps: int
     """Steps that are in them: each is a panel of B with a group of panels of A."""
+    blocks: Blocks
+    """How the work was cut. Cut another way, as to another budget, its steps are others, and it starts anew."""
 
 
 def max_correlations(
@@ -82,6 +84,8 @@ def max_correlations(
         NumericsError: where sample counts differ, a value is not finite, or the budget cannot hold the least block.
     """
     layers_a, layers_b = as_layers(a), as_layers(b)
+    if precision not in get_args(Precision):
+        raise NumericsError(f"precision {precision!r}: take one of {', '.join(get_args(Precision))}")
     N = sample_count([*layers_a, *layers_b])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes_a, sizes_b = sizes_of(layers_a), sizes_of(layers_b)
@@ -96,7 +100,9 @@ def max_correlations(
     side_a = _Side(layers_a, plan, precision, device)
     side_b = _Side(layers_b, plan, precision, device)
     best_ab, best_ba = _Best(len(layers_b), int(sizes_a.sum())), _Best(len(layers_a), int(sizes_b.sum()))
-    if kept is not None:
+    done = 0
+    if kept is not None and kept.blocks == plan:
+        done = kept.steps
         best_ab.go_on(kept.found.rho_ab, kept.found.match_ab)
         best_ba.go_on(kept.found.rho_ba, kept.found.match_ba)
 
@@ -106,7 +112,6 @@ def max_correlations(
     size = plan.group or 1
     groups = [side_a.panels[first : first + size] for first in range(0, len(side_a.panels), size)]
     steps = list(product(groups, side_b.panels))
-    done = kept.steps if kept is not None else 0
     tiles = _Tiles(side_a, side_b, steps[done:], plan, N)
     for step in progress(range(done, len(steps)), len(steps) - done, what, "blocks"):
         for panel_a, panel_b, r in tiles.of_step():
@@ -117,13 +122,21 @@ def max_correlations(
             if full and (panel_a.layer, panel_b.layer) in full:
                 _write_full(full[panel_a.layer, panel_b.layer], panel_a, panel_b, columns_a, columns_b, r)
         if keep is not None:
-            keep(Kept(found(), step + 1))
+            keep(Kept(found(), step + 1, plan))
     return found()
 
 
 def as_layers(side: Any) -> list[Any]:
-    """The layers of one side: one array alone is one layer."""
-    return [side] if hasattr(side, "shape") else list(side)
+    """The layers of one side: one array alone is one layer.
+
+    Raises:
+        NumericsError: where there is none, or one is no matrix of real numbers with a column at least.
+    """
+    layers = [side] if hasattr(side, "shape") else list(side)
+    shapes = [tuple(layer.shape) for layer in layers]
+    if not layers or any(len(shape) != 2 or shape[1] < 1 for shape in shapes):
+        raise NumericsError(f"arrays of the shapes {shapes}: give [samples, features] of one layer at least")
+    return layers
 
 
 def sizes_of(layers: Sequence[Any]) -> NDArray[np.int64]:
@@ -153,7 +166,7 @@ def _budget(memory_bytes: int | None, device: torch.device) -> int:
 
 
 def _raw_bytes(layers: Sequence[Any]) -> int:
-    return max(torch.as_tensor(np.asarray(layer[:1, :1])).element_size() for layer in layers)
+    return max(as_tensor(layer[:1, :1], torch.device("cpu")).element_size() for layer in layers)
 
 
 class _Side:

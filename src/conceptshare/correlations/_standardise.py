@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,6 +110,8 @@ def standard_of(chunks: Callable[[], Iterator[Tensor]], panel: Panel, precision:
                 fourths += x.mul_(x).sum(0)
     varies = squares > 0
     may_round = varies & (fourths <= COARSE * squares**2) & (precision == "bfloat16")
+    if not squares.isfinite().all():
+        raise NumericsError(f"layer {panel.layer}: squares of values that are beyond float64; scale them down")
     columns = torch.cat([may_round.nonzero()[:, 0], (varies & ~may_round).nonzero()[:, 0]])
     scale = squares[columns].rsqrt().to(first.dtype)
     everything = len(columns) == panel.width and bool((columns[1:] > columns[:-1]).all())
@@ -175,8 +178,22 @@ def standardised(x: Tensor, standard: Standard, memory: BlockMemory, at_once: in
 
 
 def as_tensor(values: Any, device: torch.device) -> Tensor:
-    """An array's values on a device."""
-    return torch.as_tensor(values).to(device)
+    """An array's values on a device.
+
+    Raises:
+        NumericsError: where they are no real numbers.
+    """
+    if not isinstance(values, Tensor):
+        values = np.asarray(values)
+        # What torch takes as it is: native order of bytes, strides forwards, and memory that it may write to.
+        native = values.astype(values.dtype.newbyteorder("="), copy=not values.flags.writeable)
+        if native.dtype.kind not in "fiub":
+            raise NumericsError(f"values of type {values.dtype}: give real numbers")
+        values = torch.from_numpy(np.ascontiguousarray(native))
+    tensor: Tensor = values.detach()
+    if tensor.is_complex():
+        raise NumericsError(f"values of type {tensor.dtype}: give real numbers")
+    return tensor.to(device)
 
 
 def _working(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from conceptshare.blocks import MEMORY_BYTES, Precision
+from conceptshare.blocks import MEMORY_BYTES, Blocks, Precision
 from conceptshare.correlations._engine import Full, Kept, max_correlations, sample_count
 from conceptshare.correlations._influence import Encoder, influences
 from conceptshare.errors import StoreError
@@ -20,6 +20,7 @@ from conceptshare.store import (
     new_array,
     new_store,
     open_store,
+    readable,
     save_array,
     written_aside,
 )
@@ -140,16 +141,19 @@ class FeatureStore:
             StoreError: where it is not whole.
         """
         store: Any = open_store(path, FEATURES)
-        spec: Any = store.attrs["spec"]
         self.path, self.name = path, path.stem
-        self.layers: list[int] = spec["layers"]
-        self.samples: int = spec["samples"]
-        self.content_hash: str = spec["content_hash"]
-        self.arrays = [StoredArray(store, f"{layer_name(n)}/features", path) for n in self.layers]
-        groups = [store[layer_name(n)] for n in self.layers]
-        self._strength, self._deviation = (
-            np.concatenate([group[name][:] for group in groups]) for name in ("strength", "deviation")
-        )
+        with readable(path):
+            spec: Any = store.attrs["spec"]
+            self.layers: list[int] = spec["layers"]
+            self.samples: int = spec["samples"]
+            self.content_hash: str = spec["content_hash"]
+            self.arrays = [StoredArray(store, f"{layer_name(n)}/features", path) for n in self.layers]
+            groups = [store[layer_name(n)] for n in self.layers]
+            self._strength, self._deviation = (
+                np.concatenate([group[name][:] for group in groups]) for name in ("strength", "deviation")
+            )
+        if any(array.shape[0] != self.samples for array in self.arrays):
+            raise StoreError(f"{path}: not of the {self.samples} samples that it says; delete the store and run again")
 
     def encoder(self) -> Encoder:
         """Its features, and what standardises them."""
@@ -190,7 +194,7 @@ class _View:
 
 
 class _Progress:
-    """The maxima so far, in one file that is replaced as a whole."""
+    """The maxima so far, in one file that is replaced as a whole, and the chunks that whole matrices had then."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -200,12 +204,18 @@ class _Progress:
         if not self._path.is_file():
             return None
         with np.load(self._path) as kept:
-            return Kept(MaxCorrelations(**{name: kept[name] for name in _FOUND}), int(kept["steps"]))
+            lost = [name for name in kept["files"].tolist() if not (self._path.parent / name).is_file()]
+            if lost:
+                raise ValueError(f"{lost[0]} is lost")
+            found = MaxCorrelations(**{name: kept[name] for name in _FOUND})
+            return Kept(found, int(kept["steps"]), Blocks(*kept["blocks"].tolist()))
 
     def write(self, kept: Kept) -> None:
         """Keep what there is."""
         with written_aside(self._path) as partial, partial.open("wb") as file:
-            np.savez(file, steps=kept.steps, **vars(kept.found))
+            chunks = (self._path.parent / "full").glob("*/c/*/*")
+            files = np.array(sorted(str(chunk.relative_to(self._path.parent)) for chunk in chunks), np.str_)
+            np.savez(file, steps=kept.steps, blocks=np.array(kept.blocks), files=files, **vars(kept.found))
 
     def remove(self) -> None:
         """It is not part of the store."""

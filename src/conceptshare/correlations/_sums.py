@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from conceptshare.correlations._engine import Product, sample_count
+from conceptshare.correlations._engine import Product, as_layers, sample_count
 from conceptshare.correlations._standardise import BlockMemory, Panel, as_tensor, standard_of, standardised
 from conceptshare.errors import NumericsError
 
@@ -82,7 +82,7 @@ def correlation_sums(a: Any, b: Any) -> CorrelationSums:
     Raises:
         NumericsError: where sample counts differ, or a value is not finite.
     """
-    N = sample_count([a, b])
+    N = sample_count([*as_layers(a), *as_layers(b)])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     standards, blocks = [], []
     for side in (a, b):
