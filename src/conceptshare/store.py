@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -164,20 +164,21 @@ def layer_group(store: zarr.Group, layer: int, path: Path) -> Any:
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Where the store at ``path`` turns out damaged as it is read, say so.
-
-    Raises:
-        StoreError: in place of any error of the libraries.
-    """
+def _named(before: str, after: str) -> Iterator[None]:
+    """Make any error of the libraries a StoreError, but for a full disk: what is damaged fails in many ways."""
     try:
         yield
     except ConceptshareError:
         raise
-    except Exception as error:  # damaged metadata and chunks fail in many ways
-        raise StoreError(
-            f"{path}: cannot be read ({type(error).__name__}: {error}); delete the store and run again"
-        ) from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        raise StoreError(f"{before} ({type(error).__name__}: {error}){after}") from error
+
+
+def readable(path: Path) -> AbstractContextManager[None]:
+    """Where the store at ``path`` turns out damaged as it is read, raise a StoreError that says so."""
+    return _named(f"{path}: cannot be read", "; delete the store and run again")
 
 
 class StoredArray:
@@ -200,23 +201,9 @@ class StoredArray:
         return values
 
 
-@contextmanager
-def gone_on_with(path: Path) -> Iterator[None]:
-    """Where what an earlier attempt left of the store at ``path`` turns out damaged, say so.
-
-    Raises:
-        StoreError: in place of any error of the libraries.
-    """
-    try:
-        yield
-    except ConceptshareError:
-        raise
-    except Exception as error:  # damaged metadata and chunks fail in many ways
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise
-        raise StoreError(
-            f"{path}: what an earlier attempt left of it is damaged ({error}) and was removed; run again"
-        ) from error
+def gone_on_with(path: Path) -> AbstractContextManager[None]:
+    """Where what an earlier attempt left of the store at ``path`` turns out damaged, raise a StoreError of it."""
+    return _named(f"{path}: what an earlier attempt left of it is damaged", " and was removed; run again")
 
 
 class RowWriter:

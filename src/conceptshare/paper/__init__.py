@@ -13,7 +13,6 @@ from conceptshare.metrics import correlation
 
 # The readings that the paper has, by what it calls their layers.
 _READINGS = {"all": "layer_mean", "last": "last"}
-_MODALITIES = ("image", "text")
 # Of the paper's names, those that do not end in their modality.
 _TEXT_ENCODERS = ("bert", "deberta")
 _FOLDER = Path(__file__).parent
@@ -58,33 +57,6 @@ def compare(table: pd.DataFrame, dataset: str, size: str) -> pd.DataFrame:
     return _beside(both, ["source", "target"])
 
 
-def compare_averages(averages: pd.DataFrame, dataset: str, size: str) -> pd.DataFrame:
-    """The modality averages of a study beside those of the paper's Table 3.
-
-    They are averages over the same cells only where the study has the paper's encoders, and MambaVision not: the paper
-    leaves it out of its averages.
-
-    Args:
-        averages: with at least ``reading, source_modality, target_modality, wmppc, low, high``.
-        dataset: ``coco``, ``laion`` or ``flowers``.
-        size: of the encoders, ``large`` or ``base``.
-
-    Returns:
-        ``reading, source_modality, target_modality, ours, low, high, paper, difference``.
-
-    Raises:
-        StudyError: where the paper has no such data set and size.
-    """
-    directions = {f"{a}_to_{b}": (a, b) for a in _MODALITIES for b in _MODALITIES}
-    printed = _printed("modality_averages.csv", dataset, size).melt(
-        id_vars="reading", value_vars=list(directions), value_name="wmppc"
-    )
-    printed["source_modality"] = [directions[name][0] for name in printed.variable]
-    printed["target_modality"] = [directions[name][1] for name in printed.variable]
-    keys = ["source_modality", "target_modality"]
-    return _beside(averages.merge(printed, on=["reading", *keys], suffixes=("", "_of_paper")), keys)
-
-
 def agreement(cells: pd.DataFrame) -> pd.DataFrame:
     """How far a study's numbers agree with the paper's, for each reading.
 
@@ -110,12 +82,6 @@ def agreement(cells: pd.DataFrame) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
-
-
-def datasets_of(size: str) -> tuple[str, ...]:
-    """The data sets on which the paper has encoders of a size: none for a size that it does not have."""
-    table = _read("wmppc.csv")
-    return tuple(dict.fromkeys(table[table["size"] == size].dataset))
 
 
 def modality(name: str) -> str:
