@@ -31,9 +31,10 @@ from conceptshare.catalog import DatasetSpec, EncoderSpec
 from conceptshare.correlations import Precision, max_correlations
 from conceptshare.dataset import Data, make_dataset
 from conceptshare.encoders import load_encoder
+from conceptshare.files import layer_name
 from conceptshare.sae import TopKSAE, _order, evaluate, train_sae
 from conceptshare.sae._trainer import Trainer
-from conceptshare.store import RowWriter, layer_name, new_array, new_store, save_array
+from conceptshare.store import RowWriter, new_array, new_store, save_array
 from conceptshare.study import SAESettings
 
 TURNS = 7

@@ -6,9 +6,10 @@ import torch
 
 from conceptshare.errors import NumericsError, StoreError
 from conceptshare.features import record_features
+from conceptshare.files import layer_name
 from conceptshare.reading import read_statistics
 from conceptshare.sae import TopKSAE, save_sae
-from conceptshare.store import layer_name, open_store
+from conceptshare.store import open_store
 
 # More rows and columns than are encoded, or stored in a chunk, at once.
 SAMPLES, D, F = 1100, 6, 600

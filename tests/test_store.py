@@ -10,17 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conceptshare.errors import NumericsError, StoreError
-from conceptshare.store import (
-    RowWriter,
-    as_float16,
-    layer_group,
-    layer_name,
-    new_array,
-    new_store,
-    open_store,
-    save_array,
-    written_aside,
-)
+from conceptshare.files import layer_name, written_aside
+from conceptshare.store import RowWriter, as_float16, layer_group, new_array, new_store, open_store, save_array
 
 
 def names_in(folder):

@@ -22,9 +22,10 @@ from conceptshare.dataset import Data, make_dataset
 from conceptshare.encoders import load_encoder
 from conceptshare.errors import NumericsError, StoreError, StudyError
 from conceptshare.features import record_features
+from conceptshare.files import layer_name
 from conceptshare.sae import _order, train_sae, train_stream
 from conceptshare.sae._checkpoints import PREEMPTED
-from conceptshare.store import layer_name, open_store
+from conceptshare.store import open_store
 from conceptshare.study import SAESettings
 from tests import models
 

@@ -16,11 +16,10 @@ from conceptshare import metrics, paper, tables
 from conceptshare.cli import app
 from conceptshare.correlations import _store, correlate_stores
 from conceptshare.errors import StoreError
-from conceptshare.study import pair_name
+from conceptshare.study import as_member, pair_name
 from conceptshare.tables import (
     GroupedMember,
     Stores,
-    as_member,
     averages_table,
     layerwise_table,
     matrix_table,

@@ -26,17 +26,9 @@ from conceptshare.catalog import EncoderSpec
 from conceptshare.dataset import Data
 from conceptshare.encoders import Activations, Batch, Encoder
 from conceptshare.errors import EncoderError, StoreError
+from conceptshare.files import layer_name
 from conceptshare.progress import progress, say
-from conceptshare.store import (
-    RowWriter,
-    as_float16,
-    gone_on_with,
-    layer_group,
-    layer_name,
-    new_array,
-    new_store,
-    open_store,
-)
+from conceptshare.store import RowWriter, as_float16, gone_on_with, layer_group, new_array, new_store, open_store
 
 KIND = "activations"
 

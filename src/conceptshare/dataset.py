@@ -34,9 +34,9 @@ from conceptshare.ahead import in_order
 from conceptshare.catalog import DatasetSpec, is_path
 from conceptshare.download import HOPELESS, Downloads, Failure, UnusableError
 from conceptshare.errors import ConceptshareError, DatasetError
+from conceptshare.files import written_aside
 from conceptshare.hub import fetch_snapshot
 from conceptshare.progress import progress, say
-from conceptshare.store import written_aside
 
 MAX_RATIO = 100
 """Largest ratio of an image's sides. Models resize one side to some 200 pixels: of a narrower image, the other side

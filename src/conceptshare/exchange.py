@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conceptshare.errors import ConceptshareError, StoreError
+from conceptshare.files import written_aside
 from conceptshare.sae._model import TopKSAE, load_sae, save_sae
 from conceptshare.sae_folder import other_meaning
-from conceptshare.store import written_aside
 
 _SAE_LENS_WEIGHTS = "sae_weights.safetensors"
 _SPARSIFY_WEIGHTS = "sae.safetensors"

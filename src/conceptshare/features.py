@@ -20,10 +20,11 @@ from torch import Tensor
 
 from conceptshare import activations
 from conceptshare.errors import StoreError
+from conceptshare.files import layer_name
 from conceptshare.progress import progress
 from conceptshare.reading import FEATURES
 from conceptshare.sae import TopKSAE, load_sae
-from conceptshare.store import as_float16, layer_group, layer_name, new_array, new_store, open_store, save_array
+from conceptshare.store import as_float16, layer_group, new_array, new_store, open_store, save_array
 
 _ROWS = 1024
 _COLUMNS = 512

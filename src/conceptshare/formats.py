@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from conceptshare.files import written_aside
 from conceptshare.metrics import READINGS
-from conceptshare.store import written_aside
-from conceptshare.tables import as_member
+from conceptshare.study import as_member
 
 _MODALITIES = ("image", "text")
 _ITSELF = "-"

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import log_ndtr
 
 from conceptshare.errors import NumericsError
 
@@ -105,6 +104,8 @@ def significance(rho: ArrayLike, samples: int, candidates: int) -> Array:
     Raises:
         NumericsError: where there are too few samples, or no candidate.
     """
+    from scipy.special import log_ndtr  # slow to import, and most jobs that use this module do without
+
     if samples <= 3:
         raise NumericsError(f"{samples} samples: the chance of a correlation needs at least 4")
     if candidates < 1:

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conceptshare.errors import StoreError
-from conceptshare.store import layer_name, open_store, readable
+from conceptshare.files import layer_name
+from conceptshare.store import open_store, readable
 
 FEATURES, CORRELATIONS = "features", "correlations"
 """Kinds of stores."""

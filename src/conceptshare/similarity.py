@@ -19,8 +19,9 @@ from torch import Tensor
 
 from conceptshare import activations
 from conceptshare.errors import NumericsError, StoreError
+from conceptshare.files import layer_name, written_aside
 from conceptshare.progress import progress
-from conceptshare.store import layer_name, open_store, written_aside
+from conceptshare.store import open_store
 
 CKA_SAMPLES = 10_000
 """How many samples linear CKA is over at most. Their float32 activations of all layers of one encoder are in memory."""

@@ -8,7 +8,6 @@ a missing chunk as zeros without a word, so `open_store` compares the files with
 import errno
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -20,34 +19,13 @@ from numpy.typing import DTypeLike, NDArray
 from zarr.codecs import ZstdCodec
 
 from conceptshare.errors import ConceptshareError, NumericsError, StoreError
+from conceptshare.files import layer_name, remove, written_aside
 
 VERSIONS = {"features": 2, "correlations": 2}
 """Version of a kind's format, where it is not 1; what old readers would misread, or new ones need, raises it."""
 
 _ROOT = "zarr.json"
 _EVERY_CHUNK: Any = {"write_empty_chunks": True}
-
-
-@contextmanager
-def written_aside(path: Path, resume: bool = False) -> Iterator[Path]:
-    """Give a path beside ``path`` to write a file or folder at, and rename it to ``path`` if all went well.
-
-    Where the body raises, what it wrote is removed; where the process is killed, what it wrote keeps the suffix
-    ``.partial`` and is removed by the next attempt. With ``resume``, the next attempt finds it instead, and only an
-    error that would come again (a ConceptshareError) removes it.
-    """
-    partial = path.with_name(path.name + ".partial")
-    if not resume:
-        remove(partial)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield partial
-        remove(path)
-        partial.rename(path)
-    except BaseException as error:
-        if not resume or isinstance(error, ConceptshareError):
-            remove(partial)
-        raise
 
 
 @contextmanager
@@ -145,11 +123,6 @@ def new_array(
 def save_array(group: zarr.Group, name: str, values: NDArray[Any]) -> None:
     """Add a small array to a store in one chunk."""
     new_array(group, name, values.shape, values.dtype)[...] = values
-
-
-def layer_name(layer: int) -> str:
-    """The name of a layer's group or folder: ``layer-03``."""
-    return f"layer-{layer:02d}"
 
 
 def layer_group(store: zarr.Group, layer: int, path: Path) -> Any:
@@ -303,11 +276,3 @@ def _files(folder: Path) -> dict[str, int]:
         for path in sorted(paths)
         if path.name != ".snakemake_timestamp"
     }
-
-
-def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it; what is not there is no error."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -537,6 +537,12 @@ def encoder_pairs(pairs: Iterable[Pair]) -> list[tuple[str, str]]:
     return sorted({(min(x, y), max(x, y)) for (x, _), (y, _) in pairs if x != y})
 
 
+def as_member(text: str) -> Member:
+    """The member that ``encoder@seed`` names."""
+    encoder, _, seed = text.rpartition("@")
+    return Member(encoder, int(seed))
+
+
 def pair_name(a: Member, b: Member) -> str:
     """The name of a pair's store, the same whichever way round the two were named."""
     first, second = sorted_pair(a, b)

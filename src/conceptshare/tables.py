@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import hypergeom
 
 from conceptshare import metrics
 from conceptshare.errors import StoreError
+from conceptshare.files import layer_name, written_aside
 from conceptshare.reading import FeatureStatistics, PairCorrelations, read_correlations, read_statistics
-from conceptshare.store import layer_name, written_aside
-from conceptshare.study import Member, pair_name
+from conceptshare.study import as_member, pair_name
 
 SIMILARITIES = ("cka", "mutual_knn")
 MATRIX_COLUMNS = (
@@ -440,6 +439,8 @@ def overlap_table(rankings: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     Args:
         rankings: tables of `sharedness_table`, by name.
     """
+    from scipy.stats import hypergeom  # slower to import than all that the other tables need
+
     rows = []
     for (first, a), (second, b) in combinations(sorted(rankings.items()), 2):
         if a.source[0] != b.source[0]:
@@ -496,9 +497,3 @@ def write_table(table: pd.DataFrame, out: Path) -> None:
         table.to_parquet(partial, index=False)
     with written_aside(out) as partial:
         table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
-
-
-def as_member(text: str) -> Member:
-    """The member that ``encoder@seed`` names."""
-    encoder, _, seed = text.rpartition("@")
-    return Member(encoder, int(seed))

@@ -19,9 +19,9 @@ from typing import Any
 
 from conceptshare.catalog import ModelSpec, local_path
 from conceptshare.errors import EncoderError, HubError
+from conceptshare.files import written_aside
 from conceptshare.hub import chosen, fetch_files
 from conceptshare.progress import say
-from conceptshare.store import written_aside
 
 # What each library reads from a hub repository, in patterns of `conceptshare.hub.chosen`. The same weights in other
 # formats, and those in folders, which are for other libraries, would only cost space.

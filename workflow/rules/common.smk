@@ -8,7 +8,7 @@ from pathlib import Path
 import conceptshare
 from conceptshare.catalog import local_path, read_yaml
 from conceptshare.errors import ConceptshareError
-from conceptshare.store import layer_name
+from conceptshare.files import layer_name
 from conceptshare.study import Member, build_study, encoder_pairs, pair_name
 from snakemake.exceptions import WorkflowError
 

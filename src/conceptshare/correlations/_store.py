@@ -12,18 +12,9 @@ from conceptshare.blocks import MEMORY_BYTES, Blocks, Precision
 from conceptshare.correlations._engine import Full, Kept, max_correlations, sample_count
 from conceptshare.correlations._influence import Encoder, influences
 from conceptshare.errors import StoreError
+from conceptshare.files import layer_name, written_aside
 from conceptshare.reading import CORRELATIONS, FEATURES, MaxCorrelations
-from conceptshare.store import (
-    StoredArray,
-    gone_on_with,
-    layer_name,
-    new_array,
-    new_store,
-    open_store,
-    readable,
-    save_array,
-    written_aside,
-)
+from conceptshare.store import StoredArray, gone_on_with, new_array, new_store, open_store, readable, save_array
 
 FLOOR_FEATURES = 512
 """Features of each layer, the first ones, whose best matches among shuffled samples are sought: all of a wMPPC's floor

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from conceptshare.figures._style import STYLE, heatmap, layer_ticks, save
-from conceptshare.tables import as_member
+from conceptshare.study import as_member
 
 
 def draw_layerwise(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], out: Path) -> None:

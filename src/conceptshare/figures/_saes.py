@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from conceptshare.errors import StoreError
 from conceptshare.figures._style import COLOURS, PLACED, STYLE, layer_ticks, save
-from conceptshare.store import layer_name, written_aside
+from conceptshare.files import layer_name, written_aside
 
 
 class _Look(NamedTuple):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unicodedata import east_asian_width
 
 import matplotlib as mpl
@@ -12,9 +12,11 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from conceptshare.dataset import Data
 from conceptshare.figures._style import STYLE, save
-from conceptshare.reading import FeatureStatistics
+
+if TYPE_CHECKING:  # other figures start without them
+    from conceptshare.dataset import Data
+    from conceptshare.reading import FeatureStatistics
 
 _GRID_SAMPLES = 8
 # matplotlib's own font has no Chinese, Japanese or Korean; systems have these.
@@ -28,7 +30,7 @@ _WIDE_FONTS = (
 
 
 def draw_sharedness(
-    table: pd.DataFrame, statistics: dict[int, FeatureStatistics], data: Data, pictured: int, out: Path
+    table: pd.DataFrame, statistics: "dict[int, FeatureStatistics]", data: "Data", pictured: int, out: Path
 ) -> None:
     """The top features of a ranking, a row each, by the samples on which they are strongest."""
     top = table.head(pictured)
@@ -53,7 +55,7 @@ def draw_sharedness(
         save(figure, out)
 
 
-def _picture(ax: Axes, data: Data, sample: int) -> None:
+def _picture(ax: Axes, data: "Data", sample: int) -> None:
     picture = data.image(sample)
     picture.thumbnail((160, 160))
     ax.imshow(np.asarray(picture), interpolation="lanczos")

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import rankdata
 
 from conceptshare.figures._style import BLUE, RED, STYLE, known, save, say_nothing
 from conceptshare.metrics import correlation
@@ -44,7 +43,7 @@ def _panel(ax: Axes, cells: pd.DataFrame, measure: str) -> None:
         of_reading = cells[cells.reading == reading]
         if len(of_reading):
             ax.scatter(of_reading.wmppc, of_reading[measure], s=22, alpha=0.75, linewidths=0, **look)
-            ranks = correlation(rankdata(of_reading.wmppc), rankdata(of_reading[measure]))
+            ranks = correlation(of_reading.wmppc.rank(), of_reading[measure].rank())
             found.append(f"{look['label']} {known(ranks)}")
     if not found:
         say_nothing(ax, "nothing to compare")

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from conceptshare.store import written_aside
+from conceptshare.files import written_aside
 
 STYLE: Any = {
     "font.size": 9,

@@ -6,7 +6,6 @@ Beside this file, ``wmppc.csv`` has its Tables 6 to 21 and ``modality_averages.c
 from pathlib import Path
 
 import pandas as pd
-from scipy.stats import rankdata
 
 from conceptshare.errors import StudyError
 from conceptshare.metrics import correlation
@@ -71,12 +70,12 @@ def agreement(cells: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for reading, of_reading in cells.groupby("reading", sort=False):
         known = of_reading[of_reading.ours.notna()]
-        ours, paper = known.ours.to_numpy(), known.paper.to_numpy()
+        ours, paper = known.ours, known.paper
         rows.append(
             {
                 "reading": reading,
                 "cells": len(known),
-                "spearman": correlation(rankdata(ours), rankdata(paper)),
+                "spearman": correlation(ours.rank(), paper.rank()),
                 "pearson": correlation(ours, paper),
                 "mean_absolute_difference": known.difference.abs().mean(),
             }

@@ -11,9 +11,9 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from conceptshare.files import remove
 from conceptshare.progress import say
 from conceptshare.sae._trainer import Trainer
-from conceptshare.store import remove
 
 PREEMPTED = 75
 """Exit status of a training that was asked to stop (SIGTERM) and saved its state: temporary failure, in sysexits.h."""

@@ -16,13 +16,14 @@ from conceptshare.ahead import in_order
 from conceptshare.dataset import Data
 from conceptshare.encoders import Encoder
 from conceptshare.errors import StudyError
+from conceptshare.files import layer_name, written_aside
 from conceptshare.progress import progress, say
 from conceptshare.sae import _order
 from conceptshare.sae._checkpoints import Checkpoints
 from conceptshare.sae._metrics import Measured, Measuring, evaluate
 from conceptshare.sae._train import Origin, Report, descend, devices, write_sae
 from conceptshare.sae._trainer import Trainer
-from conceptshare.store import gone_on_with, layer_name, new_store, written_aside
+from conceptshare.store import gone_on_with, new_store
 from conceptshare.study import SAESettings
 
 Result = TypeVar("Result")

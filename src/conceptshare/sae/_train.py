@@ -19,13 +19,13 @@ from torch import Tensor
 from conceptshare.activations import TokenReader
 from conceptshare.ahead import in_order
 from conceptshare.errors import NumericsError, StoreError
+from conceptshare.files import written_aside
 from conceptshare.progress import progress, say
 from conceptshare.sae import _order
 from conceptshare.sae._checkpoints import PREEMPTED, Checkpoints, asked_to_stop
 from conceptshare.sae._metrics import Measured, density_histogram, evaluate
 from conceptshare.sae._model import TopKSAE, save_sae
 from conceptshare.sae._trainer import Trainer
-from conceptshare.store import written_aside
 from conceptshare.study import SAESettings
 
 _SECONDS_BETWEEN_CHECKPOINTS = 300.0
