@@ -1,4 +1,4 @@
-"""Files and stores appear whole or not at all, and a store that is not whole does not open."""
+"""A store that is not whole does not open."""
 
 import json
 import os
@@ -10,88 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conceptshare.errors import NumericsError, StoreError
-from conceptshare.files import layer_name, written_aside
+from conceptshare.files import layer_name
 from conceptshare.store import RowWriter, as_float16, layer_group, new_array, new_store, open_store, save_array
 
 
 def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
-
-
-def test_a_file_appears_under_its_name_only_when_it_is_complete(tmp_path):
-    out = tmp_path / "deep" / "table.csv"
-    with written_aside(out) as partial:
-        partial.write_text("half")
-        assert not out.exists()
-        assert partial.parent == out.parent  # or renaming could cross file systems
-    assert out.read_text() == "half"
-    assert names_in(out.parent) == ["table.csv"]
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("as_folder", [True, False])
-def test_what_failed_leaves_nothing_behind_and_the_old_output_as_it_was(tmp_path, error, as_folder):
-    out = tmp_path / "result"
-    out.write_text("old")
-
-    def fail():
-        with written_aside(out) as partial:
-            if as_folder:
-                partial.mkdir()
-                (partial / "part").write_text("new")
-            else:
-                partial.write_text("new")
-            raise error
-
-    with pytest.raises(error):
-        fail()
-    assert out.read_text() == "old"
-    assert names_in(tmp_path) == ["result"]
-
-
-@pytest.mark.parametrize("old_is_folder", [True, False])
-@pytest.mark.parametrize("new_is_folder", [True, False])
-def test_an_old_output_is_replaced_whole(tmp_path, old_is_folder, new_is_folder):
-    out = tmp_path / "result"
-    if old_is_folder:
-        out.mkdir()
-        (out / "old").touch()
-    else:
-        out.touch()
-    with written_aside(out) as partial:
-        if new_is_folder:
-            partial.mkdir()
-            (partial / "new").touch()
-        else:
-            partial.write_text("new")
-    if new_is_folder:
-        assert names_in(out) == ["new"]
-    else:
-        assert out.read_text() == "new"
-
-
-def test_a_link_is_replaced_and_what_it_points_at_is_left_alone(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "kept").touch()
-    (tmp_path / "result").symlink_to(tmp_path / "elsewhere")
-    with written_aside(tmp_path / "result") as partial:
-        partial.mkdir()
-    assert names_in(tmp_path / "result") == []
-    assert names_in(tmp_path / "elsewhere") == ["kept"]
-
-
-@pytest.mark.parametrize("as_folder", [True, False])
-def test_the_remains_of_a_killed_attempt_are_cleared_away(tmp_path, as_folder):
-    remains = tmp_path / "result.partial"
-    if as_folder:
-        remains.mkdir()
-        (remains / "left over").touch()
-    else:
-        remains.touch()
-    with written_aside(tmp_path / "result") as partial:
-        assert not partial.exists()
-        partial.mkdir()
-    assert names_in(tmp_path / "result") == []
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import typer
 import yaml
 
 from conceptshare.catalog import CATALOG, DatasetSpec, EncoderSpec, ModelSpec, complete, parse, read_catalog
-from conceptshare.errors import ConceptshareError, StudyError
+from conceptshare.errors import ConceptshareError, MadeMeanwhileError, StudyError
 from conceptshare.plan import Rates, make_plan, plan_as_json, plan_as_text
 from conceptshare.study import PairSettings, SAESettings, load_study
 
@@ -539,6 +539,8 @@ def main() -> NoReturn:
     """Run the command line; an error of the user's is one message, and not a traceback."""
     try:
         app(standalone_mode=True)
+    except MadeMeanwhileError as message:
+        print(message, file=sys.stderr)
     except ConceptshareError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

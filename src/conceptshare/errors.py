@@ -27,3 +27,7 @@ class NumericsError(ConceptshareError):
 
 class HubError(ConceptshareError):
     """Files that a model hub holds are neither on this machine nor to be fetched."""
+
+
+class MadeMeanwhileError(ConceptshareError):
+    """Another process made the same result while this one waited for it: nothing is left to do."""

@@ -37,9 +37,12 @@ def new_store(path: Path, kind: str, spec: dict[str, Any], resume: bool = False)
         kind: the format, such as ``"activations"``.
         spec: what the store was made from, kept in its attributes.
         resume: give what an attempt that was cut off left of the same store, where there is such; else an empty group.
+
+    Raises:
+        MadeMeanwhileError: where another process made the same store while this one waited for it.
     """
     described: dict[str, Any] = {"kind": kind, "version": VERSIONS.get(kind, 1), "spec": spec, "complete": False}
-    with written_aside(path, resume) as partial:
+    with written_aside(path, resume, json.dumps(described, sort_keys=True)) as partial:
         group = _left_over(partial, described)
         if group is None:
             remove(partial)

@@ -35,14 +35,15 @@ class Checkpoints:
 
     def __init__(self, folder: Path, key: dict[str, Any]) -> None:
         self._folder = folder
-        self._key = json.dumps(key, sort_keys=True)
+        self.key = json.dumps(key, sort_keys=True)
+        """What is trained."""
 
     def save(self, trainers: Mapping[str, Trainer]) -> None:
         """Write the states aside, rename them together, and remove what is older than the checkpoint before."""
         if not self._ours():
             self.remove()
             self._folder.mkdir(parents=True)
-            (self._folder / _KEY).write_text(self._key, encoding="utf-8")
+            (self._folder / _KEY).write_text(self.key, encoding="utf-8")
         step = next(iter(trainers.values())).step
         partial = self._folder / "partial"
         remove(partial)
@@ -81,7 +82,7 @@ class Checkpoints:
 
     def _ours(self) -> bool:
         try:
-            return (self._folder / _KEY).read_text(encoding="utf-8") == self._key
+            return (self._folder / _KEY).read_text(encoding="utf-8") == self.key
         except (OSError, UnicodeError):
             return False
 

@@ -60,6 +60,7 @@ def train_stream(
         EncoderError: where the encoder is not what its entry says.
         StoreError: where what an earlier attempt left of the store is damaged.
         StudyError: where the settings' precision would change the encoder's too.
+        MadeMeanwhileError: where another process made the same SAEs while this one waited for them.
         SystemExit: with the status PREEMPTED, after SIGTERM.
     """
     if settings.precision == "tf32":
@@ -70,8 +71,8 @@ def train_stream(
     key = {"settings": settings.model_dump(mode="json"), "seeds": list(seeds), "made_from": described}
     checkpoints = Checkpoints(saes.with_name(name + ".checkpoints"), key)
     with (
+        written_aside(saes, key=checkpoints.key) as folder,
         new_store(activations, KIND, described, resume=True) as store,
-        written_aside(saes) as folder,
         closing(_Team(encoder, settings, seeds, name, len(steps), workers)) as team,
     ):
         with gone_on_with(activations):

@@ -184,6 +184,7 @@ def train_sae(activations: Path, layer: int, settings: SAESettings, seed: int, o
     Raises:
         StoreError: where the store is not whole, is empty or lacks the layer.
         NumericsError: where training diverges.
+        MadeMeanwhileError: where another process made the same folder while this one waited for it.
         SystemExit: with the status PREEMPTED, after SIGTERM.
     """
     tokens = TokenReader.open(activations, layer)
@@ -193,7 +194,7 @@ def train_sae(activations: Path, layer: int, settings: SAESettings, seed: int, o
     key = {"settings": settings.model_dump(mode="json"), "seed": seed, "layer": layer, "made_from": tokens.made_from}
     checkpoints = Checkpoints(out.with_name(out.name + ".checkpoints"), key)
     batch_samples = settings.samples_a_step(tokens.modality)
-    with written_aside(out) as folder:
+    with written_aside(out, key=checkpoints.key) as folder:
         sae, losses = train(tokens, settings, origin.mixed_seed(), batch_samples, str(origin), checkpoints)
         batches = _order.measured(len(tokens), settings)
         measured = evaluate(sae, (tokens.read(batch) for batch in batches))
