@@ -44,10 +44,15 @@ class Project:
     def config(self, config):
         (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
+    @property
+    def environment(self):
+        return os.environ | {"PYTHONPATH": str(self.folder / "src"), "HF_HUB_OFFLINE": "1"}
+
     def run(self, *arguments, program="snakemake"):
-        environment = os.environ | {"PYTHONPATH": str(self.folder / "src"), "HF_HUB_OFFLINE": "1"}
         command = [str(Path(sys.executable).parent / program), *arguments]
-        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
+        )
 
     def plan(self, *arguments):
         """The number of planned jobs of each rule."""

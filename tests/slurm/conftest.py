@@ -1,0 +1,135 @@
+"""A pocket study on a real Slurm: one layer of two small encoders, compared layer by layer."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ..workflow.conftest import Project, encoder_entry, fresh, new_clone  # noqa: F401 - a fixture of both folders
+from .cluster import Cluster, missing
+
+IMPATIENT = Path(__file__).with_name("impatient_snakemake.py")
+LAYER = 2
+
+
+def pytest_collection_modifyitems(items):
+    """Run these in one process, beside the others: they share a Slurm, and the study's first run."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.xdist_group("slurm"))
+
+
+class SlurmProject(Project):
+    """A clone whose Snakemake submits to a cluster."""
+
+    def __init__(self, folder, cluster):
+        super().__init__(folder)
+        self.cluster = cluster
+        self._submitted_before = len(cluster.jobs())
+
+    def command(self, *arguments):
+        return [sys.executable, str(IMPATIENT), "--profile", "slurm", *arguments]
+
+    @property
+    def environment(self):
+        return super().environment | self.cluster.environment
+
+    def start(self, *arguments):
+        """Start Snakemake, in a session of its own: a signal to it reaches nothing else."""
+        return subprocess.Popen(
+            self.command(*arguments),
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def submit(self, *arguments):
+        """Run to the end, and give what Snakemake printed."""
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, output
+        return output
+
+    def submitted(self):
+        """The jobs submitted since the last call."""
+        jobs = self.cluster.jobs()[self._submitted_before :]
+        self._submitted_before += len(jobs)
+        return jobs
+
+    def copy(self, folder):
+        return SlurmProject(super().copy(folder).folder, self.cluster)
+
+
+def jobs_done(output):
+    """The number of jobs of each rule that Snakemake ran, from its table."""
+    table = re.search(r"\njob +count\n[- ]+\n(.*?)\ntotal ", output, re.DOTALL)
+    return {rule: int(count) for rule, count in (line.split() for line in table[1].splitlines())} if table else {}
+
+
+def contents(project, *ignored):
+    """The digest and time of every result, but for logs and what tells of a job itself."""
+    results = project.folder / "results"
+    found = {}
+    for path in sorted(results.rglob("*")):
+        name = str(path.relative_to(results))
+        if path.is_file() and not name.startswith("logs/") and not path.name.endswith(("provenance.json", *ignored)):
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns
+    return found
+
+
+def pocket_config():
+    """One layer of two encoders, of one with two seeds, and their heatmaps."""
+    fixed = {"use_layers": [LAYER]}
+    return {
+        "study": "pocket",
+        "datasets": {"squares": {"source": "./squares.parquet", "image": "picture", "caption": "words"}},
+        "encoders": {
+            "reader": encoder_entry("./models/reader", "text", "language", seeds=[0, 1], **fixed),
+            "viewer": encoder_entry("./models/viewer", "image", "vision", **fixed),
+        },
+        "saes": {"tiny": {"expansion": 2, "k": 4, "learning_rate": 1e-2, "batch_captions": 16}},
+        "analyses": {"layerwise": {"both": {"pairs": [["reader", "viewer"], ["reader@1", "viewer"]]}}},
+    }
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """A Slurm of its own. Where it is not installed, tests are skipped, but in CI that is a failure."""
+    lacking = missing()
+    if lacking:
+        reason = f"no Slurm on this machine ({', '.join(lacking)}); on Debian: apt-get install slurm-wlm munge"
+        (pytest.fail if os.getenv("CI") else pytest.skip)(reason)
+    started = Cluster(tmp_path_factory.mktemp("slurm"))
+    started.start()
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="session")
+def new_pocket(fresh, cluster, tmp_path_factory):  # noqa: F811
+    """The pocket study before its first run."""
+    project = fresh.copy(tmp_path_factory.mktemp("new-pocket") / "clone")
+    project.config = pocket_config()
+    return SlurmProject(project.folder, cluster)
+
+
+@pytest.fixture(scope="session")
+def first_run(new_pocket, tmp_path_factory):
+    """The study after its first run, started as a user does; the jobs that Slurm ran, and what was printed."""
+    project = new_pocket.copy(tmp_path_factory.mktemp("pocket") / "clone")
+    result = project.run("--profile", "slurm", "--slurm-init-seconds-before-status-checks", "5")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return project, project.submitted(), result.stdout + result.stderr
+
+
+@pytest.fixture
+def pocket(first_run, tmp_path):
+    """A finished pocket study to change."""
+    return first_run[0].copy(tmp_path / "clone")

@@ -1,0 +1,136 @@
+"""What breaks on a cluster: the study ends with the bytes of an undisturbed run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from .conftest import LAYER
+
+LONG = {"expansion": 2, "k": 4, "learning_rate": 1e-3, "batch_captions": 16, "epochs": 3000}
+FOLDER = Path(f"results/squares/saes/long/reader/layer-{LAYER:02d}/seed-0")
+TARGET = str(FOLDER / "sae_weights.safetensors")
+LOG = Path(f"results/logs/squares/saes/long/reader/layer-{LAYER:02d}/seed-0.log")
+THREADS = min(4, len(os.sched_getaffinity(0)))  # as the profile says, and as many as there are
+# Of the training alone.
+STORE_OPTION = ["--activations"]
+TOKENS = "results/squares/activations/reader.zarr"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(first_run, tmp_path_factory):
+    """The files of the SAE that takes long to train, from a training beside the workflow."""
+    project, _, _ = first_run
+    out = tmp_path_factory.mktemp("undisturbed") / "seed-0"
+    options = {"--layer": LAYER, "--settings": json.dumps(LONG), "--threads": THREADS, "--out": out}
+    store = project.folder / TOKENS
+    command = [sys.executable, "-m", "conceptshare", "sae", "train", *STORE_OPTION, store]
+    command += [text for option in options.items() for text in option]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    return read(out)
+
+
+@pytest.fixture
+def training(pocket):
+    """A finished study with one more SAE setting, which takes long to train."""
+    pocket.config = pocket.config | {"saes": pocket.config["saes"] | {"long": LONG}}
+    return pocket
+
+
+def read(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "provenance.json"}
+
+
+def until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def until_it_trains(project):
+    """Until the job has taken its output's lock, and for some steps."""
+    until((project.folder / FOLDER.with_name(".seed-0.lock")).exists)
+    time.sleep(0.5)
+
+
+def states(jobs):
+    return [job.state for job in jobs]
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def test_a_job_that_is_cancelled_is_submitted_again_with_more_and_goes_on(training, undisturbed):
+    process = training.start(TARGET)
+    until_it_trains(training)
+    training.cluster.run("scancel", str(training.cluster.jobs()[-1].id))
+    finish(process)
+    first, second = training.submitted()
+    assert states([first, second]) == ["CANCELLED", "COMPLETED"]
+    assert (second.memory_mb, second.minutes) == (2 * first.memory_mb, 2 * first.minutes)
+    assert read(training.folder / FOLDER) == undisturbed
+
+
+def test_a_job_that_took_too_much_memory_is_submitted_again_with_more(training, undisturbed):
+    output = training.submit("--set-resources", "sae:mem_mb=300*10**(attempt-1)", "--", TARGET)
+    first, second = training.submitted()
+    assert (first.memory_mb, second.memory_mb) == (300, 3000)
+    assert first.state != second.state == "COMPLETED", output
+    assert read(training.folder / FOLDER) == undisturbed
+
+
+def test_a_job_that_outlives_its_snakemake_and_the_one_submitted_anew_both_end_well(training, undisturbed):
+    killed = training.start(TARGET)
+    until_it_trains(training)
+    orphan = training.cluster.jobs()[-1]
+    killed.kill()
+    killed.communicate()
+    training.cluster.run("scontrol", "suspend", str(orphan.id))
+    refused = training.run("--profile", "slurm", TARGET)
+    assert refused.returncode == 1
+    assert "--unlock" in refused.stdout + refused.stderr
+    assert training.run("--unlock").returncode == 0
+    process = training.start(TARGET)
+    until(lambda: f"Slurm job {orphan.id}), which is making it" in (training.folder / LOG).read_text())
+    training.cluster.run("scontrol", "resume", str(orphan.id))
+    finish(process)
+    until(lambda: all(job.state == "COMPLETED" for job in training.cluster.jobs()[-2:]))
+    assert len(training.submitted()) == 2
+    assert f"(Slurm job {orphan.id}) meanwhile" in (training.folder / LOG).read_text()
+    assert read(training.folder / FOLDER) == undisturbed
+    assert "Nothing to be done" in training.submit(TARGET)
+
+
+def test_a_controller_that_is_away_for_a_while_costs_nothing(training, undisturbed):
+    without_accounting = training.folder / "profiles/slurm/without-accounting"
+    training.cluster.environment["PATH"] = os.pathsep.join(
+        [str(without_accounting), training.cluster.environment["PATH"]]
+    )
+    process = training.start(TARGET)
+    until_it_trains(training)
+    training.cluster.stop_controller()
+    time.sleep(3)  # in which Snakemake asks
+    training.cluster.start_controller()
+    finish(process)
+    assert states(training.submitted()) == ["COMPLETED"]
+    assert read(training.folder / FOLDER) == undisturbed
+
+
+def test_an_interrupted_snakemake_cancels_its_jobs_and_goes_on_when_it_is_started_again(training, undisturbed):
+    process = training.start(TARGET)
+    until_it_trains(training)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    until(lambda: training.cluster.jobs()[-1].state == "CANCELLED")
+    training.submit(TARGET)
+    assert states(training.submitted()) == ["CANCELLED", "COMPLETED"]
+    assert read(training.folder / FOLDER) == undisturbed

@@ -1,0 +1,95 @@
+"""What a change of the study costs: exactly the new jobs run, and what was there keeps its bytes and times."""
+
+import pytest
+
+from ..workflow.conftest import encoder_entry, write_dataset
+from .conftest import LAYER, contents, jobs_done
+
+STUDY = "studies/pocket/squares/tiny"
+SAES = {"metrics_saes": 1, "figures_saes": 1}
+LAYERWISE = {"metrics_layerwise": 1, "figures_layerwise": 1}
+CHANGED_WITH_AN_ENCODER = (
+    "activations/viewer",
+    "saes/tiny/viewer",
+    "features/tiny/viewer",
+    "correlations",
+    "similarity",
+)
+# What sums up the encoders and pairs of a study.
+SUMS = (f"{STUDY}/layerwise", f"{STUDY}/saes")
+
+
+def add_an_encoder(config, _):
+    config["encoders"]["added"] = encoder_entry("./models/second-reader", "text", "language", use_layers=[LAYER])
+    config["analyses"]["layerwise"]["both"]["pairs"].append(["added", "viewer"])
+
+
+def add_a_seed(config, _):
+    config["encoders"]["viewer"]["seeds"] = [0, 1]
+    config["analyses"]["layerwise"]["viewer"] = {"pairs": [["viewer@0", "viewer@1"]]}
+
+
+def add_a_layer(config, _):
+    config["encoders"]["viewer"]["use_layers"] = [LAYER - 1, LAYER]
+
+
+def add_a_ranking(config, _):
+    config["analyses"]["sharedness"] = {
+        "said": {"source": "reader", "shared_with": ["reader@1"], "not_shared_with": ["viewer"]}
+    }
+
+
+def add_a_dataset(config, folder):
+    write_dataset(folder / "more.parquet", rows=20)
+    config["datasets"]["more"] = config["datasets"]["squares"] | {"source": "./more.parquet"}
+
+
+@pytest.mark.parametrize(
+    ("change", "queued", "local", "renewed"),
+    [
+        (
+            add_an_encoder,
+            {"activations": 1, "sae": 1, "features": 1, "correlations": 1, "similarity": 1},
+            {"weights": 1, "metrics_pair": 1, **LAYERWISE, **SAES},
+            SUMS,
+        ),
+        (
+            add_a_seed,
+            {"sae": 1, "features": 1, "correlations": 1},
+            {"metrics_pair": 1, **LAYERWISE, **SAES},
+            (f"{STUDY}/saes",),
+        ),
+        (
+            add_a_layer,
+            {"activations": 1, "sae": 2, "features": 1, "correlations": 2, "similarity": 1},
+            {"metrics_pair": 2, **LAYERWISE, **SAES},
+            (*SUMS, f"{STUDY}/pairs", *(f"squares/{kind}/" for kind in CHANGED_WITH_AN_ENCODER)),
+        ),
+        (
+            add_a_ranking,
+            {"correlations": 1},
+            {"metrics_pair": 1, "metrics_sharedness": 1, "figures_sharedness": 1},
+            (),
+        ),
+        (
+            add_a_dataset,
+            {"activations": 2, "sae": 3, "features": 3, "correlations": 2, "similarity": 1},
+            {"dataset": 1, "metrics_pair": 2, **LAYERWISE, **SAES},
+            (),
+        ),
+    ],
+    ids=lambda value: value.__name__.replace("_", " ") if callable(value) else "",
+)
+def test_a_change_costs_its_own_jobs_alone(pocket, change, queued, local, renewed):
+    before = contents(pocket)
+    config = pocket.config
+    change(config, pocket.folder)
+    pocket.config = config
+    output = pocket.submit()
+    submitted = pocket.submitted()
+    assert {rule: sum(job.rule == rule for job in submitted) for rule in {job.rule for job in submitted}} == queued
+    assert jobs_done(output) == queued | local | {"all": 1}
+    after = contents(pocket)
+    lost_or_renewed = {name for name, found in before.items() if after.get(name) != found}
+    assert all(name.startswith(renewed) for name in lost_or_renewed), lost_or_renewed
+    assert len(after) > len(before)
