@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 import yaml
 
+from conceptshare import provenance
 from conceptshare.catalog import CATALOG, DatasetSpec, EncoderSpec, ModelSpec, complete, parse, read_catalog
 from conceptshare.errors import ConceptshareError, StudyError
 from conceptshare.plan import Rates, make_plan, plan_as_json, plan_as_text
@@ -35,7 +36,8 @@ Threads = Annotated[int, typer.Option(help="CPU threads; the last digits of resu
 
 
 @app.callback()
-def _go_offline(context: typer.Context) -> None:
+def _start(context: typer.Context) -> None:
+    provenance.begin(sys.argv[1:])
     # The libraries read these when they are imported, which each command does for itself.
     if context.invoked_subcommand not in _FETCHING:
         os.environ.update(_OFFLINE)
@@ -301,6 +303,12 @@ Similarity = Annotated[
     typer.Option(help="The folder of the similarity stage; without it, its columns are empty.", show_default=False),
 ]
 Members = Annotated[str, typer.Option(help="JSON list of members.")]
+
+
+@app.command("provenance")
+def study_provenance(out: Out) -> None:
+    """Write down a study, which is read as JSON from standard input, with the versions and the machine it is run on."""
+    provenance.record_study(sys.stdin.read(), out)
 
 
 @metrics_app.command("matrix")

@@ -186,6 +186,7 @@ def count_jobs(study: Study) -> dict[str, int]:
         "figures_layerwise": settings * layerwise,
         "figures_sharedness": settings * sharedness,
         "figures_saes": settings,
+        "provenance": 1,
     }
     return {rule: count for rule, count in jobs.items() if count} | {"all": 1}
 
