@@ -1,8 +1,15 @@
-"""Data sets as tests look at them."""
+"""Data sets and results as tests look at them."""
 
 import numpy as np
 
+from conceptshare import provenance
 from conceptshare.dataset import Data
+
+
+def contents(folder):
+    """The bytes of every file below a folder, by relative path, but for what tells how it came about."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.endswith(provenance.FILE)]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 class AsRead(Data):

@@ -22,6 +22,7 @@ from conceptshare.dataset import Data, make_dataset
 from conceptshare.encoders import load_encoder
 from conceptshare.errors import EncoderError, NumericsError, StoreError
 from tests import models
+from tests.data import contents
 from tests.models import CAPTIONS, LAYERS
 
 # Of the last batch, only one sample is left.
@@ -331,10 +332,6 @@ def going_on(result):
     return [int(number) for number in re.findall(r"going on at sample (\d+)", result.stderr)]
 
 
-def bytes_of(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize(("make", "moments"), [(models.bert, [0.6, 0.3, 0.15]), (models.siglip_image, [0.85])])
 def test_a_killed_extraction_goes_on_at_its_last_finished_shard_and_ends_with_the_same_bytes(
     data_folder, tmp_path, make, moments
@@ -355,7 +352,7 @@ def test_a_killed_extraction_goes_on_at_its_last_finished_shard_and_ends_with_th
         assert not out.exists()
     assert len(starts) > 1
     assert starts == sorted(starts)
-    assert bytes_of(out) == bytes_of(tmp_path / "whole" / "tiny.zarr")
+    assert contents(out) == contents(tmp_path / "whole" / "tiny.zarr")
     assert sorted(path.name for path in out.parent.iterdir()) == ["tiny.zarr", "weights.json"]
 
 
@@ -364,7 +361,7 @@ def test_a_chunk_that_an_unfinished_store_lost_is_an_error_and_then_made_again(d
     spec = batched(models.bert(tmp_path / "model").spec, batch_size=2)
     out = tmp_path / "tiny.zarr"
     whole = run_extraction(spec, data_folder, out)
-    expected = bytes_of(out)
+    expected = contents(out)
     shutil.rmtree(out)
     assert run_extraction(spec, data_folder, out, int(whole.stdout) - 5).returncode == -signal.SIGKILL
     (tmp_path / "tiny.zarr.partial" / lost).unlink()
@@ -372,7 +369,7 @@ def test_a_chunk_that_an_unfinished_store_lost_is_an_error_and_then_made_again(d
     assert damaged.returncode == 1
     assert "tiny.zarr: what an earlier attempt left of it is damaged" in damaged.stderr
     assert run_extraction(spec, data_folder, out).returncode == 0
-    assert bytes_of(out) == expected
+    assert contents(out) == expected
 
 
 @pytest.mark.parametrize("change", ["spec", "weights"])

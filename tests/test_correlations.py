@@ -28,6 +28,7 @@ from conceptshare.errors import NumericsError, StoreError
 from conceptshare.metrics import wmppc
 from conceptshare.reading import read_correlations
 from conceptshare.store import open_store
+from tests.data import contents
 
 
 def all_correlations(a, b):
@@ -678,10 +679,6 @@ def test_a_whole_matrix_of_a_layer_that_is_not_there_is_refused(larger_stores, t
     assert not list(tmp_path.glob("pair*"))
 
 
-def files_in(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 KILLED = """if True:
     import os, sys
     from pathlib import Path
@@ -725,7 +722,7 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(name, stop, larger_st
     assert subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True).returncode == 9
     assert not out.exists()
     correlate_stores(path_a, path_b, out, 700_000, full=[(0, 2)])
-    assert files_in(out) == files_in(undisturbed)
+    assert contents(out) == contents(undisturbed)
     assert [path.name for path in out.parent.iterdir()] == ["pair.zarr"]
     assert blocks[0] < all_blocks
     if name != "panel":
@@ -741,7 +738,7 @@ def test_what_was_cut_off_of_other_features_is_not_gone_on_with(larger_stores, t
     other = write_features(tmp_path / "other", "bert@1", features_of(rng, 300, {1: 30, 2: 280}))
     correlate_stores(path_a, other, out, 700_000, full=[(0, 2)])
     correlate_stores(path_a, other, tmp_path / "whole.zarr", 700_000, full=[(0, 2)])
-    assert files_in(out) == files_in(tmp_path / "whole.zarr")
+    assert contents(out) == contents(tmp_path / "whole.zarr")
 
 
 @pytest.mark.parametrize("damage", ["torn", "garbled", "empty"])
@@ -828,7 +825,7 @@ def test_another_memory_budget_does_not_go_on_with_steps_that_were_others(larger
     assert subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True).returncode == 9
     correlate_stores(path_a, path_b, out, full=[(0, 2)])
     correlate_stores(path_a, path_b, tmp_path / "whole.zarr", full=[(0, 2)])
-    assert files_in(out) == files_in(tmp_path / "whole.zarr")
+    assert contents(out) == contents(tmp_path / "whole.zarr")
 
 
 def test_a_chunk_that_an_attempt_lost_of_a_whole_matrix_is_noticed(larger_stores, tmp_path):

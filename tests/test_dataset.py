@@ -22,7 +22,7 @@ from conceptshare import dataset
 from conceptshare.catalog import DatasetSpec
 from conceptshare.dataset import MAX_RATIO, Data, decode, make_dataset
 from conceptshare.errors import DatasetError, HubError
-from tests.data import AsRead
+from tests.data import AsRead, contents
 from tests.hub import running, use
 
 COLOURS = ["red", "lime", "blue", "yellow", "black"]
@@ -385,9 +385,9 @@ def test_a_damaged_table_is_named(tmp_path):
 
 def test_making_it_again_gives_the_same_bytes(make, tmp_path):
     make()
-    first = {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()}
+    first = contents(tmp_path / "made")
     make()
-    assert {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()} == first
+    assert contents(tmp_path / "made") == first
     assert set(first) == {"samples.arrow", "manifest.json"}
 
 

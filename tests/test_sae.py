@@ -21,6 +21,7 @@ from conceptshare.sae._checkpoints import PREEMPTED
 from conceptshare.sae._metrics import density_histogram
 from conceptshare.store import new_store, save_array
 from conceptshare.study import SAESettings
+from tests.data import contents
 
 # Steps between looks for dead latents, few so that some are found.
 LOOKS = 5
@@ -386,10 +387,6 @@ SETTINGS = SAESettings(expansion=2, k=4, learning_rate=1e-3)
 def activations(tmp_path, write_activations):
     tokens = planted(samples=60)
     return write_activations(tmp_path / "activations" / "vit.zarr", {0: tokens, 3: tokens})
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_the_same_seed_gives_the_same_bytes(activations, tmp_path):

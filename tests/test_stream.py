@@ -28,6 +28,7 @@ from conceptshare.sae._checkpoints import PREEMPTED
 from conceptshare.store import open_store
 from conceptshare.study import SAESettings
 from tests import models
+from tests.data import contents
 
 SAMPLES = 47
 BLOCK = 5
@@ -74,10 +75,6 @@ def stored(encoder, data, settings, folder, seeds=SEEDS):
 def streamed(encoder, data, settings, folder, seeds=SEEDS, **how):
     train_stream(encoder, data, settings, seeds, folder / "tiny", folder / "tiny.zarr", **how)
     return folder
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def assert_the_same(one, other):

@@ -325,6 +325,17 @@ def test_what_an_encoder_reads_must_suit_what_it_was_trained_on(build, modality,
             build(encoders={"mine": entry})
 
 
+def test_a_study_is_told_apart_by_all_that_results_depend_on_and_nothing_else(build):
+    encoders = {"vit": None, "bert": {"seeds": [0, 1]}}
+    key = build(encoders=encoders).study_key()
+    assert json.loads(key)["encoders"]["bert"]["seeds"] == [0, 1]
+    assert json.loads(key)["saes"] != {}
+    assert build(encoders=dict(reversed(encoders.items()))).study_key() == key
+    assert build(encoders=encoders | {"vit": {"note": "a note", "trained_on": "x", "tokens": 3}}).study_key() == key
+    for changed in ({"batch_size": 7}, {"seeds": [2]}):
+        assert build(encoders=encoders | {"vit": changed}).study_key() != key
+
+
 def test_a_layerwise_pair_with_itself_is_refused(fault, build):
     message = fault(analyses={"layerwise": {"a": {"pairs": [["vit", "vit@0"]]}}})
     assert "analyses.layerwise.a: vit is paired with itself" in message

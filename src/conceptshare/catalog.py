@@ -21,11 +21,15 @@ CATALOG = Path(__file__).parents[2] / "workflow" / "catalog"
 
 # A name becomes part of paths such as a@0__b@1.zarr, so it can hold neither "@" nor "__" nor "/".
 NAME = re.compile(r"[A-Za-z0-9]+([._-][A-Za-z0-9]+)*")
+# Twice, with seeds and endings, in the name of a file, which most disks bound to 255 bytes.
+LONGEST_NAME = 80
 
 
 def _as_name(value: str) -> str:
     if not isinstance(value, str) or not NAME.fullmatch(value):
         raise ValueError(f"{value!r} is not a name: use letters, digits, and single '.', '_' or '-' between them")
+    if len(value) > LONGEST_NAME:
+        raise ValueError(f"{value!r} has {len(value)} letters, where a name has {LONGEST_NAME} at most; shorten it")
     return value
 
 
@@ -193,11 +197,11 @@ class EncoderSpec(ModelSpec, extra="forbid"):
 
     def activations_key(self) -> str:
         """What the `activations` stage depends on, as canonical JSON."""
-        return canonical(self, set(type(self).model_fields) - _TOLD_ONLY - {"seeds"})
+        return canonical(self, set(type(self).model_fields) - TOLD_ONLY - {"seeds"})
 
 
-# Keys that tell a reader or an estimate something, and change no result.
-_TOLD_ONLY = {"tokens", "gflops", "trained_on", "note"}
+TOLD_ONLY = {"samples", "tokens", "gflops", "trained_on", "note"}
+"""Keys that tell a reader or an estimate something, and change no result."""
 
 
 def canonical(spec: BaseModel, keys: set[str] | None = None) -> str:

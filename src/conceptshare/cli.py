@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 import yaml
 
+from conceptshare import provenance
 from conceptshare.catalog import CATALOG, DatasetSpec, EncoderSpec, ModelSpec, complete, parse, read_catalog
 from conceptshare.errors import ConceptshareError, MadeMeanwhileError, StudyError
 from conceptshare.plan import Rates, make_plan, plan_as_json, plan_as_text
@@ -27,7 +28,7 @@ app.add_typer(metrics_app, name="metrics")
 app.add_typer(figures_app, name="figures")
 
 # The commands that may ask a hub; compute nodes often have no internet, and what a run reads is on record by then.
-_FETCHING = {"dataset", "weights"}
+_FETCHING = {"dataset", "weights", "doctor"}
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 Out = Annotated[Path, typer.Option(help="What to write.")]
@@ -35,7 +36,8 @@ Threads = Annotated[int, typer.Option(help="CPU threads; the last digits of resu
 
 
 @app.callback()
-def _go_offline(context: typer.Context) -> None:
+def _start(context: typer.Context) -> None:
+    provenance.begin(sys.argv[1:])
     # The libraries read these when they are imported, which each command does for itself.
     if context.invoked_subcommand not in _FETCHING:
         os.environ.update(_OFFLINE)
@@ -64,6 +66,24 @@ def plan(
     """Say what a study will cost: jobs, disk, memory and hours. Reckoned from the study alone; nothing is run."""
     found = make_plan(load_study(config), Rates(tflops, disk_mb_per_s, cpu_gflops), samples)
     typer.echo(plan_as_json(found) if as_json else plan_as_text(found))
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Option(help="A study: config.yaml, where it is there.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Check this machine, and say what is missing; exit with 1 where no run can do without it."""
+    from conceptshare.doctor import as_json as in_json
+    from conceptshare.doctor import as_text, examine
+
+    default = Path("config.yaml")
+    findings = examine(config or (default if default.is_file() else None))
+    typer.echo(in_json(findings) if as_json else as_text(findings))
+    if any(finding.status == "missing" for finding in findings):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -301,6 +321,12 @@ Similarity = Annotated[
     typer.Option(help="The folder of the similarity stage; without it, its columns are empty.", show_default=False),
 ]
 Members = Annotated[str, typer.Option(help="JSON list of members.")]
+
+
+@app.command("provenance")
+def study_provenance(out: Out) -> None:
+    """Write down a study, which is read as JSON from standard input, with the versions and the machine it is run on."""
+    provenance.record_study(sys.stdin.read(), out)
 
 
 @metrics_app.command("matrix")

@@ -30,6 +30,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from conceptshare import provenance
 from conceptshare.ahead import in_order
 from conceptshare.catalog import DatasetSpec, is_path
 from conceptshare.download import HOPELESS, Downloads, Failure, UnusableError
@@ -197,6 +198,7 @@ def make_dataset(spec: DatasetSpec, out: Path) -> None:
         text = json.dumps(manifest, indent=1, ensure_ascii=False)
         # A lone surrogate in a dropped row's id or address becomes \\udcXX, as JSON too would write it.
         (folder / "manifest.json").write_bytes(text.encode("utf-8", "backslashreplace"))
+        provenance.record(folder)
     say(f"{spec.source}: {manifest['rows']:,} samples, {len(dropped)} dropped")
 
 
@@ -298,7 +300,7 @@ def _check_image(image: bytes, max_pixels: int) -> None:
 def _outcomes(spec: DatasetSpec, source: _Source, downloads: Path) -> Generator[Sample | Dropped, None, None]:
     """Each row of the source in order, as a sample or as dropped; a bounded number of rows is worked on ahead."""
     _formats()  # finds PIL's plugins, which several threads had better not do at once
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = provenance.cores()
     rows = enumerate(_rows(spec, source))
     with ThreadPoolExecutor(cores, "decode") as pool:
         if spec.image_url is not None:

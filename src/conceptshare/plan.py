@@ -186,6 +186,7 @@ def count_jobs(study: Study) -> dict[str, int]:
         "figures_layerwise": settings * layerwise,
         "figures_sharedness": settings * sharedness,
         "figures_saes": settings,
+        "provenance": 1,
     }
     return {rule: count for rule, count in jobs.items() if count} | {"all": 1}
 
@@ -388,8 +389,8 @@ def features_bytes(F: int, N: int) -> int:
 def headline(plan: Plan) -> str:
     """The estimate in one line."""
     total = plan.total()
-    hours = total.hours(plan.rates)
-    return f"{_bytes(total.written)} of disk, {_bytes(total.memory)} of memory, {_hours(hours)} hours on one GPU"
+    disk, memory, hours = format_bytes(total.written), format_bytes(total.memory), _hours(total.hours(plan.rates))
+    return f"{disk} of disk, {memory} of memory, {hours} hours on one GPU"
 
 
 def plan_as_json(plan: Plan) -> str:
@@ -419,10 +420,10 @@ def cost_cells(cost: Cost | None, rates: Rates) -> list[str]:
         return ["-"] * 5
     flops = cost.flops + cost.cpu_flops
     return [
-        _bytes(cost.written),
-        _bytes(cost.read),
+        format_bytes(cost.written),
+        format_bytes(cost.read),
         f"{flops:.2e}" if flops else "-",
-        _bytes(cost.memory),
+        format_bytes(cost.memory),
         _hours(cost.hours(rates)),
     ]
 
@@ -444,7 +445,8 @@ def _assumptions(plan: Plan) -> list[str]:
     return lines
 
 
-def _bytes(count: float) -> str:
+def format_bytes(count: float) -> str:
+    """A number of bytes for people, in three digits and powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from conceptshare import activations
+from conceptshare import activations, provenance
 from conceptshare.errors import NumericsError, StoreError
 from conceptshare.files import layer_name, written_aside
 from conceptshare.progress import progress
@@ -119,6 +119,7 @@ def compare_stores(path_a: Path, path_b: Path, out: Path) -> None:
     table = pd.DataFrame(rows, columns=columns).sort_values(columns[:2])
     with written_aside(out) as partial:
         table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
+        provenance.record(out)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import zarr
 from numpy.typing import DTypeLike, NDArray
 from zarr.codecs import ZstdCodec
 
+from conceptshare import provenance
 from conceptshare.errors import ConceptshareError, NumericsError, StoreError
 from conceptshare.files import layer_name, remove, written_aside
 
@@ -26,6 +27,8 @@ VERSIONS = {"features": 2, "correlations": 2}
 
 _ROOT = "zarr.json"
 _EVERY_CHUNK: Any = {"write_empty_chunks": True}
+# Files in a store's folder that are no part of it: how it came about, and Snakemake's time stamp.
+_BESIDE = {provenance.FILE, ".snakemake_timestamp"}
 
 
 @contextmanager
@@ -49,6 +52,7 @@ def new_store(path: Path, kind: str, spec: dict[str, Any], resume: bool = False)
             group = zarr.open_group(partial, mode="w", zarr_format=3)
             group.attrs.update(described)
         yield group
+        provenance.record(partial)
         group.attrs["files"] = {name: size for name, size in _files(partial).items() if name != _ROOT}
         group.attrs["complete"] = True
 
@@ -272,10 +276,8 @@ def as_float16(
 
 
 def _files(folder: Path) -> dict[str, int]:
-    """Size in bytes of every file below a folder, by relative path; Snakemake's time stamp is not ours."""
+    """Size in bytes of every file below a folder, by relative path, but for those of `_BESIDE`."""
     paths = (Path(place) / name for place, _, names in os.walk(folder) for name in names)
     return {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in sorted(paths)
-        if path.name != ".snakemake_timestamp"
+        path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(paths) if path.name not in _BESIDE
     }

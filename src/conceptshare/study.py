@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from conceptshare.catalog import (
     CATALOG,
+    TOLD_ONLY,
     DatasetSpec,
     EncoderSpec,
     Name,
@@ -262,6 +263,12 @@ class Study(Spec):
                     f"share it; leave it out of one"
                 )
         self._check_full()
+        for encoder in self.encoders:
+            if encoder.endswith(".provenance"):
+                raise ValueError(
+                    f"encoders.{encoder}: a file of that name tells how the weights of another came about; choose "
+                    f"another name"
+                )
         for name, settings in self.saes.items():
             for encoder, spec in self.encoders.items():
                 latents = settings.expansion * spec.width
@@ -456,7 +463,12 @@ class Study(Spec):
 
     def dataset_key(self, name: str) -> str:
         """What a data set depends on, as canonical JSON."""
-        return canonical(self.datasets[name], set(DatasetSpec.model_fields) - {"note", "samples"})
+        return canonical(self.datasets[name], set(DatasetSpec.model_fields) - TOLD_ONLY)
+
+    def study_key(self) -> str:
+        """The whole study as completed by the catalog, but for what changes no result, as canonical JSON."""
+        told = {"encoders": {"__all__": TOLD_ONLY}, "datasets": {"__all__": TOLD_ONLY}}
+        return _json(self.model_dump(mode="json", exclude=told))
 
     def _rank(self, member: Member) -> tuple[int, Member]:
         spec = self.encoders[member.encoder]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conceptshare import provenance
 from conceptshare.catalog import ModelSpec, local_path
 from conceptshare.errors import EncoderError, HubError
 from conceptshare.files import written_aside
@@ -76,6 +77,7 @@ def fetch_weights(spec: ModelSpec, out: Path) -> None:
     }
     with written_aside(out) as partial:
         partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        provenance.record(out)
     size = sum(path.stat().st_size for path in found.files)
     say(f"{spec.model}: {len(found.files)} files, {size:,} bytes at {found.location}")
 

@@ -8,6 +8,7 @@ import pytest
 from .conftest import CLONE, LAYERS, Project, encoder_entry
 
 ALWAYS = {"all": 1}
+CHANGED_STUDY = {"provenance": 1, **ALWAYS}
 SAE_REPORT = {"metrics_saes": 1, "figures_saes": 1}
 MATRIX = dict.fromkeys(["metrics_matrix", "metrics_averages", "metrics_formats"], 1) | {
     f"figures_{part}": 1 for part in ("matrix", "averages", "intervals", "similarity", "strength")
@@ -31,7 +32,7 @@ def test_a_fresh_study_plans_one_job_a_stage_and_part(new_study):
         "correlations": 2,
         "similarity": 1,
         **TABLES_AND_FIGURES,
-        **ALWAYS,
+        **CHANGED_STUDY,
     }
 
 
@@ -39,6 +40,24 @@ def test_touching_every_source_file_plans_nothing(study):
     later = time.time() + 60
     for path in [*study.folder.glob("src/**/*.py"), *study.folder.glob("workflow/**/*"), study.folder / "Snakefile"]:
         os.utime(path, (later, later))
+    assert study.plan() == {}
+
+
+def test_another_account_of_how_results_came_about_plans_nothing(study):
+    accounts = list(study.folder.glob("results/**/*provenance.json"))
+    # Of the data set, encoders, activations, SAEs, features, correlations, similarities and the study.
+    assert len(accounts) == 1 + 2 + 2 + 3 * LAYERS + 3 + 2 + 1 + 1
+    for path in accounts:
+        path.write_text("{}")
+    assert study.plan() == {}
+
+
+def test_a_data_set_and_weights_that_are_made_again_and_are_the_same_plan_nothing(study):
+    remade = ["results/squares/data/manifest.json", "results/weights/reader.json"]
+    before = {path: (study.folder / path).read_bytes() for path in remade}
+    result = study.run("--cores", "2", "--force", *remade)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert {path: (study.folder / path).read_bytes() for path in remade} == before
     assert study.plan() == {}
 
 
@@ -70,7 +89,7 @@ def test_an_added_encoder_plans_its_own_jobs_its_pairs_and_what_aggregates(study
         "metrics_pair": 2,
         **MATRIX,
         **SAE_REPORT,
-        **ALWAYS,
+        **CHANGED_STUDY,
     }
 
 
@@ -88,7 +107,7 @@ def test_an_encoders_changed_setting_plans_that_encoders_jobs_alone(study):
         **MATRIX,
         **SHAREDNESS,
         **SAE_REPORT,
-        **ALWAYS,
+        **CHANGED_STUDY,
     }
 
 
@@ -105,7 +124,7 @@ def test_an_added_seed_leaves_activations_and_other_seeds_alone(study):
         **MATRIX,  # of which the other seed is now a ceiling
         **LAYERWISE,
         **SAE_REPORT,
-        **ALWAYS,
+        **CHANGED_STUDY,
     }
 
 
@@ -114,14 +133,14 @@ def test_a_second_sae_setting_leaves_the_first_alone(study):
     config["saes"]["sparser"] = {"expansion": 2, "k": 2, "learning_rate": 1e-2}
     study.config = config
     new = {"sae": 3 * LAYERS, "features": 3, "correlations": 2, "similarity": 1}
-    assert study.plan() == {**new, **TABLES_AND_FIGURES, **ALWAYS}
+    assert study.plan() == {**new, **TABLES_AND_FIGURES, **CHANGED_STUDY}
 
 
 def test_a_changed_sae_setting_plans_training_and_what_follows(study):
     config = study.config
     config["saes"]["tiny"]["k"] = 3
     study.config = config
-    assert study.plan() == {"sae": 3 * LAYERS, "features": 3, "correlations": 2, **TABLES_AND_FIGURES, **ALWAYS}
+    assert study.plan() == {"sae": 3 * LAYERS, "features": 3, "correlations": 2, **TABLES_AND_FIGURES, **CHANGED_STUDY}
 
 
 def test_swapped_settings_of_two_encoders_are_seen(study):
@@ -172,7 +191,7 @@ def test_a_dataset_that_changed_plans_everything_but_weights(study):
         "correlations": 2,
         "similarity": 1,
         **TABLES_AND_FIGURES,
-        **ALWAYS,
+        **CHANGED_STUDY,
     }
 
 

@@ -2,12 +2,16 @@
 
 import json
 import zipfile
+from importlib.metadata import version
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import zarr
 from safetensors.torch import load_file, save_file
+
+from tests.data import contents
 
 from .conftest import LAYERS, write_dataset
 
@@ -43,8 +47,8 @@ def test_every_table_and_figure_is_there_and_every_job_left_a_log(finished):
     found = {str(path.relative_to(finished.folder / TABLES)) for path in files if path.stat().st_size > 0}
     assert found == expected
     logs = [path for path in (finished.folder / "results/logs").rglob("*.log") if path.stat().st_size >= 0]
-    # From the data set to similarities; tables; figures.
-    assert len(logs) == (1 + 2 + 2 + 3 * LAYERS + 3 + 2 + 1) + (3 + 1 + 2 + 2 + 1 + 1) + (5 + 1 + 2 + 1)
+    # From the data set to similarities; tables; figures; the study.
+    assert len(logs) == (1 + 2 + 2 + 3 * LAYERS + 3 + 2 + 1) + (3 + 1 + 2 + 2 + 1 + 1) + (5 + 1 + 2 + 1) + 1
 
 
 def test_a_second_run_finds_nothing_to_do(finished):
@@ -127,15 +131,36 @@ def test_saes_learnt(finished):
         assert losses.iloc[-1] < losses.iloc[0]
 
 
-def test_another_run_on_other_cores_gives_the_same_numbers(finished, new_study):
+def results_of(study):
+    """The bytes of every file that two runs have in common: all but logs, and how results came about."""
+    folder = study.folder / "results"
+    logs = folder / "logs"
+    return {path: content for path, content in contents(folder).items() if not (folder / path).is_relative_to(logs)}
+
+
+def test_another_run_on_other_cores_gives_the_same_bytes(finished, new_study):
     result = new_study.run("--cores", "1")
     assert result.returncode == 0, result.stdout + result.stderr
-    compared = 0
-    for path in [*finished.folder.rglob("*.csv"), *finished.folder.rglob("*.safetensors")]:
-        if path.is_relative_to(finished.folder / "results"):
-            assert path.read_bytes() == (new_study.folder / path.relative_to(finished.folder)).read_bytes(), path
-            compared += 1
-    assert compared == (6 + 1 + 2 + 2 + 1 + 1 + 1) + 3 * 3 * LAYERS
+    found, expected = results_of(new_study), results_of(finished)
+    assert found.keys() == expected.keys()
+    assert [path for path in found if found[path] != expected[path]] == []
+    kinds = {path.rpartition(".")[2] for path in found}
+    assert kinds >= {"arrow", "json", "safetensors", "csv", "parquet", "md", "tex", "png", "pdf"}
+
+
+def test_a_study_tells_what_it_is_and_with_what_it_was_made(finished):
+    told = json.loads((finished.folder / "results/studies/miniature/provenance.json").read_text())
+    assert told["study"]["encoders"]["reader"]["seeds"] == [0, 1]
+    assert told["study"]["encoders"]["reader"]["batch_size"] == 32  # a default
+    assert told["study"]["datasets"]["squares"]["order_seed"] == 0
+    assert "note" not in told["study"]["encoders"]["reader"]
+    assert told["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert told["conceptshare"] == {"version": version("conceptshare"), "commit": None, "dirty": None}  # no git clone
+    sae = json.loads((finished.folder / "results/squares/saes/tiny/reader/layer-01/seed-1/provenance.json").read_text())
+    arguments = sae["job"]["arguments"]
+    assert arguments[:2] == ["sae", "train"]
+    assert arguments[arguments.index("--seed") + 1] == "1"
+    assert json.loads(arguments[arguments.index("--settings") + 1])["k"] == 4
 
 
 def test_the_report_holds_every_figure_and_table_with_its_caption(finished):

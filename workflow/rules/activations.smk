@@ -1,8 +1,8 @@
 # Every layer of an encoder, from one forward pass over a data set.
 rule activations:
     input:
-        data=rules.dataset.output,
-        weights=rules.weights.output,
+        data=DATA,
+        weights=rules.weights.output.record,
         code=code("activations.py", "encoders/*.py"),
     output:
         directory("results/{dataset}/activations/{encoder}.zarr"),

@@ -10,6 +10,7 @@ rule dataset:
     output:
         samples="results/{dataset}/data/samples.arrow",
         manifest="results/{dataset}/data/manifest.json",
+        provenance="results/{dataset}/data/provenance.json",
     log:
         "results/logs/{dataset}/dataset.log",
     conda:
@@ -23,3 +24,7 @@ rule dataset:
         folder=subpath(output.manifest, parent=True),
     shell:
         "python -m conceptshare dataset --dataset {params.spec:q} --out {params.folder:q} > {log:q} 2>&1"
+
+
+# What later rules read. How it came about is told beside it, and differs between two runs of the same.
+DATA = [rules.dataset.output.samples, rules.dataset.output.manifest]

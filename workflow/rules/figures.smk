@@ -224,7 +224,7 @@ rule figures_sharedness:
     input:
         table=rules.metrics_sharedness.output.csv,
         features=lambda w: features_of([STUDY.sharedness_source(w.name)], w),
-        data=rules.dataset.output,
+        data=DATA,
         code=code("figures/*.py", "formats.py"),
     output:
         png=report(

@@ -11,6 +11,7 @@ rule sae:
             metrics="metrics.json",
             losses="loss.csv",
             density="density.csv",
+            provenance="provenance.json",
         ),
     log:
         "results/logs/{dataset}/saes/{sae}/{encoder}/layer-{layer}/seed-{seed}.log",

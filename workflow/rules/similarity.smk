@@ -5,7 +5,8 @@ rule similarity:
         b=lambda w: activations_of(w, "encoder_b"),
         code=code("similarity.py"),
     output:
-        "results/{dataset}/similarity/{sae}/{encoder_a}__{encoder_b}.csv",
+        csv="results/{dataset}/similarity/{sae}/{encoder_a}__{encoder_b}.csv",
+        provenance="results/{dataset}/similarity/{sae}/{encoder_a}__{encoder_b}.provenance.json",
     log:
         "results/logs/{dataset}/similarity/{sae}/{encoder_a}__{encoder_b}.log",
     conda:
@@ -16,5 +17,5 @@ rule similarity:
         mem_mb=grown(4000),
         runtime=grown(120),
     shell:
-        "python -m conceptshare similarity {input.a:q} {input.b:q} --threads {threads} --out {output:q}"
+        "python -m conceptshare similarity {input.a:q} {input.b:q} --threads {threads} --out {output.csv:q}"
         " > {log:q} 2>&1"

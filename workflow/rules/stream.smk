@@ -2,8 +2,8 @@
 # They are those of the rules `activations` and `sae`, without the tokens in between.
 rule stream:
     input:
-        data=rules.dataset.output,
-        weights=rules.weights.output,
+        data=DATA,
+        weights=rules.weights.output.record,
         code=code("activations.py", "encoders/*.py", "sae/*.py"),
     output:
         saes=directory("results/{dataset}/streams/{sae}/saes/{encoder}"),

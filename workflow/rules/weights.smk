@@ -9,7 +9,8 @@ rule weights:
         checkpoint=lambda w: local_files(STUDY.encoders[w.encoder].weights or ""),
         code=code("weights.py", "hub.py"),
     output:
-        "results/weights/{encoder}.json",
+        record="results/weights/{encoder}.json",
+        provenance="results/weights/{encoder}.provenance.json",
     log:
         "results/logs/weights/{encoder}.log",
     conda:
@@ -21,4 +22,4 @@ rule weights:
     params:
         spec=lambda w: STUDY.encoders[w.encoder].weights_key(),
     shell:
-        "python -m conceptshare weights --encoder {params.spec:q} --out {output:q} > {log:q} 2>&1"
+        "python -m conceptshare weights --encoder {params.spec:q} --out {output.record:q} > {log:q} 2>&1"

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from conceptshare import provenance
 from conceptshare.activations import TokenReader
 from conceptshare.ahead import in_order
 from conceptshare.errors import NumericsError, StoreError
@@ -236,6 +237,7 @@ def write_sae(folder: Path, sae: TopKSAE, losses: NDArray[np.float32], settings:
         for row in density_histogram(found.density)
     ]
     _write_csv(folder / "density.csv", ["tokens", "kind", "log10_density", "latents"], rows)
+    provenance.record(folder)
     quality = report.all_tokens.quality
     window = f"of {quality.tokens:,} {'held-out' if report.held_out else 'training'} tokens"
     say(f"{report.origin}: FVU {quality.fvu:.3f}, L0 {quality.l0:.1f}, dead {quality.dead:.1%} {window}")
