@@ -171,6 +171,12 @@ class Answer:
     body: bytes = b""
 
 
+def _failure(status: int, bearer: str) -> Answer:
+    """A failure that repeats the secret it was asked with, as careless servers do."""
+    said = f"refused to {bearer}"
+    return Answer(status, {"X-Error-Message": said}, json.dumps({"error": said}).encode())
+
+
 def _json(content: Any) -> Answer:
     return Answer(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
 
@@ -218,7 +224,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 hub.outwaited |= not hub.over.wait(20)
                 self.close_connection = True
                 return
-            answer = Answer(trouble.number) if trouble is not None and trouble.kind == "fail" else hub.answer(request)
+            if trouble is not None and trouble.kind == "fail":
+                answer = _failure(trouble.number, bearer or "")
+            else:
+                answer = hub.answer(request)
             if trouble is not None and trouble.kind == "shorten":
                 answer.body, trouble = answer.body[: trouble.number], None
             self.send_response(answer.status)

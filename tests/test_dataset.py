@@ -22,6 +22,7 @@ from conceptshare import dataset
 from conceptshare.catalog import DatasetSpec
 from conceptshare.dataset import MAX_RATIO, Data, decode, make_dataset
 from conceptshare.errors import DatasetError, HubError
+from conceptshare.provenance import FILE
 from tests.data import AsRead, contents
 from tests.hub import running, use
 
@@ -217,7 +218,7 @@ def test_the_samples_are_an_arrow_file_as_documented(make, tmp_path):
     order = np.random.default_rng(3).permutation(5)
     assert table["image"].to_pylist() == [IMAGES[row] for row in order]
     assert table["id"].to_pylist() == ["abcde"[row] for row in order]
-    assert sorted(file.name for file in (tmp_path / "made").iterdir()) == ["manifest.json", "samples.arrow"]
+    assert set(contents(tmp_path / "made")) == {"manifest.json", "samples.arrow"}
 
 
 def test_the_order_of_samples_is_a_permutation_drawn_by_its_seed_alone(make):
@@ -745,7 +746,7 @@ def test_members_of_a_tar_never_touch_the_disk_whatever_their_names(tmp_path):
         tar.addfile(link)
     before = sorted(tmp_path.rglob("*"))
     make_dataset(web_spec(source), tmp_path / "inner" / "data")
-    made = {tmp_path / "inner" / "data" / name for name in ("", "samples.arrow", "manifest.json")}
+    made = {tmp_path / "inner" / "data" / name for name in ("", "samples.arrow", "manifest.json", FILE)}
     assert set(tmp_path.rglob("*")) - set(before) == made
     assert AsRead(tmp_path / "inner" / "data").ids() == ["../../evil", str(tmp_path / "absolute"), "plain"]
 

@@ -142,7 +142,11 @@ def test_a_script_makes_the_folder_beside_the_record():
     assert recorded_location(path).samefile(made)
     assert record["files"] == listing(made)
     assert (made / "config.json").read_text() == "made"
-    assert sorted(file.name for file in made.parent.iterdir()) == ["tiny-1.5", "tiny-1.5.json"]
+    assert sorted(file.name for file in made.parent.iterdir()) == [
+        "tiny-1.5",
+        "tiny-1.5.json",
+        "tiny-1.5.provenance.json",
+    ]
 
 
 def test_a_script_replaces_what_it_made_before():

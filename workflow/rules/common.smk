@@ -11,6 +11,7 @@ from conceptshare.errors import ConceptshareError
 from conceptshare.files import layer_name
 from conceptshare.study import Member, build_study, encoder_pairs, pair_name
 from snakemake.exceptions import WorkflowError
+from snakemake.io import contains_wildcard
 
 # Rules run `python -m conceptshare`: let that be this very Python and library, also where no environment is active. A
 # rule's conda environment, where one is used, comes before them.
@@ -39,9 +40,11 @@ def local_files(text):
     path = local_path(text)
     if path is None:
         return []
-    if path.is_dir():
-        return sorted(str(file) for file in path.rglob("*") if file.is_file())
-    return [str(path)]
+    files = sorted(str(file) for file in path.rglob("*") if file.is_file()) if path.is_dir() else [str(path)]
+    for file in files:
+        if contains_wildcard(file):
+            raise WorkflowError(f"{file}: Snakemake takes what is in braces for a wildcard; give it another name")
+    return files
 
 
 def grown(megabytes_or_minutes):

@@ -41,9 +41,16 @@ def load_open_clip(spec: EncoderSpec, location: Path, device: torch.device) -> E
         prepare, forward = _images(model, transform)
     else:
         tower = model.text if hasattr(model, "text") else model.transformer
-        prepare, forward = _texts(model, open_clip.get_tokenizer(name), spec)
+        prepare, forward = _texts(model, _tokenizer(name), spec)
     batch_first = next((m.batch_first for m in tower.modules() if hasattr(m, "resblocks")), True)
     return Encoder(spec, device, find_blocks(tower, spec), prepare, forward, batch_first)
+
+
+def _tokenizer(name: str) -> Any:
+    """The tokenizer of a model, which runs no code of the model's, whatever its configuration asks for."""
+    text = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
+    safe = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
+    return open_clip.get_tokenizer(name, **safe)
 
 
 def _images(model: Any, transform: Any) -> Any:

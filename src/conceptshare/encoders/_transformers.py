@@ -149,7 +149,9 @@ def _check_weights(
 def _prepare_images(spec: EncoderSpec, folder: Path, config: Any, takes: set[str]) -> Any:
     if not (folder / "preprocessor_config.json").is_file() and hasattr(config, "crop_pct"):
         return _prepare_images_as_timm(spec, config)
-    processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    processor: Any = AutoImageProcessor.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=spec.remote_code
+    )
     sizes = {} if spec.image_size is None else _sizes(processor, spec.image_size)
 
     def prepare(samples: Samples) -> Batch:
@@ -193,7 +195,7 @@ def _sizes(processor: Any, side: int) -> dict[str, dict[str, int]]:
 
 
 def _prepare_texts(spec: EncoderSpec, folder: Path, tower: Any) -> Any:
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=spec.remote_code)
     files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
     if tokenizer.vocab_files_names and not any((folder / name).is_file() for name in files):
         # transformers would go on without a vocabulary, and read every caption as unknown words.

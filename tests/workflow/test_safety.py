@@ -1,0 +1,95 @@
+"""What a study's free text and a user's secrets come to in real runs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests import models
+from tests.hub import TOKEN, environment, running
+
+from .conftest import new_clone, write_dataset
+
+TOKEN_IN_FILE = "hf_another_that_stays_in_its_file"
+AWKWARD = "a b'c\";$(touch pwned)`touch pwned`& { é"
+
+
+def test_free_text_of_a_study_reaches_no_shell(new_study):
+    config = new_study.config
+    (new_study.folder / "squares.parquet").unlink()
+    write_dataset(new_study.folder / f"{AWKWARD}.parquet", columns=(AWKWARD, f"words {AWKWARD}"))
+    (new_study.folder / "models/reader").rename(new_study.folder / "models" / AWKWARD)
+    config["datasets"]["squares"] = {
+        "source": f"./{AWKWARD}.parquet",
+        "image": AWKWARD,
+        "caption": f"words {AWKWARD}",
+        "note": AWKWARD,
+    }
+    config["encoders"]["reader"] |= {"model": f"./models/{AWKWARD}", "note": AWKWARD}
+    new_study.config = config
+    shown = new_study.run("--cores", "2", "-n", "-p")
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert "touch pwned" in shown.stdout
+    made = ["results/squares/data/manifest.json", "results/weights/reader.json"]
+    made += ["results/studies/miniature/provenance.json"]
+    result = new_study.run("--cores", "2", *made)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert all((new_study.folder / path).is_file() for path in made)
+    assert not list(new_study.folder.rglob("pwned"))
+
+
+def test_a_path_with_a_wildcard_in_it_is_refused_and_not_another_file(new_study):
+    config = new_study.config
+    (new_study.folder / "squares.parquet").rename(new_study.folder / "{dataset}.parquet")
+    (new_study.folder / "squares.parquet").touch()
+    config["datasets"]["squares"]["source"] = "./{dataset}.parquet"
+    new_study.config = config
+    result = new_study.run("--cores", "2", "-n")
+    assert result.returncode != 0
+    assert "{dataset}.parquet: Snakemake takes what is in braces for a wildcard" in result.stdout + result.stderr
+
+
+def test_no_file_of_a_run_holds_a_token(tmp_path):
+    project = new_clone(tmp_path / "clone")
+    write_dataset(tmp_path / "squares.parquet")
+    models.bert(tmp_path / "reader")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "token").write_text(TOKEN_IN_FILE)
+    with running() as hub:
+        for name in ("reader", "refused", "broken"):
+            hub.add(f"us/{name}", tmp_path / "reader")
+        hub.add("us/squares", {"train.parquet": (tmp_path / "squares.parquet").read_bytes()}, kind="dataset")
+        hub.fail(401, 99, "us/refused")
+        hub.fail(500, 99, "us/broken")
+        spec = {"library": "transformers", "modality": "text", "kind": "language", "layers": 4, "width": 16}
+        names = ("reader", "refused", "broken")
+        project.config = {
+            "study": "secrets",
+            "datasets": {"squares": {"source": "us/squares", "image": "picture", "caption": "words"}},
+            "encoders": {name: {**spec, "model": f"us/{name}", "global_token": "first"} for name in names},
+            "saes": {"tiny": {"k": 4}},
+            "analyses": {"matrices": {"all": None}},
+        }
+        surroundings = environment(hub.endpoint, cache, HF_TOKEN=TOKEN, PYTHONPATH=str(project.folder / "src"))
+        snakemake = [Path(sys.executable).with_name("snakemake"), "--cores", "3", "--keep-going"]
+        found = subprocess.run(
+            [*snakemake, "--until", "dataset", "weights", "provenance"],
+            cwd=project.folder,
+            env=surroundings,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert {request.token for request in hub.log} == {TOKEN}  # or it would prove nothing
+    assert found.returncode != 0
+    logs = project.folder / "results/logs"
+    assert "access is refused (401)" in (logs / "weights/refused.log").read_text()
+    assert "it answers 500" in (logs / "weights/broken.log").read_text()
+    made = ["results/squares/data/provenance.json", "results/weights/reader.provenance.json"]
+    made += ["results/studies/secrets/provenance.json", "results/logs/squares/dataset.log"]
+    assert [path for path in made if not (project.folder / path).is_file()] == []
+    files = [path for path in project.folder.rglob("*") if path.is_file()]
+    assert len([path for path in files if ".snakemake" in path.parts]) > 3
+    for token in (TOKEN, TOKEN_IN_FILE):
+        assert token not in found.stdout + found.stderr
+        assert [path for path in files if token.encode() in path.read_bytes()] == []
