@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,11 +13,10 @@ import pytest
 
 from .conftest import LAYER
 
-LONG = {"expansion": 2, "k": 4, "learning_rate": 1e-3, "batch_captions": 16, "epochs": 3000}
+LONG = {"expansion": 2, "k": 4, "learning_rate": 1e-3, "batch_captions": 16, "epochs": 1000}
 FOLDER = Path(f"results/squares/saes/long/reader/layer-{LAYER:02d}/seed-0")
 TARGET = str(FOLDER / "sae_weights.safetensors")
 LOG = Path(f"results/logs/squares/saes/long/reader/layer-{LAYER:02d}/seed-0.log")
-THREADS = min(4, len(os.sched_getaffinity(0)))  # as the profile says, and as many as there are
 # Of the training alone.
 STORE_OPTION = ["--activations"]
 TOKENS = "results/squares/activations/reader.zarr"
@@ -27,7 +27,7 @@ def undisturbed(first_run, tmp_path_factory):
     """The files of the SAE that takes long to train, from a training beside the workflow."""
     project, _, _ = first_run
     out = tmp_path_factory.mktemp("undisturbed") / "seed-0"
-    options = {"--layer": LAYER, "--settings": json.dumps(LONG), "--threads": THREADS, "--out": out}
+    options = {"--layer": LAYER, "--settings": json.dumps(LONG), "--out": out}
     store = project.folder / TOKENS
     command = [sys.executable, "-m", "conceptshare", "sae", "train", *STORE_OPTION, store]
     command += [text for option in options.items() for text in option]
@@ -39,6 +39,8 @@ def undisturbed(first_run, tmp_path_factory):
 def training(pocket):
     """A finished study with one more SAE setting, which takes long to train."""
     pocket.config = pocket.config | {"saes": pocket.config["saes"] | {"long": LONG}}
+    profile = pocket.folder / "profiles/slurm/config.yaml"
+    profile.write_text(re.sub(r"\n  sae: \d+", "\n  sae: 1", profile.read_text()))  # the last digits depend on it
     return pocket
 
 
