@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import resource
 import shutil
 import signal
@@ -81,3 +82,104 @@ def test_a_stage_that_is_stopped_at_any_moment_ends_with_the_same_bytes(stage, m
     assert stopped >= 3
     assert run(given, tmp_path).status == 0
     assert_as_undisturbed(stage, made, tmp_path)
+
+
+# What a stage reads, and of what stage that is; `averages` and `members` are tables of the stage `metrics`.
+READS = [
+    ("activations", "data/samples.arrow", "data"),
+    ("stream", "data/manifest.json", "data"),
+    ("activations", "vit.json", "vit.json"),
+    ("sae", "activations/vit.zarr/layer-01/tokens/c/0/0", "activations/vit.zarr"),
+    ("similarity", "activations/vit.zarr/layer-02/global/zarr.json", "activations/vit.zarr"),
+    ("features", "streams/bert/layer-01/seed-0/sae_weights.safetensors", "streams/bert"),
+    ("features", "streams/bert/layer-02/seed-0/cfg.json", "streams/bert"),
+    ("features", "streams/bert.zarr/layer-01/global/c/0/0", "streams/bert.zarr"),
+    ("correlations", "features/bert@0.zarr/layer-01/features/c/0/0", "features/bert@0.zarr"),
+    ("metrics", "features/bert@0.zarr/zarr.json", "features/bert@0.zarr"),
+    ("metrics", "correlations/bert@0__bert@1.zarr/rho_ab/c/0/0", "correlations/bert@0__bert@1.zarr"),
+    ("formats", "tables/all.parquet", "tables/all.parquet"),
+    ("figures", "tables/members.parquet", "tables/members.parquet"),
+    ("figures", "streams/bert/layer-01/seed-0/loss.csv", "streams/bert"),
+    ("figures", "streams/bert/layer-01/seed-0/density.csv", "streams/bert"),
+]
+
+
+@pytest.mark.parametrize(("stage", "file", "result"), READS)
+def test_a_result_that_lost_a_file_or_its_end_is_refused_with_what_to_delete(stage, file, result, made, tmp_path):
+    damaged = tmp_path / "made"
+    shutil.copytree(made, damaged)
+    whole = (damaged / file).read_bytes()
+    for left in (None, whole[: len(whole) // 2], b""):
+        (damaged / file).unlink() if left is None else (damaged / file).write_bytes(left)
+        ended = run(arguments(stage, damaged, tmp_path / "out"), tmp_path / "out")
+        assert_one_line(ended)
+        assert str(damaged / result) in ended.said.splitlines()[-1]
+        assert "delete" in ended.said.splitlines()[-1]
+        assert not [path for path in tmp_path.joinpath("out").rglob("*") if path.is_file()]
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_NEW_USER, _NEW_MOUNTS, _READ_ONLY, _REMOUNT = 0x10000000, 0x00020000, 1, 32
+
+
+def _checked(result, what):
+    if result:
+        raise OSError(ctypes.get_errno(), what)
+
+
+def mount(folder, options, flags=0):
+    _checked(_LIBC.mount(b"disk", os.fsencode(folder), b"tmpfs", flags, options.encode()), "mount")
+
+
+def enter_own_name_space():
+    """Let this process mount what no other sees and what is gone when it ends."""
+    user, group = os.getuid(), os.getgid()
+    _checked(_LIBC.unshare(_NEW_USER | _NEW_MOUNTS), "unshare")
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+
+
+def run_on_a_poor_disk_and_again(folder, kept, options, flags):
+    """In place of one run: one on a disk with little room or none, and one more when it has enough."""
+    enter_own_name_space()
+    for attempt, disk in (("first", (options, flags)), ("second", ("size=100m,nr_inodes=0", _REMOUNT))):
+        mount(folder, *disk)
+        child = os.fork()
+        if not child:
+            return
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        shutil.copytree(folder, kept / attempt)
+        (kept / f"{attempt}.status").write_text(str(status))
+    sys.exit()
+
+
+@pytest.fixture(scope="module")
+def own_disks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("disk")
+    command = ["unshare", "--user", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "disk", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("this machine lets nobody mount a file system")
+
+
+@pytest.mark.usefixtures("own_disks")
+@pytest.mark.parametrize("disk", ["full", "read-only"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_disk_that_takes_nothing_more_is_one_line_and_all_is_there_once_it_does(stage, disk, made, tmp_path):
+    pages = sum(-(-len(content) // 4096) for content in files_in(made, STAGES[stage]).values())
+    little = f"size={pages // 2 * 4}k" if pages > 1 else "nr_inodes=1"
+    how = (little, 0) if disk == "full" else ("", _READ_ONLY)
+    folder, kept = tmp_path / "disk", tmp_path / "kept"
+    folder.mkdir()
+    kept.mkdir()
+    given = arguments(stage, made, folder)
+    both = run(given, folder, before=partial(run_on_a_poor_disk_and_again, folder, kept, *how))
+    assert both.status == 0, both.said
+    assert [(kept / f"{attempt}.status").read_text() for attempt in ("first", "second")] == ["1", "0"]
+    errors = [line for line in both.said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    expected = "the disk is full; make room" if disk == "full" else "Read-only file system.*let this user .* write"
+    assert re.search(expected, errors[0])
+    assert "Traceback" not in both.said
+    assert_nothing_looks_finished_that_is_not(stage, made, kept / "first")
+    assert_as_undisturbed(stage, made, kept / "second")
