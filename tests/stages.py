@@ -77,7 +77,14 @@ def arguments(stage, made, out):
         "correlations": ["correlations", *(made / f"features/bert@{n}.zarr" for n in (0, 1)), "--full", "0:2"],
         "similarity": ["similarity", f"{bert}.zarr", made / "activations/vit.zarr"],
         "metrics": ["metrics", "matrix", "--members", members, *stores],
-        "formats": ["metrics", "formats", "--table", made / "tables/all.parquet", "--averages", made / "tables/a.parquet"],
+        "formats": [
+            "metrics",
+            "formats",
+            "--table",
+            made / "tables/all.parquet",
+            "--averages",
+            made / "tables/a.parquet",
+        ],
         "figures": ["figures", "saes", "--table", made / "tables/members.parquet", "--saes", made / "streams"],
     }
     places = [out / name for name in STAGES[stage]]
@@ -104,7 +111,13 @@ def make_all(made):
             _done(run(["metrics", "saes", *given, "--out", made / "tables/members.csv"], made))
 
 
-_LIBRARIES = ["datasets", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_pdf", "pandas", "transformers"]
+_LIBRARIES = [
+    "datasets",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_pdf",
+    "pandas",
+    "transformers",
+]
 _MODULES = ("correlations", "encoders", "features", "figures", "formats", "sae", "similarity", "weights")
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload([*_LIBRARIES, *(f"conceptshare.{name}" for name in _MODULES), __name__])

@@ -1,6 +1,7 @@
-"""Whatever stops, starves or robs a stage: the bytes of an undisturbed run in the end, or one clear line and no output."""
+"""Whatever stops, starves or robs a stage: the bytes of an undisturbed run in the end, or one clear line."""
 
 import ctypes
+import json
 import os
 import re
 import resource
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from conceptshare.sae._checkpoints import PREEMPTED
-from tests.stages import STAGES, arguments, make_all, run
+from tests.stages import STAGES, Ended, arguments, make_all, run
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def assert_one_line(ended):
 
 
 def die_mid_write(size):
-    """Let the kernel end the process as it writes past the ``size``-th byte of any file, which is then cut off there."""
+    """Let the kernel end the process as it writes past the ``size``-th byte of any file, which is cut off there."""
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -183,3 +184,46 @@ def test_a_disk_that_takes_nothing_more_is_one_line_and_all_is_there_once_it_doe
     assert "Traceback" not in both.said
     assert_nothing_looks_finished_that_is_not(stage, made, kept / "first")
     assert_as_undisturbed(stage, made, kept / "second")
+
+
+def test_states_of_another_version_are_not_gone_on_with(made, tmp_path):
+    given = arguments("sae", made, tmp_path)
+    assert run(given, tmp_path, at=25, sent=signal.SIGTERM).status == PREEMPTED
+    (key,) = tmp_path.rglob("*.checkpoints/of.json")
+    key.write_text(json.dumps(json.loads(key.read_text()) | {"version": 0}, sort_keys=True))
+    again = run(given, tmp_path)
+    assert again.status == 0, again.said
+    assert "going on at step" not in again.said
+    assert_as_undisturbed("sae", made, tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["layer-01/tokens/zarr.json", "layer-02/zarr.json", "offsets/zarr.json", "zarr.json"])
+def test_metadata_of_an_unfinished_store_that_were_cut_off_do_no_harm(lost, made, tmp_path):
+    given = arguments("activations", made, tmp_path)
+    assert run(given, tmp_path, at=150).status == -signal.SIGKILL
+    (partial,) = tmp_path.glob("activations/*.partial*")
+    (partial / lost).write_bytes((partial / lost).read_bytes()[:40])
+    again = run(given, tmp_path)
+    if again.status:
+        assert_one_line(again)
+        assert "what an earlier attempt left of it is damaged" in again.said
+        assert run(given, tmp_path).status == 0
+    assert_as_undisturbed("activations", made, tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["dataset", "figures"])  # whose libraries keep caches there; others need none
+def test_a_node_without_scratch_and_home(stage, made, tmp_path):
+    home = tmp_path / "home"
+    home.touch()
+    given = arguments(stage, made, tmp_path / "out")
+    environment = os.environ | {"HOME": str(home), "TMPDIR": str(home / "gone")}
+    for name in ("HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME", "MPLCONFIGDIR"):
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "conceptshare", *given]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        assert_one_line(Ended(ended.returncode, ended.stderr, 0))
+        assert str(home) in ended.stderr
+        assert not [path for path in tmp_path.joinpath("out").rglob("*") if path.is_file()]
+        assert run(given, tmp_path / "out").status == 0
+    assert_as_undisturbed(stage, made, tmp_path / "out")

@@ -117,7 +117,9 @@ class Data:
             with pa.memory_map(str(folder / "samples.arrow")) as source:
                 self._table: pa.Table = pa.ipc.open_file(source).read_all()
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise DatasetError(f"{folder}: no readable data set there ({error}); delete it and run the dataset stage again") from None
+            raise DatasetError(
+                f"{folder}: no readable data set there ({error}); delete it and run the dataset stage again"
+            ) from None
         if len(self) != self.manifest["rows"]:
             raise DatasetError(
                 f"{folder}: {len(self)} rows, where the manifest says {self.manifest['rows']}; delete it and run the "

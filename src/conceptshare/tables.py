@@ -74,7 +74,9 @@ class Stores(NamedTuple):
                 for measure in SIMILARITIES
             }
         except (OSError, ValueError, KeyError) as error:
-            raise StoreError(f"{path}: no readable similarities ({error}); delete it and run the similarity stage again") from None
+            raise StoreError(
+                f"{path}: no readable similarities ({error}); delete it and run the similarity stage again"
+            ) from None
         return found if a == first else {measure: values.T for measure, values in found.items()}
 
 
