@@ -1,6 +1,5 @@
 """The command line: one subcommand a stage. The workflow's rules call these, and so can anyone without Snakemake."""
 
-import errno
 import json
 import os
 import re
@@ -13,7 +12,7 @@ import yaml
 
 from conceptshare import provenance
 from conceptshare.catalog import CATALOG, DatasetSpec, EncoderSpec, ModelSpec, complete, parse, read_catalog
-from conceptshare.errors import ConceptshareError, MadeMeanwhileError, StudyError
+from conceptshare.errors import ConceptshareError, MadeMeanwhileError, StudyError, refusal
 from conceptshare.plan import Rates, make_plan, plan_as_json, plan_as_text
 from conceptshare.study import PairSettings, SAESettings, load_study
 
@@ -349,11 +348,9 @@ def metrics_averages(
     table: Annotated[Path, typer.Option(help="The matrix, as Parquet.")], correlations: Correlations, out: Out
 ) -> None:
     """The mean wMPPC from each modality to each, with its interval."""
-    import pandas as pd
+    from conceptshare.tables import Stores, averages_table, read_table, write_table
 
-    from conceptshare.tables import Stores, averages_table, write_table
-
-    write_table(averages_table(pd.read_parquet(table), Stores(correlations, correlations)), out)
+    write_table(averages_table(read_table(table), Stores(correlations, correlations)), out)
 
 
 @metrics_app.command("formats")
@@ -363,11 +360,10 @@ def metrics_formats(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
 ) -> None:
     """The matrix of each reading, and the averages, as CSV, Markdown and LaTeX."""
-    import pandas as pd
-
     from conceptshare.formats import write_matrices
+    from conceptshare.tables import read_table
 
-    write_matrices(pd.read_parquet(table), pd.read_parquet(averages), out)
+    write_matrices(read_table(table), read_table(averages), out)
 
 
 @metrics_app.command("paper")
@@ -379,12 +375,10 @@ def metrics_paper(
     agreement: Annotated[Path, typer.Option(help="Where to write how well they agree.")],
 ) -> None:
     """A matrix beside the paper's numbers, cell by cell, and how well they agree."""
-    import pandas as pd
-
     from conceptshare import paper
-    from conceptshare.tables import write_table
+    from conceptshare.tables import read_table, write_table
 
-    cells = paper.compare(pd.read_parquet(table), dataset, size)
+    cells = paper.compare(read_table(table), dataset, size)
     write_table(cells, out)
     write_table(paper.agreement(cells), agreement)
 
@@ -435,11 +429,9 @@ def metrics_overlaps(
     rankings: Annotated[list[Path], typer.Argument(help="Rankings by Comparative Sharedness, as Parquet.")], out: Out
 ) -> None:
     """How many top features every two rankings of one source have in common."""
-    import pandas as pd
+    from conceptshare.tables import overlap_table, read_table, write_table
 
-    from conceptshare.tables import overlap_table, write_table
-
-    write_table(overlap_table({path.stem: pd.read_parquet(path) for path in rankings}), out)
+    write_table(overlap_table({path.stem: read_table(path) for path in rankings}), out)
 
 
 @metrics_app.command("saes")
@@ -452,73 +444,66 @@ def metrics_saes(
     write_table(sae_table(json.loads(members), saes, Stores(features, features)), out)
 
 
-Table = Annotated[Path, typer.Option(help="The table to draw (CSV).")]
+Table = Annotated[Path, typer.Option(help="The table to draw, as Parquet or CSV.")]
 
 
 @figures_app.command("matrix")
 def figures_matrix(table: Table, out: Out) -> None:
     """Annotated wMPPC matrices."""
-    import pandas as pd
-
     from conceptshare.figures import draw_matrix
+    from conceptshare.tables import read_table
 
-    draw_matrix(pd.read_csv(table), out)
+    draw_matrix(read_table(table), out)
 
 
 @figures_app.command("averages")
 def figures_averages(table: Table, out: Out) -> None:
     """Mean wMPPC from each modality to each."""
-    import pandas as pd
-
     from conceptshare.figures import draw_averages
+    from conceptshare.tables import read_table
 
-    draw_averages(pd.read_csv(table), out)
+    draw_averages(read_table(table), out)
 
 
 @figures_app.command("intervals")
 def figures_intervals(table: Table, out: Out) -> None:
     """Each cell of a wMPPC matrix with its interval, floor and ceiling."""
-    import pandas as pd
-
     from conceptshare.figures import draw_intervals
+    from conceptshare.tables import read_table
 
-    draw_intervals(pd.read_csv(table), out)
+    draw_intervals(read_table(table), out)
 
 
 @figures_app.command("similarity")
 def figures_similarity(table: Table, out: Out) -> None:
     """CKA and mutual nearest neighbours beside wMPPC."""
-    import pandas as pd
-
     from conceptshare.figures import draw_similarity
+    from conceptshare.tables import read_table
 
-    draw_similarity(pd.read_csv(table), out)
+    draw_similarity(read_table(table), out)
 
 
 @figures_app.command("strength")
 def figures_strength(
-    table: Annotated[Path, typer.Option(help="The matrix (CSV), for the order of its cells.")],
+    table: Annotated[Path, typer.Option(help="The matrix, as Parquet or CSV, for the order of its cells.")],
     pairs: Annotated[Path, typer.Option(help="The folder of the tables of pairs.")],
     out: Out,
 ) -> None:
     """How strong each member's features are, and how that goes with their best correlations."""
-    import pandas as pd
-
     from conceptshare.figures import draw_strength
-    from conceptshare.tables import read_direction
+    from conceptshare.tables import read_direction, read_table
 
-    cells = pd.read_csv(table)[["source", "target"]].drop_duplicates().itertuples(index=False, name=None)
+    cells = read_table(table)[["source", "target"]].drop_duplicates().itertuples(index=False, name=None)
     draw_strength([(source, target, read_direction(pairs, source, target)) for source, target in cells], out)
 
 
 @figures_app.command("paper")
 def figures_paper(table: Table, out: Out) -> None:
     """This study's wMPPC against the paper's."""
-    import pandas as pd
-
     from conceptshare.figures import draw_paper
+    from conceptshare.tables import read_table
 
-    draw_paper(pd.read_csv(table), out)
+    draw_paper(read_table(table), out)
 
 
 @figures_app.command("layerwise")
@@ -526,11 +511,10 @@ def figures_layerwise(
     table: Table, pairs: Annotated[str, typer.Option(help="JSON list of pairs of members.")], out: Out
 ) -> None:
     """Layerwise heatmaps."""
-    import pandas as pd
-
     from conceptshare.figures import draw_layerwise
+    from conceptshare.tables import read_table
 
-    draw_layerwise(pd.read_csv(table), json.loads(pairs), out)
+    draw_layerwise(read_table(table), json.loads(pairs), out)
 
 
 @figures_app.command("sharedness")
@@ -542,23 +526,21 @@ def figures_sharedness(
     pictured: Annotated[int, typer.Option(help="How many features to show.", min=1)] = 6,
 ) -> None:
     """A grid of the top samples of a ranking's top features."""
-    import pandas as pd
-
     from conceptshare.dataset import Data
     from conceptshare.figures import draw_sharedness
     from conceptshare.reading import read_statistics
+    from conceptshare.tables import read_table
 
-    draw_sharedness(pd.read_csv(table), read_statistics(features), Data(data), pictured, out)
+    draw_sharedness(read_table(table), read_statistics(features), Data(data), pictured, out)
 
 
 @figures_app.command("saes")
 def figures_saes(table: Table, saes: Annotated[Path, typer.Option(help="The folder of SAEs.")], out: Out) -> None:
     """Loss curves, densities, FVU and dead latents of every SAE: an overview, and a folder beside it, by member."""
-    import pandas as pd
-
     from conceptshare.figures import draw_saes
+    from conceptshare.tables import read_table
 
-    draw_saes(pd.read_csv(table), saes, out)
+    draw_saes(read_table(table), saes, out)
 
 
 def main() -> NoReturn:
@@ -571,10 +553,10 @@ def main() -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
-        # Libraries that write files raise types of their own, which quote the system's words.
-        if os.strerror(errno.ENOSPC) not in str(error):
+        refused = refusal(error)
+        if refused is None:
             raise
-        print("error: the disk is full; make room and run again, which goes on from what is there", file=sys.stderr)
+        print(f"error: {refused}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
 

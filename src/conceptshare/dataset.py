@@ -34,7 +34,7 @@ from conceptshare import provenance
 from conceptshare.ahead import in_order
 from conceptshare.catalog import DatasetSpec, is_path
 from conceptshare.download import HOPELESS, Downloads, Failure, UnusableError
-from conceptshare.errors import ConceptshareError, DatasetError
+from conceptshare.errors import ConceptshareError, DatasetError, refusal
 from conceptshare.files import written_aside
 from conceptshare.hub import fetch_snapshot
 from conceptshare.progress import progress, say
@@ -112,14 +112,20 @@ class Data:
     """The samples of a data set, in their one order, read lazily from `results/{dataset}/data/`."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         try:
             self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
             with pa.memory_map(str(folder / "samples.arrow")) as source:
                 self._table: pa.Table = pa.ipc.open_file(source).read_all()
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise DatasetError(f"{folder}: no readable data set there ({error}); run the dataset stage") from None
+            raise DatasetError(
+                f"{folder}: no readable data set there ({error}); delete it and run the dataset stage again"
+            ) from None
         if len(self) != self.manifest["rows"]:
-            raise DatasetError(f"{folder}: {len(self)} rows, where the manifest says {self.manifest['rows']}")
+            raise DatasetError(
+                f"{folder}: {len(self)} rows, where the manifest says {self.manifest['rows']}; delete it and run the "
+                f"dataset stage again"
+            )
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -140,7 +146,13 @@ class Data:
 
     def image(self, row: int) -> Image.Image:
         """The picture of a sample, as RGB on white."""
-        return decode(self._table["image"][row].as_py())
+        try:
+            return decode(self._table["image"][row].as_py())
+        except Exception as error:  # PIL's decoders raise many types; each of these pictures could be decoded once
+            raise DatasetError(
+                f"{self._folder}: the picture of sample {row} is damaged ({type(error).__name__}: {error}); delete the "
+                f"folder and run the dataset stage again"
+            ) from error
 
 
 def make_dataset(spec: DatasetSpec, out: Path) -> None:
@@ -406,6 +418,8 @@ def _rows(spec: DatasetSpec, source: _Source) -> Iterator[dict[str, Any]]:
     except ConceptshareError:
         raise
     except Exception as error:  # the readers raise whatever their file formats raise
+        if refusal(error) is not None:  # such as their cache in a home folder that is full
+            raise
         hint = "check the file" if source.revision is None else "check the data set's files, split and revision"
         raise DatasetError(f"{spec.source}: cannot be read ({type(error).__name__}: {error}); {hint}") from error
 

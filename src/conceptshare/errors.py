@@ -1,5 +1,31 @@
 """The errors a user can cause and mend. Every message names the file, key or sample, and the remedy."""
 
+import errno
+import os
+
+_ROOM = "make room and run again, which goes on from what is there"
+_RIGHTS = "let this user read and write there, and run again"
+_DISK = "see what ails that disk, and run again"
+_REFUSALS = {
+    errno.EDQUOT: _ROOM,
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: _RIGHTS,
+    errno.EIO: _DISK,
+    errno.ESTALE: _DISK,
+}
+
+
+def refusal(error: BaseException) -> str | None:
+    """What to say of an error by which the system refused to read or write, be the file whole or not; else None.
+
+    Libraries that read and write files raise types of their own, which quote the system's words.
+    """
+    said = " ".join(str(error).split())
+    if os.strerror(errno.ENOSPC) in said:
+        return f"the disk is full; {_ROOM}"
+    return next((f"{said}; {remedy}" for number, remedy in _REFUSALS.items() if os.strerror(number) in said), None)
+
 
 class ConceptshareError(Exception):
     """Base of every error that conceptshare raises on purpose."""

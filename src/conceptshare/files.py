@@ -52,13 +52,18 @@ def written_aside(path: Path, resume: bool = False, key: str | None = None) -> I
 @contextmanager
 def renamed(path: Path, resume: bool = False) -> Iterator[Path]:
     """As `written_aside`, where no other process can be making ``path``."""
-    partial = path.with_name(path.name + ".partial")
+    partial, replaced = (path.with_name(path.name + suffix) for suffix in (".partial", ".replaced.partial"))
     if not resume:
         remove(partial)
+    remove(replaced)
     try:
         yield partial
-        remove(path)
+        if path.is_dir():  # which is removed bit by bit, and looks whole until then
+            path.rename(replaced)
+        elif partial.is_dir():
+            remove(path)
         partial.rename(path)
+        remove(replaced)
     except BaseException as error:
         if not resume or isinstance(error, ConceptshareError):
             remove(partial)

@@ -7,6 +7,9 @@ from typing import Any
 
 from conceptshare.errors import StoreError
 
+REMEDY = "delete it, or the folder of all the encoder's SAEs where they were streamed, and run the sae stage again"
+"""What to do about the folder of an SAE that is damaged."""
+
 # What SAELens's keys must say for the weights to mean what they mean here. But for the first, these are its defaults.
 _MEANING: dict[str, Any] = {
     "architecture": "topk",

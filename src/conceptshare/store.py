@@ -5,7 +5,6 @@ made from, the size of each file in it (``files``), and ``complete: true``. The 
 a missing chunk as zeros without a word, so `open_store` compares the files with that list first.
 """
 
-import errno
 import json
 import os
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 from zarr.codecs import ZstdCodec
 
 from conceptshare import provenance
-from conceptshare.errors import ConceptshareError, NumericsError, StoreError
+from conceptshare.errors import ConceptshareError, NumericsError, StoreError, refusal
 from conceptshare.files import layer_name, remove, written_aside
 
 VERSIONS = {"features": 2, "correlations": 2}
@@ -77,8 +76,10 @@ def open_store(path: Path, kind: str) -> zarr.Group:
         StoreError: where there is none, it is of another kind or version, it was never completed, or a file in it
             is missing or has another size than when it was completed.
     """
-    if not (path / _ROOT).is_file():
+    if not path.exists():
         raise StoreError(f"{path}: no {kind} store there; run the stage that makes it")
+    if not (path / _ROOT).is_file():
+        raise StoreError(f"{path}: {_ROOT} is missing, so that this is no {kind} store; delete it and run again")
     try:
         group = zarr.open_group(path, mode="r")
     except Exception as error:  # damaged metadata fails in many ways
@@ -145,13 +146,13 @@ def layer_group(store: zarr.Group, layer: int, path: Path) -> Any:
 
 @contextmanager
 def _named(before: str, after: str) -> Iterator[None]:
-    """Make any error of the libraries a StoreError, but for a full disk: what is damaged fails in many ways."""
+    """Make any error of the libraries a StoreError, but for the system's: what is damaged fails in many ways."""
     try:
         yield
     except ConceptshareError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if refusal(error) is not None:
             raise
         raise StoreError(f"{before} ({type(error).__name__}: {error}){after}") from error
 

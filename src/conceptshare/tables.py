@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from conceptshare import metrics
 from conceptshare.errors import StoreError
 from conceptshare.files import layer_name, written_aside
 from conceptshare.reading import FeatureStatistics, PairCorrelations, read_correlations, read_statistics
+from conceptshare.sae_folder import REMEDY
 from conceptshare.study import as_member, pair_name
 
 SIMILARITIES = ("cka", "mutual_knn")
@@ -71,7 +73,9 @@ class Stores(NamedTuple):
                 for measure in SIMILARITIES
             }
         except (OSError, ValueError, KeyError) as error:
-            raise StoreError(f"{path}: no readable similarities ({error}); run the similarity stage") from None
+            raise StoreError(
+                f"{path}: no readable similarities ({error}); delete it and run the similarity stage again"
+            ) from None
         return found if a == first else {measure: values.T for measure, values in found.items()}
 
 
@@ -361,7 +365,7 @@ def read_direction(folder: Path, source: str, target: str) -> pd.DataFrame:
     """The strengths and correlations of the source's features in a pair's table: ``source, target, strength, rho``."""
     path = folder / f"{pair_name(as_member(source), as_member(target))}.parquet"
     columns = ["source", "target", "strength", "rho"]
-    table = pd.read_parquet(path, columns=columns, filters=[("source", "==", source)])
+    table = read_table(path, columns=columns, filters=[("source", "==", source)])
     return table.astype({"source": "category", "target": "category"})
 
 
@@ -475,7 +479,7 @@ def sae_table(members: Sequence[str], saes: Path, stores: Stores) -> pd.DataFram
             try:
                 found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
-                raise StoreError(f"{folder}: no readable metrics ({error}); run the sae stage") from None
+                raise StoreError(f"{folder}: no readable metrics ({error}); {REMEDY}") from None
             rows.append(
                 {
                     "encoder": member.encoder,
@@ -497,3 +501,20 @@ def write_table(table: pd.DataFrame, out: Path) -> None:
         table.to_parquet(partial, index=False)
     with written_aside(out) as partial:
         table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
+
+
+def read_table(path: Path, **options: Any) -> pd.DataFrame:
+    """A table as CSV, or as Parquet, which tells where it was cut off.
+
+    Args:
+        path: the table.
+        options: of pandas's reader.
+
+    Raises:
+        StoreError: where there is none, or it is damaged.
+    """
+    try:
+        return pd.read_csv(path, **options) if path.suffix == ".csv" else pd.read_parquet(path, **options)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        said = " ".join(str(error).split())
+        raise StoreError(f"{path}: no readable table ({said}); delete it and run the stage that makes it") from None

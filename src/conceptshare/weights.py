@@ -94,7 +94,10 @@ def recorded_location(record: Path) -> Path:
     for name, expected in content["files"].items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != expected["bytes"]:
-            raise EncoderError(f"{path}: missing, or not the file that {record} records; run the weights stage again")
+            raise EncoderError(
+                f"{path}: missing, or not the file that {record} records; delete the record and run the weights stage "
+                f"again"
+            )
     return location
 
 
@@ -142,7 +145,7 @@ def _read(record: Path) -> Any:
     try:
         return json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise EncoderError(f"{record}: not readable ({error}); run the weights stage") from None
+        raise EncoderError(f"{record}: not readable ({error}); delete it and run the weights stage again") from None
 
 
 def _in_folder(spec: ModelSpec, folder: Path) -> Found:

@@ -13,7 +13,7 @@ localrules:
 
 rule figures_matrix:
     input:
-        table=rules.metrics_matrix.output.csv,
+        table=rules.metrics_matrix.output.parquet,
         code=code("figures/*.py", "formats.py"),
     output:
         png=report(
@@ -42,7 +42,7 @@ rule figures_matrix:
 
 rule figures_averages:
     input:
-        table=rules.metrics_averages.output.csv,
+        table=rules.metrics_averages.output.parquet,
         code=code("figures/*.py", "formats.py"),
     output:
         png=report(
@@ -71,7 +71,7 @@ rule figures_averages:
 
 rule figures_intervals:
     input:
-        table=rules.metrics_matrix.output.csv,
+        table=rules.metrics_matrix.output.parquet,
         code=code("figures/*.py", "formats.py"),
     output:
         png=report(
@@ -100,7 +100,7 @@ rule figures_intervals:
 
 rule figures_similarity:
     input:
-        table=rules.metrics_matrix.output.csv,
+        table=rules.metrics_matrix.output.parquet,
         code=code("figures/*.py", "formats.py"),
     output:
         png=report(
@@ -129,7 +129,7 @@ rule figures_similarity:
 
 rule figures_paper:
     input:
-        table=rules.metrics_paper.output.csv,
+        table=rules.metrics_paper.output.parquet,
         code=code("figures/*.py", "formats.py"),
     output:
         png=report(
@@ -158,7 +158,7 @@ rule figures_paper:
 
 rule figures_strength:
     input:
-        table=rules.metrics_matrix.output.csv,
+        table=rules.metrics_matrix.output.parquet,
         pairs=lambda w: pairs_of(STUDY.matrix_pairs(w.name), w),
         code=code("figures/*.py", "formats.py"),
     output:
@@ -190,7 +190,7 @@ rule figures_strength:
 
 rule figures_layerwise:
     input:
-        table=rules.metrics_layerwise.output.csv,
+        table=rules.metrics_layerwise.output.parquet,
         code=code("figures/*.py", "formats.py"),
     output:
         png=report(
@@ -222,7 +222,7 @@ rule figures_layerwise:
 
 rule figures_sharedness:
     input:
-        table=rules.metrics_sharedness.output.csv,
+        table=rules.metrics_sharedness.output.parquet,
         features=lambda w: features_of([STUDY.sharedness_source(w.name)], w),
         data=DATA,
         code=code("figures/*.py", "formats.py"),
@@ -257,7 +257,7 @@ rule figures_sharedness:
 
 rule figures_saes:
     input:
-        table=rules.metrics_saes.output.csv,
+        table=rules.metrics_saes.output.parquet,
         code=code("figures/*.py", "formats.py"),
     output:
         png=report(

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from conceptshare.errors import StoreError
 from conceptshare.figures._style import COLOURS, PLACED, STYLE, layer_ticks, save
 from conceptshare.files import layer_name, written_aside
+from conceptshare.sae_folder import REMEDY
 
 
 class _Look(NamedTuple):
@@ -89,6 +90,9 @@ def _read_training(row: Any, saes: Path) -> _Training:
     folder = saes / str(row.encoder) / layer_name(int(row.layer)) / f"seed-{row.seed}"
     losses = _read_csv(folder / "loss.csv", ["step", "loss"]).loss.to_numpy(np.float64)
     densities = _read_csv(folder / "density.csv", ["tokens", "kind", "log10_density", "latents"])
+    counted = densities.groupby("tokens").latents.sum()
+    if len(losses) != row.steps or any(counted.get(tokens) != row.latents for tokens in _TOKENS):
+        raise StoreError(f"{folder}: loss.csv or density.csv is cut off, or not of this training; {REMEDY}")
     bins, never = densities[densities.kind == "bin"], densities[densities.kind == "never"]
     smoothed = _smoothed(losses)
     shown = np.unique(np.linspace(0, len(losses) - 1, min(len(losses), _POINTS)).astype(np.int64))
@@ -116,7 +120,7 @@ def _read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
         if table.empty:
             raise ValueError("no rows")
     except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: unreadable ({error}); run the sae stage") from None
+        raise StoreError(f"{path}: unreadable ({error}); {REMEDY}") from None
     return table
 
 

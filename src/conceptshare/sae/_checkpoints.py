@@ -18,6 +18,8 @@ from conceptshare.sae._trainer import Trainer
 PREEMPTED = 75
 """Exit status of a training that was asked to stop (SIGTERM) and saved its state: temporary failure, in sysexits.h."""
 
+_VERSION = 1
+"""Of what a state holds; one of another version is not gone on with."""
 _KEY = "of.json"
 _KEPT = 2
 
@@ -35,7 +37,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, key: dict[str, Any]) -> None:
         self._folder = folder
-        self.key = json.dumps(key, sort_keys=True)
+        self.key = json.dumps(key | {"version": _VERSION}, sort_keys=True)
         """What is trained."""
 
     def save(self, trainers: Mapping[str, Trainer]) -> None:

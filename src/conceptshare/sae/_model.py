@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
 from conceptshare.errors import NumericsError, StoreError
-from conceptshare.sae_folder import other_meaning
+from conceptshare.sae_folder import REMEDY, other_meaning
 
 # The layout that this file writes was tried with this version of SAELens.
 _SAE_LENS_VERSION = "6.54.12"
@@ -206,5 +206,5 @@ def load_sae(folder: Path | str) -> TopKSAE:
         raise
     except Exception as error:  # a damaged file fails in as many ways as there are bytes in it
         said = " ".join(str(error).split())
-        raise StoreError(f"{folder}: no readable SAE there ({said}); run the sae stage") from error
+        raise StoreError(f"{folder}: no readable SAE there ({said}); {REMEDY}") from error
     return sae

@@ -1,0 +1,229 @@
+"""Whatever stops, starves or robs a stage: the bytes of an undisturbed run in the end, or one clear line."""
+
+import ctypes
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from conceptshare.sae._checkpoints import PREEMPTED
+from tests.stages import STAGES, Ended, arguments, make_all, run
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The results of every stage, undisturbed."""
+    folder = tmp_path_factory.mktemp("made")
+    make_all(folder)
+    return folder
+
+
+def files_in(folder, names):
+    """The bytes of every file in results, by path."""
+    paths = [path for name in names for path in (folder / name, *(folder / name).rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def assert_as_undisturbed(stage, made, out):
+    """The results are those of an undisturbed run, and there is nothing else."""
+    assert files_in(out, STAGES[stage]) == files_in(made, STAGES[stage])
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert found == set(files_in(made, STAGES[stage]))
+
+
+def assert_nothing_looks_finished_that_is_not(stage, made, out):
+    for name in STAGES[stage]:
+        if (out / name).exists():
+            assert files_in(out, [name]) == files_in(made, [name])
+
+
+def assert_one_line(ended):
+    """An error of the user's or the system's: one line that says what to do, and no traceback."""
+    assert ended.status == 1, ended.said
+    assert "Traceback" not in ended.said
+    assert [line.startswith("error: ") for line in ended.said.splitlines()[-2:]][-1]
+
+
+def die_mid_write(size):
+    """Let the kernel end the process as it writes past the ``size``-th byte of any file, which is cut off there."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+# Signals, and at which share of what an undisturbed run does with files.
+STOPS = [(signal.SIGKILL, 0.3), (signal.SIGTERM, 0.5), (signal.SIGINT, 0.7), (signal.SIGKILL, 0.9), (signal.SIGKILL, 1)]
+STATUSES = {signal.SIGKILL: {-9}, signal.SIGTERM: {-15, PREEMPTED}, signal.SIGINT: {130}}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_that_is_stopped_at_any_moment_ends_with_the_same_bytes(stage, made, tmp_path):
+    """Each attempt finds what the one before left; where one is done before its moment, the next starts anew."""
+    given, results = arguments(stage, made, tmp_path), files_in(made, STAGES[stage])
+    torn = run(given, tmp_path, before=partial(die_mid_write, max(map(len, results.values())) * 2 // 3))
+    assert torn.status == -signal.SIGXFSZ
+    assert_nothing_looks_finished_that_is_not(stage, made, tmp_path)
+    whole = run(given, tmp_path)
+    stopped = 0
+    for sent, share in STOPS:
+        if not any(".partial" in path.name or "checkpoints" in path.name for path in tmp_path.rglob("*")):
+            assert_as_undisturbed(stage, made, tmp_path)
+        ended = run(given, tmp_path, at=max(1, round(share * whole.touched)), sent=sent)
+        assert ended.status in STATUSES[sent] | {0}, ended.said
+        stopped += ended.status != 0
+        assert_nothing_looks_finished_that_is_not(stage, made, tmp_path)
+    assert stopped >= 3
+    assert run(given, tmp_path).status == 0
+    assert_as_undisturbed(stage, made, tmp_path)
+
+
+# What a stage reads, and of what stage that is; `averages` and `members` are tables of the stage `metrics`.
+READS = [
+    ("activations", "data/samples.arrow", "data"),
+    ("stream", "data/manifest.json", "data"),
+    ("activations", "vit.json", "vit.json"),
+    ("sae", "activations/vit.zarr/layer-01/tokens/c/0/0", "activations/vit.zarr"),
+    ("similarity", "activations/vit.zarr/layer-02/global/zarr.json", "activations/vit.zarr"),
+    ("features", "streams/bert/layer-01/seed-0/sae_weights.safetensors", "streams/bert"),
+    ("features", "streams/bert/layer-02/seed-0/cfg.json", "streams/bert"),
+    ("features", "streams/bert.zarr/layer-01/global/c/0/0", "streams/bert.zarr"),
+    ("correlations", "features/bert@0.zarr/layer-01/features/c/0/0", "features/bert@0.zarr"),
+    ("metrics", "features/bert@0.zarr/zarr.json", "features/bert@0.zarr"),
+    ("metrics", "correlations/bert@0__bert@1.zarr/rho_ab/c/0/0", "correlations/bert@0__bert@1.zarr"),
+    ("formats", "tables/all.parquet", "tables/all.parquet"),
+    ("figures", "tables/members.parquet", "tables/members.parquet"),
+    ("figures", "streams/bert/layer-01/seed-0/loss.csv", "streams/bert"),
+    ("figures", "streams/bert/layer-01/seed-0/density.csv", "streams/bert"),
+]
+
+
+@pytest.mark.parametrize(("stage", "file", "result"), READS)
+def test_a_result_that_lost_a_file_or_its_end_is_refused_with_what_to_delete(stage, file, result, made, tmp_path):
+    damaged = tmp_path / "made"
+    shutil.copytree(made, damaged)
+    whole = (damaged / file).read_bytes()
+    for left in (None, whole[: len(whole) // 2], b""):
+        (damaged / file).unlink() if left is None else (damaged / file).write_bytes(left)
+        ended = run(arguments(stage, damaged, tmp_path / "out"), tmp_path / "out")
+        assert_one_line(ended)
+        assert str(damaged / result) in ended.said.splitlines()[-1]
+        assert "delete" in ended.said.splitlines()[-1]
+        assert not [path for path in tmp_path.joinpath("out").rglob("*") if path.is_file()]
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_NEW_USER, _NEW_MOUNTS, _READ_ONLY, _REMOUNT = 0x10000000, 0x00020000, 1, 32
+
+
+def _checked(result, what):
+    if result:
+        raise OSError(ctypes.get_errno(), what)
+
+
+def mount(folder, options, flags=0):
+    _checked(_LIBC.mount(b"disk", os.fsencode(folder), b"tmpfs", flags, options.encode()), "mount")
+
+
+def enter_own_name_space():
+    """Let this process mount what no other sees and what is gone when it ends."""
+    user, group = os.getuid(), os.getgid()
+    _checked(_LIBC.unshare(_NEW_USER | _NEW_MOUNTS), "unshare")
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+
+
+def run_on_a_poor_disk_and_again(folder, kept, options, flags):
+    """In place of one run: one on a disk with little room or none, and one more when it has enough."""
+    enter_own_name_space()
+    for attempt, disk in (("first", (options, flags)), ("second", ("size=100m,nr_inodes=0", _REMOUNT))):
+        mount(folder, *disk)
+        child = os.fork()
+        if not child:
+            return
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        shutil.copytree(folder, kept / attempt)
+        (kept / f"{attempt}.status").write_text(str(status))
+    sys.exit()
+
+
+@pytest.fixture(scope="module")
+def own_disks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("disk")
+    command = ["unshare", "--user", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "disk", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("this machine lets nobody mount a file system")
+
+
+@pytest.mark.usefixtures("own_disks")
+@pytest.mark.parametrize("disk", ["full", "read-only"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_disk_that_takes_nothing_more_is_one_line_and_all_is_there_once_it_does(stage, disk, made, tmp_path):
+    pages = sum(-(-len(content) // 4096) for content in files_in(made, STAGES[stage]).values())
+    little = f"size={pages // 2 * 4}k" if pages > 1 else "nr_inodes=1"
+    how = (little, 0) if disk == "full" else ("", _READ_ONLY)
+    folder, kept = tmp_path / "disk", tmp_path / "kept"
+    folder.mkdir()
+    kept.mkdir()
+    given = arguments(stage, made, folder)
+    both = run(given, folder, before=partial(run_on_a_poor_disk_and_again, folder, kept, *how))
+    assert both.status == 0, both.said
+    assert [(kept / f"{attempt}.status").read_text() for attempt in ("first", "second")] == ["1", "0"]
+    errors = [line for line in both.said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    expected = "the disk is full; make room" if disk == "full" else "Read-only file system.*let this user .* write"
+    assert re.search(expected, errors[0])
+    assert "Traceback" not in both.said
+    assert_nothing_looks_finished_that_is_not(stage, made, kept / "first")
+    assert_as_undisturbed(stage, made, kept / "second")
+
+
+def test_states_of_another_version_are_not_gone_on_with(made, tmp_path):
+    given = arguments("sae", made, tmp_path)
+    assert run(given, tmp_path, at=25, sent=signal.SIGTERM).status == PREEMPTED
+    (key,) = tmp_path.rglob("*.checkpoints/of.json")
+    key.write_text(json.dumps(json.loads(key.read_text()) | {"version": 0}, sort_keys=True))
+    again = run(given, tmp_path)
+    assert again.status == 0, again.said
+    assert "going on at step" not in again.said
+    assert_as_undisturbed("sae", made, tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["layer-01/tokens/zarr.json", "layer-02/zarr.json", "offsets/zarr.json", "zarr.json"])
+def test_metadata_of_an_unfinished_store_that_were_cut_off_do_no_harm(lost, made, tmp_path):
+    given = arguments("activations", made, tmp_path)
+    assert run(given, tmp_path, at=150).status == -signal.SIGKILL
+    (partial,) = tmp_path.glob("activations/*.partial*")
+    (partial / lost).write_bytes((partial / lost).read_bytes()[:40])
+    again = run(given, tmp_path)
+    if again.status:
+        assert_one_line(again)
+        assert "what an earlier attempt left of it is damaged" in again.said
+        assert run(given, tmp_path).status == 0
+    assert_as_undisturbed("activations", made, tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["dataset", "figures"])  # whose libraries keep caches there; others need none
+def test_a_node_without_scratch_and_home(stage, made, tmp_path):
+    home = tmp_path / "home"
+    home.touch()
+    given = arguments(stage, made, tmp_path / "out")
+    environment = os.environ | {"HOME": str(home), "TMPDIR": str(home / "gone")}
+    for name in ("HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME", "MPLCONFIGDIR"):
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "conceptshare", *given]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        assert_one_line(Ended(ended.returncode, ended.stderr, 0))
+        assert str(home) in ended.stderr
+        assert not [path for path in tmp_path.joinpath("out").rglob("*") if path.is_file()]
+        assert run(given, tmp_path / "out").status == 0
+    assert_as_undisturbed(stage, made, tmp_path / "out")
