@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from conceptshare import provenance
 from conceptshare.sae._checkpoints import PREEMPTED
 from tests.stages import STAGES, Ended, arguments, make_all, run
 
@@ -28,14 +29,19 @@ def made(tmp_path_factory):
 
 def files_in(folder, names):
     """The bytes of every file in results, by path."""
-    paths = [path for name in names for path in (folder / name, *(folder / name).rglob("*")) if path.is_file()]
+    paths = [path for name in names for path in (folder / name, *(folder / name).rglob("*")) if is_result(path)]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def is_result(path):
+    """Whether a path is a file that is the same in each run, and not a lock that who was killed held."""
+    return path.is_file() and not path.name.endswith((provenance.FILE, ".lock"))
 
 
 def assert_as_undisturbed(stage, made, out):
     """The results are those of an undisturbed run, and there is nothing else."""
     assert files_in(out, STAGES[stage]) == files_in(made, STAGES[stage])
-    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if is_result(path)}
     assert found == set(files_in(made, STAGES[stage]))
 
 
@@ -83,6 +89,7 @@ def test_a_stage_that_is_stopped_at_any_moment_ends_with_the_same_bytes(stage, m
     assert stopped >= 3
     assert run(given, tmp_path).status == 0
     assert_as_undisturbed(stage, made, tmp_path)
+    assert not list(tmp_path.rglob("*.lock"))
 
 
 # What a stage reads, and of what stage that is; `averages` and `members` are tables of the stage `metrics`.
