@@ -10,7 +10,14 @@ from tempfile import TemporaryDirectory
 _FORKS = multiprocessing.get_context("forkserver")
 # The last is what an optimiser imports when it is made.
 _FORKS.set_forkserver_preload(
-    ["conceptshare.correlations", "conceptshare.encoders", "conceptshare.sae", "transformers", "torch._dynamo"]
+    [
+        "conceptshare.correlations",
+        "conceptshare.encoders._transformers",
+        "conceptshare.sae",
+        "transformers.models.bert.modeling_bert",
+        "transformers.models.siglip.modeling_siglip",
+        "torch._dynamo",
+    ]
 )
 
 

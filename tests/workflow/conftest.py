@@ -1,5 +1,6 @@
 """A miniature study in a clone of its own: real Snakemake, real transformers classes with small random weights."""
 
+import compileall
 import io
 import os
 import re
@@ -75,6 +76,7 @@ def new_clone(folder):
             shutil.copy2(source, folder / name)
     shutil.copytree(CLONE / "src" / "conceptshare", folder / "src" / "conceptshare")
     (folder / "slurm").symlink_to("profiles/slurm")
+    compileall.compile_dir(folder / "src", quiet=1)  # once, and not in the first jobs of each copy
     return Project(folder)
 
 
