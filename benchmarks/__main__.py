@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
+from benchmarks.largest_study import plan_largest_study
 from conceptshare import activations
 from conceptshare.activations import extract_activations, prepared
 from conceptshare.catalog import DatasetSpec, EncoderSpec
@@ -67,6 +68,8 @@ def main() -> None:
         best_matches(Path(folder))
         reading_features(Path(folder))
     start_times()
+    with TemporaryDirectory() as folder:
+        plan_largest_study(Path(folder))
 
 
 def compare(what: str, ours: Callable[[], object], plain: Callable[[], object], turns: int = TURNS) -> None:
@@ -262,6 +265,8 @@ def start_times() -> None:
     snakemake = str(Path(sys.executable).parent / "snakemake")
     for what, command in {
         "reading a study, without torch": [sys.executable, "-m", "conceptshare", "check"],
+        "starting a table": [sys.executable, "-c", "import conceptshare.cli, conceptshare.tables"],
+        "starting a figure": [sys.executable, "-c", "import conceptshare.cli, conceptshare.figures"],
         "planning the default study": [snakemake, "-n", "--quiet", "all"],
     }.items():
         times = [seconds(lambda c=command: subprocess.run(c, capture_output=True, check=True)) for _ in range(3)]

@@ -4,6 +4,8 @@ import os
 from functools import partial
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Of the processes that tests start, too: two test processes share the machine.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest

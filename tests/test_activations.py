@@ -23,6 +23,7 @@ from conceptshare.encoders import load_encoder
 from conceptshare.errors import EncoderError, NumericsError, StoreError
 from tests import models
 from tests.data import contents
+from tests.forks import run_forked
 from tests.models import CAPTIONS, LAYERS
 
 # Of the last batch, only one sample is left.
@@ -323,8 +324,7 @@ print(writes)
 
 def run_extraction(spec, data, out, last=0):
     """Extract in a process of its own, which kills itself at its ``last``-th write to a store."""
-    command = [sys.executable, "-c", EXTRACT, spec.model_dump_json(), str(data), str(out), str(last)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_forked(EXTRACT, spec.model_dump_json(), data, out, last)
 
 
 def going_on(result):

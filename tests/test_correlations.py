@@ -29,6 +29,7 @@ from conceptshare.metrics import wmppc
 from conceptshare.reading import read_correlations
 from conceptshare.store import open_store
 from tests.data import contents
+from tests.forks import run_forked
 
 
 def all_correlations(a, b):
@@ -719,7 +720,7 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(name, stop, larger_st
     all_blocks = blocks.pop(0)
     blocks.clear()
     arguments = [str(stop), name, *map(str, (path_a, path_b, out))]
-    assert subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True).returncode == 9
+    assert run_forked(KILLED, *arguments).returncode == 9
     assert not out.exists()
     correlate_stores(path_a, path_b, out, 700_000, full=[(0, 2)])
     assert contents(out) == contents(undisturbed)
@@ -733,7 +734,7 @@ def test_what_was_cut_off_of_other_features_is_not_gone_on_with(larger_stores, t
     path_a, path_b, *_ = larger_stores
     out = tmp_path / "pair.zarr"
     arguments = ["2", "panel", *map(str, (path_a, path_b, out))]
-    assert subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True).returncode == 9
+    assert run_forked(KILLED, *arguments).returncode == 9
     shutil.rmtree(tmp_path / "made" / "bert@1")
     other = write_features(tmp_path / "other", "bert@1", features_of(rng, 300, {1: 30, 2: 280}))
     correlate_stores(path_a, other, out, 700_000, full=[(0, 2)])
@@ -746,7 +747,7 @@ def test_a_damaged_progress_file_is_one_clear_error_and_gone(damage, larger_stor
     path_a, path_b, *_ = larger_stores
     out = tmp_path / "pair.zarr"
     arguments = ["2", "panel", *map(str, (path_a, path_b, out))]
-    subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True)
+    run_forked(KILLED, *arguments)
     progress = tmp_path / "pair.zarr.partial" / "progress.npz"
     whole = progress.read_bytes()
     progress.write_bytes({"torn": whole[: len(whole) // 2], "garbled": b"x" * len(whole), "empty": b""}[damage])
@@ -822,7 +823,7 @@ def test_another_memory_budget_does_not_go_on_with_steps_that_were_others(larger
     path_a, path_b, *_ = larger_stores
     out = tmp_path / "pair.zarr"
     arguments = ["3", "panel", *map(str, (path_a, path_b, out))]
-    assert subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True).returncode == 9
+    assert run_forked(KILLED, *arguments).returncode == 9
     correlate_stores(path_a, path_b, out, full=[(0, 2)])
     correlate_stores(path_a, path_b, tmp_path / "whole.zarr", full=[(0, 2)])
     assert contents(out) == contents(tmp_path / "whole.zarr")
@@ -832,7 +833,7 @@ def test_a_chunk_that_an_attempt_lost_of_a_whole_matrix_is_noticed(larger_stores
     path_a, path_b, *_ = larger_stores
     out = tmp_path / "pair.zarr"
     arguments = ["0", "influences", *map(str, (path_a, path_b, out))]
-    assert subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True).returncode == 9
+    assert run_forked(KILLED, *arguments).returncode == 9
     (tmp_path / "pair.zarr.partial/full/layer-00__layer-02/c/0/0").unlink()
     with pytest.raises(StoreError, match=r"layer-00__layer-02/c/0/0 is lost\) and was removed; run again"):
         correlate_stores(path_a, path_b, out, 700_000, full=[(0, 2)])

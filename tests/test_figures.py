@@ -62,7 +62,7 @@ def read(out):
 
 
 def colours(pixels):
-    return len(np.unique(pixels.reshape(-1, 3), axis=0))
+    return len(np.unique(pixels @ np.array([1, 2**8, 2**16])))
 
 
 def check(draw, folder, colours_at_least=60):

@@ -6,8 +6,6 @@ import json
 import math
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -22,6 +20,7 @@ from conceptshare.sae._metrics import density_histogram
 from conceptshare.store import new_store, save_array
 from conceptshare.study import SAESettings
 from tests.data import contents
+from tests.forks import run_forked
 
 # Steps between looks for dead latents, few so that some are found.
 LOOKS = 5
@@ -730,8 +729,7 @@ _train.train_sae(store, 3, settings, 0, out)
 def run_training(store, out, with_signal=signal.SIGKILL, last=0, settings=None):
     """Train in a process of its own, which sends itself a signal after a step."""
     arguments = [store, out, (settings or SETTINGS).model_dump_json(), int(with_signal), last]
-    command = [sys.executable, "-c", TRAIN, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_forked(TRAIN, *arguments)
 
 
 def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(activations, tmp_path):

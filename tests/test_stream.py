@@ -29,6 +29,7 @@ from conceptshare.store import open_store
 from conceptshare.study import SAESettings
 from tests import models
 from tests.data import contents
+from tests.forks import run_forked
 
 SAMPLES = 47
 BLOCK = 5
@@ -202,8 +203,7 @@ train_stream(load_encoder(spec), data, settings, seeds, folder / "tiny", folder 
 def run_stream(encoder, data_folder, settings, folder, sent=signal.SIGKILL, last=0):
     """Stream in a process of its own, which sends itself a signal at some moment, counted from its start."""
     spec, chosen = encoder.spec.model_dump_json(), settings.model_dump_json()
-    command = [sys.executable, "-c", STREAM, *map(str, [spec, chosen, data_folder, folder, int(sent), last])]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_forked(STREAM, spec, chosen, data_folder, folder, int(sent), last)
 
 
 def test_a_stream_that_is_killed_at_any_moment_goes_on_and_ends_with_the_same_bytes(encoder_of, data_folder, tmp_path):

@@ -1,5 +1,6 @@
 """A miniature study in a clone of its own: real Snakemake, real transformers classes with small random weights."""
 
+import compileall
 import io
 import os
 import re
@@ -23,10 +24,11 @@ WORDS = ["a", "red", "green", "blue", "square", "on", "white", "large", "small",
 
 
 def pytest_collection_modifyitems(items):
-    """Run these first and in one process: they take longest, and share the miniature study's run."""
+    """Run these first: they take longest. All that share the miniature study's run go into one process."""
     ours = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
     for item in ours:
-        item.add_marker(pytest.mark.xdist_group("miniature"))
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group("miniature"))
     items.sort(key=lambda item: item not in ours)
 
 
@@ -80,6 +82,7 @@ def new_clone(folder):
             shutil.copy2(source, folder / name)
     shutil.copytree(CLONE / "src" / "conceptshare", folder / "src" / "conceptshare")
     (folder / "slurm").symlink_to("profiles/slurm")
+    compileall.compile_dir(folder / "src", quiet=1)  # once, and not in the first jobs of each copy
     return Project(folder)
 
 

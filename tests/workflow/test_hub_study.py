@@ -14,6 +14,8 @@ from tests.hub import environment, running
 
 from .conftest import new_clone, write_dataset
 
+pytestmark = pytest.mark.xdist_group("hub")
+
 # Name: the model as a hub holds it, and how a study writes its id.
 ENCODERS = {
     "reader": (models.bert, "{}"),

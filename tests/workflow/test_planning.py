@@ -1,6 +1,7 @@
 """What is planned after a change, and nothing else."""
 
 import os
+import re
 import time
 
 import pytest
@@ -214,6 +215,14 @@ def test_settings_of_correlations_plan_the_pairs_whose_results_they_change(study
     assert planned.get("correlations", 0) == planned.get("metrics_pair", 0) == correlations
     assert not planned.keys() & {"features", "similarity"}
     assert planned or not correlations
+
+
+def test_the_workflow_is_parsed_without_what_computes(new_study):
+    result = new_study.run("-X", "importtime", "-m", "snakemake", "-n", program="python")
+    assert result.returncode == 0, result.stdout + result.stderr
+    imported = set(re.findall(r"\| +([\w.]+)$", result.stderr, re.MULTILINE))
+    assert "conceptshare.study" in imported
+    assert not imported & {"torch", "transformers", "datasets", "zarr", "scipy", "matplotlib"}
 
 
 @pytest.mark.parametrize("arguments", [(), ("--cores", "2"), ("--profile", "slurm")])
