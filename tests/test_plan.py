@@ -273,13 +273,14 @@ def test_an_sae_reads_a_layer_once_where_it_fits_memory_and_else_its_chunks_each
     once, thrice = (SAESettings(expansion=4, k=3, epochs=epochs) for epochs in (1, 3))
     N, size = 10, 10 * 5 * 32 * 2
     small = plan.sae_cost(spec, thrice, N)
-    assert small.read == size + 10 * 32 * 2
+    assert small.read == size
     assert plan.sae_cost(spec, once, N).read == small.read
     monkeypatch.setattr(plan, "IN_MEMORY_BYTES", size - 1)
     large = plan.sae_cost(spec, thrice, N)
     each_pass = N * plan._sample_read(spec, once.batch_samples)
-    assert large.read == pytest.approx((3 + 1) * each_pass + 10 * 32 * 2)  # all samples are evaluated too
-    assert plan.sae_cost(spec, once, N).read == pytest.approx((1 + 1) * each_pass + 10 * 32 * 2)
+    chunk = 2**18  # of each global token, once more
+    assert large.read == pytest.approx((3 + 1) * each_pass + 10 * chunk)  # all samples are evaluated too
+    assert plan.sae_cost(spec, once, N).read == pytest.approx((1 + 1) * each_pass + 10 * chunk)
     assert small.memory - large.memory == size
 
 

@@ -1,9 +1,10 @@
 """Stage `activations`: one forward pass over a data set records every layer of an encoder.
 
-`results/{dataset}/activations/{encoder}.zarr` holds, for each recorded layer, ``layer-NN/tokens [T, D]`` (the tokens
-that SAEs train on: unpadded ones and the global token) and ``layer-NN/global [N, D]``, both float16, and once for all
-layers ``offsets [N + 1]``: the tokens of sample i are rows ``offsets[i]`` to ``offsets[i + 1]``, of which row
-``global_rows[i]`` is its global token. Where that is a mean, it is the last of its sample's rows.
+`results/{dataset}/activations/{encoder}.zarr` holds the global tokens, ``layer-NN/global [N, D]`` float16 for each
+recorded layer. `results/{dataset}/tokens/{encoder}.zarr` holds what SAEs train on, ``layer-NN/tokens [T, D]`` float16
+(unpadded tokens and the global one), and once for all layers ``offsets [N + 1]``: the tokens of sample i are rows
+``offsets[i]`` to ``offsets[i + 1]``, of which row ``global_rows[i]`` is its global token. Where that is a mean, it is
+the last of its sample's rows.
 """
 
 import json
@@ -25,7 +26,7 @@ from conceptshare.ahead import in_order
 from conceptshare.catalog import EncoderSpec
 from conceptshare.dataset import Data
 from conceptshare.encoders import Activations, Batch, Encoder
-from conceptshare.errors import EncoderError, StoreError
+from conceptshare.errors import EncoderError
 from conceptshare.progress import progress, say
 from conceptshare.store import (
     RowWriter,
@@ -38,7 +39,8 @@ from conceptshare.store import (
     open_store,
 )
 
-KIND = "activations"
+KIND, TOKENS = "activations", "tokens"
+"""Kinds of stores: of global tokens, and of all tokens."""
 
 # Larger shards are fewer files; each layer keeps up to one in memory.
 _SHARD_BYTES = 2**25
@@ -51,8 +53,8 @@ _AHEAD = 2
 _IN_MEMORY_BYTES = 2**30
 
 
-def extract_activations(encoder: Encoder, data: Data, out: Path, threads: int = 1) -> None:
-    """Record the residual stream of every sample in the store ``out``.
+def extract_activations(encoder: Encoder, data: Data, out: Path, tokens: Path, threads: int = 1) -> None:
+    """Record the residual stream of every sample: global tokens in the store ``out``, all tokens in ``tokens``.
 
     Pictures are decoded, the encoder computes and shards are written at the same time. Where an earlier attempt was
     cut off, its finished shards are kept and the rest is made, with the same bytes as in one go.
@@ -60,19 +62,25 @@ def extract_activations(encoder: Encoder, data: Data, out: Path, threads: int = 
     Args:
         encoder: the encoder.
         data: the samples.
-        out: the store to write.
+        out: the store of global tokens to write.
+        tokens: the store of all tokens to write.
         threads: threads that decode and prepare pictures.
 
     Raises:
         NumericsError: where an activation is not finite or does not fit float16; it names layer and sample.
         EncoderError: where the encoder is not what its entry says.
+        StoreError: where what an earlier attempt left is damaged.
     """
     spec = encoder.spec
     described = describe(encoder, data, out.stem)
     started = time.monotonic()
-    with new_store(out, KIND, described, resume=True) as store, ThreadPoolExecutor(1) as writing:
-        with gone_on_with(out):
-            recorder = _Recorder(store, spec, len(data))
+    with (
+        new_store(out, KIND, described, resume=True) as store,
+        new_store(tokens, TOKENS, described, resume=True) as token_store,
+        ThreadPoolExecutor(1) as writing,
+    ):
+        with gone_on_with(tokens):
+            recorder = _Recorder(store, token_store, spec, len(data))
         starts = range(recorder.start, len(data), spec.batch_size)
         if recorder.start:
             say(f"{out.stem}: going on at sample {recorder.start:,}, from what an earlier attempt left")
@@ -223,35 +231,37 @@ def _prepare(encoder: Encoder, data: Data, start: int) -> Batch:
 
 
 class _Recorder:
-    """The arrays of an activation store, filled batch after batch, and how much of them is safely on disk.
+    """The arrays of both stores, filled batch after batch, and how much of them is safely on disk.
 
-    The store's attribute ``progress`` is renewed whenever a shard of every layer is finished: so many ``rows`` of
-    tokens are in finished shards, and the ``offsets`` and ``global_rows`` of so many ``samples`` are there.
+    The stores' attribute ``progress`` is renewed whenever a shard of every layer is finished: so many ``rows`` of
+    tokens are in finished shards, and the ``offsets``, ``global_rows`` and global tokens of so many ``samples`` are
+    there. The store of global tokens is renewed first; where it is lost, all samples are read again.
     """
 
-    def __init__(self, store: Any, spec: EncoderSpec, samples: int) -> None:
-        self._store = store
-        progress = store.attrs.get("progress", {"rows": 0, "samples": 0})
+    def __init__(self, activations: Any, tokens: Any, spec: EncoderSpec, samples: int) -> None:
+        self._stores = activations, tokens
+        nothing = {"rows": 0, "samples": 0}
+        global_progress, progress = (store.attrs.get("progress", nothing) for store in self._stores)
         for name, length in [("offsets", samples + 1), ("global_rows", samples)]:
-            if name not in store:
-                new_array(store, name, (length,), np.int64, chunks=(min(length, _INDEX_ROWS),))[...] = 0
-        offsets = self._store["offsets"][: progress["samples"] + 1]
-        global_rows = self._store["global_rows"][: progress["samples"]]
+            if name not in tokens:
+                new_array(tokens, name, (length,), np.int64, chunks=(min(length, _INDEX_ROWS),))[...] = 0
+        offsets = tokens["offsets"][: progress["samples"] + 1]
+        global_rows = tokens["global_rows"][: progress["samples"]]
         if ((global_rows < offsets[:-1]) | (global_rows >= offsets[1:])).any():
             raise ValueError("offsets and global_rows do not fit one another")
         whole = int(np.searchsorted(offsets[1:], progress["rows"], side="right"))
-        self.start = whole // spec.batch_size * spec.batch_size
+        self.start = min(whole, global_progress["samples"]) // spec.batch_size * spec.batch_size
         """The first sample that has to be read again; batches are the same as in one go."""
         self._samples = self.start
         self._offsets = [int(offsets[self.start])]
         self._global_rows: list[int] = []
         self._skip = progress["rows"] - self._offsets[0]
-        groups = {layer: store.require_group(layer_name(layer)) for layer in spec.layer_numbers()}
+        groups = {layer: tokens.require_group(layer_name(layer)) for layer in spec.layer_numbers()}
         self._tokens = {
             layer: RowWriter(group, "tokens", spec.width, np.float16, _SHARD_BYTES, keep=progress["rows"])
             for layer, group in groups.items()
         }
-        self._global = GlobalTokens(store, spec, self.start)
+        self._global = GlobalTokens(activations, spec, self.start)
 
     def append(self, kept: KeptRows) -> None:
         """Add a batch."""
@@ -272,17 +282,20 @@ class _Recorder:
         for writer in self._tokens.values():
             writer.flush()
         self._note()
-        del self._store.attrs["progress"]
+        for store in self._stores:
+            del store.attrs["progress"]
 
     def _written(self) -> int:
         return min(writer.written for writer in self._tokens.values())
 
     def _note(self) -> None:
         end = self._samples + len(self._global_rows)
-        self._store["offsets"][self._samples : end + 1] = self._offsets
-        self._store["global_rows"][self._samples : end] = self._global_rows
+        _, tokens = self._stores
+        tokens["offsets"][self._samples : end + 1] = self._offsets
+        tokens["global_rows"][self._samples : end] = self._global_rows
         self._global.flush()
-        self._store.attrs["progress"] = {"rows": self._written(), "samples": end}
+        for store in self._stores:
+            store.attrs["progress"] = {"rows": self._written(), "samples": end}
         self._samples, self._offsets, self._global_rows = end, self._offsets[-1:], []
 
 
@@ -322,8 +335,8 @@ class TokenReader:
 
     Args:
         tokens: ``[T, D]``.
-        global_tokens: ``[N, D]``.
         offsets: ``[N + 1]`` where each sample's tokens begin and end.
+        global_rows: ``[N]`` which row is each sample's global token.
         made_from: what the store was made from.
         block: samples that the encoder read at once.
     """
@@ -331,42 +344,36 @@ class TokenReader:
     def __init__(
         self,
         tokens: NDArray[np.float16],
-        global_tokens: NDArray[np.float16],
         offsets: NDArray[np.int64],
+        global_rows: NDArray[np.int64],
         made_from: dict[str, Any] | None = None,
         block: int = 1,
     ) -> None:
         self._tokens = tokens
-        self.global_tokens = global_tokens
-        self.offsets = offsets
+        self._offsets = offsets
+        self._global_rows = global_rows
         self.made_from = made_from or {}
         self.block = block
 
     @classmethod
     def open(cls, path: Path, layer: int) -> Self:
-        """Open a layer of an activation store.
+        """Open a layer of a store of all tokens.
 
         Raises:
-            StoreError: where the store is not whole, has no such layer, or holds global tokens only.
+            StoreError: where the store is not whole, is of global tokens only, or has no such layer.
         """
-        store: Any = open_store(path, KIND)
-        group = layer_group(store, layer, path)
-        if "tokens" not in group:
-            raise StoreError(
-                f"{path}: only global tokens in it, as its SAEs were trained while the encoder read; set stream: false "
-                f"to store all tokens"
-            )
-        tokens, spec = group["tokens"], store.attrs["spec"]
+        store: Any = open_store(path, TOKENS)
+        tokens, spec = layer_group(store, layer, path)["tokens"], store.attrs["spec"]
         return cls(
             tokens[:] if tokens.nbytes <= _IN_MEMORY_BYTES else tokens,
-            group["global"][:],
             store["offsets"][:],
+            store["global_rows"][:],
             spec,
             spec["batch_size"],
         )
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self._offsets) - 1
 
     @property
     def width(self) -> int:
@@ -381,8 +388,13 @@ class TokenReader:
     def read(self, samples: NDArray[np.int64]) -> Tensor:
         """``[rows, D]`` float32 tokens of the given samples, in their order."""
         runs = np.split(samples, np.flatnonzero(np.diff(samples) != 1) + 1)
-        parts = [self._tokens[self.offsets[run[0]] : self.offsets[run[-1] + 1]] for run in runs]
+        parts = [self._tokens[self._offsets[run[0]] : self._offsets[run[-1] + 1]] for run in runs]
         return torch.from_numpy(np.concatenate(parts).astype(np.float32))
+
+    def read_global(self, samples: NDArray[np.int64]) -> Tensor:
+        """``[n, D]`` float32 global tokens of the given samples, in their order."""
+        rows = [self._tokens[row] for row in self._global_rows[samples]]
+        return torch.from_numpy(np.stack(rows).astype(np.float32))
 
 
 def _samples(data: Data, spec: EncoderSpec, start: int) -> list[Image.Image] | list[str]:

@@ -91,7 +91,8 @@ def activations(
     encoder: Annotated[str, typer.Option(help="A name in the catalog, or keys and values as JSON.")],
     weights: Annotated[Path, typer.Option(help="The record of the weights stage.")],
     data: Annotated[Path, typer.Option(help="The folder of the dataset stage.")],
-    out: Out,
+    out: Annotated[Path, typer.Option(help="The store of global tokens to write.")],
+    tokens: Annotated[Path, typer.Option(help="The store of all tokens to write.")],
     threads: Threads = 1,
 ) -> None:
     """Record every layer of an encoder over a data set in one forward pass."""
@@ -101,12 +102,12 @@ def activations(
 
     _use_threads(threads)
     spec = _spec(EncoderSpec, "encoders", encoder)
-    extract_activations(load_encoder(spec, weights), Data(data), out, threads)
+    extract_activations(load_encoder(spec, weights), Data(data), out, tokens, threads)
 
 
 @sae_app.command("train")
 def sae_train(
-    activations: Annotated[Path, typer.Option(help="An activation store.")],
+    tokens: Annotated[Path, typer.Option(help="A store of all tokens.")],
     layer: Annotated[int, typer.Option(help="The layer to train on, from 0.")],
     out: Out,
     settings: Annotated[str, typer.Option(help="Keys and values as JSON; what is left out is the paper's.")] = "{}",
@@ -117,7 +118,7 @@ def sae_train(
     from conceptshare.sae import train_sae
 
     _use_threads(threads)
-    train_sae(activations, layer, parse(SAESettings, _mapping(settings), "settings"), seed, out)
+    train_sae(tokens, layer, parse(SAESettings, _mapping(settings), "settings"), seed, out)
 
 
 Folder = Annotated[Path, typer.Argument(help="The folder of an SAE.")]

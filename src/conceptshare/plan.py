@@ -223,14 +223,12 @@ def sae_cost(spec: EncoderSpec, settings: SAESettings, N: int) -> Cost:
     samples = settings.epochs * (N - settings.held_out_samples(N)) + measured(N, settings)
     return Cost(
         written=4 * (sae_parameters(spec, settings) + F),
-        read=(size if in_memory else samples * _sample_read(spec, settings.samples_a_step(spec.modality)))
-        + global_bytes(spec, N),
+        read=size
+        if in_memory
+        else samples * _sample_read(spec, settings.samples_a_step(spec.modality))
+        + measured(N, settings) * chunk_bytes(spec),
         flops=training_flops(spec, settings, N),
-        memory=_PROCESS_BYTES
-        + in_memory * size
-        + global_bytes(spec, N)
-        + _optimised_bytes(spec, settings)
-        + _latents_bytes(spec, settings),
+        memory=_PROCESS_BYTES + in_memory * size + _optimised_bytes(spec, settings) + _latents_bytes(spec, settings),
     )
 
 
@@ -380,6 +378,12 @@ def global_bytes(spec: EncoderSpec, N: int) -> int:
     return N * spec.width * 2
 
 
+def chunk_bytes(spec: EncoderSpec) -> int:
+    """Bytes of one chunk of tokens, which is what is read for one of them."""
+    row = 2 * spec.width
+    return max(1, CHUNK_BYTES // row) * row
+
+
 def features_bytes(F: int, N: int) -> int:
     """Bytes of one layer's F features, in float16."""
     return N * F * 2
@@ -480,9 +484,8 @@ def _data_bytes(name: str, spec: DatasetSpec, N: int, results: Path) -> float:
 
 def _sample_read(spec: EncoderSpec, at_once: int) -> float:
     """Bytes of the chunks that a sample's tokens lie in, of a layer too large for memory, so many samples at once."""
-    row = 2 * spec.width
-    rows = max(1, CHUNK_BYTES // row)
-    return (1 + (at_once * stored_tokens(spec) - 1) / rows) * rows * row / at_once
+    rows = chunk_bytes(spec) // (2 * spec.width)
+    return (1 + (at_once * stored_tokens(spec) - 1) / rows) * chunk_bytes(spec) / at_once
 
 
 def _panels_read(F: int, width: int, N: int) -> int:

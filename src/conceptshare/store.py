@@ -21,7 +21,7 @@ from zarr.codecs import ZstdCodec
 
 from conceptshare.errors import ConceptshareError, NumericsError, StoreError
 
-VERSIONS = {"features": 2, "correlations": 2}
+VERSIONS = {"activations": 2, "features": 2, "correlations": 2}
 """Version of a kind's format, where it is not 1; what old readers would misread, or new ones need, raises it."""
 
 _ROOT = "zarr.json"

@@ -268,11 +268,11 @@ def test_few_undecodable_images_are_dropped_for_all_encoders_and_listed(new_stud
 def test_a_store_that_lost_a_chunk_stops_what_reads_it(study):
     store = study.folder / "results/squares/activations/reader.zarr"
     target = "results/squares/features/tiny/reader@0.zarr"
-    (store / "layer-01/tokens/c/0/0").unlink()
+    (store / "layer-01/global/c/0/0").unlink()
     result = study.run("--cores", "1", "--force", target, "--rerun-triggers", "mtime")
     output = result.stdout + result.stderr
     assert result.returncode != 0
-    assert "chunk layer-01/tokens/c/0/0 is missing; delete the store and run again" in output
+    assert "chunk layer-01/global/c/0/0 is missing; delete the store and run again" in output
     assert not (study.folder / target).exists()
 
 

@@ -47,6 +47,7 @@ def test_every_sae_feature_and_table_is_that_of_stored_tokens(finished, streamed
 def test_no_tokens_are_stored(streamed):
     assert list((streamed.folder / "results").rglob("tokens")) == []
     assert not (streamed.folder / "results/squares/activations").exists()
+    assert not (streamed.folder / "results/squares/tokens").exists()
 
 
 def test_a_finished_stream_plans_nothing(stream):

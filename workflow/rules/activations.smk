@@ -1,11 +1,12 @@
-# Every layer of an encoder, from one forward pass over a data set.
+# Every layer of an encoder, from one forward pass over a data set: the global tokens, and all tokens for its SAEs.
 rule activations:
     input:
         data=rules.dataset.output,
         weights=rules.weights.output,
         code=code("activations.py", "encoders/*.py"),
     output:
-        directory("results/{dataset}/activations/{encoder}.zarr"),
+        activations=directory("results/{dataset}/activations/{encoder}.zarr"),
+        tokens=directory("results/{dataset}/tokens/{encoder}.zarr"),
     log:
         "results/logs/{dataset}/activations/{encoder}.log",
     conda:
@@ -20,4 +21,5 @@ rule activations:
         data=lambda w, input: folder_of(input.data),
     shell:
         "python -m conceptshare activations --encoder {params.spec:q} --weights {input.weights:q}"
-        " --data {params.data:q} --threads {threads} --out {output:q} > {log:q} 2>&1"
+        " --data {params.data:q} --threads {threads} --out {output.activations:q} --tokens {output.tokens:q}"
+        " > {log:q} 2>&1"
