@@ -209,6 +209,10 @@ class Study(Spec):
     """Whether an encoder's SAEs of all layers and seeds are trained while it reads the data set, and no tokens are
     stored. They are the same SAEs; but each epoch is another forward pass, and a seed that is added trains all of its
     encoder's anew."""
+    keep_tokens: bool = True
+    """Whether an encoder's tokens stay on disk when its SAEs are trained. Without them, an encoder, an analysis or a data
+    set is added as with them; but a seed or an SAE setting that is added extracts them again, and then trains all SAEs
+    of that encoder anew. A stream keeps none."""
     correlations: Annotated[CorrelationSettings, BeforeValidator(_or_empty)] = CorrelationSettings()
     """How features are correlated."""
     analyses: Annotated[Analyses, BeforeValidator(_or_empty)] = Analyses()

@@ -6,7 +6,7 @@ rule activations:
         code=code("activations.py", "encoders/*.py"),
     output:
         activations=directory("results/{dataset}/activations/{encoder}.zarr"),
-        tokens=directory("results/{dataset}/tokens/{encoder}.zarr"),
+        tokens=kept_or_temp(directory("results/{dataset}/tokens/{encoder}.zarr")),
     log:
         "results/logs/{dataset}/activations/{encoder}.log",
     conda:

@@ -76,6 +76,11 @@ def activations_of(wildcards, encoder="encoder"):
     return f"results/{wildcards.dataset}/{streams}activations/{wildcards[encoder]}.zarr"
 
 
+def kept_or_temp(tokens):
+    """All tokens of an encoder, deleted once its SAEs are trained where the study does not keep them."""
+    return tokens if STUDY.keep_tokens else temp(tokens)
+
+
 def folder_of(files):
     """The folder that stores of one kind lie in."""
     return str(Path(files[0]).parent)
