@@ -181,8 +181,8 @@ def test_reader_gives_the_rows_of_any_samples_in_their_order(extracted, monkeypa
 def test_many_small_shards_hold_the_same(extracted, data, tmp_path, monkeypatch):
     spec, _, batches = extracted(models.bert)
     monkeypatch.setattr(store, "_CHUNK_BYTES", 2 * spec.width * 3)
-    monkeypatch.setattr(activations, "_SHARD_BYTES", 2 * spec.width * 6)
-    monkeypatch.setattr(activations, "_GLOBAL_SHARD_BYTES", 2 * spec.width * 3)
+    monkeypatch.setattr(activations, "SHARD_BYTES", 2 * spec.width * 6)
+    monkeypatch.setattr(activations, "GLOBAL_SHARD_BYTES", 2 * spec.width * 3)
     extract(load_encoder(spec), data, tmp_path)
     of_globals, of_all = open_both(tmp_path)
     tokens, global_tokens = expected(spec, batches, 2)
@@ -323,7 +323,7 @@ from conceptshare.encoders import load_encoder
 from conceptshare.weights import fetch_weights
 
 torch.set_num_threads(1)
-store._CHUNK_BYTES, activations._SHARD_BYTES, activations._GLOBAL_SHARD_BYTES = 128, 512, 128
+store._CHUNK_BYTES, activations.SHARD_BYTES, activations.GLOBAL_SHARD_BYTES = 128, 512, 128
 spec = EncoderSpec.model_validate_json(sys.argv[1])
 data, folder, last = Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
 writes = 0
@@ -460,7 +460,7 @@ from conceptshare.dataset import Data
 from conceptshare.encoders import load_encoder
 
 torch.set_num_threads(1)
-activations._SHARD_BYTES = 2**21
+activations.SHARD_BYTES = 2**21
 encoder = load_encoder(EncoderSpec.model_validate_json(sys.argv[1]))
 folder = Path(sys.argv[3])
 activations.extract_activations(encoder, Data(Path(sys.argv[2])), folder / "activations.zarr", folder / "tokens.zarr")

@@ -185,9 +185,21 @@ def test_text_towers_that_always_see_their_padding_compute_it():
     assert of(library="open_clip") == of(global_token="last") == of(tokens=77) > of()
 
 
+def test_parts_of_a_forward_pass_are_jobs_and_cost_what_one_does(elsewhere):
+    def plan_with(**entry):
+        study = build_study(study_of(encoders={"minilm": entry, "dinov2-small": None}), "test")
+        return make_plan(study, Rates(), results=elsewhere)
+
+    whole, parted = plan_with(seeds=[0, 1]), plan_with(seeds=[0, 1], parts=4)
+    jobs = {"activations": 1, "activations_part": 4, "activations_join": 1}
+    assert whole.jobs == whole.jobs | {"activations": 2}
+    assert parted.jobs == whole.jobs | jobs
+    assert parted.total() == whole.total()
+
+
 def test_what_stages_keep_to_themselves_is_reckoned_with_as_it_is():
     assert plan.IN_MEMORY_BYTES == activations._IN_MEMORY_BYTES
-    assert plan.SHARD_BYTES == activations._SHARD_BYTES
+    assert plan.SHARD_BYTES == activations.SHARD_BYTES
     assert plan.CHUNK_BYTES == store._CHUNK_BYTES
     assert (plan.FEATURE_ROWS, plan.FEATURE_COLUMNS) == (features._ROWS, features._COLUMNS)
     assert plan.TOP_SAMPLES == features._TOP_SAMPLES
@@ -344,7 +356,7 @@ def test_similarity_has_the_operations_and_reads_the_bytes_that_it_is_said_to(
 @pytest.mark.parametrize("stage", ["activations", "sae", "stream", "features", "similarity"])
 def test_the_memory_that_rules_ask_for_is_enough_for_every_study_of_the_paper(stage, elsewhere):
     rule = (CLONE / "workflow" / "rules" / f"{stage}.smk").read_text(encoding="utf-8")
-    (given,) = re.findall(r"mem_mb=grown\((.*)\),\n", rule)
+    given, *_ = re.findall(r"mem_mb=grown\((.*)\),\n", rule)
     for config in CONFIGS:
         asked = eval(given, {"STUDY": load_study(config)}) * 1e6
         for stream in (True, False):

@@ -42,15 +42,17 @@ from conceptshare.store import (
 KIND, TOKENS = "activations", "tokens"
 """Kinds of stores: of global tokens, and of all tokens."""
 
-# Larger shards are fewer files; each layer keeps up to one in memory.
-_SHARD_BYTES = 2**25
-# Global tokens are few: smaller shards let less of them be held in memory only.
-_GLOBAL_SHARD_BYTES = 2**20
+SHARD_BYTES = 2**25
+"""Of tokens. Larger shards are fewer files; each layer keeps up to one in memory."""
+GLOBAL_SHARD_BYTES = 2**20
+"""Of global tokens, which are few: smaller shards let less of them be held in memory only."""
 _INDEX_ROWS = 2**16
 # Batches that wait to be written.
 _AHEAD = 2
 # Layers up to this size are read at once; of larger ones, each sample is read when its turn comes.
 _IN_MEMORY_BYTES = 2**30
+# More rows than any store has.
+_ALL = range(2**62)
 
 
 def extract_activations(encoder: Encoder, data: Data, out: Path, tokens: Path, threads: int = 1) -> None:
@@ -71,30 +73,33 @@ def extract_activations(encoder: Encoder, data: Data, out: Path, tokens: Path, t
         EncoderError: where the encoder is not what its entry says.
         StoreError: where what an earlier attempt left is damaged.
     """
-    spec = encoder.spec
     described = describe(encoder, data, out.stem)
-    started = time.monotonic()
     with (
         new_store(out, KIND, described, resume=True) as store,
         new_store(tokens, TOKENS, described, resume=True) as token_store,
-        ThreadPoolExecutor(1) as writing,
     ):
         with gone_on_with(tokens):
-            recorder = _Recorder(store, token_store, spec, len(data))
-        starts = range(recorder.start, len(data), spec.batch_size)
-        if recorder.start:
-            say(f"{out.stem}: going on at sample {recorder.start:,}, from what an earlier attempt left")
-        writes: deque[Future[None]] = deque()
-        batches = forward_pass(encoder, data, starts, threads, out.stem)
-        for kept in progress(batches, len(starts), f"activations of {out.stem}", "batches"):
+            recorder = Recorder(store, token_store, encoder.spec, len(data))
+        record(encoder, data, recorder, threads, out.stem)
+
+
+def record(encoder: Encoder, data: Data, recorder: "Recorder", threads: int, name: str) -> None:
+    """Let a recorder have all batches that it lacks, and write while the next ones are computed."""
+    started, starts = time.monotonic(), range(recorder.start, recorder.share.end, encoder.spec.batch_size)
+    if recorder.start > recorder.share.first:
+        say(f"{name}: going on at sample {recorder.start:,}, from what an earlier attempt left")
+    writes: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(1) as writing:
+        batches = forward_pass(encoder, data, starts, threads, name)
+        for kept in progress(batches, len(starts), f"activations of {name}", "batches"):
             writes.append(writing.submit(recorder.append, kept))
             if len(writes) > _AHEAD:
                 writes.popleft().result()
         for write in writes:
             write.result()
-        recorder.close()
-    seconds, made = time.monotonic() - started, len(data) - starts.start
-    say(f"{out.stem}: {made:,} samples, {len(described['layers'])} layers in {seconds:.1f} s ({made / seconds:.3g}/s)")
+    recorder.close()
+    seconds, made, layers = time.monotonic() - started, recorder.share.end - starts.start, encoder.spec.layer_numbers()
+    say(f"{name}: {made:,} samples, {len(layers)} layers in {seconds:.1f} s ({made / seconds:.3g}/s)")
 
 
 def describe(encoder: Encoder, data: Data, name: str) -> dict[str, Any]:
@@ -215,11 +220,12 @@ def prepared(encoder: Encoder, data: Data, starts: Sequence[int], threads: int) 
     # Tokenizers of transformers cannot be used by two threads at once.
     workers = threads if encoder.spec.modality == "image" else 1
     with ThreadPoolExecutor(workers) as pool:
-        batches = in_order((pool.submit(_prepare, encoder, data, start).result for start in starts), workers)
+        batches = in_order((pool.submit(prepare, encoder, data, start).result for start in starts), workers)
         yield from zip(starts, batches, strict=True)
 
 
-def _prepare(encoder: Encoder, data: Data, start: int) -> Batch:
+def prepare(encoder: Encoder, data: Data, start: int) -> Batch:
+    """The inputs of the batch that begins at a sample."""
     samples = _samples(data, encoder.spec, start)
     try:
         return encoder.prepare(samples)
@@ -230,49 +236,90 @@ def _prepare(encoder: Encoder, data: Data, start: int) -> Batch:
         ) from error
 
 
-class _Recorder:
+@dataclass(frozen=True)
+class Share:
+    """What one job records of an extraction: the shards that begin among the rows of its samples."""
+
+    first: int
+    """Its first sample."""
+    stop: int
+    """The sample after its last one."""
+    end: int
+    """The sample that it reads up to, to finish the shards that it began."""
+    row: int
+    """The row of tokens that its first sample begins at."""
+    stop_row: int | None
+    """The one that sample ``stop`` begins at; none where that is not known beforehand."""
+    rows: range
+    """Rows of tokens in its shards."""
+    samples: range
+    """Samples whose global tokens are in its shards."""
+
+    @classmethod
+    def whole(cls, samples: int) -> Self:
+        """All of a data set."""
+        return cls(0, samples, samples, 0, None, _ALL, _ALL)
+
+
+def _within(rows: Tensor, first: int, own: range) -> Tensor:
+    """Those of some rows, of which the first has the number ``first``, that are in ``own``."""
+    return rows[max(own.start - first, 0) : max(own.stop - first, 0)]
+
+
+class Recorder:
     """The arrays of both stores, filled batch after batch, and how much of them is safely on disk.
 
     The stores' attribute ``progress`` is renewed whenever a shard of every layer is finished: so many ``rows`` of
     tokens are in finished shards, and the ``offsets``, ``global_rows`` and global tokens of so many ``samples`` are
     there. The store of global tokens is renewed first; where it is lost, all samples are read again.
+
+    Args:
+        activations: the store of global tokens.
+        tokens: the store of all tokens.
+        spec: the encoder.
+        samples: N.
+        share: what to record; all without it.
     """
 
-    def __init__(self, activations: Any, tokens: Any, spec: EncoderSpec, samples: int) -> None:
+    def __init__(
+        self, activations: Any, tokens: Any, spec: EncoderSpec, samples: int, share: Share | None = None
+    ) -> None:
+        self.share = share or Share.whole(samples)
         self._stores = activations, tokens
-        nothing = {"rows": 0, "samples": 0}
+        first, nothing = self.share.first, {"rows": self.share.rows.start, "samples": self.share.first}
         global_progress, progress = (store.attrs.get("progress", nothing) for store in self._stores)
         for name, length in [("offsets", samples + 1), ("global_rows", samples)]:
             if name not in tokens:
-                new_array(tokens, name, (length,), np.int64, chunks=(min(length, _INDEX_ROWS),))[...] = 0
-        offsets = tokens["offsets"][: progress["samples"] + 1]
-        global_rows = tokens["global_rows"][: progress["samples"]]
+                save_index(tokens, name, np.zeros(length, np.int64))
+        offsets = np.append(self.share.row, tokens["offsets"][first + 1 : progress["samples"] + 1])
+        global_rows = tokens["global_rows"][first : progress["samples"]]
         if ((global_rows < offsets[:-1]) | (global_rows >= offsets[1:])).any():
             raise ValueError("offsets and global_rows do not fit one another")
-        whole = int(np.searchsorted(offsets[1:], progress["rows"], side="right"))
+        whole = first + int(np.searchsorted(offsets[1:], progress["rows"], side="right"))
         self.start = min(whole, global_progress["samples"]) // spec.batch_size * spec.batch_size
         """The first sample that has to be read again; batches are the same as in one go."""
         self._samples = self.start
-        self._offsets = [int(offsets[self.start])]
+        self._offsets = [int(offsets[self.start - first])]
         self._global_rows: list[int] = []
-        self._skip = progress["rows"] - self._offsets[0]
+        self._own = range(progress["rows"], self.share.rows.stop)
         groups = {layer: tokens.require_group(layer_name(layer)) for layer in spec.layer_numbers()}
         self._tokens = {
-            layer: RowWriter(group, "tokens", spec.width, np.float16, _SHARD_BYTES, keep=progress["rows"])
+            layer: RowWriter(
+                group, "tokens", spec.width, np.float16, SHARD_BYTES, self._own.start, self.share.rows.start
+            )
             for layer, group in groups.items()
         }
-        self._global = GlobalTokens(activations, spec, self.start)
+        self._global = GlobalTokens(activations, spec, self.start, self.share.samples)
 
     def append(self, kept: KeptRows) -> None:
         """Add a batch."""
-        ends = self._offsets[-1] + np.cumsum(kept.counts)
+        first_row = self._offsets[-1]
+        ends = first_row + np.cumsum(kept.counts)
         self._global_rows += (ends - kept.counts + kept.places).tolist()
         self._offsets += ends.tolist()
-        skip = min(self._skip, int(kept.counts.sum()))
-        self._skip -= skip
         before = self._written()
         for layer, writer in self._tokens.items():
-            writer.append(kept.tokens[layer][skip:].cpu().numpy())
+            writer.append(_within(kept.tokens[layer], first_row, self._own).cpu().numpy())
         self._global.append(kept)
         if self._written() > before:
             self._note()
@@ -283,7 +330,7 @@ class _Recorder:
             writer.flush()
         self._note()
         for store in self._stores:
-            del store.attrs["progress"]
+            store.attrs.pop("progress", None)  # both are one store where it is a part's
 
     def _written(self) -> int:
         return min(writer.written for writer in self._tokens.values())
@@ -306,14 +353,15 @@ class GlobalTokens:
         store: the store.
         spec: the encoder.
         keep: how many samples are there from an earlier attempt.
+        own: the samples to write, which begin where a shard does; all without it.
     """
 
-    def __init__(self, store: Any, spec: EncoderSpec, keep: int) -> None:
+    def __init__(self, store: Any, spec: EncoderSpec, keep: int, own: range = _ALL) -> None:
+        self._own = range(min(max(keep, own.start), own.stop), own.stop)
+        groups = {layer: store.require_group(layer_name(layer)) for layer in spec.layer_numbers()}
         self._writers = {
-            layer: RowWriter(
-                store.require_group(layer_name(layer)), "global", spec.width, np.float16, _GLOBAL_SHARD_BYTES, keep
-            )
-            for layer in spec.layer_numbers()
+            layer: RowWriter(group, "global", spec.width, np.float16, GLOBAL_SHARD_BYTES, self._own.start, own.start)
+            for layer, group in groups.items()
         }
         self.samples = keep
         """Samples that are there."""
@@ -321,7 +369,7 @@ class GlobalTokens:
     def append(self, kept: KeptRows) -> None:
         """Add a batch."""
         for layer, writer in self._writers.items():
-            writer.append(kept.global_token[layer].cpu().numpy())
+            writer.append(_within(kept.global_token[layer], kept.start, self._own).cpu().numpy())
         self.samples += len(kept.counts)
 
     def flush(self) -> None:
@@ -395,6 +443,11 @@ class TokenReader:
         """``[n, D]`` float32 global tokens of the given samples, in their order."""
         rows = [self._tokens[row] for row in self._global_rows[samples]]
         return torch.from_numpy(np.stack(rows).astype(np.float32))
+
+
+def save_index(store: Any, name: str, numbers: NDArray[np.int64]) -> None:
+    """Add ``offsets`` or ``global_rows`` to a store."""
+    new_array(store, name, numbers.shape, np.int64, chunks=(min(len(numbers), _INDEX_ROWS),))[...] = numbers
 
 
 def _samples(data: Data, spec: EncoderSpec, start: int) -> list[Image.Image] | list[str]:

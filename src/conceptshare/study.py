@@ -210,9 +210,9 @@ class Study(Spec):
     stored. They are the same SAEs; but each epoch is another forward pass, and a seed that is added trains all of its
     encoder's anew."""
     keep_tokens: bool = True
-    """Whether an encoder's tokens stay on disk when its SAEs are trained. Without them, an encoder, an analysis or a data
-    set is added as with them; but a seed or an SAE setting that is added extracts them again, and then trains all SAEs
-    of that encoder anew. A stream keeps none."""
+    """Whether an encoder's tokens stay on disk once its SAEs are trained. Without them, encoders, analyses and data
+    sets are added as with them; but a seed or an SAE setting that is added extracts an encoder's tokens again, and then
+    trains all of its SAEs anew. A stream keeps none."""
     correlations: Annotated[CorrelationSettings, BeforeValidator(_or_empty)] = CorrelationSettings()
     """How features are correlated."""
     analyses: Annotated[Analyses, BeforeValidator(_or_empty)] = Analyses()
@@ -266,6 +266,12 @@ class Study(Spec):
                     f"share it; leave it out of one"
                 )
         self._check_full()
+        for encoder, spec in self.encoders.items():
+            if self.stream and spec.parts > 1:
+                raise ValueError(
+                    f"encoders.{self.name_in_config(encoder)}.parts: a stream is one job, as its SAEs learn from all "
+                    f"samples in turn; leave parts out, or set stream: false"
+                )
         for name, settings in self.saes.items():
             for encoder, spec in self.encoders.items():
                 latents = settings.expansion * spec.width
@@ -414,6 +420,10 @@ class Study(Spec):
     def members_key(self) -> str:
         """All needed members, as canonical JSON."""
         return _json([str(member) for member in self.members()])
+
+    def parted_encoders(self) -> list[str]:
+        """The encoders whose forward pass several jobs share."""
+        return sorted(name for name, spec in self.encoders.items() if spec.parts > 1)
 
     def stream_seeds(self, encoder: str) -> list[int]:
         """The seeds of the SAEs that a stream trains: all that the encoder's entry lists, needed or not.

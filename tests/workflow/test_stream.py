@@ -99,6 +99,15 @@ def test_a_changed_setting_trains_all_anew_and_a_second_one_leaves_the_first_alo
     assert changed["stream"] == 2
 
 
+def test_a_stream_is_no_extraction_of_parts(new_study):
+    config = new_study.config | {"stream": True}
+    config["encoders"]["viewer"]["parts"] = 2
+    new_study.config = config
+    result = new_study.run("-n")
+    assert result.returncode != 0
+    assert "encoders.viewer.parts: a stream is one job" in result.stdout + result.stderr
+
+
 def test_going_back_to_stored_tokens_makes_them(stream):
     stream.config = stream.config | {"stream": False}
     planned = stream.plan()

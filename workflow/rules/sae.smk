@@ -1,7 +1,7 @@
 # One sparse autoencoder for each layer and seed.
 rule sae:
     input:
-        tokens=rules.activations.output.tokens,
+        tokens="results/{dataset}/tokens/{encoder}.zarr",
         code=code("sae/*.py"),
     output:
         multiext(
