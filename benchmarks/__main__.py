@@ -114,10 +114,11 @@ def extraction(folder: Path) -> tuple[Callable[[], None], Callable[[], None]]:
         for _, batch in prepared(encoder, data, starts, threads):
             encoder.forward({name: value.to(encoder.device) for name, value in batch.inputs.items()})
 
-    stores = (folder / f"vit-{n}.zarr" for n in itertools.count())
+    places = (folder / f"{n}" for n in itertools.count())
 
     def ours() -> None:
-        quiet(lambda: extract_activations(encoder, data, next(stores), threads))
+        place = next(places)
+        quiet(lambda: extract_activations(encoder, data, place / "vit.zarr", place / "tokens.zarr", threads))
 
     return ours, bare
 
@@ -146,14 +147,14 @@ def whole_job(folder: Path) -> tuple[Callable[[], None], Callable[[], None]]:
     steps = len(_order.steps(samples, settings.batch_samples, 32, settings))
     generator = torch.Generator().manual_seed(0)
     spec = {"encoder": {"modality": "image"}, "batch_size": 32}
-    with new_store(folder / "vit.zarr", "activations", spec) as store:
+    with new_store(folder / "vit.zarr", activations.TOKENS, spec) as store:
         group = store.create_group(layer_name(0))
         tokens = RowWriter(group, "tokens", D, np.float16, 2**25)
         for _ in range(samples):
             tokens.append(torch.randn(TOKENS, D, generator=generator).half().numpy())
         tokens.flush()
-        save_array(group, "global", group["tokens"][::TOKENS])
         save_array(store, "offsets", np.arange(samples + 1) * TOKENS)
+        save_array(store, "global_rows", np.arange(samples) * TOKENS)
     batch = torch.randn(TOKENS * 16, D, generator=generator)
     outs = (folder / f"sae-{n}" for n in itertools.count())
 

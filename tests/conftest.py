@@ -1,6 +1,7 @@
 """Small inputs that several stages' tests are built from. No test reaches the network."""
 
 import os
+from contextlib import contextmanager
 from functools import partial
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -32,30 +33,55 @@ def rng():
     return np.random.default_rng(0)
 
 
+@contextmanager
+def _store_of(path, kind, layers, content_hash, modality):
+    """A store to fill, and a function that adds rows to it."""
+    samples = next(iter(layers.values()))
+    spec = {
+        "name": path.stem,
+        "encoder": {"model": "made up", "modality": modality},
+        "content_hash": content_hash,
+        "samples": len(samples),
+        "batch_size": 8,
+        "layers": list(layers),
+        "width": samples[0].shape[1],
+    }
+    with new_store(path, kind, spec) as store:
+
+        def add(layer, name, rows):
+            group = store.create_group(layer_name(layer))
+            writer = RowWriter(group, name, rows.shape[1], np.float16, shard_bytes=2**20)
+            writer.append(rows.astype(np.float16))
+            writer.flush()
+
+        yield store, add
+
+
 @pytest.fixture(scope="session")
 def write_activations():
-    """Writes an activation store of ``{layer: [tokens of each sample]}``; a sample's first token is its global one."""
+    """Writes a store of global tokens of ``{layer: [tokens of each sample]}``, of which the first is global."""
 
     def write(path, layers, content_hash="the same samples", modality="image"):
-        samples = next(iter(layers.values()))
-        spec = {
-            "name": path.stem,
-            "encoder": {"model": "made up", "modality": modality},
-            "content_hash": content_hash,
-            "samples": len(samples),
-            "batch_size": 8,
-            "layers": list(layers),
-            "width": samples[0].shape[1],
-        }
-        with new_store(path, "activations", spec) as store:
+        with _store_of(path, "activations", layers, content_hash, modality) as (_, add):
             for layer, tokens in layers.items():
-                group = store.create_group(layer_name(layer))
-                rows = {"tokens": np.concatenate(tokens), "global": np.stack([sample[0] for sample in tokens])}
-                for name, values in rows.items():
-                    writer = RowWriter(group, name, values.shape[1], np.float16, shard_bytes=2**20)
-                    writer.append(values.astype(np.float16))
-                    writer.flush()
-            save_array(store, "offsets", np.cumsum([0, *(len(sample) for sample in samples)]).astype(np.int64))
+                add(layer, "global", np.stack([sample[0] for sample in tokens]))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_tokens():
+    """Writes a store of all tokens of ``{layer: [tokens of each sample]}``, of which the first is global."""
+
+    def write(path, layers, content_hash="the same samples", modality="image"):
+        with _store_of(path, "tokens", layers, content_hash, modality) as (store, add):
+            for layer, tokens in layers.items():
+                add(layer, "tokens", np.concatenate(tokens))
+            counts = [len(sample) for sample in next(iter(layers.values()))]
+            offsets = np.cumsum([0, *counts]).astype(np.int64)
+            save_array(store, "offsets", offsets)
+            save_array(store, "global_rows", offsets[:-1])
         return path
 
     return write

@@ -84,13 +84,14 @@ def test_every_relative_link_leads_somewhere(document):
 
 
 @pytest.fixture
-def page(tmp_path, monkeypatch, write_activations, rng):
+def page(tmp_path, monkeypatch, write_activations, write_tokens, rng):
     """The page on using SAEs, in a folder that has the SAE it speaks of, and the activations that it was trained on."""
     store = tmp_path / "results/openclipart/streams/small/activations/minilm.zarr"
     store.parent.mkdir(parents=True)
-    write_activations(store, {5: [rng.standard_normal((4, 12)) for _ in range(50)]})
+    layers = {5: [rng.standard_normal((4, 12)) for _ in range(50)]}
+    write_activations(store, layers)
     out = tmp_path / "results/openclipart/streams/small/saes/minilm/layer-05/seed-0"
-    train_sae(store, 5, SAESettings(expansion=4, k=3), seed=0, out=out)
+    train_sae(write_tokens(tmp_path / "minilm.zarr", layers), 5, SAESettings(expansion=4, k=3), seed=0, out=out)
     monkeypatch.chdir(tmp_path)
     return (CLONE / "docs/using-saes.md").read_text(encoding="utf-8")
 

@@ -582,10 +582,10 @@ def command(*arguments):
     return result.output
 
 
-def test_the_command_line_trains_describes_exports_and_imports(tmp_path, write_activations, rng):
-    store = write_activations(tmp_path / "vit.zarr", {3: [rng.standard_normal((5, D)) for _ in range(40)]})
+def test_the_command_line_trains_describes_exports_and_imports(tmp_path, write_tokens, rng):
+    store = write_tokens(tmp_path / "vit.zarr", {3: [rng.standard_normal((5, D)) for _ in range(40)]})
     settings = '{"expansion": 3, "k": 4, "encoder_bias": true}'
-    command("train", "--activations", store, "--layer", 3, "--settings", settings, "--out", tmp_path / "sae")
+    command("train", "--tokens", store, "--layer", 3, "--settings", settings, "--out", tmp_path / "sae")
     assert command("info", tmp_path / "sae") == describe_sae(tmp_path / "sae") + "\n"
     described = describe_sae(tmp_path / "sae").splitlines()
     metrics = json.loads((tmp_path / "sae" / "metrics.json").read_text())

@@ -51,22 +51,26 @@ def conceptshare(disk, size, *arguments):
 
 
 @pytest.fixture
-def activations(tmp_path, write_activations):
+def layers():
     rng = np.random.default_rng(0)
-    layers = {layer: list(rng.standard_normal((SAMPLES, 2, WIDTH)).astype(np.float16)) for layer in range(2)}
-    return write_activations(tmp_path / "vit.zarr", layers)
+    return {layer: list(rng.standard_normal((SAMPLES, 2, WIDTH)).astype(np.float16)) for layer in range(2)}
+
+
+@pytest.fixture
+def tokens(tmp_path, write_tokens, layers):
+    return write_tokens(tmp_path / "tokens" / "vit.zarr", layers)
 
 
 SETTINGS = json.dumps({"expansion": 16, "k": 4})
 
 
 @pytest.mark.parametrize("size", ["4k", "400k"])  # nothing fits, or the weights do not
-def test_an_sae(disk, activations, size):
-    options = ["--activations", activations, "--layer", "0", "--settings", SETTINGS, "--out", disk / "saes" / "seed-0"]
+def test_an_sae(disk, tokens, size):
+    options = ["--tokens", tokens, "--layer", "0", "--settings", SETTINGS, "--out", disk / "saes" / "seed-0"]
     assert "seed-0" not in conceptshare(disk, size, "sae", "train", *options)
 
 
-def test_the_checkpoints_before_it_stay(disk, activations, tmp_path):
+def test_the_checkpoints_before_it_stay(disk, tokens, tmp_path):
     """The second state does not fit: the first is left, whole, and nothing that looks finished."""
     code = (
         "from conceptshare import cli; from conceptshare.sae import _train;"
@@ -74,7 +78,7 @@ def test_the_checkpoints_before_it_stay(disk, activations, tmp_path):
     )
     settings = json.dumps({"expansion": 4, "k": 4})
     state = 3 * 4 * 2 * WIDTH * 4 * WIDTH  # weights and both moments
-    options = ["--activations", activations, "--layer", "0", "--settings", settings, "--out", disk / "seed-0"]
+    options = ["--tokens", tokens, "--layer", "0", "--settings", settings, "--out", disk / "seed-0"]
     command = [sys.executable, "-c", code, "sae", "train", *map(str, options)]
     listed = ["sh", "-c", '"$@"; status=$?; cd "$0"; find . -type f; exit $status', str(disk), *command]
     result = on_a_disk_of(str(round(1.5 * state)), disk, listed)
@@ -86,10 +90,11 @@ def test_the_checkpoints_before_it_stay(disk, activations, tmp_path):
     assert files[1] == "./seed-0.checkpoints/of.json"
 
 
-def test_features(disk, activations, tmp_path):
+def test_features(disk, tokens, write_activations, layers, tmp_path):
     for layer in range(2):
         out = tmp_path / "saes" / f"layer-{layer:02d}" / "seed-0"
-        train_sae(activations, layer, SAESettings(expansion=8, k=4), 0, out)
+        train_sae(tokens, layer, SAESettings(expansion=8, k=4), 0, out)
+    activations = write_activations(tmp_path / "activations" / "vit.zarr", layers)
     options = ["--activations", activations, "--saes", tmp_path / "saes", "--out", disk / "vit@0.zarr"]
     assert conceptshare(disk, "100k", "features", *options) == []
 
@@ -127,8 +132,8 @@ def test_what_an_encoder_reads(disk, table, tmp_path, stage):
     subprocess.run(run, check=True)
     options = ["--encoder", spec, "--weights", tmp_path / "w.json", "--data", tmp_path / "data"]
     if stage == "activations":
-        left = conceptshare(disk, "24k", stage, *options, "--out", disk / "vit.zarr")
-        assert left == ["vit.zarr.partial"]
+        left = conceptshare(disk, "24k", stage, *options, "--out", disk / "vit.zarr", "--tokens", disk / "all.zarr")
+        assert left == ["all.zarr.partial", "vit.zarr.partial"]
     else:
         settings = ["--settings", json.dumps({"expansion": 4, "k": 2})]
         places = ["--saes", disk / "vit", "--activations", disk / "vit.zarr"]

@@ -185,9 +185,21 @@ def test_text_towers_that_always_see_their_padding_compute_it():
     assert of(library="open_clip") == of(global_token="last") == of(tokens=77) > of()
 
 
+def test_parts_of_a_forward_pass_are_jobs_and_cost_what_one_does(elsewhere):
+    def plan_with(**entry):
+        study = build_study(study_of(encoders={"minilm": entry, "dinov2-small": None}), "test")
+        return make_plan(study, Rates(), results=elsewhere)
+
+    whole, parted = plan_with(seeds=[0, 1]), plan_with(seeds=[0, 1], parts=4)
+    jobs = {"activations": 1, "activations_part": 4, "activations_join": 1}
+    assert whole.jobs == whole.jobs | {"activations": 2}
+    assert parted.jobs == whole.jobs | jobs
+    assert parted.total() == whole.total()
+
+
 def test_what_stages_keep_to_themselves_is_reckoned_with_as_it_is():
     assert plan.IN_MEMORY_BYTES == activations._IN_MEMORY_BYTES
-    assert plan.SHARD_BYTES == activations._SHARD_BYTES
+    assert plan.SHARD_BYTES == activations.SHARD_BYTES
     assert plan.CHUNK_BYTES == store._CHUNK_BYTES
     assert (plan.FEATURE_ROWS, plan.FEATURE_COLUMNS) == (features._ROWS, features._COLUMNS)
     assert plan.TOP_SAMPLES == features._TOP_SAMPLES
@@ -273,13 +285,14 @@ def test_an_sae_reads_a_layer_once_where_it_fits_memory_and_else_its_chunks_each
     once, thrice = (SAESettings(expansion=4, k=3, epochs=epochs) for epochs in (1, 3))
     N, size = 10, 10 * 5 * 32 * 2
     small = plan.sae_cost(spec, thrice, N)
-    assert small.read == size + 10 * 32 * 2
+    assert small.read == size
     assert plan.sae_cost(spec, once, N).read == small.read
     monkeypatch.setattr(plan, "IN_MEMORY_BYTES", size - 1)
     large = plan.sae_cost(spec, thrice, N)
     each_pass = N * plan._sample_read(spec, once.batch_samples)
-    assert large.read == pytest.approx((3 + 1) * each_pass + 10 * 32 * 2)  # all samples are evaluated too
-    assert plan.sae_cost(spec, once, N).read == pytest.approx((1 + 1) * each_pass + 10 * 32 * 2)
+    chunk = 2**18  # of each global token, once more
+    assert large.read == pytest.approx((3 + 1) * each_pass + 10 * chunk)  # all samples are evaluated too
+    assert plan.sae_cost(spec, once, N).read == pytest.approx((1 + 1) * each_pass + 10 * chunk)
     assert small.memory - large.memory == size
 
 
@@ -343,7 +356,7 @@ def test_similarity_has_the_operations_and_reads_the_bytes_that_it_is_said_to(
 @pytest.mark.parametrize("stage", ["activations", "sae", "stream", "features", "similarity"])
 def test_the_memory_that_rules_ask_for_is_enough_for_every_study_of_the_paper(stage, elsewhere):
     rule = (CLONE / "workflow" / "rules" / f"{stage}.smk").read_text(encoding="utf-8")
-    (given,) = re.findall(r"mem_mb=grown\((.*)\),\n", rule)
+    given, *_ = re.findall(r"mem_mb=grown\((.*)\),\n", rule)
     for config in CONFIGS:
         asked = eval(given, {"STUDY": load_study(config)}) * 1e6
         for stream in (True, False):

@@ -135,8 +135,8 @@ def planted(samples=400, tokens_each=3, d_in=16, atoms=32, seed=0):
 def reader(tokens):
     return TokenReader(
         np.concatenate(tokens),
-        np.stack([sample[0] for sample in tokens]),
         np.cumsum([0, *(len(sample) for sample in tokens)]),
+        np.cumsum([0, *(len(sample) for sample in tokens[:-1])]),
     )
 
 
@@ -273,13 +273,13 @@ def test_the_gao_preset_is_what_the_paper_of_that_name_recommends():
     assert SAESettings(preset="gao", auxk=0.1).auxk == 0.1
 
 
-def test_held_out_samples_are_not_trained_on_and_metrics_are_taken_over_them(activations, tmp_path):
+def test_held_out_samples_are_not_trained_on_and_metrics_are_taken_over_them(stored, tmp_path):
     settings = SETTINGS.model_copy(update={"held_out": 0.25})
     held_out = np.arange(45, 60)
-    train_sae(activations, 3, settings, seed=0, out=tmp_path / "sae")
+    train_sae(stored, 3, settings, seed=0, out=tmp_path / "sae")
     metrics = json.loads((tmp_path / "sae" / "metrics.json").read_text())
     assert metrics["measured_on"] == "held-out samples"
-    own = TokenReader.open(activations, 3).read(held_out)
+    own = TokenReader.open(stored, 3).read(held_out)
     assert metrics["all_tokens"]["tokens"] == len(own)
     assert metrics["all_tokens"]["fvu"] == pytest.approx(evaluate(load_sae(tmp_path / "sae"), [own]).quality.fvu)
 
@@ -383,14 +383,14 @@ SETTINGS = SAESettings(expansion=2, k=4, learning_rate=1e-3)
 
 
 @pytest.fixture
-def activations(tmp_path, write_activations):
+def stored(tmp_path, write_tokens):
     tokens = planted(samples=60)
-    return write_activations(tmp_path / "activations" / "vit.zarr", {0: tokens, 3: tokens})
+    return write_tokens(tmp_path / "tokens" / "vit.zarr", {0: tokens, 3: tokens})
 
 
-def test_the_same_seed_gives_the_same_bytes(activations, tmp_path):
+def test_the_same_seed_gives_the_same_bytes(stored, tmp_path):
     for name in ("one", "two"):
-        train_sae(activations, 3, SETTINGS, seed=0, out=tmp_path / name)
+        train_sae(stored, 3, SETTINGS, seed=0, out=tmp_path / name)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert set(contents(tmp_path / "one")) == {
         "sae_weights.safetensors",
@@ -401,11 +401,11 @@ def test_the_same_seed_gives_the_same_bytes(activations, tmp_path):
     }
 
 
-def test_an_sae_replaces_an_older_one_whole(activations, tmp_path):
+def test_an_sae_replaces_an_older_one_whole(stored, tmp_path):
     (tmp_path / "sae").mkdir()
     (tmp_path / "sae" / "cfg.json").write_text("of another version")
     (tmp_path / "sae" / "left over").touch()
-    train_sae(activations, 3, SETTINGS, seed=0, out=tmp_path / "sae")
+    train_sae(stored, 3, SETTINGS, seed=0, out=tmp_path / "sae")
     assert set(contents(tmp_path / "sae")) == {
         "sae_weights.safetensors",
         "cfg.json",
@@ -416,10 +416,10 @@ def test_an_sae_replaces_an_older_one_whole(activations, tmp_path):
     assert load_sae(tmp_path / "sae").k == SETTINGS.k
 
 
-def test_another_seed_layer_or_encoder_gives_other_initial_weights(activations, tmp_path, write_activations):
+def test_another_seed_layer_or_encoder_gives_other_initial_weights(stored, tmp_path, write_tokens):
     """With equal ones, features of two SAEs would line up by their index."""
-    other = write_activations(tmp_path / "activations" / "bert.zarr", {3: planted(samples=60)})
-    runs = {"a": (activations, 3, 0), "b": (activations, 3, 1), "c": (activations, 0, 0), "d": (other, 3, 0)}
+    other = write_tokens(tmp_path / "tokens" / "bert.zarr", {3: planted(samples=60)})
+    runs = {"a": (stored, 3, 0), "b": (stored, 3, 1), "c": (stored, 0, 0), "d": (other, 3, 0)}
     settings = SETTINGS.model_copy(update={"learning_rate": 1e-12})
     for name, (store, layer, seed) in runs.items():
         train_sae(store, layer, settings, seed, tmp_path / name)
@@ -429,8 +429,8 @@ def test_another_seed_layer_or_encoder_gives_other_initial_weights(activations, 
             assert (one @ other_weights.T).diagonal().abs().mean() < 0.5
 
 
-def test_recorded_metrics_are_those_of_all_tokens_and_of_the_global_ones(activations, tmp_path):
-    train_sae(activations, 3, SETTINGS, seed=0, out=tmp_path / "sae")
+def test_recorded_metrics_are_those_of_all_tokens_and_of_the_global_ones(stored, tmp_path):
+    train_sae(stored, 3, SETTINGS, seed=0, out=tmp_path / "sae")
     metrics = json.loads((tmp_path / "sae" / "metrics.json").read_text())
     tensors = load_file(tmp_path / "sae" / "sae_weights.safetensors")
     tokens = np.concatenate(planted(samples=60)).astype(np.float32)
@@ -446,9 +446,9 @@ def test_recorded_metrics_are_those_of_all_tokens_and_of_the_global_ones(activat
     assert metrics["settings"]["learning_rate"] == 1e-3
 
 
-def test_recorded_losses_fall(activations, tmp_path):
+def test_recorded_losses_fall(stored, tmp_path):
     settings = SETTINGS.model_copy(update={"epochs": 20})
-    train_sae(activations, 0, settings, seed=0, out=tmp_path / "sae")
+    train_sae(stored, 0, settings, seed=0, out=tmp_path / "sae")
     with (tmp_path / "sae" / "loss.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == list(range(80))
@@ -496,19 +496,19 @@ def test_the_files_are_what_saelens_reads(tmp_path):
     assert torch.equal(tensors["W_enc"], sae.W_enc)
 
 
-def test_tokens_that_are_not_finite_are_an_error_and_leave_nothing(tmp_path, write_activations):
+def test_tokens_that_are_not_finite_are_an_error_and_leave_nothing(tmp_path, write_tokens):
     tokens = planted(samples=60)
     tokens[37][1, 2] = np.nan
-    store = write_activations(tmp_path / "vit.zarr", {0: tokens})
+    store = write_tokens(tmp_path / "vit.zarr", {0: tokens})
     with pytest.raises(NumericsError, match=r"vit layer 0 seed 5: the loss is not finite from step [0-3] on"):
         train_sae(store, 0, SETTINGS, seed=5, out=tmp_path / "saes" / "sae")
     assert not (tmp_path / "saes").exists() or not list((tmp_path / "saes").iterdir())
 
 
-def test_a_batch_that_is_not_finite_leaves_the_checkpoint_before_it(tmp_path, write_activations, monkeypatch):
+def test_a_batch_that_is_not_finite_leaves_the_checkpoint_before_it(tmp_path, write_tokens, monkeypatch):
     tokens = planted(samples=60)
     tokens[37][1, 2] = np.nan  # in the third step of four
-    store = write_activations(tmp_path / "vit.zarr", {0: tokens})
+    store = write_tokens(tmp_path / "vit.zarr", {0: tokens})
     monkeypatch.setattr(_train, "_SECONDS_BETWEEN_CHECKPOINTS", 0)
     with pytest.raises(NumericsError, match=r"the loss is not finite from step 2 on; lower learning_rate"):
         train_sae(store, 0, SETTINGS, seed=5, out=tmp_path / "saes" / "sae")
@@ -519,18 +519,18 @@ def test_a_batch_that_is_not_finite_leaves_the_checkpoint_before_it(tmp_path, wr
 
 def test_an_empty_store_is_refused(tmp_path):
     store = tmp_path / "vit.zarr"
-    with new_store(store, "activations", {"encoder": {"modality": "image"}, "batch_size": 8}) as group:
-        for name in ("tokens", "global"):
-            save_array(group, f"layer-00/{name}", np.zeros((0, 8), np.float16))
+    with new_store(store, "tokens", {"encoder": {"modality": "image"}, "batch_size": 8}) as group:
+        save_array(group, "layer-00/tokens", np.zeros((0, 8), np.float16))
         save_array(group, "offsets", np.zeros(1, np.int64))
+        save_array(group, "global_rows", np.zeros(0, np.int64))
     with pytest.raises(StoreError, match=r"vit.zarr: no samples in it; run the activations stage again"):
         train_sae(store, 0, SETTINGS, seed=0, out=tmp_path / "sae")
     assert not (tmp_path / "sae").exists()
 
 
-def test_an_absent_layer_is_refused(activations, tmp_path):
+def test_an_absent_layer_is_refused(stored, tmp_path):
     with pytest.raises(StoreError, match="no layer 2; it has layer-00, layer-03"):
-        train_sae(activations, 2, SETTINGS, seed=0, out=tmp_path / "sae")
+        train_sae(stored, 2, SETTINGS, seed=0, out=tmp_path / "sae")
     assert not (tmp_path / "sae").exists()
 
 
@@ -645,9 +645,9 @@ def test_the_last_samples_are_held_out_and_measured():
 
 
 @pytest.mark.parametrize(("modality", "steps"), [("image", 4), ("text", 2)])
-def test_a_step_takes_so_many_pictures_or_captions(tmp_path, write_activations, modality, steps):
+def test_a_step_takes_so_many_pictures_or_captions(tmp_path, write_tokens, modality, steps):
     tokens = planted(samples=60)
-    store = write_activations(tmp_path / "one.zarr", {0: tokens}, modality=modality)
+    store = write_tokens(tmp_path / "one.zarr", {0: tokens}, modality=modality)
     train_sae(store, 0, SAESettings(expansion=2, k=4, batch_samples=16, batch_captions=32), 0, tmp_path / "sae")
     assert json.loads((tmp_path / "sae" / "metrics.json").read_text())["steps"] == steps
 
@@ -696,10 +696,10 @@ def test_bfloat16_learns_as_well():
     assert found["bfloat16"] != found["float32"]
 
 
-def test_many_dead_latents_are_a_warning_that_says_what_to_change(activations, tmp_path, capsys):
-    train_sae(activations, 3, SETTINGS.model_copy(update={"max_dead": 0.0}), seed=0, out=tmp_path / "some")
+def test_many_dead_latents_are_a_warning_that_says_what_to_change(stored, tmp_path, capsys):
+    train_sae(stored, 3, SETTINGS.model_copy(update={"max_dead": 0.0}), seed=0, out=tmp_path / "some")
     assert "of the latents are dead, more than max_dead = 0; train longer (epochs)" in capsys.readouterr().err
-    train_sae(activations, 3, SETTINGS.model_copy(update={"max_dead": 1.0}), seed=0, out=tmp_path / "all")
+    train_sae(stored, 3, SETTINGS.model_copy(update={"max_dead": 1.0}), seed=0, out=tmp_path / "all")
     assert "warning" not in capsys.readouterr().err
 
 
@@ -732,37 +732,37 @@ def run_training(store, out, with_signal=signal.SIGKILL, last=0, settings=None):
     return run_forked(TRAIN, *arguments)
 
 
-def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(activations, tmp_path):
+def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(stored, tmp_path):
     settings = SETTINGS.model_copy(update={"epochs": 5})
-    train_sae(activations, 3, settings, seed=0, out=tmp_path / "whole")
+    train_sae(stored, 3, settings, seed=0, out=tmp_path / "whole")
     for last in (3, 11):
-        killed = run_training(activations, tmp_path / "killed", last=last, settings=settings)
+        killed = run_training(stored, tmp_path / "killed", last=last, settings=settings)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert not (tmp_path / "killed").exists()
-    finished = run_training(activations, tmp_path / "killed", settings=settings)
+    finished = run_training(stored, tmp_path / "killed", settings=settings)
     assert "going on at step 10 of 20" in finished.stderr
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert not (tmp_path / "killed.checkpoints").exists()
 
 
-def test_a_training_that_is_asked_to_stop_saves_and_exits_with_a_code_of_its_own(activations, tmp_path):
-    train_sae(activations, 3, SETTINGS, seed=0, out=tmp_path / "whole")
-    stopped = run_training(activations, tmp_path / "stopped", signal.SIGTERM, last=2)
+def test_a_training_that_is_asked_to_stop_saves_and_exits_with_a_code_of_its_own(stored, tmp_path):
+    train_sae(stored, 3, SETTINGS, seed=0, out=tmp_path / "whole")
+    stopped = run_training(stored, tmp_path / "stopped", signal.SIGTERM, last=2)
     assert stopped.returncode == PREEMPTED == 75
     assert "asked to stop at step 2 of 4; run again to go on" in stopped.stderr
     assert not (tmp_path / "stopped").exists()
-    train_sae(activations, 3, SETTINGS, seed=0, out=tmp_path / "stopped")
+    train_sae(stored, 3, SETTINGS, seed=0, out=tmp_path / "stopped")
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed"])
-def test_a_torn_checkpoint_is_noticed_and_the_one_before_used(activations, tmp_path, capsys, damage):
-    train_sae(activations, 3, SETTINGS, seed=0, out=tmp_path / "whole")
-    assert run_training(activations, tmp_path / "torn", last=4).returncode == -signal.SIGKILL
+def test_a_torn_checkpoint_is_noticed_and_the_one_before_used(stored, tmp_path, capsys, damage):
+    train_sae(stored, 3, SETTINGS, seed=0, out=tmp_path / "whole")
+    assert run_training(stored, tmp_path / "torn", last=4).returncode == -signal.SIGKILL
     (newest,) = (tmp_path / "torn.checkpoints" / "000000003").glob("*.safetensors")
     content = newest.read_bytes()
     newest.write_bytes(content[:-100] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
-    train_sae(activations, 3, SETTINGS, seed=0, out=tmp_path / "torn")
+    train_sae(stored, 3, SETTINGS, seed=0, out=tmp_path / "torn")
     said = capsys.readouterr().err
     assert f"{newest.parent}: not whole; using the checkpoint before it" in said
     assert "going on at step 2 of 4" in said
@@ -792,33 +792,33 @@ def put_a_file_in_place_of_all(folder):
 @pytest.mark.parametrize(
     "damage", [cut_all, garble_what_they_are_of, put_a_file_in_place_of_a_step, put_a_file_in_place_of_all]
 )
-def test_damaged_checkpoints_are_left_behind_and_new_ones_kept(activations, tmp_path, damage):
+def test_damaged_checkpoints_are_left_behind_and_new_ones_kept(stored, tmp_path, damage):
     settings = SETTINGS.model_copy(update={"epochs": 5})
-    train_sae(activations, 3, settings, seed=0, out=tmp_path / "whole")
+    train_sae(stored, 3, settings, seed=0, out=tmp_path / "whole")
     out = tmp_path / "damaged"
-    assert run_training(activations, out, last=9, settings=settings).returncode == -signal.SIGKILL
+    assert run_training(stored, out, last=9, settings=settings).returncode == -signal.SIGKILL
     damage(tmp_path / "damaged.checkpoints")
-    stopped = run_training(activations, out, signal.SIGTERM, last=3, settings=settings)
+    stopped = run_training(stored, out, signal.SIGTERM, last=3, settings=settings)
     if damage is put_a_file_in_place_of_a_step:  # the one before it is whole, and step 3 past
         assert "going on at step 7" in stopped.stderr
     else:
         assert stopped.returncode == PREEMPTED, stopped.stderr
-        assert "going on at step 3" in run_training(activations, out, settings=settings).stderr
+        assert "going on at step 3" in run_training(stored, out, settings=settings).stderr
     assert contents(out) == contents(tmp_path / "whole")
     assert not (tmp_path / "damaged.checkpoints").exists()
 
 
-def test_a_training_that_diverges_in_its_last_step_is_an_error(activations, tmp_path):
+def test_a_training_that_diverges_in_its_last_step_is_an_error(stored, tmp_path):
     settings = SETTINGS.model_copy(update={"learning_rate": 1e38, "batch_samples": 1000})
     with pytest.raises(NumericsError, match=r"the loss is not finite from step 1 on"):
-        train_sae(activations, 3, settings, seed=0, out=tmp_path / "sae")
+        train_sae(stored, 3, settings, seed=0, out=tmp_path / "sae")
     assert not (tmp_path / "sae").exists()
 
 
-def test_checkpoints_of_another_training_are_not_gone_on_with(activations, tmp_path, capsys):
+def test_checkpoints_of_another_training_are_not_gone_on_with(stored, tmp_path, capsys):
     other = SETTINGS.model_copy(update={"learning_rate": 2e-3})
-    assert run_training(activations, tmp_path / "sae", last=3, settings=other).returncode == -signal.SIGKILL
-    train_sae(activations, 3, SETTINGS, seed=0, out=tmp_path / "sae")
+    assert run_training(stored, tmp_path / "sae", last=3, settings=other).returncode == -signal.SIGKILL
+    train_sae(stored, 3, SETTINGS, seed=0, out=tmp_path / "sae")
     assert "going on" not in capsys.readouterr().err
-    train_sae(activations, 3, SETTINGS, seed=0, out=tmp_path / "fresh")
+    train_sae(stored, 3, SETTINGS, seed=0, out=tmp_path / "fresh")
     assert contents(tmp_path / "sae") == contents(tmp_path / "fresh")

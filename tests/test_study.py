@@ -762,7 +762,7 @@ def test_a_pair_has_one_name_whichever_way_round():
 def test_keys_leave_out_defaults_and_what_the_stage_does_not_depend_on(build):
     plain = build(encoders={"vit": None})
     same = build(
-        encoders={"vit": {"seeds": [3, 4], "note": "mine", "batch_size": 32, "use_layers": "all"}},
+        encoders={"vit": {"seeds": [3, 4], "note": "mine", "batch_size": 32, "use_layers": "all", "parts": 3}},
         saes={"paper": {"k": 32, "learning_rate": 5e-5}},
         datasets={"coco": {"note": "a note", "samples": 118_287, "split": "train", "max_dropped": 0.01}},
     )
@@ -771,6 +771,14 @@ def test_keys_leave_out_defaults_and_what_the_stage_does_not_depend_on(build):
     assert plain.encoders["vit"].activations_key() == same.encoders["vit"].activations_key()
     weights = json.loads(same.encoders["vit"].weights_key())
     assert weights == {"library": "transformers", "model": "hub/model"}
+
+
+def test_a_stream_is_no_extraction_of_parts(build):
+    assert build(encoders={"vit": {"parts": 2}}).parted_encoders() == ["vit"]
+    with pytest.raises(
+        StudyError, match=r"encoders\.vit\.parts: a stream is one job.*; leave parts out, or set stream"
+    ):
+        build(encoders={"vit": {"parts": 2}}, stream=True)
 
 
 @pytest.mark.parametrize(

@@ -690,11 +690,12 @@ def test_activations_ask_no_hub_and_read_what_the_record_names(hub, tmp_path, da
     assert TOKEN not in fetched.stdout + fetched.stderr + Path("tiny.json").read_text()
     hub.log.clear()
     hub.strangers.clear()
-    files = ["--weights", "tiny.json", "--data", data, "--out", "tiny.zarr"]
+    files = ["--weights", "tiny.json", "--data", data, "--out", "tiny.zarr", "--tokens", "tokens.zarr"]
     made = run("activations", "--encoder", spec, *files, env=env)
     assert made.returncode == 0, made.stderr
     assert (hub.log, hub.strangers) == ([], [])
     open_store(Path("tiny.zarr"), "activations")
+    open_store(Path("tokens.zarr"), "tokens")
 
 
 def test_activations_ask_no_hub_even_where_the_library_wants_to(hub, tmp_path, data):
@@ -703,7 +704,7 @@ def test_activations_ask_no_hub_even_where_the_library_wants_to(hub, tmp_path, d
     save_foreign_tower(Path("tiny"), "us/tower")
     Path("tiny.json").write_text(json.dumps({"location": "tiny", "files": {}}))
     spec = as_json(models.entry("./tiny", "text", "first", library="open_clip"))
-    files = ["--weights", "tiny.json", "--data", data, "--out", "tiny.zarr"]
+    files = ["--weights", "tiny.json", "--data", data, "--out", "tiny.zarr", "--tokens", "tokens.zarr"]
     ended = run("activations", "--encoder", spec, *files, env=environment(hub.endpoint, tmp_path / "home"))
     assert ended.returncode == 1
     assert f"connect to '{hub.endpoint}'" in ended.stderr

@@ -1,9 +1,10 @@
 """Stage `activations`: one forward pass over a data set records every layer of an encoder.
 
-`results/{dataset}/activations/{encoder}.zarr` holds, for each recorded layer, ``layer-NN/tokens [T, D]`` (the tokens
-that SAEs train on: unpadded ones and the global token) and ``layer-NN/global [N, D]``, both float16, and once for all
-layers ``offsets [N + 1]``: the tokens of sample i are rows ``offsets[i]`` to ``offsets[i + 1]``, of which row
-``global_rows[i]`` is its global token. Where that is a mean, it is the last of its sample's rows.
+`results/{dataset}/activations/{encoder}.zarr` holds the global tokens, ``layer-NN/global [N, D]`` float16 for each
+recorded layer. `results/{dataset}/tokens/{encoder}.zarr` holds what SAEs train on, ``layer-NN/tokens [T, D]`` float16
+(unpadded tokens and the global one), and once for all layers ``offsets [N + 1]``: the tokens of sample i are rows
+``offsets[i]`` to ``offsets[i + 1]``, of which row ``global_rows[i]`` is its global token. Where that is a mean, it is
+the last of its sample's rows.
 """
 
 import json
@@ -25,26 +26,29 @@ from conceptshare.ahead import in_order
 from conceptshare.catalog import EncoderSpec
 from conceptshare.dataset import Data
 from conceptshare.encoders import Activations, Batch, Encoder
-from conceptshare.errors import EncoderError, StoreError
+from conceptshare.errors import EncoderError
 from conceptshare.files import layer_name
 from conceptshare.progress import progress, say
 from conceptshare.store import RowWriter, as_float16, gone_on_with, layer_group, new_array, new_store, open_store
 
-KIND = "activations"
+KIND, TOKENS = "activations", "tokens"
+"""Kinds of stores: of global tokens, and of all tokens."""
 
-# Larger shards are fewer files; each layer keeps up to one in memory.
-_SHARD_BYTES = 2**25
-# Global tokens are few: smaller shards let less of them be held in memory only.
-_GLOBAL_SHARD_BYTES = 2**20
+SHARD_BYTES = 2**25
+"""Of tokens. Larger shards are fewer files; each layer keeps up to one in memory."""
+GLOBAL_SHARD_BYTES = 2**20
+"""Of global tokens, which are few: smaller shards let less of them be held in memory only."""
 _INDEX_ROWS = 2**16
 # Batches that wait to be written.
 _AHEAD = 2
 # Layers up to this size are read at once; of larger ones, each sample is read when its turn comes.
 _IN_MEMORY_BYTES = 2**30
+# More rows than any store has.
+_ALL = range(2**62)
 
 
-def extract_activations(encoder: Encoder, data: Data, out: Path, threads: int = 1) -> None:
-    """Record the residual stream of every sample in the store ``out``.
+def extract_activations(encoder: Encoder, data: Data, out: Path, tokens: Path, threads: int = 1) -> None:
+    """Record the residual stream of every sample: global tokens in the store ``out``, all tokens in ``tokens``.
 
     Pictures are decoded, the encoder computes and shards are written at the same time. Where an earlier attempt was
     cut off, its finished shards are kept and the rest is made, with the same bytes as in one go.
@@ -52,33 +56,42 @@ def extract_activations(encoder: Encoder, data: Data, out: Path, threads: int = 
     Args:
         encoder: the encoder.
         data: the samples.
-        out: the store to write.
+        out: the store of global tokens to write.
+        tokens: the store of all tokens to write.
         threads: threads that decode and prepare pictures.
 
     Raises:
         NumericsError: where an activation is not finite or does not fit float16; it names layer and sample.
         EncoderError: where the encoder is not what its entry says.
+        StoreError: where what an earlier attempt left is damaged.
     """
-    spec = encoder.spec
     described = describe(encoder, data, out.stem)
-    started = time.monotonic()
-    with new_store(out, KIND, described, resume=True) as store, ThreadPoolExecutor(1) as writing:
-        with gone_on_with(out):
-            recorder = _Recorder(store, spec, len(data))
-        starts = range(recorder.start, len(data), spec.batch_size)
-        if recorder.start:
-            say(f"{out.stem}: going on at sample {recorder.start:,}, from what an earlier attempt left")
-        writes: deque[Future[None]] = deque()
-        batches = forward_pass(encoder, data, starts, threads, out.stem)
-        for kept in progress(batches, len(starts), f"activations of {out.stem}", "batches"):
+    with (
+        new_store(out, KIND, described, resume=True) as store,
+        new_store(tokens, TOKENS, described, resume=True) as token_store,
+    ):
+        with gone_on_with(tokens):
+            recorder = Recorder(store, token_store, encoder.spec, len(data))
+        record(encoder, data, recorder, threads, out.stem)
+
+
+def record(encoder: Encoder, data: Data, recorder: "Recorder", threads: int, name: str) -> None:
+    """Let a recorder have all batches that it lacks, and write while the next ones are computed."""
+    started, starts = time.monotonic(), range(recorder.start, recorder.share.end, encoder.spec.batch_size)
+    if recorder.start > recorder.share.first:
+        say(f"{name}: going on at sample {recorder.start:,}, from what an earlier attempt left")
+    writes: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(1) as writing:
+        batches = forward_pass(encoder, data, starts, threads, name)
+        for kept in progress(batches, len(starts), f"activations of {name}", "batches"):
             writes.append(writing.submit(recorder.append, kept))
             if len(writes) > _AHEAD:
                 writes.popleft().result()
         for write in writes:
             write.result()
-        recorder.close()
-    seconds, made = time.monotonic() - started, len(data) - starts.start
-    say(f"{out.stem}: {made:,} samples, {len(described['layers'])} layers in {seconds:.1f} s ({made / seconds:.3g}/s)")
+    recorder.close()
+    seconds, made, layers = time.monotonic() - started, recorder.share.end - starts.start, encoder.spec.layer_numbers()
+    say(f"{name}: {made:,} samples, {len(layers)} layers in {seconds:.1f} s ({made / seconds:.3g}/s)")
 
 
 def describe(encoder: Encoder, data: Data, name: str) -> dict[str, Any]:
@@ -199,11 +212,12 @@ def prepared(encoder: Encoder, data: Data, starts: Sequence[int], threads: int) 
     # Tokenizers of transformers cannot be used by two threads at once.
     workers = threads if encoder.spec.modality == "image" else 1
     with ThreadPoolExecutor(workers) as pool:
-        batches = in_order((pool.submit(_prepare, encoder, data, start).result for start in starts), workers)
+        batches = in_order((pool.submit(prepare, encoder, data, start).result for start in starts), workers)
         yield from zip(starts, batches, strict=True)
 
 
-def _prepare(encoder: Encoder, data: Data, start: int) -> Batch:
+def prepare(encoder: Encoder, data: Data, start: int) -> Batch:
+    """The inputs of the batch that begins at a sample."""
     samples = _samples(data, encoder.spec, start)
     try:
         return encoder.prepare(samples)
@@ -214,47 +228,90 @@ def _prepare(encoder: Encoder, data: Data, start: int) -> Batch:
         ) from error
 
 
-class _Recorder:
-    """The arrays of an activation store, filled batch after batch, and how much of them is safely on disk.
+@dataclass(frozen=True)
+class Share:
+    """What one job records of an extraction: the shards that begin among the rows of its samples."""
 
-    The store's attribute ``progress`` is renewed whenever a shard of every layer is finished: so many ``rows`` of
-    tokens are in finished shards, and the ``offsets`` and ``global_rows`` of so many ``samples`` are there.
+    first: int
+    """Its first sample."""
+    stop: int
+    """The sample after its last one."""
+    end: int
+    """The sample that it reads up to, to finish the shards that it began."""
+    row: int
+    """The row of tokens that its first sample begins at."""
+    stop_row: int | None
+    """The one that sample ``stop`` begins at; none where that is not known beforehand."""
+    rows: range
+    """Rows of tokens in its shards."""
+    samples: range
+    """Samples whose global tokens are in its shards."""
+
+    @classmethod
+    def whole(cls, samples: int) -> Self:
+        """All of a data set."""
+        return cls(0, samples, samples, 0, None, _ALL, _ALL)
+
+
+def _within(rows: Tensor, first: int, own: range) -> Tensor:
+    """Those of some rows, of which the first has the number ``first``, that are in ``own``."""
+    return rows[max(own.start - first, 0) : max(own.stop - first, 0)]
+
+
+class Recorder:
+    """The arrays of both stores, filled batch after batch, and how much of them is safely on disk.
+
+    The stores' attribute ``progress`` is renewed whenever a shard of every layer is finished: so many ``rows`` of
+    tokens are in finished shards, and the ``offsets``, ``global_rows`` and global tokens of so many ``samples`` are
+    there. The store of global tokens is renewed first; where it is lost, all samples are read again.
+
+    Args:
+        activations: the store of global tokens.
+        tokens: the store of all tokens.
+        spec: the encoder.
+        samples: N.
+        share: what to record; all without it.
     """
 
-    def __init__(self, store: Any, spec: EncoderSpec, samples: int) -> None:
-        self._store = store
-        progress = store.attrs.get("progress", {"rows": 0, "samples": 0})
+    def __init__(
+        self, activations: Any, tokens: Any, spec: EncoderSpec, samples: int, share: Share | None = None
+    ) -> None:
+        self.share = share or Share.whole(samples)
+        self._stores = activations, tokens
+        first, nothing = self.share.first, {"rows": self.share.rows.start, "samples": self.share.first}
+        global_progress, progress = (store.attrs.get("progress", nothing) for store in self._stores)
         for name, length in [("offsets", samples + 1), ("global_rows", samples)]:
-            if name not in store:
-                new_array(store, name, (length,), np.int64, chunks=(min(length, _INDEX_ROWS),))[...] = 0
-        offsets = self._store["offsets"][: progress["samples"] + 1]
-        global_rows = self._store["global_rows"][: progress["samples"]]
+            if name not in tokens:
+                save_index(tokens, name, np.zeros(length, np.int64))
+        offsets = np.append(self.share.row, tokens["offsets"][first + 1 : progress["samples"] + 1])
+        global_rows = tokens["global_rows"][first : progress["samples"]]
         if ((global_rows < offsets[:-1]) | (global_rows >= offsets[1:])).any():
             raise ValueError("offsets and global_rows do not fit one another")
-        whole = int(np.searchsorted(offsets[1:], progress["rows"], side="right"))
-        self.start = whole // spec.batch_size * spec.batch_size
+        whole = first + int(np.searchsorted(offsets[1:], progress["rows"], side="right"))
+        self.start = min(whole, global_progress["samples"]) // spec.batch_size * spec.batch_size
         """The first sample that has to be read again; batches are the same as in one go."""
         self._samples = self.start
-        self._offsets = [int(offsets[self.start])]
+        self._offsets = [int(offsets[self.start - first])]
         self._global_rows: list[int] = []
-        self._skip = progress["rows"] - self._offsets[0]
-        groups = {layer: store.require_group(layer_name(layer)) for layer in spec.layer_numbers()}
+        self._own = range(progress["rows"], self.share.rows.stop)
+        groups = {layer: tokens.require_group(layer_name(layer)) for layer in spec.layer_numbers()}
         self._tokens = {
-            layer: RowWriter(group, "tokens", spec.width, np.float16, _SHARD_BYTES, keep=progress["rows"])
+            layer: RowWriter(
+                group, "tokens", spec.width, np.float16, SHARD_BYTES, self._own.start, self.share.rows.start
+            )
             for layer, group in groups.items()
         }
-        self._global = GlobalTokens(store, spec, self.start)
+        self._global = GlobalTokens(activations, spec, self.start, self.share.samples)
 
     def append(self, kept: KeptRows) -> None:
         """Add a batch."""
-        ends = self._offsets[-1] + np.cumsum(kept.counts)
+        first_row = self._offsets[-1]
+        ends = first_row + np.cumsum(kept.counts)
         self._global_rows += (ends - kept.counts + kept.places).tolist()
         self._offsets += ends.tolist()
-        skip = min(self._skip, int(kept.counts.sum()))
-        self._skip -= skip
         before = self._written()
         for layer, writer in self._tokens.items():
-            writer.append(kept.tokens[layer][skip:].cpu().numpy())
+            writer.append(_within(kept.tokens[layer], first_row, self._own).cpu().numpy())
         self._global.append(kept)
         if self._written() > before:
             self._note()
@@ -264,17 +321,20 @@ class _Recorder:
         for writer in self._tokens.values():
             writer.flush()
         self._note()
-        del self._store.attrs["progress"]
+        for store in self._stores:
+            store.attrs.pop("progress", None)  # both are one store where it is a part's
 
     def _written(self) -> int:
         return min(writer.written for writer in self._tokens.values())
 
     def _note(self) -> None:
         end = self._samples + len(self._global_rows)
-        self._store["offsets"][self._samples : end + 1] = self._offsets
-        self._store["global_rows"][self._samples : end] = self._global_rows
+        _, tokens = self._stores
+        tokens["offsets"][self._samples : end + 1] = self._offsets
+        tokens["global_rows"][self._samples : end] = self._global_rows
         self._global.flush()
-        self._store.attrs["progress"] = {"rows": self._written(), "samples": end}
+        for store in self._stores:
+            store.attrs["progress"] = {"rows": self._written(), "samples": end}
         self._samples, self._offsets, self._global_rows = end, self._offsets[-1:], []
 
 
@@ -285,14 +345,15 @@ class GlobalTokens:
         store: the store.
         spec: the encoder.
         keep: how many samples are there from an earlier attempt.
+        own: the samples to write, which begin where a shard does; all without it.
     """
 
-    def __init__(self, store: Any, spec: EncoderSpec, keep: int) -> None:
+    def __init__(self, store: Any, spec: EncoderSpec, keep: int, own: range = _ALL) -> None:
+        self._own = range(min(max(keep, own.start), own.stop), own.stop)
+        groups = {layer: store.require_group(layer_name(layer)) for layer in spec.layer_numbers()}
         self._writers = {
-            layer: RowWriter(
-                store.require_group(layer_name(layer)), "global", spec.width, np.float16, _GLOBAL_SHARD_BYTES, keep
-            )
-            for layer in spec.layer_numbers()
+            layer: RowWriter(group, "global", spec.width, np.float16, GLOBAL_SHARD_BYTES, self._own.start, own.start)
+            for layer, group in groups.items()
         }
         self.samples = keep
         """Samples that are there."""
@@ -300,7 +361,7 @@ class GlobalTokens:
     def append(self, kept: KeptRows) -> None:
         """Add a batch."""
         for layer, writer in self._writers.items():
-            writer.append(kept.global_token[layer].cpu().numpy())
+            writer.append(_within(kept.global_token[layer], kept.start, self._own).cpu().numpy())
         self.samples += len(kept.counts)
 
     def flush(self) -> None:
@@ -314,8 +375,8 @@ class TokenReader:
 
     Args:
         tokens: ``[T, D]``.
-        global_tokens: ``[N, D]``.
         offsets: ``[N + 1]`` where each sample's tokens begin and end.
+        global_rows: ``[N]`` which row is each sample's global token.
         made_from: what the store was made from.
         block: samples that the encoder read at once.
     """
@@ -323,42 +384,36 @@ class TokenReader:
     def __init__(
         self,
         tokens: NDArray[np.float16],
-        global_tokens: NDArray[np.float16],
         offsets: NDArray[np.int64],
+        global_rows: NDArray[np.int64],
         made_from: dict[str, Any] | None = None,
         block: int = 1,
     ) -> None:
         self._tokens = tokens
-        self.global_tokens = global_tokens
-        self.offsets = offsets
+        self._offsets = offsets
+        self._global_rows = global_rows
         self.made_from = made_from or {}
         self.block = block
 
     @classmethod
     def open(cls, path: Path, layer: int) -> Self:
-        """Open a layer of an activation store.
+        """Open a layer of a store of all tokens.
 
         Raises:
-            StoreError: where the store is not whole, has no such layer, or holds global tokens only.
+            StoreError: where the store is not whole, is of global tokens only, or has no such layer.
         """
-        store: Any = open_store(path, KIND)
-        group = layer_group(store, layer, path)
-        if "tokens" not in group:
-            raise StoreError(
-                f"{path}: only global tokens in it, as its SAEs were trained while the encoder read; set stream: false "
-                f"to store all tokens"
-            )
-        tokens, spec = group["tokens"], store.attrs["spec"]
+        store: Any = open_store(path, TOKENS)
+        tokens, spec = layer_group(store, layer, path)["tokens"], store.attrs["spec"]
         return cls(
             tokens[:] if tokens.nbytes <= _IN_MEMORY_BYTES else tokens,
-            group["global"][:],
             store["offsets"][:],
+            store["global_rows"][:],
             spec,
             spec["batch_size"],
         )
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self._offsets) - 1
 
     @property
     def width(self) -> int:
@@ -373,8 +428,18 @@ class TokenReader:
     def read(self, samples: NDArray[np.int64]) -> Tensor:
         """``[rows, D]`` float32 tokens of the given samples, in their order."""
         runs = np.split(samples, np.flatnonzero(np.diff(samples) != 1) + 1)
-        parts = [self._tokens[self.offsets[run[0]] : self.offsets[run[-1] + 1]] for run in runs]
+        parts = [self._tokens[self._offsets[run[0]] : self._offsets[run[-1] + 1]] for run in runs]
         return torch.from_numpy(np.concatenate(parts).astype(np.float32))
+
+    def read_global(self, samples: NDArray[np.int64]) -> Tensor:
+        """``[n, D]`` float32 global tokens of the given samples, in their order."""
+        rows = [self._tokens[row] for row in self._global_rows[samples]]
+        return torch.from_numpy(np.stack(rows).astype(np.float32))
+
+
+def save_index(store: Any, name: str, numbers: NDArray[np.int64]) -> None:
+    """Add ``offsets`` or ``global_rows`` to a store."""
+    new_array(store, name, numbers.shape, np.int64, chunks=(min(len(numbers), _INDEX_ROWS),))[...] = numbers
 
 
 def _samples(data: Data, spec: EncoderSpec, start: int) -> list[Image.Image] | list[str]:

@@ -141,6 +141,9 @@ class EncoderSpec(ModelSpec, extra="forbid"):
     """Dotted path of the module list that holds the blocks, where the longest run of like blocks is not it."""
     batch_size: int = Field(default=32, ge=1)
     """Samples a forward pass."""
+    parts: int = Field(default=1, ge=1)
+    """How many jobs share its forward pass over a data set, each a range of the samples. The stores are those of one
+    job to the bit. Not for pictures of different numbers of tokens, nor for ``stream: true``."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """What the forward pass computes in; the 16-bit ones by autocast, with the weights kept in float32."""
     max_tokens: int | None = Field(default=None, ge=1)
@@ -197,7 +200,7 @@ class EncoderSpec(ModelSpec, extra="forbid"):
 
     def activations_key(self) -> str:
         """What the `activations` stage depends on, as canonical JSON."""
-        return canonical(self, set(type(self).model_fields) - TOLD_ONLY - {"seeds"})
+        return canonical(self, set(type(self).model_fields) - TOLD_ONLY - {"seeds", "parts"})
 
 
 TOLD_ONLY = {"samples", "tokens", "gflops", "trained_on", "note"}

@@ -110,22 +110,57 @@ def activations(
     encoder: Annotated[str, typer.Option(help="A name in the catalog, or keys and values as JSON.")],
     weights: Annotated[Path, typer.Option(help="The record of the weights stage.")],
     data: Annotated[Path, typer.Option(help="The folder of the dataset stage.")],
-    out: Out,
+    out: Annotated[Path, typer.Option(help="The store of global tokens to write, or that of a part.")],
+    tokens: Annotated[
+        Path | None, typer.Option(help="The store of all tokens to write, but for a part.", show_default=False)
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(help="PART/PARTS, such as 2/4: record that part of the samples, for `join`.", show_default=False),
+    ] = None,
     threads: Threads = 1,
 ) -> None:
     """Record every layer of an encoder over a data set in one forward pass."""
     from conceptshare.activations import extract_activations
+    from conceptshare.activations_parts import extract_part
     from conceptshare.dataset import Data
     from conceptshare.encoders import load_encoder
 
     _use_threads(threads)
-    spec = _spec(EncoderSpec, "encoders", encoder)
-    extract_activations(load_encoder(spec, weights), Data(data), out, threads)
+    numbers = _numbers_of_part(part)
+    if (tokens is None) == (numbers is None):
+        raise StudyError("activations: give --tokens for all samples, or --part for some, and not both")
+    loaded = load_encoder(_spec(EncoderSpec, "encoders", encoder), weights)
+    if numbers is not None:
+        extract_part(loaded, Data(data), out, *numbers, threads)
+    elif tokens is not None:
+        extract_activations(loaded, Data(data), out, tokens, threads)
+
+
+def _numbers_of_part(part: str | None) -> tuple[int, int] | None:
+    if part is None:
+        return None
+    found = re.fullmatch(r"(\d+)/(\d+)", part)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise StudyError(f"--part {part}: write PART/PARTS, such as 2/4; parts are counted from 1")
+    return int(found[1]), int(found[2])
+
+
+@app.command()
+def join(
+    parts: Annotated[list[Path], typer.Argument(help="All parts of an extraction.")],
+    out: Annotated[Path, typer.Option(help="The store of global tokens to write.")],
+    tokens: Annotated[Path, typer.Option(help="The store of all tokens to write.")],
+) -> None:
+    """Put the parts of an extraction together, which shares their files: the stores of one go."""
+    from conceptshare.activations_parts import join_parts
+
+    join_parts(parts, out, tokens)
 
 
 @sae_app.command("train")
 def sae_train(
-    activations: Annotated[Path, typer.Option(help="An activation store.")],
+    tokens: Annotated[Path, typer.Option(help="A store of all tokens.")],
     layer: Annotated[int, typer.Option(help="The layer to train on, from 0.")],
     out: Out,
     settings: Annotated[str, typer.Option(help="Keys and values as JSON; what is left out is the paper's.")] = "{}",
@@ -136,7 +171,7 @@ def sae_train(
     from conceptshare.sae import train_sae
 
     _use_threads(threads)
-    train_sae(activations, layer, parse(SAESettings, _mapping(settings), "settings"), seed, out)
+    train_sae(tokens, layer, parse(SAESettings, _mapping(settings), "settings"), seed, out)
 
 
 Folder = Annotated[Path, typer.Argument(help="The folder of an SAE.")]

@@ -111,7 +111,7 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
         StudyError: where nothing tells how many samples a data set has.
     """
     counts = {name: samples or _samples(name, spec, results) for name, spec in study.datasets.items()}
-    rules = ("dataset", "activations", "sae", "stream", "features", "correlations", "similarity")
+    rules = ("dataset", "activations", "activations_part", "sae", "stream", "features", "correlations", "similarity")
     parts: dict[str, list[Cost]] = {rule: [] for rule in rules}
     members, pairs = study.members(), study.pairs()
     needed = {member.encoder: study.encoders[member.encoder] for member in members}
@@ -120,7 +120,9 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
         copies = 1 if study.datasets[name].image_url is None else 2  # what is downloaded stays
         parts["dataset"].append(Cost(written=copies * data_bytes, read=data_bytes, memory=_PROCESS_BYTES))
         if not study.stream:
-            parts["activations"] += [activations_cost(spec, N, data_bytes) for spec in needed.values()]
+            for spec in needed.values():
+                rule = "activations" if spec.parts == 1 else "activations_part"
+                parts[rule].append(activations_cost(spec, N, data_bytes))
         for settings in study.saes.values():
             if study.stream:
                 parts["stream"] += [
@@ -150,13 +152,16 @@ def count_jobs(study: Study) -> dict[str, int]:
     """Jobs of each rule that Snakemake plans for a results folder that has none of them."""
     members = study.members()
     encoders = {member.encoder for member in members}
+    parted = [study.encoders[name].parts for name in encoders if study.encoders[name].parts > 1]
     layers = sum(len(study.encoders[member.encoder].layer_numbers()) for member in members)
     datasets = len(study.datasets) if members else 0
     settings = datasets * len(study.saes)
     jobs = {
         "dataset": datasets,
         "weights": len(encoders),
-        "activations": 0 if study.stream else datasets * len(encoders),
+        "activations": 0 if study.stream else datasets * (len(encoders) - len(parted)),
+        "activations_part": datasets * sum(parted),
+        "activations_join": datasets * len(parted),
         "sae": 0 if study.stream else settings * layers,
         "stream": settings * len(encoders) if study.stream else 0,
         "features": settings * len(members),
@@ -224,14 +229,12 @@ def sae_cost(spec: EncoderSpec, settings: SAESettings, N: int) -> Cost:
     samples = settings.epochs * (N - settings.held_out_samples(N)) + measured(N, settings)
     return Cost(
         written=4 * (sae_parameters(spec, settings) + F),
-        read=(size if in_memory else samples * _sample_read(spec, settings.samples_a_step(spec.modality)))
-        + global_bytes(spec, N),
+        read=size
+        if in_memory
+        else samples * _sample_read(spec, settings.samples_a_step(spec.modality))
+        + measured(N, settings) * chunk_bytes(spec),
         flops=training_flops(spec, settings, N),
-        memory=_PROCESS_BYTES
-        + in_memory * size
-        + global_bytes(spec, N)
-        + _optimised_bytes(spec, settings)
-        + _latents_bytes(spec, settings),
+        memory=_PROCESS_BYTES + in_memory * size + _optimised_bytes(spec, settings) + _latents_bytes(spec, settings),
     )
 
 
@@ -381,6 +384,12 @@ def global_bytes(spec: EncoderSpec, N: int) -> int:
     return N * spec.width * 2
 
 
+def chunk_bytes(spec: EncoderSpec) -> int:
+    """Bytes of one chunk of tokens, which is what is read for one of them."""
+    row = 2 * spec.width
+    return max(1, CHUNK_BYTES // row) * row
+
+
 def features_bytes(F: int, N: int) -> int:
     """Bytes of one layer's F features, in float16."""
     return N * F * 2
@@ -482,9 +491,8 @@ def _data_bytes(name: str, spec: DatasetSpec, N: int, results: Path) -> float:
 
 def _sample_read(spec: EncoderSpec, at_once: int) -> float:
     """Bytes of the chunks that a sample's tokens lie in, of a layer too large for memory, so many samples at once."""
-    row = 2 * spec.width
-    rows = max(1, CHUNK_BYTES // row)
-    return (1 + (at_once * stored_tokens(spec) - 1) / rows) * rows * row / at_once
+    rows = chunk_bytes(spec) // (2 * spec.width)
+    return (1 + (at_once * stored_tokens(spec) - 1) / rows) * chunk_bytes(spec) / at_once
 
 
 def _panels_read(F: int, width: int, N: int) -> int:

@@ -21,7 +21,7 @@ from conceptshare import provenance
 from conceptshare.errors import ConceptshareError, NumericsError, StoreError, refusal
 from conceptshare.files import layer_name, remove, written_aside
 
-VERSIONS = {"features": 2, "correlations": 2}
+VERSIONS = {"activations": 2, "features": 2, "correlations": 2}
 """Version of a kind's format, where it is not 1; what old readers would misread, or new ones need, raises it."""
 
 _ROOT = "zarr.json"
@@ -187,40 +187,60 @@ def gone_on_with(path: Path) -> AbstractContextManager[None]:
     return _named(f"{path}: what an earlier attempt left of it is damaged", " and was removed; run again")
 
 
+def rows_of(width: int, dtype: DTypeLike, shard_bytes: int) -> tuple[int, int]:
+    """How many rows a chunk and a shard of an array of rows have."""
+    row_bytes = width * np.dtype(dtype).itemsize
+    chunk = max(1, _CHUNK_BYTES // row_bytes)
+    return chunk, chunk * max(1, shard_bytes // (chunk * row_bytes))
+
+
+def new_rows(group: zarr.Group, name: str, rows: int, width: int, dtype: DTypeLike, shard_bytes: int) -> None:
+    """Add an array ``[rows, width]`` to a store, in shards."""
+    chunk, shard = rows_of(width, dtype, shard_bytes)
+    # Activations are noise to a compressor: it would save some percent, and take longer than writing them.
+    new_array(group, name, (rows, width), dtype, (chunk, width), (shard, width), compress=False)
+
+
 class RowWriter:
     """Appends rows to a two-dimensional array of unknown length, a whole shard at a time.
 
-    Where the array is there already, its first ``keep`` rows are kept, and rows go on from there. Where one is lost, it
-    raises errors of many types: `gone_on_with` makes one of them.
+    Where the array is there already, its rows before ``keep`` are kept, and rows go on from there. Where one is lost,
+    it raises errors of many types: `gone_on_with` makes one of them. Rows before ``first``, where a shard begins, are
+    another's to write.
     """
 
     def __init__(
-        self, group: zarr.Group, name: str, width: int, dtype: DTypeLike, shard_bytes: int, keep: int = 0
+        self,
+        group: zarr.Group,
+        name: str,
+        width: int,
+        dtype: DTypeLike,
+        shard_bytes: int,
+        keep: int = 0,
+        first: int = 0,
     ) -> None:
-        row_bytes = width * np.dtype(dtype).itemsize
-        self._chunk = max(1, _CHUNK_BYTES // row_bytes)
-        self._shard = self._chunk * max(1, shard_bytes // (self._chunk * row_bytes))
+        self._chunk, self._shard = rows_of(width, dtype, shard_bytes)
         if name not in group:
-            # Activations are noise to a compressor: it would save some percent, and take longer than writing them.
-            new_array(group, name, (0, width), dtype, (self._chunk, width), (self._shard, width), compress=False)
+            new_rows(group, name, 0, width, dtype, shard_bytes)
         array: Any = group[name]
         self._array = array.with_config(_EVERY_CHUNK)
         self.written = keep // self._shard * self._shard
         """Rows in whole shards, which are on disk."""
         # One buffer, and not a list of what was appended: that would leave holes in memory that grow with time.
         self._buffer = np.empty((self._shard, width), dtype)
-        self._check(keep)
+        self._check(first, keep)
         self._filled = keep - self.written
         self._buffer[: self._filled] = self._array[self.written : keep]
         self._array.resize((keep, width))
 
-    def _check(self, keep: int) -> None:
-        """Make sure that the shards of the first ``keep`` rows are there: Zarr would read zeros."""
+    def _check(self, first: int, keep: int) -> None:
+        """Make sure that the shards of the rows from ``first`` to ``keep`` are there: Zarr would read zeros."""
         place = Path(self._array.store.root) / self._array.path / "c"
-        sizes = [(place / str(n) / "0").stat().st_size for n in range(-(-keep // self._shard))]
+        numbers = range(first // self._shard, -(-keep // self._shard))
+        sizes = {n: (place / str(n) / "0").stat().st_size for n in numbers}
         # Rows as they are, then place and length of each chunk, and a checksum of those.
         whole = self._buffer.nbytes + 16 * (self._shard // self._chunk) + 4
-        short = [n for n, size in enumerate(sizes[: keep // self._shard]) if size != whole]
+        short = [n for n, size in sizes.items() if size != whole and n < keep // self._shard]
         if short:
             raise ValueError(f"shard {short[0]} of {self._array.path} has {sizes[short[0]]} bytes, not {whole}")
 

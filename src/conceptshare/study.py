@@ -210,6 +210,10 @@ class Study(Spec):
     """Whether an encoder's SAEs of all layers and seeds are trained while it reads the data set, and no tokens are
     stored. They are the same SAEs; but each epoch is another forward pass, and a seed that is added trains all of its
     encoder's anew."""
+    keep_tokens: bool = True
+    """Whether an encoder's tokens stay on disk once its SAEs are trained. Without them, encoders, analyses and data
+    sets are added as with them; but a seed or an SAE setting that is added extracts an encoder's tokens again, and then
+    trains all of its SAEs anew. A stream keeps none."""
     correlations: Annotated[CorrelationSettings, BeforeValidator(_or_empty)] = CorrelationSettings()
     """How features are correlated."""
     analyses: Annotated[Analyses, BeforeValidator(_or_empty)] = Analyses()
@@ -263,11 +267,16 @@ class Study(Spec):
                     f"share it; leave it out of one"
                 )
         self._check_full()
-        for encoder in self.encoders:
+        for encoder, spec in self.encoders.items():
             if encoder.endswith(".provenance"):
                 raise ValueError(
                     f"encoders.{encoder}: a file of that name tells how the weights of another came about; choose "
                     f"another name"
+                )
+            if self.stream and spec.parts > 1:
+                raise ValueError(
+                    f"encoders.{self.name_in_config(encoder)}.parts: a stream is one job, as its SAEs learn from all "
+                    f"samples in turn; leave parts out, or set stream: false"
                 )
         for name, settings in self.saes.items():
             for encoder, spec in self.encoders.items():
@@ -417,6 +426,10 @@ class Study(Spec):
     def members_key(self) -> str:
         """All needed members, as canonical JSON."""
         return _json([str(member) for member in self.members()])
+
+    def parted_encoders(self) -> list[str]:
+        """The encoders whose forward pass several jobs share."""
+        return sorted(name for name, spec in self.encoders.items() if spec.parts > 1)
 
     def stream_seeds(self, encoder: str) -> list[int]:
         """The seeds of the SAEs that a stream trains: all that the encoder's entry lists, needed or not.

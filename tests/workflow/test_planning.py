@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import time
 
 import pytest
@@ -127,6 +128,45 @@ def test_an_added_seed_leaves_activations_and_other_seeds_alone(study):
         **SAE_REPORT,
         **CHANGED_STUDY,
     }
+
+
+def without_tokens(study):
+    """As a run with ``keep_tokens: false`` leaves it, which deletes them as soon as SAEs are trained."""
+    shutil.rmtree(study.folder / "results/squares/tokens")
+    study.config = study.config | {"keep_tokens": False}
+    return study.config
+
+
+def test_a_study_whose_tokens_are_deleted_plans_nothing(study):
+    without_tokens(study)
+    assert study.plan() == {}
+
+
+def test_an_added_encoder_and_an_analysis_extract_no_others_whose_tokens_are_deleted(study):
+    config = without_tokens(study)
+    config["encoders"]["added"] = encoder_entry("./models/second-reader", "text", "language")
+    config["analyses"]["layerwise"]["both"] = {"pairs": [["viewer", "reader@1"]]}
+    study.config = config
+    planned = study.plan()
+    jobs = {"activations": 1, "sae": LAYERS, "features": 1, "similarity": 2, "correlations": 3}
+    assert planned == planned | jobs
+
+
+def test_an_added_seed_extracts_and_trains_anew_the_encoder_whose_tokens_are_deleted(study):
+    config = without_tokens(study)
+    config["encoders"]["viewer"]["seeds"] = [0, 1]
+    config["analyses"]["layerwise"]["viewer"] = {"pairs": [["viewer@0", "viewer@1"]]}
+    study.config = config
+    planned = study.plan()
+    assert planned == planned | {"activations": 1, "sae": 2 * LAYERS, "features": 2}
+
+
+def test_parts_of_an_extraction_are_jobs_of_their_own(new_study):
+    config = new_study.config
+    config["encoders"]["reader"]["parts"] = 3
+    new_study.config = config
+    planned = new_study.plan()
+    assert planned == planned | {"activations": 1, "activations_part": 3, "activations_join": 1, "sae": 3 * LAYERS}
 
 
 def test_a_second_sae_setting_leaves_the_first_alone(study):

@@ -125,6 +125,27 @@ def test_the_whole_matrix_that_the_study_asks_for_is_stored(finished):
     np.testing.assert_allclose(store["full/layer-00__layer-02"][:], np.nan_to_num(r), atol=1e-5)
 
 
+def test_parts_of_an_extraction_make_the_stores_of_one_job_and_tokens_go_when_saes_are_trained(finished, new_study):
+    config = new_study.config
+    config["encoders"]["reader"]["parts"] = 2
+    new_study.config = config
+    kinds = ("activations", "tokens")
+    result = new_study.run("--cores", "2", *(f"results/squares/{kind}/reader.zarr" for kind in kinds))
+    assert result.returncode == 0, result.stdout + result.stderr
+    for kind in kinds:
+        one, parted = (project.folder / f"results/squares/{kind}/reader.zarr" for project in (finished, new_study))
+        files = [path.relative_to(one) for path in one.rglob("*") if path.is_file() and path.name[0] != "."]
+        assert len(files) > LAYERS
+        for file in files:
+            assert (parted / file).read_bytes() == (one / file).read_bytes(), file
+    assert not list(new_study.folder.glob("results/squares/parts/*"))
+    new_study.config = config | {"keep_tokens": False}
+    sae = f"results/squares/saes/tiny/reader/layer-{LAYERS - 1:02d}/seed-0/sae_weights.safetensors"
+    result = new_study.run("--cores", "2", sae)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [path.parent.name for path in new_study.folder.glob("results/squares/*/reader.zarr")] == ["activations"]
+
+
 def test_saes_learnt(finished):
     for path in (finished.folder / "results/squares/saes/tiny").rglob("loss.csv"):
         losses = pd.read_csv(path).loss
@@ -293,11 +314,11 @@ def test_few_undecodable_images_are_dropped_for_all_encoders_and_listed(new_stud
 def test_a_store_that_lost_a_chunk_stops_what_reads_it(study):
     store = study.folder / "results/squares/activations/reader.zarr"
     target = "results/squares/features/tiny/reader@0.zarr"
-    (store / "layer-01/tokens/c/0/0").unlink()
+    (store / "layer-01/global/c/0/0").unlink()
     result = study.run("--cores", "1", "--force", target, "--rerun-triggers", "mtime")
     output = result.stdout + result.stderr
     assert result.returncode != 0
-    assert "chunk layer-01/tokens/c/0/0 is missing; delete the store and run again" in output
+    assert "chunk layer-01/global/c/0/0 is missing; delete the store and run again" in output
     assert not (study.folder / target).exists()
 
 

@@ -47,6 +47,7 @@ def test_every_sae_feature_and_table_is_that_of_stored_tokens(finished, streamed
 def test_no_tokens_are_stored(streamed):
     assert list((streamed.folder / "results").rglob("tokens")) == []
     assert not (streamed.folder / "results/squares/activations").exists()
+    assert not (streamed.folder / "results/squares/tokens").exists()
 
 
 def test_a_finished_stream_plans_nothing(stream):
@@ -96,6 +97,15 @@ def test_a_changed_setting_trains_all_anew_and_a_second_one_leaves_the_first_alo
     stream.config = config
     assert changed == stream.plan()
     assert changed["stream"] == 2
+
+
+def test_a_stream_is_no_extraction_of_parts(new_study):
+    config = new_study.config | {"stream": True}
+    config["encoders"]["viewer"]["parts"] = 2
+    new_study.config = config
+    result = new_study.run("-n")
+    assert result.returncode != 0
+    assert "encoders.viewer.parts: a stream is one job" in result.stdout + result.stderr
 
 
 def test_going_back_to_stored_tokens_makes_them(stream):

@@ -1,13 +1,17 @@
-# Every layer of an encoder, from one forward pass over a data set.
+# Every layer of an encoder, from one forward pass over a data set: the global tokens, and all tokens for its SAEs. An
+# encoder with `parts` shares the pass among so many jobs, whose shards another job then puts together.
 rule activations:
     input:
         data=DATA,
         weights=rules.weights.output.record,
         code=code("activations.py", "encoders/*.py"),
     output:
-        directory("results/{dataset}/activations/{encoder}.zarr"),
+        activations=directory("results/{dataset}/activations/{encoder}.zarr"),
+        tokens=kept_or_temp(directory("results/{dataset}/tokens/{encoder}.zarr")),
     log:
         "results/logs/{dataset}/activations/{encoder}.log",
+    wildcard_constraints:
+        encoder=one_of(STUDY.encoders.keys() - STUDY.parted_encoders()),
     conda:
         environment_of
     threads: 1
@@ -20,4 +24,55 @@ rule activations:
         data=lambda w, input: folder_of(input.data),
     shell:
         "python -m conceptshare activations --encoder {params.spec:q} --weights {input.weights:q}"
-        " --data {params.data:q} --threads {threads} --out {output:q} > {log:q} 2>&1"
+        " --data {params.data:q} --threads {threads} --out {output.activations:q} --tokens {output.tokens:q}"
+        " > {log:q} 2>&1"
+
+
+rule activations_part:
+    input:
+        data=rules.dataset.output,
+        weights=rules.weights.output,
+        code=code("activations.py", "activations_parts.py", "encoders/*.py"),
+    output:
+        temp(directory("results/{dataset}/parts/{encoder}.{part}-of-{parts}.zarr")),
+    log:
+        "results/logs/{dataset}/parts/{encoder}.{part}-of-{parts}.log",
+    wildcard_constraints:
+        part=r"\d+",
+        parts=r"\d+",
+    conda:
+        environment_of
+    threads: 1
+    resources:
+        gpu=1,
+        mem_mb=grown(16000),
+        runtime=grown(480),
+    params:
+        spec=lambda w: STUDY.encoders[w.encoder].activations_key(),
+        data=lambda w, input: folder_of(input.data),
+    shell:
+        "python -m conceptshare activations --encoder {params.spec:q} --weights {input.weights:q}"
+        " --data {params.data:q} --threads {threads} --part {wildcards.part}/{wildcards.parts} --out {output:q}"
+        " > {log:q} 2>&1"
+
+
+rule activations_join:
+    input:
+        parts=parts_of,
+        code=code("activations.py", "activations_parts.py"),
+    output:
+        activations=directory("results/{dataset}/activations/{encoder}.zarr"),
+        tokens=kept_or_temp(directory("results/{dataset}/tokens/{encoder}.zarr")),
+    log:
+        "results/logs/{dataset}/activations/{encoder}.log",
+    wildcard_constraints:
+        encoder=one_of(STUDY.parted_encoders()),
+    conda:
+        environment_of
+    threads: 1
+    resources:
+        mem_mb=grown(4000),
+        runtime=grown(60),
+    shell:
+        "python -m conceptshare join {input.parts:q} --out {output.activations:q} --tokens {output.tokens:q}"
+        " > {log:q} 2>&1"

@@ -79,6 +79,23 @@ def activations_of(wildcards, encoder="encoder"):
     return f"results/{wildcards.dataset}/{streams}activations/{wildcards[encoder]}.zarr"
 
 
+def one_of(names):
+    """What a wildcard can be that is one of some names."""
+    return "|".join(re.escape(name) for name in sorted(names)) or "-"
+
+
+def parts_of(wildcards):
+    """The parts of an encoder's forward pass."""
+    parts = STUDY.encoders[wildcards.encoder].parts
+    folder = f"results/{wildcards.dataset}/parts"
+    return [f"{folder}/{wildcards.encoder}.{part}-of-{parts}.zarr" for part in range(1, parts + 1)]
+
+
+def kept_or_temp(tokens):
+    """All tokens of an encoder, deleted once its SAEs are trained where the study does not keep them."""
+    return tokens if STUDY.keep_tokens else temp(tokens)
+
+
 def folder_of(files):
     """The folder that stores of one kind lie in."""
     return str(Path(files[0]).parent)
@@ -143,7 +160,7 @@ def matrix_files(name, dataset):
 def analysis_names():
     """What a wildcard that names an analysis can be: its names, as their files have more dots than these."""
     kinds = (STUDY.analyses.matrices, STUDY.analyses.layerwise, STUDY.analyses.sharedness)
-    return "|".join(re.escape(name) for name in sorted({name for kind in kinds for name in kind})) or "-"
+    return one_of({name for kind in kinds for name in kind})
 
 
 def study_results():

@@ -1,7 +1,7 @@
 # One sparse autoencoder for each layer and seed.
 rule sae:
     input:
-        activations=rules.activations.output,
+        tokens="results/{dataset}/tokens/{encoder}.zarr",
         code=code("sae/*.py"),
     output:
         multiext(
@@ -26,6 +26,6 @@ rule sae:
         settings=lambda w: STUDY.sae_key(w.sae),
         folder=subpath(output.config, parent=True),
     shell:
-        "python -m conceptshare sae train --activations {input.activations:q} --layer {wildcards.layer}"
+        "python -m conceptshare sae train --tokens {input.tokens:q} --layer {wildcards.layer}"
         " --seed {wildcards.seed} --settings {params.settings:q} --threads {threads} --out {params.folder:q}"
         " > {log:q} 2>&1"

@@ -85,15 +85,27 @@ class Encoder:
                 f"{self.spec.model}: its blocks give {some.shape[1]} positions, where its tokenizer made "
                 f"{mask.shape[1]}; such a model cannot be read token by token"
             )
-        position = self._global_position(mask, batch.eot)
+        training, position = self._chosen(mask, batch.eot)
         if position is None:
             weights = mask / mask.sum(1, keepdim=True)
             global_token = {layer: torch.einsum("bt,btd->bd", weights, x) for layer, x in tokens.items()}
-            return Activations(tokens, global_token, mask, position)
+            return Activations(tokens, global_token, training, position)
         rows = torch.arange(len(batch), device=self.device)
-        training = torch.ones_like(mask) if self.spec.global_token == "reference" else mask.clone()
-        training[rows, position] = True
         return Activations(tokens, {layer: x[rows, position] for layer, x in tokens.items()}, training, position)
+
+    def outline(self, batch: Batch) -> Activations:
+        """The same of captions but without any layer, from their tokens alone: the model reads nothing."""
+        assert batch.mask is not None
+        return Activations({}, {}, *self._chosen(batch.mask.to(self.device), batch.eot))
+
+    def _chosen(self, mask: Tensor, eot: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """``[B, T]`` the positions SAEs train on, and ``[B]`` those of the global tokens."""
+        position = self._global_position(mask, eot)
+        if position is None:
+            return mask, None
+        training = torch.ones_like(mask) if self.spec.global_token == "reference" else mask.clone()
+        training[torch.arange(len(mask), device=self.device), position] = True
+        return training, position
 
     def _observe(self, inputs: dict[str, Tensor]) -> dict[int, Any]:
         outputs: dict[int, Any] = {}

@@ -175,8 +175,8 @@ def _read_ahead(
         yield from in_order((reading.submit(read, batch).result for batch in batches), _AHEAD)
 
 
-def train_sae(activations: Path, layer: int, settings: SAESettings, seed: int, out: Path) -> None:
-    """Train an SAE on one layer of an activation store and write its folder.
+def train_sae(token_store: Path, layer: int, settings: SAESettings, seed: int, out: Path) -> None:
+    """Train an SAE on one layer of a store of all tokens and write its folder.
 
     The folder holds `sae_weights.safetensors` and `cfg.json`, which SAELens reads too, `metrics.json`, `loss.csv` and
     `density.csv`. A training that is cut off leaves the folder `{out}.checkpoints`, goes on from there when it is run
@@ -188,10 +188,10 @@ def train_sae(activations: Path, layer: int, settings: SAESettings, seed: int, o
         MadeMeanwhileError: where another process made the same folder while this one waited for it.
         SystemExit: with the status PREEMPTED, after SIGTERM.
     """
-    tokens = TokenReader.open(activations, layer)
+    tokens = TokenReader.open(token_store, layer)
     if not len(tokens):
-        raise StoreError(f"{activations}: no samples in it; run the activations stage again")
-    origin = Origin(activations.stem, layer, seed)
+        raise StoreError(f"{token_store}: no samples in it; run the activations stage again")
+    origin = Origin(token_store.stem, layer, seed)
     key = {"settings": settings.model_dump(mode="json"), "seed": seed, "layer": layer, "made_from": tokens.made_from}
     checkpoints = Checkpoints(out.with_name(out.name + ".checkpoints"), key)
     batch_samples = settings.samples_a_step(tokens.modality)
@@ -199,9 +199,7 @@ def train_sae(activations: Path, layer: int, settings: SAESettings, seed: int, o
         sae, losses = train(tokens, settings, origin.mixed_seed(), batch_samples, str(origin), checkpoints)
         batches = _order.measured(len(tokens), settings)
         measured = evaluate(sae, (tokens.read(batch) for batch in batches))
-        measured_global = evaluate(
-            sae, (torch.from_numpy(tokens.global_tokens[batch].astype(np.float32)) for batch in batches)
-        )
+        measured_global = evaluate(sae, (tokens.read_global(batch) for batch in batches))
         held_out = settings.held_out_samples(len(tokens)) > 0
         write_sae(folder, sae, losses, settings, Report(origin, measured, measured_global, held_out))
     checkpoints.remove()
