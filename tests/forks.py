@@ -7,16 +7,18 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from tempfile import TemporaryDirectory
 
-_FORKS = multiprocessing.get_context("forkserver")
-# The last is what an optimiser imports when it is made.
-_FORKS.set_forkserver_preload(
+FORKS = multiprocessing.get_context("forkserver")
+# torch._dynamo is what an optimiser imports when it is made.
+FORKS.set_forkserver_preload(
     [
-        "conceptshare.correlations",
-        "conceptshare.encoders._transformers",
-        "conceptshare.sae",
+        "datasets",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.backends.backend_pdf",
+        "torch._dynamo",
         "transformers.models.bert.modeling_bert",
         "transformers.models.siglip.modeling_siglip",
-        "torch._dynamo",
+        *("conceptshare.encoders._transformers", "conceptshare.weights"),
+        *(f"conceptshare.{stage}" for stage in ("sae", "features", "correlations", "similarity", "figures", "formats")),
     ]
 )
 
@@ -25,7 +27,7 @@ def run_forked(code, *arguments):
     """Run code with command-line arguments, as ``python -c`` does, and tell how it ended."""
     with TemporaryDirectory() as folder:
         output, errors = Path(folder, "output"), Path(folder, "errors")
-        process = _FORKS.Process(target=_run, args=(code, [str(argument) for argument in arguments], output, errors))
+        process = FORKS.Process(target=_run, args=(code, [str(argument) for argument in arguments], output, errors))
         process.start()
         process.join()
         return CompletedProcess(code, process.exitcode, output.read_text(), errors.read_text())

@@ -5,7 +5,6 @@ Processes are forked from a server that has imported the libraries once, so that
 
 import io
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -20,11 +19,12 @@ from PIL import Image
 
 from conceptshare.catalog import DatasetSpec
 from tests import models
+from tests.forks import FORKS
 
 STAGES = {
     "dataset": ["data"],
     "weights": ["vit.json"],
-    "activations": ["activations/vit.zarr"],
+    "activations": ["activations/vit.zarr", "tokens/vit.zarr"],
     "sae": ["saes/vit/layer-01/seed-0"],
     "stream": ["streams/bert", "streams/bert.zarr"],
     "features": ["features/bert@0.zarr"],
@@ -71,7 +71,7 @@ def arguments(stage, made, out):
         "dataset": ["dataset", "--dataset", source],
         "weights": ["weights", *entry("vit")],
         "activations": ["activations", *reads("vit")],
-        "sae": ["sae", "train", "--activations", made / "activations/vit.zarr", "--layer", 1, "--settings", SETTINGS],
+        "sae": ["sae", "train", "--tokens", made / "tokens/vit.zarr", "--layer", 1, "--settings", SETTINGS],
         "stream": ["stream", *reads("bert"), "--settings", SETTINGS, "--seed", 0, "--seed", 1],
         "features": ["features", "--activations", f"{bert}.zarr", "--saes", bert],
         "correlations": ["correlations", *(made / f"features/bert@{n}.zarr" for n in (0, 1)), "--full", "0:2"],
@@ -88,7 +88,8 @@ def arguments(stage, made, out):
         "figures": ["figures", "saes", "--table", made / "tables/members.parquet", "--saes", made / "streams"],
     }
     places = [out / name for name in STAGES[stage]]
-    wanted = ["--saes", places[0], "--activations", places[1]] if stage == "stream" else ["--out", places[0]]
+    options = {"stream": ["--saes", "--activations"], "activations": ["--out", "--tokens"]}.get(stage, ["--out"])
+    wanted = [text for option in zip(options, places, strict=False) for text in option]
     return [*map(str, [*given[stage], *wanted])]
 
 
@@ -109,18 +110,6 @@ def make_all(made):
             _done(run(["metrics", "averages", *given, "--out", made / "tables/a.csv"], made))
             given = ["--members", '["bert@0", "bert@1"]', "--saes", made / "streams", "--features", made / "features"]
             _done(run(["metrics", "saes", *given, "--out", made / "tables/members.csv"], made))
-
-
-_LIBRARIES = [
-    "datasets",
-    "matplotlib.backends.backend_agg",
-    "matplotlib.backends.backend_pdf",
-    "pandas",
-    "transformers",
-]
-_MODULES = ("correlations", "encoders", "features", "figures", "formats", "sae", "similarity", "weights")
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload([*_LIBRARIES, *(f"conceptshare.{name}" for name in _MODULES), __name__])
 
 
 @dataclass(frozen=True)
@@ -148,7 +137,7 @@ def run(arguments, watched, at=0, sent=signal.SIGKILL, before=None):
         said, touched = Path(folder) / "said", Path(folder) / "touched"
         touched.touch()
         job = (list(map(str, arguments)), str(watched), at, sent, before, said, touched)
-        process = _SERVER.Process(target=_conceptshare, args=job)
+        process = FORKS.Process(target=_conceptshare, args=job)
         process.start()
         process.join()
         return Ended(process.exitcode, said.read_text(), touched.stat().st_size)

@@ -97,7 +97,7 @@ READS = [
     ("activations", "data/samples.arrow", "data"),
     ("stream", "data/manifest.json", "data"),
     ("activations", "vit.json", "vit.json"),
-    ("sae", "activations/vit.zarr/layer-01/tokens/c/0/0", "activations/vit.zarr"),
+    ("sae", "tokens/vit.zarr/layer-01/tokens/c/0/0", "tokens/vit.zarr"),
     ("similarity", "activations/vit.zarr/layer-02/global/zarr.json", "activations/vit.zarr"),
     ("features", "streams/bert/layer-01/seed-0/sae_weights.safetensors", "streams/bert"),
     ("features", "streams/bert/layer-02/seed-0/cfg.json", "streams/bert"),
@@ -204,17 +204,24 @@ def test_states_of_another_version_are_not_gone_on_with(made, tmp_path):
     assert_as_undisturbed("sae", made, tmp_path)
 
 
-@pytest.mark.parametrize("lost", ["layer-01/tokens/zarr.json", "layer-02/zarr.json", "offsets/zarr.json", "zarr.json"])
+@pytest.mark.parametrize(
+    "lost",
+    [
+        *("tokens/vit.zarr.partial/layer-01/tokens/zarr.json", "tokens/vit.zarr.partial/offsets/zarr.json"),
+        *("activations/vit.zarr.partial/layer-02/zarr.json", "activations/vit.zarr.partial/zarr.json"),
+    ],
+)
 def test_metadata_of_an_unfinished_store_that_were_cut_off_do_no_harm(lost, made, tmp_path):
+    whole = run(arguments("activations", made, tmp_path / "whole"), tmp_path)
     given = arguments("activations", made, tmp_path)
-    assert run(given, tmp_path, at=150).status == -signal.SIGKILL
-    (partial,) = tmp_path.glob("activations/*.partial*")
-    (partial / lost).write_bytes((partial / lost).read_bytes()[:40])
+    assert run(given, tmp_path, at=whole.touched * 2 // 3).status == -signal.SIGKILL
+    (tmp_path / lost).write_bytes((tmp_path / lost).read_bytes()[:40])
     again = run(given, tmp_path)
     if again.status:
         assert_one_line(again)
         assert "what an earlier attempt left of it is damaged" in again.said
         assert run(given, tmp_path).status == 0
+    shutil.rmtree(tmp_path / "whole")
     assert_as_undisturbed("activations", made, tmp_path)
 
 

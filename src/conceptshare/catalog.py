@@ -143,7 +143,8 @@ class EncoderSpec(ModelSpec, extra="forbid"):
     """Samples a forward pass."""
     parts: int = Field(default=1, ge=1)
     """How many jobs share its forward pass over a data set, each a range of the samples. The stores are those of one
-    job to the bit. Not for pictures of different numbers of tokens, nor for ``stream: true``."""
+    job to the bit; another number makes them again. Not for pictures of different numbers of tokens, nor for
+    ``stream: true``."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """What the forward pass computes in; the 16-bit ones by autocast, with the weights kept in float32."""
     max_tokens: int | None = Field(default=None, ge=1)

@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,8 @@ def renamed(path: Path, resume: bool = False) -> Iterator[Path]:
         remove(replaced)
     except BaseException as error:
         if not resume or isinstance(error, ConceptshareError):
-            remove(partial)
+            with suppress(OSError):  # Zarr's threads may still write into it; the next attempt removes what they leave
+                remove(partial)
         raise
 
 

@@ -17,9 +17,7 @@ LONG = {"expansion": 2, "k": 4, "learning_rate": 1e-3, "batch_captions": 16, "ep
 FOLDER = Path(f"results/squares/saes/long/reader/layer-{LAYER:02d}/seed-0")
 TARGET = str(FOLDER / "sae_weights.safetensors")
 LOG = Path(f"results/logs/squares/saes/long/reader/layer-{LAYER:02d}/seed-0.log")
-# Of the training alone.
-STORE_OPTION = ["--activations"]
-TOKENS = "results/squares/activations/reader.zarr"
+TOKENS = "results/squares/tokens/reader.zarr"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +27,7 @@ def undisturbed(first_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "seed-0"
     options = {"--layer": LAYER, "--settings": json.dumps(LONG), "--out": out}
     store = project.folder / TOKENS
-    command = [sys.executable, "-m", "conceptshare", "sae", "train", *STORE_OPTION, store]
+    command = [sys.executable, "-m", "conceptshare", "sae", "train", "--tokens", store]
     command += [text for option in options.items() for text in option]
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
     return read(out)

@@ -10,6 +10,7 @@ SAES = {"metrics_saes": 1, "figures_saes": 1}
 LAYERWISE = {"metrics_layerwise": 1, "figures_layerwise": 1}
 CHANGED_WITH_AN_ENCODER = (
     "activations/viewer",
+    "tokens/viewer",
     "saes/tiny/viewer",
     "features/tiny/viewer",
     "correlations",

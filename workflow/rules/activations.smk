@@ -30,8 +30,8 @@ rule activations:
 
 rule activations_part:
     input:
-        data=rules.dataset.output,
-        weights=rules.weights.output,
+        data=DATA,
+        weights=rules.weights.output.record,
         code=code("activations.py", "activations_parts.py", "encoders/*.py"),
     output:
         temp(directory("results/{dataset}/parts/{encoder}.{part}-of-{parts}.zarr")),
