@@ -42,7 +42,8 @@ class Top:
 
     def add(self, features: Tensor, first: int) -> None:
         """Merge ``features [n, F]`` of the samples from ``first`` on; of equal values the earlier sample wins."""
-        samples = torch.arange(first, first + len(features), dtype=torch.int32)[:, None].expand(-1, features.shape[1])
+        samples = torch.arange(first, first + len(features), dtype=torch.int32, device=features.device)
+        samples = samples[:, None].expand(-1, features.shape[1])
         values = torch.cat([self.values, features])
         order = values.sort(dim=0, descending=True, stable=True).indices[: len(self.values)]
         self.values = values.gather(0, order)
@@ -68,7 +69,7 @@ def record_features(activation_store: Path, saes: Path, seed: int, out: Path) ->
     with new_store(out, FEATURES, described | {"seed": seed}) as store:
         for layer in progress(spec["layers"], len(spec["layers"]), f"features of {out.stem}", "layers"):
             folder = saes / layer_name(layer) / f"seed-{seed}"
-            sae = load_sae(folder)
+            sae = load_sae(folder).to("cuda" if torch.cuda.is_available() else "cpu")
             x = layer_group(source, layer, activation_store)["global"]
             if x.shape[1] != sae.W_dec.shape[1]:
                 raise StoreError(
@@ -85,18 +86,20 @@ def _record_layer(group: zarr.Group, sae: TopKSAE, x: Any, where: str) -> None:
     features = new_array(group, "features", (N, F), np.float16, (rows, columns), (rows, columns * -(-F // columns)))
     strength, density, squares = np.zeros(F), np.zeros(F), np.zeros(F)
     k = min(_TOP_SAMPLES, N)
-    top = Top(torch.zeros(k, F), torch.full((k, F), -1, dtype=torch.int32))
+    device = sae.W_dec.device
+    top = Top(torch.zeros(k, F, device=device), torch.full((k, F), -1, dtype=torch.int32, device=device))
     for start, block in _blocks(sae, x, where):
         features[start : start + len(block)] = block
         squares += _merged_squares(strength, start, block)
         strength += block.sum(0, dtype=np.float64)
         density += (block > 0).sum(0)
-        top.add(torch.from_numpy(block).float(), start)
+        top.add(torch.from_numpy(block).to(device).float(), start)
     save_array(group, "strength", strength)
     save_array(group, "density", density / N)
     save_array(group, "deviation", np.sqrt(squares / N))
-    save_array(group, "top_samples", np.where(top.values > 0, top.samples, -1).astype(np.int32).T)
-    save_array(group, "top_values", top.values.numpy().T)
+    values, samples = top.values.cpu().numpy(), top.samples.cpu().numpy()
+    save_array(group, "top_samples", np.where(values > 0, samples, -1).astype(np.int32).T)
+    save_array(group, "top_values", values.T)
 
 
 def _merged_squares(strength: NDArray[np.float64], samples: int, block: NDArray[np.float16]) -> NDArray[np.float64]:
@@ -112,5 +115,5 @@ def _merged_squares(strength: NDArray[np.float64], samples: int, block: NDArray[
 def _blocks(sae: TopKSAE, x: Any, where: str) -> Iterator[tuple[int, NDArray[np.float16]]]:
     for start in range(0, x.shape[0], _ROWS):
         rows = torch.from_numpy(x[start : start + _ROWS].astype(np.float32))
-        block = sae.encode(rows).numpy()
+        block = sae.encode(rows.to(sae.W_dec.device)).cpu().numpy()
         yield start, as_float16(block, where, np.arange(start, start + len(block)))

@@ -1,4 +1,7 @@
-"""A study through `snakemake --profile slurm`: what is queued, what it is given, and what a change costs."""
+"""A study through `snakemake --profile slurm`: what is queued, and what it is given."""
+
+import json
+from itertools import combinations
 
 from .conftest import contents, jobs_done
 
@@ -22,6 +25,32 @@ def test_every_rule_that_computes_is_queued_with_what_it_asks_for_and_no_other_i
         assert (job.state, job.gpus) == ("COMPLETED", 1)
     ran = jobs_done(output)
     assert set(ran) - set(counts) == LOCAL | {"all"}
+
+
+def test_two_jobs_at_once_get_two_devices(first_run):
+    project, jobs, _ = first_run
+    told = (json.loads(path.read_text()) for path in (project.folder / "results").rglob("*provenance.json"))
+    devices = {
+        int(one["slurm"]["SLURM_JOB_ID"]): one["hardware"]["cuda_visible_devices"] for one in told if one["slurm"]
+    }
+    assert set(devices) == {job.id for job in jobs}
+    assert set(devices.values()) == {"0", "1"}
+    at_once = [(a, b) for a, b in combinations(jobs, 2) if a.start < b.end and b.start < a.end]
+    assert at_once
+    assert all(devices[a.id] != devices[b.id] for a, b in at_once)
+
+
+def test_short_jobs_that_share_a_slurm_job_need_one_device(pocket):
+    before = contents(pocket)
+    stores = [f"results/squares/features/tiny/{member}@0.zarr" for member in ("reader", "viewer")]
+    pocket.submit(
+        "--groups", "features=short", "--group-components", "short=2", "--forcerun", "features", "--", *stores
+    )
+    (job,) = pocket.submitted()
+    assert (job.state, job.gpus) == ("COMPLETED", 1)
+    assert {name: digest for name, (digest, _) in contents(pocket).items()} == {
+        name: digest for name, (digest, _) in before.items()
+    }
 
 
 def test_results_are_those_of_a_run_without_a_cluster(first_run, new_pocket, tmp_path):

@@ -10,13 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.data import contents
+
 SNAKEMAKE = Path(sys.executable).parent / "snakemake"
-
-
-def files_in(folder):
-    """The bytes of every file, by path, but for the time stamps that Snakemake puts into folders."""
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != ".snakemake_timestamp")
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def started(project, *arguments):
@@ -80,9 +76,9 @@ def test_snakemake_that_is_killed_goes_on_after_unlocking_and_another_one_waits_
     again = new_study.run(*wanted)
     assert again.returncode == 0, again.stdout + again.stderr
     assert new_study.plan(*wanted) == {}
-    for name in ("data", "activations/reader.zarr"):
+    for name in ("data", "activations/reader.zarr", "tokens/reader.zarr"):
         results = [project.folder / "results/squares" / name for project in (new_study, finished)]
-        assert files_in(results[0]) == files_in(results[1])
+        assert contents(results[0]) == contents(results[1])
     assert not list(other_file_system.rglob("*.partial*"))
 
 
@@ -100,7 +96,7 @@ def test_what_the_message_says_of_a_damaged_store_brings_back_the_same_bytes(stu
     again = study.run(*wanted)
     assert again.returncode == 0, again.stdout + again.stderr
     for name in (store, pair):
-        assert files_in(results / name) == files_in(expected / name)
+        assert contents(results / name) == contents(expected / name)
 
 
 def test_files_from_the_future_cost_nothing_or_are_said_and_set_right_by_touching_all(study):
@@ -110,7 +106,7 @@ def test_files_from_the_future_cost_nothing_or_are_said_and_set_right_by_touchin
         os.utime(path, (tomorrow, tomorrow))
     assert study.plan() == {}  # so small, they are compared by content
     os.utime(results / "activations/reader.zarr/.snakemake_timestamp", (tomorrow, tomorrow))
-    assert study.plan()["sae"] == 6
+    assert study.plan()["features"] == 2
     said = study.run("--cores", "1", "results/squares/similarity/tiny/reader__viewer.csv")
     assert said.returncode == 1
     assert "input results/squares/activations/reader.zarr" in said.stderr
