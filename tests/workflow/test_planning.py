@@ -265,14 +265,14 @@ def test_the_workflow_is_parsed_without_what_computes(new_study):
     assert not imported & {"torch", "transformers", "datasets", "zarr", "scipy", "matplotlib"}
 
 
-@pytest.mark.parametrize("arguments", [(), ("--cores", "2"), ("--profile", "slurm")])
+@pytest.mark.parametrize("arguments", [(), ("--cores", "2"), ("--profile", "slurm"), ("--profile", "gpu")])
 def test_the_default_study_plans_as_typed_in_the_clone(arguments):
     result = Project(CLONE).run("-n", *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_every_entry_of_the_profiles_is_explained():
-    for profile in ("default", "slurm"):
+    for profile in ("default", "gpu", "slurm"):
         lines = (CLONE / "profiles" / profile / "config.yaml").read_text().splitlines()
         for before, line in zip(["", *lines], lines, strict=False):
             if line and not line.lstrip().startswith("#"):
