@@ -388,7 +388,7 @@ def test_a_kill_between_the_two_renames_ends_with_the_same_bytes_in_both(data_fo
     out = tmp_path / "killed"
     assert run_extraction(spec, data_folder, out, int(whole.stdout)).returncode == -signal.SIGKILL
     left = ["activations/tiny.zarr.partial", "tokens/tiny.zarr"]
-    assert sorted(path.relative_to(out).as_posix() for path in out.glob("*/*")) == left
+    assert sorted(path.relative_to(out).as_posix() for path in out.glob("*/tiny*")) == left
     assert run_extraction(spec, data_folder, out).returncode == 0
     assert contents(out) == contents(tmp_path / "whole")
     shutil.rmtree(out / "tokens")  # as Snakemake removes what such a job has finished

@@ -24,6 +24,7 @@ from conceptshare.encoders import load_encoder
 from conceptshare.errors import StoreError, StudyError
 from conceptshare.weights import fetch_weights
 from tests import models
+from tests.data import contents
 from tests.models import CAPTIONS
 
 SAMPLES, BATCH = 23, 2  # of the last batch, only one is left
@@ -70,7 +71,7 @@ def small_shards(monkeypatch):
 
 def in_one_go(encoder, data, folder):
     extract_activations(encoder, data, folder / "activations" / "tiny.zarr", folder / "tokens" / "tiny.zarr")
-    return bytes_of(folder)
+    return stores_in(folder)
 
 
 def in_parts(encoder, data, folder, parts):
@@ -80,19 +81,18 @@ def in_parts(encoder, data, folder, parts):
     return join(folder, paths)
 
 
-def join(folder, paths):
-    join_parts(paths, folder / "activations" / "tiny.zarr", folder / "tokens" / "tiny.zarr")
-    return bytes_of(folder)
-
-
-def bytes_of(folder):
+def stores_in(folder):
     """Every file of both stores, and of what else lies beside them."""
     return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
+        f"{kind}/{name}": content
         for kind in ("activations", "tokens")
-        for path in (folder / kind).rglob("*")
-        if path.is_file()
+        for name, content in contents(folder / kind).items()
     }
+
+
+def join(folder, paths):
+    join_parts(paths, folder / "activations" / "tiny.zarr", folder / "tokens" / "tiny.zarr")
+    return stores_in(folder)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_parts_of_another_extraction_or_too_few_are_refused(spec_of, data_folder
     for paths in (["one/1"], ["one/1", "one/1"], ["one/1", "other/2"]):
         with pytest.raises(StoreError, match=r"1\.zarr.*: not all parts of one extraction"):
             join(tmp_path, [tmp_path / f"{path}.zarr" for path in paths])
-    assert bytes_of(tmp_path) == {}
+    assert stores_in(tmp_path) == {}
     assert join(tmp_path, [tmp_path / "one/2.zarr", tmp_path / "one/1.zarr"])
 
 
@@ -212,7 +212,7 @@ def test_the_commands_make_the_stores_of_one_go(spec_of, data_folder, tmp_path):
     for part in (1, 2):
         command(*extract, "--part", f"{part}/2", "--out", tmp_path / f"{part}.zarr")
     command("join", tmp_path / "1.zarr", tmp_path / "2.zarr", "--out", joined[0], "--tokens", joined[1])
-    assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
+    assert stores_in(tmp_path / "a") == stores_in(tmp_path / "b")
 
 
 EXTRACT = """

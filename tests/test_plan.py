@@ -510,7 +510,7 @@ def test_a_plan_needs_no_torch():
     ("size", "shown"), [(0, "0 B"), (999, "999 B"), (62_258e6, "62.3 GB"), (999.9e9, "1.0 TB"), (2614e12, "2,614 TB")]
 )
 def test_sizes_are_shown_in_the_unit_that_suits_them(size, shown):
-    assert plan._bytes(size) == shown
+    assert plan.format_bytes(size) == shown
 
 
 @pytest.mark.parametrize("study", TABLES)

@@ -47,8 +47,8 @@ def test_touching_every_source_file_plans_nothing(study):
 
 def test_another_account_of_how_results_came_about_plans_nothing(study):
     accounts = list(study.folder.glob("results/**/*provenance.json"))
-    # Of the data set, encoders, activations, SAEs, features, correlations, similarities and the study.
-    assert len(accounts) == 1 + 2 + 2 + 3 * LAYERS + 3 + 2 + 1 + 1
+    # Of the data set, encoders, activations, tokens, SAEs, features, correlations, similarities and the study.
+    assert len(accounts) == 1 + 2 + 2 + 2 + 3 * LAYERS + 3 + 2 + 1 + 1
     for path in accounts:
         path.write_text("{}")
     assert study.plan() == {}
@@ -139,7 +139,7 @@ def without_tokens(study):
 
 def test_a_study_whose_tokens_are_deleted_plans_nothing(study):
     without_tokens(study)
-    assert study.plan() == {}
+    assert study.plan() == CHANGED_STUDY
 
 
 def test_an_added_encoder_and_an_analysis_extract_no_others_whose_tokens_are_deleted(study):

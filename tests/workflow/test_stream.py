@@ -2,8 +2,10 @@
 
 import pytest
 
+from tests.data import contents
+
 from .conftest import LAYERS, encoder_entry
-from .test_planning import ALWAYS, MATRIX, SAE_REPORT, TABLES_AND_FIGURES
+from .test_planning import CHANGED_STUDY, MATRIX, SAE_REPORT, TABLES_AND_FIGURES
 
 
 @pytest.fixture(scope="module")
@@ -22,24 +24,20 @@ def stream(streamed, tmp_path):
     return streamed.copy(tmp_path / "clone")
 
 
-def contents(folder, pattern):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob(pattern) if path.is_file()}
-
-
 def test_a_fresh_study_plans_one_job_an_encoder(new_study):
     new_study.config = new_study.config | {"stream": True}
-    rest = {"features": 3, "correlations": 2, "similarity": 1, **TABLES_AND_FIGURES, **ALWAYS}
+    rest = {"features": 3, "correlations": 2, "similarity": 1, **TABLES_AND_FIGURES, **CHANGED_STUDY}
     assert new_study.plan() == {"dataset": 1, "weights": 2, "stream": 2, **rest}
 
 
 def test_every_sae_feature_and_table_is_that_of_stored_tokens(finished, streamed):
     results = [project.folder / "results" for project in (finished, streamed)]
-    saes = contents(results[0] / "squares/saes/tiny", "*")
+    saes = contents(results[0] / "squares/saes/tiny")
     assert len(saes) == 5 * 3 * LAYERS
     stamps = {f"{encoder}/.snakemake_timestamp": b"" for encoder in ("reader", "viewer")}
-    assert contents(results[1] / "squares/streams/tiny/saes", "*") == saes | stamps
-    for place, pattern in [("studies", "*.csv"), ("squares/similarity", "*"), ("squares/features", "*")]:
-        one, other = (contents(folder / place, pattern) for folder in results)
+    assert contents(results[1] / "squares/streams/tiny/saes") == saes | stamps
+    for place in ("studies", "squares/similarity", "squares/features"):
+        one, other = (contents(folder / place) for folder in results)
         assert one == other
         assert one
 
@@ -67,7 +65,7 @@ def test_an_added_encoder_plans_its_own_jobs_its_pairs_and_what_aggregates(strea
         "metrics_pair": 2,
         **MATRIX,
         **SAE_REPORT,
-        **ALWAYS,
+        **CHANGED_STUDY,
     }
 
 
