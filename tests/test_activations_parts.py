@@ -4,8 +4,6 @@ import io
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from itertools import cycle, islice
 
 import pyarrow as pa
@@ -25,6 +23,7 @@ from conceptshare.errors import StoreError, StudyError
 from conceptshare.weights import fetch_weights
 from tests import models
 from tests.data import contents
+from tests.forks import run_forked
 from tests.models import CAPTIONS
 
 SAMPLES, BATCH = 23, 2  # of the last batch, only one is left
@@ -248,9 +247,7 @@ def test_a_killed_part_goes_on_at_its_last_finished_shard(spec_of, data_folder, 
     spec = spec_of(models.bert)
 
     def run(last=0):
-        part = str(tmp_path / "parts" / "tiny.2-of-3.zarr")
-        command = [sys.executable, "-c", EXTRACT, spec.model_dump_json(), str(data_folder), part, str(last)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        return run_forked(EXTRACT, spec.model_dump_json(), data_folder, tmp_path / "parts" / "tiny.2-of-3.zarr", last)
 
     small_shards(7, 3)
     encoder, data = load_encoder(spec), Data(data_folder)
