@@ -66,7 +66,7 @@ def die_mid_write(size):
 
 
 # Signals, and at which share of what an undisturbed run does with files.
-STOPS = [(signal.SIGKILL, 0.3), (signal.SIGTERM, 0.5), (signal.SIGINT, 0.7), (signal.SIGKILL, 0.9), (signal.SIGKILL, 1)]
+STOPS = [(signal.SIGKILL, 0.3), (signal.SIGTERM, 0.5), (signal.SIGINT, 0.7), (signal.SIGKILL, 1)]
 STATUSES = {signal.SIGKILL: {-9}, signal.SIGTERM: {-15, PREEMPTED}, signal.SIGINT: {130}}
 
 

@@ -64,7 +64,7 @@ def add_a_dataset(config, folder):
             add_a_layer,
             {"activations": 1, "sae": 2, "features": 1, "correlations": 2, "similarity": 1},
             {"metrics_pair": 2, **LAYERWISE, **SAES},
-            (*SUMS, f"{STUDY}/pairs", *(f"squares/{kind}/" for kind in CHANGED_WITH_AN_ENCODER)),
+            (*SUMS, f"{STUDY}/pairs", *(f"squares/{kind}" for kind in CHANGED_WITH_AN_ENCODER)),
         ),
         (
             add_a_ranking,

@@ -60,15 +60,3 @@ def test_short_jobs_that_share_a_slurm_job_need_one_device(pocket):
     assert {name: digest for name, (digest, _) in contents(pocket).items()} == {
         name: digest for name, (digest, _) in before.items()
     }
-
-
-def test_results_are_those_of_a_run_without_a_cluster(first_run, new_pocket, tmp_path):
-    alone = new_pocket.copy(tmp_path / "clone")
-    # The last digits depend on the threads, which are no more than the machine has, on a cluster too.
-    threads = [f"{rule}={cpus}" for rule, (cpus, _, _) in ASKED.items()]
-    wanted = "squares/features/tiny/viewer@0.zarr"
-    result = alone.run("--cores", "all", "--set-threads", *threads, "--", f"results/{wanted}")
-    assert result.returncode == 0, result.stdout + result.stderr
-    found, expected = ({name: digest for name, (digest, _) in contents(p).items()} for p in (first_run[0], alone))
-    assert any(name.startswith(wanted) for name in expected)
-    assert found == found | expected
