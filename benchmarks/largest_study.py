@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import yaml
 
@@ -77,3 +78,8 @@ def _pretend_to_run(folder: Path) -> None:
             path.touch()
     touch = [sys.executable, "-c", _TOUCH, "--snakefile", str(SNAKEFILE), "--touch", "--forceall", "--cores", "10000"]
     subprocess.run(touch, cwd=folder, capture_output=True, check=True)
+
+
+if __name__ == "__main__":
+    with TemporaryDirectory() as folder:
+        plan_largest_study(Path(folder))

@@ -14,6 +14,7 @@ FORKS.set_forkserver_preload(
         "datasets",
         "matplotlib.backends.backend_agg",
         "matplotlib.backends.backend_pdf",
+        "snakemake.cli",
         "torch._dynamo",
         "transformers.models.bert.modeling_bert",
         "transformers.models.siglip.modeling_siglip",
@@ -23,19 +24,22 @@ FORKS.set_forkserver_preload(
 )
 
 
-def run_forked(code, *arguments):
-    """Run code with command-line arguments, as ``python -c`` does, and tell how it ended."""
-    with TemporaryDirectory() as folder:
-        output, errors = Path(folder, "output"), Path(folder, "errors")
-        process = FORKS.Process(target=_run, args=(code, [str(argument) for argument in arguments], output, errors))
+def run_forked(code, *arguments, folder=".", environment=None):
+    """Run code with command-line arguments in a folder, as ``python -c`` does, and tell how it ended."""
+    with TemporaryDirectory() as said:
+        output, errors = Path(said, "output"), Path(said, "errors")
+        job = (code, [str(argument) for argument in arguments], folder, environment or {}, output, errors)
+        process = FORKS.Process(target=_run, args=job)
         process.start()
         process.join()
         return CompletedProcess(code, process.exitcode, output.read_text(), errors.read_text())
 
 
-def _run(code, arguments, output, errors):
+def _run(code, arguments, folder, environment, output, errors):
     for stream, path in ((sys.stdout, output), (sys.stderr, errors)):
         with path.open("w") as file:
             os.dup2(file.fileno(), stream.fileno())
     sys.argv[1:] = arguments
+    os.chdir(folder)
+    os.environ.update(environment)
     exec(code, {"__name__": "__main__"})

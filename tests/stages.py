@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from conceptshare.catalog import DatasetSpec
-from tests import models
 from tests.forks import FORKS
 
 STAGES = {
@@ -42,6 +41,8 @@ SETTINGS = json.dumps({"expansion": 4, "k": 3, "batch_samples": 8, "batch_captio
 
 def write_inputs(folder):
     """A table of noisy pictures and their words, and two encoders."""
+    from tests import models  # not above: each process imports this file, and waits for what it imports
+
     rng, cells = np.random.default_rng(0), []
     for pixels in rng.integers(0, 256, (SAMPLES, 24, 32, 3), dtype=np.uint8):
         png = io.BytesIO()

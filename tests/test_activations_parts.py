@@ -110,11 +110,11 @@ def join(folder, paths):
 )
 def test_every_file_of_both_stores_is_that_of_one_go(make, values, spec_of, data_folder, tmp_path, small_shards):
     encoder, data = load_encoder(spec_of(make, **values)), Data(data_folder)
-    for rows, samples in ((7, 3), (40, 5)):
+    for rows, samples, numbers in ((7, 3, (1, 5)), (40, 5, (2, 3))):
         small_shards(rows, samples, encoder.spec.width)
         whole = in_one_go(encoder, data, tmp_path / f"whole-{rows}")
         assert len(whole) > 20
-        for parts in (1, 2, 3, 5):
+        for parts in numbers:
             assert in_parts(encoder, data, tmp_path / f"{rows}-{parts}", parts) == whole, (rows, parts)
 
 

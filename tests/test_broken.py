@@ -193,6 +193,23 @@ def test_a_disk_that_takes_nothing_more_is_one_line_and_all_is_there_once_it_doe
     assert_as_undisturbed(stage, made, kept / "second")
 
 
+@pytest.mark.usefixtures("own_disks")
+def test_a_state_that_no_longer_fits_leaves_the_one_before_it(made, tmp_path):
+    weights = len(files_in(made, STAGES["sae"])[f"{STAGES['sae'][0]}/sae_weights.safetensors"])
+    folder, kept = tmp_path / "disk", tmp_path / "kept"
+    folder.mkdir()
+    kept.mkdir()
+    little = f"size={3 * weights * 3 // 2 // 4096 * 4}k"  # a state is the weights and both of Adam's moments
+    given = arguments("sae", made, folder)
+    both = run(given, folder, before=partial(run_on_a_poor_disk_and_again, folder, kept, little, 0))
+    assert [(kept / f"{attempt}.status").read_text() for attempt in ("first", "second")] == ["1", "0"], both.said
+    state, key = sorted(path.relative_to(kept / "first") for path in (kept / "first").rglob("*") if is_result(path))
+    assert state.parent.name == "000000001"
+    assert key.name == "of.json"
+    assert "going on at step 1" in both.said
+    assert_as_undisturbed("sae", made, kept / "second")
+
+
 def test_states_of_another_version_are_not_gone_on_with(made, tmp_path):
     given = arguments("sae", made, tmp_path)
     assert run(given, tmp_path, at=25, sent=signal.SIGTERM).status == PREEMPTED

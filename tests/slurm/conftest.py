@@ -12,8 +12,9 @@ import pytest
 from ..workflow.conftest import Project, encoder_entry, fresh, new_clone  # noqa: F401 - a fixture of both folders
 from .cluster import Cluster, missing
 
+SNAKEMAKE = Path(sys.executable).with_name("snakemake")
 IMPATIENT = Path(__file__).with_name("impatient_snakemake.py")
-LAYER = 2
+LAYER = 1
 
 
 def pytest_collection_modifyitems(items):
@@ -31,17 +32,14 @@ class SlurmProject(Project):
         self.cluster = cluster
         self._submitted_before = len(cluster.jobs())
 
-    def command(self, *arguments):
-        return [sys.executable, str(IMPATIENT), "--profile", "slurm", *arguments]
-
     @property
     def environment(self):
         return super().environment | self.cluster.environment
 
-    def start(self, *arguments):
+    def start(self, *arguments, program=IMPATIENT):
         """Start Snakemake, in a session of its own: a signal to it reaches nothing else."""
         return subprocess.Popen(
-            self.command(*arguments),
+            [sys.executable, program, "--profile", "slurm", *arguments],
             cwd=self.folder,
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -85,17 +83,17 @@ def contents(project, *ignored):
 
 
 def pocket_config():
-    """One layer of two encoders, of one with two seeds, and their heatmaps."""
+    """One layer of two encoders, and their heatmap."""
     fixed = {"use_layers": [LAYER]}
     return {
         "study": "pocket",
         "datasets": {"squares": {"source": "./squares.parquet", "image": "picture", "caption": "words"}},
         "encoders": {
-            "reader": encoder_entry("./models/reader", "text", "language", seeds=[0, 1], **fixed),
+            "reader": encoder_entry("./models/reader", "text", "language", **fixed),
             "viewer": encoder_entry("./models/viewer", "image", "vision", **fixed),
         },
         "saes": {"tiny": {"expansion": 2, "k": 4, "learning_rate": 1e-2, "batch_captions": 16}},
-        "analyses": {"layerwise": {"both": {"pairs": [["reader", "viewer"], ["reader@1", "viewer"]]}}},
+        "analyses": {"layerwise": {"both": {"pairs": [["reader", "viewer"]]}}},
     }
 
 
@@ -122,11 +120,10 @@ def new_pocket(fresh, cluster, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture(scope="session")
 def first_run(new_pocket, tmp_path_factory):
-    """The study after its first run, started as a user does; the jobs that Slurm ran, and what was printed."""
+    """The study after its first run; the jobs that Slurm ran, and what was printed."""
     project = new_pocket.copy(tmp_path_factory.mktemp("pocket") / "clone")
-    result = project.run("--profile", "slurm", "--slurm-init-seconds-before-status-checks", "5")
-    assert result.returncode == 0, result.stdout + result.stderr
-    return project, project.submitted(), result.stdout + result.stderr
+    output = project.submit()
+    return project, project.submitted(), output
 
 
 @pytest.fixture

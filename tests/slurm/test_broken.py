@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import LAYER
+from .conftest import LAYER, SNAKEMAKE
 
-LONG = {"expansion": 2, "k": 4, "learning_rate": 1e-3, "batch_captions": 16, "epochs": 1000}
+LONG = {"expansion": 2, "k": 4, "learning_rate": 1e-3, "batch_captions": 16, "epochs": 2000}
 FOLDER = Path(f"results/squares/saes/long/reader/layer-{LAYER:02d}/seed-0")
 TARGET = str(FOLDER / "sae_weights.safetensors")
 LOG = Path(f"results/logs/squares/saes/long/reader/layer-{LAYER:02d}/seed-0.log")
@@ -54,9 +54,16 @@ def until(condition, seconds=120):
 
 
 def until_it_trains(project):
-    """Until the job has taken its output's lock, and for some steps."""
+    """Wait until the job has taken its output's lock, and give the job."""
     until((project.folder / FOLDER.with_name(".seed-0.lock")).exists)
-    time.sleep(0.5)
+    return project.cluster.jobs()[-1]
+
+
+def suspended(project):
+    """The job that trains, which does not end of itself meanwhile, however slow this machine is."""
+    job = until_it_trains(project)
+    project.cluster.run("scontrol", "suspend", str(job.id))
+    return job
 
 
 def states(jobs):
@@ -71,8 +78,7 @@ def finish(process):
 
 def test_a_job_that_is_cancelled_is_submitted_again_with_more_and_goes_on(training, undisturbed):
     process = training.start(TARGET)
-    until_it_trains(training)
-    training.cluster.run("scancel", str(training.cluster.jobs()[-1].id))
+    training.cluster.run("scancel", str(suspended(training).id))
     finish(process)
     first, second = training.submitted()
     assert states([first, second]) == ["CANCELLED", "COMPLETED"]
@@ -90,11 +96,9 @@ def test_a_job_that_took_too_much_memory_is_submitted_again_with_more(training, 
 
 def test_a_job_that_outlives_its_snakemake_and_the_one_submitted_anew_both_end_well(training, undisturbed):
     killed = training.start(TARGET)
-    until_it_trains(training)
-    orphan = training.cluster.jobs()[-1]
+    orphan = suspended(training)
     killed.kill()
     killed.communicate()
-    training.cluster.run("scontrol", "suspend", str(orphan.id))
     refused = training.run("--profile", "slurm", TARGET)
     assert refused.returncode == 1
     assert "--unlock" in refused.stdout + refused.stderr
@@ -126,8 +130,9 @@ def test_a_controller_that_is_away_for_a_while_costs_nothing(training, undisturb
 
 
 def test_an_interrupted_snakemake_cancels_its_jobs_and_goes_on_when_it_is_started_again(training, undisturbed):
-    process = training.start(TARGET)
-    until_it_trains(training)
+    # While it asks for their state, it knows of no jobs to cancel: it is interrupted before it does so first.
+    process = training.start("--slurm-init-seconds-before-status-checks", "20", "--", TARGET, program=SNAKEMAKE)
+    suspended(training)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
     until(lambda: training.cluster.jobs()[-1].state == "CANCELLED")

@@ -36,7 +36,7 @@ def add_a_layer(config, _):
 
 def add_a_ranking(config, _):
     config["analyses"]["sharedness"] = {
-        "said": {"source": "reader", "shared_with": ["reader@1"], "not_shared_with": ["viewer"]}
+        "said": {"source": "reader", "shared_with": ["added"], "not_shared_with": ["viewer"]}
     }
 
 
@@ -45,52 +45,54 @@ def add_a_dataset(config, folder):
     config["datasets"]["more"] = config["datasets"]["squares"] | {"source": "./more.parquet"}
 
 
-@pytest.mark.parametrize(
-    ("change", "queued", "local", "renewed"),
-    [
-        (
-            add_an_encoder,
-            {"activations": 1, "sae": 1, "features": 1, "correlations": 1, "similarity": 1},
-            {"weights": 1, "metrics_pair": 1, **LAYERWISE, **SAES},
-            SUMS,
-        ),
-        (
-            add_a_seed,
-            {"sae": 1, "features": 1, "correlations": 1},
-            {"metrics_pair": 1, **LAYERWISE, **SAES},
-            (f"{STUDY}/saes",),
-        ),
-        (
-            add_a_layer,
-            {"activations": 1, "sae": 2, "features": 1, "correlations": 2, "similarity": 1},
-            {"metrics_pair": 2, **LAYERWISE, **SAES},
-            (*SUMS, f"{STUDY}/pairs", *(f"squares/{kind}" for kind in CHANGED_WITH_AN_ENCODER)),
-        ),
-        (
-            add_a_ranking,
-            {"correlations": 1},
-            {"metrics_pair": 1, "metrics_sharedness": 1, "figures_sharedness": 1},
-            (),
-        ),
-        (
-            add_a_dataset,
-            {"activations": 2, "sae": 3, "features": 3, "correlations": 2, "similarity": 1},
-            {"dataset": 1, "metrics_pair": 2, **LAYERWISE, **SAES},
-            (),
-        ),
-    ],
-    ids=lambda value: value.__name__.replace("_", " ") if callable(value) else "",
+AN_ENCODER = (
+    add_an_encoder,
+    {"activations": 1, "sae": 1, "features": 1, "correlations": 1, "similarity": 1},
+    {"weights": 1, "metrics_pair": 1, **LAYERWISE, **SAES},
+    SUMS,
 )
-def test_a_change_costs_its_own_jobs_alone(pocket, change, queued, local, renewed):
-    before = contents(pocket)
-    config = pocket.config
-    change(config, pocket.folder)
-    pocket.config = config
-    output = pocket.submit()
-    submitted = pocket.submitted()
-    assert {rule: sum(job.rule == rule for job in submitted) for rule in {job.rule for job in submitted}} == queued
-    assert jobs_done(output) == queued | local | {"provenance": 1, "all": 1}
-    after = contents(pocket)
-    lost_or_renewed = {name for name, found in before.items() if after.get(name) != found}
-    assert all(name.startswith(renewed) for name in lost_or_renewed), lost_or_renewed
-    assert len(after) > len(before)
+A_RANKING = (
+    add_a_ranking,
+    {"correlations": 1},
+    {"metrics_pair": 1, "metrics_sharedness": 1, "figures_sharedness": 1},
+    (),
+)
+A_SEED = (
+    add_a_seed,
+    {"sae": 1, "features": 1, "correlations": 1},
+    {"metrics_pair": 1, **LAYERWISE, **SAES},
+    (f"{STUDY}/saes",),
+)
+A_LAYER = (
+    add_a_layer,
+    {"activations": 1, "sae": 2, "features": 1, "correlations": 1, "similarity": 1},
+    {"metrics_pair": 1, **LAYERWISE, **SAES},
+    (*SUMS, f"{STUDY}/pairs", *(f"squares/{kind}" for kind in CHANGED_WITH_AN_ENCODER)),
+)
+A_DATASET = (
+    add_a_dataset,
+    {"activations": 2, "sae": 2, "features": 2, "correlations": 1, "similarity": 1},
+    {"dataset": 1, "metrics_pair": 1, **LAYERWISE, **SAES},
+    (),
+)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [(AN_ENCODER, A_RANKING), (A_SEED,), (A_LAYER,), (A_DATASET,)],
+    ids=["an encoder and a ranking", "a seed", "a layer", "a data set"],
+)
+def test_a_change_costs_its_own_jobs_alone(pocket, changes):
+    for change, queued, local, renewed in changes:
+        before = contents(pocket)
+        config = pocket.config
+        change(config, pocket.folder)
+        pocket.config = config
+        output = pocket.submit()
+        submitted = pocket.submitted()
+        assert {rule: sum(job.rule == rule for job in submitted) for rule in {job.rule for job in submitted}} == queued
+        assert jobs_done(output) == queued | local | {"provenance": 1, "all": 1}
+        after = contents(pocket)
+        lost_or_renewed = {name for name, found in before.items() if after.get(name) != found}
+        assert all(name.startswith(renewed) for name in lost_or_renewed), lost_or_renewed
+        assert len(after) > len(before)

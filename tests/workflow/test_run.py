@@ -75,8 +75,8 @@ def test_layerwise_and_sharedness_equal_a_direct_computation_from_the_features(f
     reader, other = stored_features(finished, "reader@0"), stored_features(finished, "reader@1")
     viewer = stored_features(finished, "viewer@0")
     layerwise = pd.read_csv(finished.folder / TABLES / "layerwise/seeds.csv")
-    cell = layerwise.query("source == 'reader@0' and source_layer == 1 and target_layer == 2").wmppc.item()
-    assert cell == pytest.approx(weighted_mean(best_correlations(reader[1], other[2]), reader[1].sum(0)), abs=1e-5)
+    cell = layerwise.query("source == 'reader@0' and source_layer == 1 and target_layer == 0").wmppc.item()
+    assert cell == pytest.approx(weighted_mean(best_correlations(reader[1], other[0]), reader[1].sum(0)), abs=1e-5)
     ranking = pd.read_csv(finished.folder / TABLES / "sharedness/seen.csv").set_index("feature").sort_index()
     g, h = best_correlations(reader[-1], viewer[-1]), best_correlations(reader[-1], other[-1])
     np.testing.assert_allclose(ranking.delta, reader[-1].sum(0) * (g**2 - h**2), atol=1e-3)
@@ -109,7 +109,7 @@ def test_similarity_equals_a_direct_computation_from_the_activations(finished):
         zarr.open_group(finished.folder / f"results/squares/activations/{name}.zarr", mode="r")
         for name in ("reader", "viewer")
     )
-    x, y = (store["layer-02/global"][:].astype(np.float64) for store in stores)
+    x, y = (store["layer-01/global"][:].astype(np.float64) for store in stores)
     x, y = x - x.mean(0), y - y.mean(0)
     cka = np.linalg.norm(y.T @ x) ** 2 / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y))
     matrix = pd.read_csv(finished.folder / TABLES / "matrices/all.csv")
@@ -118,11 +118,11 @@ def test_similarity_equals_a_direct_computation_from_the_activations(finished):
 
 def test_the_whole_matrix_that_the_study_asks_for_is_stored(finished):
     store = zarr.open_group(finished.folder / "results/squares/correlations/tiny/reader@0__viewer@0.zarr", mode="r")
-    assert set(store["full"].array_keys()) == {"layer-00__layer-02"}
-    reader, viewer = stored_features(finished, "reader@0")[0], stored_features(finished, "viewer@0")[2]
+    assert set(store["full"].array_keys()) == {"layer-00__layer-01"}
+    reader, viewer = stored_features(finished, "reader@0")[0], stored_features(finished, "viewer@0")[1]
     with np.errstate(invalid="ignore", divide="ignore"):
         r = np.corrcoef(reader.T, viewer.T)[: reader.shape[1], reader.shape[1] :]
-    np.testing.assert_allclose(store["full/layer-00__layer-02"][:], np.nan_to_num(r), atol=1e-5)
+    np.testing.assert_allclose(store["full/layer-00__layer-01"][:], np.nan_to_num(r), atol=1e-5)
 
 
 def test_saes_learnt(finished):
@@ -205,8 +205,8 @@ def change(*keys, to):
         (change("encoders", "minlm", to=None), "'minlm' is not in the catalog of encoders; did you mean 'minilm'?"),
         (change("datasets", "openclip", to=None), "'openclip' is not in the catalog of datasets"),
         (
-            change("encoders", "viewer", "use_layers", to=[0, 3]),
-            "layer 3, which the encoder lacks: it has layers 0 to 2",
+            change("encoders", "viewer", "use_layers", to=[0, 2]),
+            "layer 2, which the encoder lacks: it has layers 0 to 1",
         ),
         (change("analyses", "sharedness", "seen", "source", to="speaker"), "the study has no encoder 'speaker'"),
         (change("analyses", "matrices", "all", to={"members": ["viewer@7"]}), "viewer has the seeds [0]"),
@@ -274,7 +274,7 @@ def test_encoders_that_are_not_what_they_should_be_fail_their_jobs_each_with_a_m
     assert result.returncode != 0
     for message in (
         "reader, layer 1, sample 0: a value that is not finite",
-        "3 blocks found at encoder.layer, where its entry says layers: 4",
+        "2 blocks found at encoder.layer, where its entry says layers: 4",
         "width 16, where its entry says 17",
     ):
         assert message in result.stdout + result.stderr

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from timm.data import create_transform
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -166,6 +165,8 @@ def _prepare_images(spec: EncoderSpec, folder: Path, config: Any, takes: set[str
 
 def _prepare_images_as_timm(spec: EncoderSpec, config: Any) -> Any:
     """For models whose configuration holds what timm's transform takes, such as MambaVision's."""
+    from timm.data import create_transform  # takes longer to import than a small encoder takes to read
+
     transform: Any = create_transform(
         input_size=(3, spec.image_size or _IMAGE_SIZE, spec.image_size or _IMAGE_SIZE),
         is_training=False,
