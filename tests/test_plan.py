@@ -222,7 +222,7 @@ class Counted:
         return self.array[place]
 
 
-@pytest.mark.parametrize("megabytes", [1, 2])
+@pytest.mark.parametrize("megabytes", [2, 4])
 def test_correlations_read_what_they_are_said_to(rng, tmp_path, write_features, monkeypatch, megabytes):
     """Chunks are as wide as those of the features stage; 300 features have one, and 700 have two."""
     N, chunk, layers = 2000, 512, []
