@@ -27,7 +27,21 @@ class Batch:
     """``[B]`` position of each end-of-text token, for text."""
 
     def __len__(self) -> int:
-        return len(next(iter(self.inputs.values())))
+        return len(self._first)
+
+    @property
+    def pixels(self) -> Tensor:
+        """``[B, 3, H, W]`` of pictures, as the model takes them."""
+        return self._first
+
+    @property
+    def ids(self) -> Tensor:
+        """``[B, T]`` token ids of captions."""
+        return self.inputs.get("input_ids", self._first)
+
+    @property
+    def _first(self) -> Tensor:
+        return next(iter(self.inputs.values()))
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,8 @@ class Encoder:
     """Runs the model on inputs that are on its device."""
     batch_first: bool = True
     """Whether blocks give ``[B, T, D]`` and not ``[T, B, D]``."""
+    words: Callable[[list[int]], list[str]] | None = None
+    """The texts of token ids, for a text encoder."""
     fingerprint: str = ""
     """Digest of the files it was loaded from; empty where they were not recorded."""
 

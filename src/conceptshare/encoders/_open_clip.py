@@ -1,5 +1,6 @@
 """Encoders of the open_clip library: one tower of a contrastive image-text model."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,13 @@ def load_open_clip(spec: EncoderSpec, location: Path, device: torch.device) -> E
     model.eval()
     if spec.modality == "image":
         tower = model.visual
-        prepare, forward = _images(model, transform)
+        (prepare, forward), words = _images(model, transform), None
     else:
         tower = model.text if hasattr(model, "text") else model.transformer
-        prepare, forward = _texts(model, _tokenizer(name), spec)
+        tokenizer = _tokenizer(name)
+        (prepare, forward), words = _texts(model, tokenizer, spec), _words(tokenizer)
     batch_first = next((m.batch_first for m in tower.modules() if hasattr(m, "resblocks")), True)
-    return Encoder(spec, device, find_blocks(tower, spec), prepare, forward, batch_first)
+    return Encoder(spec, device, find_blocks(tower, spec), prepare, forward, batch_first, words)
 
 
 def _tokenizer(name: str) -> Any:
@@ -51,6 +53,13 @@ def _tokenizer(name: str) -> Any:
     text = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
     safe = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
     return open_clip.get_tokenizer(name, **safe)
+
+
+def _words(tokenizer: Any) -> Callable[[list[int]], list[str]]:
+    if hasattr(tokenizer, "decoder"):
+        return lambda ids: [tokenizer.decoder[one] for one in ids]
+    words: Callable[[list[int]], list[str]] = tokenizer.tokenizer.convert_ids_to_tokens
+    return words
 
 
 def _images(model: Any, transform: Any) -> Any:

@@ -32,9 +32,9 @@ def load_transformers(spec: EncoderSpec, folder: Path, device: torch.device) -> 
     tower = _tower(spec, model).eval().to(device)
     takes = set(inspect.signature(tower.forward).parameters)
     if spec.modality == "image":
-        prepare = _prepare_images(spec, folder, model.config, takes)
+        prepare, words = _prepare_images(spec, folder, model.config, takes), None
     else:
-        prepare = _prepare_texts(spec, folder, tower)
+        prepare, words = _prepare_texts(spec, folder, tower)
     options = {"interpolate_pos_encoding": True} if spec.image_size and "interpolate_pos_encoding" in takes else {}
 
     def forward(inputs: dict[str, Tensor], **more: Any) -> Any:
@@ -46,7 +46,7 @@ def load_transformers(spec: EncoderSpec, folder: Path, device: torch.device) -> 
 
     blocks = find_blocks(tower, spec)
     _check_weights(spec, model, tower, blocks, missing)
-    encoder = Encoder(spec, device, blocks, prepare, forward)
+    encoder = Encoder(spec, device, blocks, prepare, forward, words=words)
     if not spec.remote_code:
         _check_residual_stream(encoder, forward)
     return encoder
@@ -220,4 +220,4 @@ def _prepare_texts(spec: EncoderSpec, folder: Path, tower: Any) -> Any:
         # Tokenizers say what their models take; those of SigLIP name no mask, because SigLIP sees its padding.
         return Batch({name: encoded[name] for name in tokenizer.model_input_names if name in encoded}, mask, eot)
 
-    return prepare
+    return prepare, tokenizer.convert_ids_to_tokens
