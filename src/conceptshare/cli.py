@@ -20,11 +20,13 @@ app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
 metrics_app = typer.Typer(help="Tables of a study, from its stores.", no_args_is_help=True)
+pages_app = typer.Typer(help="A site of a study's features.", no_args_is_help=True)
 figures_app = typer.Typer(help="Figures of a study, from its tables.", no_args_is_help=True)
 sae_app = typer.Typer(help="Train an SAE, look at one, or exchange one with another library.", no_args_is_help=True)
 app.add_typer(sae_app, name="sae")
 app.add_typer(metrics_app, name="metrics")
 app.add_typer(figures_app, name="figures")
+app.add_typer(pages_app, name="pages")
 
 # The commands that may ask a hub; compute nodes often have no internet, and what a run reads is on record by then.
 _FETCHING = {"dataset", "weights", "doctor"}
@@ -246,6 +248,40 @@ def features(
 
     _use_threads(threads)
     record_features(activations, saes, seed, out)
+
+
+@app.command()
+def names(
+    features: Annotated[Path, typer.Option(help="The member's feature store.")],
+    data: Annotated[Path, typer.Option(help="The folder of the dataset stage.")],
+    out: Out,
+    command: Annotated[
+        str | None, typer.Option(help="A program that names features, such as one that asks a language model.")
+    ] = None,
+) -> None:
+    """Name features by the captions of the samples that they are strongest on."""
+    from conceptshare.names import name_features
+
+    name_features(features, data, out, command)
+
+
+@app.command()
+def examples(
+    encoder: Annotated[str, typer.Option(help="A name in the catalog, or keys and values as JSON.")],
+    weights: Annotated[Path, typer.Option(help="The record of the weights stage.")],
+    data: Annotated[Path, typer.Option(help="The folder of the dataset stage.")],
+    features: Annotated[Path, typer.Option(help="The member's feature store.")],
+    saes: Annotated[Path, typer.Option(help="The folder that holds layer-NN/seed-S/.")],
+    out: Out,
+    threads: Annotated[int, typer.Option(help="Threads that prepare pictures.", min=1)] = 1,
+) -> None:
+    """Find what shows a feature: weaker samples too, and where in the strongest ones it fires."""
+    from conceptshare.dataset import Data
+    from conceptshare.encoders import load_encoder
+    from conceptshare.examples import record_examples
+
+    loaded = load_encoder(_spec(EncoderSpec, "encoders", encoder), weights)
+    record_examples(loaded, Data(data), features, saes, out, threads)
 
 
 Precision = Annotated[
@@ -576,6 +612,69 @@ def figures_saes(table: Table, saes: Annotated[Path, typer.Option(help="The fold
     from conceptshare.tables import read_table
 
     draw_saes(read_table(table), saes, out)
+
+
+Place = Annotated[str, typer.Option(help="Where in the site this lies.")]
+
+
+@pages_app.command("samples")
+def pages_samples(
+    data: Annotated[Path, typer.Option(help="The folder of the dataset stage.")],
+    place: Place,
+    out: Out,
+    threads: Annotated[int, typer.Option(help="Threads that make thumbnails.", min=1)] = 1,
+) -> None:
+    """Thumbnails and captions of a data set."""
+    from conceptshare.dataset import Data
+    from conceptshare.pages import write_samples
+
+    write_samples(Data(data), place, out, threads)
+
+
+@pages_app.command("member")
+def pages_member(
+    features: Annotated[Path, typer.Option(help="The member's feature store.")],
+    examples: Annotated[Path, typer.Option(help="Its folder of examples.")],
+    names: Annotated[Path, typer.Option(help="Its table of names.")],
+    pairs: Annotated[Path, typer.Option(help="The folder of the tables of pairs.")],
+    compared_with: Annotated[str, typer.Option(help="JSON list of the members in these tables.")],
+    place: Place,
+    out: Out,
+    rankings: Annotated[
+        list[Path] | None, typer.Option("--ranking", help="A ranking of its features, as Parquet.", show_default=False)
+    ] = None,
+) -> None:
+    """Every feature of a member."""
+    from conceptshare.pages import write_member
+
+    ranked = {path.stem: path for path in rankings or []}
+    write_member(features, examples, names, pairs, json.loads(compared_with), ranked, place, out)
+
+
+@pages_app.command("pair")
+def pages_pair(
+    correlations: Annotated[Path, typer.Option(help="The pair's store.")],
+    source: Annotated[str, typer.Option(help="A member.")],
+    target: Annotated[str, typer.Option(help="The other.")],
+    place: Place,
+    out: Out,
+) -> None:
+    """Every feature of a member with its best match in each layer of another."""
+    from conceptshare.pages import write_pair
+
+    write_pair(correlations, source, target, place, out)
+
+
+@pages_app.command("index")
+def pages_index(
+    study: Annotated[str, typer.Option(help="JSON of what the study compares.")],
+    tables: Annotated[Path, typer.Option(help="The study's folder of results.")],
+    out: Out,
+) -> None:
+    """The page itself, and what it shows first."""
+    from conceptshare.pages import write_index
+
+    write_index(json.loads(study), tables, out)
 
 
 def main() -> NoReturn:

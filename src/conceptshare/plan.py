@@ -167,6 +167,8 @@ def count_jobs(study: Study) -> dict[str, int]:
         "features": settings * len(members),
         "correlations": settings * len(study.pairs()),
         "similarity": settings * len(study.similarity_pairs()),
+        "names": settings * len(members),
+        "examples": settings * len(members),
     }
     matrices = len(study.analyses.matrices)
     of_several_encoders = sum(bool(encoder_pairs(study.matrix_pairs(name))) for name in study.analyses.matrices)
@@ -191,6 +193,10 @@ def count_jobs(study: Study) -> dict[str, int]:
         "figures_layerwise": settings * layerwise,
         "figures_sharedness": settings * sharedness,
         "figures_saes": settings,
+        "pages_samples": datasets,
+        "pages_member": settings * len(members),
+        "pages_pair": settings * len(study.directed_pairs()),
+        "pages_index": int(bool(members)),
         "provenance": 1,
     }
     return {rule: count for rule, count in jobs.items() if count} | {"all": 1}

@@ -181,6 +181,15 @@ def _or_empty(value: Any) -> Any:
     return {} if value is None else value
 
 
+class NameSettings(Spec):
+    """How features are named."""
+
+    command: str | None = None
+    """A program that names features in place of the words of their captions, such as one that asks a language model. It
+    reads a line of JSON for each feature, with captions that it is strong on and others, and prints one with its name;
+    docs/formats.md describes both."""
+
+
 class Analyses(Spec):
     """What is computed from the correlations, by name. Each is done for every data set and SAE setting."""
 
@@ -216,6 +225,8 @@ class Study(Spec):
     trains all of its SAEs anew. A stream keeps none."""
     correlations: Annotated[CorrelationSettings, BeforeValidator(_or_empty)] = CorrelationSettings()
     """How features are correlated."""
+    names: Annotated[NameSettings, BeforeValidator(_or_empty)] = NameSettings()
+    """How features are named."""
     analyses: Annotated[Analyses, BeforeValidator(_or_empty)] = Analyses()
     """What to compute."""
 
@@ -404,6 +415,19 @@ class Study(Spec):
         sources = {name: self.sharedness_source(name) for name in self.analyses.sharedness}
         return sorted(name for name, source in sources.items() if list(sources.values()).count(source) > 1)
 
+    def rankings_of(self, member: Member) -> list[str]:
+        """The names of Comparative Sharedness analyses that rank the features of a member."""
+        return sorted(name for name in self.analyses.sharedness if self.sharedness_source(name) == member)
+
+    def compared_with(self, member: Member) -> list[Member]:
+        """The members that some analysis compares a member with, in sorted order."""
+        return sorted(other for pair in self.pairs() if member in pair for other in pair if other != member)
+
+    def directed_pairs(self) -> list[Pair]:
+        """The pairs of layerwise analyses, each in both directions, in sorted order."""
+        pairs = {pair for name in self.analyses.layerwise for pair in self.layerwise_pairs(name)}
+        return sorted(pairs | {(b, a) for a, b in pairs})
+
     def similarity_pairs(self) -> list[tuple[str, str]]:
         """The pairs of different encoders that matrices and layerwise analyses compare, in sorted order."""
         compared = [pair for name in self.analyses.matrices for pair in self.matrix_pairs(name)]
@@ -457,6 +481,26 @@ class Study(Spec):
                 "not_shared_with": sorted(str(self.member(text)) for text in analysis.not_shared_with),
             }
         )
+
+    def pages_key(self) -> str:
+        """What the frame of the pages depends on beside tables, as canonical JSON."""
+        return _json(
+            {
+                "study": self.study,
+                "datasets": sorted(self.datasets),
+                "saes": sorted(self.saes),
+                "members": [self._told(member) for member in sorted(self.members(), key=self._rank)],
+                "matrices": {n: [str(m) for m in self.matrix_members(n)] for n in self.analyses.matrices},
+                "layerwise": {n: json.loads(self.layerwise_key(n)) for n in self.analyses.layerwise},
+                "sharedness": {n: json.loads(self.sharedness_key(n)) for n in self.analyses.sharedness},
+                "overlapping": bool(self.overlapping()),
+            }
+        )
+
+    def _told(self, member: Member) -> dict[str, Any]:
+        spec = self.encoders[member.encoder]
+        told = {"name": str(member), "encoder": member.encoder, "seed": member.seed, "layers": spec.layer_numbers()}
+        return told | {"modality": spec.modality, "kind": spec.kind}
 
     def correlations_key(self, a: Member, b: Member) -> str:
         """What the correlations of a pair depend on beside its features, as canonical JSON.

@@ -1,15 +1,17 @@
 # The study, read once, and the functions that turn it into files. Nothing here imports torch: each cluster job
 # parses the workflow again.
+import json
 import os
 import re
 import sys
 from pathlib import Path
+from shlex import quote
 
 import conceptshare
 from conceptshare.catalog import local_path, read_yaml
 from conceptshare.errors import ConceptshareError
 from conceptshare.files import layer_name
-from conceptshare.study import Member, build_study, encoder_pairs, pair_name
+from conceptshare.study import Member, as_member, build_study, encoder_pairs, pair_name, sorted_pair
 from snakemake.exceptions import WorkflowError
 from snakemake.io import contains_wildcard
 
@@ -157,6 +159,49 @@ def matrix_files(name, dataset):
     return [f"matrices/{name}{suffix}" for suffix in suffixes]
 
 
+def names_command(wildcards):
+    """The option with the program that names features, where the study has one."""
+    return f"--command {quote(STUDY.names.command)}" if STUDY.names.command else ""
+
+
+def pairs_with(member):
+    """The pairs that a member is compared in."""
+    return [sorted_pair(as_member(member), other) for other in STUDY.compared_with(as_member(member))]
+
+
+def compared_with(member):
+    """The members that a member is compared with, as JSON."""
+    return json.dumps([str(other) for other in STUDY.compared_with(as_member(member))])
+
+
+def rankings_of(wildcards):
+    """The rankings of a member's features."""
+    folder = f"results/studies/{wildcards.study}/{wildcards.dataset}/{wildcards.sae}/sharedness"
+    return [f"{folder}/{name}.parquet" for name in STUDY.rankings_of(as_member(wildcards.member))]
+
+
+def pages_tables(wildcards):
+    """The tables that the frame of the pages shows."""
+    files = [f"matrices/{name}.parquet" for name in STUDY.analyses.matrices]
+    files += [f"layerwise/{name}.parquet" for name in STUDY.analyses.layerwise]
+    files += [f"sharedness/{name}.parquet" for name in STUDY.analyses.sharedness]
+    files += ["overlaps.parquet"] if STUDY.overlapping() else []
+    folder = f"results/studies/{wildcards.study}"
+    return [f"{folder}/{dataset}/{sae}/{file}" for dataset in STUDY.datasets for sae in STUDY.saes for file in files]
+
+
+def pages():
+    """Everything that the site of the study's features is made of."""
+    site = f"results/studies/{STUDY.study}/pages"
+    found = [f"{site}/index.html", *(f"{site}/samples/{dataset}" for dataset in STUDY.datasets)]
+    for dataset in STUDY.datasets:
+        for sae in STUDY.saes:
+            data = f"{site}/data/{dataset}/{sae}"
+            found += [f"{data}/{member}" for member in STUDY.members()]
+            found += [f"{data}/pairs/{a}__{b}" for a, b in STUDY.directed_pairs()]
+    return found
+
+
 def analysis_names():
     """What a wildcard that names an analysis can be: its names, as their files have more dots than these."""
     kinds = (STUDY.analyses.matrices, STUDY.analyses.layerwise, STUDY.analyses.sharedness)
@@ -165,7 +210,7 @@ def analysis_names():
 
 def study_results():
     """Every table and figure of the study, and how they came about."""
-    results = [f"results/studies/{STUDY.study}/provenance.json"]
+    results = [f"results/studies/{STUDY.study}/provenance.json", *(pages() if STUDY.members() else [])]
     for dataset in STUDY.datasets:
         files = [file for name in STUDY.analyses.matrices for file in matrix_files(name, dataset)]
         files += [f"layerwise/{name}.{suffix}" for name in STUDY.analyses.layerwise for suffix in ("csv", "png")]

@@ -1,0 +1,12 @@
+"""Stage `pages`: a site of a study's features, as files that open anywhere.
+
+`results/studies/{study}/pages/index.html` needs no server and asks nothing of any other place. What it shows lies
+beside it in scripts, each of which is read when it is needed; docs/formats.md describes them.
+"""
+
+from conceptshare.pages._index import write_index
+from conceptshare.pages._member import write_member
+from conceptshare.pages._pair import write_pair
+from conceptshare.pages._samples import write_samples
+
+__all__ = ["write_index", "write_member", "write_pair", "write_samples"]

@@ -1,0 +1,92 @@
+"""The site's frame: its page, and what it shows first."""
+
+import shutil
+from importlib.metadata import version
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from conceptshare.metrics import READINGS
+from conceptshare.pages._script import number, numbers, write_script
+from conceptshare.tables import read_table
+
+ASSETS = ("index.html", "style.css", "app.js")
+
+
+def write_index(study: dict[str, Any], tables: Path, out: Path) -> None:
+    """Write the page, its style and code, and `study.js`.
+
+    Args:
+        study: `Study.pages_key` as a mapping.
+        tables: the study's folder of results.
+        out: the site's folder.
+
+    Raises:
+        StoreError: where a table is missing or damaged.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with as_file(files("conceptshare.pages") / "assets") as assets:
+        for name in ASSETS:
+            shutil.copyfile(assets / name, out / name)
+    told: dict[str, Any] = {name: study[name] for name in ("study", "datasets", "saes", "members")}
+    told |= {"version": version("conceptshare"), "matrices": [], "layerwise": [], "sharedness": [], "overlaps": []}
+    for dataset in study["datasets"]:
+        for sae in study["saes"]:
+            place, where = tables / dataset / sae, {"dataset": dataset, "sae": sae}
+            for name, members in study["matrices"].items():
+                table = read_table(place / "matrices" / f"{name}.parquet")
+                told["matrices"].append(
+                    {**where, "name": name, "members": members, "readings": _readings(table, members)}
+                )
+            for name, pairs in study["layerwise"].items():
+                table = read_table(place / "layerwise" / f"{name}.parquet")
+                told["layerwise"].append({**where, "name": name, "pairs": [_heatmap(table, a, b) for a, b in pairs]})
+            for name, analysis in study["sharedness"].items():
+                table = read_table(place / "sharedness" / f"{name}.parquet")
+                told["sharedness"].append({**where, "name": name, **analysis, **_ranking(table)})
+            if study["overlapping"]:
+                told["overlaps"] += [{**where, **row} for row in _rows(read_table(place / "overlaps.parquet"))]
+    write_script(out / "study.js", "study", told, packed=False)
+
+
+def _readings(table: pd.DataFrame, members: list[str]) -> dict[str, Any]:
+    return {
+        reading: [numbers(row) for row in _square(table[table.reading == reading], members).to_numpy()]
+        for reading in READINGS
+    }
+
+
+def _square(table: pd.DataFrame, members: list[str]) -> pd.DataFrame:
+    return table.pivot(index="source", columns="target", values="wmppc").reindex(index=members, columns=members)
+
+
+def _heatmap(table: pd.DataFrame, a: str, b: str) -> dict[str, Any]:
+    cells = table[(table.source == a) & (table.target == b)].pivot(
+        index="source_layer", columns="target_layer", values="wmppc"
+    )
+    return {
+        "a": a,
+        "b": b,
+        "layers_a": cells.index.tolist(),
+        "layers_b": cells.columns.tolist(),
+        "wmppc": [numbers(row) for row in cells.to_numpy()],
+    }
+
+
+def _ranking(table: pd.DataFrame) -> dict[str, Any]:
+    return {
+        "layer": int(table.layer.iloc[0]),
+        "features": table.feature.tolist(),
+        "delta": numbers(table.delta),
+        "rho_g": numbers(table.rho_g),
+        "rho_h": numbers(table.rho_h),
+        "top": int(table.top.sum()),
+    }
+
+
+def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    columns = ["first", "second", "top", "overlap", "expected", "log10_p"]
+    rows: list[dict[str, Any]] = table[columns].to_dict("records")
+    return [row | {name: number(row[name]) for name in ("expected", "log10_p")} for row in rows]

@@ -1,0 +1,135 @@
+"""The features of one member: a table for each layer, and their details in chunks."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from conceptshare.files import layer_name, written_aside
+from conceptshare.pages._script import number, numbers, write_script
+from conceptshare.progress import progress
+from conceptshare.reading import FeatureStatistics, read_statistics
+from conceptshare.tables import read_direction, read_table
+
+CHUNK = 64
+"""Features whose details are in one file."""
+
+
+def write_member(
+    features: Path,
+    examples: Path,
+    names: Path,
+    pairs: Path,
+    others: Sequence[str],
+    rankings: Mapping[str, Path],
+    place: str,
+    out: Path,
+) -> None:
+    """Write what the pages show of a member's features.
+
+    Args:
+        features: the member's feature store.
+        examples: its folder of examples.
+        names: its table of names.
+        pairs: the folder of the tables of pairs.
+        others: the members that it is compared with.
+        rankings: tables of Comparative Sharedness whose source it is, by name.
+        place: where in the site ``out`` lies.
+        out: the folder to write.
+
+    Raises:
+        StoreError: where something is missing or damaged.
+    """
+    member, statistics, named = features.stem, read_statistics(features), read_table(names)
+    best = {other: read_direction(pairs, member, other) for other in others}
+    ranked = {name: read_table(path) for name, path in rankings.items()}
+    told = {row.pop("sample"): row for row in pq.read_table(examples / "samples.parquet").to_pylist()}
+    with written_aside(out) as partial:
+        partial.mkdir()
+        for layer, found in progress(statistics.items(), len(statistics), f"pages of {member}", "layers"):
+            key = layer_name(layer)
+            table = _columns(found, _of_layer(named, layer))
+            table["best"] = {other: _best(_of_layer(matches, layer)) for other, matches in best.items()}
+            deltas = {name: _deltas(_of_layer(ranking, layer), len(found.strength)) for name, ranking in ranked.items()}
+            table["delta"] = {name: values for name, values in deltas.items() if values is not None}
+            write_script(partial / f"{key}.js", f"{place}/{key}", table)
+            (partial / key).mkdir()
+            rows = pq.read_table(examples / f"{key}.parquet").to_pylist()
+            for n, first in enumerate(range(0, len(rows), CHUNK)):
+                details = {"first": first, "features": [_detail(row, told) for row in rows[first : first + CHUNK]]}
+                write_script(partial / key / f"{n:03d}.js", f"{place}/{key}/{n:03d}", details)
+
+
+def _of_layer(table: pd.DataFrame, layer: int) -> pd.DataFrame:
+    return table[table.layer == layer].sort_values("feature")
+
+
+def _columns(found: FeatureStatistics, named: pd.DataFrame) -> dict[str, Any]:
+    return {
+        "strength": numbers(found.strength),
+        "density": numbers(found.density),
+        "name": [name if isinstance(name, str) else None for name in named.name],
+        "score": numbers(named.score),
+        "auc": numbers(named.auc),
+    }
+
+
+def _best(matches: pd.DataFrame) -> dict[str, Any]:
+    return {
+        "rho": numbers(matches.rho),
+        "layer": matches.match_layer.tolist(),
+        "feature": matches.match_feature.tolist(),
+    }
+
+
+def _deltas(ranking: pd.DataFrame, features: int) -> list[float | None] | None:
+    if not len(ranking):
+        return None
+    deltas = np.full(features, np.nan)
+    deltas[ranking.feature] = ranking.delta
+    return numbers(deltas)
+
+
+def _detail(row: dict[str, Any], told: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """What the page of one feature shows."""
+    top = row["top"]
+    detail: dict[str, Any] = {
+        "top": [[one["sample"], number(one["value"])] for one in top],
+        "bands": [
+            {
+                "at": number(near["quantile"]),
+                "samples": list(map(list, zip(near["samples"], numbers(near["values"]), strict=True))),
+            }
+            for near in row["near"]
+        ],
+        "histogram": {"max": number(row["highest"]), "counts": row["histogram"]},
+    }
+    shown = [(one, told[one["sample"]]) for one in top]
+    if any("tokens" in sample for _, sample in shown):
+        detail["tokens"] = [_marked(one, sample["tokens"]) for one, sample in shown]
+    elif any(sample["rows"] for _, sample in shown):
+        detail["maps"] = [_map(one, sample) for one, sample in shown]
+    return detail
+
+
+def _marked(one: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
+    """The pieces of a caption, and how strongly the feature fires at each."""
+    shares = np.frombuffer(one["fires"], np.uint8) / 255
+    return {"text": tokens, "values": numbers(shares * one["fires_highest"])}
+
+
+def _map(one: dict[str, Any], sample: dict[str, Any]) -> dict[str, Any] | None:
+    """How strongly the feature fires at each place of a picture; None where it is not known where those are."""
+    if one["fires"] is None or sample["box"] is None:
+        return None
+    return {
+        "box": numbers(sample["box"]),
+        "rows": sample["rows"],
+        "columns": sample["columns"],
+        "max": number(one["fires_highest"]),
+        "values": base64.b64encode(one["fires"]).decode(),
+    }

@@ -1,0 +1,37 @@
+"""Two members, layer by layer: every feature of one with its best match in each layer of the other."""
+
+from pathlib import Path
+
+import numpy as np
+
+from conceptshare.files import layer_name, written_aside
+from conceptshare.pages._script import numbers, write_script
+from conceptshare.reading import read_correlations
+
+
+def write_pair(correlations: Path, source: str, target: str, place: str, out: Path) -> None:
+    """Write, for each layer of ``source``, its features' best matches in each layer of ``target``.
+
+    Args:
+        correlations: the pair's store.
+        source: a member.
+        target: the other.
+        place: where in the site ``out`` lies.
+        out: the folder to write.
+
+    Raises:
+        StoreError: where the store is missing or damaged.
+    """
+    pair = read_correlations(correlations, source)
+    ends = np.cumsum(pair.found.sizes_a)
+    with written_aside(out) as partial:
+        partial.mkdir()
+        for layer, first, last in zip(pair.layers_a, ends - pair.found.sizes_a, ends, strict=True):
+            key = layer_name(layer)
+            matches = {
+                "target": target,
+                "layers": pair.layers_b,
+                "rho": [numbers(row[first:last]) for row in pair.found.rho_ab],
+                "match": [row[first:last].tolist() for row in pair.found.match_ab],
+            }
+            write_script(partial / f"{key}.js", f"{place}/{key}", matches)

@@ -1,0 +1,26 @@
+# What shows a member's features: weaker samples beside the strongest, and where in these each fires.
+rule examples:
+    input:
+        features=rules.features.output,
+        saes=saes_of,
+        weights=rules.weights.output.record,
+        data=DATA,
+        code=code("examples.py", "encoders/*.py"),
+    output:
+        directory("results/{dataset}/examples/{sae}/{encoder}@{seed}"),
+    log:
+        "results/logs/{dataset}/examples/{sae}/{encoder}@{seed}.log",
+    conda:
+        environment_of
+    threads: 1
+    resources:
+        gpu=1,
+        mem_mb=grown(16000),
+        runtime=grown(240),
+    params:
+        spec=lambda w: STUDY.encoders[w.encoder].activations_key(),
+        saes=lambda w: f"{saes_folder(w)}/{w.encoder}",
+        data=lambda w, input: folder_of(input.data),
+    shell:
+        "python -m conceptshare examples --encoder {params.spec:q} --weights {input.weights:q} --data {params.data:q}"
+        " --features {input.features:q} --saes {params.saes:q} --threads {threads} --out {output:q} > {log:q} 2>&1"

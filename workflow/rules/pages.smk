@@ -1,0 +1,98 @@
+# The site of the study's features: its frame, and what it reads as one looks at it.
+localrules:
+    pages_index,
+
+
+rule pages_samples:
+    input:
+        data=DATA,
+        code=code("pages/_samples.py", "pages/_script.py"),
+    output:
+        directory("results/studies/{study}/pages/samples/{dataset}"),
+    log:
+        "results/logs/studies/{study}/pages/samples/{dataset}.log",
+    conda:
+        "../../envs/conceptshare.yaml"
+    threads: 1
+    resources:
+        mem_mb=grown(4000),
+        runtime=grown(120),
+    params:
+        data=lambda w, input: folder_of(input.data),
+        place=lambda w: f"samples/{w.dataset}",
+    shell:
+        "python -m conceptshare pages samples --data {params.data:q} --place {params.place:q} --threads {threads}"
+        " --out {output:q} > {log:q} 2>&1"
+
+
+rule pages_member:
+    input:
+        features="results/{dataset}/features/{sae}/{member}.zarr",
+        examples="results/{dataset}/examples/{sae}/{member}",
+        names="results/{dataset}/names/{sae}/{member}.parquet",
+        pairs=lambda w: pairs_of(pairs_with(w.member), w),
+        rankings=lambda w: rankings_of(w),
+        code=code("pages/_member.py", "pages/_script.py", "reading.py"),
+    output:
+        directory("results/studies/{study}/pages/data/{dataset}/{sae}/{member}"),
+    log:
+        "results/logs/studies/{study}/pages/{dataset}/{sae}/{member}.log",
+    conda:
+        "../../envs/conceptshare.yaml"
+    threads: 1
+    resources:
+        mem_mb=grown(8000),
+        runtime=grown(120),
+    params:
+        pairs=lambda w, input: folder_of(input.pairs),
+        others=lambda w: compared_with(w.member),
+        rankings=lambda w, input: " ".join(f"--ranking {quote(path)}" for path in input.rankings),
+        place=lambda w: f"data/{w.dataset}/{w.sae}/{w.member}",
+    shell:
+        "python -m conceptshare pages member --features {input.features:q} --examples {input.examples:q}"
+        " --names {input.names:q} --pairs {params.pairs:q} --compared-with {params.others:q} {params.rankings}"
+        " --place {params.place:q} --out {output:q} > {log:q} 2>&1"
+
+
+rule pages_pair:
+    input:
+        correlations=lambda w: correlations_of([(as_member(w.a), as_member(w.b))], w),
+        code=code("pages/_pair.py", "pages/_script.py", "reading.py"),
+    output:
+        directory("results/studies/{study}/pages/data/{dataset}/{sae}/pairs/{a}__{b}"),
+    log:
+        "results/logs/studies/{study}/pages/{dataset}/{sae}/{a}__{b}.log",
+    conda:
+        "../../envs/conceptshare.yaml"
+    threads: 1
+    resources:
+        mem_mb=grown(4000),
+        runtime=grown(60),
+    params:
+        place=lambda w: f"data/{w.dataset}/{w.sae}/pairs/{w.a}__{w.b}",
+    shell:
+        "python -m conceptshare pages pair --correlations {input.correlations:q} --source {wildcards.a:q}"
+        " --target {wildcards.b:q} --place {params.place:q} --out {output:q} > {log:q} 2>&1"
+
+
+rule pages_index:
+    input:
+        tables=pages_tables,
+        code=code("pages/_index.py", "pages/_script.py", "pages/assets/*"),
+    output:
+        multiext("results/studies/{study}/pages/", "index.html", "style.css", "app.js", "study.js"),
+    log:
+        "results/logs/studies/{study}/pages/index.log",
+    conda:
+        "../../envs/conceptshare.yaml"
+    threads: 1
+    resources:
+        mem_mb=grown(4000),
+        runtime=grown(30),
+    params:
+        study=STUDY.pages_key(),
+        tables=lambda w: f"results/studies/{w.study}",
+        out=lambda w: f"results/studies/{w.study}/pages",
+    shell:
+        "python -m conceptshare pages index --study {params.study:q} --tables {params.tables:q} --out {params.out:q}"
+        " > {log:q} 2>&1"
