@@ -295,7 +295,8 @@ class Frame:
         places = np.zeros((height, width, 3), np.uint8)
         places[..., 0], places[..., 1] = across.round(), down.round()[:, None]
         seen = self._seen(Image.fromarray(places))
-        shares = (seen - self._dark[:, None, None]) / (self._bright - self._dark)[:, None, None]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shares = (seen - self._dark[:, None, None]) / (self._bright - self._dark)[:, None, None]
         rows, columns = shares.shape[1:]
         # Through the centre, which is never padding.
         x, y = _line(shares[0, rows // 2]), _line(shares[1, :, columns // 2])

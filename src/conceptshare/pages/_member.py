@@ -13,7 +13,8 @@ from conceptshare.files import layer_name, written_aside
 from conceptshare.pages._script import number, numbers, write_script
 from conceptshare.progress import progress
 from conceptshare.reading import FeatureStatistics, read_statistics
-from conceptshare.tables import read_direction, read_table
+from conceptshare.study import as_member, pair_name
+from conceptshare.tables import read_table
 
 CHUNK = 64
 """Features whose details are in one file."""
@@ -45,7 +46,7 @@ def write_member(
         StoreError: where something is missing or damaged.
     """
     member, statistics, named = features.stem, read_statistics(features), read_table(names)
-    best = {other: read_direction(pairs, member, other) for other in others}
+    best = {other: _matches(pairs, member, other) for other in others}
     ranked = {name: read_table(path) for name, path in rankings.items()}
     told = {row.pop("sample"): row for row in pq.read_table(examples / "samples.parquet").to_pylist()}
     with written_aside(out) as partial:
@@ -62,6 +63,13 @@ def write_member(
             for n, first in enumerate(range(0, len(rows), CHUNK)):
                 details = {"first": first, "features": [_detail(row, told) for row in rows[first : first + CHUNK]]}
                 write_script(partial / key / f"{n:03d}.js", f"{place}/{key}/{n:03d}", details)
+
+
+def _matches(pairs: Path, member: str, other: str) -> pd.DataFrame:
+    """The best match of each of a member's features in another, over all layers of that."""
+    path = pairs / f"{pair_name(as_member(member), as_member(other))}.parquet"
+    columns = ["source", "layer", "feature", "rho", "match_layer", "match_feature"]
+    return read_table(path, columns=columns, filters=[("source", "==", member)])
 
 
 def _of_layer(table: pd.DataFrame, layer: int) -> pd.DataFrame:
