@@ -52,7 +52,8 @@ class Stage:
         self.encoder, self.data, self.folder = load_encoder(self.spec), data, folder
         extract_activations(self.encoder, data, folder / "a.zarr", folder / "tokens.zarr")
         self.saes = {}
-        for layer in (0, 2):
+        self.layers = self.spec.layer_numbers()
+        for layer in self.layers:
             generator = torch.Generator().manual_seed(layer)
             self.saes[layer] = TopKSAE(spec.width, F, 4, generator)
             with torch.no_grad():
@@ -106,7 +107,7 @@ IMAGES = [
     (models.siglip_image, 0, {}),
     (models.open_clip_image, 1, {}),
     (models.timm_vit, 1, {}),
-    (models.mambavision, 0, {}),
+    (models.mambavision, 0, {"use_layers": "last"}),
 ]
 TEXTS = [(models.bert, {}), (models.deberta_v2, {}), (models.clip_text, {}), (models.open_clip_text, {})]
 
@@ -115,7 +116,7 @@ TEXTS = [(models.bert, {}), (models.deberta_v2, {}), (models.clip_text, {}), (mo
 def test_pictures_fire_where_their_stored_tokens_do(make, before, values, stage_of):
     stage = stage_of(make, **values)
     stored = open_store(stage.folder / "a@3.zarr", "features")
-    for layer in (0, 2):
+    for layer in stage.layers:
         group, told = stored[layer_name(layer)], stage.told
         for feature, row in enumerate(stage.rows(layer)):
             samples, values_ = group["top_samples"][feature, :9], group["top_values"][feature, :9]
@@ -133,7 +134,7 @@ def test_pictures_fire_where_their_stored_tokens_do(make, before, values, stage_
 @pytest.mark.parametrize(("make", "values"), TEXTS, ids=lambda value: getattr(value, "__name__", ""))
 def test_captions_fire_at_the_pieces_that_the_tokenizer_makes_of_them(make, values, stage_of):
     stage = stage_of(make, **values)
-    for layer in (0, 2):
+    for layer in stage.layers:
         told = stage.told
         for feature, row in enumerate(stage.rows(layer)):
             for one in row["top"]:
