@@ -1,0 +1,299 @@
+"""A made-up site of concept pages in their format: the browser's files from the library, everything else from a seed."""
+
+import base64
+import json
+import shutil
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ASSETS = Path(__file__).parents[2] / "src" / "conceptshare" / "pages" / "assets"
+DATASET, SAE = "shapes", "small"
+LAYERS = [0, 3, 5]
+FEATURES = 130
+SAMPLES = 510  # two files of captions
+BLOCK = 64
+WORDS = ["red", "square", "cat", "night", "tree", "boat", "round", "hand", "old map", "snow"]
+MEMBERS = [
+    ("seer@0", "seer", "image", "vision"),
+    ("seer-clip@1", "seer-clip", "image", "vlm"),
+    ("reader@0", "reader", "text", "language"),
+    ("reader-clip@1", "reader-clip", "text", "vlm"),
+]
+NAMES = [member for member, *_ in MEMBERS]
+# sides of thumbnails, in turn: wide, tall, square
+SIZES = [(160, 80), (60, 160), (120, 120)]
+HOSTILE = [
+    '<img src=x onerror="window.pwned = 1">',
+    "</script><script>window.pwned = 2</script>",
+    "\"'`><svg onload=window.pwned=3>",
+    "line\u2028separator\u2029paragraph",
+    "\u202egnol dna desrever\u202c \u2066isolated",
+    "bell\u0007 escape\u001b tab\t null\u0000 end",
+    "Donaudampfschifffahrts" * 12,
+    "👩‍👩‍👧‍👦 🏳️‍🌈 مرحبا שלום 漢字",
+    "{{constructor.constructor('window.pwned = 4')()}} javascript:window.pwned=5",
+    "",
+]
+NEVER_ACTIVE = 7
+MISSING_THUMBNAIL, UNRENDERED = 11, 12
+
+
+def write(folder, key, value, packed=False):
+    """One data file, as JSON in a script or packed."""
+    if packed:
+        value = base64.b64encode(zlib.compress(json.dumps(value).encode())).decode()
+    path = folder / f"{key}.js"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, allow_nan=False).replace("<", "\\u003c")
+    path.write_text(f"conceptshare.add({json.dumps(key)}, {text});\n", encoding="ascii")
+
+
+def rounded(values):
+    return np.round(np.asarray(values, float), 4).tolist()
+
+
+def layer_key(member, layer):
+    return f"data/{DATASET}/{SAE}/{member}/layer-{layer:02d}"
+
+
+def make_table(rng, member, others, features, layers, rankings):
+    names = [", ".join(rng.choice(WORDS, rng.integers(1, 3), replace=False)) for _ in range(features)]
+    named = rng.random(features) < 0.8
+    named[: len(HOSTILE)] = True
+    names[: len(HOSTILE)] = HOSTILE
+    return {
+        "strength": rounded(rng.gamma(0.6, 200, features)),
+        "density": rounded(rng.beta(0.5, 12, features)),
+        "name": [name if known else None for name, known in zip(names, named, strict=True)],
+        "score": [
+            value if known else None for value, known in zip(rounded(rng.gamma(4, 2, features)), named, strict=True)
+        ],
+        "auc": [
+            value if known else None for value, known in zip(rounded(rng.uniform(0.5, 1, features)), named, strict=True)
+        ],
+        "best": {
+            other: {
+                "rho": rounded(rng.beta(2, 3, features)),
+                "layer": [
+                    -1 if n == NEVER_ACTIVE else int(layer) for n, layer in enumerate(rng.choice(layers, features))
+                ],
+                "feature": rng.integers(0, features, features).tolist(),
+            }
+            for other in others
+        },
+        "delta": {name: rounded(rng.normal(0, 40, features)) for name in rankings},
+    }
+
+
+def make_map(rng, place):
+    """A map whose only cell that fires is in the lower left corner, with boxes inside, beyond and equal to the picture."""
+    rows, columns = 4, 5
+    values = np.zeros((rows, columns), np.uint8)
+    values[-1, 0] = 255
+    box = [[0.25, 0, 0.75, 1], [0, 0.25, 1, 0.75], [-0.5, 0, 1.5, 1], [0, 0, 1, 1]][place % 4]
+    return {
+        "box": box,
+        "rows": rows,
+        "columns": columns,
+        "max": round(float(rng.uniform(1, 2)), 3),
+        "values": base64.b64encode(values.tobytes()).decode(),
+    }
+
+
+def make_details(rng, modality, first, count, captions):
+    features = []
+    for number in range(first, first + count):
+        if number == NEVER_ACTIVE:
+            features.append({"top": [], "bands": [], "histogram": {"max": 0, "counts": [0] * 20}})
+            continue
+        samples = rng.permutation(SAMPLES)[:21]
+        if number == 0:  # everything hostile, every shape, and what is missing
+            samples = np.arange(21)
+        values = np.sort(rng.gamma(2, 1, 21))[::-1]
+        pairs = [[int(sample), round(float(value), 3)] for sample, value in zip(samples, values, strict=True)]
+        feature = {
+            "top": pairs[:9],
+            "bands": [
+                {"at": at, "samples": pairs[9 + 4 * band : 13 + 4 * band]} for band, at in enumerate((0.9, 0.5, 0.1))
+            ],
+            "histogram": {
+                "max": round(float(values[0]), 3),
+                "counts": np.sort(rng.poisson(8 * np.exp(-np.arange(20) / 4)))[::-1].tolist(),
+            },
+        }
+        if modality == "image" and number != 2:
+            feature["maps"] = [None if place == 8 else make_map(rng, place) for place in range(9)]
+        if modality == "text" and number != 2:
+            feature["tokens"] = []
+            for place, (sample, _) in enumerate(pairs[:9]):
+                text = ["[CLS]", *captions[sample].split(" "), "[SEP]"]
+                strengths = rounded(
+                    np.where(np.arange(len(text)) == 1, 2.0, rng.random(len(text)) * (rng.random(len(text)) < 0.4))
+                )
+                feature["tokens"].append(None if place == 8 else {"text": text, "values": strengths})
+        features.append(feature)
+    return {"first": first, "features": features}
+
+
+def write_samples(rng, folder):
+    captions = [
+        HOSTILE[n]
+        if n < len(HOSTILE)
+        else f"a {rng.choice(WORDS)} with a {rng.choice(WORDS)} under the {rng.choice(WORDS)}"
+        for n in range(SAMPLES)
+    ]
+    sizes = [None if n == UNRENDERED else list(SIZES[n % 3]) for n in range(SAMPLES)]
+    for start in range(0, SAMPLES, 500):
+        block = f"{start // 500:03d}"
+        key = f"samples/{DATASET}/{block}"
+        write(folder, key, {"captions": captions[start : start + 500], "sizes": sizes[start : start + 500]}, start > 0)
+        (folder / key).mkdir()
+        for n in range(start, min(start + 500, SAMPLES)):
+            if n in (MISSING_THUMBNAIL, UNRENDERED):
+                continue
+            width, height = SIZES[n % 3]
+            across, down = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+            hue = rng.uniform(40, 255, 3)
+            disc = ((across - rng.uniform(0.2, 0.8)) ** 2 + (down - rng.uniform(0.2, 0.8)) ** 2) < 0.05
+            picture = np.where(disc[..., None], 255 - hue, hue * (0.6 + 0.4 * down[..., None]))
+            Image.fromarray(picture.astype(np.uint8)).save(folder / key / f"{n:06d}.webp", quality=60, method=0)
+    return captions
+
+
+def ranking(rng, name, shared_with, not_shared_with):
+    rho_g, rho_h = rng.beta(3, 2, FEATURES), rng.beta(2, 3, FEATURES)
+    delta = rng.gamma(1, 100, FEATURES) * (rho_g**2 - rho_h**2)
+    order = np.argsort(-delta)
+    return {
+        "dataset": DATASET,
+        "sae": SAE,
+        "name": name,
+        "source": "seer-clip@1",
+        "layer": 5,
+        "shared_with": shared_with,
+        "not_shared_with": not_shared_with,
+        "features": order.tolist(),
+        "delta": rounded(delta[order]),
+        "rho_g": rounded(rho_g[order]),
+        "rho_h": rounded(rho_h[order]),
+        "top": 10,
+    }
+
+
+def member_entry(name, encoder, modality, kind, layers, features):
+    entry = {"name": name, "encoder": encoder, "seed": int(name[-1]), "modality": modality, "kind": kind}
+    return entry | {"layers": layers, "features": features}
+
+
+def square(rng, size):
+    return [[None if a == b else round(float(rng.uniform(0.05, 0.6)), 3) for b in range(size)] for a in range(size)]
+
+
+def write_site(folder, seed=0):
+    """A study of two image and two text members, three layers of 130 features.
+
+    Args:
+        folder: Is made. Files are packed for odd layers, and JSON for even ones, as readers take both.
+        seed: Of everything.
+
+    Returns:
+        The study, as in ``study.js``.
+    """
+    rng = np.random.default_rng(seed)
+    shutil.copytree(ASSETS, folder)
+    captions = write_samples(rng, folder)
+    rankings = [
+        ranking(rng, "shared-with-text", ["reader@0", "reader-clip@1"], ["seer@0"]),
+        ranking(rng, "shared-with-vlms", ["reader-clip@1"], ["seer@0", "reader@0"]),
+    ]
+    both = set(rankings[0]["features"][:10]) & set(rankings[1]["features"][:10])
+    pairs = [("seer@0", "reader@0"), ("seer-clip@1", "reader-clip@1")]
+    study = {
+        "study": "made-up",
+        "version": "0.1.0",
+        "commit": "0123456789abcdef",
+        "datasets": [{"name": DATASET, "samples": SAMPLES}],
+        "saes": [SAE],
+        "members": [member_entry(*member, LAYERS, FEATURES) for member in MEMBERS],
+        "matrices": [
+            {
+                "dataset": DATASET,
+                "sae": SAE,
+                "name": "everything",
+                "members": NAMES,
+                "readings": {reading: square(rng, 4) for reading in ("pooled", "layer_mean", "last")},
+            }
+        ],
+        "layerwise": [
+            {
+                "dataset": DATASET,
+                "sae": SAE,
+                "name": "depth",
+                "pairs": [
+                    {
+                        "a": a,
+                        "b": b,
+                        "layers_a": LAYERS,
+                        "layers_b": LAYERS,
+                        "wmppc": rounded(rng.uniform(0.1, 0.5, (3, 3))),
+                    }
+                    for a, b in pairs
+                ],
+            }
+        ],
+        "sharedness": rankings,
+        "overlaps": [
+            {
+                "dataset": DATASET,
+                "sae": SAE,
+                "first": "shared-with-text",
+                "second": "shared-with-vlms",
+                "top": 10,
+                "overlap": len(both),
+                "expected": 100 / FEATURES,
+                "log10_p": -4.3,
+            }
+        ],
+    }
+    write(folder, "study", study)
+    for member, _, modality, _ in MEMBERS:
+        others = [name for name in NAMES if name != member]
+        for layer in LAYERS:
+            ranked = [entry["name"] for entry in rankings] if (member, layer) == ("seer-clip@1", 5) else []
+            table = make_table(rng, member, others, FEATURES, LAYERS, ranked)
+            write(folder, layer_key(member, layer), table, layer % 2 == 1)
+            for first in range(0, FEATURES, BLOCK):
+                details = make_details(rng, modality, first, min(BLOCK, FEATURES - first), captions)
+                write(folder, f"{layer_key(member, layer)}/{first // BLOCK:03d}", details, layer % 2 == 1)
+    for a, b in [*pairs, *((b, a) for a, b in pairs)]:
+        for layer in LAYERS:
+            match = rng.integers(0, FEATURES, (3, FEATURES))
+            match[:, NEVER_ACTIVE] = -1
+            rho = rng.beta(2, 3, (3, FEATURES))
+            rho[:, NEVER_ACTIVE] = 0
+            key = f"data/{DATASET}/{SAE}/pairs/{a}__{b}/layer-{layer:02d}"
+            write(
+                folder, key, {"target": b, "layers": LAYERS, "rho": rounded(rho), "match": match.tolist()}, layer == 3
+            )
+    return study
+
+
+def write_large_site(folder, features=8192, others=9, seed=1):
+    """One layer of many features, with best matches in nine other members; the same details for every block."""
+    rng = np.random.default_rng(seed)
+    shutil.copytree(ASSETS, folder)
+    captions = write_samples(rng, folder)
+    names = [f"member-{number}@0" for number in range(others + 1)]
+    study = {"study": "large", "version": "0.1.0", "commit": None, "datasets": [{"name": DATASET, "samples": SAMPLES}]}
+    study |= {"saes": [SAE], "matrices": [], "layerwise": [], "sharedness": [], "overlaps": []}
+    study["members"] = [member_entry(name, name[:-2], "image", "vision", [0], features) for name in names]
+    write(folder, "study", study)
+    table = make_table(rng, names[0], names[1:], features, [0], [])
+    write(folder, layer_key(names[0], 0), table, packed=True)
+    details = make_details(rng, "image", 0, BLOCK, captions)
+    for first in range(0, features, BLOCK):
+        write(folder, f"{layer_key(names[0], 0)}/{first // BLOCK:03d}", details | {"first": first})
+    return table

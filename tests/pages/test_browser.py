@@ -1,0 +1,835 @@
+"""The concept pages in a browser, from file://: what they show, what links and keys do, and that no data can harm them."""
+
+import base64
+import json
+import re
+import zlib
+from collections import Counter
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import numpy as np
+import pytest
+from matplotlib import colormaps
+from playwright.sync_api import expect
+
+from .conftest import NARROW
+from .made_up import (
+    DATASET,
+    FEATURES,
+    HOSTILE,
+    LAYERS,
+    MEMBERS,
+    MISSING_THUMBNAIL,
+    NAMES,
+    NEVER_ACTIVE,
+    SAE,
+    SIZES,
+    UNRENDERED,
+    layer_key,
+    make_map,
+)
+
+SET = f"{DATASET}/{SAE}"
+VIEWS = {
+    "overview": "#/",
+    "table": f"#/layer/{SET}/seer@0/3",
+    "image": f"#/feature/{SET}/seer@0/3/20?overlay=yes",
+    "text": f"#/feature/{SET}/reader@0/5/21",
+    "hostile": f"#/feature/{SET}/reader-clip@1/0/0",
+    "never active": f"#/feature/{SET}/seer@0/0/{NEVER_ACTIVE}",
+    "pair": f"#/pair/{SET}/seer@0/0/reader@0/3",
+    "ranking": f"#/ranking/{SET}/shared-with-text",
+    "not found": "#/nothing/here",
+}
+BLANK = re.compile(r"[\u0000-\u0020\u0085\u2028\u2029]+")
+
+
+def read(folder, key):
+    """A data file's value, by Python and from the file alone."""
+    text = (folder / f"{key}.js").read_text(encoding="ascii").strip()
+    assert text.startswith(f"conceptshare.add({json.dumps(key)}, ")
+    value = json.loads(text[len(f"conceptshare.add({json.dumps(key)}, ") : -2])
+    return json.loads(zlib.decompress(base64.b64decode(value))) if isinstance(value, str) else value
+
+
+def seen(locator):
+    """Texts of elements, white space as one blank."""
+    return [BLANK.sub(" ", text).strip() for text in locator.all_text_contents()]
+
+
+def column(page, label):
+    """The cells of a table's column, by its label."""
+    heads = [text.strip() for text in page.locator("table.listing").last.locator("thead th").all_text_contents()]
+    return seen(page.locator("table.listing").last.locator(f"tbody tr > :nth-child({heads.index(label) + 1})"))
+
+
+def ordered(values, descending=True):
+    """Numbers of features, by value; nulls last, ties by number."""
+    return sorted(
+        range(len(values)),
+        key=lambda n: (values[n] is None, 0 if values[n] is None else (-values[n] if descending else values[n]), n),
+    )
+
+
+def test_overview_shows_the_numbers(tab, site):
+    page = tab.open()
+    study = read(site, "study")
+    expect(page.locator("h1")).to_have_text("made-up")
+    expect(page.locator("main")).to_contain_text(f"{DATASET} (510 samples)")
+    assert page.title() == "Overview – made-up"
+    tables = page.locator("table.heat")
+    assert tables.count() == 3
+    pooled = study["matrices"][0]["readings"]["pooled"]
+    shown = seen(tables.first.locator("tbody td"))
+    assert shown == ["no value" if value is None else f"{value:.2f}" for row in pooled for value in row]
+    a = study["layerwise"][0]["pairs"][0]
+    assert seen(tables.nth(1).locator("tbody td")) == [f"{value:.2f}" for row in a["wmppc"] for value in row]
+    cell = page.get_by_role("link", name=f"wMPPC from seer@0 layer 3 to reader@0 layer 5: {a['wmppc'][1][2]:.2f}")
+    expect(cell).to_be_visible()
+    assert seen(page.locator(".rankings a")) == ["shared-with-text", "shared-with-vlms"]
+
+
+def test_readings_of_a_matrix(tab, site):
+    page = tab.open()
+    page.get_by_label("Reading of the matrices").select_option("last")
+    expect(page).to_have_url(re.compile(r"#/\?reading=last$"))
+    last = read(site, "study")["matrices"][0]["readings"]["last"]
+    shown = seen(page.locator("table.heat").first.locator("tbody td a"))
+    assert shown == [f"{value:.2f}" for row in last for value in row if value is not None]
+    page.go_back()
+    expect(page.get_by_label("Reading of the matrices")).to_have_value("pooled")
+
+
+def test_all_heatmaps_share_a_scale(tab, site):
+    """The colour of a cell is matplotlib's viridis, between the least and the largest of all of them."""
+    page = tab.open()
+    study = read(site, "study")
+    matrix = study["matrices"][0]["readings"]
+    everything = [value for table in matrix.values() for row in table for value in row if value is not None]
+    everything += [v for pair in study["layerwise"][0]["pairs"] for row in pair["wmppc"] for v in row]
+    low, high = min(everything), max(everything)
+    for table, values in zip(
+        page.locator("table.heat").all(),
+        [matrix["pooled"], *(pair["wmppc"] for pair in study["layerwise"][0]["pairs"])],
+        strict=True,
+    ):
+        colours = table.locator("tbody a").evaluate_all(
+            "cells => cells.map(cell => getComputedStyle(cell).backgroundColor)"
+        )
+        for colour, value in zip(colours, [v for row in values for v in row if v is not None], strict=True):
+            expected = 255 * np.array(colormaps["viridis"]((value - low) / (high - low))[:3])
+            np.testing.assert_allclose([int(part) for part in re.findall(r"\d+", colour)], expected, atol=6)
+    assert seen(page.locator(".legend span"))[:3:2] == [f"{low:.2f}", f"{high:.2f}"]
+
+
+def test_a_heatmap_cell_leads_to_its_pair(tab, site):
+    page = tab.open()
+    page.get_by_role("link", name="wMPPC from seer@0 layer 3 to reader@0 layer 5").click()
+    expect(page.locator("h1")).to_have_text("seer@0 layer 3 → reader@0 layer 5")
+    expect(page.locator("h1")).to_be_focused()
+    assert page.title().startswith("seer@0 layer 3 → reader@0 layer 5")
+    pairs = read(site, f"data/{SET}/pairs/seer@0__reader@0/layer-03")
+    best = ordered(pairs["rho"][2])
+    assert column(page, "seer@0") == [str(n) for n in best[:100]]
+    matches = [pairs["match"][2][n] for n in best[:100]]
+    assert column(page, "reader@0") == ["–" if match < 0 else str(match) for match in matches]
+    names = read(site, layer_key("reader@0", 5))["name"]
+    assert column(page, "Name of the match")[:5] == [
+        BLANK.sub(" ", names[n] or "no clear name").strip() or "no clear name" for n in matches[:5]
+    ]
+    page.locator("tbody tr").first.locator(".match-name a").click()
+    expect(page.locator("h1")).to_have_text(f"Feature {matches[0]} of reader@0, layer 5")
+
+
+def test_a_matrix_cell_leads_to_features_by_their_best_match(tab, site):
+    page = tab.open()
+    page.get_by_role("link", name="wMPPC from reader@0 to seer-clip@1").click()
+    expect(page.locator("h1")).to_have_text("Features of reader@0, layer 5")
+    table = read(site, layer_key("reader@0", 5))
+    assert column(page, "Feature") == [str(n) for n in ordered(table["best"]["seer-clip@1"]["rho"])[:100]]
+    sorted_by = page.locator('th[aria-sort="descending"]')
+    expect(sorted_by).to_have_text("ρ seer-clip@1")
+
+
+@pytest.mark.parametrize(
+    ("label", "values"),
+    [
+        ("S", lambda table: table["strength"]),
+        ("Density", lambda table: table["density"]),
+        ("Score", lambda table: table["score"]),
+        ("AUC", lambda table: table["auc"]),
+        ("ρ reader@0", lambda table: table["best"]["reader@0"]["rho"]),
+        ("Δ shared-with-text", lambda table: table["delta"]["shared-with-text"]),
+    ],
+)
+def test_sorting(tab, site, label, values):
+    page = tab.open(f"#/layer/{SET}/seer-clip@1/5?sort=feature")
+    column_values = values(read(site, layer_key("seer-clip@1", 5)))
+    head = page.get_by_role("columnheader", name=label, exact=True)
+    assert head.get_attribute("aria-sort") == "none"
+    head.get_by_role("button").click()
+    expect(head).to_have_attribute("aria-sort", "descending")
+    assert column(page, "Feature") == [str(n) for n in ordered(column_values)[:100]]
+    head.get_by_role("button").click()
+    expect(head).to_have_attribute("aria-sort", "ascending")
+    assert page.locator("th[aria-sort]:not([aria-sort=none])").count() == 1
+    assert column(page, "Feature") == [str(n) for n in ordered(column_values, descending=False)[:100]]
+    page.go_back()
+    expect(head).to_have_attribute("aria-sort", "descending")
+
+
+def test_filters_are_in_the_address(tab, site):
+    """Filters keep what Python keeps, and their address shows the same in a new page."""
+    page = tab.open(f"#/layer/{SET}/seer@0/3")
+    table = read(site, layer_key("seer@0", 3))
+    page.get_by_label("Name or number").fill("RED")
+    page.get_by_label("S from").fill("5")
+    page.get_by_label("Density from, %").fill("0.1")
+    page.get_by_label("to, %", exact=True).fill("20")
+    page.get_by_label("ρ from").fill("0.2")
+    page.get_by_label("ρ to").select_option("reader@0")
+    page.get_by_label("Named only").check()
+    page.get_by_role("button", name="Density").click()
+    kept = [
+        n
+        for n in range(FEATURES)
+        if "red" in (table["name"][n] or "").lower()
+        and table["strength"][n] >= 5
+        and 0.001 <= table["density"][n] <= 0.2
+        and table["best"]["reader@0"]["rho"][n] >= 0.2
+    ]
+    expected = [str(n) for n in sorted(kept, key=lambda n: -table["density"][n])]
+    assert 0 < len(kept) < sum("red" in (name or "").lower() for name in table["name"])
+    expect(page.get_by_role("status")).to_have_text(f"{len(kept)} of {FEATURES} features")
+    expect(page).to_have_url(re.compile("named=yes.*sort=-density"))
+    assert column(page, "Feature") == expected
+    other = tab.new_page()
+    other.goto(page.url)
+    expect(other.get_by_role("status")).to_have_text(f"{len(kept)} of {FEATURES} features")
+    assert column(other, "Feature") == expected
+    for label, value in {"Name or number": "RED", "S from": "5", "ρ from": "0.2", "ρ to": "reader@0"}.items():
+        expect(other.get_by_label(label)).to_have_value(value)
+    expect(other.get_by_label("Named only")).to_be_checked()
+
+
+def test_search_by_number_and_nothing_left(tab):
+    page = tab.open(f"#/layer/{SET}/seer@0/3?q=64")
+    assert column(page, "Feature") == ["64"]
+    page.get_by_label("Name or number").fill("no such words")
+    expect(page.get_by_role("status")).to_have_text(f"0 of {FEATURES} features")
+    expect(page.locator("tbody")).to_contain_text("No feature is left by these filters.")
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["s=abc", "page=99", "page=-3", "page=x", "sort=nonsense", "sort=-rho:nobody", "with=nobody&rho=0.1", "q=%E0"],
+)
+def test_odd_queries_do_no_harm(tab, query):
+    page = tab.open(f"#/layer/{SET}/seer@0/3?{query}")
+    expect(page.locator("h1")).to_have_text("Features of seer@0, layer 3")
+    expect(page.get_by_role("status")).to_contain_text("features")
+
+
+def test_pager(tab, site):
+    page = tab.open(f"#/layer/{SET}/seer@0/3")
+    order = [str(n) for n in ordered(read(site, layer_key("seer@0", 3))["strength"])]
+    assert column(page, "Feature") == order[:100]
+    page.get_by_role("button", name="Next").click()
+    expect(page).to_have_url(re.compile("page=2"))
+    expect(page.locator(".pager")).to_contain_text("Page 2 of 2")
+    assert column(page, "Feature") == order[100:]
+    page.go_back()
+    expect(page.locator(".pager")).to_contain_text("Page 1 of 2")
+
+
+def test_feature_page(tab, site):
+    page = tab.open(f"#/feature/{SET}/seer@0/3/20")
+    table = read(site, layer_key("seer@0", 3))
+    details = read(site, f"{layer_key('seer@0', 3)}/000")["features"][20]
+    captions = read(site, f"samples/{DATASET}/000")["captions"] + read(site, f"samples/{DATASET}/001")["captions"]
+    expect(page.locator(".called")).to_have_text(table["name"][20])
+    facts = page.locator(".facts")
+    expect(facts).to_contain_text(f"{table['score'][20]:.2f}")
+    expect(facts).to_contain_text(f"{table['auc'][20]:.2f}")
+    top = page.locator("section").first.locator("figure")
+    shown = seen(top.locator(".caption"))
+    assert shown == [BLANK.sub(" ", captions[sample]).strip() for sample, _ in details["top"]]
+    assert [float(text) for text in seen(top.locator(".value"))] == pytest.approx(
+        [v for _, v in details["top"]], abs=5.1e-3
+    )
+    sources = top.locator("img").evaluate_all("images => images.map(image => image.getAttribute('src'))")
+    assert sources == [f"samples/{DATASET}/{s // 500:03d}/{s:06d}.webp" for s, _ in details["top"]]
+    page.get_by_role("heading", name="Around the 50th percentile").scroll_into_view_if_needed()
+    band = page.locator(".band").nth(1).locator("figure .caption")
+    expect(band).to_have_count(4)
+    assert seen(band) == [captions[sample] or "no caption" for sample, _ in details["bands"][1]["samples"]]
+    total = sum(details["histogram"]["counts"])
+    expect(page.locator(".histogram svg")).to_have_attribute(
+        "aria-label", re.compile(f"^Histogram of {total} activations")
+    )
+    assert page.locator(".histogram rect").count() == 20
+
+
+def test_follow_a_match_and_come_back(tab, site):
+    page = tab.open(f"#/feature/{SET}/seer@0/3/20")
+    best = read(site, layer_key("seer@0", 3))["best"]["reader@0"]
+    layer, feature = best["layer"][20], best["feature"][20]
+    there = read(site, layer_key("reader@0", layer))
+    card = page.locator(".match", has=page.get_by_role("heading", name="reader@0", exact=True))
+    card.scroll_into_view_if_needed()
+    expect(card.locator(".rho")).to_have_text(f"{best['rho'][20]:.2f}")
+    expect(card.locator(".name")).to_have_text(there["name"][feature] or "no clear name")
+    expect(card.locator("figure")).to_have_count(3)
+    before = page.evaluate("scrollY")
+    assert before > 0
+    card.get_by_role("link").click()
+    expect(page.locator("h1")).to_have_text(f"Feature {feature} of reader@0, layer {layer}")
+    assert page.evaluate("scrollY") == 0
+    page.go_back()
+    expect(page.locator("h1")).to_have_text("Feature 20 of seer@0, layer 3")
+    page.wait_for_function("before => Math.abs(scrollY - before) < 2", arg=before)
+    page.go_forward()
+    expect(page.locator("h1")).to_have_text(f"Feature {feature} of reader@0, layer {layer}")
+
+
+def test_neighbours_of_a_feature(tab):
+    page = tab.open(f"#/feature/{SET}/seer@0/3/0")
+    assert page.get_by_role("link", name="Previous").count() == 0
+    page.get_by_role("link", name="Next").click()
+    expect(page.locator("h1")).to_have_text("Feature 1 of seer@0, layer 3")
+    tab.open(f"#/feature/{SET}/seer@0/3/{FEATURES - 1}")
+    assert page.get_by_role("link", name="Next").count() == 0
+
+
+def test_overlay_lies_on_what_the_encoder_saw(tab):
+    """On wide, tall and square pictures, whether the encoder saw a part of one or more than it."""
+    page = tab.open(f"#/feature/{SET}/seer@0/0/0")
+    assert page.locator("canvas").count() == 0
+    page.get_by_label("Where it fires").check()
+    expect(page).to_have_url(re.compile(r"overlay=yes$"))
+    frames = page.locator("section").first.locator(".picture")
+    expect(page.locator("canvas")).to_have_count(8)
+    assert frames.nth(8).locator("canvas").count() == 0  # no map of this one
+    rng = np.random.default_rng(0)
+    shapes = set()
+    for place in range(8):
+        image = frames.nth(place).locator("img").bounding_box()
+        canvas = frames.nth(place).locator("canvas").bounding_box()
+        width, height = SIZES[place % 3]
+        assert (image["width"], image["height"]) == pytest.approx((width, height), abs=0.6)
+        x0, y0, x1, y1 = make_map(rng, place)["box"]
+        assert canvas["x"] - image["x"] == pytest.approx(x0 * width, abs=0.6)
+        assert canvas["y"] - image["y"] == pytest.approx(y0 * height, abs=0.6)
+        assert canvas["width"] == pytest.approx((x1 - x0) * width, abs=0.6)
+        assert canvas["height"] == pytest.approx((y1 - y0) * height, abs=0.6)
+        shapes.add((place % 3, place % 4))
+    assert len(shapes) == 8
+    # The cell that fires is the lower left one, and the only one that is yellow.
+    pixels = frames.first.locator("canvas").evaluate(
+        "canvas => [...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data]"
+    )
+    pixels = np.array(pixels).reshape(4, 5, 4)
+    green = pixels[..., 1]
+    assert green.argmax() == 15
+    assert (np.delete(green, 15) < 10).all()
+    assert pixels[3, 0, 3] > pixels[0, 0, 3]
+    assert frames.first.locator("canvas").evaluate("canvas => getComputedStyle(canvas).imageRendering") == "pixelated"
+    assert "row 4 of 4, column 1 of 5" in frames.first.locator("canvas").get_attribute("aria-label")
+    page.get_by_label("Where it fires").uncheck()
+    expect(page.locator("canvas")).to_have_count(0)
+
+
+def test_overlay_scales_with_a_picture_that_is_shrunk(open_tab, site):
+    page = open_tab(site, viewport={"width": 300, "height": 700}).open(f"#/feature/{SET}/seer@0/0/0?overlay=yes")
+    frame = page.locator(".picture").first
+    image, canvas = frame.locator("img").bounding_box(), frame.locator("canvas").bounding_box()
+    assert image["width"] < 140
+    assert image["height"] == pytest.approx(image["width"] / 2, abs=1)
+    assert canvas["width"] == pytest.approx(image["width"] / 2, abs=0.6)
+    assert canvas["x"] - image["x"] == pytest.approx(image["width"] / 4, abs=0.6)
+
+
+def test_without_maps_there_is_no_overlay(tab):
+    page = tab.open(f"#/feature/{SET}/seer@0/0/2?overlay=yes")
+    assert page.get_by_label("Where it fires").count() == 0
+    expect(page.locator("section").first.locator("img")).to_have_count(9)
+
+
+def test_tokens_are_marked_by_strength(tab, site):
+    page = tab.open(f"#/feature/{SET}/reader@0/5/21")
+    tokens = read(site, f"{layer_key('reader@0', 5)}/000")["features"][21]["tokens"]
+    first = page.locator("section").first.locator("figure").first
+    assert seen(first.locator(".tokens bdi")) == tokens[0]["text"]
+    marks = first.locator("mark")
+    assert marks.count() == sum(value > 0 for value in tokens[0]["values"])
+    shown = marks.evaluate_all(
+        """marks => marks.map(mark => {
+            const style = getComputedStyle(mark);
+            return [mark.title, parseFloat(style.textDecorationThickness), style.backgroundColor];
+        })"""
+    )
+    above = [value for value in tokens[0]["values"] if value > 0]
+    assert [float(title) for title, *_ in shown] == pytest.approx(above, abs=5.1e-3)
+    thickness = [thick for _, thick, _ in shown]
+    assert thickness[int(np.argmax(above))] == max(thickness) == pytest.approx(4, abs=0.1)
+    assert len({background for *_, background in shown}) == len(set(above))
+    last = page.locator("section").first.locator("figure").nth(8)  # of which there are no tokens
+    assert last.locator("mark").count() == 0
+    assert last.locator(".caption").count() == 1
+    tab.open(f"#/feature/{SET}/reader@0/5/2")
+    assert page.locator("mark").count() == 0
+    expect(page.locator("section").first.locator(".caption")).to_have_count(9)
+
+
+def test_a_feature_that_was_never_active(tab):
+    page = tab.open(VIEWS["never active"])
+    expect(page.locator("main")).to_contain_text("This feature was never active on these samples.")
+    assert page.get_by_role("heading", name="Weaker samples").count() == 0
+    assert page.locator(".match", has_text="No match").count() == len(NAMES) - 1
+
+
+def test_ranking(tab, site):
+    page = tab.open(VIEWS["ranking"])
+    study = read(site, "study")
+    ranking, other = study["sharedness"]
+    assert column(page, "Feature") == [str(n) for n in ranking["features"][:100]]
+    assert column(page, "Rank")[:12] == [*(f"top 1% {n}" for n in range(1, 11)), "11", "12"]
+    assert [float(text) for text in column(page, "ρ G")] == pytest.approx(ranking["rho_g"][:100], abs=5.1e-3)
+    page.get_by_role("button", name="ρ H", exact=True).click()
+    assert column(page, "Feature") == [str(ranking["features"][n]) for n in ordered(ranking["rho_h"])[:100]]
+    # One dot for each feature, the first of the ranking apart.
+    dots = page.locator("path.dots").evaluate_all(
+        "paths => paths.map(path => path.getAttribute('d').split('M').length - 1)"
+    )
+    assert dots == [FEATURES - 10, 10]
+    overlap = study["overlaps"][0]
+    row = page.locator("section", has=page.get_by_role("heading", name="Overlap")).locator("tbody tr")
+    texts = seen(row.locator("th, td"))
+    assert texts[:5] == ["shared-with-vlms", "10", str(overlap["overlap"]), "0.769", "5.0 × 10⁻⁵"]
+    both = [n for n in ranking["features"][:10] if n in other["features"][:10]]
+    assert texts[5].split() == [str(n) for n in both]
+
+
+def test_typology_counts_words(tab, site):
+    """Each of the first features is under the word of its name that most of them have."""
+    page = tab.open(VIEWS["ranking"])
+    ranking = read(site, "study")["sharedness"][0]
+    names = read(site, layer_key("seer-clip@1", 5))["name"]
+    words = [sorted(set(names[n].split(", "))) if names[n] else [] for n in ranking["features"][:10]]
+    frequent = Counter(word for some in words for word in some)
+    groups = Counter(min(some, key=lambda word: (-frequent[word], word)) if some else "no clear name" for some in words)
+    shown = dict(
+        zip(
+            seen(page.locator("summary bdi, summary .quiet")),
+            map(int, seen(page.locator("summary .tally"))),
+            strict=True,
+        )
+    )
+    assert shown == dict(groups)
+    page.locator("summary").first.click()
+    page.locator("details[open] a").first.click()
+    expect(page.locator("h1")).to_contain_text("of seer-clip@1, layer 5")
+
+
+def test_scatter_names_the_dot_and_opens_it(tab, site):
+    page = tab.open(VIEWS["ranking"])
+    ranking = read(site, "study")["sharedness"][0]
+    box = page.locator("path.axes").bounding_box()
+    x = box["x"] + ranking["rho_h"][0] * box["width"]
+    y = box["y"] + (1 - ranking["rho_g"][0]) * box["height"]
+    page.mouse.move(x, y)
+    expect(page.locator(".said")).to_contain_text(f"Feature {ranking['features'][0]}:")
+    page.mouse.click(x, y)
+    expect(page.locator("h1")).to_have_text(f"Feature {ranking['features'][0]} of seer-clip@1, layer 5")
+
+
+def test_jump(tab):
+    page = tab.open()
+    page.get_by_label("Member").select_option("reader@0")
+    page.get_by_label("Layer", exact=True).select_option("5")
+    page.get_by_label("Feature number").fill("77")
+    page.get_by_label("Feature number").press("Enter")
+    expect(page.locator("h1")).to_have_text("Feature 77 of reader@0, layer 5")
+    page.get_by_role("navigation", name="Breadcrumbs").get_by_role("link", name="reader@0, layer 5").click()
+    expect(page.locator("h1")).to_have_text("Features of reader@0, layer 5")
+    expect(page.get_by_label("Member", exact=True)).to_have_value("reader@0")
+
+
+def test_dark_is_remembered(tab):
+    page = tab.open()
+    paper = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(paper)
+    button = page.get_by_role("button", name="Dark")
+    expect(button).to_have_attribute("aria-pressed", "false")
+    button.click()
+    expect(button).to_have_attribute("aria-pressed", "true")
+    dark = page.evaluate(paper)
+    assert sum(map(int, re.findall(r"\d+", dark))) < 150 < 600 < sum(map(int, re.findall(r"\d+", light)))
+    tab.open(VIEWS["table"])
+    assert page.evaluate(paper) == dark
+    button.click()
+    assert page.evaluate(paper) == light
+
+
+def test_the_system_is_followed_and_storage_may_be_forbidden(open_tab, site):
+    opened = open_tab(site, color_scheme="dark")
+    opened.page.add_init_script(
+        "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('denied', 'SecurityError'); } })"
+    )
+    page = opened.open()
+    expect(page.get_by_role("button", name="Dark")).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("button", name="Dark").click()
+    expect(page.get_by_role("button", name="Dark")).to_have_attribute("aria-pressed", "false")
+
+
+def focused(page):
+    return page.evaluate(
+        "document.activeElement.getAttribute('aria-label') ?? document.activeElement.textContent.trim()"
+    )
+
+
+def tab_to(page, text, limit=60):
+    """Press Tab until what holds the focus has this text."""
+    for _ in range(limit):
+        page.keyboard.press("Tab")
+        if focused(page) == text:
+            outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+            assert outline == "solid"
+            return
+    raise AssertionError(f"Tab does not lead to {text!r}")
+
+
+def test_keyboard_alone(tab, site):
+    """From the overview to a feature: past the header, over the cells of a heatmap, a sort, and a row."""
+    page = tab.open()
+    page.keyboard.press("Tab")
+    assert focused(page) == "Skip to content"
+    page.keyboard.press("Enter")
+    expect(page.locator("h1")).to_be_focused()
+    assert page.url.endswith("#/")
+    wmppc = read(site, "study")["layerwise"][0]["pairs"][0]["wmppc"]
+    tab_to(page, f"wMPPC from seer@0 layer 0 to reader@0 layer 0: {wmppc[0][0]:.2f}")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    assert focused(page) == f"wMPPC from seer@0 layer 3 to reader@0 layer 0: {wmppc[1][0]:.2f}"
+    page.keyboard.press("Enter")
+    expect(page.locator("h1")).to_be_focused()
+    expect(page.locator("h1")).to_have_text("seer@0 layer 3 → reader@0 layer 0")
+    tab_to(page, "seer@0")
+    page.keyboard.press("Enter")
+    expect(page.locator("th[aria-sort=ascending]")).to_have_text("seer@0")
+    assert focused(page) == "seer@0"
+    name = page.locator("tbody tr").nth(12).locator("th a").text_content()
+    tab_to(page, name)
+    page.keyboard.press("Enter")
+    expect(page.locator("h1")).to_contain_text("of seer@0, layer 3")
+
+
+def test_arrow_keys_pass_over_cells_without_a_value(tab):
+    page = tab.open()
+    page.get_by_role("link", name="wMPPC from seer-clip@1 to seer@0").focus()
+    page.keyboard.press("ArrowRight")
+    assert focused(page).startswith("wMPPC from seer-clip@1 to reader@0")
+    assert page.locator("table.heat").first.locator('a[tabindex="0"]').count() == 1
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_narrow_screens(open_tab, site, name):
+    opened = open_tab(site, viewport=NARROW, color_scheme="dark")
+    opened.allowed = [f"{MISSING_THUMBNAIL:06d}.webp"]
+    page = opened.open(VIEWS[name])
+    for _ in range(12):  # so that everything that waits to be seen is there
+        page.mouse.wheel(0, 700)
+        page.wait_for_timeout(30)
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= 360
+
+
+def test_hostile_texts_are_texts(open_tab, site):
+    opened = open_tab(site)
+    opened.allowed = [f"{MISSING_THUMBNAIL:06d}.webp"]
+    page = opened.open(f"#/feature/{SET}/seer@0/0/0")
+    captions = page.locator("section").first.locator(".caption bdi").all_text_contents()
+    assert captions == HOSTILE[:9]
+    opened.open(f"#/layer/{SET}/reader-clip@1/0?sort=feature")
+    rows = page.locator("tbody tr")
+    assert rows.locator("th bdi").all_text_contents()[:9] == HOSTILE[:9]
+    expect(rows.nth(9).locator("th")).to_have_text("no clear name")  # an empty name cannot be read
+    for number in range(len(HOSTILE)):
+        opened.open(f"#/feature/{SET}/reader-clip@1/0/{number}")
+        expect(page.locator(".called")).to_have_text(HOSTILE[number] or "no clear name")
+        assert page.locator("main script, main svg[onload], main img[src=x]").count() == 0
+    # What turns the direction of text ends with the text.
+    isolated = page.locator("bdi").first.evaluate("element => getComputedStyle(element).unicodeBidi")
+    assert isolated == "isolate"
+    assert not page.evaluate(
+        "[...document.querySelectorAll('[title],[alt],[aria-label]')].some(e => /[\\u202e\\u0007]/.test(e.title + e.alt + e.ariaLabel))"
+    )
+
+
+@pytest.mark.parametrize(
+    "route",
+    [
+        "#/nothing/here",
+        f"#/layer/{SET}/nobody@0/3",
+        f"#/layer/{SET}/seer@0/99",
+        f"#/layer/{SET}/seer@0",
+        f"#/layer/..%2F../{SAE}/seer@0/3",
+        f"#/feature/{SET}/seer@0/3/{FEATURES}",
+        f"#/feature/{SET}/seer@0/3/-1",
+        f"#/feature/{SET}/seer@0/3/%3Cimg%20src=x%20onerror=window.pwned=9%3E",
+        f"#/pair/{SET}/seer@0/0/seer-clip@1/0",
+        f"#/ranking/{SET}/__proto__",
+        "#/constructor",
+        "#/%E0%A4%A",
+    ],
+)
+def test_addresses_of_nothing(tab, route):
+    page = tab.open(route)
+    expect(page.locator("h1")).to_have_text("Not found")
+    page.get_by_role("link", name="Back to the overview").click()
+    expect(page.locator("h1")).to_have_text("made-up")
+
+
+def test_missing_thumbnails_leave_their_place(open_tab, site):
+    opened = open_tab(site)
+    opened.allowed = [f"{MISSING_THUMBNAIL:06d}.webp"]
+    page = opened.open(f"#/feature/{SET}/seer@0/0/0")
+    captions = read(site, f"samples/{DATASET}/000")["captions"]
+    page.get_by_role("heading", name="Around the 90th percentile").scroll_into_view_if_needed()
+    gone = page.locator(".band").first.locator(".gone")
+    expect(gone).to_have_count(2)  # one file is not there, of the other none was made
+    box = gone.first.bounding_box()
+    assert (box["width"], box["height"]) == pytest.approx(SIZES[MISSING_THUMBNAIL % 3], abs=0.6)
+    for at, sample in enumerate((MISSING_THUMBNAIL, UNRENDERED)):
+        figure = page.locator(".band").first.locator("figure").nth(2 + at)
+        expect(figure.locator(".caption")).to_have_text(captions[sample])
+        assert figure.locator("img").count() == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "route", "harm"),
+    [
+        ("study.js", "#/", "missing"),
+        ("study.js", f"#/layer/{SET}/seer@0/3", "missing"),
+        ("study.js", "#/", "other"),
+        (f"{layer_key('seer@0', 3)}.js", f"#/layer/{SET}/seer@0/3", "missing"),
+        (f"{layer_key('seer@0', 3)}.js", f"#/layer/{SET}/seer@0/3", "torn"),
+        (f"{layer_key('seer@0', 3)}/000.js", f"#/feature/{SET}/seer@0/3/20", "missing"),
+        (f"data/{SET}/pairs/seer@0__reader@0/layer-00.js", VIEWS["pair"], "missing"),
+    ],
+)
+def test_a_data_file_that_is_not_there_is_named(open_tab, broken_site, file, route, harm):
+    opened = open_tab(broken_site)
+    path = broken_site / file
+    path.unlink()
+    if harm == "missing":
+        opened.allowed = [file]
+    else:
+        path.write_text(
+            'conceptshare.add("other", {});\n' if harm == "other" else f'conceptshare.add("{file[:-3]}", "eJw=");'
+        )
+    page = opened.open(route)
+    expect(page.locator("h1")).to_have_text("A file is missing" if harm == "missing" else "A file cannot be read")
+    expect(page.locator("main .error")).to_contain_text(file)
+    if file != "study.js":
+        page.get_by_role("link", name="Back to the overview").click()
+        expect(page.locator("h1")).to_have_text("made-up")
+
+
+def test_a_part_that_is_missing_leaves_the_rest(open_tab, broken_site):
+    opened = open_tab(broken_site)
+    opened.allowed = [f"samples/{DATASET}/000.js", "reader@0/layer-"]
+    (broken_site / opened.allowed[0]).unlink()
+    for layer in LAYERS:
+        (broken_site / f"{layer_key('reader@0', layer)}.js").unlink()
+    page = opened.open(f"#/feature/{SET}/seer@0/3/20")
+    expect(page.locator(".samples .error").first).to_contain_text(opened.allowed[0])
+    expect(page.locator(".histogram rect")).to_have_count(20)
+    card = page.locator(".match", has=page.get_by_role("heading", name="reader@0", exact=True))
+    card.scroll_into_view_if_needed()
+    expect(card.locator(".name .error")).to_contain_text("reader@0/layer-")
+
+
+def test_a_large_layer(open_tab, large_site):
+    """8,192 features and their matches in nine others: all of them sorted, a hundred of them in the document."""
+    folder, table = large_site
+    page = open_tab(folder).open(f"#/layer/{SET}/member-0@0/0")
+    expect(page.get_by_role("status")).to_have_text("8,192 features")
+    assert column(page, "Feature") == [str(n) for n in ordered(table["strength"])[:100]]
+    page.get_by_role("button", name="ρ member-7@0").click()
+    order = ordered(table["best"]["member-7@0"]["rho"])
+    assert column(page, "Feature") == [str(n) for n in order[:100]]
+    page.get_by_role("button", name="Last").click()
+    expect(page.locator(".pager")).to_contain_text("Page 82 of 82")
+    assert column(page, "Feature") == [str(n) for n in order[8100:]]
+    page.get_by_label("Name or number").fill("cat")
+    kept = sum("cat" in (name or "") for name in table["name"])
+    expect(page.get_by_role("status")).to_have_text(f"{kept:,} of 8,192 features")
+    assert page.locator("tbody tr").count() == 100
+    assert page.evaluate("document.querySelectorAll('*').length") < 5000
+
+
+def test_only_what_is_seen_is_read(open_tab, large_site):
+    """Of 128 files of details, those of the rows in view; the rest once one scrolls to them."""
+    opened = open_tab(large_site[0])
+    asked = []
+    opened.page.on("request", lambda request: asked.append(request.url))
+    page = opened.open(f"#/layer/{SET}/member-0@0/0?sort=feature")
+    expect(page.locator(".strip img").first).to_be_visible()
+    assert sum("layer-00/" in url for url in asked) == 1
+    page.locator("tbody tr").last.scroll_into_view_if_needed()
+    expect(page.locator("tbody tr").last.locator(".strip .picture")).to_have_count(3)
+    assert sum("layer-00/" in url for url in asked) == 2
+    asked.clear()
+    opened.open(f"#/layer/{SET}/member-0@0/0?pictures=no")
+    assert not [url for url in asked if "layer-00/" in url]
+
+
+def test_over_http(open_tab, site):
+    """The same files from a server, under the same policy."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=site))
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        root = f"http://127.0.0.1:{server.server_port}"
+        opened = open_tab(site)
+        opened.allowed = ["favicon.ico"]  # which browsers ask of every server
+        opened.address = lambda route: f"{root}/{route}"
+        opened._asked = lambda url: url.startswith(f"{root}/") or opened.wrong.append(f"outside: {url}")
+        page = opened.open(f"#/feature/{SET}/seer@0/3/20")
+        images = page.locator("section").first.locator("img")
+        expect(images).to_have_count(9)
+        for image in images.all():
+            expect(image).to_have_js_property("complete", True)
+            assert image.evaluate("image => image.naturalWidth") > 0
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_policy_refuses_scripts_and_markup(open_tab, site):
+    opened = open_tab(site)
+    page = opened.open()
+    refused = page.evaluate(
+        """() => {
+            const tries = {
+                markup: () => { document.body.innerHTML = '<p>markup'; },
+                script: () => { document.createElement('script').text = 'window.pwned = 1'; },
+            };
+            return Object.entries(tries).filter(([, run]) => { try { run(); return false; } catch { return true; } }).map(([name]) => name);
+        }"""
+    )
+    assert refused == ["markup", "script"]
+    opened.wrong = [what for what in opened.wrong if "TrustedScript" not in what and "TrustedHTML" not in what]
+
+
+def luminance(colour):
+    share = np.array(colour[:3]) / 255
+    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    return linear @ [0.2126, 0.7152, 0.0722]
+
+
+def contrast(a, b):
+    high, low = sorted([luminance(a), luminance(b)], reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+# Every element with text of its own: its colour, and the backgrounds of it and what it lies in, inmost first.
+COLOURS = """
+() => {
+    const canvas = new OffscreenCanvas(1, 1).getContext('2d', { willReadFrequently: true });
+    const known = new Map();
+    const parse = (colour) => {
+        if (!known.has(colour)) known.set(colour, measure(colour));
+        return known.get(colour);
+    };
+    const measure = (colour) => {
+        canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+        return [...canvas.getImageData(0, 0, 1, 1).data];
+    };
+    return [...document.querySelectorAll('body *')].filter((element) =>
+        element.checkVisibility() && !element.matches(':disabled, option')
+        && [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim())
+    ).map((element) => {
+        const behind = [];
+        for (let at = element; at; at = at.parentElement) behind.push(parse(getComputedStyle(at).backgroundColor));
+        const style = getComputedStyle(element);
+        return [`${element.tagName}.${element.className.baseVal ?? element.className} ${element.textContent.slice(0, 30)}`,
+                parse(element instanceof SVGElement ? style.fill : style.color), behind];
+    });
+}
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", VIEWS)
+def test_contrast(open_tab, site, name, scheme):
+    """All texts reach the 4.5 to 1 of WCAG's AA."""
+    opened = open_tab(site, color_scheme=scheme)
+    opened.allowed = [f"{MISSING_THUMBNAIL:06d}.webp"]
+    page = opened.open(VIEWS[name])
+    found = page.evaluate(COLOURS)
+    assert len(found) > 5
+    for what, colour, behind in found:
+        ground = np.array([255.0, 255, 255])
+        for layer in reversed(behind):
+            share = layer[3] / 255
+            ground = (1 - share) * ground + share * np.array(layer[:3])
+        # Colours are rounded twice on the way here.
+        assert contrast(colour, ground) >= 4.45, (what, colour, ground)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_structure(open_tab, site, name):
+    """One h1, headings in order, landmarks, names for all controls, alternatives for all pictures, no id twice."""
+    opened = open_tab(site)
+    opened.allowed = [f"{MISSING_THUMBNAIL:06d}.webp"]
+    page = opened.open(VIEWS[name])
+    for _ in range(8):
+        page.mouse.wheel(0, 700)
+        page.wait_for_timeout(30)
+    assert page.locator("html").get_attribute("lang") == "en"
+    levels = page.evaluate(
+        "[...document.querySelectorAll('h1,h2,h3,h4,h5,h6')].map(heading => Number(heading.tagName[1]))"
+    )
+    assert levels.count(1) == 1
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False)), levels
+    assert page.evaluate("['header', 'main'].map(name => document.querySelectorAll(`body > ${name}`).length)") == [1, 1]
+    images = page.evaluate(
+        "[...document.images].map(image => [image.alt, image.loading, image.getAttribute('width'), image.getAttribute('height')])"
+    )
+    assert all(loading == "lazy" and width and height for _, loading, width, height in images)
+    hostile_and_empty = page.evaluate("[...document.images].filter(image => !image.hasAttribute('alt')).length")
+    assert hostile_and_empty == 0
+    assert page.evaluate("[...document.querySelectorAll('[role=img]')].every(element => element.ariaLabel)")
+    unnamed = page.evaluate(
+        """[...document.querySelectorAll('a[href], button, input, select, summary')].filter(element =>
+            !(element.getAttribute('aria-label') || element.textContent.trim() || element.labels?.[0]?.textContent.trim())
+            || (element.matches('input, select') && !element.labels.length && !element.ariaLabel)
+        ).map(element => element.outerHTML)"""
+    )
+    assert unnamed == []
+    assert page.evaluate("[...document.querySelectorAll('th')].every(head => head.scope)")
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map(element => element.id)")
+    assert len(ids) == len(set(ids))
+
+
+def test_members_and_layers_all_open(tab):
+    """Every link of the overview's list of layers has its table."""
+    page = tab.open()
+    links = page.locator(".members a").evaluate_all("links => links.map(link => link.getAttribute('href'))")
+    assert len(links) == len(MEMBERS) * len(LAYERS)
+    for link in links:
+        tab.open(f"{link}?pictures=no")
+        expect(page.get_by_role("status")).to_have_text(f"{FEATURES} features")
