@@ -1,7 +1,7 @@
 """The wMPPC matrices."""
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,16 +38,16 @@ def draw_matrix(table: pd.DataFrame, out: Path) -> None:
     """
     members = list(dict.fromkeys(table["source"]))
     groups = _groups(table.drop_duplicates("source"))
-    top = max(table.wmppc.max(), 1e-6)
+    top = float(table.wmppc.max()) if table.wmppc.max() > 0 else 1.0
     with mpl.rc_context(STYLE | PLACED):
         figure, axes, bar, cell = _panels(short_labels(members), groups)
         letters = min(7.0, 72 * cell / 2.7)  # a number is 2.3 times as wide as high, and lines take some of a cell
         for ax, (reading, title) in zip(axes, READING_TITLES.items(), strict=True):
             of_reading = table[table.reading == reading]
             cells = of_reading.pivot(index="source", columns="target", values="wmppc").loc[members, members]
-            image = heatmap(ax, cells.to_numpy(), 0, top, letters if letters >= 5 else None)
+            image = heatmap(ax, cells.to_numpy(), 0, top, letters if letters >= 4.5 else None)
             ax.set_title(title.replace(", ", ",\n"), fontsize=8)
-            for before, group in zip(groups[:-1], groups[1:], strict=True):
+            for before, group in pairwise(groups):
                 line: Any = {"color": "white", "linewidth": 1.5 if before.modality == group.modality else 3}
                 ax.axhline(group.first - 0.5, **line)
                 ax.axvline(group.first - 0.5, **line)
@@ -58,9 +58,9 @@ def draw_matrix(table: pd.DataFrame, out: Path) -> None:
 
 def _groups(members: pd.DataFrame) -> list[_Group]:
     """Of members that follow each other and have one modality and kind."""
-    kinds = enumerate(zip(members.source_modality, members.source_kind, strict=True))
-    runs = [(kind, [n for n, _ in run]) for kind, run in groupby(kinds, key=lambda numbered: numbered[1])]
-    return [_Group(*kind, places[0], places[-1]) for kind, places in runs]
+    kinds = list(zip(members.source_modality, members.source_kind, strict=True))
+    runs = [[n for n, _ in run] for _, run in groupby(enumerate(kinds), key=lambda numbered: numbered[1])]
+    return [_Group(*kinds[places[0]], first=places[0], last=places[-1]) for places in runs]
 
 
 def _panels(labels: Sequence[str], groups: Sequence[_Group]) -> tuple[Figure, list[Axes], Axes, float]:
@@ -70,12 +70,12 @@ def _panels(labels: Sequence[str], groups: Sequence[_Group]) -> tuple[Figure, li
     """
     names = [f"{group.modality} {group.kind}" for group in groups]
     for columns in (3, 2):
-        cell, letters = _LARGEST, 7.0
+        cell, letters = _LARGEST, 6.5
         for _ in range(3):  # smaller letters leave more room, which makes larger cells
             label = max(text_width(words, letters) for words in labels)
             left = _WORD + max(text_width(words, letters) for words in names) + 0.2 + label
             cell = min(_LARGEST, (PAGE - left - _BAR - (columns - 1) * _GAP) / columns / len(labels))
-            letters = min(7.0, 0.85 * 72 * cell)
+            letters = min(6.5, 0.85 * 72 * cell)
         if cell >= _SMALLEST:
             break
     slanted = 72 * cell >= 12

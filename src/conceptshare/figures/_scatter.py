@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 from numpy.typing import NDArray
 
 from conceptshare.figures._style import RED, STYLE, number, save
@@ -45,14 +46,14 @@ def draw_sharedness_scatter(table: pd.DataFrame, out: Path) -> None:
     with mpl.rc_context(STYLE | {"font.size": 8}):
         figure = Figure(figsize=(_PANEL + 1.2, _PANEL + 1.2), layout="constrained")
         ax = figure.subplots()
-        ax.axline((0, 0), slope=1, color="0.3", linewidth=0.8, zorder=2)
+        ax.axline((0, 0), slope=1, color="black", linewidth=0.8, zorder=2)
         around = _neighbours(points, limits)
         order = np.argsort(around, kind="stable")
         # Thousands of points are one picture in the PDF.
         busiest = around[points.any(axis=1)].max(initial=2)  # those that were never active are all at one place
         style: Any = {"s": 7, "linewidths": 0, "cmap": _GREYS, "norm": LogNorm(1, busiest)}
-        dots = ax.scatter(*points[order].T, c=around[order], rasterized=True, **style)
-        ax.scatter(*points[top].T, s=24, zorder=3, **_TOP)
+        dots = ax.scatter(points[order, 0], points[order, 1], c=around[order], rasterized=True, **style)
+        ax.scatter(points[top, 0], points[top, 1], s=24, zorder=3, **_TOP)
         number(ax, points[top][:_NUMBERED], points[top], limits, _PANEL)
         ax.set(xlim=limits, ylim=limits, aspect="equal")
         ax.set_xlabel("$\\rho_G$: least over the group that shares")
@@ -65,14 +66,14 @@ def draw_sharedness_scatter(table: pd.DataFrame, out: Path) -> None:
         mark = Line2D([], [], linestyle="none", label=f"top 1% by $\\Delta$: {top.sum():,}", **look)
         below: Any = {"loc": "upper left", "bbox_to_anchor": (-0.03, -0.13)}
         ax.legend(handles=[mark], **below, frameon=False, handletextpad=0.1)
-        figure.colorbar(dots, ax=ax, label="features nearby", shrink=0.7)
+        ticks = LogLocator(subs=(1, 2, 5))
+        figure.colorbar(dots, ax=ax, label="features nearby", shrink=0.7, ticks=ticks, format="%d").minorticks_off()
         save(figure, out)
 
 
 def _neighbours(points: NDArray[np.float64], limits: tuple[float, float]) -> NDArray[np.float64]:
     """``[N]`` how many points are in the bin of each."""
-    edges = np.linspace(*limits, _BINS + 1)
-    bins = np.clip(np.searchsorted(edges, points, side="right") - 1, 0, _BINS - 1)
-    counts = np.histogram2d(*points.T, bins=(edges, edges))[0]
-    around: NDArray[np.float64] = counts[bins[:, 0], bins[:, 1]]
-    return around
+    low, high = limits
+    bins = np.floor(_BINS * (points - low) / (high - low))
+    _, place, counts = np.unique(bins, axis=0, return_inverse=True, return_counts=True)
+    return counts[place].astype(np.float64)

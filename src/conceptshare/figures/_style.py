@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import RendererAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patheffects import withStroke
@@ -72,8 +72,9 @@ def text_width(words: str, size: float, weight: str = "normal") -> float:
 
 
 @cache
-def _ruler() -> RendererAgg:
-    return RendererAgg(1, 1, _RULER_DPI)
+def _ruler() -> Any:
+    canvas: Any = FigureCanvasAgg(Figure(figsize=(1, 1), dpi=_RULER_DPI))
+    return canvas.get_renderer()
 
 
 def say_nothing(ax: Axes, words: str) -> None:
