@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -28,6 +29,7 @@ from conceptshare.figures import (
     draw_paper,
     draw_saes,
     draw_sharedness,
+    draw_sharedness_scatter,
     draw_similarity,
     draw_strength,
 )
@@ -35,6 +37,11 @@ from conceptshare.paper import compare
 from conceptshare.reading import FeatureStatistics
 
 READINGS = ("pooled", "layer_mean", "last")
+TITLES = {
+    "pooled": "All layers, pooled (Eq. 6)",
+    "layer_mean": "All layers, mean over layers",
+    "last": "Last layer",
+}
 CAPTIONS = [
     "a cat that costs $5, not $x_{2$",
     "ein schöner Käfer über dem Fluß",
@@ -47,15 +54,51 @@ CAPTIONS = [
 ]
 
 
+NOT_WRITTEN = b"a test that does not need this file"
+
+
+@pytest.fixture(autouse=True)
+def drawn(request, monkeypatch):
+    """The figures that are saved, in that order, to look into.
+
+    Files take longest: PDFs are written for tests that ask for `pdf` alone, and PNGs but for those with `unsaved`.
+    """
+    figures, save = [], Figure.savefig
+    asked = request.fixturenames
+
+    def savefig(figure, path, **options):
+        kind = options.get("format", "png")
+        if kind == "png":
+            figures.append(figure)
+        if "pdf" in asked if kind == "pdf" else "unsaved" not in asked:
+            save(figure, path, **options)
+        else:
+            Path(path).write_bytes(NOT_WRITTEN)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
+
+
+@pytest.fixture
+def pdf():
+    """Have PDFs written."""
+
+
+@pytest.fixture
+def unsaved():
+    """Have no PNGs written."""
+
+
 def read(out):
     """The PNG at ``out`` as an array, once it and the PDF beside it are seen to be whole."""
     with Image.open(out) as picture:
         assert picture.format == "PNG"
         pixels = np.asarray(picture.convert("RGB"))
     pdf = out.with_suffix(".pdf").read_bytes()
-    assert pdf.startswith(b"%PDF-")
-    assert pdf.rstrip().endswith(b"%%EOF")
-    assert len(pdf) > 3000
+    if pdf != NOT_WRITTEN:
+        assert pdf.startswith(b"%PDF-")
+        assert pdf.rstrip().endswith(b"%%EOF")
+        assert len(pdf) > 3000
     files = [path.name for path in out.parent.iterdir() if path.is_file()]
     assert sorted(files) == sorted([out.name, out.with_suffix(".pdf").name])
     return pixels
@@ -88,9 +131,9 @@ def check_twice(draw, tmp_path, colours_at_least=60):
 
 
 def coloured(pixels):
-    """The colours, other than greys, that fill at least 1 % of the picture each."""
+    """The colours, other than greys, that fill at least 0.3 % of the picture each."""
     found, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
-    return found[(np.ptp(found.astype(int), axis=1) > 30) & (counts > 0.01 * counts.sum())]
+    return found[(np.ptp(found.astype(int), axis=1) > 30) & (counts > 0.003 * counts.sum())]
 
 
 def filled_colours(pixels):
@@ -132,7 +175,7 @@ FOUR = {
 }
 
 
-def test_matrix(tmp_path, rng):
+def test_matrix(tmp_path, rng, pdf):
     table = matrix(FOUR, rng)
     pixels = check_twice(lambda out: draw_matrix(table, out), tmp_path)
     assert pixels.shape[1] > 2 * pixels.shape[0]  # three panels side by side
@@ -166,6 +209,47 @@ def test_a_matrix_of_two_members_shows_its_values(tmp_path, rng):
     assert (pictures[0] != pictures[1]).any(axis=2).mean() > 0.1
 
 
+GROUPS = [("image", "vlm"), ("image", "vision"), ("text", "vlm"), ("text", "language")]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "annotated"),
+    [((2,), True), ((1, 1, 1, 1), True), ((3, 3), True), ((3, 3, 3, 2), True), ((6, 6, 6, 4), False)],
+)
+def test_a_matrix_is_read_on_a_page_and_names_its_groups(tmp_path, rng, drawn, unsaved, sizes, annotated):
+    groups = dict(zip(GROUPS, sizes, strict=False))
+    members = {f"{a}-{kind}-encoder@{n}": (a, kind) for (a, kind), size in groups.items() for n in range(size)}
+    table = matrix(members, rng)
+    draw_matrix(table, tmp_path / "figure.png")
+    assert_readable(drawn[0])
+    assert drawn[0].get_figwidth() <= 7.21
+    panels = [ax for ax in drawn[0].axes if ax.images]
+    assert [ax.get_title().replace("\n", " ") for ax in panels] == list(TITLES.values())
+    edges = np.cumsum(sizes)
+    for ax, reading in zip(panels, READINGS, strict=True):
+        shown = {(round(t.get_position()[1]), round(t.get_position()[0])): t.get_text() for t in numbers_on(ax)}
+        cells = table[table.reading == reading].set_index(["source", "target"]).wmppc
+        expected = {
+            (i, j): f"{cells[a, b]:.2f}" for i, a in enumerate(members) for j, b in enumerate(members) if a != b
+        }
+        assert shown == (expected if annotated else {})
+        lines = [line for line in ax.lines if line.get_color() == "white"]
+        rows = {line.get_ydata()[0]: line.get_linewidth() for line in lines if len(set(line.get_ydata())) == 1}
+        assert set(rows) == {end - 0.5 for end in edges[:-1]}
+        assert len(lines) == 2 * len(rows)
+        if len(sizes) == 4:
+            assert rows[edges[1] - 0.5] > rows[edges[0] - 0.5] == rows[edges[2] - 0.5]
+    named = {text.get_text(): pytest.approx(text.xy[1]) for text in panels[0].texts if not text.get_text()[0].isdigit()}
+    starts = [0, *edges[:-1]]
+    assert named == {
+        " ".join(group): (start + end - 1) / 2 for group, start, end in zip(groups, starts, edges, strict=True)
+    }
+
+
+def numbers_on(ax):
+    return [text for text in ax.texts if text.get_text()[0].isdigit()]
+
+
 def layerwise(pairs, rows, columns):
     return pd.DataFrame(
         [
@@ -187,20 +271,24 @@ def layerwise(pairs, rows, columns):
 PAIRS = [
     ("vit@0", "vit@1"),
     ("vit@0", "bert@0"),
-    ("clip-image@0", "clip-text@0"),
+    ("siglip2-image-large@0", "mambavision-large@0"),
     ("bert@0", "bert@1"),
     ("bert@0", "clip-text@0"),
 ]
 
 
 @pytest.mark.parametrize(("count", "rows", "columns"), [(2, 24, 24), (3, 2, 2), (4, 3, 3), (5, 2, 3)])
-def test_layerwise(tmp_path, count, rows, columns):
+def test_layerwise(tmp_path, drawn, count, rows, columns):
     pairs = PAIRS[:count]
     pixels = check(lambda out: draw_layerwise(layerwise(pairs, rows, columns), pairs, out), tmp_path / "drawn")
     assert colours(pixels) > 100
+    assert_readable(drawn[0])
+    images = [ax.images[0] for ax in drawn[0].axes if ax.images]
+    assert len(images) == count
+    assert len({(image.norm.vmin, image.norm.vmax) for image in images}) == 1
 
 
-def test_layerwise_of_one_pair_is_the_same_twice(tmp_path):
+def test_layerwise_of_one_pair_is_the_same_twice(tmp_path, pdf):
     pixels = check_twice(lambda out: draw_layerwise(layerwise(PAIRS[:1], 6, 4), PAIRS[:1], out), tmp_path)
     assert filled_colours(pixels) >= 5
 
@@ -269,17 +357,12 @@ def statistics(count=4):
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
-def test_sharedness_with_captions_that_are_markup_or_other_scripts(tmp_path, data):
+def test_sharedness_with_captions_that_are_markup_or_other_scripts(tmp_path, data, drawn, pdf):
     def draw(out):
         draw_sharedness(ranking(), statistics(), data, 3, out)
 
-    pixels = check_twice(draw, tmp_path, colours_at_least=1000)
-    more = tmp_path / "more" / "figure.png"
-    draw_sharedness(ranking(), statistics(), data, 4, more)
-    assert read(more).shape[0] > 1.2 * pixels.shape[0]  # a row more
-    fewer = tmp_path / "fewer" / "figure.png"
-    draw_sharedness(ranking(2), statistics(), data, 4, fewer)
-    assert read(fewer).shape[0] < pixels.shape[0]  # a ranking shorter than what could be pictured
+    check_twice(draw, tmp_path, colours_at_least=1000)
+    assert_readable(drawn[0])
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
@@ -291,9 +374,73 @@ def test_sharedness_of_one_feature_that_was_never_active(tmp_path, data, drawn):
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
-def test_sharedness_says_of_no_other_feature_that_it_was_never_active(tmp_path, data, drawn):
+def test_sharedness_says_of_no_other_feature_that_it_was_never_active(tmp_path, data, drawn, unsaved):
     draw_sharedness(ranking(), statistics(), data, 4, tmp_path / "all" / "figure.png")
     assert written_on(drawn[0]).count("active on no sample") == 1
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize(("samples", "side", "shown"), [(9, 3, 8), (100, 10, 8), (4, 2, 4)])
+def test_pictures_are_in_a_square_grid_the_strongest_first_and_keep_their_aspect(
+    tmp_path, data, drawn, unsaved, samples, side, shown
+):
+    order = [3, 0, 2, 1, 7, 6, 5, 4]
+    kept = {3: FeatureStatistics(*np.ones((3, 1)), np.array([[*order, *[-1] * 92]], np.int32))}
+    draw_sharedness(ranking(1).assign(feature=0), kept, data, 1, tmp_path / "figure.png", samples)
+    pictures = [image for ax in drawn[0].axes for image in ax.images]
+    assert len(pictures) == shown
+    cells = []
+    for image, sample in zip(pictures, order, strict=False):
+        left, right, foot, head = image.get_extent()
+        width, height = data.image(sample).size
+        assert (right - left) / (foot - head) == pytest.approx(width / height)
+        assert max(right - left, foot - head) == pytest.approx(0.66)
+        cells.append((foot, (left + right) / 2))
+    centres = sorted({round(x, 6) for _, x in cells})
+    assert len(centres) == min(side, shown)
+    assert [round(x, 6) for _, x in cells] == [centres[n % side] for n in range(shown)]
+    assert_apart([image.get_window_extent() for image in pictures])
+
+
+def assert_apart(boxes):
+    for n, box in enumerate(boxes):
+        for other in boxes[:n]:
+            assert min(box.x1, other.x1) <= max(box.x0, other.x0) or min(box.y1, other.y1) <= max(box.y0, other.y0)
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_more_features_are_more_grids_and_no_more_than_the_ranking_has(tmp_path, data, drawn, unsaved):
+    for count, pictured in ((4, 3), (4, 4), (2, 4)):
+        draw_sharedness(ranking(count), statistics(), data, pictured, tmp_path / "figure.png")
+    headings = [
+        [words for words in written_on(figure) if words.startswith("#") and "feature" in words] for figure in drawn
+    ]
+    every = ["#1  feature 3", "#2  feature 2", "#3  feature 1", "#4  feature 0"]
+    assert headings == [every[:3], every, ["#1  feature 1", "#2  feature 0"]]
+    assert "$\\Delta$ 30, $\\rho_G$ 0.90, $\\rho_H$ 0.05" in written_on(drawn[0])
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("samples", [9, 100])
+def test_a_text_encoders_samples_are_captions_each_within_its_card(tmp_path, data, drawn, unsaved, samples):
+    order = (list(range(8)) * 13)[:100]
+    kept = {3: FeatureStatistics(*np.ones((3, 4)), np.array([order] * 4, np.int32))}
+    draw_sharedness(ranking(), kept, data, 2, tmp_path / "figure.png", samples, "text")
+    assert_readable(drawn[0])
+    (ax,) = drawn[0].axes
+    assert not ax.images
+    cards = [card.get_window_extent() for card in ax.patches if card.get_visible()]
+    assert len(cards) == 2 * samples
+    assert_apart(cards[:samples])
+    found = [[] for _ in cards]
+    for text, box in visible_texts(drawn[0]):
+        for n, card in enumerate(cards):
+            if card.x0 <= box.x0 < card.x1 and card.y0 < (box.y0 + box.y1) / 2 <= card.y1:
+                assert box.x1 <= card.x1
+                found[n].append(text.get_text())
+    for lines, sample in zip(found, order[:samples] + order[:samples], strict=True):
+        whole, words = "".join(data.caption(sample).split()), "".join("".join(lines).split())
+        assert words == whole or (words.endswith("…") and len(words) > 60 and whole.startswith(words[:-1]))
 
 
 def font_with(letter, family, folder):
@@ -352,6 +499,70 @@ def test_a_sample_is_one_picture_with_its_caption_below(tmp_path):
     assert picture[..., 0].min() > 200  # no black letters on it
 
 
+def scattered(features, rng, silent=0):
+    """A ranking of features between two groups, of which the last were never active."""
+    strength, h = rng.lognormal(4, 1, features), rng.beta(2, 6, features)
+    g = np.clip(0.6 * h + rng.beta(2, 8, features), 0, 0.97)
+    for values in (strength, g, h):
+        values[features - silent :] = 0
+    table = pd.DataFrame({"source": "siglip2-image-large@0", "layer": 23, "rho_g": g, "rho_h": h})
+    delta = strength * (g**2 - h**2)
+    table = table.assign(delta=delta).sort_values("delta", ascending=False, ignore_index=True)
+    return table.assign(rank=np.arange(1, features + 1), top=np.arange(features) < max(1, features // 100))
+
+
+@pytest.mark.parametrize(("features", "silent"), [(60, 0), (512, 12), (8192, 900)])
+def test_the_scatter_shows_each_feature_and_marks_and_counts_the_top(tmp_path, rng, drawn, unsaved, features, silent):
+    table = scattered(features, rng, silent)
+    draw_sharedness_scatter(table, tmp_path / "figure.png")
+    assert_readable(drawn[0])
+    ax = drawn[0].axes[0]
+    every, top = ax.collections
+    assert sorted(map(tuple, every.get_offsets())) == sorted(zip(table.rho_g, table.rho_h, strict=True))
+    first = table.head(max(1, features // 100))
+    np.testing.assert_array_equal(top.get_offsets(), first[["rho_g", "rho_h"]])
+    assert len(top.get_paths()[0].vertices) != len(every.get_paths()[0].vertices)  # another form
+    assert np.ptp(top.get_facecolor()[0][:3]) > 0.5  # and a colour, where others are grey
+    assert np.ptp(every.get_cmap()(np.linspace(0, 1, 9))[:, :3], axis=1).max() < 0.01
+    assert ax.get_xlim() == ax.get_ylim()
+    assert ax.get_aspect() == 1
+    (diagonal,) = ax.lines
+    assert diagonal.get_slope() == 1
+    assert diagonal.get_xy1() == (0, 0)
+    numbered = {text.get_text(): text.xy for text in ax.texts if text.get_text().isdigit()}
+    assert numbered == {str(n): (row.rho_g, row.rho_h) for n, row in enumerate(first[:5].itertuples(), 1)}
+    more, less = (table.rho_g > table.rho_h).sum(), (table.rho_g < table.rho_h).sum()
+    counts = f"{more:,} with $\\rho_G > \\rho_H$, {less:,} with $\\rho_G < \\rho_H$"
+    assert counts + (f", {silent} with both equal" if silent else "") in written_on(drawn[0])
+    assert f"siglip2-image-large@0, layer 23: {features:,} features" in written_on(drawn[0])
+    assert f"top 1% by $\\Delta$: {len(first)}" in written_on(drawn[0])
+
+
+def test_the_scatters_points_are_darker_where_more_are(tmp_path, rng, drawn, unsaved):
+    draw_sharedness_scatter(scattered(3000, rng, 200), tmp_path / "figure.png")
+    ax = drawn[0].axes[0]
+    points = ax.collections[0]
+    x, y = points.get_offsets().T
+    shown = np.asarray(points.get_array())
+    edges = np.linspace(*ax.get_xlim(), 41)
+    counts = np.histogram2d(x, y, (edges, edges))[0]
+    np.testing.assert_array_equal(shown, counts[np.digitize(x, edges) - 1, np.digitize(y, edges) - 1])
+    assert (np.diff(shown) >= 0).all()  # where they overlap, the darkest are above
+    greys = points.get_cmap()(points.norm(np.array([1, 200])))[:, 0]
+    assert greys[0] > greys[1] + 0.3
+    assert points.norm.vmax == shown[(x > 0) | (y > 0)].max()  # without those of no activity
+
+
+def test_the_scatter_is_the_same_twice(tmp_path, rng, pdf):
+    table = scattered(512, rng)
+    check_twice(lambda out: draw_sharedness_scatter(table, out), tmp_path, colours_at_least=30)
+
+
+def test_the_scatter_of_features_none_of_which_is_active(tmp_path, rng):
+    table = scattered(50, rng, 50)
+    check(lambda out: draw_sharedness_scatter(table, out), tmp_path / "drawn", colours_at_least=20)
+
+
 KINDS = ("all", "global")
 MEMBERS = {("vit", 0): (0, 2, 5), ("vit", 1): (0, 2, 5), ("mini_lm", 4): (0, 2, 5)}
 
@@ -389,20 +600,6 @@ def saes(tmp_path):
     return make_saes(tmp_path / "saes")
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that are saved as PNG, in that order, to look into."""
-    figures, save = [], Figure.savefig
-
-    def savefig(figure, path, **options):
-        if options.get("format") != "pdf":
-            figures.append(figure)
-        save(figure, path, **options)
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    return figures
-
-
 def written_on(figure):
     return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
 
@@ -435,7 +632,7 @@ def visible_texts(figure):
                 shown += [tick.label1, tick.label2]
     others = [text for text in figure.findobj(Text) if text not in ticks]
     return [
-        (text.get_text(), Text.get_window_extent(text, renderer))  # without the line of an annotation
+        (text, Text.get_window_extent(text, renderer))  # without the line of an annotation
         for text in [*shown, *others]
         if text.get_visible() and text.get_text().strip()
     ]
@@ -446,17 +643,22 @@ def assert_readable(figure):
     texts = visible_texts(figure)
     assert len(texts) > 10
     edge = figure.bbox
-    for n, (words, box) in enumerate(texts):
+    straight = []
+    for text, box in texts:
+        words = text.get_text()
         assert edge.x0 <= box.x0, words
         assert box.x1 <= edge.x1, words
         assert edge.y0 <= box.y0, words
         assert box.y1 <= edge.y1, words
-        for other, place in texts[:n]:
+        if text.get_rotation() % 90:  # what holds slanted words holds much else
+            continue
+        for other, place in straight:
             apart = min(box.x1, place.x1) <= max(box.x0, place.x0) or min(box.y1, place.y1) <= max(box.y0, place.y0)
             assert apart, (words, other)
+        straight.append((words, box))
 
 
-def test_saes_are_an_overview_and_a_figure_for_each_member(tmp_path, saes):
+def test_saes_are_an_overview_and_a_figure_for_each_member(tmp_path, saes, pdf):
     table, folder = saes
     check_twice(lambda out: draw_saes(table, folder, out), tmp_path)
     members = tmp_path / "one" / "figure"
@@ -468,7 +670,7 @@ def test_saes_are_an_overview_and_a_figure_for_each_member(tmp_path, saes):
         assert colours(pixels) >= 60
 
 
-def test_a_member_that_is_gone_leaves_no_figure(tmp_path, saes):
+def test_a_member_that_is_gone_leaves_no_figure(tmp_path, saes, unsaved):
     table, folder = saes
     out = tmp_path / "drawn" / "saes.png"
     draw_saes(table, folder, out)
@@ -477,7 +679,7 @@ def test_a_member_that_is_gone_leaves_no_figure(tmp_path, saes):
     assert {path.name for path in (out.parent / "saes").iterdir()} == {"vit@0.png", "vit@1.png"}
 
 
-def test_the_overview_shows_the_tables_numbers_and_each_curve_from_its_start(tmp_path, saes, drawn):
+def test_the_overview_shows_the_tables_numbers_and_each_curve_from_its_start(tmp_path, saes, drawn, unsaved):
     table, folder = saes
     draw_saes(table, folder, tmp_path / "drawn" / "saes.png")
     for label, column in (("FVU", "fvu"), ("dead latents", "dead")):
@@ -500,7 +702,7 @@ def test_the_overview_shows_the_tables_numbers_and_each_curve_from_its_start(tmp
     assert_readable(drawn[0])
 
 
-def test_a_members_figure_shows_curves_densities_and_numbers_of_its_layers(tmp_path, saes, drawn):
+def test_a_members_figure_shows_curves_densities_and_numbers_of_its_layers(tmp_path, saes, drawn, unsaved):
     table, folder = saes
     draw_saes(table, folder, tmp_path / "drawn" / "saes.png")
     figures = {name: figure for figure in drawn[1:] for name in written_on(figure) if "@" in name}
@@ -528,9 +730,9 @@ def test_a_members_figure_shows_curves_densities_and_numbers_of_its_layers(tmp_p
 
 @pytest.mark.parametrize(
     ("layers", "steps", "latents"),
-    [(1, 2, 64), (1, 1, 64), (6, 60, 8192), (7, 3, 64), (12, 2000, 6144), (24, 100, 8192)],
+    [(1, 2, 64), (1, 1, 64), (6, 60, 8192), (7, 3, 64), (24, 2000, 8192)],
 )
-def test_figures_of_saes_are_readable_whatever_their_number(tmp_path, drawn, layers, steps, latents):
+def test_figures_of_saes_are_readable_whatever_their_number(tmp_path, drawn, layers, steps, latents, unsaved):
     members = {("an-encoder-with-a-name-that-is-much-too-long", 0): range(layers), ("b", 1): range(layers)}
     table, folder = make_saes(tmp_path / "saes", members, steps, latents)
     draw_saes(table, folder, tmp_path / "drawn" / "saes.png")
@@ -545,7 +747,7 @@ def test_figures_of_saes_are_readable_whatever_their_number(tmp_path, drawn, lay
         assert len(columns) == (1 if layers <= 6 else 2)
 
 
-def test_a_long_training_is_few_points_that_keep_its_extremes(tmp_path, drawn):
+def test_a_long_training_is_few_points_that_keep_its_extremes(tmp_path, drawn, unsaved):
     table, folder = make_saes(tmp_path / "saes", {("vit", 0): [3]}, steps=100_000)
     draw_saes(table, folder, tmp_path / "drawn" / "saes.png")
     losses = stored(folder, "vit", 0, 3, "loss.csv").loss.to_numpy()
@@ -563,7 +765,7 @@ def test_a_long_training_is_few_points_that_keep_its_extremes(tmp_path, drawn):
 
 
 @pytest.mark.parametrize("scale", [1e-5, 1.0, 1e6, 1e15])
-def test_overview_of_saes_whose_fvu_spans_orders_of_magnitude(tmp_path, saes, drawn, scale):
+def test_overview_of_saes_whose_fvu_spans_orders_of_magnitude(tmp_path, saes, drawn, scale, unsaved):
     table, folder = saes
     draw_saes(table.assign(fvu_global=table.fvu_global * scale), folder, tmp_path / "drawn" / "saes.png")
     assert_readable(drawn[0])
@@ -625,11 +827,6 @@ SOME = {
     "two": {"vit@0": "image", "vit@1": "image"},
     "four": {"clip-image@0": "image", "dinov2@0": "image", "clip-text@0": "text", "minilm@3": "text"},
     "eleven": ELEVEN,
-}
-TITLES = {
-    "pooled": "All layers, pooled (Eq. 6)",
-    "layer_mean": "All layers, mean over layers",
-    "last": "Last layer",
 }
 
 
@@ -696,7 +893,7 @@ def test_intervals_show_each_cell_with_its_interval_its_floor_and_its_ceiling(tm
         assert ax.get_ylim()[0] > len(expected) - 1 > 0 > ax.get_ylim()[1]  # the first row is above
 
 
-def test_intervals_are_the_same_twice(tmp_path, rng):
+def test_intervals_are_the_same_twice(tmp_path, rng, pdf):
     table = full_matrix(SOME["four"], rng)
     check_twice(lambda out: draw_intervals(table, out), tmp_path)
 
@@ -722,7 +919,7 @@ def modality_averages(rng, modalities=("image", "text")):
 
 
 @pytest.mark.parametrize("modalities", [("image", "text"), ("text",)])
-def test_averages_are_written_on_their_cells(tmp_path, rng, drawn, modalities):
+def test_averages_are_written_on_their_cells(tmp_path, rng, drawn, modalities, pdf):
     averages = modality_averages(rng, modalities)
     check_twice(lambda out: draw_averages(averages, out), tmp_path)
     assert_readable(drawn[0])
@@ -758,7 +955,7 @@ def test_averages_of_one_encoder_are_none(tmp_path, rng, drawn):
 
 
 @pytest.mark.parametrize("members", [SOME["four"], ELEVEN], ids=["four", "eleven"])
-def test_similarity_shows_each_cell_and_scipys_rank_correlations(tmp_path, rng, drawn, members):
+def test_similarity_shows_each_cell_and_scipys_rank_correlations(tmp_path, rng, drawn, members, pdf):
     table = full_matrix(members, rng)
     table.loc[table.index[::7], "cka"] = np.nan
     table.loc[table.index[1::9], "wmppc"] = np.nan
@@ -837,7 +1034,7 @@ def test_strength_shows_each_sources_distribution_and_each_pairs_correlation(tmp
         assert image.norm is right[0].images[0].norm  # one colour scale
 
 
-def test_strength_is_the_same_twice(tmp_path, rng):
+def test_strength_is_the_same_twice(tmp_path, rng, pdf):
     pairs = strength_pairs(SOME["two"], rng, 1)
     check_twice(lambda out: draw_strength(pairs, out), tmp_path)
 
@@ -860,7 +1057,7 @@ def compared(rng, members=ELEVEN):
     return cells.assign(ours=ours, low=ours - 0.01, high=ours + 0.02, difference=ours - cells.paper)
 
 
-def test_our_numbers_are_drawn_against_the_papers(tmp_path, rng, drawn):
+def test_our_numbers_are_drawn_against_the_papers(tmp_path, rng, drawn, pdf):
     cells = compared(rng)
     check_twice(lambda out: draw_paper(cells, out), tmp_path)
     assert_readable(drawn[0])

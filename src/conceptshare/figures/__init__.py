@@ -9,6 +9,7 @@ from conceptshare.figures._layerwise import draw_layerwise
 from conceptshare.figures._matrix import draw_matrix
 from conceptshare.figures._paper import draw_paper
 from conceptshare.figures._saes import draw_saes
+from conceptshare.figures._scatter import draw_sharedness_scatter
 from conceptshare.figures._sharedness import draw_sharedness
 from conceptshare.figures._similarity import draw_similarity
 from conceptshare.figures._strength import draw_strength
@@ -23,6 +24,7 @@ __all__ = [
     "draw_paper",
     "draw_saes",
     "draw_sharedness",
+    "draw_sharedness_scatter",
     "draw_similarity",
     "draw_strength",
     "save",

@@ -37,7 +37,7 @@ def draw_averages(averages: pd.DataFrame, out: Path) -> None:
                 continue
             cells = averages[averages.reading == reading].set_index(["source_modality", "target_modality"])
             cells = cells.reindex(pd.MultiIndex.from_product([modalities, modalities]))
-            images.append(heatmap(ax, _square(cells.wmppc), 0, top, annotate=False))
+            images.append(heatmap(ax, _square(cells.wmppc), 0, top, letters=None))
             _annotate(ax, cells, top)
             ax.set_xlabel("to")
         axes[0].set_ylabel("from")

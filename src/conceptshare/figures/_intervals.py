@@ -10,15 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from conceptshare.figures._style import MARKERS, READING_TITLES, STYLE, save, say_nothing
+from conceptshare.figures._style import MARKERS, PAGE, READING_TITLES, STYLE, save, say_nothing
 from conceptshare.formats import short_labels
 
-_ROW = 0.165
+_ROW = 0.13
 """Height of a row, in inches."""
 _TALL = 40
 """Rows, from which on the axis is shown above as well."""
-_FLOOR: Any = {"color": "0.45", "marker": "x", "markersize": 4, "markeredgewidth": 1}
-_CEILING: Any = {"color": "black", "marker": "|", "markersize": 9, "markeredgewidth": 1.2}
+_FLOOR: Any = {"color": "0.45", "marker": "x", "markersize": 3.5, "markeredgewidth": 0.9}
+_CEILING: Any = {"color": "black", "marker": "|", "markersize": 7.5, "markeredgewidth": 1.1}
 
 
 def draw_intervals(table: pd.DataFrame, out: Path) -> None:
@@ -40,8 +40,8 @@ def draw_intervals(table: pd.DataFrame, out: Path) -> None:
     numbers = table[["wmppc", "low", "high", "floor", "ceiling"]].to_numpy(np.float64)
     known = numbers[np.isfinite(numbers)]
     low, high = (known.min(initial=0), known.max()) if len(known) else (0, 1)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, _ROW * len(rows) + 1.3), layout="constrained")
+    with mpl.rc_context(STYLE | {"font.size": 7.5, "axes.titlesize": 8}):
+        figure = Figure(figsize=(PAGE, _ROW * len(rows) + 1.3), layout="constrained")
         axes = figure.subplots(1, len(READING_TITLES), sharey=True)
         for ax, (reading, title) in zip(axes, READING_TITLES.items(), strict=True):
             _panel(ax, table[table.reading == reading], place)
@@ -55,7 +55,7 @@ def draw_intervals(table: pd.DataFrame, out: Path) -> None:
             ax.tick_params(axis="x", top=len(rows) > _TALL, labeltop=len(rows) > _TALL)
         axes[0].set_ylim(len(rows) - 0.4, -0.6)
         names = [f"from {label[source]}" if target is None else label[target] for source, target in rows]
-        axes[0].set_yticks(range(len(rows)), names, fontsize=7.5)
+        axes[0].set_yticks(range(len(rows)), names, fontsize=6.5)
         for (_, target), text in zip(rows, axes[0].get_yticklabels(), strict=True):
             text.set_fontweight("bold" if target is None else "normal")
         figure.legend(handles=_legend(table), loc="outside upper center", ncols=4, frameon=False)
@@ -69,7 +69,7 @@ def _panel(ax: Axes, cells: pd.DataFrame, place: dict[Any, int]) -> None:
     for modality, look in MARKERS.items():
         of = (cells.target_modality == modality).to_numpy()
         ax.hlines(y[of], cells.low[of], cells.high[of], color=look["color"], linewidth=1.4)
-        ax.plot(cells.wmppc[of], y[of], linestyle="none", markersize=4, **look)
+        ax.plot(cells.wmppc[of], y[of], linestyle="none", markersize=3.2, **look)
     if cells.wmppc.isna().all():
         say_nothing(ax, "no values")
     ax.grid(axis="x", color="0.85", linewidth=0.6)
@@ -81,7 +81,7 @@ def _panel(ax: Axes, cells: pd.DataFrame, place: dict[Any, int]) -> None:
 def _legend(table: pd.DataFrame) -> list[Line2D]:
     there = [modality for modality in MARKERS if modality in set(table.target_modality)]
     marks = [
-        Line2D([], [], linewidth=1.4, markersize=4, label=f"to {modality}, 95% interval", **MARKERS[modality])
+        Line2D([], [], linewidth=1.4, markersize=3.2, label=f"to {modality}, 95% interval", **MARKERS[modality])
         for modality in there
     ]
     marks.append(Line2D([], [], linestyle="none", label="samples shuffled", **_FLOOR))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -11,6 +12,10 @@ from matplotlib.figure import Figure
 from conceptshare.figures._style import STYLE, heatmap, layer_ticks, save
 from conceptshare.study import as_member
 
+_PANEL = 2.15
+"""About a panel with its labels, in inches: three are as wide as a page."""
+_SMALL: Any = {"font.size": 7, "axes.titlesize": 7.5}
+
 
 def draw_layerwise(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], out: Path) -> None:
     """WMPPC from each layer of one member to each layer of another, a panel a pair, with one colour scale (Fig. 1)."""
@@ -18,14 +23,14 @@ def draw_layerwise(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], out: P
     top = float(np.nanmax([1e-6, *(panel.wmppc.max() for panel in chosen)]))
     columns = min(3, len(pairs))
     rows = -(-len(pairs) // columns)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3.5 * columns + 0.8, 3.4 * rows), layout="constrained")
+    with mpl.rc_context(STYLE | _SMALL):
+        figure = Figure(figsize=(_PANEL * columns + 0.7, (_PANEL + 0.25) * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)
         for ax, (a, b), panel in zip(axes.flat, pairs, chosen, strict=False):
             cells = panel.pivot(index="source_layer", columns="target_layer", values="wmppc")
-            image = heatmap(ax, cells.to_numpy(), 0, top, annotate=cells.size <= 64)
-            layer_ticks(ax.xaxis, list(cells.columns))
-            layer_ticks(ax.yaxis, list(cells.index))
+            image = heatmap(ax, cells.to_numpy(), 0, top, letters=6 if max(cells.shape) <= 8 else None)
+            layer_ticks(ax.xaxis, list(cells.columns), most=9)
+            layer_ticks(ax.yaxis, list(cells.index), most=9)
             ax.invert_yaxis()
             ax.set_title(_pair_title(a, b))
             ax.set_xlabel(f"layer of {b}")
@@ -39,5 +44,5 @@ def draw_layerwise(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], out: P
 def _pair_title(a: str, b: str) -> str:
     first, second = as_member(a), as_member(b)
     if first.encoder == second.encoder:
-        return f"{first.encoder}, seeds {first.seed} and {second.seed}"
-    return f"{a} and {b}"
+        return f"{first.encoder},\nseeds {first.seed} and {second.seed}"
+    return f"{a}\nand {b}"

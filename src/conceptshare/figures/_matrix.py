@@ -1,37 +1,111 @@
 """The wMPPC matrices."""
 
+from collections.abc import Sequence
+from itertools import groupby, pairwise
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from conceptshare.figures._style import READING_TITLES, STYLE, heatmap, save
+from conceptshare.figures._style import PAGE, PLACED, READING_TITLES, STYLE, heatmap, save, text_width
 from conceptshare.formats import short_labels
+
+# All in inches.
+_WORD, _GAP, _TITLE, _BAR = 0.2, 0.14, 0.36, 0.66
+"""Room for the words "from" and "to", between panels, for a panel's title, and for the colour bar."""
+_LARGEST, _SMALLEST = 0.6, 0.21
+"""Sides of a cell. Below the smallest in one row of panels, there are two rows."""
+
+
+class _Group(NamedTuple):
+    modality: str
+    kind: str
+    first: int
+    last: int
 
 
 def draw_matrix(table: pd.DataFrame, out: Path) -> None:
-    """The wMPPC matrix of each reading, annotated, with one colour scale and lines between groups."""
+    """The wMPPC matrix of each reading, with one colour scale, and its members in groups of one modality and kind.
+
+    It is as wide as a page, to be read in print as it is. Cells have their numbers where these can be read.
+
+    Args:
+        table: the tidy matrix table, with at least ``source, target, source_modality, source_kind, reading, wmppc``.
+        out: where the PNG goes; the PDF goes beside it.
+    """
     members = list(dict.fromkeys(table["source"]))
-    labels = short_labels(members)
-    of_member = table.drop_duplicates("source").set_index("source")
-    groups = [f"{of_member.source_modality[m]} {of_member.source_kind[m]}" for m in members]
-    side = 1.5 + 0.55 * len(members)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3 * side + 0.8, side + 0.6), layout="constrained")
-        axes = figure.subplots(1, len(READING_TITLES), sharey=True)
+    groups = _groups(table.drop_duplicates("source"))
+    top = float(table.wmppc.max()) if table.wmppc.max() > 0 else 1.0
+    with mpl.rc_context(STYLE | PLACED):
+        figure, axes, bar, cell = _panels(short_labels(members), groups)
+        letters = min(7.0, 72 * cell / 2.7)  # a number is 2.3 times as wide as high, and lines take some of a cell
         for ax, (reading, title) in zip(axes, READING_TITLES.items(), strict=True):
             of_reading = table[table.reading == reading]
             cells = of_reading.pivot(index="source", columns="target", values="wmppc").loc[members, members]
-            image = heatmap(ax, cells.to_numpy(), 0, max(table.wmppc.max(), 1e-6), annotate=True)
-            ax.set_title(title)
-            ax.set_xticks(range(len(members)), labels, rotation=45, ha="right", rotation_mode="anchor")
-            ax.set_yticks(range(len(members)), labels)
-            for n in range(1, len(members)):
-                if groups[n] != groups[n - 1]:
-                    ax.axhline(n - 0.5, color="white", linewidth=2)
-                    ax.axvline(n - 0.5, color="white", linewidth=2)
-            ax.set_xlabel("to")
-        axes[0].set_ylabel("from")
-        figure.colorbar(image, ax=axes, label="wMPPC", shrink=0.85)
+            image = heatmap(ax, cells.to_numpy(), 0, top, letters if letters >= 4.5 else None)
+            ax.set_title(title.replace(", ", ",\n"), fontsize=8)
+            for before, group in pairwise(groups):
+                line: Any = {"color": "white", "linewidth": 1.5 if before.modality == group.modality else 3}
+                ax.axhline(group.first - 0.5, **line)
+                ax.axvline(group.first - 0.5, **line)
+        figure.colorbar(image, cax=bar, label="wMPPC")
+        bar.tick_params(labelsize=7)
         save(figure, out)
+
+
+def _groups(members: pd.DataFrame) -> list[_Group]:
+    """Of members that follow each other and have one modality and kind."""
+    kinds = list(zip(members.source_modality, members.source_kind, strict=True))
+    runs = [[n for n, _ in run] for _, run in groupby(enumerate(kinds), key=lambda numbered: numbered[1])]
+    return [_Group(*kinds[places[0]], first=places[0], last=places[-1]) for places in runs]
+
+
+def _panels(labels: Sequence[str], groups: Sequence[_Group]) -> tuple[Figure, list[Axes], Axes, float]:
+    """Square panels with their labels, an axis for the colour bar, and the side of a cell in inches.
+
+    Places are set by hand, since the size of letters depends on that of cells.
+    """
+    names = [f"{group.modality} {group.kind}" for group in groups]
+    for columns in (3, 2):
+        cell, letters = _LARGEST, 6.5
+        for _ in range(3):  # smaller letters leave more room, which makes larger cells
+            label = max(text_width(words, letters) for words in labels)
+            left = _WORD + max(text_width(words, letters) for words in names) + 0.2 + label
+            cell = min(_LARGEST, (PAGE - left - _BAR - (columns - 1) * _GAP) / columns / len(labels))
+            letters = min(6.5, 0.85 * 72 * cell)
+        if cell >= _SMALLEST:
+            break
+    slanted = 72 * cell >= 12
+    below = _WORD + 0.08 + label * (0.75 if slanted else 1)
+    side, rows = cell * len(labels), -(-3 // columns)
+    width, height = left + columns * side + (columns - 1) * _GAP + _BAR, rows * (_TITLE + side + below)
+    figure = Figure(figsize=(width, height))
+    axes = []
+    for n in range(3):
+        x = left + n % columns * (side + _GAP)
+        y = height - (n // columns) * (_TITLE + side + below) - _TITLE - side
+        ax = figure.add_axes((x / width, y / height, side / width, side / height))
+        turned: Any = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if slanted else {"rotation": 90}
+        ax.set_xticks(range(len(labels)), labels, fontsize=letters, **turned)
+        ax.set_yticks(range(len(labels)), labels if n % columns == 0 else [], fontsize=letters)
+        figure.text((x + side / 2) / width, (y - below + 0.04) / height, "to", ha="center", va="bottom", fontsize=8)
+        if n % columns == 0:
+            figure.text(0.04 / width, (y + side / 2) / height, "from", rotation=90, va="center", fontsize=8)
+            _bracket(ax, groups, names, (label + 0.11) / side, letters)
+        axes.append(ax)
+    place = (width - _BAR + 0.08, height - _TITLE - side, 0.1, side)
+    bar = figure.add_axes((place[0] / width, place[1] / height, place[2] / width, place[3] / height))
+    return figure, axes, bar, cell
+
+
+def _bracket(ax: Axes, groups: Sequence[_Group], names: Sequence[str], away: float, letters: float) -> None:
+    """A line and a name beside the labels of each group, so far from the panel, in its widths."""
+    for group, name in zip(groups, names, strict=True):
+        ends = group.first - 0.4, group.last + 0.4
+        along = ax.get_yaxis_transform()
+        ax.plot([-away] * 2, ends, color="0.3", linewidth=1, clip_on=False, transform=along)
+        at: Any = {"xytext": (-4, 0), "xycoords": along, "textcoords": "offset points"}
+        ax.annotate(name, (-away, sum(ends) / 2), **at, ha="right", va="center", fontsize=letters)

@@ -10,7 +10,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from conceptshare.figures._style import BLUE, LIGHT_BLUE, ORANGE, READING_TITLES, RED, STYLE, known, save, say_nothing
+from conceptshare.figures._style import (
+    BLUE,
+    LIGHT_BLUE,
+    ORANGE,
+    READING_TITLES,
+    RED,
+    STYLE,
+    known,
+    number,
+    save,
+    say_nothing,
+)
 from conceptshare.paper import agreement, modality
 
 _DIRECTIONS: Any = {
@@ -64,30 +75,10 @@ def _panel(ax: Axes, cells: pd.DataFrame, directions: list[tuple[str, str]], top
     known_cells = cells[cells.ours.notna()]
     order = known_cells.difference.abs().sort_values(ascending=False, kind="stable").index
     farthest = known_cells.loc[order[:_NAMED]]
-    _number(ax, farthest, known_cells, top)
+    number(ax, farthest[["paper", "ours"]].to_numpy(np.float64), known_cells[["paper", "ours"]], (0, top), _PANEL)
     lines = [
         f"{n}  {cell.source} to {cell.target}: {cell.ours:.3f}, paper {cell.paper:.3f}"
         for n, cell in enumerate(farthest.itertuples(), 1)
     ]
     words: Any = {"fontsize": 7.5, "va": "top", "linespacing": 1.3}
     ax.text(0, -0.16, "\n".join(["farthest from the paper's:", *lines]), transform=ax.transAxes, **words)
-
-
-def _number(ax: Axes, farthest: pd.DataFrame, cells: pd.DataFrame, top: float) -> None:
-    """Write a number beside each of the cells, where most room is."""
-    points = _PANEL * 72 / top
-    diagonal = np.repeat(np.linspace(0, top, 100)[:, None], 2, axis=1)
-    taken = points * np.concatenate([cells[["paper", "ours"]].to_numpy(np.float64), diagonal])
-    angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
-    around = np.concatenate([radius * np.stack([np.cos(angles), np.sin(angles)], axis=1) for radius in (9, 15, 21)])
-    for n, cell in enumerate(farthest.itertuples(), 1):
-        places = points * np.array([cell.paper, cell.ours]) + around
-        room = np.linalg.norm(places[:, None] - taken, axis=2).min(axis=1)
-        # A place farther off is taken where it has clearly more room, and none beyond the panel.
-        room -= np.linalg.norm(around, axis=1) / 3
-        room[((places < 6) | (places > points * top - 6)).any(axis=1)] -= 100
-        best = int(room.argmax())
-        taken = np.append(taken, places[best : best + 1], axis=0)
-        line: Any = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2}
-        at: Any = {"xytext": tuple(around[best]), "textcoords": "offset points", "ha": "center", "va": "center"}
-        ax.annotate(str(n), (cell.paper, cell.ours), **at, fontsize=7.5, fontweight="bold", arrowprops=line)

@@ -1,9 +1,8 @@
-"""Picture grids of the features that head a ranking."""
+"""Grids of the samples on which the features that head a ranking are strongest."""
 
+from collections.abc import Callable
 from pathlib import Path
-from textwrap import fill
-from typing import TYPE_CHECKING, Any
-from unicodedata import east_asian_width
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
@@ -11,14 +10,14 @@ import pandas as pd
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from conceptshare.figures._style import STYLE, save
+from conceptshare.figures._style import PAGE, PLACED, STYLE, save, text_width
 
 if TYPE_CHECKING:  # other figures start without them
     from conceptshare.dataset import Data
     from conceptshare.reading import FeatureStatistics
 
-_GRID_SAMPLES = 8
 # matplotlib's own font has no Chinese, Japanese or Korean; systems have these.
 _WIDE_FONTS = (
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR"),
@@ -27,49 +26,141 @@ _WIDE_FONTS = (
     *("PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Arial Unicode MS"),
     *("Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "SimHei", "MS Gothic"),
 )
+# All in inches.
+_CELL, _GAP, _BETWEEN = 0.66, 0.05, 0.28
+"""Side of a cell, room between two of them, and room between two grids."""
+_ABOVE, _UNDER = 0.38, 0.1
+"""Room above a grid, for its feature's numbers, and below."""
+_MARGIN = 0.06
+_LETTERS, _LINE = 5, 0.086
+"""Size of a caption's letters, in points, and the height of its lines."""
+_BELOW = 2
+"""Lines of a caption below its picture."""
+_CAPTIONED = 25
+"""Pictures in a grid, up to which they have captions: of more, the page is full."""
 
 
 def draw_sharedness(
-    table: pd.DataFrame, statistics: "dict[int, FeatureStatistics]", data: "Data", pictured: int, out: Path
+    table: pd.DataFrame,
+    statistics: "dict[int, FeatureStatistics]",
+    data: "Data",
+    pictured: int,
+    out: Path,
+    samples: int = 9,
+    modality: str = "image",
 ) -> None:
-    """The top features of a ranking, a row each, by the samples on which they are strongest."""
+    """The top features of a ranking, a square grid each, by the samples on which they are strongest, strongest first.
+
+    Of an image encoder's features the pictures are shown, with what fits of their captions where they are few. Of a
+    text encoder's, which saw no picture, the captions are.
+
+    Args:
+        table: the ranking.
+        statistics: of the source's features, by layer.
+        data: the samples.
+        pictured: how many features are shown, if the ranking has as many.
+        out: where the PNG goes; the PDF goes beside it.
+        samples: how many of each: 9 are 3 x 3 (the paper's Figure 2), 100 are 10 x 10 (its Figure 4). Fewer where the
+            feature is active on fewer or the store keeps fewer.
+        modality: of the source, ``image`` or ``text``.
+    """
     top = table.head(pictured)
-    captioned_rows = 1.62
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(1.25 * (_GRID_SAMPLES + 1.2), captioned_rows * len(top) + 0.5), layout="constrained")
-        grid = figure.subplots(
-            len(top), _GRID_SAMPLES + 1, squeeze=False, gridspec_kw={"width_ratios": [1.25] + [1] * _GRID_SAMPLES}
-        )
-        for axes, row in zip(grid, top.itertuples(), strict=True):
-            for ax in axes:
-                ax.axis("off")
-            text = f"#{row.rank}  feature {row.feature}\n$\\Delta$ = {row.delta:.3g}\n"
-            text += f"$\\rho_G$ = {row.rho_g:.2f}\n$\\rho_H$ = {row.rho_h:.2f}\nactive on {row.density:.1%}"
-            axes[0].text(0, 0.5, text, va="center", transform=axes[0].transAxes, fontsize=8)
-            samples = statistics[int(row.layer)].top_samples[int(row.feature)][:_GRID_SAMPLES]
-            for ax, sample in zip(axes[1:], samples[samples >= 0], strict=False):
-                _picture(ax, data, int(sample))
-            if (samples < 0).all():
-                axes[1].text(0, 0.5, "active on no sample", va="center", transform=axes[1].transAxes, fontsize=8)
-        figure.suptitle(f"Top features of {table.source[0]}, layer {table.layer[0]}, by Comparative Sharedness")
+    found = [statistics[int(row.layer)].top_samples[int(row.feature)][:samples] for row in top.itertuples()]
+    found = [of_feature[of_feature >= 0] for of_feature in found]
+    side = int(np.ceil(np.sqrt(samples)))
+    rows = max(1, *(-(-len(of_feature) // side) for of_feature in found))
+    captioned = modality == "image" and samples <= _CAPTIONED
+    pitch = _CELL + _GAP, _CELL + _GAP + captioned * (_BELOW * _LINE + _GAP)
+    grid = side * pitch[0] - _GAP, rows * pitch[1] + _ABOVE + _UNDER
+    columns = min(len(top), max(1, int((PAGE + _BETWEEN) / (grid[0] + _BETWEEN))))
+    width = columns * (grid[0] + _BETWEEN) - _BETWEEN + 2 * _MARGIN
+    title = f"Top features of {table.source[0]}, layer {table.layer[0]}, by Comparative Sharedness"
+    with mpl.rc_context(STYLE | PLACED | {"font.family": _fonts()}):
+        heading = _wrapped(title, width - 2 * _MARGIN, 4, 9, "bold").splitlines()
+        above = 0.16 * len(heading) + 0.12
+        height = above + -(-len(top) // columns) * grid[1] + _MARGIN
+        figure = Figure(figsize=(width, height))
+        # One panel, in inches from above: matplotlib is slow with one for each of hundreds of samples.
+        ax = figure.add_axes((0, 0, 1, 1))
+        ax.axis("off")
+        ax.text(_MARGIN, _MARGIN, "\n".join(heading), va="top", fontsize=9, fontweight="bold", parse_math=False)
+        show = (lambda *at: _caption(ax, data, *at)) if modality == "text" else _pictures(ax, data, captioned)
+        for n, (row, of_feature) in enumerate(zip(top.itertuples(), found, strict=True)):
+            x = _MARGIN + n % columns * (grid[0] + _BETWEEN)
+            y = above + n // columns * grid[1]
+            ax.text(x, y, f"#{row.rank}  feature {row.feature}", va="top", fontsize=7.5, fontweight="bold")
+            share = f"active on {row.density:.1%}"
+            ax.text(x + grid[0], y + 0.02, share, ha="right", va="top", fontsize=6.5)
+            numbers = f"$\\Delta$ {row.delta:.3g}, $\\rho_G$ {row.rho_g:.2f}, $\\rho_H$ {row.rho_h:.2f}"
+            ax.text(x, y + 0.28, numbers, va="baseline", fontsize=6.5)
+            if not len(of_feature):
+                ax.text(x, y + _ABOVE, "active on no sample", va="top", fontsize=6.5)
+            for k, sample in enumerate(of_feature):
+                show(int(sample), x + k % side * pitch[0], y + _ABOVE + k // side * pitch[1])
+        ax.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
         save(figure, out)
 
 
-def _picture(ax: Axes, data: "Data", sample: int) -> None:
-    picture = data.image(sample)
-    picture.thumbnail((160, 160))
-    ax.imshow(np.asarray(picture), interpolation="lanczos")
-    words = data.caption(sample)
-    # Chinese, Japanese and Korean letters are twice as wide as others.
-    line = 11 if any(east_asian_width(letter) in "WF" for letter in words) else 22
-    short = words if len(words) <= 2 * line else words[: 2 * line - 1].rsplit(" ", 1)[0] + "…"
-    ax.set_anchor("S")
-    style: Any = {"fontsize": 5.5, "fontfamily": _caption_fonts(), "ha": "center", "va": "top"}
-    # A caption is the user's text: a dollar sign in it is no formula.
-    ax.text(0.5, -0.06, fill(short, line), transform=ax.transAxes, parse_math=False, **style)
+def _pictures(ax: Axes, data: "Data", captioned: bool) -> Callable[[int, float, float], None]:
+    """What draws a sample's picture, whole and as it is, in the cell at a place, or at its foot above a caption."""
+
+    def show(sample: int, x: float, y: float) -> None:
+        picture = data.image(sample)
+        picture.thumbnail((160, 160))
+        longer = max(picture.size)
+        wide, high = (_CELL * length / longer for length in picture.size)
+        left, foot = x + (_CELL - wide) / 2, y + (_CELL if captioned else (_CELL + high) / 2)
+        place = (left, left + wide, foot, foot - high)
+        ax.imshow(np.asarray(picture), extent=place, interpolation="lanczos")
+        ax.add_patch(Rectangle((left, foot - high), wide, high, fill=False, edgecolor="0.8", linewidth=0.3))
+        if captioned:
+            words = _wrapped(data.caption(sample), _CELL, _BELOW, _LETTERS)
+            _write(ax, words, x + _CELL / 2, foot + _GAP / 2, ha="center")
+
+    return show
 
 
-def _caption_fonts() -> list[str]:
+def _caption(ax: Axes, data: "Data", sample: int, x: float, y: float) -> None:
+    """A sample's caption on a card at a place, cut where the card ends."""
+    ax.add_patch(Rectangle((x, y), _CELL, _CELL, facecolor="0.95", edgecolor="0.8", linewidth=0.3))
+    words = _wrapped(data.caption(sample), _CELL - _GAP, int((_CELL - _GAP) / _LINE), _LETTERS)
+    _write(ax, words, x + _GAP / 2, y + _GAP / 2, ha="left")
+
+
+def _write(ax: Axes, words: str, x: float, y: float, ha: str) -> None:
+    # A caption is the user's text: a dollar sign in it is no formula. Lines are placed one by one, since those of
+    # fonts with tall letters would be farther apart.
+    for n, line in enumerate(words.splitlines()):
+        ax.text(x, y + (n + 0.78) * _LINE, line, ha=ha, va="baseline", fontsize=_LETTERS, parse_math=False)
+
+
+def _wrapped(words: str, width: float, lines: int, size: float, weight: str = "normal") -> str:
+    """A text on so many lines at most, none of them wider than ``width`` inches, with an ellipsis where it is cut.
+
+    It is broken at spaces, and within a word that fills a line alone, as scripts without spaces need.
+    """
+
+    def fits(line: str) -> bool:
+        return text_width(line, size, weight) <= width
+
+    broken = [""]
+    for word in words.split():
+        if broken[-1] and not fits(f"{broken[-1]} {word}"):
+            broken.append("")
+        broken[-1] += f" {word}" if broken[-1] else word
+        while len(broken[-1]) > 1 and not fits(broken[-1]):
+            long = broken.pop()
+            end = next((n for n in range(len(long) - 1, 1, -1) if fits(long[:n])), 1)
+            broken += [long[:end], long[end:]]
+        if len(broken) > lines:
+            last = broken[lines - 1]
+            while last and not fits(f"{last}…"):
+                last = last[:-1]
+            return "\n".join([*broken[: lines - 1], f"{last.rstrip()}…"])
+    return "\n".join(broken)
+
+
+def _fonts() -> list[str]:
     """The usual font, and for what it lacks, such as Chinese, Japanese or Korean, those of `_WIDE_FONTS` there are."""
     installed = set(font_manager.get_font_names())
     return [*mpl.rcParams["font.family"], *(name for name in _WIDE_FONTS if name in installed)]

@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from conceptshare.figures._style import BLUE, RED, STYLE, known, save, say_nothing
+from conceptshare.figures._style import BLUE, PAGE, RED, STYLE, known, save, say_nothing
 from conceptshare.metrics import correlation
 
 _MEASURES = {"cka": "Linear CKA", "mutual_knn": "Mutual kNN"}
@@ -28,12 +29,14 @@ def draw_similarity(table: pd.DataFrame, out: Path) -> None:
         table: the tidy matrix table, with at least ``reading, wmppc, cka, mutual_knn``.
         out: where the PNG goes; the PDF goes beside it.
     """
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9, 4.2), layout="constrained")
+    with mpl.rc_context(STYLE | {"font.size": 8, "axes.titlesize": 8}):
+        figure = Figure(figsize=(PAGE, 3.7), layout="constrained")
         for ax, (measure, name) in zip(figure.subplots(1, len(_MEASURES)), _MEASURES.items(), strict=True):
             _panel(ax, table[np.isfinite(table.wmppc) & np.isfinite(table[measure])], measure)
             ax.set_ylabel(f"{name} of global tokens")
             ax.set_xlabel("wMPPC")
+        marks = [Line2D([], [], linestyle="none", **look) for look in _LOOKS.values()]
+        figure.legend(handles=marks, loc="outside upper center", ncols=2, frameon=False, handletextpad=0.1)
         save(figure, out)
 
 
@@ -42,7 +45,7 @@ def _panel(ax: Axes, cells: pd.DataFrame, measure: str) -> None:
     for reading, look in _LOOKS.items():
         of_reading = cells[cells.reading == reading]
         if len(of_reading):
-            ax.scatter(of_reading.wmppc, of_reading[measure], s=22, alpha=0.75, linewidths=0, **look)
+            ax.scatter(of_reading.wmppc, of_reading[measure], s=16, alpha=0.75, linewidths=0, **look)
             ranks = correlation(of_reading.wmppc.rank(), of_reading[measure].rank())
             found.append(f"{look['label']} {known(ranks)}")
     if not found:
@@ -53,4 +56,3 @@ def _panel(ax: Axes, cells: pd.DataFrame, measure: str) -> None:
     ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
     ax.grid(color="0.9", linewidth=0.6)
     ax.set_axisbelow(True)
-    ax.legend(frameon=False, handletextpad=0.2)

@@ -1,12 +1,18 @@
 """What all figures share: the style, the colours, how they are saved, and heatmaps."""
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.patheffects import withStroke
+from numpy.typing import ArrayLike
 
 from conceptshare.files import written_aside
 
@@ -16,13 +22,16 @@ STYLE: Any = {
     "axes.titleweight": "bold",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "figure.dpi": 150,
+    "figure.dpi": 200,
     "savefig.bbox": "tight",
     "savefig.facecolor": "white",
     "pdf.fonttype": 42,
 }
 # What is placed in inches needs no second look at what the figure holds, nor at where titles would hit something.
 PLACED: Any = {"savefig.bbox": None, "axes.titley": 1.0}
+PAGE = 7.2
+"""Width of a page of two columns, in inches: what a figure is drawn for, with letters of the size they are printed."""
+_RULER_DPI = 200
 COLOURS = "viridis"
 # Okabe and Ito's colours, and forms for who prints in grey.
 BLUE, LIGHT_BLUE, ORANGE, RED = "#0072B2", "#56B4E9", "#E69F00", "#D55E00"
@@ -41,18 +50,31 @@ def save(figure: Figure, out: Path) -> None:
             figure.savefig(partial, format=path.suffix[1:], metadata=metadata)
 
 
-def heatmap(ax: Axes, cells: np.ndarray[Any, Any], low: float, high: float, annotate: bool) -> Any:
+def heatmap(ax: Axes, cells: np.ndarray[Any, Any], low: float, high: float, letters: float | None) -> Any:
+    """An image of cells, grey where there is none, with their numbers in ``letters`` of that size, if any."""
     image = ax.imshow(cells, cmap=COLOURS, vmin=low, vmax=high, aspect="equal")
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
     ax.set_facecolor("0.9")
-    if annotate:
+    if letters:
         for (i, j), value in np.ndenumerate(cells):
             if np.isfinite(value):
                 dark = value < low + 0.6 * (high - low)
                 colour = "white" if dark else "black"
-                ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7.5)
+                ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=letters)
     return image
+
+
+def text_width(words: str, size: float, weight: str = "normal") -> float:
+    """How wide a line is, in inches, in the font of the style that is set."""
+    font = FontProperties(family=mpl.rcParams["font.family"], size=size, weight=weight)
+    return float(_ruler().get_text_width_height_descent(words, font, ismath=False)[0] / _RULER_DPI)
+
+
+@cache
+def _ruler() -> Any:
+    canvas: Any = FigureCanvasAgg(Figure(figsize=(1, 1), dpi=_RULER_DPI))
+    return canvas.get_renderer()
 
 
 def say_nothing(ax: Axes, words: str) -> None:
@@ -69,3 +91,33 @@ def layer_ticks(axis: Any, layers: Sequence[int], positions: Sequence[int] | Non
     step = -(-len(layers) // most)
     places = range(len(layers)) if positions is None else positions
     axis.set_ticks(list(places)[::step], [str(layer) for layer in layers[::step]])
+
+
+def number(ax: Axes, points: ArrayLike, others: ArrayLike, limits: tuple[float, float], side: float) -> None:
+    """Write 1, 2 and so on beside points, where most room is between all points and the diagonal.
+
+    Args:
+        ax: a square panel, with both axes from and to ``limits``.
+        points: ``[P, 2]`` x and y.
+        others: ``[N, 2]`` all that is drawn, the points too.
+        limits: the ends of both axes.
+        side: about the panel's side, in inches.
+    """
+    low, high = limits
+    scale = side * 72 / (high - low)
+    diagonal = np.repeat(np.linspace(low, high, 100)[:, None], 2, axis=1)
+    taken = scale * (np.concatenate([np.asarray(others, np.float64), diagonal]) - low)
+    angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
+    around = np.concatenate([radius * np.stack([np.cos(angles), np.sin(angles)], axis=1) for radius in (9, 15, 21)])
+    for n, (x, y) in enumerate(np.asarray(points, np.float64), 1):
+        places = scale * (np.array([x, y]) - low) + around
+        room = np.linalg.norm(places[:, None] - taken, axis=2).min(axis=1)
+        # A place farther off is taken where it has clearly more room, and none beyond the panel.
+        room -= np.linalg.norm(around, axis=1) / 3
+        room[((places < 6) | (places > side * 72 - 6)).any(axis=1)] -= 100
+        best = int(room.argmax())
+        taken = np.append(taken, places[best : best + 1], axis=0)
+        line: Any = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2}
+        at: Any = {"xytext": tuple(around[best]), "textcoords": "offset points", "ha": "center", "va": "center"}
+        text = ax.annotate(str(n), (x, y), **at, fontsize=7.5, fontweight="bold", arrowprops=line)
+        text.set_path_effects([withStroke(linewidth=2, foreground="white")])
