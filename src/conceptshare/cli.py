@@ -668,13 +668,13 @@ def pages_pair(
 @pages_app.command("index")
 def pages_index(
     study: Annotated[str, typer.Option(help="JSON of what the study compares.")],
-    tables: Annotated[Path, typer.Option(help="The study's folder of results.")],
+    results: Annotated[Path, typer.Option(help="The folder of all results.")],
     out: Out,
 ) -> None:
     """The page itself, and what it shows first."""
     from conceptshare.pages import write_index
 
-    write_index(json.loads(study), tables, out)
+    write_index(json.loads(study), results, out)
 
 
 def main() -> NoReturn:

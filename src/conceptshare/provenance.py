@@ -23,7 +23,18 @@ from typing import Any, NamedTuple
 FILE = "provenance.json"
 
 _PACKAGES = (
-    *("torch", "numpy", "zarr", "transformers", "open_clip_torch", "timm", "datasets", "snakemake", "scipy"),
+    *(
+        "torch",
+        "numpy",
+        "zarr",
+        "transformers",
+        "open_clip_torch",
+        "timm",
+        "datasets",
+        "snakemake",
+        "scipy",
+        "scikit-learn",
+    ),
     "safetensors",
 )
 _CLONE = Path(__file__).parents[2]

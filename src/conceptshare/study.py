@@ -499,8 +499,9 @@ class Study(Spec):
 
     def _told(self, member: Member) -> dict[str, Any]:
         spec = self.encoders[member.encoder]
+        features = {name: settings.expansion * spec.width for name, settings in self.saes.items()}
         told = {"name": str(member), "encoder": member.encoder, "seed": member.seed, "layers": spec.layer_numbers()}
-        return told | {"modality": spec.modality, "kind": spec.kind}
+        return told | {"modality": spec.modality, "kind": spec.kind, "features": features}
 
     def correlations_key(self, a: Member, b: Member) -> str:
         """What the correlations of a pair depend on beside its features, as canonical JSON.

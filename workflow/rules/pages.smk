@@ -78,6 +78,7 @@ rule pages_pair:
 rule pages_index:
     input:
         tables=pages_tables,
+        data=expand(DATA, dataset=STUDY.datasets),
         code=code("pages/_index.py", "pages/_script.py", "pages/assets/*"),
     output:
         multiext("results/studies/{study}/pages/", "index.html", "style.css", "app.js", "study.js"),
@@ -91,8 +92,7 @@ rule pages_index:
         runtime=grown(30),
     params:
         study=STUDY.pages_key(),
-        tables=lambda w: f"results/studies/{w.study}",
         out=lambda w: f"results/studies/{w.study}/pages",
     shell:
-        "python -m conceptshare pages index --study {params.study:q} --tables {params.tables:q} --out {params.out:q}"
+        "python -m conceptshare pages index --study {params.study:q} --results results --out {params.out:q}"
         " > {log:q} 2>&1"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from conceptshare.dataset import Data
 from conceptshare.metrics import READINGS
 from conceptshare.pages._script import number, numbers, write_script
 from conceptshare.tables import read_table
@@ -15,12 +16,12 @@ from conceptshare.tables import read_table
 ASSETS = ("index.html", "style.css", "app.js")
 
 
-def write_index(study: dict[str, Any], tables: Path, out: Path) -> None:
+def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
     """Write the page, its style and code, and `study.js`.
 
     Args:
         study: `Study.pages_key` as a mapping.
-        tables: the study's folder of results.
+        results: the folder of all results.
         out: the site's folder.
 
     Raises:
@@ -30,11 +31,12 @@ def write_index(study: dict[str, Any], tables: Path, out: Path) -> None:
     with as_file(files("conceptshare.pages") / "assets") as assets:
         for name in ASSETS:
             shutil.copyfile(assets / name, out / name)
-    told: dict[str, Any] = {name: study[name] for name in ("study", "datasets", "saes", "members")}
+    told: dict[str, Any] = {name: study[name] for name in ("study", "saes", "members")}
+    told["datasets"] = [{"name": name, "samples": len(Data(results / name / "data"))} for name in study["datasets"]]
     told |= {"version": version("conceptshare"), "matrices": [], "layerwise": [], "sharedness": [], "overlaps": []}
     for dataset in study["datasets"]:
         for sae in study["saes"]:
-            place, where = tables / dataset / sae, {"dataset": dataset, "sae": sae}
+            place, where = results / "studies" / study["study"] / dataset / sae, {"dataset": dataset, "sae": sae}
             for name, members in study["matrices"].items():
                 table = read_table(place / "matrices" / f"{name}.parquet")
                 told["matrices"].append(
