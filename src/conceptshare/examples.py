@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from conceptshare import provenance
 from conceptshare.ahead import in_order
 from conceptshare.dataset import Data
 from conceptshare.encoders import Batch, Encoder
@@ -102,6 +103,7 @@ def record_examples(encoder: Encoder, data: Data, features: Path, saes: Path, ou
             pq.write_table(
                 pa.Table.from_pylist(rows, _LAYER), partial / f"{layer_name(layer)}.parquet", compression="zstd"
             )
+        provenance.record(partial)
 
 
 class Tops:

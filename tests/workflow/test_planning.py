@@ -17,6 +17,8 @@ MATRIX = dict.fromkeys(["metrics_matrix", "metrics_averages", "metrics_formats"]
 }
 LAYERWISE = {"metrics_layerwise": 1, "figures_layerwise": 1}
 SHAREDNESS = {"metrics_sharedness": 2, "figures_sharedness": 2, "metrics_overlaps": 1}
+SITE = {"pages_member": 3, "pages_index": 1}
+NAMED = {"names": 3, "examples": 3, "pages_pair": 2, **SITE}
 TABLES_AND_FIGURES = {"metrics_pair": 2, **MATRIX, **LAYERWISE, **SHAREDNESS, **SAE_REPORT}
 
 
