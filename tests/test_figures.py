@@ -270,7 +270,7 @@ def layerwise(pairs, rows, columns):
 
 PAIRS = [
     ("vit@0", "vit@1"),
-    ("vit@0", "bert@0"),
+    ("siglip2-image-large@0", "siglip2-image-large@1"),
     ("siglip2-image-large@0", "mambavision-large@0"),
     ("bert@0", "bert@1"),
     ("bert@0", "clip-text@0"),
