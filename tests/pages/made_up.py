@@ -1,4 +1,4 @@
-"""A made-up site of concept pages in their format: the browser's files from the library, everything else from a seed."""
+"""A made-up site of concept pages in their format: the browser's files from the library, all else from a seed."""
 
 import base64
 import json
@@ -89,7 +89,7 @@ def make_table(rng, member, others, features, layers, rankings):
 
 
 def make_map(rng, place):
-    """A map whose only cell that fires is in the lower left corner, with boxes inside, beyond and equal to the picture."""
+    """A map that fires in its lower left cell alone, with a box inside, beyond or equal to the picture."""
     rows, columns = 4, 5
     values = np.zeros((rows, columns), np.uint8)
     values[-1, 0] = 255
