@@ -163,9 +163,9 @@ def write_samples(rng, folder):
     return captions
 
 
-def ranking(rng, name, shared_with, not_shared_with):
-    rho_g, rho_h = rng.beta(3, 2, FEATURES), rng.beta(2, 3, FEATURES)
-    delta = rng.gamma(1, 100, FEATURES) * (rho_g**2 - rho_h**2)
+def ranking(rng, strength, rho_g, name, shared_with, not_shared_with):
+    rho_h = rng.beta(2, 3, FEATURES)
+    delta = strength * (rho_g**2 - rho_h**2)
     order = np.argsort(-delta)
     return {
         "dataset": DATASET,
@@ -205,9 +205,10 @@ def write_site(folder, seed=0):
     rng = np.random.default_rng(seed)
     shutil.copytree(ASSETS, folder)
     captions = write_samples(rng, folder)
+    strength, rho_g = rng.gamma(1, 100, FEATURES), rng.beta(3, 2, FEATURES)
     rankings = [
-        ranking(rng, "shared-with-text", ["reader@0", "reader-clip@1"], ["seer@0"]),
-        ranking(rng, "shared-with-vlms", ["reader-clip@1"], ["seer@0", "reader@0"]),
+        ranking(rng, strength, rho_g, "shared-with-text", ["reader@0", "reader-clip@1"], ["seer@0"]),
+        ranking(rng, strength, rho_g, "shared-with-vlms", ["reader-clip@1"], ["seer@0", "reader@0"]),
     ]
     both = set(rankings[0]["features"][:10]) & set(rankings[1]["features"][:10])
     pairs = [("seer@0", "reader@0"), ("seer-clip@1", "reader-clip@1")]

@@ -335,7 +335,7 @@ def test_overlay_lies_on_what_the_encoder_saw(tab, site):
         assert canvas["height"] == pytest.approx((y1 - y0) * height, abs=0.6)
         shapes.add((place % 3, place % 4))
     assert len(shapes) == 8
-    # The cell that fires is the lower left one. Pictures share a scale: its colour is that of its share of the strongest.
+    # The lower left cell fires, and pictures share a scale: its colour is that of its share of the strongest of all.
     drawn = page.locator("canvas").evaluate_all(
         "all => all.map(one => [...one.getContext('2d').getImageData(0, 0, one.width, one.height).data])"
     )
@@ -420,6 +420,7 @@ def test_ranking(tab, site):
     texts = seen(row.locator("th, td"))
     assert texts[:5] == ["shared-with-vlms", "10", str(overlap["overlap"]), "0.769", "5.0 × 10⁻⁵"]
     both = [n for n in ranking["features"][:10] if n in other["features"][:10]]
+    assert both
     assert texts[5].split() == [str(n) for n in both]
 
 

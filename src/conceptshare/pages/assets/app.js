@@ -399,7 +399,7 @@
       "span",
       { class: "rho" },
       fixed(value),
-      h("span", { class: "meter", "aria-hidden": "true" }, h("span", { style: { width: `${100 * Math.min(Math.max(value ?? 0, 0), 1)}%`, background: viridis(value ?? 0).background } })),
+      h("span", { class: "meter", "aria-hidden": "true" }, h("span", { style: { width: `${100 * Math.min(Math.max(value ?? 0, 0), 1)}%` } })),
     );
 
   // Pictures and texts ----------------------------------------------------------------------------------------------
