@@ -1,4 +1,4 @@
-"""A made-up site of concept pages in their format: the browser's files from the library, everything else from a seed."""
+"""A made-up site of concept pages in their format: the browser's files from the library, all else from a seed."""
 
 import base64
 import json
@@ -89,7 +89,7 @@ def make_table(rng, member, others, features, layers, rankings):
 
 
 def make_map(rng, place):
-    """A map whose only cell that fires is in the lower left corner, with boxes inside, beyond and equal to the picture."""
+    """A map that fires in its lower left cell alone, with a box inside, beyond or equal to the picture."""
     rows, columns = 4, 5
     values = np.zeros((rows, columns), np.uint8)
     values[-1, 0] = 255
@@ -163,9 +163,9 @@ def write_samples(rng, folder):
     return captions
 
 
-def ranking(rng, name, shared_with, not_shared_with):
-    rho_g, rho_h = rng.beta(3, 2, FEATURES), rng.beta(2, 3, FEATURES)
-    delta = rng.gamma(1, 100, FEATURES) * (rho_g**2 - rho_h**2)
+def ranking(rng, strength, rho_g, name, shared_with, not_shared_with):
+    rho_h = rng.beta(2, 3, FEATURES)
+    delta = strength * (rho_g**2 - rho_h**2)
     order = np.argsort(-delta)
     return {
         "dataset": DATASET,
@@ -205,9 +205,10 @@ def write_site(folder, seed=0):
     rng = np.random.default_rng(seed)
     shutil.copytree(ASSETS, folder)
     captions = write_samples(rng, folder)
+    strength, rho_g = rng.gamma(1, 100, FEATURES), rng.beta(3, 2, FEATURES)
     rankings = [
-        ranking(rng, "shared-with-text", ["reader@0", "reader-clip@1"], ["seer@0"]),
-        ranking(rng, "shared-with-vlms", ["reader-clip@1"], ["seer@0", "reader@0"]),
+        ranking(rng, strength, rho_g, "shared-with-text", ["reader@0", "reader-clip@1"], ["seer@0"]),
+        ranking(rng, strength, rho_g, "shared-with-vlms", ["reader-clip@1"], ["seer@0", "reader@0"]),
     ]
     both = set(rankings[0]["features"][:10]) & set(rankings[1]["features"][:10])
     pairs = [("seer@0", "reader@0"), ("seer-clip@1", "reader-clip@1")]

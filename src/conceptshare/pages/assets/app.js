@@ -148,7 +148,7 @@
           fill(target, target.whenSeen);
         }
     },
-    { rootMargin: "150px" },
+    { rootMargin: "400px" },
   );
 
   async function fill(element, make) {
@@ -399,7 +399,7 @@
       "span",
       { class: "rho" },
       fixed(value),
-      h("span", { class: "meter", "aria-hidden": "true" }, h("span", { style: { width: `${100 * Math.min(Math.max(value ?? 0, 0), 1)}%`, background: viridis(value ?? 0).background } })),
+      h("span", { class: "meter", "aria-hidden": "true" }, h("span", { style: { width: `${100 * Math.min(Math.max(value ?? 0, 0), 1)}%` } })),
     );
 
   // Pictures and texts ----------------------------------------------------------------------------------------------
@@ -643,15 +643,18 @@
           "div",
           { class: "heats" },
           analysis.pairs.map(({ a, b, layers_a, layers_b, wmppc }) =>
-            heatmap(
-              `From ${a} ↓ to ${b} →`,
-              "",
-              layers_a.map(String),
-              layers_b.map(String),
-              wmppc,
-              scale,
-              (row, column) => pairLink(at, a, layers_a[row], b, layers_b[column]),
-              (row, column) => `wMPPC from ${a} layer ${layers_a[row]} to ${b} layer ${layers_b[column]}`,
+            // There may be thousands of cells; the place of a table is as large as it will be.
+            lazily(h("div", { style: { minHeight: `${2.3 * layers_a.length + 4}rem`, minWidth: `min(100%, ${3.1 * layers_b.length + 2}rem)` } }), () =>
+              heatmap(
+                `From ${a} ↓ to ${b} →`,
+                "",
+                layers_a.map(String),
+                layers_b.map(String),
+                wmppc,
+                scale,
+                (row, column) => pairLink(at, a, layers_a[row], b, layers_b[column]),
+                (row, column) => `wMPPC from ${a} layer ${layers_a[row]} to ${b} layer ${layers_b[column]}`,
+              ),
             ),
           ),
         ),
