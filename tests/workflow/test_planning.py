@@ -16,9 +16,15 @@ MATRIX = dict.fromkeys(["metrics_matrix", "metrics_averages", "metrics_formats"]
     f"figures_{part}": 1 for part in ("matrix", "averages", "intervals", "similarity", "strength")
 }
 LAYERWISE = {"metrics_layerwise": 1, "figures_layerwise": 1}
-SHAREDNESS = {"metrics_sharedness": 2, "figures_sharedness": 2, "metrics_overlaps": 1}
+SHAREDNESS = {
+    "metrics_sharedness": 2,
+    "figures_sharedness": 2,
+    "figures_top_samples": 2,
+    "figures_scatter": 2,
+    "metrics_overlaps": 1,
+}
 SITE = {"pages_member": 3, "pages_index": 1}
-NAMED = {"names": 3, "examples": 3, "pages_pair": 2, **SITE}
+SHOWN = {"names": 3, "examples": 3, "pages_pair": 2, **SITE}
 TABLES_AND_FIGURES = {"metrics_pair": 2, **MATRIX, **LAYERWISE, **SHAREDNESS, **SAE_REPORT}
 
 
@@ -35,6 +41,8 @@ def test_a_fresh_study_plans_one_job_a_stage_and_part(new_study):
         "features": 3,
         "correlations": 2,
         "similarity": 1,
+        "pages_samples": 1,
+        **SHOWN,
         **TABLES_AND_FIGURES,
         **CHANGED_STUDY,
     }
@@ -49,8 +57,8 @@ def test_touching_every_source_file_plans_nothing(study):
 
 def test_another_account_of_how_results_came_about_plans_nothing(study):
     accounts = list(study.folder.glob("results/**/*provenance.json"))
-    # Of the data set, encoders, activations, tokens, SAEs, features, correlations, similarities and the study.
-    assert len(accounts) == 1 + 2 + 2 + 2 + 3 * LAYERS + 3 + 2 + 1 + 1
+    # Of the data set, encoders, activations, tokens, SAEs, features, correlations, similarities, names, examples and the study.
+    assert len(accounts) == 1 + 2 + 2 + 2 + 3 * LAYERS + 3 + 2 + 1 + 3 + 3 + 1
     for path in accounts:
         path.write_text("{}")
     assert study.plan() == {}
@@ -91,6 +99,9 @@ def test_an_added_encoder_plans_its_own_jobs_its_pairs_and_what_aggregates(study
         "correlations": 2,  # with reader@0 and viewer@0, the other members of the matrix
         "similarity": 2,
         "metrics_pair": 2,
+        "names": 1,
+        "examples": 1,
+        **SITE,  # the pages of all three members of the matrix
         **MATRIX,
         **SAE_REPORT,
         **CHANGED_STUDY,
@@ -108,6 +119,10 @@ def test_an_encoders_changed_setting_plans_that_encoders_jobs_alone(study):
         "correlations": 1,
         "similarity": 1,
         "metrics_pair": 1,
+        "names": 1,
+        "examples": 1,
+        "pages_member": 2,  # its own, and those of the member that it is compared with
+        "pages_index": 1,
         **MATRIX,
         **SHAREDNESS,
         **SAE_REPORT,
@@ -125,6 +140,11 @@ def test_an_added_seed_leaves_activations_and_other_seeds_alone(study):
         "features": 1,
         "correlations": 1,
         "metrics_pair": 1,
+        "names": 1,
+        "examples": 1,
+        "pages_member": 2,
+        "pages_pair": 2,
+        "pages_index": 1,
         **MATRIX,  # of which the other seed is now a ceiling
         **LAYERWISE,
         **SAE_REPORT,
@@ -175,7 +195,7 @@ def test_a_second_sae_setting_leaves_the_first_alone(study):
     config = study.config
     config["saes"]["sparser"] = {"expansion": 2, "k": 2, "learning_rate": 1e-2}
     study.config = config
-    new = {"sae": 3 * LAYERS, "features": 3, "correlations": 2, "similarity": 1}
+    new = {"sae": 3 * LAYERS, "features": 3, "correlations": 2, "similarity": 1, **SHOWN}
     assert study.plan() == {**new, **TABLES_AND_FIGURES, **CHANGED_STUDY}
 
 
@@ -183,7 +203,8 @@ def test_a_changed_sae_setting_plans_training_and_what_follows(study):
     config = study.config
     config["saes"]["tiny"]["k"] = 3
     study.config = config
-    assert study.plan() == {"sae": 3 * LAYERS, "features": 3, "correlations": 2, **TABLES_AND_FIGURES, **CHANGED_STUDY}
+    made = {"sae": 3 * LAYERS, "features": 3, "correlations": 2}
+    assert study.plan() == {**made, **SHOWN, **TABLES_AND_FIGURES, **CHANGED_STUDY}
 
 
 def test_swapped_settings_of_two_encoders_are_seen(study):
@@ -200,14 +221,21 @@ def test_swapped_settings_of_two_encoders_are_seen(study):
     ("source", "planned"),
     [
         ("figures/_style.py", {job: n for job, n in TABLES_AND_FIGURES.items() if job.startswith("figures")}),
-        ("metrics.py", {job: n for job, n in TABLES_AND_FIGURES.items() if job not in SAE_REPORT}),
-        ("similarity.py", {"similarity": 1, **MATRIX}),
+        ("metrics.py", {job: n for job, n in TABLES_AND_FIGURES.items() if job not in SAE_REPORT} | SITE),
+        ("similarity.py", {"similarity": 1, **MATRIX, "pages_index": 1}),
+        ("pages/assets/app.js", {"pages_index": 1}),
+        ("names.py", {"names": 3, "pages_member": 3}),
         (
             "correlations/_engine.py",
-            {"correlations": 2, **{job: n for job, n in TABLES_AND_FIGURES.items() if job not in SAE_REPORT}},
+            {
+                "correlations": 2,
+                "pages_pair": 2,
+                **SITE,
+                **{job: n for job, n in TABLES_AND_FIGURES.items() if job not in SAE_REPORT},
+            },
         ),
-        ("features.py", {"features": 3, "correlations": 2, **TABLES_AND_FIGURES}),
-        ("sae/_train.py", {"sae": 3 * LAYERS, "features": 3, "correlations": 2, **TABLES_AND_FIGURES}),
+        ("features.py", {"features": 3, "correlations": 2, **SHOWN, **TABLES_AND_FIGURES}),
+        ("sae/_train.py", {"sae": 3 * LAYERS, "features": 3, "correlations": 2, **SHOWN, **TABLES_AND_FIGURES}),
         (
             "encoders/_transformers.py",
             {
@@ -216,6 +244,7 @@ def test_swapped_settings_of_two_encoders_are_seen(study):
                 "features": 3,
                 "correlations": 2,
                 "similarity": 1,
+                **SHOWN,
                 **TABLES_AND_FIGURES,
             },
         ),
@@ -225,7 +254,7 @@ def test_swapped_settings_of_two_encoders_are_seen(study):
 )
 def test_an_edited_stage_plans_that_stage_and_what_follows(study, source, planned):
     path = study.folder / "src" / "conceptshare" / source
-    path.write_text(path.read_text() + "\n# edited\n")
+    path.write_text(path.read_text() + "\n")
     assert study.plan() == (planned | ALWAYS if planned else {})
 
 
@@ -240,6 +269,8 @@ def test_a_dataset_that_changed_plans_everything_but_weights(study):
         "features": 3,
         "correlations": 2,
         "similarity": 1,
+        "pages_samples": 1,
+        **SHOWN,
         **TABLES_AND_FIGURES,
         **CHANGED_STUDY,
     }

@@ -5,7 +5,8 @@ rule names:
         data=DATA,
         code=code("names.py"),
     output:
-        "results/{dataset}/names/{sae}/{encoder}@{seed}.parquet",
+        table="results/{dataset}/names/{sae}/{encoder}@{seed}.parquet",
+        provenance="results/{dataset}/names/{sae}/{encoder}@{seed}.provenance.json",
     log:
         "results/logs/{dataset}/names/{sae}/{encoder}@{seed}.log",
     conda:
@@ -19,4 +20,4 @@ rule names:
         command=names_command,
     shell:
         "python -m conceptshare names --features {input.features:q} --data {params.data:q} {params.command}"
-        " --out {output:q} > {log:q} 2>&1"
+        " --out {output.table:q} > {log:q} 2>&1"
