@@ -40,7 +40,8 @@ def add_a_ranking(config, _):
     }
 
 
-def add_a_dataset(config, folder):
+def add_a_dataset_whose_tokens_are_deleted(config, folder):
+    config["keep_tokens"] = False
     write_dataset(folder / "more.parquet", rows=20)
     config["datasets"]["more"] = config["datasets"]["squares"] | {"source": "./more.parquet"}
 
@@ -70,7 +71,7 @@ A_LAYER = (
     (*SUMS, f"{STUDY}/pairs", *(f"squares/{kind}" for kind in CHANGED_WITH_AN_ENCODER)),
 )
 A_DATASET = (
-    add_a_dataset,
+    add_a_dataset_whose_tokens_are_deleted,
     {"activations": 2, "sae": 2, "features": 2, "correlations": 1, "similarity": 1},
     {"dataset": 1, "metrics_pair": 1, **LAYERWISE, **SAES},
     (),
@@ -96,3 +97,7 @@ def test_a_change_costs_its_own_jobs_alone(pocket, changes):
         lost_or_renewed = {name for name, found in before.items() if after.get(name) != found}
         assert all(name.startswith(renewed) for name in lost_or_renewed), lost_or_renewed
         assert len(after) > len(before)
+        extracted = {name.split("/")[0] for name in after.keys() - before.keys() if "/activations/" in name}
+        kept = {name.split("/")[0] for name in after.keys() - before.keys() if "/tokens/" in name}
+        assert kept == (extracted if config.get("keep_tokens", True) else set())
+    assert pocket.plan() == {}
