@@ -595,14 +595,25 @@ def figures_sharedness(
     data: Annotated[Path, typer.Option(help="The folder of the dataset stage.")],
     out: Out,
     pictured: Annotated[int, typer.Option(help="How many features to show.", min=1)] = 6,
+    samples: Annotated[int, typer.Option(help="How many samples of each, at most.", min=1)] = 9,
 ) -> None:
-    """A grid of the top samples of a ranking's top features."""
+    """Grids of the top samples of a ranking's top features."""
     from conceptshare.dataset import Data
     from conceptshare.figures import draw_sharedness
-    from conceptshare.reading import read_statistics
+    from conceptshare.reading import read_modality, read_statistics
     from conceptshare.tables import read_table
 
-    draw_sharedness(read_table(table), read_statistics(features), Data(data), pictured, out)
+    modality = read_modality(features)
+    draw_sharedness(read_table(table), read_statistics(features), Data(data), pictured, out, samples, modality)
+
+
+@figures_app.command("scatter")
+def figures_scatter(table: Table, out: Out) -> None:
+    """Every feature of a ranking by how much either group shares it."""
+    from conceptshare.figures import draw_sharedness_scatter
+    from conceptshare.tables import read_table
+
+    draw_sharedness_scatter(read_table(table), out)
 
 
 @figures_app.command("saes")

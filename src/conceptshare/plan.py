@@ -192,6 +192,8 @@ def count_jobs(study: Study) -> dict[str, int]:
         "figures_paper": len(study.saes) * on_the_papers_data,
         "figures_layerwise": settings * layerwise,
         "figures_sharedness": settings * sharedness,
+        "figures_top_samples": settings * sharedness,
+        "figures_scatter": settings * sharedness,
         "figures_saes": settings,
         "pages_samples": datasets,
         "pages_member": settings * len(members),

@@ -45,6 +45,16 @@ def read_statistics(path: Path) -> dict[int, FeatureStatistics]:
     return found
 
 
+def read_modality(path: Path) -> str:
+    """What the encoder of a feature store reads: ``image`` or ``text``.
+
+    Raises:
+        StoreError: where the store is not whole.
+    """
+    spec: Any = open_store(path, FEATURES).attrs["spec"]
+    return str(spec["encoder"]["modality"])
+
+
 @dataclass(frozen=True)
 class MaxCorrelations:
     """Best matches between the features of two encoders, for every pair of layers, in both directions."""

@@ -37,6 +37,9 @@ _GROUPS = [("image", "vlm"), ("image", "vision"), ("text", "vlm"), ("text", "lan
 # What stands after the name of a matrix in the names of the files that go with it.
 _MATRIX_PARTS = ("averages", "intervals", "similarity", "strength", "paper", "paper-agreement")
 
+# The same for a ranking.
+_RANKING_PARTS = ("top", "scatter")
+
 # What the reference preset adds to an encoder's name, so that neither choice of token overwrites the other.
 _REFERENCE_SUFFIX = ".reference"
 
@@ -266,6 +269,12 @@ class Study(Spec):
                         f"match; pair two seeds or two encoders"
                     )
         for name, analysis in self.analyses.sharedness.items():
+            for part in _RANKING_PARTS:
+                if f"{name}.{part}" in self.analyses.sharedness:
+                    raise ValueError(
+                        f"analyses.sharedness.{name}.{part}: the file of that name holds the {part} of {name}; choose "
+                        f"another name"
+                    )
             if self.member(analysis.source) in self._group(analysis):
                 raise ValueError(
                     f"analyses.sharedness.{name}: the source {analysis.source} is also in a group it is compared "

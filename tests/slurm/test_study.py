@@ -33,7 +33,7 @@ def test_every_rule_that_computes_is_queued_with_what_it_asks_for_and_no_other_i
         assert (job.cpus, job.memory_mb, job.minutes) == ASKED[job.rule]
         assert (job.state, job.gpus) == ("COMPLETED", 1)
     ran = jobs_done(output)
-    assert set(ran) - set(counts) == LOCAL | {"all"}
+    assert set(ran) - set(counts) == LOCAL
 
 
 def test_two_jobs_at_once_get_two_devices(first_run):

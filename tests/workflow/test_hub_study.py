@@ -71,7 +71,7 @@ def finished(tmp_path_factory):
         fetched = run("--until", "dataset", "weights")
         assert fetched.returncode == 0, fetched.stdout + fetched.stderr
         before = len(hub.log)
-        rest = run()
+        rest = run("--until", "metrics_layerwise")
         assert rest.returncode == 0, rest.stdout + rest.stderr
         return project, hub.log, before, commit
 

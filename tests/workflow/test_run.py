@@ -16,6 +16,7 @@ from tests.data import contents
 from .conftest import LAYERS, write_dataset
 
 TABLES = "results/studies/miniature/squares/tiny"
+PAGES = "results/studies/miniature/pages"
 
 
 def best_correlations(a, b):
@@ -38,6 +39,7 @@ def test_every_table_and_figure_is_there_and_every_job_left_a_log(finished):
     tables = {"overlaps", "pairs/reader@0__reader@1", "pairs/reader@0__viewer@0"}
     both = {"matrices/all", "matrices/all.averages", "layerwise/seeds", "sharedness/seen", "sharedness/own", "saes"}
     figures = {f"matrices/all.{part}" for part in ("intervals", "similarity", "strength")}
+    figures |= {f"sharedness/{name}.{part}" for name in ("seen", "own") for part in ("top", "scatter")}
     expected = {f"{stem}.{suffix}" for stem in tables | both for suffix in ("csv", "parquet")}
     expected |= {f"{stem}.{suffix}" for stem in figures | both for suffix in ("png", "pdf")}
     readings = ("pooled", "layer_mean", "last", "averages")
@@ -47,8 +49,9 @@ def test_every_table_and_figure_is_there_and_every_job_left_a_log(finished):
     found = {str(path.relative_to(finished.folder / TABLES)) for path in files if path.stat().st_size > 0}
     assert found == expected
     logs = [path for path in (finished.folder / "results/logs").rglob("*.log") if path.stat().st_size >= 0]
-    # From the data set to similarities; tables; figures; the study.
-    assert len(logs) == (1 + 2 + 2 + 3 * LAYERS + 3 + 2 + 1) + (3 + 1 + 2 + 2 + 1 + 1) + (5 + 1 + 2 + 1) + 1
+    # From the data set to similarities; tables; figures; names, examples and pages; the study.
+    stages = (1 + 2 + 2 + 3 * LAYERS + 3 + 2 + 1) + (3 + 1 + 2 + 2 + 1 + 1)
+    assert len(logs) == stages + (5 + 1 + 3 * 2 + 1) + (3 + 3 + 1 + 3 + 2 + 1) + 1
 
 
 def test_a_second_run_finds_nothing_to_do(finished):
@@ -145,14 +148,18 @@ def test_another_run_on_other_cores_in_parts_and_without_keeping_tokens_gives_th
     expected = {path: file for path, file in results_of(finished).items() if not path.startswith("squares/tokens/")}
     tables = [path for path in expected if path.startswith("studies/") and path.endswith(".csv")]
     wanted = [f"results/{path}" for path in tables if "/matrices/all/" not in path]
-    result = new_study.run("--cores", "1", *wanted, f"{TABLES}/matrices/all", f"{TABLES}/matrices/all.png")
+    wanted += [f"{TABLES}/matrices/all", f"{TABLES}/matrices/all.png", f"{PAGES}/data/squares/tiny/reader@0"]
+    result = new_study.run("--cores", "1", *wanted)
     assert result.returncode == 0, result.stdout + result.stderr
     found = results_of(new_study)
     figures = {path for path in expected if path.endswith((".png", ".pdf", ".snakemake_timestamp"))}  # one is enough
-    assert expected.keys() - figures <= found.keys() <= expected.keys()
+    shown = {
+        path for path in expected if path.startswith(("studies/miniature/pages", "squares/names", "squares/examples"))
+    }
+    assert expected.keys() - figures - shown <= found.keys() <= expected.keys()
     assert [path for path in found if found[path] != expected[path]] == []
     kinds = {path.rpartition(".")[2] for path in found}
-    assert kinds >= {"arrow", "json", "safetensors", "csv", "parquet", "md", "tex", "png", "pdf"}
+    assert kinds >= {"js", "arrow", "json", "safetensors", "csv", "parquet", "md", "tex", "png", "pdf"}
 
 
 def test_a_study_tells_what_it_is_and_with_what_it_was_made(finished):

@@ -5,7 +5,7 @@ import pytest
 from tests.data import contents
 
 from .conftest import LAYERS, encoder_entry
-from .test_planning import CHANGED_STUDY, MATRIX, SAE_REPORT, TABLES_AND_FIGURES
+from .test_planning import CHANGED_STUDY, MATRIX, SAE_REPORT, SHOWN, SITE, TABLES_AND_FIGURES
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,8 @@ def stream(streamed, tmp_path):
 
 def test_a_fresh_study_plans_one_job_an_encoder(new_study):
     new_study.config = new_study.config | {"stream": True}
-    rest = {"features": 3, "correlations": 2, "similarity": 1, **TABLES_AND_FIGURES, **CHANGED_STUDY}
+    rest = {"features": 3, "correlations": 2, "similarity": 1, "pages_samples": 1, **SHOWN}
+    rest |= TABLES_AND_FIGURES | CHANGED_STUDY
     assert new_study.plan() == {"dataset": 1, "weights": 2, "stream": 2, **rest}
 
 
@@ -63,6 +64,9 @@ def test_an_added_encoder_plans_its_own_jobs_its_pairs_and_what_aggregates(strea
         "correlations": 2,
         "similarity": 2,
         "metrics_pair": 2,
+        "names": 1,
+        "examples": 1,
+        **SITE,
         **MATRIX,
         **SAE_REPORT,
         **CHANGED_STUDY,

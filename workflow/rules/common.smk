@@ -202,6 +202,9 @@ def pages():
     return found
 
 
+RANKING_FILES = ("csv", "png", "top.png", "scatter.png")
+
+
 def analysis_names():
     """What a wildcard that names an analysis can be: its names, as their files have more dots than these."""
     kinds = (STUDY.analyses.matrices, STUDY.analyses.layerwise, STUDY.analyses.sharedness)
@@ -214,7 +217,7 @@ def study_results():
     for dataset in STUDY.datasets:
         files = [file for name in STUDY.analyses.matrices for file in matrix_files(name, dataset)]
         files += [f"layerwise/{name}.{suffix}" for name in STUDY.analyses.layerwise for suffix in ("csv", "png")]
-        files += [f"sharedness/{name}.{suffix}" for name in STUDY.analyses.sharedness for suffix in ("csv", "png")]
+        files += [f"sharedness/{name}.{suffix}" for name in STUDY.analyses.sharedness for suffix in RANKING_FILES]
         files += [f"pairs/{pair_name(a, b)}.csv" for a, b in STUDY.pairs()]
         files += ["overlaps.csv"] if STUDY.overlapping() else []
         files += ["saes.csv", "saes.png"] if STUDY.members() else []

@@ -8,6 +8,8 @@ localrules:
     figures_paper,
     figures_layerwise,
     figures_sharedness,
+    figures_top_samples,
+    figures_scatter,
     figures_saes,
 
 
@@ -253,6 +255,70 @@ rule figures_sharedness:
     shell:
         "python -m conceptshare figures sharedness --table {input.table:q} --features {input.features:q}"
         " --data {params.data:q} --pictured {params.pictured} --out {output.png:q} > {log:q} 2>&1"
+
+
+# The first feature of a ranking, as the paper's Figure 4 shows one.
+rule figures_top_samples:
+    input:
+        table=rules.metrics_sharedness.output.parquet,
+        features=lambda w: features_of([STUDY.sharedness_source(w.name)], w),
+        data=DATA,
+        code=code("figures/*.py", "formats.py"),
+    output:
+        png=report(
+            "results/studies/{study}/{dataset}/{sae}/sharedness/{name}.top.png",
+            caption="../report/top_samples.rst",
+            category="Comparative Sharedness",
+            labels={
+                "analysis": "{name}, its first feature",
+                "data set": "{dataset}",
+                "SAEs": "{sae}",
+                "type": "figure",
+            },
+        ),
+        pdf="results/studies/{study}/{dataset}/{sae}/sharedness/{name}.top.pdf",
+    log:
+        "results/logs/studies/{study}/{dataset}/{sae}/sharedness/{name}.top.log",
+    conda:
+        "../../envs/conceptshare.yaml"
+    threads: 1
+    resources:
+        mem_mb=grown(2000),
+        runtime=grown(30),
+    params:
+        data=lambda w, input: folder_of(input.data),
+    shell:
+        "python -m conceptshare figures sharedness --table {input.table:q} --features {input.features:q}"
+        " --data {params.data:q} --pictured 1 --samples 100 --out {output.png:q} > {log:q} 2>&1"
+
+
+rule figures_scatter:
+    input:
+        table=rules.metrics_sharedness.output.parquet,
+        code=code("figures/*.py", "formats.py"),
+    output:
+        png=report(
+            "results/studies/{study}/{dataset}/{sae}/sharedness/{name}.scatter.png",
+            caption="../report/scatter.rst",
+            category="Comparative Sharedness",
+            labels={
+                "analysis": "{name}, all features",
+                "data set": "{dataset}",
+                "SAEs": "{sae}",
+                "type": "figure",
+            },
+        ),
+        pdf="results/studies/{study}/{dataset}/{sae}/sharedness/{name}.scatter.pdf",
+    log:
+        "results/logs/studies/{study}/{dataset}/{sae}/sharedness/{name}.scatter.log",
+    conda:
+        "../../envs/conceptshare.yaml"
+    threads: 1
+    resources:
+        mem_mb=grown(2000),
+        runtime=grown(30),
+    shell:
+        "python -m conceptshare figures scatter --table {input.table:q} --out {output.png:q} > {log:q} 2>&1"
 
 
 rule figures_saes:
