@@ -1024,7 +1024,7 @@
               h(
                 "p",
                 { class: "note" },
-                "The strongest samples alone mislead: they show a feature at its clearest. Where these differ, its name does not hold.",
+                "The strongest samples alone mislead: they show a feature at its clearest. Where these show something else, do not trust its name.",
               ),
               bands.map((band) => {
                 const box = lazily(h("div", { class: "samples band" }), () => specimens(band.samples, false));
