@@ -104,7 +104,7 @@ def test_readings_of_a_matrix(tab, site):
 
 
 def test_all_heatmaps_share_a_scale(tab, site):
-    """The colour of a cell is matplotlib's viridis, between the least and the largest of all of them."""
+    """The colour of a cell is matplotlib's viridis (about: of 16 colours), between the least and largest of all."""
     page = tab.open()
     expect(page.locator("table.heat")).to_have_count(3)
     study = read(site, "study")
@@ -122,7 +122,7 @@ def test_all_heatmaps_share_a_scale(tab, site):
         )
         for colour, value in zip(colours, [v for row in values for v in row if v is not None], strict=True):
             expected = 255 * np.array(colormaps["viridis"]((value - low) / (high - low))[:3])
-            np.testing.assert_allclose([int(part) for part in re.findall(r"\d+", colour)], expected, atol=6)
+            np.testing.assert_allclose([int(part) for part in re.findall(r"\d+", colour)], expected, atol=10)
     assert seen(page.locator(".legend span"))[:3:2] == [f"{low:.2f}", f"{high:.2f}"]
 
 
@@ -429,7 +429,7 @@ def test_typology_counts_words(tab, site):
     page = tab.open(VIEWS["ranking"])
     ranking = read(site, "study")["sharedness"][0]
     names = read(site, layer_key("seer-clip@1", 5))["name"]
-    words = [sorted(set(names[n].split(", "))) if names[n] else [] for n in ranking["features"][:10]]
+    words = [sorted(set(names[n].lower().split(", "))) if names[n] else [] for n in ranking["features"][:10]]
     frequent = Counter(word for some in words for word in some)
     groups = Counter(min(some, key=lambda word: (-frequent[word], word)) if some else "no clear name" for some in words)
     shown = dict(
@@ -439,7 +439,7 @@ def test_typology_counts_words(tab, site):
             strict=True,
         )
     )
-    assert shown == dict(groups)
+    assert shown == {BLANK.sub(" ", word).strip(): count for word, count in groups.items()}
     page.locator("summary").first.click()
     page.locator("details[open] a").first.click()
     expect(page.locator("h1")).to_contain_text("of seer-clip@1, layer 5")

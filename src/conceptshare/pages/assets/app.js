@@ -125,7 +125,8 @@
     if (log10 === null || log10 === undefined) return "–";
     if (log10 > -3) return (10 ** log10).toPrecision(2);
     const power = Math.floor(log10);
-    return `${(10 ** (log10 - power)).toFixed(1)} × 10${String(power).replace(/./g, (digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit] ?? "⁻")}`;
+    const raised = String(power).replace(/./g, (digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit] ?? "⁻");
+    return `${(10 ** (log10 - power)).toFixed(1)} × 10${raised}`;
   }
 
   /** Colour of a share of the scale, and black or white, whichever is read better on it. */
@@ -304,7 +305,8 @@
     const readSort = (query) => {
       const text = query.get("sort") ?? "";
       const column = columns.find(({ id, value }) => value && (text === id || text === `-${id}`));
-      return column ? { column, down: text.startsWith("-") } : { column: columns.find(({ id }) => id === sorted.slice(1)), down: sorted[0] === "-" };
+      if (column) return { column, down: text.startsWith("-") };
+      return { column: columns.find(({ id }) => id === sorted.slice(1)), down: sorted[0] === "-" };
     };
     function sort(column) {
       const now = readSort(current.query);
@@ -321,7 +323,13 @@
     const frame = h(
       "div",
       { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
-      h("table", { class: "listing" }, h("caption", { class: "hidden" }, caption), h("thead", {}, h("tr", {}, heads)), body),
+      h(
+        "table",
+        { class: "listing" },
+        h("caption", { class: "hidden" }, caption),
+        h("thead", {}, h("tr", {}, heads)),
+        body,
+      ),
     );
 
     function update(query) {
@@ -362,7 +370,8 @@
           ),
         ),
       );
-      if (!shown.length) body.append(h("tr", {}, h("td", { colspan: columns.length }, `No ${unit} is left by these filters.`)));
+      const none = `No ${unit} is left by these filters.`;
+      if (!shown.length) body.append(h("tr", {}, h("td", { colspan: columns.length }, none)));
       pager.hidden = pages === 1;
       pager.replaceChildren(
         step(1, "First", page > 1),
@@ -374,7 +383,12 @@
     }
     const filters = h(
       "form",
-      { class: "filters", role: "search", "aria-label": `Filter ${unit}s`, onsubmit: (event) => event.preventDefault() },
+      {
+        class: "filters",
+        role: "search",
+        "aria-label": `Filter ${unit}s`,
+        onsubmit: (event) => event.preventDefault(),
+      },
       controls.map(({ node }) => node),
     );
     return { nodes: [filters, status, frame, pager], update };
@@ -390,7 +404,17 @@
       "nav",
       { class: "layers", "aria-label": label },
       h("span", { "aria-hidden": "true" }, label),
-      h("ul", {}, layers.map((layer) => h("li", {}, h("a", { href: address(layer), "aria-current": layer === chosen ? "page" : null }, String(layer))))),
+      h(
+        "ul",
+        {},
+        layers.map(
+          (layer) => h(
+            "li",
+            {},
+            h("a", { href: address(layer), "aria-current": layer === chosen ? "page" : null }, String(layer)),
+          ),
+        ),
+      ),
     );
 
   /** A correlation with a bar as long as it is. */
@@ -399,7 +423,11 @@
       "span",
       { class: "rho" },
       fixed(value),
-      h("span", { class: "meter", "aria-hidden": "true" }, h("span", { style: { width: `${100 * Math.min(Math.max(value ?? 0, 0), 1)}%` } })),
+      h(
+        "span",
+        { class: "meter", "aria-hidden": "true" },
+        h("span", { style: { width: `${100 * Math.min(Math.max(value ?? 0, 0), 1)}%` } }),
+      ),
     );
 
   // Pictures and texts ----------------------------------------------------------------------------------------------
@@ -410,14 +438,30 @@
     const missing = () =>
       h(
         "span",
-        { class: "gone", role: "img", "aria-label": `No picture. ${alt}`, style: { width: `${width}px`, aspectRatio: `${width} / ${height}` } },
+        {
+          class: "gone",
+          role: "img",
+          "aria-label": `No picture. ${alt}`,
+          style: { width: `${width}px`, aspectRatio: `${width} / ${height}` },
+        },
         h("span", { "aria-hidden": "true" }, "no picture"),
       );
     const frame = h("span", { class: "picture" });
     if (!sample.size) frame.append(missing());
     else
       frame.append(
-        h("img", { alt, width, height, loading: "lazy", decoding: "async", src: sample.source, onerror: () => frame.replaceChildren(missing()) }),
+        h(
+          "img",
+          {
+            alt,
+            width,
+            height,
+            loading: "lazy",
+            decoding: "async",
+            src: sample.source,
+            onerror: () => frame.replaceChildren(missing()),
+          },
+        ),
       );
     return frame;
   }
@@ -478,7 +522,12 @@
       "figure",
       { class: "specimen" },
       picture(sample, `Picture of sample ${sample.sample}`),
-      h("figcaption", {}, h("span", { class: "value" }, size(value)), h("span", { class: text ? "tokens" : "caption" }, label)),
+      h(
+        "figcaption",
+        {},
+        h("span", { class: "value" }, size(value)),
+        h("span", { class: text ? "tokens" : "caption" }, label),
+      ),
     );
   }
 
@@ -492,11 +541,18 @@
       const high = (100 * count) / highest;
       return svg("rect", { x: at * wide + 0.5, y: 100 - high, width: wide - 1, height: high });
     });
-    const text = `Histogram of ${plural(total, "activation")} above zero, from 0 to ${size(max)} in ${counts.length} equal bins. The fullest, from ${size(fullest * bin)} to ${size((fullest + 1) * bin)}, holds ${whole(counts[fullest])}.`;
+    const text =
+      `Histogram of ${plural(total, "activation")} above zero, from 0 to ${size(max)} in ${counts.length} equal bins. ` +
+      `The fullest, from ${size(fullest * bin)} to ${size((fullest + 1) * bin)}, holds ${whole(counts[fullest])}.`;
     return h(
       "figure",
       { class: "histogram" },
-      svg("svg", { viewBox: "0 0 400 101", role: "img", "aria-label": text, preserveAspectRatio: "none" }, ...bars, svg("line", { x1: 0, x2: 400, y1: 100.5, y2: 100.5 })),
+      svg(
+        "svg",
+        { viewBox: "0 0 400 101", role: "img", "aria-label": text, preserveAspectRatio: "none" },
+        ...bars,
+        svg("line", { x1: 0, x2: 400, y1: 100.5, y2: 100.5 }),
+      ),
       h("div", { class: "ends", "aria-hidden": "true" }, h("span", {}, "0"), h("span", {}, size(max))),
       h("figcaption", {}, text),
     );
@@ -510,7 +566,16 @@
       "table",
       { class: "heat" },
       h("caption", {}, caption),
-      h("thead", {}, h("tr", {}, h("td", { class: "corner" }, corner), columns.map((name) => h("th", { scope: "col" }, h("span", {}, name))))),
+      h(
+        "thead",
+        {},
+        h(
+          "tr",
+          {},
+          h("td", { class: "corner" }, corner),
+          columns.map((name) => h("th", { scope: "col" }, h("span", {}, name))),
+        ),
+      ),
       h(
         "tbody",
         {},
@@ -527,7 +592,17 @@
               return h(
                 "td",
                 {},
-                h("a", { href: cellLink(row, column), "aria-label": label, title: label, tabindex: "-1", style: { background, color: ink } }, fixed(value)),
+                h(
+                  "a",
+                  {
+                    href: cellLink(row, column),
+                    "aria-label": label,
+                    title: label,
+                    tabindex: "-1",
+                    style: { background, color: ink },
+                  },
+                  fixed(value),
+                ),
               );
             }),
           ),
@@ -561,24 +636,38 @@
       "p",
       { class: "legend" },
       h("span", {}, fixed(low)),
-      h("span", { class: "ramp", role: "img", "aria-label": `Colour scale of wMPPC, from dark violet at ${fixed(low)} to yellow at ${fixed(high)}`, style: { background: `linear-gradient(90deg, ${stops})` } }),
+      h(
+        "span",
+        {
+          class: "ramp",
+          role: "img",
+          "aria-label": `Colour scale of wMPPC, from dark violet at ${fixed(low)} to yellow at ${fixed(high)}`,
+          style: { background: `linear-gradient(90deg, ${stops})` },
+        },
+      ),
       h("span", {}, fixed(high)),
       h("span", { class: "swatch", "aria-hidden": "true" }),
       h("span", {}, "no value"),
     );
   }
 
-  const READINGS = { pooled: "Pooled", layer_mean: "Mean over layers", last: "Last layer" };
+  const READINGS = { pooled: "pooled", layer_mean: "mean over layers", last: "last layer" };
 
   function rankingItem(ranking) {
     const group = (members) => members.join(", ") || "none";
+    const groups = `shared with ${group(ranking.shared_with)}; not with ${group(ranking.not_shared_with)}`;
     return h(
       "li",
       {},
       h("a", { href: rankingLink(ranking) }, ranking.name),
-      h("span", { class: "quiet" }, ` ${ranking.source}, layer ${ranking.layer}; shared with ${group(ranking.shared_with)}; not with ${group(ranking.not_shared_with)}`),
+      h("span", { class: "quiet" }, ` ${ranking.source}, layer ${ranking.layer}; ${groups}`),
     );
   }
+
+  const space = (rows, columns) => ({
+    minHeight: `${2.3 * rows + 4}rem`,
+    minWidth: `min(100%, ${3.1 * columns + 2}rem)`,
+  });
 
   function setSection(at, choice, update) {
     const here = (entry) => entry.dataset === at.dataset && entry.sae === at.sae;
@@ -596,17 +685,21 @@
     const drawn = matrices.map((matrix) => {
       const slot = h("div");
       update.push((query) => {
-        const reading = Object.hasOwn(matrix.readings, query.get("reading") ?? "") ? query.get("reading") : Object.keys(matrix.readings)[0];
+        const wanted = query.get("reading") ?? "";
+        const reading = Object.hasOwn(matrix.readings, wanted) ? wanted : Object.keys(matrix.readings)[0];
         const focused = slot.querySelector("a:focus");
         slot.replaceChildren(
           heatmap(
-            `From row to column, ${(READINGS[reading] ?? reading).toLowerCase()}. A cell leads to the features of its row’s last layer.`,
+            `From row to column, ${READINGS[reading] ?? reading}. A cell leads to the features of its row’s last layer.`,
             "from ↓ to →",
             matrix.members,
             matrix.members,
             matrix.readings[reading],
             scale,
-            (row, column) => tableLink({ ...at, member: matrix.members[row], layer: memberNamed(matrix.members[row]).layers.at(-1) }, { sort: `-rho:${matrix.members[column]}` }),
+            (row, column) => tableLink(
+              { ...at, member: matrix.members[row], layer: memberNamed(matrix.members[row]).layers.at(-1) },
+              { sort: `-rho:${matrix.members[column]}` },
+            ),
             (row, column) => `wMPPC from ${matrix.members[row]} to ${matrix.members[column]}`,
           ),
         );
@@ -628,13 +721,33 @@
             "li",
             {},
             h("span", { class: "name" }, member.name),
-            h("span", { class: "quiet" }, `${member.modality}, ${member.kind}, ${plural(member.features, "feature")} a layer`),
-            layerLinks(`Layers of ${member.name}`, member.layers, null, (layer) => tableLink({ ...at, member: member.name, layer })),
+            h(
+              "span",
+              { class: "quiet" },
+              `${member.modality}, ${member.kind}, ${plural(member.features, "feature")} a layer`,
+            ),
+            layerLinks(
+              `Layers of ${member.name}`,
+              member.layers,
+              null,
+              (layer) => tableLink({ ...at, member: member.name, layer }),
+            ),
           ),
         ),
       ),
-      rankings.length ? [h("h3", {}, "Rankings by Comparative Sharedness"), h("ul", { class: "rankings" }, rankings.map(rankingItem))] : [],
-      all.length ? [h("h3", {}, "How much is found again"), h("p", {}, "wMPPC: the weighted mean of each feature’s best correlation. Arrow keys move between the cells of a table."), legend(scale)] : [],
+      rankings.length ? [
+        h("h3", {}, "Rankings by Comparative Sharedness"),
+        h("ul", { class: "rankings" }, rankings.map(rankingItem)),
+      ] : [],
+      all.length ? [
+        h("h3", {}, "How much is found again"),
+        h(
+          "p",
+          {},
+          "wMPPC: the weighted mean of each feature’s best correlation. Arrow keys move between the cells of a table.",
+        ),
+        legend(scale),
+      ] : [],
       matrices.length && choice.node,
       drawn.flat(),
       layerwise.map((analysis) => [
@@ -644,7 +757,7 @@
           { class: "heats" },
           analysis.pairs.map(({ a, b, layers_a, layers_b, wmppc }) =>
             // There may be thousands of cells; the place of a table is as large as it will be.
-            lazily(h("div", { style: { minHeight: `${2.3 * layers_a.length + 4}rem`, minWidth: `min(100%, ${3.1 * layers_b.length + 2}rem)` } }), () =>
+            lazily(h("div", { style: space(layers_a.length, layers_b.length) }), () =>
               heatmap(
                 `From ${a} ↓ to ${b} →`,
                 "",
@@ -667,18 +780,28 @@
     const readings = [...new Set(study.matrices.flatMap((matrix) => Object.keys(matrix.readings)))];
     const sections = study.datasets.flatMap(({ name }) =>
       study.saes.map((sae) => {
-        const choice = control("Reading of the matrices", "reading", {}, readings.map((reading) => [reading, READINGS[reading] ?? reading]));
+        const choice = control(
+          "Reading of the matrices",
+          "reading",
+          {},
+          readings.map((reading) => [reading, READINGS[reading] ?? reading]),
+        );
         update.push(choice.sync);
         return setSection({ dataset: name, sae }, choice, update);
       }),
     );
+    const sets = study.datasets.map(({ name, samples }) => `${name} (${plural(samples, "sample")})`).join(", ");
     return {
       title: "Overview",
       heading: study.study,
       crumbs: [],
       nodes: [
-        h("p", { class: "lead" }, `SAE features of ${plural(study.members.length, "encoder")}, on ${study.datasets.map(({ name, samples }) => `${name} (${plural(samples, "sample")})`).join(", ")}.`),
-        h("p", { class: "quiet" }, `conceptshare ${study.version}${study.commit ? `, commit ${study.commit.slice(0, 10)}` : ""}`),
+        h("p", { class: "lead" }, `SAE features of ${plural(study.members.length, "encoder")}, on ${sets}.`),
+        h(
+          "p",
+          { class: "quiet" },
+          `conceptshare ${study.version}${study.commit ? `, commit ${study.commit.slice(0, 10)}` : ""}`,
+        ),
         ...sections,
       ],
       update: (query) => update.forEach((part) => part(query)),
@@ -696,15 +819,23 @@
     text: true,
     heading: true,
     value: (row) => name(row)?.toLowerCase() ?? null,
-    cell: (row) => (feature(row) < 0 ? "–" : h("a", { href: featureLink({ ...at, feature: feature(row) }) }, named(name(row)))),
+    cell: (row) => (
+      feature(row) < 0 ? "–" : h("a", { href: featureLink({ ...at, feature: feature(row) }) }, named(name(row)))
+    ),
   });
-  const plainColumn = (id, label, title, values, write) => ({ id, label, title, value: (row) => values[row], cell: (row) => write(values[row]) });
+  const plainColumn = (id, label, title, values, write) => (
+    { id, label, title, value: (row) => values[row], cell: (row) => write(values[row]) }
+  );
   const picturesColumn = (at, id, label, feature) => ({
     id,
     label,
-    cell: (row) => (feature(row) < 0 || current.query.get("pictures") === "no" ? null : strip({ ...at, feature: feature(row) }, 3)),
+    cell: (row) => (
+      feature(row) < 0 || current.query.get("pictures") === "no" ? null : strip({ ...at, feature: feature(row) }, 3)
+    ),
   });
-  const numberColumn = (id, label, feature) => ({ id, label, rising: true, value: feature, cell: (row) => (feature(row) < 0 ? "–" : String(feature(row))) });
+  const numberColumn = (id, label, feature) => (
+    { id, label, rising: true, value: feature, cell: (row) => (feature(row) < 0 ? "–" : String(feature(row))) }
+  );
 
   async function layerView(parts) {
     if (parts.length !== 4) throw new NotFound("This address is not complete.");
@@ -721,8 +852,24 @@
       plainColumn("density", "Density", "Share of samples above zero", table.density, percent),
       plainColumn("score", "Score", "How far the name stands out (z-score)", table.score, fixed),
       plainColumn("auc", "AUC", "How well the name tells unseen samples apart (chance is 0.5)", table.auc, fixed),
-      ...others.map((name) => plainColumn(`rho:${name}`, `ρ ${name}`, `Best correlation in any layer of ${name}`, table.best[name].rho, rho)),
-      ...Object.keys(table.delta ?? {}).map((name) => plainColumn(`delta:${name}`, `Δ ${name}`, `Comparative Sharedness in the ranking ${name}`, table.delta[name], size)),
+      ...others.map(
+        (name) => plainColumn(
+          `rho:${name}`,
+          `ρ ${name}`,
+          `Best correlation in any layer of ${name}`,
+          table.best[name].rho,
+          rho,
+        ),
+      ),
+      ...Object.keys(table.delta ?? {}).map(
+        (name) => plainColumn(
+          `delta:${name}`,
+          `Δ ${name}`,
+          `Comparative Sharedness in the ranking ${name}`,
+          table.delta[name],
+          size,
+        ),
+      ),
     ];
     const list = listing({
       caption: `Features of ${at.member}, layer ${at.layer}`,
@@ -784,13 +931,23 @@
       { class: "match" },
       head,
       h("p", {}, h("span", { class: "large" }, "ρ ", rho(value))),
-      h("p", { class: "where" }, h("a", { href: featureLink(there) }, `Layer ${layer}, feature ${feature}`), " ", label),
+      h(
+        "p",
+        { class: "where" },
+        h("a", { href: featureLink(there) }, `Layer ${layer}, feature ${feature}`),
+        " ",
+        label,
+      ),
       samples,
     );
   }
 
   function facts(pairs) {
-    return h("dl", { class: "facts" }, pairs.map(([term, ...values]) => h("div", {}, h("dt", {}, term), h("dd", {}, values))));
+    return h(
+      "dl",
+      { class: "facts" },
+      pairs.map(([term, ...values]) => h("div", {}, h("dt", {}, term), h("dd", {}, values))),
+    );
   }
 
   async function featureView(parts) {
@@ -819,7 +976,9 @@
     const overlay = control("Where it fires", "overlay", { type: "checkbox", value: "yes" });
     const deltas = Object.entries(table.delta ?? {}).filter(([, values]) => values[n] !== null);
     const step = (to, text, rel) =>
-      to >= 0 && to < member.features ? h("a", { href: featureLink({ ...at, feature: to }), rel }, text) : h("span", { class: "quiet" }, text);
+      to >= 0 && to < member.features
+        ? h("a", { href: featureLink({ ...at, feature: to }), rel }, text)
+        : h("span", { class: "quiet" }, text);
 
     return {
       title: `Feature ${n} of ${at.member}, layer ${at.layer}`,
@@ -827,14 +986,25 @@
       crumbs: [crumb(at), [`Feature ${n}`, featureLink(at)]],
       nodes: [
         h("p", { class: "called" }, named(name)),
-        h("nav", { class: "steps", "aria-label": "Neighbouring features" }, step(n - 1, "← Previous", "prev"), step(n + 1, "Next →", "next")),
+        h(
+          "nav",
+          { class: "steps", "aria-label": "Neighbouring features" },
+          step(n - 1, "← Previous", "prev"),
+          step(n + 1, "Next →", "next"),
+        ),
         facts([
           ["Score", fixed(table.score[n])],
           ["AUC", fixed(table.auc[n])],
-          ["S", size(table.strength[n]), h("span", { class: "quiet" }, ` rank ${whole(rank)} of ${whole(table.strength.length)}`)],
+          [
+            "S",
+            size(table.strength[n]),
+            h("span", { class: "quiet" }, ` rank ${whole(rank)} of ${whole(table.strength.length)}`),
+          ],
           ["Density", percent(table.density[n])],
           ...deltas.map(([ranking, values]) => {
-            const entry = study.sharedness.find((other) => other.name === ranking && other.dataset === at.dataset && other.sae === at.sae);
+            const entry = study.sharedness.find(
+              (other) => other.name === ranking && other.dataset === at.dataset && other.sae === at.sae,
+            );
             return ["Δ ", entry ? h("a", { href: rankingLink(entry) }, ranking) : ranking, ` ${size(values[n])}`];
           }),
         ]),
@@ -851,20 +1021,46 @@
               "section",
               {},
               h("h2", {}, "Weaker samples"),
-              h("p", { class: "note" }, "The strongest samples alone mislead: they show a feature at its clearest. Where these show something else, the name is only that of the peak."),
+              h(
+                "p",
+                { class: "note" },
+                "The strongest samples alone mislead: they show a feature at its clearest. Where these show something else, do not trust its name.",
+              ),
               bands.map((band) => {
                 const box = lazily(h("div", { class: "samples band" }), () => specimens(band.samples, false));
-                return [h("h3", {}, `Around the ${Math.round(100 * band.at)}th percentile of its activations above zero`), box];
+                return [
+                  h("h3", {}, `Around the ${Math.round(100 * band.at)}th percentile of its activations above zero`),
+                  box,
+                ];
               }).flat(),
             )
           : "",
-        feature.histogram?.counts.some(Boolean) ? h("section", {}, h("h2", {}, "Activations"), histogram(feature.histogram)) : "",
+        feature.histogram?.counts.some(Boolean) ? h(
+          "section",
+          {},
+          h("h2", {}, "Activations"),
+          histogram(feature.histogram),
+        ) : "",
         others.length
           ? h(
               "section",
               {},
               h("h2", {}, "Best match in every other member"),
-              h("ul", { class: "matches" }, others.map((other) => match(at, other, { rho: table.best[other].rho[n], layer: table.best[other].layer[n], feature: table.best[other].feature[n] }))),
+              h(
+                "ul",
+                { class: "matches" },
+                others.map(
+                  (other) => match(
+                    at,
+                    other,
+                    {
+                      rho: table.best[other].rho[n],
+                      layer: table.best[other].layer[n],
+                      feature: table.best[other].feature[n],
+                    },
+                  ),
+                ),
+              ),
             )
           : "",
       ],
@@ -918,7 +1114,13 @@
       count: values.length,
       sorted: "-rho",
       unit: "feature",
-      controls: [search("Name or number"), number("ρ from", "least"), number("ρ to", "most"), control("Both named", "named", { type: "checkbox", value: "yes" }), picturesBox()],
+      controls: [
+        search("Name or number"),
+        number("ρ from", "least"),
+        number("ρ to", "most"),
+        control("Both named", "named", { type: "checkbox", value: "yes" }),
+        picturesBox(),
+      ],
       keep: (query) => {
         const wanted = searching(query);
         const [least, most] = [limit(query, "least"), limit(query, "most")];
@@ -933,10 +1135,33 @@
       at: a,
       crumbs: [crumb(a), [`to ${b.member}, layer ${b.layer}`, pairLink(a, a.member, a.layer, b.member, b.layer)]],
       nodes: [
-        h("p", { class: "lead" }, `Each feature of ${a.member}, layer ${a.layer}, with the feature of ${b.member}, layer ${b.layer}, that it correlates with best.`, wmppc === undefined || wmppc === null ? "" : ` wMPPC ${fixed(wmppc)}.`),
-        layerLinks(`Layer of ${a.member}`, memberNamed(a.member).layers, a.layer, (layer) => pairLink(a, a.member, layer, b.member, b.layer)),
-        layerLinks(`Layer of ${b.member}`, matches.layers, b.layer, (layer) => pairLink(a, a.member, a.layer, b.member, layer)),
-        h("p", {}, h("a", { href: pairLink(a, b.member, b.layer, a.member, a.layer) }, "The other direction"), " · ", h("a", { href: tableLink(a) }, `All of ${a.member}, layer ${a.layer}`), " · ", h("a", { href: tableLink(b) }, `All of ${b.member}, layer ${b.layer}`)),
+        h(
+          "p",
+          { class: "lead" },
+          `Each feature of ${a.member}, layer ${a.layer}, with the one of ${b.member}, layer ${b.layer}, it correlates with best.`,
+          wmppc === undefined || wmppc === null ? "" : ` wMPPC ${fixed(wmppc)}.`,
+        ),
+        layerLinks(
+          `Layer of ${a.member}`,
+          memberNamed(a.member).layers,
+          a.layer,
+          (layer) => pairLink(a, a.member, layer, b.member, b.layer),
+        ),
+        layerLinks(
+          `Layer of ${b.member}`,
+          matches.layers,
+          b.layer,
+          (layer) => pairLink(a, a.member, a.layer, b.member, layer),
+        ),
+        h(
+          "p",
+          {},
+          h("a", { href: pairLink(a, b.member, b.layer, a.member, a.layer) }, "The other direction"),
+          " · ",
+          h("a", { href: tableLink(a) }, `All of ${a.member}, layer ${a.layer}`),
+          " · ",
+          h("a", { href: tableLink(b) }, `All of ${b.member}, layer ${b.layer}`),
+        ),
         ...list.nodes,
       ],
       update: list.update,
@@ -961,24 +1186,33 @@
       svg("text", { x: x(value), y: side + 16, "text-anchor": "middle" }, String(value)),
       svg("text", { x: -8, y: side - x(value) + 4, "text-anchor": "end" }, String(value)),
     ]);
+    const label =
+      `Scatter of ${plural(points.length, "feature")}: how well the group that shares finds it (ρ G, upwards) against ` +
+      `the other group (ρ H, to the right). The table below has every number.`;
     const drawing = svg(
       "svg",
       {
         viewBox: `-44 -10 ${side + 60} ${side + 50}`,
         role: "img",
-        "aria-label": `Scatter of ${plural(points.length, "feature")}: how well the group that shares finds it (ρ G, upwards) against the other group (ρ H, to the right). The first ${ranking.top} lie to the upper left. The table below has every number.`,
+        "aria-label": label,
       },
       svg("path", { class: "axes", d: `M0 0V${side}H${side}M0 ${side}L${side} 0` }),
       ...ticks,
       svg("text", { x: side / 2, y: side + 34, "text-anchor": "middle" }, "ρ H: those that should not share it"),
-      svg("text", { transform: `translate(-32 ${side / 2}) rotate(-90)`, "text-anchor": "middle" }, "ρ G: those that should"),
+      svg(
+        "text",
+        { transform: `translate(-32 ${side / 2}) rotate(-90)`, "text-anchor": "middle" },
+        "ρ G: those that should",
+      ),
       svg("path", { class: "dots", d: dots(ranking.top) }),
       svg("path", { class: "dots best", d: dots(0, ranking.top) }),
       spot,
     );
     let nearest = -1;
     drawing.addEventListener("pointermove", (event) => {
-      const { x: left, y: down } = new DOMPoint(event.clientX, event.clientY).matrixTransform(drawing.getScreenCTM().inverse());
+      const { x: left, y: down } = new DOMPoint(event.clientX, event.clientY).matrixTransform(
+        drawing.getScreenCTM().inverse(),
+      );
       let least = 15 ** 2;
       nearest = -1;
       points.forEach(([h, g], row) => {
@@ -1012,7 +1246,12 @@
   }
 
   function overlaps(ranking) {
-    const related = study.overlaps.filter((entry) => entry.dataset === ranking.dataset && entry.sae === ranking.sae && [entry.first, entry.second].includes(ranking.name));
+    const related = study.overlaps.filter(
+      (entry) => entry.dataset === ranking.dataset && entry.sae === ranking.sae && [
+        entry.first,
+        entry.second,
+      ].includes(ranking.name),
+    );
     if (!related.length) return "";
     const top = ranking.features.slice(0, ranking.top);
     return h(
@@ -1025,22 +1264,48 @@
         h(
           "table",
           { class: "listing" },
-          h("thead", {}, h("tr", {}, ["Ranking", "Top", "In both", "By chance", "p", "Features"].map((label, at) => h("th", { scope: "col", class: at % 5 ? "number" : null }, label)))),
+          h(
+            "thead",
+            {},
+            h(
+              "tr",
+              {},
+              ["Ranking", "Top", "In both", "By chance", "p", "Features"].map(
+                (label, at) => h("th", { scope: "col", class: at % 5 ? "number" : null }, label),
+              ),
+            ),
+          ),
           h(
             "tbody",
             {},
             related.map((entry) => {
               const name = entry.first === ranking.name ? entry.second : entry.first;
-              const other = study.sharedness.find((one) => one.name === name && one.dataset === ranking.dataset && one.sae === ranking.sae);
-              const theirs = new Set(other && other.source === ranking.source && other.layer === ranking.layer ? other.features.slice(0, other.top) : []);
+              const other = study.sharedness.find(
+                (one) => one.name === name && one.dataset === ranking.dataset && one.sae === ranking.sae,
+              );
+              const theirs = new Set(
+                other && other.source === ranking.source && other.layer === ranking.layer ? other.features.slice(
+                  0,
+                  other.top,
+                ) : [],
+              );
               const both = top.filter((feature) => theirs.has(feature));
               const at = { ...ranking, member: ranking.source };
               return h(
                 "tr",
                 {},
                 h("th", { scope: "row" }, other ? h("a", { href: rankingLink(other) }, name) : name),
-                [whole(entry.top), whole(entry.overlap), size(entry.expected), probability(entry.log10_p)].map((text) => h("td", { class: "number" }, text)),
-                h("td", {}, both.flatMap((feature) => [h("a", { href: featureLink({ ...at, feature }) }, String(feature)), " "])),
+                [
+                  whole(entry.top),
+                  whole(entry.overlap),
+                  size(entry.expected),
+                  probability(entry.log10_p),
+                ].map((text) => h("td", { class: "number" }, text)),
+                h(
+                  "td",
+                  {},
+                  both.flatMap((feature) => [h("a", { href: featureLink({ ...at, feature }) }, String(feature)), " "]),
+                ),
               );
             }),
           ),
@@ -1080,7 +1345,12 @@
       count: ranking.features.length,
       sorted: "+rank",
       unit: "feature",
-      controls: [search("Name or number"), control("Top 1% only", "top", { type: "checkbox", value: "yes" }), control("Named only", "named", { type: "checkbox", value: "yes" }), picturesBox()],
+      controls: [
+        search("Name or number"),
+        control("Top 1% only", "top", { type: "checkbox", value: "yes" }),
+        control("Named only", "named", { type: "checkbox", value: "yes" }),
+        picturesBox(),
+      ],
       keep: (query) => {
         const wanted = searching(query);
         return (row) =>
@@ -1092,13 +1362,22 @@
     const top = ranking.features.slice(0, ranking.top);
     const groups = typology(top.map((number) => table.name[number]));
     const most = Math.max(...groups.map(([, rows]) => rows.length));
+    const [shared, others] = [ranking.shared_with, ranking.not_shared_with].map((members) => members.join(", "));
     return {
       title: `Ranking ${name}`,
       at,
       crumbs: [crumb(at), [`Ranking ${name}`, rankingLink(ranking)]],
       nodes: [
-        h("p", { class: "lead" }, `Features of ${at.member}, layer ${at.layer}, that are shared with ${ranking.shared_with.join(", ")} and not with ${ranking.not_shared_with.join(", ")}.`),
-        h("p", { class: "note" }, "Δ = S (ρ G² − ρ H²): ρ G is the least best correlation among the first group, ρ H the largest among the second."),
+        h(
+          "p",
+          { class: "lead" },
+          `Features of ${at.member}, layer ${at.layer}, that are shared with ${shared} and not with ${others}.`,
+        ),
+        h(
+          "p",
+          { class: "note" },
+          "Δ = S (ρ G² − ρ H²). ρ G is the least best correlation in the first group, ρ H the largest in the second.",
+        ),
         h(
           "div",
           { class: "beside" },
@@ -1107,7 +1386,11 @@
             "section",
             {},
             h("h2", {}, "What the top 1% are about"),
-            h("p", { class: "quiet" }, `The first ${plural(ranking.top, "feature")}, each under the most frequent word of its name.`),
+            h(
+              "p",
+              { class: "quiet" },
+              `The first ${plural(ranking.top, "feature")}, each under the most frequent word of its name.`,
+            ),
             h(
               "div",
               { class: "types" },
@@ -1120,9 +1403,23 @@
                     {},
                     named(word),
                     h("span", { class: "tally" }, String(rows.length)),
-                    h("span", { class: "meter", "aria-hidden": "true" }, h("span", { style: { width: `${(100 * rows.length) / most}%` } })),
+                    h(
+                      "span",
+                      { class: "meter", "aria-hidden": "true" },
+                      h("span", { style: { width: `${(100 * rows.length) / most}%` } }),
+                    ),
                   ),
-                  h("ul", {}, rows.map((row) => h("li", {}, h("a", { href: featureLink({ ...at, feature: top[row] }) }, `${top[row]} `, named(called(row)))))),
+                  h(
+                    "ul",
+                    {},
+                    rows.map(
+                      (row) => h(
+                        "li",
+                        {},
+                        h("a", { href: featureLink({ ...at, feature: top[row] }) }, `${top[row]} `, named(called(row))),
+                      ),
+                    ),
+                  ),
                 ),
               ),
             ),
@@ -1174,7 +1471,11 @@
         crumbs: [],
         nodes: [
           h("p", { class: "error" }, error.message),
-          h("p", {}, "These pages need all the files of their folder, as they were made. Copy the whole folder, or run the study again."),
+          h(
+            "p",
+            {},
+            "These pages need all files of their folder, as they were made. Copy the whole folder, or run the study again.",
+          ),
           home,
         ],
         update() {},
@@ -1223,7 +1524,17 @@
   function header(view) {
     const links = [[study?.study ?? "Overview", "#/"], ...view.crumbs];
     document.getElementById("crumbs").replaceChildren(
-      ...links.map(([text, href], at) => h("li", {}, h("a", { href, "aria-current": at === links.length - 1 && current.path === href.slice(1) ? "page" : null }, text))),
+      ...links.map(
+        ([text, href], at) => h(
+          "li",
+          {},
+          h(
+            "a",
+            { href, "aria-current": at === links.length - 1 && current.path === href.slice(1) ? "page" : null },
+            text,
+          ),
+        ),
+      ),
     );
     if (study) jumpTo(view.at);
   }
@@ -1232,10 +1543,17 @@
     const form = document.getElementById("jump");
     const sets = study.datasets.flatMap(({ name }) => study.saes.map((sae) => ({ dataset: name, sae })));
     const option = (value, text) => h("option", { value }, text);
-    const set = h("select", { "aria-label": "Data set and SAE setting" }, sets.map(({ dataset, sae }, at) => option(at, `${dataset}, ${sae}`)));
+    const set = h(
+      "select",
+      { "aria-label": "Data set and SAE setting" },
+      sets.map(({ dataset, sae }, at) => option(at, `${dataset}, ${sae}`)),
+    );
     const member = h("select", { "aria-label": "Member" }, study.members.map(({ name }) => option(name, name)));
     const layer = h("select", { "aria-label": "Layer" });
-    const feature = h("input", { type: "number", min: 0, required: true, "aria-label": "Feature number", placeholder: "feature" });
+    const feature = h(
+      "input",
+      { type: "number", min: 0, required: true, "aria-label": "Feature number", placeholder: "feature" },
+    );
     const layers = () => {
       const chosen = memberNamed(member.value);
       const before = layer.value;
@@ -1247,7 +1565,9 @@
     form.replaceChildren(...(sets.length > 1 ? [set] : []), member, layer, feature, h("button", {}, "Go"));
     form.addEventListener("submit", (event) => {
       event.preventDefault();
-      location.hash = featureLink({ ...sets[set.value], member: member.value, layer: layer.value, feature: Number(feature.value) });
+      location.hash = featureLink(
+        { ...sets[set.value], member: member.value, layer: layer.value, feature: Number(feature.value) },
+      );
     });
     jumpTo = (at) => {
       if (!at) return;
