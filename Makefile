@@ -12,6 +12,7 @@ demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES)
 	@[ -e $(REPORT) ] && [ -z "$$(find $(STUDY) -type f -newer $(REPORT))" ] || $(BIN)/snakemake --report $(REPORT)
 	@echo "Heatmap (Figure 1): $(STUDY)/openclipart/small/layerwise/two-seeds.png"
+	@echo "Concept pages:      $(STUDY)/pages/index.html"
 	@echo "Tables:             $(STUDY)/openclipart/small/*/*.csv"
 	@echo "Report:             $(REPORT)"
 

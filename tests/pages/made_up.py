@@ -185,7 +185,7 @@ def ranking(rng, strength, rho_g, name, shared_with, not_shared_with):
 
 def member_entry(name, encoder, modality, kind, layers, features):
     entry = {"name": name, "encoder": encoder, "seed": int(name[-1]), "modality": modality, "kind": kind}
-    return entry | {"layers": layers, "features": features}
+    return entry | {"layers": layers, "features": {SAE: features}}
 
 
 def square(rng, size):

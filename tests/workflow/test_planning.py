@@ -57,7 +57,7 @@ def test_touching_every_source_file_plans_nothing(study):
 
 def test_another_account_of_how_results_came_about_plans_nothing(study):
     accounts = list(study.folder.glob("results/**/*provenance.json"))
-    # Of the data set, encoders, activations, tokens, SAEs, features, correlations, similarities, names, examples, study.
+    # Of data set, encoders, activations, tokens, SAEs, features, correlations, similarities, names, examples and study.
     assert len(accounts) == 1 + 2 + 2 + 2 + 3 * LAYERS + 3 + 2 + 1 + 3 + 3 + 1
     for path in accounts:
         path.write_text("{}")

@@ -724,7 +724,7 @@
             h(
               "span",
               { class: "quiet" },
-              `${member.modality}, ${member.kind}, ${plural(member.features, "feature")} a layer`,
+              `${member.modality}, ${member.kind}, ${plural(member.features[at.sae], "feature")} a layer`,
             ),
             layerLinks(
               `Layers of ${member.name}`,
@@ -976,7 +976,7 @@
     const overlay = control("Where it fires", "overlay", { type: "checkbox", value: "yes" });
     const deltas = Object.entries(table.delta ?? {}).filter(([, values]) => values[n] !== null);
     const step = (to, text, rel) =>
-      to >= 0 && to < member.features
+      to >= 0 && to < member.features[at.sae]
         ? h("a", { href: featureLink({ ...at, feature: to }), rel }, text)
         : h("span", { class: "quiet" }, text);
 
@@ -1559,9 +1559,10 @@
       const before = layer.value;
       layer.replaceChildren(...chosen.layers.map((number) => option(number, `layer ${number}`)));
       if (chosen.layers.includes(Number(before)) && before) layer.value = before;
-      feature.max = chosen.features - 1;
+      feature.max = chosen.features[sets[set.value].sae] - 1;
     };
     member.addEventListener("change", layers);
+    set.addEventListener("change", layers);
     form.replaceChildren(...(sets.length > 1 ? [set] : []), member, layer, feature, h("button", {}, "Go"));
     form.addEventListener("submit", (event) => {
       event.preventDefault();
