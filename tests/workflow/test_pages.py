@@ -4,13 +4,11 @@ import pandas as pd
 import pytest
 import zarr
 
-from tests.pages.conftest import browser, open_tab  # noqa: F401 - fixtures
-
 RESULTS = "results/studies/miniature"
 
 
 @pytest.fixture
-def tab(open_tab, finished):  # noqa: F811
+def tab(open_tab, finished):
     return open_tab(finished.folder / RESULTS / "pages")
 
 

@@ -1559,7 +1559,7 @@
       const before = layer.value;
       layer.replaceChildren(...chosen.layers.map((number) => option(number, `layer ${number}`)));
       if (chosen.layers.includes(Number(before)) && before) layer.value = before;
-      feature.max = chosen.features[sets[set.value].sae] - 1;
+      feature.max = chosen.features[(sets[set.value] ?? sets[0]).sae] - 1;
     };
     member.addEventListener("change", layers);
     set.addEventListener("change", layers);

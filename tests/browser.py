@@ -1,0 +1,96 @@
+"""A Chromium, and pages on which every complaint of the browser is an error."""
+
+import os
+import shutil
+
+import pytest
+
+from tests.pages.made_up import MISSING_THUMBNAIL
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """The system's Chromium. Where there is none, tests are skipped, but in CI that is a failure."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        reason = "no Chromium on this machine; on Debian: apt-get install chromium"
+        (pytest.fail if os.getenv("CI") else pytest.skip)(reason)
+    from playwright.sync_api import sync_playwright
+
+    # Chromium refuses its sandbox to root alone.
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        yield started
+        started.close()
+
+
+class Tab:
+    """Pages of one browser context, with all that went wrong in them.
+
+    Attributes:
+        allowed: Files that are not there; that the browser tells of them is no error. One thumbnail never is.
+    """
+
+    def __init__(self, context, folder):
+        self.context = context
+        self.folder = folder
+        self.allowed = [f"{MISSING_THUMBNAIL:06d}.webp"]
+        self.wrong = []
+        self.page = self.new_page()
+
+    def new_page(self):
+        page = self.context.new_page()
+        page.set_default_timeout(10_000)
+        page.on("console", self._heard)
+        page.on("pageerror", lambda error: self.wrong.append(f"error: {error}"))
+        page.on("requestfailed", self._failed)
+        page.on("request", lambda request: self._asked(request.url))
+        return page
+
+    def _heard(self, message):
+        # Chromium says nothing but that a resource is missing; which one, the failed request says.
+        missing = message.text.startswith("Failed to load resource") and any(
+            name in message.location["url"] for name in self.allowed
+        )
+        if message.type in ("error", "warning") and not missing:
+            self.wrong.append(f"console: {message.text}")
+
+    def _failed(self, request):
+        # One who leaves a page does not wait for its pictures.
+        left = request.failure == "net::ERR_ABORTED"
+        if not left and not any(name in request.url for name in self.allowed):
+            self.wrong.append(f"failed: {request.url}, {request.failure}")
+
+    def _asked(self, url):
+        if not url.startswith((self.folder.as_uri() + "/", "data:")):
+            self.wrong.append(f"outside: {url}")
+
+    def address(self, route):
+        return f"{(self.folder / 'index.html').as_uri()}{route}"
+
+    def open(self, route="#/", page=None):
+        """Go there and wait for the view."""
+        page = page or self.page
+        page.goto("about:blank")
+        page.goto(self.address(route))
+        page.wait_for_selector("main:not([aria-busy]) h1")
+        return page
+
+
+@pytest.fixture
+def open_tab(browser):
+    """Open tabs on sites; at the end nothing may have gone wrong, nor any caption have run."""
+    tabs = []
+
+    def open_one(folder, **options):
+        tabs.append(Tab(browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options)), folder))
+        return tabs[-1]
+
+    yield open_one
+    wrong = [what for tab in tabs for what in tab.wrong]
+    ran = [page.evaluate("window.pwned") for tab in tabs for page in tab.context.pages if page.url != "about:blank"]
+    for tab in tabs:
+        tab.context.close()
+    assert wrong == []
+    assert ran == [None] * len(ran)
