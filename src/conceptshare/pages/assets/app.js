@@ -213,8 +213,8 @@
       `${member} has no layer “${plain(layer ?? "")}”.`,
     );
     if (feature === undefined) return at;
-    if (!/^\d{1,9}$/.test(feature) || Number(feature) >= features)
-      throw new NotFound(`${member} has features 0 to ${features - 1}, and no “${plain(feature)}”.`);
+    if (!/^\d{1,9}$/.test(feature) || Number(feature) >= features[sae])
+      throw new NotFound(`${member} has features 0 to ${features[sae] - 1}, and no “${plain(feature)}”.`);
     at.feature = Number(feature);
     return at;
   }
