@@ -36,6 +36,15 @@ def test_every_rule_that_computes_is_queued_with_what_it_asks_for_and_no_other_i
     assert set(ran) - set(counts) == LOCAL
 
 
+def test_a_job_that_computes_on_the_cpu_alone_is_given_no_device(pocket):
+    pocket.submit("results/squares/names/tiny/reader@0.parquet", "results/studies/pocket/pages/samples/squares")
+    jobs = pocket.submitted()
+    assert {job.rule: (job.state, job.gpus) for job in jobs} == {
+        "names": ("COMPLETED", 0),
+        "pages_samples": ("COMPLETED", 0),
+    }
+
+
 def test_two_jobs_at_once_get_two_devices(first_run):
     project, jobs, _ = first_run
     told = (json.loads(path.read_text()) for path in (project.folder / "results").rglob("*provenance.json"))
