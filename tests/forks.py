@@ -1,11 +1,16 @@
 """Runs code in processes of their own, which start at once: forks of one that has imported what is slow to import."""
 
+import json
 import multiprocessing
 import os
+import runpy
+import socket
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from subprocess import CompletedProcess
 from tempfile import TemporaryDirectory
+from threading import Thread
 
 FORKS = multiprocessing.get_context("forkserver")
 # torch._dynamo is what an optimiser imports when it is made.
@@ -18,10 +23,25 @@ FORKS.set_forkserver_preload(
         "torch._dynamo",
         "transformers.models.bert.modeling_bert",
         "transformers.models.siglip.modeling_siglip",
-        *("conceptshare.encoders._transformers", "conceptshare.weights"),
+        "transformers.models.vit.image_processing_vit",
+        "transformers.models.vit.modeling_vit",
+        *("conceptshare.cli", "conceptshare.encoders._transformers", "conceptshare.weights"),
         *(f"conceptshare.{stage}" for stage in ("sae", "features", "correlations", "similarity", "figures", "formats")),
+        *(f"conceptshare.{stage}" for stage in ("examples", "names", "pages", "tables")),
     ]
 )
+# Hands over what it was started with, and ends as that ended: 137 if it was killed.
+_CLIENT = """
+import json, os, socket, sys
+
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect(sys.argv[1])
+    job = json.dumps([sys.argv[2:], os.getcwd(), dict(os.environ)]).encode()
+    socket.send_fds(server, [len(job).to_bytes(4, "big")], [0, 1, 2])
+    server.sendall(job)
+    ended = server.recv(1)
+os._exit(ended[0] if ended else 137)
+"""
 
 
 def run_forked(code, *arguments, folder=".", environment=None):
@@ -43,3 +63,59 @@ def _run(code, arguments, folder, environment, output, errors):
     os.chdir(folder)
     os.environ.update(environment)
     exec(code, {"__name__": "__main__"})
+
+
+@contextmanager
+def forked_python():
+    """A program ``python`` whose ``-m`` runs a module in such a process, for programs that start many."""
+    with TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as jobs:
+        client, python, address = (Path(folder, name) for name in ("client.py", "python", "jobs"))
+        client.write_text(_CLIENT)
+        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -SEs "{client}" "{address}" "$@"\n')
+        python.chmod(0o755)
+        jobs.bind(str(address))
+        jobs.listen()
+        Thread(target=_accept, args=(jobs,), daemon=True).start()
+        yield python
+        jobs.shutdown(socket.SHUT_RDWR)
+
+
+def _accept(jobs):
+    while True:
+        try:
+            job, _ = jobs.accept()
+        except OSError:  # shut down
+            return
+        Thread(target=_answer, args=(job,), daemon=True).start()
+
+
+def _answer(job):
+    with job:
+        process = FORKS.Process(target=_run_module, args=(job,))
+        process.start()
+        process.join()
+        if process.exitcode >= 0:
+            job.sendall(bytes([process.exitcode]))
+
+
+def _run_module(job):
+    length, streams, _, _ = socket.recv_fds(job, 4, 3)
+    with job.makefile("rb") as file:
+        (flag, module, *arguments), folder, environment = json.loads(file.read(int.from_bytes(length, "big")))
+    assert flag == "-m"
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    sys.stdin = open(0)  # noqa: SIM115 - multiprocessing had closed it
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    import_anew(module)
+    sys.argv[1:] = arguments
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def import_anew(package):
+    """Take a package from where ``PYTHONPATH`` says, which may be another copy than the one imported before."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        del sys.modules[name]
+    sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)

@@ -17,17 +17,17 @@ import yaml
 from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizerFast, ViTConfig, ViTImageProcessor, ViTModel
 
-from tests.forks import run_forked
+from tests.forks import forked_python, run_forked
 
 CLONE = Path(__file__).parents[2]
-# The library is the clone's own, which may have been edited.
-PLAN = """
-import os, sys
-for name in [name for name in sys.modules if name.partition(".")[0] == "conceptshare"]:
-    del sys.modules[name]
-sys.path.insert(0, os.environ["PYTHONPATH"])
+# The library is the clone's own, which may have been edited. Jobs run the Python that Snakemake runs in.
+SNAKEMAKE = """
+import sys
 from snakemake.cli import main
-main(sys.argv[1:])
+from tests.forks import import_anew
+import_anew("conceptshare")
+sys.executable, *arguments = sys.argv[1:]
+main(arguments)
 """
 LAYERS = 2
 WIDTH = 16
@@ -44,10 +44,15 @@ def pytest_collection_modifyitems(items):
 
 
 class Project:
-    """A clone with its own source, config and results."""
+    """A clone with its own source, config and results.
 
-    def __init__(self, folder):
+    Attributes:
+        python: What its jobs run.
+    """
+
+    def __init__(self, folder, python=sys.executable):
         self.folder = folder
+        self.python = python
 
     @property
     def config(self):
@@ -61,15 +66,20 @@ class Project:
     def environment(self):
         return os.environ | {"PYTHONPATH": str(self.folder / "src"), "HF_HUB_OFFLINE": "1"}
 
-    def run(self, *arguments, program="snakemake"):
+    def run(self, *arguments):
+        """Run a Snakemake that was imported before, and tell how it ended."""
+        return run_forked(SNAKEMAKE, self.python, *arguments, folder=self.folder, environment=self.environment)
+
+    def start(self, program, *arguments):
+        """Run a program as users do, to its end."""
         command = [str(Path(sys.executable).parent / program), *arguments]
         return subprocess.run(
             command, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
         )
 
     def plan(self, *arguments):
-        """The number of planned jobs of each rule, by a Snakemake that was imported before."""
-        result = run_forked(PLAN, "-n", *arguments, folder=self.folder, environment=self.environment)
+        """The number of planned jobs of each rule."""
+        result = self.run("-n", *arguments)
         assert result.returncode == 0, result.stdout + result.stderr
         table = re.search(r"\njob +count\n[- ]+\n(.*?)\ntotal ", result.stdout + result.stderr, re.DOTALL)
         if table is None:
@@ -79,7 +89,7 @@ class Project:
 
     def copy(self, folder):
         shutil.copytree(self.folder, folder, symlinks=True)
-        return Project(folder)
+        return Project(folder, self.python)
 
 
 def new_clone(folder):
@@ -169,14 +179,15 @@ def miniature_config():
 
 @pytest.fixture(scope="session")
 def fresh(tmp_path_factory):
-    """The miniature study before its first run."""
+    """The miniature study before its first run. Its jobs need not import what the tests have imported."""
     project = new_clone(tmp_path_factory.mktemp("fresh") / "clone")
     write_dataset(project.folder / "squares.parquet")
     write_text_encoder(project.folder / "models" / "reader")
     write_text_encoder(project.folder / "models" / "second-reader", seed=2)
     write_image_encoder(project.folder / "models" / "viewer")
     project.config = miniature_config()
-    return project
+    with forked_python() as project.python:
+        yield project
 
 
 @pytest.fixture(scope="session")

@@ -298,7 +298,7 @@ def test_settings_of_correlations_plan_the_pairs_whose_results_they_change(study
 
 
 def test_the_workflow_is_parsed_without_what_computes(new_study):
-    result = new_study.run("-X", "importtime", "-m", "snakemake", "-n", program="python")
+    result = new_study.start("python", "-X", "importtime", "-m", "snakemake", "-n")
     assert result.returncode == 0, result.stdout + result.stderr
     imported = set(re.findall(r"\| +([\w.]+)$", result.stderr, re.MULTILINE))
     assert "conceptshare.study" in imported

@@ -149,8 +149,12 @@ def test_another_run_on_other_cores_in_parts_and_without_keeping_tokens_gives_th
     tables = [path for path in expected if path.startswith("studies/") and path.endswith(".csv")]
     wanted = [f"results/{path}" for path in tables if "/matrices/all/" not in path]
     wanted += [f"{TABLES}/matrices/all", f"{TABLES}/matrices/all.png", f"{PAGES}/data/squares/tiny/reader@0"]
-    result = new_study.run("--cores", "1", *wanted)
-    assert result.returncode == 0, result.stdout + result.stderr
+    # First with a Python for each job, as users have.
+    for result in (
+        new_study.start("snakemake", "--cores", "1", "results/squares/features/tiny/viewer@0.zarr"),
+        new_study.run("--cores", "1", *wanted),
+    ):
+        assert result.returncode == 0, result.stdout + result.stderr
     found = results_of(new_study)
     figures = {path for path in expected if path.endswith((".png", ".pdf", ".snakemake_timestamp"))}  # one is enough
     shown = {
