@@ -26,6 +26,9 @@ FEATURE_COLUMNS = 512
 TOP_SAMPLES = 100
 EVALUATED_SAMPLES = 4096
 FLOOR_FEATURES = 512
+SHOWN_SAMPLES = 9
+WEAKER_SAMPLES = 12
+HISTOGRAM_BINS = 20
 CKA_SAMPLES = 10_000
 NEIGHBOUR_SAMPLES = 4096
 
@@ -39,6 +42,12 @@ _IMAGE_SIZE, _PATCH = 224, 14
 _CAPTION_TOKENS = 16
 # Python with torch and a library of models, before it has loaded anything.
 _PROCESS_BYTES = 1_000_000_000
+# A thumbnail of a photograph, with its caption.
+_THUMBNAIL_BYTES = 5_000
+# What a site says of a sample of a feature, of a bar of its histogram, and of its best match in a member.
+_SHOWN_BYTES, _BAR_BYTES, _MATCH_BYTES = 16, 4, 16
+# What Python takes for the activations of a feature in a sample, beside themselves.
+_FIRES_BYTES = 400
 # A pair of layers in a table of similarities.
 _SIMILARITY_BYTES = 32
 # Sums, products and roots of Adam for a parameter and step.
@@ -111,7 +120,8 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
         StudyError: where nothing tells how many samples a data set has.
     """
     counts = {name: samples or _samples(name, spec, results) for name, spec in study.datasets.items()}
-    rules = ("dataset", "activations", "activations_part", "sae", "stream", "features", "correlations", "similarity")
+    rules: tuple[str, ...] = ("dataset", "activations", "activations_part", "sae", "stream", "features")
+    rules += ("correlations", "similarity", "examples", "pages_samples", "pages_member")
     parts: dict[str, list[Cost]] = {rule: [] for rule in rules}
     members, pairs = study.members(), study.pairs()
     needed = {member.encoder: study.encoders[member.encoder] for member in members}
@@ -119,6 +129,7 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
         data_bytes = _data_bytes(name, study.datasets[name], N, results)
         copies = 1 if study.datasets[name].image_url is None else 2  # what is downloaded stays
         parts["dataset"].append(Cost(written=copies * data_bytes, read=data_bytes, memory=_PROCESS_BYTES))
+        parts["pages_samples"].append(Cost(written=N * _THUMBNAIL_BYTES, read=data_bytes, memory=_PROCESS_BYTES))
         if not study.stream:
             for spec in needed.values():
                 rule = "activations" if spec.parts == 1 else "activations_part"
@@ -133,6 +144,8 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
                 if not study.stream:
                     parts["sae"] += [sae_cost(spec, settings, N)] * len(spec.layer_numbers())
                 parts["features"].append(features_cost(spec, settings, N))
+                parts["examples"].append(examples_cost(spec, settings, N, data_bytes))
+                parts["pages_member"].append(member_pages_cost(spec, settings, len(study.compared_with(member))))
             parts["correlations"] += [
                 correlations_cost(needed[a.encoder], needed[b.encoder], settings, N, study.correlations)
                 for a, b in pairs
@@ -314,6 +327,31 @@ def features_cost(spec: EncoderSpec, settings: SAESettings, N: int) -> Cost:
     )
 
 
+def examples_cost(spec: EncoderSpec, settings: SAESettings, N: int, data_bytes: float = 0) -> Cost:
+    """Another forward pass over all samples, and where in its strongest ones each feature fires: 2 D at each token."""
+    D, F, kept = spec.width, settings.expansion * spec.width, len(spec.layer_numbers())
+    fires = kept * F * SHOWN_SAMPLES * usual_tokens(spec)
+    saes = kept * 4 * sae_parameters(spec, settings)
+    return Cost(
+        written=fires + kept * F * (12 * SHOWN_SAMPLES + 8 * WEAKER_SAMPLES + 4 * HISTOGRAM_BINS),
+        read=kept * features_bytes(F, N) + saes + (data_bytes if spec.modality == "image" else 0),
+        flops=N * forward_flops(spec) + 2 * D * fires,
+        memory=_PROCESS_BYTES + _forward_bytes(spec) + saes + fires + kept * F * SHOWN_SAMPLES * _FIRES_BYTES,
+    )
+
+
+def member_pages_cost(spec: EncoderSpec, settings: SAESettings, others: int) -> Cost:
+    """What a site holds of a member's features: their samples, where they fire, and best matches in other members."""
+    F, kept = settings.expansion * spec.width, len(spec.layer_numbers())
+    cell = 4 / 3 if spec.modality == "image" else 8  # in base64, or a number and a piece of text
+    samples = SHOWN_SAMPLES * (cell * usual_tokens(spec) + _SHOWN_BYTES) + WEAKER_SAMPLES * _SHOWN_BYTES
+    return Cost(
+        written=kept * F * (samples + HISTOGRAM_BINS * _BAR_BYTES + others * _MATCH_BYTES),
+        read=kept * F * SHOWN_SAMPLES * usual_tokens(spec),
+        memory=_PROCESS_BYTES + F * SHOWN_SAMPLES * (usual_tokens(spec) + _FIRES_BYTES),
+    )
+
+
 def correlations_cost(
     a: EncoderSpec, b: EncoderSpec, settings: SAESettings, N: int, correlations: CorrelationSettings | None = None
 ) -> Cost:
@@ -455,7 +493,7 @@ def _assumptions(plan: Plan) -> list[str]:
         "Hours: one job after another on one GPU, computing and reading in turns.",
         "Disk: before compression; models in the hub's cache not counted. Memory: of the largest job, the GPU's in it.",
         "Correlations: memory as in correlations.memory_mb, or 64 GB of a GPU.",
-        "Nothing is taken as done, and nothing as still in the file cache. Tables and figures take seconds.",
+        "Nothing is taken as done, and nothing as still in the file cache. Names, tables and figures take seconds.",
     ]
     if plan.guessed:
         lines.append(f"Tokens of a sample guessed, for want of `tokens` in the entry: {', '.join(plan.guessed)}.")
