@@ -29,6 +29,9 @@ def draw_layerwise(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], out: P
         for ax, (a, b), panel in zip(axes.flat, pairs, chosen, strict=False):
             cells = panel.pivot(index="source_layer", columns="target_layer", values="wmppc")
             image = heatmap(ax, cells.to_numpy(), 0, top, letters=6 if max(cells.shape) <= 8 else None)
+            # Encoders of unlike depths have oblong cells, and panels of one size.
+            ax.set_aspect("auto")
+            ax.set_box_aspect(1)
             layer_ticks(ax.xaxis, list(cells.columns), most=9)
             layer_ticks(ax.yaxis, list(cells.index), most=9)
             ax.invert_yaxis()
