@@ -363,6 +363,10 @@ def test_examples_cost_another_pass_and_the_features_where_they_fire():
     assert cost.read == 1000 + 2 * 100 * 16 * 2 + 2 * 4 * (2 * 8 * 16 + 8)
     shorter = plan.examples_cost(spec.model_copy(update={"tokens": 4}), settings, N=100)
     assert cost.written - shorter.written == 2 * 16 * examples.TOP
+    most = 2 * 16 * examples.TOP
+    many = plan.examples_cost(spec, settings, N=10 * most, data_bytes=1000)
+    assert many.flops == plan.activations_cost(spec, N=most).flops + fires * 2 * 8
+    assert many.read == 100 + 2 * 10 * most * 16 * 2 + 2 * 4 * (2 * 8 * 16 + 8)
 
 
 @pytest.mark.parametrize("stage", ["activations", "sae", "stream", "features", "similarity", "examples"])

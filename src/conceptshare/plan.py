@@ -328,14 +328,15 @@ def features_cost(spec: EncoderSpec, settings: SAESettings, N: int) -> Cost:
 
 
 def examples_cost(spec: EncoderSpec, settings: SAESettings, N: int, data_bytes: float = 0) -> Cost:
-    """Another forward pass over all samples, and where in its strongest ones each feature fires: 2 D at each token."""
+    """Another forward pass over the strongest samples of all features, and where in these each fires: 2 D at a token."""
     D, F, kept = spec.width, settings.expansion * spec.width, len(spec.layer_numbers())
+    shown = min(N, kept * F * SHOWN_SAMPLES)
     fires = kept * F * SHOWN_SAMPLES * usual_tokens(spec)
     saes = kept * 4 * sae_parameters(spec, settings)
     return Cost(
         written=fires + kept * F * (12 * SHOWN_SAMPLES + 8 * WEAKER_SAMPLES + 4 * HISTOGRAM_BINS),
-        read=kept * features_bytes(F, N) + saes + (data_bytes if spec.modality == "image" else 0),
-        flops=N * forward_flops(spec) + 2 * D * fires,
+        read=kept * features_bytes(F, N) + saes + (data_bytes * shown / N if spec.modality == "image" else 0),
+        flops=shown * forward_flops(spec) + 2 * D * fires,
         memory=_PROCESS_BYTES + _forward_bytes(spec) + saes + fires + kept * F * SHOWN_SAMPLES * _FIRES_BYTES,
     )
 
