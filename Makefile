@@ -27,7 +27,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 docs: $(READY)
-	$(BIN)/sphinx-build -W --keep-going --builder html docs build/docs
+	$(BIN)/sphinx-build --fresh-env --fail-on-warning --keep-going --quiet --builder html docs build/docs
 	@echo "Documentation:      build/docs/index.html"
 
 bench: $(READY)

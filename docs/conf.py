@@ -9,6 +9,7 @@ import inspect
 import os
 import re
 import textwrap
+from dataclasses import is_dataclass
 from importlib.metadata import version as version_of
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -88,23 +89,34 @@ def _on_include(app: Sphinx, file: Path, page: str, source: list[str]) -> None:
 
 def _signature(app: Sphinx, what: str, name: str, thing: Any, *_: object) -> tuple[str, str | None] | None:
     """A signature as the source has it: what Sphinx makes of the type `ArrayLike` is ten lines long."""
-    if what == "class":
-        thing = vars(thing).get("__init__")
-        if not inspect.isfunction(thing) or thing.__code__.co_filename.startswith("<"):
-            return "", None  # its fields follow
-    if not inspect.isroutine(thing):
+    if what not in {"class", "function", "method"} or not thing.__module__.startswith("conceptshare."):
         return None
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(thing)))).body
-    assert isinstance(definition, ast.FunctionDef)
-    own = [argument for argument in definition.args.args if argument.arg not in {"self", "cls"}]
-    definition.args.args = own
-    returns = ast.unparse(definition.returns) if definition.returns and definition.name != "__init__" else None
-    return f"({ast.unparse(definition.args)})", returns
+    (found,) = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(thing)))).body
+    if isinstance(found, ast.FunctionDef):
+        return _arguments(found), ast.unparse(found.returns).strip("'") if found.returns else None
+    assert isinstance(found, ast.ClassDef)
+    for part in found.body:
+        if isinstance(part, ast.FunctionDef) and part.name == "__init__":
+            return _arguments(part), None
+    if is_dataclass(thing) or issubclass(thing, tuple):
+        fields = [ast.unparse(part) for part in found.body if isinstance(part, ast.AnnAssign)]
+        return f"({', '.join(fields)})", None
+    return "", None  # of a part of a study, the keys are in the reference of configuration
+
+
+def _arguments(function: ast.FunctionDef) -> str:
+    given = function.args
+    given.args = [argument for argument in given.args if argument.arg not in {"self", "cls"}]
+    return f"({ast.unparse(given)})"
 
 
 def _attribute(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
-    # Napoleon takes what stands before an attribute's first colon for its type; this says that there is none.
-    if what in {"attribute", "data", "property"} and lines:
+    if what not in {"attribute", "data", "property"} or not lines:
+        return
+    if lines[0].startswith("Alias for field number"):  # what Python says of a field of which nothing is said
+        lines.clear()
+    else:
+        # Napoleon takes what stands before an attribute's first colon for its type; this says that there is none.
         lines[0] = f":{lines[0]}"
 
 
