@@ -6,7 +6,7 @@ READY := .venv/ready
 STUDY := results/studies/openclipart
 REPORT := $(STUDY)/report.html
 
-.PHONY: demo test lint bench lock
+.PHONY: demo test lint docs bench lock
 
 demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES)
@@ -25,6 +25,10 @@ lint: $(READY)
 	$(BIN)/snakefmt --check --compact-diff Snakefile workflow
 	$(BIN)/snakemake --lint
 	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/sphinx-build --fresh-env --fail-on-warning --keep-going --quiet --builder html docs build/docs
+	@echo "Documentation:      build/docs/index.html"
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks

@@ -1,10 +1,16 @@
 """Documents that repeat what the code says must say the same."""
 
 import importlib.util
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
+from html import unescape
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pyarrow.parquet as pq
 import pytest
@@ -68,12 +74,8 @@ def test_the_demo_data_is_what_its_readme_says():
 @pytest.mark.parametrize(
     "document",
     [
-        "README.md",
-        "config/README.md",
-        "docs/formats.md",
-        "docs/using-saes.md",
-        "docs/comparing-encoders.md",
-        "results/README.md",
+        *("README.md", "config/README.md", "demo/README.md", "results/README.md"),
+        *(str(path.relative_to(CLONE)) for path in sorted((CLONE / "docs").rglob("*.md"))),
     ],
 )
 def test_every_relative_link_leads_somewhere(document):
@@ -149,3 +151,119 @@ def test_the_page_on_comparing_encoders_runs(comparing, tmp_path):
     blocks = re.findall(r"^```python\n(.*?)^```", comparing, re.MULTILINE | re.DOTALL)
     shapes = "assert found.rho_ab.shape == found.match_ab.shape == (1, 128)\nassert rho.shape == match.shape == (64,)\n"
     run_elsewhere([], "".join(blocks) + shapes, cwd=tmp_path)
+
+
+def test_the_command_reference_is_what_help_prints():
+    text = (CLONE / "docs/command-line.md").read_text(encoding="utf-8")
+    assert text == load(CLONE / "docs/write_command_reference.py").with_reference(text), (
+        "run python docs/write_command_reference.py"
+    )
+
+
+def yaml_of(document):
+    """The pieces of configs that a page shows, each with the key that it stands below."""
+    for block in re.findall(r"^```yaml\n(.*?)^```", (CLONE / document).read_text(encoding="utf-8"), re.M | re.S):
+        piece = yaml.safe_load(block)
+        top = {"encoders", "datasets", "analyses"} & piece.keys()
+        below = "analyses" if "sharedness" in piece else "datasets"
+        yield piece if top else {below: piece}
+
+
+@pytest.mark.parametrize(
+    ("document", "pieces"),
+    [("docs/adding-an-encoder.md", 3), ("docs/adding-a-data-set.md", 5), ("docs/tutorial.md", 2)],
+)
+def test_what_pages_say_goes_into_a_config_is_sound(document, pieces, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = list(yaml_of(document))
+    assert len(found) == pieces
+    encoders = dict.fromkeys(("minilm", "dinov2-small", "tiny-clip-image"))
+    datasets = {"openclipart": None}
+    study = {"study": "some", "datasets": datasets, "encoders": encoders, "saes": {"some": None}, "analyses": {}}
+    for piece in found:
+        for key, entries in piece.items():
+            study[key] |= entries
+            for entry in filter(None, entries.values()):
+                for local in filter(lambda path: str(path).startswith("./"), (entry.get("source"), entry.get("model"))):
+                    (tmp_path / local).mkdir(parents=True)
+    build_study(study, origin=document)
+
+
+class Page(HTMLParser):
+    """A built page: where its links lead, what a browser fetches for it, and its anchors."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.links, self.fetched, self.anchors = [], [], {""}
+        self.html = path.read_text(encoding="utf-8")
+        self.feed(self.html)
+
+    def handle_starttag(self, tag, attrs):
+        for name, value in attrs:
+            if name == "id":
+                self.anchors.add(value)
+            elif (tag, name) == ("a", "href"):
+                self.links.append(value)
+            elif name in {"src", "href", "srcset", "data", "poster", "action"}:
+                self.fetched.append(value)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site of the documentation as `make docs` builds it: its pages by their path."""
+    out = tmp_path_factory.mktemp("docs")
+    options = ["--fail-on-warning", "--keep-going", "--quiet", "--builder", "html", "--doctree-dir", out / "doctrees"]
+    built = subprocess.run(
+        [sys.executable, "-m", "sphinx", *options, CLONE / "docs", out / "site"], capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stderr
+    return {path: Page(path) for path in sorted((out / "site").rglob("*.html"))}
+
+
+def is_outside(address):
+    return re.match(r"([a-z]+:)?//|(?!data:)[a-z]+:", address) is not None
+
+
+@pytest.mark.xdist_group("site")
+def test_every_page_of_the_site_is_reached_from_its_index_and_every_link_leads_somewhere(site):
+    index = next(iter(site)).parent / "index.html"
+    root, reached, left = index.parent, set(), [index]
+    while left:
+        path = left.pop()
+        if path in reached or path not in site:
+            continue
+        reached.add(path)
+        for link in site[path].links:
+            if is_outside(link):
+                continue
+            file, _, anchor = link.partition("#")
+            target = Path(os.path.normpath(path.parent / unquote(file))) if file else path
+            assert target.is_file(), (path, link)
+            assert target.suffix != ".md", (path, link)
+            assert target not in site or unquote(anchor) in site[target].anchors, (path, link)
+            left.append(target)
+    pages = {path.relative_to(CLONE / "docs").with_suffix(".html") for path in (CLONE / "docs").rglob("*.md")}
+    assert len(pages) > 20
+    assert pages <= {path.relative_to(root) for path in reached}
+
+
+@pytest.mark.xdist_group("site")
+def test_the_site_asks_nothing_of_any_other_place(site):
+    for path, page in site.items():
+        assert [address for address in page.fetched if is_outside(address)] == [], path
+    styles = list((next(iter(site)).parent / "_static").rglob("*.css"))
+    assert styles
+    for style in styles:
+        assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", style.read_text(encoding="utf-8")), style
+
+
+@pytest.mark.xdist_group("site")
+def test_the_site_has_docstrings_and_equations(site):
+    pages = {path.stem: page.html for path, page in site.items() if path.parent.name != "_modules"}
+    assert "Max pairwise Pearson correlation: the mean of rho" in unescape(pages["comparing"])
+    equations = [
+        re.sub(r"<[^>]+>|\s", "", found) for found in re.findall(r"<math.*?</math>", unescape(pages["method"]), re.S)
+    ]
+    assert "Δi=Si(ρG,i2−ρH,i2)ρG,i=minB∈GρiBρH,i=maxB∈HρiB" in equations
+    assert len(equations) > 50
+    assert "$" not in pages["method"]

@@ -32,7 +32,7 @@ def wmppc(rho: ArrayLike, weights: ArrayLike) -> float:
         weights: ``[F]`` S, not negative.
 
     Returns:
-        The weighted mean, or NaN where all weights are zero: no feature was ever active.
+        The weighted mean; NaN where all weights are zero, as no feature was ever active.
     """
     rho, weights = np.asarray(rho, np.float64), np.asarray(weights, np.float64)
     total = weights.sum()

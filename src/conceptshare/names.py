@@ -202,7 +202,7 @@ def log_odds(top: csr_array, words: csr_array) -> csr_array:
         words: ``[n, V]`` 1 where its caption has the word.
 
     Returns:
-        ``[F, V]`` float64, with values where a top sample has the word: elsewhere z is below 0. None at all for a
+        ``[F, V]`` float64, with values where a top sample has the word, as elsewhere z is below 0. None at all for a
         vocabulary of one word, whose odds are infinite everywhere.
     """
     V = words.shape[1]

@@ -63,9 +63,9 @@ def agreement(cells: pd.DataFrame) -> pd.DataFrame:
         cells: what `compare` gives. Cells without a number of ours are left out.
 
     Returns:
-        ``reading, cells, spearman, pearson, mean_absolute_difference``: how many cells, the correlation of their ranks
-        (ties have their mean rank) and of their values, NaN where one side does not vary, and the mean of the absolute
-        differences.
+        ``reading, cells, spearman, pearson, mean_absolute_difference``, which are how many cells, the correlation of
+        their ranks (ties have their mean rank) and of their values, NaN where one side does not vary, and the mean of
+        the absolute differences.
     """
     rows = []
     for reading, of_reading in cells.groupby("reading", sort=False):
