@@ -11,7 +11,7 @@ REPORT := $(STUDY)/report.html
 demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES)
 	@[ -e $(REPORT) ] && [ -z "$$(find $(STUDY) -type f -newer $(REPORT))" ] || $(BIN)/snakemake --report $(REPORT)
-	@echo "Heatmap (Figure 1): $(STUDY)/openclipart/small/layerwise/two-seeds.png"
+	@echo "Heatmap (Figure 1): $(STUDY)/openclipart/small/layerwise/layers.png"
 	@echo "Concept pages:      $(STUDY)/pages/index.html"
 	@echo "Tables:             $(STUDY)/openclipart/small/*/*.csv"
 	@echo "Report:             $(REPORT)"

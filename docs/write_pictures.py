@@ -1,0 +1,52 @@
+"""Take the pictures of the documentation from the default study's results, once `make demo` has made them.
+
+Run as `python docs/write_pictures.py`; needs Chromium, and Playwright as the tests do.
+"""
+
+import shutil
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+CLONE = Path(__file__).parents[1]
+STUDY = CLONE / "results" / "studies" / "openclipart"
+TABLES = STUDY / "openclipart" / "small"
+IMAGES = CLONE / "docs" / "images"
+
+FIGURES = {"layers": TABLES / "layerwise" / "layers.png", "sharedness": TABLES / "sharedness" / "seen-and-said.png"}
+FEATURE = "#/feature/openclipart/small/tiny-clip-image@0/3/446?overlay=yes"
+# Where in the site, and what of the page is shown: its upper part, or a section.
+PAGES = {
+    "overview": ("#/", None),
+    "feature": (FEATURE, None),
+    "matches": (FEATURE, "Best match in every other member"),
+    "ranking": ("#/ranking/openclipart/small/seen-and-said", None),
+}
+WIDTH, HEIGHT = 1000, 1200
+
+
+def main() -> None:
+    """Write `docs/images/`."""
+    for name, figure in FIGURES.items():
+        picture = Image.open(figure)
+        picture.thumbnail((1400, 1400))
+        picture.save(IMAGES / f"{name}.png", optimize=True)
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for name, (place, section) in PAGES.items():
+            # So high that everything is in view: what is not, is not read.
+            page = browser.new_page(viewport={"width": WIDTH, "height": 3 * HEIGHT})
+            page.goto(f"{(STUDY / 'pages' / 'index.html').as_uri()}{place}")
+            page.wait_for_selector("main:not([aria-busy]) h1")
+            page.wait_for_timeout(2000)
+            if section:
+                page.locator("section", has_text=section).last.screenshot(path=IMAGES / f"{name}.png")
+            else:
+                upper = {"x": 0, "y": 0, "width": WIDTH, "height": HEIGHT}
+                page.screenshot(path=IMAGES / f"{name}.png", clip=upper)
+
+
+if __name__ == "__main__":
+    main()
