@@ -1,8 +1,9 @@
 """How a result came about: `provenance.json` in its folder, or `{name}.provenance.json` beside its file.
 
 It tells the commit, the versions, the command with its settings and seeds, the hardware, and what the job took. It is
-the one file that differs between two runs of the same, so it is no part of what makes two results equal. Nothing of
-the environment is written but what is named here: no user, no token, and no path of the user's home.
+the one file that differs between two runs of the same, with the page of it that a study has, so it is no part of what
+makes two results equal. Nothing of the environment is written but what is named here: no user, no token, and no path of
+the user's home.
 """
 
 import functools

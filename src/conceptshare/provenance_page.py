@@ -16,9 +16,9 @@ _NAMED = {
 }
 """Parts of a study that hold things by name."""
 _ABOUT = (
-    "Names and values are those of the config, with the defaults and the catalog's entries filled in. Each result has a "
-    "provenance.json of its own, in its folder or beside it: the command and seed of its job, when it ran, how long, in "
-    "how much memory, and on which machine."
+    "Names and values are those of the config, with the defaults and the catalog's entries filled in. Each result has "
+    "a provenance.json of its own, in its folder or beside it: the command and seed of its job, when it ran, how long, "
+    "in how much memory, and on which machine."
 )
 _STYLE = """
 body { font: 13px/1.4 system-ui, sans-serif; color: #222; background: white; margin: 1.5em; max-width: 75em; }
@@ -109,7 +109,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     """A value as a config has it."""
-    return yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True).removesuffix("...\n").strip()
+    return (
+        yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
+        .removesuffix("...\n")
+        .strip()
+    )
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
