@@ -4,7 +4,7 @@ CORES ?= 2
 BIN := .venv/bin
 READY := .venv/ready
 STUDY := results/studies/openclipart
-REPORT := $(STUDY)/report.html
+REPORT := $(STUDY)/report.zip
 
 .PHONY: demo test lint docs bench lock
 
@@ -14,7 +14,7 @@ demo: $(READY)
 	@echo "Heatmap (Figure 1): $(STUDY)/openclipart/small/layerwise/layers.png"
 	@echo "Concept pages:      $(STUDY)/pages/index.html"
 	@echo "Tables:             $(STUDY)/openclipart/small/*/*.csv"
-	@echo "Report:             $(REPORT)"
+	@echo "Report:             $(REPORT) (unzip it and open report/report.html)"
 
 test: $(READY)
 	$(BIN)/pytest

@@ -30,12 +30,14 @@ class Tab:
 
     Attributes:
         allowed: Files that are not there; that the browser tells of them is no error. One thumbnail never is.
+        expected: Beginnings of messages on the console that are no error.
     """
 
     def __init__(self, context, folder):
         self.context = context
         self.folder = folder
         self.allowed = [f"{MISSING_THUMBNAIL:06d}.webp"]
+        self.expected = ()
         self.wrong = []
         self.page = self.new_page()
 
@@ -53,7 +55,7 @@ class Tab:
         missing = message.text.startswith("Failed to load resource") and any(
             name in message.location["url"] for name in self.allowed
         )
-        if message.type in ("error", "warning") and not missing:
+        if message.type in ("error", "warning") and not missing and not message.text.startswith(self.expected):
             self.wrong.append(f"console: {message.text}")
 
     def _failed(self, request):

@@ -8,7 +8,8 @@ from conceptshare.dataset import Data
 
 def contents(folder):
     """The bytes of every file below a folder, by relative path, but for what tells how it came about."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.endswith(provenance.FILE)]
+    told = (provenance.FILE, "provenance.html")
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.endswith(told)]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 

@@ -6,6 +6,7 @@ import os
 import runpy
 import socket
 import sys
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -86,16 +87,23 @@ def _accept(jobs):
             job, _ = jobs.accept()
         except OSError:  # shut down
             return
-        Thread(target=_answer, args=(job,), daemon=True).start()
+        with job:
+            FORKS.Process(target=_answer, args=(job,)).start()
 
 
 def _answer(job):
-    with job:
-        process = FORKS.Process(target=_run_module, args=(job,))
-        process.start()
-        process.join()
-        if process.exitcode >= 0:
-            job.sendall(bytes([process.exitcode]))
+    """Say how a job ended. That it is killed, the end of the connection says."""
+    ended = 1
+    try:
+        _run_module(job)
+        ended = 0
+    except SystemExit as end:
+        ended = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    job.sendall(bytes([ended]))
 
 
 def _run_module(job):

@@ -372,6 +372,23 @@ def test_equal_bytes_on_two_runs_and_however_much_is_read_at_once(
     assert (tmp_path / "0.provenance.json").is_file()
 
 
+def test_the_clearest_names_of_each_layer_are_listed(rng, make_data, tmp_path, write_features, monkeypatch):
+    monkeypatch.setattr(names, "CLEAREST", 2)
+    data = make_data(planted(rng))
+    captions = captions_of(data)
+    x = np.stack([on(captions, "zebra", rng, strength) for strength in (0.5, 8.0, 2.0)] + [np.zeros(400)], 1)
+    store = write_features(tmp_path / "features", MEMBER, {0: x, 2: x[:, ::-1]}, Data(data).content_hash)
+    name_features(store, data, tmp_path / "a.b@0.parquet")
+    table = pd.read_parquet(tmp_path / "a.b@0.parquet").set_index(["layer", "feature"])
+    listed = pd.read_csv(tmp_path / "a.b@0.clearest.csv").set_index(["layer", "feature"])
+    for layer in (0, 2):
+        named = table.loc[layer][table.loc[layer].name.notna()]
+        assert len(named) > 2 or len(named) == len(listed.loc[layer])
+        assert listed.loc[layer].index.tolist() == named.auc_low.nlargest(2).index.tolist()
+    assert listed.name.tolist() == table.name[listed.index].tolist()
+    np.testing.assert_allclose(listed.auc_low, table.auc_low[listed.index], rtol=1e-5)
+
+
 def test_columns_have_their_types_where_nothing_is_named(make_data, tmp_path, write_features):
     data = make_data(["a", "the"] * 10)
     store = write_features(tmp_path / "features", MEMBER, {0: np.zeros((20, 2))}, Data(data).content_hash)

@@ -395,7 +395,10 @@ Members = Annotated[str, typer.Option(help="JSON list of members.")]
 
 @app.command("provenance")
 def study_provenance(out: Out) -> None:
-    """Write down a study, which is read as JSON from standard input, with the versions and the machine it is run on."""
+    """Write down a study, which is read as JSON from standard input, with the versions and the machine it is run on.
+
+    Beside the file, a page of the same is written to read, with the suffix .html.
+    """
     provenance.record_study(sys.stdin.read(), out)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -43,6 +44,8 @@ LEAST_CAPTIONS = 3
 threshold for all others."""
 MOST_WORDS = 3
 """How many words a name has, each one word or two neighbours."""
+CLEAREST = 20
+"""How many names of each layer are listed to be read."""
 
 _SCHEMA = pa.schema(
     [
@@ -51,6 +54,7 @@ _SCHEMA = pa.schema(
         *(("held_out", pa.int32()), ("density", pa.float64()), ("source", pa.string())),
     ]
 )
+_LISTED = ["layer", "feature", "name", "auc", "auc_low", "score", "held_out", "density"]
 # Features that are read at once: whole chunks of a feature store.
 _COLUMNS = 512
 # Values that are ranked at once, at some 50 bytes each.
@@ -141,7 +145,8 @@ def name_features(features: Path, data: Path, out: Path, command: str | None = N
     and ``source``, ``captions`` or ``command``.
 
     A name is clear where z exceeds `ERROR_RATE` after Bonferroni over the vocabulary, and the 95% interval of the
-    held-out AUC is above 0.5.
+    held-out AUC is above 0.5. The `CLEAREST` of each layer, those with the highest ``auc_low``, are also written to
+    ``{name}.clearest.csv`` beside the table, clearest first.
 
     Args:
         features: the feature store.
@@ -176,6 +181,8 @@ def name_features(features: Path, data: Path, out: Path, command: str | None = N
     table = pa.Table.from_pylist([dict(zip(_SCHEMA.names, row, strict=True)) for row in rows], _SCHEMA)
     with written_aside(out) as partial:
         pq.write_table(table, partial)
+        with written_aside(out.with_name(f"{out.stem}.clearest.csv")) as listed:
+            _clearest(table.to_pandas()).to_csv(listed, index=False, float_format="%.6g", lineterminator="\n")
         provenance.record(out)
     clear = len(rows) - table["name"].null_count
     say(
@@ -251,6 +258,12 @@ def lower_end(
             outside = auc - theta > _Z * np.sqrt(variance)
             low, high = np.where(outside, theta, low), np.where(outside, high, theta)
     return np.where(np.isnan(auc), np.nan, low)
+
+
+def _clearest(table: pd.DataFrame) -> pd.DataFrame:
+    """The clearest names of each layer, as people read them."""
+    order = table[table.name.notna()].sort_values(["layer", "auc_low"], ascending=[True, False], kind="stable")
+    return order.groupby("layer").head(CLEAREST)[_LISTED]
 
 
 def _read_words(captions: Sequence[str]) -> _Words:

@@ -1,8 +1,9 @@
 """How a result came about: `provenance.json` in its folder, or `{name}.provenance.json` beside its file.
 
 It tells the commit, the versions, the command with its settings and seeds, the hardware, and what the job took. It is
-the one file that differs between two runs of the same, so it is no part of what makes two results equal. Nothing of
-the environment is written but what is named here: no user, no token, and no path of the user's home.
+the one file that differs between two runs of the same, with the page of it that a study has, so it is no part of what
+makes two results equal. Nothing of the environment is written but what is named here: no user, no token, and no path of
+the user's home.
 """
 
 import functools
@@ -19,6 +20,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from conceptshare.provenance_page import as_page
 
 FILE = "provenance.json"
 
@@ -67,12 +70,17 @@ def record(result: Path) -> None:
     ``arguments``, and no time.
     """
     path = result / FILE if result.is_dir() else result.with_name(f"{result.stem}.{FILE}")
-    _write(path, {"job": _of_job(), **surroundings()})
+    _write(path, json.dumps({"job": _of_job(), **surroundings()}, indent=1) + "\n")
 
 
 def record_study(study: str, out: Path) -> None:
-    """Write a whole study, given as JSON, with what it is run by, as the file ``out``."""
-    _write(out, {"study": json.loads(_shown(study)), **surroundings()})
+    """Write a whole study, given as JSON, with what it is run by, as the file ``out``, and beside it as a page to read.
+
+    The page has the suffix ``.html``.
+    """
+    account = {"study": json.loads(_shown(study)), **surroundings()}
+    _write(out, json.dumps(account, indent=1) + "\n")
+    _write(out.with_suffix(".html"), as_page(account))
 
 
 def surroundings() -> dict[str, Any]:
@@ -100,10 +108,10 @@ def _of_job() -> dict[str, Any]:
     }
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def _write(path: Path, content: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(content, encoding="utf-8")
     partial.replace(path)
 
 

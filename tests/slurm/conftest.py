@@ -76,10 +76,11 @@ def jobs_done(output):
 def contents(project, *ignored):
     """The digest and time of every result, but for logs and what tells of a job itself."""
     results = project.folder / "results"
+    ignored += ("provenance.json", "provenance.html")
     found = {}
     for path in sorted(results.rglob("*")):
         name = str(path.relative_to(results))
-        if path.is_file() and not name.startswith("logs/") and not path.name.endswith(("provenance.json", *ignored)):
+        if path.is_file() and not name.startswith("logs/") and not path.name.endswith(ignored):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns
     return found
 

@@ -213,7 +213,8 @@ def analysis_names():
 
 def study_results():
     """Every table and figure of the study, and how they came about."""
-    results = [f"results/studies/{STUDY.study}/provenance.json", *(pages() if STUDY.members() else [])]
+    results = [f"results/studies/{STUDY.study}/provenance.{suffix}" for suffix in ("json", "html")]
+    results += pages() if STUDY.members() else []
     for dataset in STUDY.datasets:
         files = [file for name in STUDY.analyses.matrices for file in matrix_files(name, dataset)]
         files += [f"layerwise/{name}.{suffix}" for name in STUDY.analyses.layerwise for suffix in ("csv", "png")]

@@ -6,6 +6,19 @@ rule names:
         code=code("names.py"),
     output:
         table="results/{dataset}/names/{sae}/{encoder}@{seed}.parquet",
+        clearest=report(
+            "results/{dataset}/names/{sae}/{encoder}@{seed}.clearest.csv",
+            caption="../report/names_table.rst",
+            category="Names of features",
+            subcategory="{dataset}, SAEs {sae}",
+            labels={
+                "encoder": "{encoder}@{seed}",
+                "shows": "clearest names",
+                "data set": "{dataset}",
+                "SAEs": "{sae}",
+                "type": "table",
+            },
+        ),
         provenance="results/{dataset}/names/{sae}/{encoder}@{seed}.provenance.json",
     log:
         "results/logs/{dataset}/names/{sae}/{encoder}@{seed}.log",

@@ -5,7 +5,26 @@ localrules:
 
 rule provenance:
     output:
-        "results/studies/{study}/provenance.json",
+        json=report(
+            "results/studies/{study}/provenance.json",
+            caption="../report/provenance.rst",
+            category="The study",
+            labels={
+                "study": "{study}",
+                "shows": "versions and parameters, for programs",
+                "type": "JSON",
+            },
+        ),
+        page=report(
+            "results/studies/{study}/provenance.html",
+            caption="../report/provenance.rst",
+            category="The study",
+            labels={
+                "study": "{study}",
+                "shows": "versions and parameters",
+                "type": "page",
+            },
+        ),
     log:
         "results/logs/studies/{study}/provenance.log",
     conda:
@@ -17,4 +36,4 @@ rule provenance:
     params:
         study=STUDY.study_key(),
     shell:
-        "python -m conceptshare provenance --out {output:q} <<< {params.study:q} > {log:q} 2>&1"
+        "python -m conceptshare provenance --out {output.json:q} <<< {params.study:q} > {log:q} 2>&1"

@@ -5,7 +5,19 @@ rule similarity:
         b=lambda w: activations_of(w, "encoder_b"),
         code=code("similarity.py"),
     output:
-        csv="results/{dataset}/similarity/{sae}/{encoder_a}__{encoder_b}.csv",
+        csv=report(
+            "results/{dataset}/similarity/{sae}/{encoder_a}__{encoder_b}.csv",
+            caption="../report/similarity_table.rst",
+            category="Similarity of activations",
+            subcategory="{dataset}, SAEs {sae}",
+            labels={
+                "encoders": "{encoder_a} and {encoder_b}",
+                "shows": "CKA and mutual neighbours",
+                "data set": "{dataset}",
+                "SAEs": "{sae}",
+                "type": "table",
+            },
+        ),
         provenance="results/{dataset}/similarity/{sae}/{encoder_a}__{encoder_b}.provenance.json",
     log:
         "results/logs/{dataset}/similarity/{sae}/{encoder_a}__{encoder_b}.log",
