@@ -328,7 +328,7 @@ def features_cost(spec: EncoderSpec, settings: SAESettings, N: int) -> Cost:
 
 
 def examples_cost(spec: EncoderSpec, settings: SAESettings, N: int, data_bytes: float = 0) -> Cost:
-    """Another forward pass over the strongest samples of all features, and where in these each fires: 2 D at a token."""
+    """Another forward pass over the strongest samples of all features, and where each fires there: 2 D a token."""
     D, F, kept = spec.width, settings.expansion * spec.width, len(spec.layer_numbers())
     shown = min(N, kept * F * SHOWN_SAMPLES)
     fires = kept * F * SHOWN_SAMPLES * usual_tokens(spec)
