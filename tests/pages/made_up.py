@@ -103,11 +103,14 @@ def make_map(rng, place):
     }
 
 
-def make_details(rng, modality, first, count, captions):
-    features = []
-    for number in range(first, first + count):
+def make_details(rng, modality, first, names, captions):
+    """What a file of details holds, and the maps that a file beside it does."""
+    features, maps = [], []
+    for number, name in enumerate(names, first):
         if number == NEVER_ACTIVE:
-            features.append({"top": [], "bands": [], "histogram": {"max": 0, "counts": [0] * 20}})
+            silent = {"max": 0, "counts": [0] * 20}
+            features.append({"name": name, "top": [], "bands": [], "histogram": silent, "mapped": False})
+            maps.append([])
             continue
         samples = rng.permutation(SAMPLES)[:21]
         if number == 0:  # everything hostile, every shape, and what is missing
@@ -115,6 +118,7 @@ def make_details(rng, modality, first, count, captions):
         values = np.sort(rng.gamma(2, 1, 21))[::-1]
         pairs = [[int(sample), round(float(value), 3)] for sample, value in zip(samples, values, strict=True)]
         feature = {
+            "name": name,
             "top": pairs[:9],
             "bands": [
                 {"at": at, "samples": pairs[9 + 4 * band : 13 + 4 * band]} for band, at in enumerate((0.9, 0.5, 0.1))
@@ -124,8 +128,8 @@ def make_details(rng, modality, first, count, captions):
                 "counts": np.sort(rng.poisson(8 * np.exp(-np.arange(20) / 4)))[::-1].tolist(),
             },
         }
-        if modality == "image" and number != 2:
-            feature["maps"] = [None if place == 8 else make_map(rng, place) for place in range(9)]
+        feature["mapped"] = modality == "image" and number != 2
+        maps.append([make_map(rng, place) if feature["mapped"] and place < 8 else None for place in range(9)])
         if modality == "text" and number != 2:
             feature["tokens"] = []
             for place, (sample, _) in enumerate(pairs[:9]):
@@ -135,7 +139,12 @@ def make_details(rng, modality, first, count, captions):
                 )
                 feature["tokens"].append(None if place == 8 else {"text": text, "values": strengths})
         features.append(feature)
-    return {"first": first, "features": features}
+    return {"first": first, "features": features}, {"first": first, "maps": maps}
+
+
+def write_details(folder, key, first, details, maps, packed=False):
+    for kind, value in (("", details), ("maps-", maps)):
+        write(folder, f"{key}/{kind}{first // BLOCK:03d}", value | {"first": first}, packed)
 
 
 def write_samples(rng, folder):
@@ -267,8 +276,8 @@ def write_site(folder, seed=0):
             table = make_table(rng, member, others, FEATURES, LAYERS, ranked)
             write(folder, layer_key(member, layer), table, layer % 2 == 1)
             for first in range(0, FEATURES, BLOCK):
-                details = make_details(rng, modality, first, min(BLOCK, FEATURES - first), captions)
-                write(folder, f"{layer_key(member, layer)}/{first // BLOCK:03d}", details, layer % 2 == 1)
+                details, maps = make_details(rng, modality, first, table["name"][first : first + BLOCK], captions)
+                write_details(folder, layer_key(member, layer), first, details, maps, layer % 2 == 1)
     for a, b in [*pairs, *((b, a) for a, b in pairs)]:
         for layer in LAYERS:
             match = rng.integers(0, FEATURES, (3, FEATURES))
@@ -294,7 +303,7 @@ def write_large_site(folder, features=8192, others=9, seed=1):
     write(folder, "study", study)
     table = make_table(rng, names[0], names[1:], features, [0], [])
     write(folder, layer_key(names[0], 0), table, packed=True)
-    details = make_details(rng, "image", 0, BLOCK, captions)
+    details, maps = make_details(rng, "image", 0, table["name"][:BLOCK], captions)
     for first in range(0, features, BLOCK):
-        write(folder, f"{layer_key(names[0], 0)}/{first // BLOCK:03d}", details | {"first": first})
+        write_details(folder, layer_key(names[0], 0), first, details, maps)
     return table

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 import zlib
 from collections import Counter
 from functools import partial
@@ -80,6 +81,7 @@ def test_overview_shows_the_numbers(tab, site):
     expect(page.locator("h1")).to_have_text("made-up")
     expect(page.locator("main")).to_contain_text(f"{DATASET} (510 samples)")
     assert page.title() == "Overview – made-up"
+    expect(page.locator(".lead")).to_contain_text("SAE features of 4 encoders, on")
     tables = page.locator("table.heat")
     expect(tables).to_have_count(3)
     pooled = study["matrices"][0]["readings"]["pooled"]
@@ -152,14 +154,33 @@ def test_a_heatmap_cell_leads_to_its_pair(tab, site):
     expect(page.locator("h1")).to_have_text(f"Feature {matches[0]} of reader@0, layer 5")
 
 
-def test_a_matrix_cell_leads_to_features_by_their_best_match(tab, site):
+def test_a_matrix_cell_leads_to_best_matches_in_any_layer(tab, site):
     page = tab.open()
     page.get_by_role("link", name="wMPPC from reader@0 to seer-clip@1").click()
-    expect(page.locator("h1")).to_have_text("Features of reader@0, layer 5")
-    table = read(site, layer_key("reader@0", 5))
-    assert column(page, "Feature") == [str(n) for n in ordered(table["best"]["seer-clip@1"]["rho"])[:100]]
-    sorted_by = page.locator('th[aria-sort="descending"]')
-    expect(sorted_by).to_have_text("ρ seer-clip@1")
+    expect(page.locator("h1")).to_have_text("reader@0 layer 5 → seer-clip@1, any layer")
+    best = read(site, layer_key("reader@0", 5))["best"]["seer-clip@1"]
+    order = ordered(best["rho"])[:100]
+    assert column(page, "reader@0") == [str(n) for n in order]
+    for label, key in (("Layer", "layer"), ("seer-clip@1", "feature")):
+        assert column(page, label) == ["–" if best["layer"][n] < 0 else str(best[key][n]) for n in order]
+    names = [
+        read(site, layer_key("seer-clip@1", best["layer"][n]))["name"][best["feature"][n]] or "no clear name"
+        for n in order[:5]
+    ]
+    links = page.locator(".match-name a")
+    for place, name in enumerate(names):
+        expect(links.nth(place)).to_have_text(BLANK.sub(" ", name).strip())
+    layers = page.get_by_role("navigation", name="Layer of seer-clip@1")
+    assert seen(layers.locator("a")) == ["any"]  # which no analysis compares by layers
+    links.first.click()
+    expect(page.locator("h1")).to_have_text(
+        f"Feature {best['feature'][order[0]]} of seer-clip@1, layer {best['layer'][order[0]]}"
+    )
+    page.go_back()
+    page.get_by_role("link", name="The other direction").click()
+    expect(page.locator("h1")).to_have_text("seer-clip@1 layer 5 → reader@0, any layer")
+    tab.open(f"#/pair/{SET}/seer@0/3/reader@0/any")
+    assert seen(page.get_by_role("navigation", name="Layer of reader@0").locator("a")) == ["any", "0", "3", "5"]
 
 
 @pytest.mark.parametrize(
@@ -191,26 +212,45 @@ def test_sorting(tab, site, label, values):
 
 def test_filters_are_in_the_address(tab, site):
     """Filters keep what Python keeps, and their address shows the same in a new page."""
-    page = tab.open(f"#/layer/{SET}/seer@0/3")
-    table = read(site, layer_key("seer@0", 3))
-    page.get_by_label("Name or number").fill("RED")
-    page.get_by_label("S from").fill("5")
-    page.get_by_label("Density from, %").fill("0.1")
-    page.get_by_label("to, %", exact=True).fill("20")
-    page.get_by_label("ρ from").fill("0.2")
-    page.get_by_label("ρ to").select_option("reader@0")
+    page = tab.open(f"#/layer/{SET}/seer-clip@1/5")
+    table = read(site, layer_key("seer-clip@1", 5))
+    typed = {
+        "Name or number": "E",
+        "S from": "5",
+        "S to": "400",
+        "Density from, %": "0.1",
+        "Density to, %": "10",
+        "ρ from": "0.2",
+        "ρ to": "0.6",
+        "Δ from": "-30",
+        "Δ to": "40",
+    }
+    chosen = {"ρ with": "reader@0", "Δ in": "shared-with-text"}
+
+    def passes(n):
+        return [
+            "e" in (table["name"][n] or "").lower(),
+            table["strength"][n] >= 5,
+            table["strength"][n] <= 400,
+            table["density"][n] >= 0.001,
+            table["density"][n] <= 0.1,
+            table["best"]["reader@0"]["rho"][n] >= 0.2,
+            table["best"]["reader@0"]["rho"][n] <= 0.6,
+            table["delta"]["shared-with-text"][n] >= -30,
+            table["delta"]["shared-with-text"][n] <= 40,
+        ]
+
+    kept = [n for n in range(FEATURES) if all(passes(n))]
+    alone = {place for n in range(FEATURES) if sum(found := passes(n)) == 8 for place in [found.index(False)]}
+    assert kept
+    assert len(alone) == 9  # each of them keeps something out that the others do not
+    for label, name in chosen.items():
+        page.get_by_label(label).select_option(name)
+    for label, text in typed.items():
+        page.get_by_label(label, exact=True).fill(text)
     page.get_by_label("Named only").check()
     page.get_by_role("button", name="Density").click()
-    kept = [
-        n
-        for n in range(FEATURES)
-        if "red" in (table["name"][n] or "").lower()
-        and table["strength"][n] >= 5
-        and 0.001 <= table["density"][n] <= 0.2
-        and table["best"]["reader@0"]["rho"][n] >= 0.2
-    ]
     expected = [str(n) for n in sorted(kept, key=lambda n: -table["density"][n])]
-    assert 0 < len(kept) < sum("red" in (name or "").lower() for name in table["name"])
     expect(page.get_by_role("status")).to_have_text(f"{len(kept)} of {FEATURES} features")
     expect(page).to_have_url(re.compile("named=yes.*sort=-density"))
     assert column(page, "Feature") == expected
@@ -218,8 +258,8 @@ def test_filters_are_in_the_address(tab, site):
     other.goto(page.url)
     expect(other.get_by_role("status")).to_have_text(f"{len(kept)} of {FEATURES} features")
     assert column(other, "Feature") == expected
-    for label, value in {"Name or number": "RED", "S from": "5", "ρ from": "0.2", "ρ to": "reader@0"}.items():
-        expect(other.get_by_label(label)).to_have_value(value)
+    for label, value in (typed | chosen).items():
+        expect(other.get_by_label(label, exact=label in typed)).to_have_value(value)
     expect(other.get_by_label("Named only")).to_be_checked()
 
 
@@ -339,8 +379,9 @@ def test_overlay_lies_on_what_the_encoder_saw(tab, site):
     drawn = page.locator("canvas").evaluate_all(
         "all => all.map(one => [...one.getContext('2d').getImageData(0, 0, one.width, one.height).data])"
     )
-    details = read(site, f"{layer_key('seer@0', 0)}/000")["features"][0]
-    strengths = [entry["max"] for entry in details["maps"][:8]]
+    maps = read(site, f"{layer_key('seer@0', 0)}/maps-000")["maps"][0]
+    strengths = [entry["max"] for entry in maps[:8]]
+    assert seen(page.locator(".key span"))[::2] == ["0", f"{max(strengths):.3g}"]
     for pixels, strength in zip(np.array(drawn).reshape(8, 20, 4), strengths, strict=True):
         expected = 255 * np.array(colormaps["viridis"](strength / max(strengths))[:3])
         np.testing.assert_allclose(pixels[15, :3], expected, atol=8)
@@ -660,13 +701,16 @@ def test_a_part_that_is_missing_leaves_the_rest(open_tab, broken_site):
     opened.allowed += [captions, "reader@0/layer-"]
     (broken_site / captions).unlink()
     for layer in LAYERS:
-        (broken_site / f"{layer_key('reader@0', layer)}.js").unlink()
-    page = opened.open(f"#/feature/{SET}/seer@0/3/20")
+        shutil.rmtree(broken_site / layer_key("reader@0", layer))
+    (broken_site / f"{layer_key('seer@0', 3)}/maps-000.js").unlink()
+    opened.allowed.append("maps-000")
+    page = opened.open(f"#/feature/{SET}/seer@0/3/20?overlay=yes")
+    expect(page.locator(".key .error")).to_contain_text("maps-000.js")
     expect(page.locator(".samples .error").first).to_contain_text(captions)
     expect(page.locator(".histogram rect")).to_have_count(20)
     card = page.locator(".match", has=page.get_by_role("heading", name="reader@0", exact=True))
     card.scroll_into_view_if_needed()
-    expect(card.locator(".name .error")).to_contain_text("reader@0/layer-")
+    expect(card.locator(".samples .error")).to_contain_text("reader@0/layer-")
 
 
 def test_a_large_layer(open_tab, large_site):
