@@ -1,7 +1,6 @@
 """The concept pages of 10 members of 8,192 features a layer: what they take to write, and to see first in Chromium."""
 
 import itertools
-import json
 import os
 import shutil
 import sys
@@ -20,8 +19,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
-from conceptshare.dataset import Data, make_dataset
 from conceptshare.catalog import DatasetSpec
+from conceptshare.dataset import Data, make_dataset
 from conceptshare.files import layer_name
 from conceptshare.metrics import READINGS
 from conceptshare.pages import write_index, write_member, write_pair, write_samples
@@ -30,7 +29,7 @@ from conceptshare.store import new_store, save_array
 from conceptshare.study import as_member, pair_name
 
 MEMBERS = [f"{kind}-{n}@0" for kind in ("image", "text") for n in range(5)]
-LAYERS, F, N = 4, 8192, 2000
+LAYERS, F, N = 2, 8192, 2000
 # Patches of a ViT at 224 pixels, and pieces of a caption.
 SIDE, PIECES = 16, 14
 DATASET, SAE, STUDY = "noise", "paper", "large"
@@ -77,11 +76,12 @@ def look(pages: Path) -> None:
     here = f"{DATASET}/{SAE}"
     views = {
         "overview": "#/",
-        "features of a layer": f"#/layer/{here}/{SOURCE}/3",
-        "feature of an image encoder": f"#/feature/{here}/{SOURCE}/3/4711",
-        "the same with where it fires": f"#/feature/{here}/{SOURCE}/3/4711?overlay=yes",
-        "feature of a text encoder": f"#/feature/{here}/{MEMBERS[-1]}/3/4711",
-        "two layers": f"#/pair/{here}/{SOURCE}/3/{TARGET}/2",
+        "features of a layer": f"#/layer/{here}/{SOURCE}/1",
+        "feature of an image encoder": f"#/feature/{here}/{SOURCE}/1/4711",
+        "the same with where it fires": f"#/feature/{here}/{SOURCE}/1/4711?overlay=yes",
+        "feature of a text encoder": f"#/feature/{here}/{MEMBERS[-1]}/1/4711",
+        "two layers": f"#/pair/{here}/{SOURCE}/1/{TARGET}/0",
+        "a layer and any of another member": f"#/pair/{here}/{SOURCE}/1/{TARGET}/any",
         "ranking": f"#/ranking/{here}/ranking",
     }
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -104,7 +104,7 @@ READY = """() => {
         return box.top < innerHeight && box.bottom > 0;
     };
     return document.querySelector('main:not([aria-busy]) h1')
-        && [...document.querySelectorAll('.strip, .samples, .match .name')].every((e) => !seen(e) || e.childNodes.length)
+        && [...document.querySelectorAll('.strip, .samples')].every((part) => !seen(part) || part.childNodes.length)
         && [...document.images].every((image) => !seen(image) || (image.complete && image.naturalWidth))
         && performance.now();
 }"""
@@ -230,7 +230,7 @@ def matches(a: str, b: str, rng: np.random.Generator) -> pd.DataFrame:
 def make_correlations(path: Path, rng: np.random.Generator) -> None:
     spec = {"a": SOURCE, "b": TARGET, "layers_a": list(range(LAYERS)), "layers_b": list(range(LAYERS)), "samples": N}
     with new_store(path, CORRELATIONS, spec) as store:
-        for direction, one, other in (("ab", "a", "b"), ("ba", "b", "a")):
+        for direction, one in (("ab", "a"), ("ba", "b")):
             save_array(store, f"rho_{direction}", rng.beta(2, 3, (LAYERS, LAYERS * F)).astype(np.float32))
             save_array(store, f"match_{direction}", rng.integers(0, F, (LAYERS, LAYERS * F), np.int32))
             save_array(store, f"sizes_{one}", np.full(LAYERS, F))

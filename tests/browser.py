@@ -1,7 +1,10 @@
 """A Chromium, and pages on which every complaint of the browser is an error."""
 
+import base64
+import json
 import os
 import shutil
+import zlib
 
 import pytest
 
@@ -94,3 +97,12 @@ def open_tab(browser):
         tab.context.close()
     assert wrong == []
     assert ran == [None] * len(ran)
+
+
+def read_data(folder, key):
+    """A data file's value, by Python and from the file alone."""
+    text = (folder / f"{key}.js").read_text(encoding="ascii").strip()
+    before = f"conceptshare.add({json.dumps(key)}, "
+    assert text.startswith(before)
+    value = json.loads(text[len(before) : -2])
+    return json.loads(zlib.decompress(base64.b64decode(value))) if isinstance(value, str) else value

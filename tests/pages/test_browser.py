@@ -1,10 +1,7 @@
 """The concept pages in a browser, from file://: what they show, what links and keys do, that no data can harm them."""
 
-import base64
-import json
 import re
 import shutil
-import zlib
 from collections import Counter
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +12,8 @@ import numpy as np
 import pytest
 from matplotlib import colormaps
 from playwright.sync_api import expect
+
+from tests.browser import read_data
 
 from .conftest import NARROW
 from .made_up import (
@@ -48,14 +47,6 @@ VIEWS = {
 BLANK = re.compile(r"[\u0000-\u0020\u0085\u2028\u2029]+")
 
 
-def read(folder, key):
-    """A data file's value, by Python and from the file alone."""
-    text = (folder / f"{key}.js").read_text(encoding="ascii").strip()
-    assert text.startswith(f"conceptshare.add({json.dumps(key)}, ")
-    value = json.loads(text[len(f"conceptshare.add({json.dumps(key)}, ") : -2])
-    return json.loads(zlib.decompress(base64.b64decode(value))) if isinstance(value, str) else value
-
-
 def seen(locator):
     """Texts of elements, white space as one blank."""
     return [BLANK.sub(" ", text).strip() for text in locator.all_text_contents()]
@@ -77,7 +68,7 @@ def ordered(values, descending=True):
 
 def test_overview_shows_the_numbers(tab, site):
     page = tab.open()
-    study = read(site, "study")
+    study = read_data(site, "study")
     expect(page.locator("h1")).to_have_text("made-up")
     expect(page.locator("main")).to_contain_text(f"{DATASET} (510 samples)")
     assert page.title() == "Overview – made-up"
@@ -98,7 +89,7 @@ def test_readings_of_a_matrix(tab, site):
     page = tab.open()
     page.get_by_label("Reading of the matrices").select_option("last")
     expect(page).to_have_url(re.compile(r"#/\?reading=last$"))
-    last = read(site, "study")["matrices"][0]["readings"]["last"]
+    last = read_data(site, "study")["matrices"][0]["readings"]["last"]
     shown = seen(page.locator("table.heat").first.locator("tbody td a"))
     assert shown == [f"{value:.2f}" for row in last for value in row if value is not None]
     page.go_back()
@@ -109,7 +100,7 @@ def test_all_heatmaps_share_a_scale(tab, site):
     """The colour of a cell is matplotlib's viridis (about: of 16 colours), between the least and largest of all."""
     page = tab.open()
     expect(page.locator("table.heat")).to_have_count(3)
-    study = read(site, "study")
+    study = read_data(site, "study")
     matrix = study["matrices"][0]["readings"]
     everything = [value for table in matrix.values() for row in table for value in row if value is not None]
     everything += [v for pair in study["layerwise"][0]["pairs"] for row in pair["wmppc"] for v in row]
@@ -134,16 +125,16 @@ def test_a_heatmap_cell_leads_to_its_pair(tab, site):
     expect(page.locator("h1")).to_have_text("seer@0 layer 3 → reader@0 layer 5")
     expect(page.locator("h1")).to_be_focused()
     assert page.title().startswith("seer@0 layer 3 → reader@0 layer 5")
-    pairs = read(site, f"data/{SET}/pairs/seer@0__reader@0/layer-03")
+    pairs = read_data(site, f"data/{SET}/pairs/seer@0__reader@0/layer-03")
     best = ordered(pairs["rho"][2])
     assert column(page, "seer@0") == [str(n) for n in best[:100]]
     matches = [pairs["match"][2][n] for n in best[:100]]
     assert column(page, "reader@0") == ["–" if match < 0 else str(match) for match in matches]
-    names = read(site, layer_key("reader@0", 5))["name"]
+    names = read_data(site, layer_key("reader@0", 5))["name"]
     assert column(page, "Name of the match")[:5] == [
         BLANK.sub(" ", names[n] or "no clear name").strip() or "no clear name" for n in matches[:5]
     ]
-    wmppc = read(site, "study")["layerwise"][0]["pairs"][0]["wmppc"][1][2]
+    wmppc = read_data(site, "study")["layerwise"][0]["pairs"][0]["wmppc"][1][2]
     expect(page.locator(".lead")).to_contain_text(f"wMPPC {wmppc:.2f}.")
     page.get_by_role("link", name="The other direction").click()
     expect(page.locator("h1")).to_have_text("reader@0 layer 5 → seer@0 layer 3")
@@ -158,13 +149,13 @@ def test_a_matrix_cell_leads_to_best_matches_in_any_layer(tab, site):
     page = tab.open()
     page.get_by_role("link", name="wMPPC from reader@0 to seer-clip@1").click()
     expect(page.locator("h1")).to_have_text("reader@0 layer 5 → seer-clip@1, any layer")
-    best = read(site, layer_key("reader@0", 5))["best"]["seer-clip@1"]
+    best = read_data(site, layer_key("reader@0", 5))["best"]["seer-clip@1"]
     order = ordered(best["rho"])[:100]
     assert column(page, "reader@0") == [str(n) for n in order]
     for label, key in (("Layer", "layer"), ("seer-clip@1", "feature")):
         assert column(page, label) == ["–" if best["layer"][n] < 0 else str(best[key][n]) for n in order]
     names = [
-        read(site, layer_key("seer-clip@1", best["layer"][n]))["name"][best["feature"][n]] or "no clear name"
+        read_data(site, layer_key("seer-clip@1", best["layer"][n]))["name"][best["feature"][n]] or "no clear name"
         for n in order[:5]
     ]
     links = page.locator(".match-name a")
@@ -196,7 +187,7 @@ def test_a_matrix_cell_leads_to_best_matches_in_any_layer(tab, site):
 )
 def test_sorting(tab, site, label, values):
     page = tab.open(f"#/layer/{SET}/seer-clip@1/5?sort=feature")
-    column_values = values(read(site, layer_key("seer-clip@1", 5)))
+    column_values = values(read_data(site, layer_key("seer-clip@1", 5)))
     head = page.get_by_role("columnheader", name=label, exact=True)
     assert head.get_attribute("aria-sort") == "none"
     head.get_by_role("button").click()
@@ -213,7 +204,7 @@ def test_sorting(tab, site, label, values):
 def test_filters_are_in_the_address(tab, site):
     """Filters keep what Python keeps, and their address shows the same in a new page."""
     page = tab.open(f"#/layer/{SET}/seer-clip@1/5")
-    table = read(site, layer_key("seer-clip@1", 5))
+    table = read_data(site, layer_key("seer-clip@1", 5))
     typed = {
         "Name or number": "E",
         "S from": "5",
@@ -283,7 +274,7 @@ def test_odd_queries_do_no_harm(tab, query):
 
 def test_pager(tab, site):
     page = tab.open(f"#/layer/{SET}/seer@0/3")
-    order = [str(n) for n in ordered(read(site, layer_key("seer@0", 3))["strength"])]
+    order = [str(n) for n in ordered(read_data(site, layer_key("seer@0", 3))["strength"])]
     assert column(page, "Feature") == order[:100]
     page.get_by_role("button", name="Next").click()
     expect(page).to_have_url(re.compile("page=2"))
@@ -295,9 +286,11 @@ def test_pager(tab, site):
 
 def test_feature_page(tab, site):
     page = tab.open(f"#/feature/{SET}/seer@0/3/20")
-    table = read(site, layer_key("seer@0", 3))
-    details = read(site, f"{layer_key('seer@0', 3)}/000")["features"][20]
-    captions = read(site, f"samples/{DATASET}/000")["captions"] + read(site, f"samples/{DATASET}/001")["captions"]
+    table = read_data(site, layer_key("seer@0", 3))
+    details = read_data(site, f"{layer_key('seer@0', 3)}/000")["features"][20]
+    captions = (
+        read_data(site, f"samples/{DATASET}/000")["captions"] + read_data(site, f"samples/{DATASET}/001")["captions"]
+    )
     expect(page.locator(".called")).to_have_text(table["name"][20])
     facts = page.locator(".facts")
     expect(facts).to_contain_text(f"{table['score'][20]:.2f}")
@@ -323,9 +316,9 @@ def test_feature_page(tab, site):
 
 def test_follow_a_match_and_come_back(tab, site):
     page = tab.open(f"#/feature/{SET}/seer@0/3/20")
-    best = read(site, layer_key("seer@0", 3))["best"]["reader@0"]
+    best = read_data(site, layer_key("seer@0", 3))["best"]["reader@0"]
     layer, feature = best["layer"][20], best["feature"][20]
-    there = read(site, layer_key("reader@0", layer))
+    there = read_data(site, layer_key("reader@0", layer))
     card = page.locator(".match", has=page.get_by_role("heading", name="reader@0", exact=True))
     card.scroll_into_view_if_needed()
     expect(card.locator(".rho")).to_have_text(f"{best['rho'][20]:.2f}")
@@ -379,7 +372,7 @@ def test_overlay_lies_on_what_the_encoder_saw(tab, site):
     drawn = page.locator("canvas").evaluate_all(
         "all => all.map(one => [...one.getContext('2d').getImageData(0, 0, one.width, one.height).data])"
     )
-    maps = read(site, f"{layer_key('seer@0', 0)}/maps-000")["maps"][0]
+    maps = read_data(site, f"{layer_key('seer@0', 0)}/maps-000")["maps"][0]
     strengths = [entry["max"] for entry in maps[:8]]
     assert seen(page.locator(".key span"))[::2] == ["0", f"{max(strengths):.3g}"]
     for pixels, strength in zip(np.array(drawn).reshape(8, 20, 4), strengths, strict=True):
@@ -411,7 +404,7 @@ def test_without_maps_there_is_no_overlay(tab):
 
 def test_tokens_are_marked_by_strength(tab, site):
     page = tab.open(f"#/feature/{SET}/reader@0/5/21")
-    tokens = read(site, f"{layer_key('reader@0', 5)}/000")["features"][21]["tokens"]
+    tokens = read_data(site, f"{layer_key('reader@0', 5)}/000")["features"][21]["tokens"]
     first = page.locator("section").first.locator("figure").first
     assert seen(first.locator(".tokens bdi")) == tokens[0]["text"]
     marks = first.locator("mark")
@@ -444,7 +437,7 @@ def test_a_feature_that_was_never_active(tab):
 
 def test_ranking(tab, site):
     page = tab.open(VIEWS["ranking"])
-    study = read(site, "study")
+    study = read_data(site, "study")
     ranking, other = study["sharedness"]
     assert column(page, "Feature") == [str(n) for n in ranking["features"][:100]]
     assert column(page, "Rank")[:12] == [*(f"top 1% {n}" for n in range(1, 11)), "11", "12"]
@@ -468,8 +461,8 @@ def test_ranking(tab, site):
 def test_typology_counts_words(tab, site):
     """Each of the first features is under the word of its name that most of them have."""
     page = tab.open(VIEWS["ranking"])
-    ranking = read(site, "study")["sharedness"][0]
-    names = read(site, layer_key("seer-clip@1", 5))["name"]
+    ranking = read_data(site, "study")["sharedness"][0]
+    names = read_data(site, layer_key("seer-clip@1", 5))["name"]
     words = [sorted(set(names[n].lower().split(", "))) if names[n] else [] for n in ranking["features"][:10]]
     frequent = Counter(word for some in words for word in some)
     groups = Counter(min(some, key=lambda word: (-frequent[word], word)) if some else "no clear name" for some in words)
@@ -488,7 +481,7 @@ def test_typology_counts_words(tab, site):
 
 def test_scatter_names_the_dot_and_opens_it(tab, site):
     page = tab.open(VIEWS["ranking"])
-    ranking = read(site, "study")["sharedness"][0]
+    ranking = read_data(site, "study")["sharedness"][0]
     box = page.locator("path.axes").bounding_box()
     x = box["x"] + ranking["rho_h"][0] * box["width"]
     y = box["y"] + (1 - ranking["rho_g"][0]) * box["height"]
@@ -564,7 +557,7 @@ def test_keyboard_alone(tab, site):
     page.keyboard.press("Enter")
     expect(page.locator("h1")).to_be_focused()
     assert page.url.endswith("#/")
-    wmppc = read(site, "study")["layerwise"][0]["pairs"][0]["wmppc"]
+    wmppc = read_data(site, "study")["layerwise"][0]["pairs"][0]["wmppc"]
     tab_to(page, f"wMPPC from seer@0 layer 0 to reader@0 layer 0: {wmppc[0][0]:.2f}")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
@@ -653,7 +646,7 @@ def test_addresses_of_nothing(tab, route):
 def test_missing_thumbnails_leave_their_place(open_tab, site):
     opened = open_tab(site)
     page = opened.open(f"#/feature/{SET}/seer@0/0/0")
-    captions = read(site, f"samples/{DATASET}/000")["captions"]
+    captions = read_data(site, f"samples/{DATASET}/000")["captions"]
     page.get_by_role("heading", name="Around the 90th percentile").scroll_into_view_if_needed()
     gone = page.locator(".band").first.locator(".gone")
     expect(gone).to_have_count(2)  # one file is not there, of the other none was made
