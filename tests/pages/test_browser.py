@@ -174,31 +174,29 @@ def test_a_matrix_cell_leads_to_best_matches_in_any_layer(tab, site):
     assert seen(page.get_by_role("navigation", name="Layer of reader@0").locator("a")) == ["any", "0", "3", "5"]
 
 
-@pytest.mark.parametrize(
-    ("label", "values"),
-    [
-        ("S", lambda table: table["strength"]),
-        ("Density", lambda table: table["density"]),
-        ("Score", lambda table: table["score"]),
-        ("AUC", lambda table: table["auc"]),
-        ("ρ reader@0", lambda table: table["best"]["reader@0"]["rho"]),
-        ("Δ shared-with-text", lambda table: table["delta"]["shared-with-text"]),
-    ],
-)
-def test_sorting(tab, site, label, values):
+def test_sorting(tab, site):
     page = tab.open(f"#/layer/{SET}/seer-clip@1/5?sort=feature")
-    column_values = values(read_data(site, layer_key("seer-clip@1", 5)))
-    head = page.get_by_role("columnheader", name=label, exact=True)
-    assert head.get_attribute("aria-sort") == "none"
-    head.get_by_role("button").click()
-    expect(head).to_have_attribute("aria-sort", "descending")
-    assert column(page, "Feature") == [str(n) for n in ordered(column_values)[:100]]
-    head.get_by_role("button").click()
-    expect(head).to_have_attribute("aria-sort", "ascending")
-    assert page.locator("th[aria-sort]:not([aria-sort=none])").count() == 1
-    assert column(page, "Feature") == [str(n) for n in ordered(column_values, descending=False)[:100]]
-    page.go_back()
-    expect(head).to_have_attribute("aria-sort", "descending")
+    table = read_data(site, layer_key("seer-clip@1", 5))
+    columns = {
+        "S": table["strength"],
+        "Density": table["density"],
+        "Score": table["score"],
+        "AUC": table["auc"],
+        "ρ reader@0": table["best"]["reader@0"]["rho"],
+        "Δ shared-with-text": table["delta"]["shared-with-text"],
+    }
+    for label, values in columns.items():
+        head = page.get_by_role("columnheader", name=label, exact=True)
+        assert head.get_attribute("aria-sort") == "none"
+        head.get_by_role("button").click()
+        expect(head).to_have_attribute("aria-sort", "descending")
+        assert column(page, "Feature") == [str(n) for n in ordered(values)[:100]]
+        head.get_by_role("button").click()
+        expect(head).to_have_attribute("aria-sort", "ascending")
+        assert page.locator("th[aria-sort]:not([aria-sort=none])").count() == 1
+        assert column(page, "Feature") == [str(n) for n in ordered(values, descending=False)[:100]]
+        page.go_back()
+        expect(head).to_have_attribute("aria-sort", "descending")
 
 
 def test_filters_are_in_the_address(tab, site):
@@ -564,7 +562,6 @@ def test_keyboard_alone(tab, site):
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowUp")
     page.keyboard.press("ArrowLeft")
-    page.keyboard.press("ArrowLeft")
     assert focused(page) == f"wMPPC from seer@0 layer 3 to reader@0 layer 0: {wmppc[1][0]:.2f}"
     page.keyboard.press("Enter")
     expect(page.locator("h1")).to_be_focused()
@@ -585,16 +582,13 @@ def test_arrow_keys_pass_over_cells_without_a_value(tab):
     page.keyboard.press("ArrowRight")
     assert focused(page).startswith("wMPPC from seer-clip@1 to reader@0")
     assert page.locator("table.heat").first.locator('a[tabindex="0"]').count() == 1
-
-
-@pytest.mark.parametrize("name", VIEWS)
-def test_narrow_screens(open_tab, site, name):
-    opened = open_tab(site, viewport=NARROW, color_scheme="dark")
-    page = opened.open(VIEWS[name])
-    for _ in range(12):  # so that everything that waits to be seen is there
-        page.mouse.wheel(0, 700)
-        page.wait_for_timeout(30)
-    assert page.evaluate("document.scrollingElement.scrollWidth") <= 360
+    page.get_by_role("link", name="wMPPC from seer@0 to reader-clip@1").focus()
+    for place in ("seer-clip@1 to seer@0", "seer-clip@1 to reader@0"):  # from row to row
+        page.keyboard.press("ArrowRight")
+        assert focused(page).startswith(f"wMPPC from {place}")
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowUp")  # the first row is the last upwards
+    assert focused(page).startswith("wMPPC from seer@0 to reader@0")
 
 
 def test_hostile_texts_are_texts(open_tab, site):
@@ -823,11 +817,32 @@ COLOURS = """
 """
 
 
+def scroll(page):
+    """Have everything there that waits to be seen."""
+    page.evaluate(
+        """async () => {
+            for (let y = 0; y < Math.min(document.documentElement.scrollHeight, 9000); y += 600) {
+                scrollTo(0, y);
+                await new Promise((done) => setTimeout(done, 30));
+            }
+        }"""
+    )
+
+
 @pytest.mark.parametrize("name", VIEWS)
-def test_contrast(open_tab, site, name):
+def test_every_view(open_tab, site, name):
+    """Its structure, its contrasts, and that it fits a narrow screen; of all that it shows."""
+    page = open_tab(site).open(VIEWS[name])
+    scroll(page)
+    check_structure(page)
+    check_contrast(page)
+    page.set_viewport_size(NARROW)
+    scroll(page)
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= NARROW["width"]
+
+
+def check_contrast(page):
     """All texts reach the 4.5 to 1 of WCAG's AA."""
-    opened = open_tab(site)
-    page = opened.open(VIEWS[name])
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         found = page.evaluate(COLOURS)
@@ -840,14 +855,8 @@ def test_contrast(open_tab, site, name):
             assert contrast(colour, ground) >= 4.5, (scheme, what, colour, ground)
 
 
-@pytest.mark.parametrize("name", VIEWS)
-def test_structure(open_tab, site, name):
+def check_structure(page):
     """One h1, headings in order, landmarks, names for all controls, alternatives for all pictures, no id twice."""
-    opened = open_tab(site)
-    page = opened.open(VIEWS[name])
-    for _ in range(8):
-        page.mouse.wheel(0, 700)
-        page.wait_for_timeout(30)
     assert page.locator("html").get_attribute("lang") == "en"
     levels = page.evaluate(
         "[...document.querySelectorAll('h1,h2,h3,h4,h5,h6')].map(heading => Number(heading.tagName[1]))"

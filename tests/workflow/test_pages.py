@@ -163,8 +163,8 @@ def test_every_view_in_the_dark(open_tab, site, width):
     opened = open_tab(site, viewport={"width": width, "height": 800}, color_scheme="dark")
     for route in Place(site).routes().values():
         page = opened.open(route)
-        for _ in range(8):
-            page.mouse.wheel(0, 700)
+        for _ in range(4):
+            page.mouse.wheel(0, 1000)
             page.wait_for_timeout(30)
         assert page.locator(".error").count() == 0, route
         assert page.evaluate("document.scrollingElement.scrollWidth") <= width, route

@@ -31,7 +31,6 @@
   }
 
   async function unpack(key, value) {
-    if (typeof value !== "string") return value;
     try {
       const bytes = Uint8Array.from(atob(value), (character) => character.charCodeAt(0));
       return await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"))).json();
@@ -632,16 +631,16 @@
     stop(table.querySelector("a"));
     table.addEventListener("focusin", (event) => stop(event.target));
     table.addEventListener("keydown", (event) => {
-      const moves = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
       const cell = event.target.closest("td");
-      if (!Object.hasOwn(moves, event.key) || !cell || event.ctrlKey || event.altKey || event.metaKey) return;
+      if (!cell || event.ctrlKey || event.altKey || event.metaKey) return;
+      // To the sides also from row to row, so that each cell can be reached whichever have no value.
+      const links = [...table.querySelectorAll("a")];
+      const column = links.filter((link) => link.parentNode.cellIndex === cell.cellIndex);
+      const moves = { ArrowLeft: [links, -1], ArrowRight: [links, 1], ArrowUp: [column, -1], ArrowDown: [column, 1] };
+      if (!Object.hasOwn(moves, event.key)) return;
       event.preventDefault();
-      const [down, right] = moves[event.key];
-      let [row, column] = [cell.parentNode.rowIndex + down, cell.cellIndex + right];
-      for (; table.rows[row]?.cells[column]; row += down, column += right) {
-        const next = table.rows[row].cells[column].querySelector("a");
-        if (next) return next.focus();
-      }
+      const [line, step] = moves[event.key];
+      line[line.indexOf(event.target) + step]?.focus();
     });
     return h("figure", { class: "heatmap" }, h("figcaption", { id }, caption), h("div", { class: "scroll" }, table));
   }
@@ -1144,12 +1143,11 @@
   /** The best matches of a layer's features in a layer of another member, or in any, and the layers there are. */
   async function bestMatches(a, b, pairs) {
     const table = await loadTable(a);
-    const names = (row) => table.name[row];
-    const layers = pairs.length ? [ANY, ...memberNamed(b.member).layers] : [ANY];
+    const mine = { strength: table.strength, names: (row) => table.name[row] };
     if (b.layer === ANY) {
       const best = found(table.best[b.member], `No analysis compares ${a.member} with ${b.member}.`);
       const at = (row) => (best.layer[row] < 0 ? null : { ...b, layer: best.layer[row], feature: best.feature[row] });
-      return { layers, names, rho: best.rho, at };
+      return { ...mine, layers: pairs.length ? [ANY, ...memberNamed(b.member).layers] : [ANY], rho: best.rho, at };
     }
     if (!pairs.length) throw new NotFound(`No analysis compares ${a.member} with ${b.member} layer by layer.`);
     const [there, { layers: compared, rho: rhos, match }] = await Promise.all([
@@ -1160,7 +1158,7 @@
     if (target < 0) throw new NotFound(`${a.member} was not compared with layer ${b.layer} of ${b.member}.`);
     const at = (row) => (match[target][row] < 0 ? null : { ...b, feature: match[target][row] });
     const theirs = (row) => (at(row) ? there.name[at(row).feature] : null);
-    return { layers: [ANY, ...compared], names, theirs, rho: rhos[target], at };
+    return { ...mine, layers: [ANY, ...compared], theirs, rho: rhos[target], at };
   }
 
   async function pairView(parts) {
@@ -1177,7 +1175,7 @@
       .filter((pair) => [pair.a, pair.b].includes(a.member) && [pair.a, pair.b].includes(b.member));
     const pair = pairs.find((entry) => entry.a === a.member && entry.b === b.member);
     const wmppc = pair?.wmppc[pair.layers_a.indexOf(a.layer)]?.[pair.layers_b.indexOf(b.layer)];
-    const { layers, names, theirs, rho: values, at } = await bestMatches(a, b, pairs);
+    const { layers, strength, names, theirs, rho: values, at } = await bestMatches(a, b, pairs);
     const here = (row) => ({ ...a, feature: row });
     const there = any ? `${b.member}, any layer` : `${b.member} layer ${b.layer}`;
     const list = listing({
@@ -1187,6 +1185,7 @@
         numberColumn("feature", a.member, (row) => row),
         nameColumn("Name", "name", here, names),
         picturesColumn("pictures", here),
+        plainColumn("strength", "S", "S: summed activation", strength, size),
         ...(any ? [numberColumn("layer", "Layer", (row) => at(row)?.layer ?? -1)] : []),
         numberColumn("match", b.member, (row) => at(row)?.feature ?? -1),
         any
@@ -1201,6 +1200,7 @@
         search("Name or number"),
         number("ρ from", "least"),
         number("ρ to", "most"),
+        number("S from", "s"),
         control(any ? "Named only" : "Both named", "named", { type: "checkbox", value: "yes" }),
         picturesBox(),
       ],
@@ -1210,6 +1210,7 @@
         return (row) =>
           (wanted(row, names(row)) || wanted(at(row)?.feature, theirs?.(row) ?? null)) &&
           between(values[row], least, most) &&
+          between(strength[row], limit(query, "s"), null) &&
           (query.get("named") !== "yes" || (names(row) !== null && (any || theirs(row) !== null)));
       },
     });
