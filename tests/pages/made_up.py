@@ -80,7 +80,7 @@ def make_table(rng, member, others, features, layers, rankings):
                 ],
                 "feature": rng.integers(0, features, features).tolist(),
             }
-            for other in others
+            for other in sorted(others)  # and not as the study has them
         },
         "delta": {name: rounded(rng.normal(0, 40, features)) for name in rankings},
     }

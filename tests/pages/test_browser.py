@@ -30,6 +30,7 @@ from .made_up import (
     UNRENDERED,
     layer_key,
     make_map,
+    write,
 )
 
 SET = f"{DATASET}/{SAE}"
@@ -128,6 +129,10 @@ def test_a_heatmap_cell_leads_to_its_pair(tab, site):
     pairs = read_data(site, f"data/{SET}/pairs/seer@0__reader@0/layer-03")
     best = ordered(pairs["rho"][2])
     assert column(page, "seer@0") == [str(n) for n in best[:100]]
+    strength = read_data(site, layer_key("seer@0", 3))["strength"]
+    assert [float(text.replace(",", "")) for text in column(page, "S")] == pytest.approx(
+        [strength[n] for n in best[:100]], rel=0.01, abs=0.01
+    )
     matches = [pairs["match"][2][n] for n in best[:100]]
     assert column(page, "reader@0") == ["–" if match < 0 else str(match) for match in matches]
     names = read_data(site, layer_key("reader@0", 5))["name"]
@@ -136,6 +141,12 @@ def test_a_heatmap_cell_leads_to_its_pair(tab, site):
     ]
     wmppc = read_data(site, "study")["layerwise"][0]["pairs"][0]["wmppc"][1][2]
     expect(page.locator(".lead")).to_contain_text(f"wMPPC {wmppc:.2f}.")
+    page.get_by_label("S from").fill("100")
+    kept = [n for n in best if strength[n] >= 100]
+    expect(page.get_by_role("status")).to_have_text(f"{len(kept)} of {FEATURES} features")
+    assert column(page, "seer@0") == [str(n) for n in kept]
+    page.get_by_label("S from").fill("")
+    expect(page.get_by_role("status")).to_have_text(f"{FEATURES} features")
     page.get_by_role("link", name="The other direction").click()
     expect(page.locator("h1")).to_have_text("reader@0 layer 5 → seer@0 layer 3")
     assert "wMPPC" not in page.locator(".lead").text_content()  # which no analysis has
@@ -310,6 +321,7 @@ def test_feature_page(tab, site):
         "aria-label", re.compile(f"^Histogram of {total} activations")
     )
     assert page.locator(".histogram rect").count() == 20
+    assert seen(page.locator(".match h3")) == [name for name in NAMES if name != "seer@0"]
 
 
 def test_follow_a_match_and_come_back(tab, site):
@@ -392,6 +404,20 @@ def test_overlay_scales_with_a_picture_that_is_shrunk(open_tab, site):
     assert image["height"] == pytest.approx(image["width"] / 2, abs=1)
     assert canvas["width"] == pytest.approx(image["width"] / 2, abs=0.6)
     assert canvas["x"] - image["x"] == pytest.approx(image["width"] / 4, abs=0.6)
+
+
+def test_icons_are_magnified(open_tab, broken_site):
+    """A picture of a few pixels is large enough to be seen, in its own proportions."""
+    details = read_data(broken_site, f"{layer_key('seer@0', 3)}/000")["features"][20]
+    sample = details["top"][0][0]
+    key = f"samples/{DATASET}/{sample // 500:03d}"
+    told = read_data(broken_site, key)
+    told["sizes"][sample % 500] = [6, 3]
+    (broken_site / f"{key}.js").unlink()  # a link to the site of other tests
+    write(broken_site, key, told)
+    page = open_tab(broken_site).open(f"#/feature/{SET}/seer@0/3/20")
+    box = page.locator("section").first.locator("img").first.bounding_box()
+    assert (box["width"], box["height"]) == pytest.approx((96, 48), abs=0.6)
 
 
 def test_without_maps_there_is_no_overlay(tab):

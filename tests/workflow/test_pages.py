@@ -21,6 +21,11 @@ def tab(open_tab, finished):
 
 def test_the_matrix_is_the_tables_and_its_cells_lead_to_features(tab, finished):
     page = tab.open()
+    members = read_data(tab.folder, "study")["members"]
+    encoders = len({member["encoder"] for member in members})
+    assert (
+        f"SAE features of {encoders} encoders ({len(members)} counting seeds), on" in page.locator(".lead").inner_text()
+    )
     table = pd.read_csv(finished.folder / RESULTS / "squares/tiny/matrices/all.csv").set_index(
         ["source", "target", "reading"]
     )
