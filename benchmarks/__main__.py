@@ -68,7 +68,8 @@ def main() -> None:
         reading_features(Path(folder))
     start_times()
     # By a process that is small itself: the peak memory that the system tells of a process is at least its parent's.
-    subprocess.run([sys.executable, "-m", "benchmarks.largest_study"], check=True)
+    for part in ("largest_study", "site"):
+        subprocess.run([sys.executable, "-m", f"benchmarks.{part}"], check=True)
 
 
 def compare(what: str, ours: Callable[[], object], plain: Callable[[], object], turns: int = TURNS) -> None:

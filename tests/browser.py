@@ -1,7 +1,10 @@
 """A Chromium, and pages on which every complaint of the browser is an error."""
 
+import base64
+import json
 import os
 import shutil
+import zlib
 
 import pytest
 
@@ -25,6 +28,9 @@ def browser():
         started.close()
 
 
+SIZE = {"width": 1280, "height": 900}
+
+
 class Tab:
     """Pages of one browser context, with all that went wrong in them.
 
@@ -39,16 +45,32 @@ class Tab:
         self.allowed = [f"{MISSING_THUMBNAIL:06d}.webp"]
         self.expected = ()
         self.wrong = []
-        self.page = self.new_page()
+        heard = {
+            "console": self._heard,
+            "weberror": lambda error: self.wrong.append(f"error: {error.error}"),
+            "requestfailed": self._failed,
+            "request": lambda request: self._asked(request.url),
+        }
+        for event, handler in heard.items():
+            context.on(event, handler)
+        self._heard_by = heard
+        self.page = context.pages[0] if context.pages else self.new_page()
 
     def new_page(self):
         page = self.context.new_page()
         page.set_default_timeout(10_000)
-        page.on("console", self._heard)
-        page.on("pageerror", lambda error: self.wrong.append(f"error: {error}"))
-        page.on("requestfailed", self._failed)
-        page.on("request", lambda request: self._asked(request.url))
         return page
+
+    def leave(self):
+        """Stop listening, and let nothing of this be there for the next tab of the same context."""
+        for event, handler in self._heard_by.items():
+            self.context.remove_listener(event, handler)
+        first, *others = self.context.pages
+        for page in others:
+            page.close()
+        first.set_viewport_size(SIZE)
+        first.emulate_media(color_scheme="light")
+        first.goto("about:blank")
 
     def _heard(self, message):
         # Chromium says nothing but that a resource is missing; which one, the failed request says.
@@ -74,7 +96,8 @@ class Tab:
     def open(self, route="#/", page=None):
         """Go there and wait for the view."""
         page = page or self.page
-        page.goto("about:blank")
+        if page.url != "about:blank":
+            page.goto("about:blank")
         page.goto(self.address(route))
         page.wait_for_selector("main:not([aria-busy]) h1")
         return page
@@ -83,16 +106,35 @@ class Tab:
 @pytest.fixture
 def open_tab(browser):
     """Open tabs on sites; at the end nothing may have gone wrong, nor any caption have run."""
+    # One context for all tabs without options of their own, as each takes a quarter of a second.
+    shared = browser.contexts[0] if browser.contexts else browser.new_context(viewport=SIZE)
     tabs = []
 
     def open_one(folder, **options):
-        tabs.append(Tab(browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options)), folder))
+        context = shared
+        if options or any(tab.context is shared for tab in tabs):
+            context = browser.new_context(**({"viewport": SIZE} | options))
+        tabs.append(Tab(context, folder))
         return tabs[-1]
 
     yield open_one
     wrong = [what for tab in tabs for what in tab.wrong]
-    ran = [page.evaluate("window.pwned") for tab in tabs for page in tab.context.pages if page.url != "about:blank"]
+    ran = []
     for tab in tabs:
-        tab.context.close()
+        for page in tab.context.pages:
+            if page.url != "about:blank":
+                ran.append(page.evaluate("window.pwned"))
+                page.evaluate("() => { try { localStorage.clear(); } catch {} }")
+        tab.leave()
+        if tab.context is not shared:
+            tab.context.close()
     assert wrong == []
     assert ran == [None] * len(ran)
+
+
+def read_data(folder, key):
+    """A data file's value, by Python and from the file alone."""
+    text = (folder / f"{key}.js").read_text(encoding="ascii").strip()
+    before = f"conceptshare.add({json.dumps(key)}, "
+    assert text.startswith(before)
+    return json.loads(zlib.decompress(base64.b64decode(json.loads(text[len(before) : -2]))))

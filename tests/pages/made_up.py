@@ -41,14 +41,12 @@ NEVER_ACTIVE = 7
 MISSING_THUMBNAIL, UNRENDERED = 11, 12
 
 
-def write(folder, key, value, packed=False):
-    """One data file, as JSON in a script or packed."""
-    if packed:
-        value = base64.b64encode(zlib.compress(json.dumps(value).encode())).decode()
+def write(folder, key, value):
+    """One data file."""
+    packed = base64.b64encode(zlib.compress(json.dumps(value, allow_nan=False).encode())).decode()
     path = folder / f"{key}.js"
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(value, allow_nan=False).replace("<", "\\u003c")
-    path.write_text(f"conceptshare.add({json.dumps(key)}, {text});\n", encoding="ascii")
+    path.write_text(f'conceptshare.add({json.dumps(key)}, "{packed}");\n', encoding="ascii")
 
 
 def rounded(values):
@@ -82,7 +80,7 @@ def make_table(rng, member, others, features, layers, rankings):
                 ],
                 "feature": rng.integers(0, features, features).tolist(),
             }
-            for other in others
+            for other in sorted(others)  # and not as the study has them
         },
         "delta": {name: rounded(rng.normal(0, 40, features)) for name in rankings},
     }
@@ -103,11 +101,14 @@ def make_map(rng, place):
     }
 
 
-def make_details(rng, modality, first, count, captions):
-    features = []
-    for number in range(first, first + count):
+def make_details(rng, modality, first, names, captions):
+    """What a file of details holds, and the maps that a file beside it does."""
+    features, maps = [], []
+    for number, name in enumerate(names, first):
         if number == NEVER_ACTIVE:
-            features.append({"top": [], "bands": [], "histogram": {"max": 0, "counts": [0] * 20}})
+            silent = {"max": 0, "counts": [0] * 20}
+            features.append({"name": name, "top": [], "bands": [], "histogram": silent, "mapped": False})
+            maps.append([])
             continue
         samples = rng.permutation(SAMPLES)[:21]
         if number == 0:  # everything hostile, every shape, and what is missing
@@ -115,6 +116,7 @@ def make_details(rng, modality, first, count, captions):
         values = np.sort(rng.gamma(2, 1, 21))[::-1]
         pairs = [[int(sample), round(float(value), 3)] for sample, value in zip(samples, values, strict=True)]
         feature = {
+            "name": name,
             "top": pairs[:9],
             "bands": [
                 {"at": at, "samples": pairs[9 + 4 * band : 13 + 4 * band]} for band, at in enumerate((0.9, 0.5, 0.1))
@@ -124,8 +126,8 @@ def make_details(rng, modality, first, count, captions):
                 "counts": np.sort(rng.poisson(8 * np.exp(-np.arange(20) / 4)))[::-1].tolist(),
             },
         }
-        if modality == "image" and number != 2:
-            feature["maps"] = [None if place == 8 else make_map(rng, place) for place in range(9)]
+        feature["mapped"] = modality == "image" and number != 2
+        maps.append([make_map(rng, place) if feature["mapped"] and place < 8 else None for place in range(9)])
         if modality == "text" and number != 2:
             feature["tokens"] = []
             for place, (sample, _) in enumerate(pairs[:9]):
@@ -135,7 +137,12 @@ def make_details(rng, modality, first, count, captions):
                 )
                 feature["tokens"].append(None if place == 8 else {"text": text, "values": strengths})
         features.append(feature)
-    return {"first": first, "features": features}
+    return {"first": first, "features": features}, {"first": first, "maps": maps}
+
+
+def write_details(folder, key, first, details, maps):
+    for kind, value in (("", details), ("maps-", maps)):
+        write(folder, f"{key}/{kind}{first // BLOCK:03d}", value | {"first": first})
 
 
 def write_samples(rng, folder):
@@ -149,7 +156,7 @@ def write_samples(rng, folder):
     for start in range(0, SAMPLES, 500):
         block = f"{start // 500:03d}"
         key = f"samples/{DATASET}/{block}"
-        write(folder, key, {"captions": captions[start : start + 500], "sizes": sizes[start : start + 500]}, start > 0)
+        write(folder, key, {"captions": captions[start : start + 500], "sizes": sizes[start : start + 500]})
         (folder / key).mkdir()
         for n in range(start, min(start + 500, SAMPLES)):
             if n in (MISSING_THUMBNAIL, UNRENDERED):
@@ -196,7 +203,7 @@ def write_site(folder, seed=0):
     """A study of two image and two text members, three layers of 130 features.
 
     Args:
-        folder: Is made. Files are packed for odd layers, and JSON for even ones, as readers take both.
+        folder: Is made.
         seed: Of everything.
 
     Returns:
@@ -265,10 +272,10 @@ def write_site(folder, seed=0):
         for layer in LAYERS:
             ranked = [entry["name"] for entry in rankings] if (member, layer) == ("seer-clip@1", 5) else []
             table = make_table(rng, member, others, FEATURES, LAYERS, ranked)
-            write(folder, layer_key(member, layer), table, layer % 2 == 1)
+            write(folder, layer_key(member, layer), table)
             for first in range(0, FEATURES, BLOCK):
-                details = make_details(rng, modality, first, min(BLOCK, FEATURES - first), captions)
-                write(folder, f"{layer_key(member, layer)}/{first // BLOCK:03d}", details, layer % 2 == 1)
+                details, maps = make_details(rng, modality, first, table["name"][first : first + BLOCK], captions)
+                write_details(folder, layer_key(member, layer), first, details, maps)
     for a, b in [*pairs, *((b, a) for a, b in pairs)]:
         for layer in LAYERS:
             match = rng.integers(0, FEATURES, (3, FEATURES))
@@ -276,9 +283,7 @@ def write_site(folder, seed=0):
             rho = rng.beta(2, 3, (3, FEATURES))
             rho[:, NEVER_ACTIVE] = 0
             key = f"data/{DATASET}/{SAE}/pairs/{a}__{b}/layer-{layer:02d}"
-            write(
-                folder, key, {"target": b, "layers": LAYERS, "rho": rounded(rho), "match": match.tolist()}, layer == 3
-            )
+            write(folder, key, {"target": b, "layers": LAYERS, "rho": rounded(rho), "match": match.tolist()})
     return study
 
 
@@ -293,8 +298,8 @@ def write_large_site(folder, features=8192, others=9, seed=1):
     study["members"] = [member_entry(name, name[:-2], "image", "vision", [0], features) for name in names]
     write(folder, "study", study)
     table = make_table(rng, names[0], names[1:], features, [0], [])
-    write(folder, layer_key(names[0], 0), table, packed=True)
-    details = make_details(rng, "image", 0, BLOCK, captions)
+    write(folder, layer_key(names[0], 0), table)
+    details, maps = make_details(rng, "image", 0, table["name"][:BLOCK], captions)
     for first in range(0, features, BLOCK):
-        write(folder, f"{layer_key(names[0], 0)}/{first // BLOCK:03d}", details | {"first": first})
+        write_details(folder, layer_key(names[0], 0), first, details, maps)
     return table

@@ -1,9 +1,7 @@
 """The concept pages in a browser, from file://: what they show, what links and keys do, that no data can harm them."""
 
-import base64
-import json
 import re
-import zlib
+import shutil
 from collections import Counter
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +12,8 @@ import numpy as np
 import pytest
 from matplotlib import colormaps
 from playwright.sync_api import expect
+
+from tests.browser import read_data
 
 from .conftest import NARROW
 from .made_up import (
@@ -30,6 +30,7 @@ from .made_up import (
     UNRENDERED,
     layer_key,
     make_map,
+    write,
 )
 
 SET = f"{DATASET}/{SAE}"
@@ -45,14 +46,6 @@ VIEWS = {
     "not found": "#/nothing/here",
 }
 BLANK = re.compile(r"[\u0000-\u0020\u0085\u2028\u2029]+")
-
-
-def read(folder, key):
-    """A data file's value, by Python and from the file alone."""
-    text = (folder / f"{key}.js").read_text(encoding="ascii").strip()
-    assert text.startswith(f"conceptshare.add({json.dumps(key)}, ")
-    value = json.loads(text[len(f"conceptshare.add({json.dumps(key)}, ") : -2])
-    return json.loads(zlib.decompress(base64.b64decode(value))) if isinstance(value, str) else value
 
 
 def seen(locator):
@@ -76,10 +69,11 @@ def ordered(values, descending=True):
 
 def test_overview_shows_the_numbers(tab, site):
     page = tab.open()
-    study = read(site, "study")
+    study = read_data(site, "study")
     expect(page.locator("h1")).to_have_text("made-up")
     expect(page.locator("main")).to_contain_text(f"{DATASET} (510 samples)")
     assert page.title() == "Overview – made-up"
+    expect(page.locator(".lead")).to_contain_text("SAE features of 4 encoders, on")
     tables = page.locator("table.heat")
     expect(tables).to_have_count(3)
     pooled = study["matrices"][0]["readings"]["pooled"]
@@ -96,7 +90,7 @@ def test_readings_of_a_matrix(tab, site):
     page = tab.open()
     page.get_by_label("Reading of the matrices").select_option("last")
     expect(page).to_have_url(re.compile(r"#/\?reading=last$"))
-    last = read(site, "study")["matrices"][0]["readings"]["last"]
+    last = read_data(site, "study")["matrices"][0]["readings"]["last"]
     shown = seen(page.locator("table.heat").first.locator("tbody td a"))
     assert shown == [f"{value:.2f}" for row in last for value in row if value is not None]
     page.go_back()
@@ -107,7 +101,7 @@ def test_all_heatmaps_share_a_scale(tab, site):
     """The colour of a cell is matplotlib's viridis (about: of 16 colours), between the least and largest of all."""
     page = tab.open()
     expect(page.locator("table.heat")).to_have_count(3)
-    study = read(site, "study")
+    study = read_data(site, "study")
     matrix = study["matrices"][0]["readings"]
     everything = [value for table in matrix.values() for row in table for value in row if value is not None]
     everything += [v for pair in study["layerwise"][0]["pairs"] for row in pair["wmppc"] for v in row]
@@ -132,17 +126,27 @@ def test_a_heatmap_cell_leads_to_its_pair(tab, site):
     expect(page.locator("h1")).to_have_text("seer@0 layer 3 → reader@0 layer 5")
     expect(page.locator("h1")).to_be_focused()
     assert page.title().startswith("seer@0 layer 3 → reader@0 layer 5")
-    pairs = read(site, f"data/{SET}/pairs/seer@0__reader@0/layer-03")
+    pairs = read_data(site, f"data/{SET}/pairs/seer@0__reader@0/layer-03")
     best = ordered(pairs["rho"][2])
     assert column(page, "seer@0") == [str(n) for n in best[:100]]
+    strength = read_data(site, layer_key("seer@0", 3))["strength"]
+    assert [float(text.replace(",", "")) for text in column(page, "S")] == pytest.approx(
+        [strength[n] for n in best[:100]], rel=0.01, abs=0.01
+    )
     matches = [pairs["match"][2][n] for n in best[:100]]
     assert column(page, "reader@0") == ["–" if match < 0 else str(match) for match in matches]
-    names = read(site, layer_key("reader@0", 5))["name"]
+    names = read_data(site, layer_key("reader@0", 5))["name"]
     assert column(page, "Name of the match")[:5] == [
         BLANK.sub(" ", names[n] or "no clear name").strip() or "no clear name" for n in matches[:5]
     ]
-    wmppc = read(site, "study")["layerwise"][0]["pairs"][0]["wmppc"][1][2]
+    wmppc = read_data(site, "study")["layerwise"][0]["pairs"][0]["wmppc"][1][2]
     expect(page.locator(".lead")).to_contain_text(f"wMPPC {wmppc:.2f}.")
+    page.get_by_label("S from").fill("100")
+    kept = [n for n in best if strength[n] >= 100]
+    expect(page.get_by_role("status")).to_have_text(f"{len(kept)} of {FEATURES} features")
+    assert column(page, "seer@0") == [str(n) for n in kept]
+    page.get_by_label("S from").fill("")
+    expect(page.get_by_role("status")).to_have_text(f"{FEATURES} features")
     page.get_by_role("link", name="The other direction").click()
     expect(page.locator("h1")).to_have_text("reader@0 layer 5 → seer@0 layer 3")
     assert "wMPPC" not in page.locator(".lead").text_content()  # which no analysis has
@@ -152,65 +156,101 @@ def test_a_heatmap_cell_leads_to_its_pair(tab, site):
     expect(page.locator("h1")).to_have_text(f"Feature {matches[0]} of reader@0, layer 5")
 
 
-def test_a_matrix_cell_leads_to_features_by_their_best_match(tab, site):
+def test_a_matrix_cell_leads_to_best_matches_in_any_layer(tab, site):
     page = tab.open()
     page.get_by_role("link", name="wMPPC from reader@0 to seer-clip@1").click()
-    expect(page.locator("h1")).to_have_text("Features of reader@0, layer 5")
-    table = read(site, layer_key("reader@0", 5))
-    assert column(page, "Feature") == [str(n) for n in ordered(table["best"]["seer-clip@1"]["rho"])[:100]]
-    sorted_by = page.locator('th[aria-sort="descending"]')
-    expect(sorted_by).to_have_text("ρ seer-clip@1")
-
-
-@pytest.mark.parametrize(
-    ("label", "values"),
-    [
-        ("S", lambda table: table["strength"]),
-        ("Density", lambda table: table["density"]),
-        ("Score", lambda table: table["score"]),
-        ("AUC", lambda table: table["auc"]),
-        ("ρ reader@0", lambda table: table["best"]["reader@0"]["rho"]),
-        ("Δ shared-with-text", lambda table: table["delta"]["shared-with-text"]),
-    ],
-)
-def test_sorting(tab, site, label, values):
-    page = tab.open(f"#/layer/{SET}/seer-clip@1/5?sort=feature")
-    column_values = values(read(site, layer_key("seer-clip@1", 5)))
-    head = page.get_by_role("columnheader", name=label, exact=True)
-    assert head.get_attribute("aria-sort") == "none"
-    head.get_by_role("button").click()
-    expect(head).to_have_attribute("aria-sort", "descending")
-    assert column(page, "Feature") == [str(n) for n in ordered(column_values)[:100]]
-    head.get_by_role("button").click()
-    expect(head).to_have_attribute("aria-sort", "ascending")
-    assert page.locator("th[aria-sort]:not([aria-sort=none])").count() == 1
-    assert column(page, "Feature") == [str(n) for n in ordered(column_values, descending=False)[:100]]
+    expect(page.locator("h1")).to_have_text("reader@0 layer 5 → seer-clip@1, any layer")
+    best = read_data(site, layer_key("reader@0", 5))["best"]["seer-clip@1"]
+    order = ordered(best["rho"])[:100]
+    assert column(page, "reader@0") == [str(n) for n in order]
+    for label, key in (("Layer", "layer"), ("seer-clip@1", "feature")):
+        assert column(page, label) == ["–" if best["layer"][n] < 0 else str(best[key][n]) for n in order]
+    names = [
+        read_data(site, layer_key("seer-clip@1", best["layer"][n]))["name"][best["feature"][n]] or "no clear name"
+        for n in order[:5]
+    ]
+    links = page.locator(".match-name a")
+    for place, name in enumerate(names):
+        expect(links.nth(place)).to_have_text(BLANK.sub(" ", name).strip())
+    layers = page.get_by_role("navigation", name="Layer of seer-clip@1")
+    assert seen(layers.locator("a")) == ["any"]  # which no analysis compares by layers
+    links.first.click()
+    expect(page.locator("h1")).to_have_text(
+        f"Feature {best['feature'][order[0]]} of seer-clip@1, layer {best['layer'][order[0]]}"
+    )
     page.go_back()
-    expect(head).to_have_attribute("aria-sort", "descending")
+    page.get_by_role("link", name="The other direction").click()
+    expect(page.locator("h1")).to_have_text("seer-clip@1 layer 5 → reader@0, any layer")
+    tab.open(f"#/pair/{SET}/seer@0/3/reader@0/any")
+    assert seen(page.get_by_role("navigation", name="Layer of reader@0").locator("a")) == ["any", "0", "3", "5"]
+
+
+def test_sorting(tab, site):
+    page = tab.open(f"#/layer/{SET}/seer-clip@1/5?sort=feature")
+    table = read_data(site, layer_key("seer-clip@1", 5))
+    columns = {
+        "S": table["strength"],
+        "Density": table["density"],
+        "Score": table["score"],
+        "AUC": table["auc"],
+        "ρ reader@0": table["best"]["reader@0"]["rho"],
+        "Δ shared-with-text": table["delta"]["shared-with-text"],
+    }
+    for label, values in columns.items():
+        head = page.get_by_role("columnheader", name=label, exact=True)
+        assert head.get_attribute("aria-sort") == "none"
+        head.get_by_role("button").click()
+        expect(head).to_have_attribute("aria-sort", "descending")
+        assert column(page, "Feature") == [str(n) for n in ordered(values)[:100]]
+        head.get_by_role("button").click()
+        expect(head).to_have_attribute("aria-sort", "ascending")
+        assert page.locator("th[aria-sort]:not([aria-sort=none])").count() == 1
+        assert column(page, "Feature") == [str(n) for n in ordered(values, descending=False)[:100]]
+        page.go_back()
+        expect(head).to_have_attribute("aria-sort", "descending")
 
 
 def test_filters_are_in_the_address(tab, site):
     """Filters keep what Python keeps, and their address shows the same in a new page."""
-    page = tab.open(f"#/layer/{SET}/seer@0/3")
-    table = read(site, layer_key("seer@0", 3))
-    page.get_by_label("Name or number").fill("RED")
-    page.get_by_label("S from").fill("5")
-    page.get_by_label("Density from, %").fill("0.1")
-    page.get_by_label("to, %", exact=True).fill("20")
-    page.get_by_label("ρ from").fill("0.2")
-    page.get_by_label("ρ to").select_option("reader@0")
+    page = tab.open(f"#/layer/{SET}/seer-clip@1/5")
+    table = read_data(site, layer_key("seer-clip@1", 5))
+    typed = {
+        "Name or number": "E",
+        "S from": "5",
+        "S to": "400",
+        "Density from, %": "0.1",
+        "Density to, %": "10",
+        "ρ from": "0.2",
+        "ρ to": "0.6",
+        "Δ from": "-30",
+        "Δ to": "40",
+    }
+    chosen = {"ρ with": "reader@0", "Δ in": "shared-with-text"}
+
+    def passes(n):
+        return [
+            "e" in (table["name"][n] or "").lower(),
+            table["strength"][n] >= 5,
+            table["strength"][n] <= 400,
+            table["density"][n] >= 0.001,
+            table["density"][n] <= 0.1,
+            table["best"]["reader@0"]["rho"][n] >= 0.2,
+            table["best"]["reader@0"]["rho"][n] <= 0.6,
+            table["delta"]["shared-with-text"][n] >= -30,
+            table["delta"]["shared-with-text"][n] <= 40,
+        ]
+
+    kept = [n for n in range(FEATURES) if all(passes(n))]
+    alone = {place for n in range(FEATURES) if sum(found := passes(n)) == 8 for place in [found.index(False)]}
+    assert kept
+    assert len(alone) == 9  # each of them keeps something out that the others do not
+    for label, name in chosen.items():
+        page.get_by_label(label).select_option(name)
+    for label, text in typed.items():
+        page.get_by_label(label, exact=True).fill(text)
     page.get_by_label("Named only").check()
     page.get_by_role("button", name="Density").click()
-    kept = [
-        n
-        for n in range(FEATURES)
-        if "red" in (table["name"][n] or "").lower()
-        and table["strength"][n] >= 5
-        and 0.001 <= table["density"][n] <= 0.2
-        and table["best"]["reader@0"]["rho"][n] >= 0.2
-    ]
     expected = [str(n) for n in sorted(kept, key=lambda n: -table["density"][n])]
-    assert 0 < len(kept) < sum("red" in (name or "").lower() for name in table["name"])
     expect(page.get_by_role("status")).to_have_text(f"{len(kept)} of {FEATURES} features")
     expect(page).to_have_url(re.compile("named=yes.*sort=-density"))
     assert column(page, "Feature") == expected
@@ -218,8 +258,8 @@ def test_filters_are_in_the_address(tab, site):
     other.goto(page.url)
     expect(other.get_by_role("status")).to_have_text(f"{len(kept)} of {FEATURES} features")
     assert column(other, "Feature") == expected
-    for label, value in {"Name or number": "RED", "S from": "5", "ρ from": "0.2", "ρ to": "reader@0"}.items():
-        expect(other.get_by_label(label)).to_have_value(value)
+    for label, value in (typed | chosen).items():
+        expect(other.get_by_label(label, exact=label in typed)).to_have_value(value)
     expect(other.get_by_label("Named only")).to_be_checked()
 
 
@@ -243,7 +283,7 @@ def test_odd_queries_do_no_harm(tab, query):
 
 def test_pager(tab, site):
     page = tab.open(f"#/layer/{SET}/seer@0/3")
-    order = [str(n) for n in ordered(read(site, layer_key("seer@0", 3))["strength"])]
+    order = [str(n) for n in ordered(read_data(site, layer_key("seer@0", 3))["strength"])]
     assert column(page, "Feature") == order[:100]
     page.get_by_role("button", name="Next").click()
     expect(page).to_have_url(re.compile("page=2"))
@@ -255,9 +295,11 @@ def test_pager(tab, site):
 
 def test_feature_page(tab, site):
     page = tab.open(f"#/feature/{SET}/seer@0/3/20")
-    table = read(site, layer_key("seer@0", 3))
-    details = read(site, f"{layer_key('seer@0', 3)}/000")["features"][20]
-    captions = read(site, f"samples/{DATASET}/000")["captions"] + read(site, f"samples/{DATASET}/001")["captions"]
+    table = read_data(site, layer_key("seer@0", 3))
+    details = read_data(site, f"{layer_key('seer@0', 3)}/000")["features"][20]
+    captions = (
+        read_data(site, f"samples/{DATASET}/000")["captions"] + read_data(site, f"samples/{DATASET}/001")["captions"]
+    )
     expect(page.locator(".called")).to_have_text(table["name"][20])
     facts = page.locator(".facts")
     expect(facts).to_contain_text(f"{table['score'][20]:.2f}")
@@ -279,13 +321,14 @@ def test_feature_page(tab, site):
         "aria-label", re.compile(f"^Histogram of {total} activations")
     )
     assert page.locator(".histogram rect").count() == 20
+    assert seen(page.locator(".match h3")) == [name for name in NAMES if name != "seer@0"]
 
 
 def test_follow_a_match_and_come_back(tab, site):
     page = tab.open(f"#/feature/{SET}/seer@0/3/20")
-    best = read(site, layer_key("seer@0", 3))["best"]["reader@0"]
+    best = read_data(site, layer_key("seer@0", 3))["best"]["reader@0"]
     layer, feature = best["layer"][20], best["feature"][20]
-    there = read(site, layer_key("reader@0", layer))
+    there = read_data(site, layer_key("reader@0", layer))
     card = page.locator(".match", has=page.get_by_role("heading", name="reader@0", exact=True))
     card.scroll_into_view_if_needed()
     expect(card.locator(".rho")).to_have_text(f"{best['rho'][20]:.2f}")
@@ -339,8 +382,9 @@ def test_overlay_lies_on_what_the_encoder_saw(tab, site):
     drawn = page.locator("canvas").evaluate_all(
         "all => all.map(one => [...one.getContext('2d').getImageData(0, 0, one.width, one.height).data])"
     )
-    details = read(site, f"{layer_key('seer@0', 0)}/000")["features"][0]
-    strengths = [entry["max"] for entry in details["maps"][:8]]
+    maps = read_data(site, f"{layer_key('seer@0', 0)}/maps-000")["maps"][0]
+    strengths = [entry["max"] for entry in maps[:8]]
+    assert seen(page.locator(".key span"))[::2] == ["0", f"{max(strengths):.3g}"]
     for pixels, strength in zip(np.array(drawn).reshape(8, 20, 4), strengths, strict=True):
         expected = 255 * np.array(colormaps["viridis"](strength / max(strengths))[:3])
         np.testing.assert_allclose(pixels[15, :3], expected, atol=8)
@@ -362,6 +406,20 @@ def test_overlay_scales_with_a_picture_that_is_shrunk(open_tab, site):
     assert canvas["x"] - image["x"] == pytest.approx(image["width"] / 4, abs=0.6)
 
 
+def test_icons_are_magnified(open_tab, broken_site):
+    """A picture of a few pixels is large enough to be seen, in its own proportions."""
+    details = read_data(broken_site, f"{layer_key('seer@0', 3)}/000")["features"][20]
+    sample = details["top"][0][0]
+    key = f"samples/{DATASET}/{sample // 500:03d}"
+    told = read_data(broken_site, key)
+    told["sizes"][sample % 500] = [6, 3]
+    (broken_site / f"{key}.js").unlink()  # a link to the site of other tests
+    write(broken_site, key, told)
+    page = open_tab(broken_site).open(f"#/feature/{SET}/seer@0/3/20")
+    box = page.locator("section").first.locator("img").first.bounding_box()
+    assert (box["width"], box["height"]) == pytest.approx((96, 48), abs=0.6)
+
+
 def test_without_maps_there_is_no_overlay(tab):
     page = tab.open(f"#/feature/{SET}/seer@0/0/2?overlay=yes")
     assert page.get_by_label("Where it fires").count() == 0
@@ -370,7 +428,7 @@ def test_without_maps_there_is_no_overlay(tab):
 
 def test_tokens_are_marked_by_strength(tab, site):
     page = tab.open(f"#/feature/{SET}/reader@0/5/21")
-    tokens = read(site, f"{layer_key('reader@0', 5)}/000")["features"][21]["tokens"]
+    tokens = read_data(site, f"{layer_key('reader@0', 5)}/000")["features"][21]["tokens"]
     first = page.locator("section").first.locator("figure").first
     assert seen(first.locator(".tokens bdi")) == tokens[0]["text"]
     marks = first.locator("mark")
@@ -403,7 +461,7 @@ def test_a_feature_that_was_never_active(tab):
 
 def test_ranking(tab, site):
     page = tab.open(VIEWS["ranking"])
-    study = read(site, "study")
+    study = read_data(site, "study")
     ranking, other = study["sharedness"]
     assert column(page, "Feature") == [str(n) for n in ranking["features"][:100]]
     assert column(page, "Rank")[:12] == [*(f"top 1% {n}" for n in range(1, 11)), "11", "12"]
@@ -427,8 +485,8 @@ def test_ranking(tab, site):
 def test_typology_counts_words(tab, site):
     """Each of the first features is under the word of its name that most of them have."""
     page = tab.open(VIEWS["ranking"])
-    ranking = read(site, "study")["sharedness"][0]
-    names = read(site, layer_key("seer-clip@1", 5))["name"]
+    ranking = read_data(site, "study")["sharedness"][0]
+    names = read_data(site, layer_key("seer-clip@1", 5))["name"]
     words = [sorted(set(names[n].lower().split(", "))) if names[n] else [] for n in ranking["features"][:10]]
     frequent = Counter(word for some in words for word in some)
     groups = Counter(min(some, key=lambda word: (-frequent[word], word)) if some else "no clear name" for some in words)
@@ -447,7 +505,7 @@ def test_typology_counts_words(tab, site):
 
 def test_scatter_names_the_dot_and_opens_it(tab, site):
     page = tab.open(VIEWS["ranking"])
-    ranking = read(site, "study")["sharedness"][0]
+    ranking = read_data(site, "study")["sharedness"][0]
     box = page.locator("path.axes").bounding_box()
     x = box["x"] + ranking["rho_h"][0] * box["width"]
     y = box["y"] + (1 - ranking["rho_g"][0]) * box["height"]
@@ -523,13 +581,12 @@ def test_keyboard_alone(tab, site):
     page.keyboard.press("Enter")
     expect(page.locator("h1")).to_be_focused()
     assert page.url.endswith("#/")
-    wmppc = read(site, "study")["layerwise"][0]["pairs"][0]["wmppc"]
+    wmppc = read_data(site, "study")["layerwise"][0]["pairs"][0]["wmppc"]
     tab_to(page, f"wMPPC from seer@0 layer 0 to reader@0 layer 0: {wmppc[0][0]:.2f}")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowUp")
-    page.keyboard.press("ArrowLeft")
     page.keyboard.press("ArrowLeft")
     assert focused(page) == f"wMPPC from seer@0 layer 3 to reader@0 layer 0: {wmppc[1][0]:.2f}"
     page.keyboard.press("Enter")
@@ -551,16 +608,13 @@ def test_arrow_keys_pass_over_cells_without_a_value(tab):
     page.keyboard.press("ArrowRight")
     assert focused(page).startswith("wMPPC from seer-clip@1 to reader@0")
     assert page.locator("table.heat").first.locator('a[tabindex="0"]').count() == 1
-
-
-@pytest.mark.parametrize("name", VIEWS)
-def test_narrow_screens(open_tab, site, name):
-    opened = open_tab(site, viewport=NARROW, color_scheme="dark")
-    page = opened.open(VIEWS[name])
-    for _ in range(12):  # so that everything that waits to be seen is there
-        page.mouse.wheel(0, 700)
-        page.wait_for_timeout(30)
-    assert page.evaluate("document.scrollingElement.scrollWidth") <= 360
+    page.get_by_role("link", name="wMPPC from seer@0 to reader-clip@1").focus()
+    for place in ("seer-clip@1 to seer@0", "seer-clip@1 to reader@0"):  # from row to row
+        page.keyboard.press("ArrowRight")
+        assert focused(page).startswith(f"wMPPC from {place}")
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowUp")  # the first row is the last upwards
+    assert focused(page).startswith("wMPPC from seer@0 to reader@0")
 
 
 def test_hostile_texts_are_texts(open_tab, site):
@@ -612,7 +666,7 @@ def test_addresses_of_nothing(tab, route):
 def test_missing_thumbnails_leave_their_place(open_tab, site):
     opened = open_tab(site)
     page = opened.open(f"#/feature/{SET}/seer@0/0/0")
-    captions = read(site, f"samples/{DATASET}/000")["captions"]
+    captions = read_data(site, f"samples/{DATASET}/000")["captions"]
     page.get_by_role("heading", name="Around the 90th percentile").scroll_into_view_if_needed()
     gone = page.locator(".band").first.locator(".gone")
     expect(gone).to_have_count(2)  # one file is not there, of the other none was made
@@ -660,13 +714,16 @@ def test_a_part_that_is_missing_leaves_the_rest(open_tab, broken_site):
     opened.allowed += [captions, "reader@0/layer-"]
     (broken_site / captions).unlink()
     for layer in LAYERS:
-        (broken_site / f"{layer_key('reader@0', layer)}.js").unlink()
-    page = opened.open(f"#/feature/{SET}/seer@0/3/20")
+        shutil.rmtree(broken_site / layer_key("reader@0", layer))
+    (broken_site / f"{layer_key('seer@0', 3)}/maps-000.js").unlink()
+    opened.allowed.append("maps-000")
+    page = opened.open(f"#/feature/{SET}/seer@0/3/20?overlay=yes")
+    expect(page.locator(".key .error")).to_contain_text("maps-000.js")
     expect(page.locator(".samples .error").first).to_contain_text(captions)
     expect(page.locator(".histogram rect")).to_have_count(20)
     card = page.locator(".match", has=page.get_by_role("heading", name="reader@0", exact=True))
     card.scroll_into_view_if_needed()
-    expect(card.locator(".name .error")).to_contain_text("reader@0/layer-")
+    expect(card.locator(".samples .error")).to_contain_text("reader@0/layer-")
 
 
 def test_a_large_layer(open_tab, large_site):
@@ -786,11 +843,32 @@ COLOURS = """
 """
 
 
+def scroll(page):
+    """Have everything there that waits to be seen."""
+    page.evaluate(
+        """async () => {
+            for (let y = 0; y < Math.min(document.documentElement.scrollHeight, 9000); y += 600) {
+                scrollTo(0, y);
+                await new Promise((done) => setTimeout(done, 30));
+            }
+        }"""
+    )
+
+
 @pytest.mark.parametrize("name", VIEWS)
-def test_contrast(open_tab, site, name):
+def test_every_view(open_tab, site, name):
+    """Its structure, its contrasts, and that it fits a narrow screen; of all that it shows."""
+    page = open_tab(site).open(VIEWS[name])
+    scroll(page)
+    check_structure(page)
+    check_contrast(page)
+    page.set_viewport_size(NARROW)
+    scroll(page)
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= NARROW["width"]
+
+
+def check_contrast(page):
     """All texts reach the 4.5 to 1 of WCAG's AA."""
-    opened = open_tab(site)
-    page = opened.open(VIEWS[name])
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         found = page.evaluate(COLOURS)
@@ -803,14 +881,8 @@ def test_contrast(open_tab, site, name):
             assert contrast(colour, ground) >= 4.5, (scheme, what, colour, ground)
 
 
-@pytest.mark.parametrize("name", VIEWS)
-def test_structure(open_tab, site, name):
+def check_structure(page):
     """One h1, headings in order, landmarks, names for all controls, alternatives for all pictures, no id twice."""
-    opened = open_tab(site)
-    page = opened.open(VIEWS[name])
-    for _ in range(8):
-        page.mouse.wheel(0, 700)
-        page.wait_for_timeout(30)
     assert page.locator("html").get_attribute("lang") == "en"
     levels = page.evaluate(
         "[...document.querySelectorAll('h1,h2,h3,h4,h5,h6')].map(heading => Number(heading.tagName[1]))"

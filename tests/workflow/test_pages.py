@@ -1,9 +1,16 @@
-"""The pages of the miniature study, in a browser: what they show is what its tables and stores hold."""
+"""The pages of real studies, in a browser: what they show is what their tables and stores hold, and all of it works."""
+
+import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import zarr
+from playwright.sync_api import expect
 
+from tests.browser import read_data
+
+DEFAULT = Path(__file__).parents[2] / "results/studies/openclipart/pages"
 RESULTS = "results/studies/miniature"
 
 
@@ -14,6 +21,11 @@ def tab(open_tab, finished):
 
 def test_the_matrix_is_the_tables_and_its_cells_lead_to_features(tab, finished):
     page = tab.open()
+    members = read_data(tab.folder, "study")["members"]
+    encoders = len({member["encoder"] for member in members})
+    assert (
+        f"SAE features of {encoders} encoders ({len(members)} counting seeds), on" in page.locator(".lead").inner_text()
+    )
     table = pd.read_csv(finished.folder / RESULTS / "squares/tiny/matrices/all.csv").set_index(
         ["source", "target", "reading"]
     )
@@ -40,7 +52,133 @@ def test_a_features_page_shows_its_strongest_samples_and_its_match(tab, finished
     assert page.locator("mark, .token").count() > 0
 
 
-def test_a_ranking_and_a_pair_of_layers_open(tab):
-    for route in ("#/ranking/squares/tiny/seen", "#/pair/squares/tiny/reader@0/0/reader@1/1"):
-        page = tab.open(route)
-        assert page.locator("tbody tr").count() > 5
+@pytest.fixture(params=["miniature", "default"])
+def site(request):
+    """The pages of the miniature study, and those of the default study where they are."""
+    if request.param == "miniature":
+        return request.getfixturevalue("finished").folder / RESULTS / "pages"
+    if not (DEFAULT / "index.html").exists():
+        pytest.skip("no default study in results/; `make demo` runs it")
+    return DEFAULT
+
+
+class Place:
+    """A data set, an SAE setting, a pair of members that was compared layer by layer, and a feature with a match."""
+
+    def __init__(self, site):
+        self.study = read_data(site, "study")
+        analysis = self.study["layerwise"][0]
+        self.folder = f"{analysis['dataset']}/{analysis['sae']}"
+        self.pair = analysis["pairs"][-1]
+        self.a, self.b, self.layer = self.pair["a"], self.pair["b"], self.pair["layers_a"][-1]
+        self.table = read_data(site, f"data/{self.folder}/{self.a}/layer-{self.layer:02d}")
+        self.strongest = max(range(len(self.table["strength"])), key=lambda n: self.table["strength"][n])
+
+    def routes(self):
+        ranking = self.study["sharedness"][0]
+        return {
+            "overview": "#/",
+            "table": f"#/layer/{self.folder}/{self.a}/{self.layer}",
+            "features": f"#/feature/{self.folder}/{self.a}/{self.layer}/{self.strongest}?overlay=yes",
+            "match": f"#/feature/{self.folder}/{self.b}/{self.pair['layers_b'][-1]}/0?overlay=yes",
+            "pair": f"#/pair/{self.folder}/{self.a}/{self.layer}/{self.b}/{self.pair['layers_b'][0]}",
+            "any layer": f"#/pair/{self.folder}/{self.a}/{self.layer}/{self.b}/any",
+            "ranking": f"#/ranking/{ranking['dataset']}/{ranking['sae']}/{ranking['name']}",
+        }
+
+
+def wait(page):
+    page.wait_for_selector("main:not([aria-busy]) h1")
+
+
+def numbers(page, label):
+    """The cells of a column of a page's last table."""
+    table = page.locator("table.listing").last
+    at = [text.strip() for text in table.locator("thead th").all_text_contents()].index(label) + 1
+    return [text.strip() for text in table.locator(f"tbody tr > :nth-child({at})").all_text_contents()]
+
+
+def test_search_and_sort(open_tab, site):
+    place = Place(site)
+    page = open_tab(site).open(place.routes()["table"])
+    by_strength = sorted(range(len(place.table["strength"])), key=lambda n: -place.table["strength"][n])
+    assert numbers(page, "Feature")[:1] == [str(by_strength[0])]
+    page.get_by_role("button", name="Density", exact=True).click()
+    expect(page.locator("th[aria-sort=descending]")).to_have_text("Density")
+    shown = [place.table["density"][int(n)] for n in numbers(page, "Feature")]
+    assert shown == sorted(place.table["density"], reverse=True)[:100]
+    page.get_by_label("Name or number").fill(str(place.strongest))
+    expect(page.get_by_role("status")).to_contain_text("of")
+    assert str(place.strongest) in numbers(page, "Feature")
+    # The address of the search is enough to see it again.
+    other = open_tab(site)
+    other.page.goto(page.url)
+    wait(other.page)
+    assert numbers(other.page, "Feature") == numbers(page, "Feature")
+
+
+def test_a_cell_of_a_heatmap_and_a_match_lead_on(open_tab, site):
+    place = Place(site)
+    page = open_tab(site).open()
+    layers = place.pair["layers_b"]
+    label = f"wMPPC from {place.a} layer {place.layer} to {place.b} layer {layers[0]}"
+    page.get_by_text(f"From {place.a} ↓ to {place.b} →").or_(page.locator(".heats > :last-child")).last.hover()
+    page.get_by_label(label).click()
+    expect(page.locator("h1")).to_have_text(f"{place.a} layer {place.layer} → {place.b} layer {layers[0]}")
+    found = read_data(site, f"data/{place.folder}/pairs/{place.a}__{place.b}/layer-{place.layer:02d}")
+    first = int(numbers(page, place.a)[0])
+    assert found["rho"][0][first] == max(rho for rho in found["rho"][0] if rho is not None)
+    assert numbers(page, place.b)[0] == str(found["match"][0][first])
+    page.locator("tbody th a").first.click()
+    expect(page.locator("h1")).to_have_text(f"Feature {first} of {place.a}, layer {place.layer}")
+    best = {name: values[first] for name, values in place.table["best"][place.b].items()}
+    match = page.locator(".match", has=page.get_by_role("heading", name=place.b, exact=True))
+    assert match.locator(".rho").inner_text() == f"{best['rho']:.2f}"
+    match.get_by_role("link").click()
+    expect(page.locator("h1")).to_have_text(f"Feature {best['feature']} of {place.b}, layer {best['layer']}")
+
+
+def test_keyboard_alone(open_tab, site):
+    """From a cell of a matrix to a feature."""
+    page = open_tab(site).open()
+    press = page.keyboard.press
+    for _ in range(200):
+        press("Tab")
+        if page.evaluate("document.activeElement.closest('.heat') !== null"):
+            break
+    before = page.evaluate("document.activeElement.ariaLabel")
+    press("ArrowRight")
+    after = page.evaluate("document.activeElement.ariaLabel")
+    assert before != after
+    press("Enter")
+    source, target = re.match(r"wMPPC from (\S+) to (\S+): ", after).groups()
+    expect(page.locator("h1")).to_have_text(re.compile(rf"^{source} layer \d+ → {target}, any layer$"))
+    expect(page.locator("h1")).to_be_focused()
+    for _ in range(200):
+        press("Tab")
+        if page.evaluate("document.activeElement.matches('tbody th a')"):
+            break
+    press("Enter")
+    expect(page.locator("h1")).to_have_text(re.compile(rf"^Feature \d+ of {source}, "))
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+def test_every_view_in_the_dark(open_tab, site, width):
+    """All of each view is read, its pictures are there, it is dark and no wider than the window."""
+    opened = open_tab(site, viewport={"width": width, "height": 800}, color_scheme="dark")
+    for route in Place(site).routes().values():
+        page = opened.open(route)
+        for _ in range(4):
+            page.mouse.wheel(0, 1000)
+            page.wait_for_timeout(30)
+        assert page.locator(".error").count() == 0, route
+        assert page.evaluate("document.scrollingElement.scrollWidth") <= width, route
+        paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert sum(map(int, re.findall(r"\d+", paper))) < 150
+        page.wait_for_function("[...document.images].every(image => !image.complete || image.naturalWidth)")
+
+
+def test_rankings_have_rows(open_tab, site):
+    for ranking in read_data(site, "study")["sharedness"]:
+        page = open_tab(site).open(f"#/ranking/{ranking['dataset']}/{ranking['sae']}/{ranking['name']}")
+        assert numbers(page, "Feature")[:5] == [str(n) for n in ranking["features"][:5]]

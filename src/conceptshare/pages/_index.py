@@ -50,7 +50,7 @@ def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
                 told["sharedness"].append({**where, "name": name, **analysis, **_ranking(table)})
             if study["overlapping"]:
                 told["overlaps"] += [{**where, **row} for row in _rows(read_table(place / "overlaps.parquet"))]
-    write_script(out / "study.js", "study", told, packed=False)
+    write_script(out / "study.js", "study", told)
 
 
 def _readings(table: pd.DataFrame, members: list[str]) -> dict[str, Any]:

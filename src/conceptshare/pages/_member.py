@@ -61,8 +61,20 @@ def write_member(
             (partial / key).mkdir()
             rows = pq.read_table(examples / f"{key}.parquet").to_pylist()
             for n, first in enumerate(range(0, len(rows), CHUNK)):
-                details = {"first": first, "features": [_detail(row, told) for row in rows[first : first + CHUNK]]}
-                write_script(partial / key / f"{n:03d}.js", f"{place}/{key}/{n:03d}", details)
+                chunk = rows[first : first + CHUNK]
+                details = [_detail(row, table["name"][row["feature"]], told) for row in chunk]
+                write_script(
+                    partial / key / f"{n:03d}.js",
+                    f"{place}/{key}/{n:03d}",
+                    {"first": first, "features": details},
+                )
+                # In files of their own, as they are most of what there is to read, and few of them are looked at.
+                if any(detail["mapped"] for detail in details):
+                    write_script(
+                        partial / key / f"maps-{n:03d}.js",
+                        f"{place}/{key}/maps-{n:03d}",
+                        {"first": first, "maps": [_maps(row, told) for row in chunk]},
+                    )
 
 
 def _matches(pairs: Path, member: str, other: str) -> pd.DataFrame:
@@ -102,10 +114,12 @@ def _deltas(ranking: pd.DataFrame, features: int) -> list[float | None] | None:
     return numbers(deltas)
 
 
-def _detail(row: dict[str, Any], told: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """What the page of one feature shows."""
+def _detail(row: dict[str, Any], name: str | None, told: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """What the page of one feature shows, but for maps, of which it says whether there are any."""
     top = row["top"]
+    shown = [(one, told[one["sample"]]) for one in top]
     detail: dict[str, Any] = {
+        "name": name,
         "top": [[one["sample"], number(one["value"])] for one in top],
         "bands": [
             {
@@ -115,25 +129,33 @@ def _detail(row: dict[str, Any], told: dict[int, dict[str, Any]]) -> dict[str, A
             for near in row["near"]
         ],
         "histogram": {"max": number(row["highest"]), "counts": row["histogram"]},
+        "mapped": any(_has_map(one, sample) for one, sample in shown),
     }
-    shown = [(one, told[one["sample"]]) for one in top]
     if any("tokens" in sample for _, sample in shown):
         detail["tokens"] = [_marked(one, sample["tokens"]) for one, sample in shown]
-    elif any(sample["rows"] for _, sample in shown):
-        detail["maps"] = [_map(one, sample) for one, sample in shown]
     return detail
 
 
-def _marked(one: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
-    """The pieces of a caption, and how strongly the feature fires at each."""
+def _marked(one: dict[str, Any], tokens: list[str]) -> dict[str, Any] | None:
+    """The pieces of a caption, and how strongly the feature fires at each; None where there are no pieces."""
+    if one["fires"] is None:
+        return None
     shares = np.frombuffer(one["fires"], np.uint8) / 255
     return {"text": tokens, "values": numbers(shares * one["fires_highest"])}
 
 
-def _map(one: dict[str, Any], sample: dict[str, Any]) -> dict[str, Any] | None:
-    """How strongly the feature fires at each place of a picture; None where it is not known where those are."""
-    if one["fires"] is None or sample["box"] is None:
-        return None
+def _has_map(one: dict[str, Any], sample: dict[str, Any]) -> bool:
+    """Whether it is known where in a picture the feature fires."""
+    return one["fires"] is not None and sample.get("box") is not None
+
+
+def _maps(row: dict[str, Any], told: dict[int, dict[str, Any]]) -> list[dict[str, Any] | None]:
+    """How strongly a feature fires at each place of each of its strongest pictures, where that is known."""
+    shown = [(one, told[one["sample"]]) for one in row["top"]]
+    return [_map(one, sample) if _has_map(one, sample) else None for one, sample in shown]
+
+
+def _map(one: dict[str, Any], sample: dict[str, Any]) -> dict[str, Any]:
     return {
         "box": numbers(sample["box"]),
         "rows": sample["rows"],

@@ -5,7 +5,9 @@
   const BLOCK = 64; // features in a file of details
   const SAMPLES = 500; // in a file of captions, and in a folder of thumbnails
   const SIDE = 160; // of a thumbnail, at most
+  const LEAST = 96; // of the longer side of a picture that is shown: icons are magnified
   const UNNAMED = "no clear name";
+  const ANY = "any"; // in place of the number of a layer
   const VIRIDIS = "440154481a6c472f7d41448739568c31688e2a788e23888e1f988b22a88435b77954c5687ad151a5db36d2e21bfde725"
     .match(/.{6}/g)
     .map((colour) => [0, 2, 4].map((at) => parseInt(colour.slice(at, at + 2), 16)));
@@ -29,7 +31,6 @@
   }
 
   async function unpack(key, value) {
-    if (typeof value !== "string") return value;
     try {
       const bytes = Uint8Array.from(atob(value), (character) => character.charCodeAt(0));
       return await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"))).json();
@@ -70,11 +71,17 @@
   const layerFile = (layer) => `layer-${String(layer).padStart(2, "0")}`;
   const loadTable = (at) => load(`${folder(at)}/${at.member}/${layerFile(at.layer)}`);
 
+  const loadBlock = (at, kind) =>
+    load(`${folder(at)}/${at.member}/${layerFile(at.layer)}/${kind}${three(Math.floor(at.feature / BLOCK))}`);
+
   async function loadFeature(at) {
-    const block = await load(
-      `${folder(at)}/${at.member}/${layerFile(at.layer)}/${three(Math.floor(at.feature / BLOCK))}`,
-    );
-    return block.features[at.feature - block.first];
+    const { first, features } = await loadBlock(at, "");
+    return features[at.feature - first];
+  }
+
+  async function loadMaps(at) {
+    const { first, maps } = await loadBlock(at, "maps-");
+    return maps[at.feature - first];
   }
 
   async function loadSample(dataset, sample) {
@@ -192,6 +199,9 @@
     if (value === undefined) throw new NotFound(message);
     return value;
   }
+
+  /** Those of the study's members that a table tells of, in the order of the study. */
+  const othersOf = (table) => study.members.map(({ name }) => name).filter((name) => Object.hasOwn(table.best, name));
 
   const memberNamed = (name) =>
     found(
@@ -434,7 +444,8 @@
 
   /** A thumbnail, or where there is none a space as large as it. */
   function picture(sample, alt) {
-    const [width, height] = sample.size ?? [SIDE, 0.75 * SIDE];
+    const sides = sample.size ?? [SIDE, 0.75 * SIDE];
+    const [width, height] = sides.map((side) => Math.ceil(side * Math.max(1, LEAST / Math.max(...sides))));
     const missing = () =>
       h(
         "span",
@@ -501,7 +512,7 @@
     let strongest = 0;
     for (let cell = 0; cell < bytes.length; cell++) {
       const share = (bytes.charCodeAt(cell) / 255) * (most > 0 ? map.max / most : 0);
-      pixels.data.set([...viridis(share).colour, 255 * (0.3 + 0.35 * share)], 4 * cell);
+      pixels.data.set([...viridis(share).colour, 255 * (0.45 + 0.3 * share)], 4 * cell);
       if (bytes.charCodeAt(cell) > bytes.charCodeAt(strongest)) strongest = cell;
     }
     canvas.getContext("2d").putImageData(pixels, 0, 0);
@@ -560,12 +571,16 @@
 
   // Overview --------------------------------------------------------------------------------------------------------
 
+  let heatmaps = 0;
+
   /** A heatmap: a table of links, between which arrow keys move, so that it is one stop of the Tab key. */
   function heatmap(caption, corner, rows, columns, values, scale, cellLink, cellLabel) {
+    const id = `heatmap-${heatmaps++}`;
+    const long = Math.max(...columns.map((name) => name.length)) > 4;
+    const upright = long && columns.length > 6;
     const table = h(
       "table",
-      { class: "heat" },
-      h("caption", {}, caption),
+      { class: `heat${long ? " long" : ""}${upright ? " upright" : ""}`, "aria-labelledby": id },
       h(
         "thead",
         {},
@@ -616,38 +631,37 @@
     stop(table.querySelector("a"));
     table.addEventListener("focusin", (event) => stop(event.target));
     table.addEventListener("keydown", (event) => {
-      const moves = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
       const cell = event.target.closest("td");
-      if (!Object.hasOwn(moves, event.key) || !cell || event.ctrlKey || event.altKey || event.metaKey) return;
+      if (!cell || event.ctrlKey || event.altKey || event.metaKey) return;
+      // To the sides also from row to row, so that each cell can be reached whichever have no value.
+      const links = [...table.querySelectorAll("a")];
+      const column = links.filter((link) => link.parentNode.cellIndex === cell.cellIndex);
+      const moves = { ArrowLeft: [links, -1], ArrowRight: [links, 1], ArrowUp: [column, -1], ArrowDown: [column, 1] };
+      if (!Object.hasOwn(moves, event.key)) return;
       event.preventDefault();
-      const [down, right] = moves[event.key];
-      let [row, column] = [cell.parentNode.rowIndex + down, cell.cellIndex + right];
-      for (; table.rows[row]?.cells[column]; row += down, column += right) {
-        const next = table.rows[row].cells[column].querySelector("a");
-        if (next) return next.focus();
-      }
+      const [line, step] = moves[event.key];
+      line[line.indexOf(event.target) + step]?.focus();
     });
-    return h("div", { class: "scroll" }, table);
+    return h("figure", { class: "heatmap" }, h("figcaption", { id }, caption), h("div", { class: "scroll" }, table));
   }
 
-  function legend({ low, high }) {
+  function legend({ low, high }, what, write, ...more) {
     const stops = VIRIDIS.map((colour) => `rgb(${colour})`).join(",");
     return h(
       "p",
       { class: "legend" },
-      h("span", {}, fixed(low)),
+      h("span", {}, write(low)),
       h(
         "span",
         {
           class: "ramp",
           role: "img",
-          "aria-label": `Colour scale of wMPPC, from dark violet at ${fixed(low)} to yellow at ${fixed(high)}`,
+          "aria-label": `Colour scale of ${what}, from dark violet at ${write(low)} to yellow at ${write(high)}`,
           style: { background: `linear-gradient(90deg, ${stops})` },
         },
       ),
-      h("span", {}, fixed(high)),
-      h("span", { class: "swatch", "aria-hidden": "true" }),
-      h("span", {}, "no value"),
+      h("span", {}, write(high)),
+      more,
     );
   }
 
@@ -690,15 +704,19 @@
         const focused = slot.querySelector("a:focus");
         slot.replaceChildren(
           heatmap(
-            `From row to column, ${READINGS[reading] ?? reading}. A cell leads to the features of its row’s last layer.`,
+            `From row to column, ${READINGS[reading] ?? reading}. A cell leads to the features of its row’s last layer, ` +
+              "each with its best match in any layer.",
             "from ↓ to →",
             matrix.members,
             matrix.members,
             matrix.readings[reading],
             scale,
-            (row, column) => tableLink(
-              { ...at, member: matrix.members[row], layer: memberNamed(matrix.members[row]).layers.at(-1) },
-              { sort: `-rho:${matrix.members[column]}` },
+            (row, column) => pairLink(
+              at,
+              matrix.members[row],
+              memberNamed(matrix.members[row]).layers.at(-1),
+              matrix.members[column],
+              ANY,
             ),
             (row, column) => `wMPPC from ${matrix.members[row]} to ${matrix.members[column]}`,
           ),
@@ -746,7 +764,13 @@
           {},
           "wMPPC: the weighted mean of each feature’s best correlation. Arrow keys move between the cells of a table.",
         ),
-        legend(scale),
+        legend(
+          scale,
+          "wMPPC",
+          fixed,
+          h("span", { class: "swatch", "aria-hidden": "true" }),
+          h("span", {}, "no value"),
+        ),
       ] : [],
       matrices.length && choice.node,
       drawn.flat(),
@@ -791,12 +815,15 @@
       }),
     );
     const sets = study.datasets.map(({ name, samples }) => `${name} (${plural(samples, "sample")})`).join(", ");
+    const different = new Set(study.members.map(({ encoder }) => encoder)).size;
+    const seeds = different < study.members.length ? ` (${study.members.length} counting seeds)` : "";
+    const encoders = `${plural(different, "encoder")}${seeds}`;
     return {
       title: "Overview",
       heading: study.study,
       crumbs: [],
       nodes: [
-        h("p", { class: "lead" }, `SAE features of ${plural(study.members.length, "encoder")}, on ${sets}.`),
+        h("p", { class: "lead" }, `SAE features of ${encoders}, on ${sets}.`),
         h(
           "p",
           { class: "quiet" },
@@ -813,25 +840,31 @@
   const crumb = (at) => [`${at.member}, layer ${at.layer}`, tableLink(at)];
 
   /** The columns that every table of features begins with. */
-  const nameColumn = (at, label, id, feature, name) => ({
+  const nameColumn = (label, id, at, name) => ({
     id,
     label,
     text: true,
     heading: true,
     value: (row) => name(row)?.toLowerCase() ?? null,
-    cell: (row) => (
-      feature(row) < 0 ? "–" : h("a", { href: featureLink({ ...at, feature: feature(row) }) }, named(name(row)))
-    ),
+    cell: (row) => (at(row) ? h("a", { href: featureLink(at(row)) }, named(name(row))) : "–"),
+  });
+  /** The same where names are in too many files to sort by them. */
+  const readNameColumn = (label, id, at) => ({
+    id,
+    label,
+    cell: (row) => {
+      if (!at(row)) return "–";
+      const link = h("a", { href: featureLink(at(row)) }, h("span", { class: "quiet" }, "…"));
+      return lazily(link, async () => named((await loadFeature(at(row))).name));
+    },
   });
   const plainColumn = (id, label, title, values, write) => (
     { id, label, title, value: (row) => values[row], cell: (row) => write(values[row]) }
   );
-  const picturesColumn = (at, id, label, feature) => ({
+  const picturesColumn = (id, at) => ({
     id,
-    label,
-    cell: (row) => (
-      feature(row) < 0 || current.query.get("pictures") === "no" ? null : strip({ ...at, feature: feature(row) }, 3)
-    ),
+    label: "Strongest samples",
+    cell: (row) => (at(row) && current.query.get("pictures") !== "no" ? strip(at(row), 3) : null),
   });
   const numberColumn = (id, label, feature) => (
     { id, label, rising: true, value: feature, cell: (row) => (feature(row) < 0 ? "–" : String(feature(row))) }
@@ -842,12 +875,13 @@
     const at = place(parts);
     const member = memberNamed(at.member);
     const table = await loadTable(at);
-    const others = Object.keys(table.best);
-    const same = (row) => row;
+    const others = othersOf(table);
+    const rankings = Object.keys(table.delta);
+    const here = (row) => ({ ...at, feature: row });
     const columns = [
-      numberColumn("feature", "Feature", same),
-      nameColumn(at, "Name", "name", same, (row) => table.name[row]),
-      picturesColumn(at, "pictures", "Strongest samples", same),
+      numberColumn("feature", "Feature", (row) => row),
+      nameColumn("Name", "name", here, (row) => table.name[row]),
+      picturesColumn("pictures", here),
       plainColumn("strength", "S", "S: summed activation", table.strength, size),
       plainColumn("density", "Density", "Share of samples above zero", table.density, percent),
       plainColumn("score", "Score", "How far the name stands out (z-score)", table.score, fixed),
@@ -861,7 +895,7 @@
           rho,
         ),
       ),
-      ...Object.keys(table.delta ?? {}).map(
+      ...rankings.map(
         (name) => plainColumn(
           `delta:${name}`,
           `Δ ${name}`,
@@ -880,22 +914,37 @@
       controls: [
         search("Name or number"),
         number("S from", "s"),
+        number("S to", "s-to"),
         number("Density from, %", "from"),
-        number("to, %", "to"),
-        number("ρ from", "rho"),
-        control("ρ to", "with", {}, [["", "any member"], ...others.map((name) => [name, name])]),
+        number("Density to, %", "to"),
+        ...(others.length ? [
+          number("ρ from", "rho"),
+          number("ρ to", "rho-to"),
+          control("ρ with", "with", {}, [["", "any member"], ...others.map((name) => [name, name])]),
+        ] : []),
+        ...(rankings.length ? [
+          number("Δ from", "delta"),
+          number("Δ to", "delta-to"),
+          control("Δ in", "ranking", {}, [["", "any ranking"], ...rankings.map((name) => [name, name])]),
+        ] : []),
         control("Named only", "named", { type: "checkbox", value: "yes" }),
         picturesBox(),
       ],
       keep: (query) => {
         const matches = searching(query);
-        const [strength, from, to, least] = ["s", "from", "to", "rho"].map((key) => limit(query, key));
-        const chosen = others.filter((name) => !query.get("with") || name === query.get("with"));
+        const limits = (...keys) => keys.map((key) => limit(query, key));
+        const [strength, density] = [limits("s", "s-to"), limits("from", "to").map((share) => share && share / 100)];
+        const [rhos, deltas] = [limits("rho", "rho-to"), limits("delta", "delta-to")];
+        // A choice that is none of those there are means any, as the control shows.
+        const chosen = (key, all) => (all.includes(query.get(key)) ? [query.get(key)] : all);
+        const [members, ranked] = [chosen("with", others), chosen("ranking", rankings)];
+        const none = ([low, high]) => low === null && high === null;
         return (row) =>
           matches(row, table.name[row]) &&
-          between(table.strength[row], strength, null) &&
-          between(table.density[row], from === null ? null : from / 100, to === null ? null : to / 100) &&
-          (least === null || chosen.some((name) => between(table.best[name].rho[row], least, null))) &&
+          between(table.strength[row], ...strength) &&
+          between(table.density[row], ...density) &&
+          (none(rhos) || members.some((name) => between(table.best[name].rho[row], ...rhos))) &&
+          (none(deltas) || ranked.some((name) => between(table.delta[name][row], ...deltas))) &&
           (query.get("named") !== "yes" || table.name[row] !== null);
       },
     });
@@ -919,9 +968,10 @@
     const head = [h("h3", {}, name), h("p", { class: "quiet" }, `${other.modality}, ${other.kind}`)];
     if (layer < 0) return h("li", { class: "match" }, head, h("p", {}, "No match: nothing correlates."));
     const there = { ...at, member: name, layer, feature };
-    const label = lazily(h("span", { class: "name" }), async () => named((await loadTable(there)).name[feature]));
+    const label = h("span", { class: "name" });
     const samples = lazily(h("div", { class: "samples" }), async () => {
-      const { top, tokens } = await loadFeature(there);
+      const { name: called, top, tokens } = await loadFeature(there);
+      label.replaceChildren(named(called));
       const most = Math.max(0, ...(tokens ?? []).flatMap((entry) => entry?.values ?? []));
       const shown = await Promise.all(top.slice(0, 3).map(([sample]) => loadSample(at.dataset, sample)));
       return shown.map((sample, at) => specimen(sample, top[at][1], tokens?.[at] ? tokenText(tokens[at], most) : null));
@@ -958,9 +1008,7 @@
     const [table, feature] = await Promise.all([loadTable(at), loadFeature(at)]);
     const name = table.name[n];
     const rank = table.strength.filter((strength) => strength > table.strength[n]).length + 1;
-    const others = Object.keys(table.best);
-    const maps = feature.maps ?? [];
-    const most = Math.max(0, ...maps.map((map) => map?.max ?? 0));
+    const others = othersOf(table);
     const mostToken = Math.max(0, ...(feature.tokens ?? []).flatMap((entry) => entry?.values ?? []));
     const specimens = (list, aligned) =>
       Promise.all(
@@ -974,7 +1022,22 @@
     const bands = feature.bands.filter((band) => band.samples.length);
 
     const overlay = control("Where it fires", "overlay", { type: "checkbox", value: "yes" });
-    const deltas = Object.entries(table.delta ?? {}).filter(([, values]) => values[n] !== null);
+    const key = h("div", { class: "key", hidden: true });
+    async function drawOverlay() {
+      if (!feature.mapped) return;
+      const on = current.query.get("overlay") === "yes";
+      const maps = on ? await loadMaps(at) : [];
+      if (on !== (current?.query.get("overlay") === "yes")) return;
+      const most = Math.max(0, ...maps.map((map) => map?.max ?? 0));
+      key.hidden = !on;
+      key.replaceChildren(legend({ low: 0, high: most }, "how strongly it fires", size));
+      samples.classList.toggle("overlaid", on);
+      samples.querySelectorAll(".picture").forEach((frame, at) => {
+        frame.querySelector("canvas")?.remove();
+        if (maps[at] && frame.querySelector("img")) frame.append(heat(maps[at], most));
+      });
+    }
+    const deltas = Object.entries(table.delta).filter(([, values]) => values[n] !== null);
     const step = (to, text, rel) =>
       to >= 0 && to < member.features[at.sae]
         ? h("a", { href: featureLink({ ...at, feature: to }), rel }, text)
@@ -1013,7 +1076,7 @@
           {},
           h("h2", {}, "Strongest samples"),
           feature.top.length ? [] : h("p", {}, "This feature was never active on these samples."),
-          maps.some(Boolean) ? h("p", { class: "toggle" }, overlay.node) : [],
+          feature.mapped ? h("div", { class: "toggle" }, overlay.node, key) : [],
           samples,
         ),
         bands.length
@@ -1066,10 +1129,10 @@
       ],
       update(query) {
         overlay.sync(query);
-        const on = query.get("overlay") === "yes";
-        samples.querySelectorAll(".picture").forEach((frame, at) => {
-          frame.querySelector("canvas")?.remove();
-          if (on && maps[at] && frame.querySelector("img")) frame.append(heat(maps[at], most));
+        drawOverlay().catch((error) => {
+          if (!(error instanceof FileError)) throw error;
+          key.hidden = false;
+          key.replaceChildren(h("span", { class: "error" }, error.message));
         });
       },
     };
@@ -1077,39 +1140,58 @@
 
   // Two layers ------------------------------------------------------------------------------------------------------
 
+  /** The best matches of a layer's features in a layer of another member, or in any, and the layers there are. */
+  async function bestMatches(a, b, pairs) {
+    const table = await loadTable(a);
+    const mine = { strength: table.strength, names: (row) => table.name[row] };
+    if (b.layer === ANY) {
+      const best = found(table.best[b.member], `No analysis compares ${a.member} with ${b.member}.`);
+      const at = (row) => (best.layer[row] < 0 ? null : { ...b, layer: best.layer[row], feature: best.feature[row] });
+      return { ...mine, layers: pairs.length ? [ANY, ...memberNamed(b.member).layers] : [ANY], rho: best.rho, at };
+    }
+    if (!pairs.length) throw new NotFound(`No analysis compares ${a.member} with ${b.member} layer by layer.`);
+    const [there, { layers: compared, rho: rhos, match }] = await Promise.all([
+      loadTable(b),
+      load(`${folder(a)}/pairs/${a.member}__${b.member}/${layerFile(a.layer)}`),
+    ]);
+    const target = compared.indexOf(b.layer);
+    if (target < 0) throw new NotFound(`${a.member} was not compared with layer ${b.layer} of ${b.member}.`);
+    const at = (row) => (match[target][row] < 0 ? null : { ...b, feature: match[target][row] });
+    const theirs = (row) => (at(row) ? there.name[at(row).feature] : null);
+    return { ...mine, layers: [ANY, ...compared], theirs, rho: rhos[target], at };
+  }
+
   async function pairView(parts) {
     if (parts.length !== 6) throw new NotFound("This address is not complete.");
     const [dataset, sae, ...rest] = parts;
     const a = place([dataset, sae, rest[0], rest[1]]);
-    const b = place([dataset, sae, rest[2], rest[3]]);
+    const b = rest[3] === ANY
+      ? { dataset, sae, member: memberNamed(rest[2]).name, layer: ANY }
+      : place([dataset, sae, rest[2], rest[3]]);
+    const any = b.layer === ANY;
     const pairs = study.layerwise
       .filter((entry) => entry.dataset === dataset && entry.sae === sae)
       .flatMap((entry) => entry.pairs)
       .filter((pair) => [pair.a, pair.b].includes(a.member) && [pair.a, pair.b].includes(b.member));
-    if (!pairs.length) throw new NotFound(`No analysis compares ${a.member} with ${b.member} layer by layer.`);
     const pair = pairs.find((entry) => entry.a === a.member && entry.b === b.member);
     const wmppc = pair?.wmppc[pair.layers_a.indexOf(a.layer)]?.[pair.layers_b.indexOf(b.layer)];
-    const [here, there, matches] = await Promise.all([
-      loadTable(a),
-      loadTable(b),
-      load(`${folder(a)}/pairs/${a.member}__${b.member}/${layerFile(a.layer)}`),
-    ]);
-    const target = matches.layers.indexOf(b.layer);
-    if (target < 0) throw new NotFound(`${a.member} was not compared with layer ${b.layer} of ${b.member}.`);
-    const values = matches.rho[target];
-    const partner = (row) => matches.match[target][row];
-    const theirName = (row) => (partner(row) < 0 ? null : there.name[partner(row)]);
-    const same = (row) => row;
+    const { layers, strength, names, theirs, rho: values, at } = await bestMatches(a, b, pairs);
+    const here = (row) => ({ ...a, feature: row });
+    const there = any ? `${b.member}, any layer` : `${b.member} layer ${b.layer}`;
     const list = listing({
-      caption: `Features of ${a.member} layer ${a.layer} with their best match in ${b.member} layer ${b.layer}`,
+      caption: `Features of ${a.member} layer ${a.layer} with their best match in ${there}`,
       columns: [
         plainColumn("rho", "ρ", "Correlation with the best match", values, rho),
-        numberColumn("feature", a.member, same),
-        nameColumn(a, "Name", "name", same, (row) => here.name[row]),
-        picturesColumn(a, "pictures", "Strongest samples", same),
-        numberColumn("match", b.member, partner),
-        { ...nameColumn(b, "Name of the match", "match-name", partner, theirName), heading: false },
-        picturesColumn(b, "match-pictures", "Strongest samples", partner),
+        numberColumn("feature", a.member, (row) => row),
+        nameColumn("Name", "name", here, names),
+        picturesColumn("pictures", here),
+        plainColumn("strength", "S", "S: summed activation", strength, size),
+        ...(any ? [numberColumn("layer", "Layer", (row) => at(row)?.layer ?? -1)] : []),
+        numberColumn("match", b.member, (row) => at(row)?.feature ?? -1),
+        any
+          ? readNameColumn("Name of the match", "match-name", at)
+          : { ...nameColumn("Name of the match", "match-name", at, theirs), heading: false },
+        picturesColumn("match-pictures", at),
       ],
       count: values.length,
       sorted: "-rho",
@@ -1118,27 +1200,30 @@
         search("Name or number"),
         number("ρ from", "least"),
         number("ρ to", "most"),
-        control("Both named", "named", { type: "checkbox", value: "yes" }),
+        number("S from", "s"),
+        control(any ? "Named only" : "Both named", "named", { type: "checkbox", value: "yes" }),
         picturesBox(),
       ],
       keep: (query) => {
         const wanted = searching(query);
         const [least, most] = [limit(query, "least"), limit(query, "most")];
         return (row) =>
-          (wanted(row, here.name[row]) || wanted(partner(row), theirName(row))) &&
+          (wanted(row, names(row)) || wanted(at(row)?.feature, theirs?.(row) ?? null)) &&
           between(values[row], least, most) &&
-          (query.get("named") !== "yes" || (here.name[row] !== null && theirName(row) !== null));
+          between(strength[row], limit(query, "s"), null) &&
+          (query.get("named") !== "yes" || (names(row) !== null && (any || theirs(row) !== null)));
       },
     });
+    const last = memberNamed(b.member).layers.at(-1);
     return {
-      title: `${a.member} layer ${a.layer} → ${b.member} layer ${b.layer}`,
+      title: `${a.member} layer ${a.layer} → ${there}`,
       at: a,
-      crumbs: [crumb(a), [`to ${b.member}, layer ${b.layer}`, pairLink(a, a.member, a.layer, b.member, b.layer)]],
+      crumbs: [crumb(a), [`to ${there}`, pairLink(a, a.member, a.layer, b.member, b.layer)]],
       nodes: [
         h(
           "p",
           { class: "lead" },
-          `Each feature of ${a.member}, layer ${a.layer}, with the one of ${b.member}, layer ${b.layer}, it correlates with best.`,
+          `Each feature of ${a.member}, layer ${a.layer}, with the one of ${there}, it correlates with best.`,
           wmppc === undefined || wmppc === null ? "" : ` wMPPC ${fixed(wmppc)}.`,
         ),
         layerLinks(
@@ -1149,18 +1234,17 @@
         ),
         layerLinks(
           `Layer of ${b.member}`,
-          matches.layers,
+          layers,
           b.layer,
           (layer) => pairLink(a, a.member, a.layer, b.member, layer),
         ),
         h(
           "p",
           {},
-          h("a", { href: pairLink(a, b.member, b.layer, a.member, a.layer) }, "The other direction"),
+          h("a", { href: pairLink(a, b.member, any ? last : b.layer, a.member, any ? ANY : a.layer) }, "The other direction"),
           " · ",
           h("a", { href: tableLink(a) }, `All of ${a.member}, layer ${a.layer}`),
-          " · ",
-          h("a", { href: tableLink(b) }, `All of ${b.member}, layer ${b.layer}`),
+          any ? [] : [" · ", h("a", { href: tableLink(b) }, `All of ${b.member}, layer ${b.layer}`)],
         ),
         ...list.nodes,
       ],
@@ -1324,6 +1408,7 @@
     const at = { dataset, sae, member: ranking.source, layer: ranking.layer };
     const table = await loadTable(at);
     const feature = (row) => ranking.features[row];
+    const here = (row) => ({ ...at, feature: feature(row) });
     const called = (row) => table.name[feature(row)];
     const list = listing({
       caption: `Features of ${at.member}, layer ${at.layer}, ranked by ${name}`,
@@ -1336,8 +1421,8 @@
           cell: (row) => [row < ranking.top ? h("span", { class: "badge" }, "top 1%") : "", ` ${whole(row + 1)}`],
         },
         numberColumn("feature", "Feature", feature),
-        nameColumn(at, "Name", "name", feature, called),
-        picturesColumn(at, "pictures", "Strongest samples", feature),
+        nameColumn("Name", "name", here, called),
+        picturesColumn("pictures", here),
         plainColumn("delta", "Δ", "Comparative Sharedness: S (ρ G² − ρ H²)", ranking.delta, size),
         plainColumn("rho_g", "ρ G", "The least best correlation among those that should share it", ranking.rho_g, rho),
         plainColumn("rho_h", "ρ H", "The largest best correlation among those that should not", ranking.rho_h, rho),
@@ -1512,7 +1597,7 @@
     if (!first) heading.focus({ preventScroll: true });
     if (scrolled.has(returning)) {
       // The page has to be as long as it was before it can be where it was.
-      const waiting = [...main.querySelectorAll(".samples, .match .name")].filter((element) => element.whenSeen);
+      const waiting = [...main.querySelectorAll(".samples")].filter((element) => element.whenSeen);
       await Promise.all(waiting.map((element) => watcher.unobserve(element) ?? fill(element, element.whenSeen)));
       if (mine !== turn) return;
     }

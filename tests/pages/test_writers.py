@@ -1,0 +1,104 @@
+"""What the stage writes of one member, from tables and stores as the stages before it leave them."""
+
+import base64
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from conceptshare.pages import write_member
+from conceptshare.store import new_store, save_array
+from tests.browser import read_data
+
+FEATURES = 70  # two files of details
+PLACE = "data/set/sae/mine@0"
+
+
+def write_inputs(folder, samples, tops):
+    """A member of one layer, whose features all have the same strongest samples, and its matches in another."""
+    with new_store(folder / "mine@0.zarr", "features", {"layers": [3]}) as store:
+        group = store.create_group("layer-03")
+        save_array(group, "strength", np.arange(FEATURES, dtype=float))
+        save_array(group, "density", np.full(FEATURES, 0.25))
+        save_array(group, "deviation", np.ones(FEATURES))
+        save_array(group, "top_samples", np.zeros((FEATURES, 1), np.int32))
+    (folder / "examples").mkdir()
+    pq.write_table(pa.Table.from_pylist(samples), folder / "examples" / "samples.parquet")
+    near = [{"quantile": 0.5, "samples": [1], "values": [0.5]}]
+    rows = [
+        {"feature": n, "top": tops, "near": near, "histogram": [2] + [0] * 19, "highest": 1.5} for n in range(FEATURES)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "examples" / "layer-03.parquet")
+    names = [None if n % 2 else f"name {n}" for n in range(FEATURES)]
+    table = {"layer": 3, "feature": range(FEATURES), "name": names, "score": np.nan, "auc": 0.75}
+    pd.DataFrame(table).to_parquet(folder / "names.parquet")
+    (folder / "pairs").mkdir()
+    table = {"source": "mine@0", "layer": 3, "feature": range(FEATURES), "rho": 0.123456}
+    pd.DataFrame(table | {"match_layer": 1, "match_feature": range(FEATURES)}).to_parquet(
+        folder / "pairs" / "mine@0__other@0.parquet"
+    )
+
+
+def write(folder):
+    inputs = [folder / name for name in ("mine@0.zarr", "examples", "names.parquet", "pairs")]
+    write_member(*inputs, ["other@0"], {}, PLACE, folder / "site" / PLACE)
+    return folder / "site"
+
+
+def test_a_member_of_images(tmp_path):
+    """Tables, details in files of 64, and beside those the maps of pictures whose places are known."""
+    box = [-0.5, 0.0, 1.5, 1.0]
+    samples = [{"sample": 0, "box": box, "rows": 1, "columns": 2}, {"sample": 1, "box": None, "rows": 1, "columns": 2}]
+    tops = [
+        {"sample": 0, "value": 1.5, "fires": b"\x00\xff", "fires_highest": 2.0},
+        {"sample": 1, "value": 0.5, "fires": b"\xff\x00", "fires_highest": 1.0},
+    ]
+    write_inputs(tmp_path, samples, tops)
+    site = write(tmp_path)
+    table = read_data(site, f"{PLACE}/layer-03")
+    assert table["strength"] == list(range(FEATURES))
+    assert table["score"] == [None] * FEATURES
+    assert table["best"]["other@0"]["rho"] == [0.1235] * FEATURES
+    details = read_data(site, f"{PLACE}/layer-03/001")
+    assert (details["first"], len(details["features"])) == (64, FEATURES - 64)
+    one = details["features"][0]
+    assert one["name"] == "name 64"
+    assert one["top"] == [[0, 1.5], [1, 0.5]]
+    assert one["bands"] == [{"at": 0.5, "samples": [[1, 0.5]]}]
+    assert one["mapped"] is True
+    assert "tokens" not in one
+    maps = read_data(site, f"{PLACE}/layer-03/maps-001")
+    assert maps["first"] == 64
+    shown, unknown = maps["maps"][0]
+    assert (shown["box"], shown["rows"], shown["columns"], shown["max"]) == (box, 1, 2, 2.0)
+    assert base64.b64decode(shown["values"]) == b"\x00\xff"
+    assert unknown is None
+
+
+@pytest.mark.parametrize(("rows", "fires"), [(0, None), (1, b"\xff")], ids=["no grid", "no box"])
+def test_pictures_without_known_places_have_no_maps(tmp_path, rows, fires):
+    samples = pa.Table.from_pylist(
+        [{"sample": 0, "box": None, "rows": rows, "columns": rows}],
+        pa.schema({"sample": pa.int32(), "box": pa.list_(pa.float32(), 4), "rows": pa.int32(), "columns": pa.int32()}),
+    )
+    write_inputs(tmp_path, [], [{"sample": 0, "value": 1.5, "fires": fires, "fires_highest": 1.0}])
+    pq.write_table(samples, tmp_path / "examples" / "samples.parquet")
+    site = write(tmp_path)
+    assert not read_data(site, f"{PLACE}/layer-03/000")["features"][0]["mapped"]
+    assert not list((site / PLACE / "layer-03").glob("maps-*"))
+
+
+def test_a_member_of_texts(tmp_path):
+    """The tokens of each caption with their values, and none of a caption of which no token was read."""
+    samples = [{"sample": 0, "tokens": ["a", "cat"]}, {"sample": 1, "tokens": []}]
+    tops = [
+        {"sample": 0, "value": 1.5, "fires": b"\x00\xff", "fires_highest": 2.0},
+        {"sample": 1, "value": 0.5, "fires": None, "fires_highest": None},
+    ]
+    write_inputs(tmp_path, samples, tops)
+    site = write(tmp_path)
+    one = read_data(site, f"{PLACE}/layer-03/000")["features"][0]
+    assert one["tokens"] == [{"text": ["a", "cat"], "values": [0.0, 2.0]}, None]
+    assert one["mapped"] is False
