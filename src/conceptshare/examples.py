@@ -10,7 +10,8 @@ or not. It is what the SAE's encoder gives at each token, before TopK and after 
 """
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import isqrt
 from pathlib import Path
@@ -46,6 +47,9 @@ BINS = 20
 
 # Working memory for the activations of a block of features.
 _BLOCK_BYTES = 2**28
+# How tokenizers mark a piece that begins a word, ends one, or goes on with one; and pieces that are no text.
+_BEGINS, _ENDS, _GOES_ON = ("▁", "Ġ"), ("</w>",), "##"
+_SPECIAL = re.compile(r"<.+>|\[.+\]")
 # Tokens before those of a picture's grid: one for the class, and registers.
 _MOST_BEFORE = 16
 
@@ -259,15 +263,32 @@ def _words(encoder: Encoder, batch: Batch, row: int) -> list[str]:
     assert encoder.words is not None
     mask, ids = batch.mask[row], batch.ids[row]
     pieces = encoder.words(ids.tolist()) + [""] * (len(mask) - len(ids))
-    return [_readable(piece) for piece, real in zip(pieces, mask.tolist(), strict=True) if real]
+    return with_blanks([piece for piece, real in zip(pieces, mask.tolist(), strict=True) if real])
 
 
-def _readable(piece: str | bytes) -> str:
-    """A tokenizer's piece without what marks that a word begins, ends or goes on."""
-    text = piece.decode("utf-8", "replace") if isinstance(piece, bytes) else str(piece)
-    for mark in ("</w>", "##", "▁", "Ġ"):
-        text = text.replace(mark, "")
-    return text
+def with_blanks(pieces: Sequence[str | bytes]) -> list[str]:
+    """A tokenizer's pieces without its marks, with a blank before each that begins a word.
+
+    Tokenizers mark the pieces that begin a word, those that end one, or those that go on with one.
+    """
+    texts = [piece.decode("utf-8", "replace") if isinstance(piece, bytes) else str(piece) for piece in pieces]
+    begun, ended = (any(mark in text for text in texts for mark in marks) for marks in (_BEGINS, _ENDS))
+    said: list[str] = []
+    before = ""
+    for text in texts:
+        special = _SPECIAL.fullmatch(text) or _SPECIAL.fullmatch(before)
+        if ended:
+            begins = before.endswith(_ENDS)
+        elif begun:
+            begins = text.startswith(_BEGINS)
+        else:
+            begins = not text.startswith(_GOES_ON)
+        plain = text
+        for mark in (*_BEGINS, *_ENDS, _GOES_ON):
+            plain = plain.replace(mark, "")
+        said.append(" " * bool(said and plain and (special or begins)) + plain)
+        before = text
+    return said
 
 
 class Frame:
