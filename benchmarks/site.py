@@ -210,6 +210,7 @@ def make_names(rng: np.random.Generator) -> pd.DataFrame:
             "name": [", ".join(rng.choice(WORDS, 3)) if one else None for one in clear],
             "score": rng.gamma(4, 2, LAYERS * F),
             "auc": rng.uniform(0.3, 1, LAYERS * F),
+            "source": "captions",
         }
     )
 

@@ -10,7 +10,7 @@ from typing import get_args
 from pydantic import BaseModel
 
 from conceptshare.catalog import DatasetSpec, Download, EncoderSpec
-from conceptshare.study import CorrelationSettings, Layerwise, Matrix, SAESettings, Sharedness, Study
+from conceptshare.study import CorrelationSettings, Layerwise, Matrix, NameSettings, SAESettings, Sharedness, Study
 
 README = Path(__file__).parents[1] / "config" / "README.md"
 BEGIN, END = "<!-- keys -->\n", "<!-- end of keys -->\n"
@@ -21,6 +21,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "`encoders.NAME`": EncoderSpec,
     "`saes.NAME`": SAESettings,
     "`correlations`": CorrelationSettings,
+    "`names`": NameSettings,
     "`analyses.matrices.NAME`": Matrix,
     "`analyses.layerwise.NAME`": Layerwise,
     "`analyses.sharedness.NAME`": Sharedness,

@@ -158,6 +158,9 @@ def test_captions_fire_at_the_pieces_that_the_tokenizer_makes_of_them(make, valu
             ["<start_of_text>", "north</w>", "ame", "rica</w>", "!</w>", ""],
             ["<start_of_text>", " north", " ame", "rica", " !", ""],
         ),
+        (["<s>", "caf", "Ã", "©", "Ġçº¢", "</s>"], ["<s>", " caf", "", "é", " 红", " </s>"]),
+        (["caf", "Ã©</w>", "naÃ¯", "ve</w>"], ["caf", "é", " naï", "ve"]),
+        (["naïve</w>", "é</w>"], ["naïve", " é"]),  # letters that stand for themselves
         ([b"n", b"\xff"], ["n", " \N{REPLACEMENT CHARACTER}"]),
     ],
 )

@@ -456,6 +456,32 @@ def font_with(letter, family, folder):
     return folder / "font.ttf"
 
 
+def test_a_long_word_is_cut_after_as_few_measurements_as_a_short_one_and_what_is_not_seen_left_out(monkeypatch):
+    from conceptshare.figures import _sharedness
+
+    measured = []
+    monkeypatch.setattr(_sharedness, "text_width", lambda line, *_: measured.append(line) or len(line))
+    assert _sharedness._wrapped("x" * 100_000, 10, 2, 6) == "xxxxxxxxxx\nxxxxxxxxx…"
+    assert len(measured) < 50
+    assert max(map(len, measured)) <= 100_000
+    assert _sharedness._wrapped("a\ufeff b\x01c\u200d", 10, 2, 6) == "a b c"
+
+
+@pytest.mark.parametrize("value", np.linspace(0, 1, 21))
+def test_numbers_on_cells_have_contrast(value):
+    from conceptshare.figures._style import COLOURS, letters_on
+
+    image = Figure().subplots().imshow([[0, 1]], cmap=COLOURS)
+
+    def luminance(colour):
+        return np.dot(
+            [((c + 0.055) / 1.055) ** 2.4 if c > 0.04045 else c / 12.92 for c in colour[:3]], [0.2126, 0.7152, 0.0722]
+        )
+
+    lighter, darker = sorted((luminance(image.cmap(value)), float(letters_on(image, value) == "white")), reverse=True)
+    assert (lighter + 0.05) / (darker + 0.05) > 4.5
+
+
 @pytest.mark.parametrize("installed", [True, False])
 def test_a_caption_in_another_script_is_drawn_with_a_font_that_the_system_has(tmp_path, monkeypatch, installed):
     fonts = font_manager.fontManager
@@ -510,9 +536,9 @@ def test_the_scatter_shows_each_feature_and_marks_and_counts_the_top(tmp_path, r
     assert_readable(drawn[0])
     ax = drawn[0].axes[0]
     every, top = ax.collections
-    assert sorted(map(tuple, every.get_offsets())) == sorted(zip(table.rho_g, table.rho_h, strict=True))
+    assert sorted(map(tuple, every.get_offsets())) == sorted(zip(table.rho_h, table.rho_g, strict=True))
     first = table.head(max(1, features // 100))
-    np.testing.assert_array_equal(top.get_offsets(), first[["rho_g", "rho_h"]])
+    np.testing.assert_array_equal(top.get_offsets(), first[["rho_h", "rho_g"]])
     assert len(top.get_paths()[0].vertices) != len(every.get_paths()[0].vertices)  # another form
     assert np.ptp(top.get_facecolor()[0][:3]) > 0.5  # and a colour, where others are grey
     assert np.ptp(every.get_cmap()(np.linspace(0, 1, 9))[:, :3], axis=1).max() < 0.01
@@ -522,7 +548,7 @@ def test_the_scatter_shows_each_feature_and_marks_and_counts_the_top(tmp_path, r
     assert diagonal.get_slope() == 1
     assert diagonal.get_xy1() == (0, 0)
     numbered = {text.get_text(): text.xy for text in ax.texts if text.get_text().isdigit()}
-    assert numbered == {str(n): (row.rho_g, row.rho_h) for n, row in enumerate(first[:5].itertuples(), 1)}
+    assert numbered == {str(n): (row.rho_h, row.rho_g) for n, row in enumerate(first[:5].itertuples(), 1)}
     more, less = (table.rho_g > table.rho_h).sum(), (table.rho_g < table.rho_h).sum()
     counts = f"{more:,} with $\\rho_G > \\rho_H$, {less:,} with $\\rho_G < \\rho_H$"
     assert counts + (f", {silent} with both equal" if silent else "") in written_on(drawn[0])

@@ -9,6 +9,7 @@ Where a feature fires comes from another forward pass over those samples, so tha
 or not. It is what the SAE's encoder gives at each token, before TopK and after ReLU, as features are at the global one.
 """
 
+import codecs
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -48,8 +49,12 @@ BINS = 20
 # Working memory for the activations of a block of features.
 _BLOCK_BYTES = 2**28
 # How tokenizers mark a piece that begins a word, ends one, or goes on with one; and pieces that are no text.
-_BEGINS, _ENDS, _GOES_ON = ("▁", "Ġ"), ("</w>",), "##"
+_BEGINS, _ENDS, _GOES_ON = ("▁", "Ġ", " "), ("</w>",), "##"
 _SPECIAL = re.compile(r"<.+>|\[.+\]")
+# The letters that byte-level tokenizers, such as GPT-2's and CLIP's, write for bytes.
+_PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTES = {chr(byte): byte for byte in _PRINTED}
+_BYTES |= {chr(0x100 + n): byte for n, byte in enumerate(byte for byte in range(0x100) if byte not in _PRINTED)}
 # Tokens before those of a picture's grid: one for the class, and registers.
 _MOST_BEFORE = 16
 
@@ -271,7 +276,9 @@ def with_blanks(pieces: Sequence[str | bytes]) -> list[str]:
 
     Tokenizers mark the pieces that begin a word, those that end one, or those that go on with one.
     """
-    texts = [piece.decode("utf-8", "replace") if isinstance(piece, bytes) else str(piece) for piece in pieces]
+    texts = _as_texts(
+        [piece.decode("utf-8", "replace") if isinstance(piece, bytes) else str(piece) for piece in pieces]
+    )
     begun, ended = (any(mark in text for text in texts for mark in marks) for marks in (_BEGINS, _ENDS))
     said: list[str] = []
     before = ""
@@ -289,6 +296,17 @@ def with_blanks(pieces: Sequence[str | bytes]) -> list[str]:
         said.append(" " * bool(said and plain and (special or begins)) + plain)
         before = text
     return said
+
+
+def _as_texts(pieces: list[str]) -> list[str]:
+    """Pieces as they are, or, of a byte-level tokenizer, what their bytes say: a letter is where its last byte is."""
+    if not any(mark in piece for piece in pieces for mark in ("Ġ", *_ENDS)):
+        return pieces
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        return [decoder.decode(bytes(_BYTES[letter] for letter in piece)) for piece in pieces]
+    except (KeyError, UnicodeDecodeError):
+        return pieces
 
 
 class Frame:

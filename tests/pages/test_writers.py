@@ -32,7 +32,7 @@ def write_inputs(folder, samples, tops):
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "examples" / "layer-03.parquet")
     names = [None if n % 2 else f"name {n}" for n in range(FEATURES)]
-    table = {"layer": 3, "feature": range(FEATURES), "name": names, "score": np.nan, "auc": 0.75}
+    table = {"layer": 3, "feature": range(FEATURES), "name": names, "score": np.nan, "auc": 0.75, "source": "command"}
     pd.DataFrame(table).to_parquet(folder / "names.parquet")
     (folder / "pairs").mkdir()
     table = {"source": "mine@0", "layer": 3, "feature": range(FEATURES), "rho": 0.123456}
@@ -60,6 +60,7 @@ def test_a_member_of_images(tmp_path):
     table = read_data(site, f"{PLACE}/layer-03")
     assert table["strength"] == list(range(FEATURES))
     assert table["score"] == [None] * FEATURES
+    assert table["by_command"] is True
     assert table["best"]["other@0"]["rho"] == [0.1235] * FEATURES
     details = read_data(site, f"{PLACE}/layer-03/001")
     assert (details["first"], len(details["features"])) == (64, FEATURES - 64)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from conceptshare.figures._style import READING_TITLES, STYLE, heatmap, save, say_nothing
+from conceptshare.figures._style import READING_TITLES, STYLE, heatmap, letters_on, save, say_nothing
 
 
 def draw_averages(averages: pd.DataFrame, out: Path) -> None:
@@ -38,7 +38,7 @@ def draw_averages(averages: pd.DataFrame, out: Path) -> None:
             cells = averages[averages.reading == reading].set_index(["source_modality", "target_modality"])
             cells = cells.reindex(pd.MultiIndex.from_product([modalities, modalities]))
             images.append(heatmap(ax, _square(cells.wmppc), 0, top, letters=None))
-            _annotate(ax, cells, top)
+            _annotate(ax, cells, images[-1])
             ax.set_xlabel("to")
         axes[0].set_ylabel("from")
         if images:
@@ -51,11 +51,11 @@ def _square(values: pd.Series) -> NDArray[np.float64]:
     return np.asarray(values, np.float64).reshape(side, side)
 
 
-def _annotate(ax: Axes, cells: pd.DataFrame, top: float) -> None:
+def _annotate(ax: Axes, cells: pd.DataFrame, image: Any) -> None:
     side = round(len(cells) ** 0.5)
     for n, cell in enumerate(cells.itertuples()):
         if np.isfinite(cell.wmppc):
-            style: Any = {"ha": "center", "color": "white" if cell.wmppc < 0.6 * top else "black"}
+            style: Any = {"ha": "center", "color": letters_on(image, cell.wmppc)}
             row, column = divmod(n, side)
             ax.text(column, row, f"{cell.wmppc:.3f}", va="bottom", fontsize=9.5, **style)
             ax.text(column, row + 0.06, f"{cell.low:.3f} to {cell.high:.3f}", va="top", fontsize=6.5, **style)

@@ -28,7 +28,7 @@ _TOP: Any = {"marker": "D", "facecolor": RED, "edgecolor": "black", "linewidth":
 def draw_sharedness_scatter(table: pd.DataFrame, out: Path) -> None:
     """Each feature of a ranking by rho_G and rho_H, darker where more are, the top 1% by Delta another colour and form.
 
-    Right of the diagonal are the features that the group G shares and the group H shares less (Delta > 0). The title
+    Above the diagonal are the features that the group G shares and the group H shares less (Delta > 0). The title
     counts the features on either side; one that was never active is on it, as both of its rho are 0.
 
     Args:
@@ -52,12 +52,12 @@ def draw_sharedness_scatter(table: pd.DataFrame, out: Path) -> None:
         # Thousands of points are one picture in the PDF.
         busiest = around[points.any(axis=1)].max(initial=2)  # those that were never active are all at one place
         style: Any = {"s": 7, "linewidths": 0, "cmap": _GREYS, "norm": LogNorm(1, busiest)}
-        dots = ax.scatter(points[order, 0], points[order, 1], c=around[order], rasterized=True, **style)
-        ax.scatter(points[top, 0], points[top, 1], s=24, zorder=3, **_TOP)
-        number(ax, points[top][:_NUMBERED], points[top], limits, _PANEL)
+        dots = ax.scatter(points[order, 1], points[order, 0], c=around[order], rasterized=True, **style)
+        ax.scatter(points[top, 1], points[top, 0], s=24, zorder=3, **_TOP)
+        number(ax, points[top][:_NUMBERED, ::-1], points[top][:, ::-1], limits, _PANEL)
         ax.set(xlim=limits, ylim=limits, aspect="equal")
-        ax.set_xlabel("$\\rho_G$: least over the group that shares")
-        ax.set_ylabel("$\\rho_H$: largest over the group that does not")
+        ax.set_xlabel("$\\rho_H$: largest over the group that does not")
+        ax.set_ylabel("$\\rho_G$: least over the group that shares")
         title = f"{table.source[0]}, layer {table.layer[0]}: {len(table):,} features"
         ax.set_title(title, loc="left", pad=18)
         at: Any = {"xytext": (0, 6), "xycoords": "axes fraction", "textcoords": "offset points"}

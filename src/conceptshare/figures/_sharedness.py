@@ -1,5 +1,6 @@
 """Grids of the samples on which the features that head a ranking are strongest."""
 
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -144,20 +145,29 @@ def _wrapped(words: str, width: float, lines: int, size: float, weight: str = "n
         return text_width(line, size, weight) <= width
 
     broken = [""]
-    for word in words.split():
+    for word in _drawable(words).split():
         if broken[-1] and not fits(f"{broken[-1]} {word}"):
             broken.append("")
         broken[-1] += f" {word}" if broken[-1] else word
         while len(broken[-1]) > 1 and not fits(broken[-1]):
             long = broken.pop()
-            end = next((n for n in range(len(long) - 1, 1, -1) if fits(long[:n])), 1)
+            # From the short end, as the word may be thousands of letters long.
+            end = next((n for n in range(1, len(long)) if not fits(long[: n + 1])), len(long))
             broken += [long[:end], long[end:]]
+            if len(broken) > lines:
+                break
         if len(broken) > lines:
             last = broken[lines - 1]
             while last and not fits(f"{last}…"):
                 last = last[:-1]
             return "\n".join([*broken[: lines - 1], f"{last.rstrip()}…"])
     return "\n".join(broken)
+
+
+def _drawable(words: str) -> str:
+    """A text without characters that are not seen: matplotlib draws boxes for them, and fails by U+FEFF."""
+    blank = {"Cc": " ", "Cf": "", "Cs": "", "Co": "", "Cn": ""}
+    return "".join(blank.get(unicodedata.category(character), character) for character in words)
 
 
 def _fonts() -> list[str]:

@@ -59,10 +59,17 @@ def heatmap(ax: Axes, cells: np.ndarray[Any, Any], low: float, high: float, lett
     if letters:
         for (i, j), value in np.ndenumerate(cells):
             if np.isfinite(value):
-                dark = value < low + 0.6 * (high - low)
-                colour = "white" if dark else "black"
-                ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=letters)
+                ax.text(
+                    j, i, f"{value:.2f}", ha="center", va="center", color=letters_on(image, value), fontsize=letters
+                )
     return image
+
+
+def letters_on(image: Any, value: float) -> str:
+    """Black or white, whichever has more contrast to the colour of a value, by the WCAG's relative luminance."""
+    rgb = np.array(image.cmap(image.norm(value))[:3])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return "white" if linear @ (0.2126, 0.7152, 0.0722) < 0.179 else "black"
 
 
 def text_width(words: str, size: float, weight: str = "normal") -> float:

@@ -53,9 +53,13 @@ def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
     write_script(out / "study.js", "study", told)
 
 
+# Numbers that figures show too are rounded once, and not to four digits and then to two.
+_EXACT = 8
+
+
 def _readings(table: pd.DataFrame, members: list[str]) -> dict[str, Any]:
     return {
-        reading: [numbers(row) for row in _square(table[table.reading == reading], members).to_numpy()]
+        reading: [numbers(row, _EXACT) for row in _square(table[table.reading == reading], members).to_numpy()]
         for reading in READINGS
     }
 
@@ -73,7 +77,7 @@ def _heatmap(table: pd.DataFrame, a: str, b: str) -> dict[str, Any]:
         "b": b,
         "layers_a": cells.index.tolist(),
         "layers_b": cells.columns.tolist(),
-        "wmppc": [numbers(row) for row in cells.to_numpy()],
+        "wmppc": [numbers(row, _EXACT) for row in cells.to_numpy()],
     }
 
 

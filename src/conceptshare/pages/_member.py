@@ -95,6 +95,7 @@ def _columns(found: FeatureStatistics, named: pd.DataFrame) -> dict[str, Any]:
         "name": [name if isinstance(name, str) else None for name in named.name],
         "score": numbers(named.score),
         "auc": numbers(named.auc),
+        "by_command": bool((named.source == "command").any()),
     }
 
 

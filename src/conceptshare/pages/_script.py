@@ -28,11 +28,11 @@ def write_script(path: Path, key: str, value: Any) -> None:
     path.write_text(f'conceptshare.add({json.dumps(key)}, "{packed}");\n', encoding="ascii")
 
 
-def numbers(values: Any) -> list[float | None]:
-    """Numbers to look at, rounded; null for those that are not finite."""
-    return [number(value) for value in np.asarray(values, np.float64).tolist()]
+def numbers(values: Any, digits: int = _DIGITS) -> list[float | None]:
+    """Numbers to look at, rounded to so many significant digits; null for those that are not finite."""
+    return [number(value, digits) for value in np.asarray(values, np.float64).tolist()]
 
 
-def number(value: float) -> float | None:
+def number(value: float, digits: int = _DIGITS) -> float | None:
     """The same of one."""
-    return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None

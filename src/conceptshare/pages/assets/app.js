@@ -527,9 +527,11 @@
     return canvas;
   }
 
-  /** A sample with its value, under it its caption or the marked text that replaces it. */
+  /** A sample with its value, under it its caption, and what the encoder reads of it, marked. */
   function specimen(sample, value, text) {
-    const label = text ?? (sample.caption.trim() ? words(sample.caption) : h("span", { class: "quiet" }, "no caption"));
+    const label = sample.caption.trim() ? words(sample.caption) : h("span", { class: "quiet" }, "no caption");
+    // One who focuses a long caption reads all of it.
+    const long = sample.caption.length > 60;
     return h(
       "figure",
       { class: "specimen" },
@@ -538,7 +540,8 @@
         "figcaption",
         {},
         h("span", { class: "value" }, size(value)),
-        h("span", { class: text ? "tokens" : "caption" }, label),
+        h("span", { class: "caption", ...(long ? { tabindex: 0 } : {}) }, label),
+        text ? h("span", { class: "tokens" }, text) : "",
       ),
     );
   }
@@ -825,11 +828,7 @@
       crumbs: [],
       nodes: [
         h("p", { class: "lead" }, `SAE features of ${encoders}, on ${sets}.`),
-        h(
-          "p",
-          { class: "quiet" },
-          `conceptshare ${study.version}${study.commit ? `, commit ${study.commit.slice(0, 10)}` : ""}`,
-        ),
+        h("p", { class: "quiet" }, `conceptshare ${study.version}`),
         ...sections,
       ],
       update: (query) => update.forEach((part) => part(query)),
@@ -1049,7 +1048,7 @@
       at,
       crumbs: [crumb(at), [`Feature ${n}`, featureLink(at)]],
       nodes: [
-        h("p", { class: "called" }, named(name)),
+        h("p", { class: "called" }, named(name), table.by_command ? h("span", { class: "quiet" }, " by a command") : ""),
         h(
           "nav",
           { class: "steps", "aria-label": "Neighbouring features" },
@@ -1224,7 +1223,7 @@
         h(
           "p",
           { class: "lead" },
-          `Each feature of ${a.member}, layer ${a.layer}, with the one of ${there}, it correlates with best.`,
+          `Each feature of ${a.member}, layer ${a.layer}, with the one of ${there} that it correlates with best.`,
           wmppc === undefined || wmppc === null ? "" : ` wMPPC ${fixed(wmppc)}.`,
         ),
         layerLinks(
@@ -1462,7 +1461,8 @@
         h(
           "p",
           { class: "note" },
-          "Δ = S (ρ G² − ρ H²). ρ G is the least best correlation in the first group, ρ H the largest in the second.",
+          "Δ = S (ρ G² − ρ H²), by matches between last layers: ρ G is the least best correlation in the first group, " +
+            "ρ H the largest in the second.",
         ),
         h(
           "div",
@@ -1475,7 +1475,7 @@
             h(
               "p",
               { class: "quiet" },
-              `The first ${plural(ranking.top, "feature")}, each under the most frequent word of its name.`,
+              `The top ${plural(ranking.top, "feature")}, under the most frequent word of the name.`,
             ),
             h(
               "div",
