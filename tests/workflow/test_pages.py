@@ -134,7 +134,7 @@ def test_a_cell_of_a_heatmap_and_a_match_lead_on(open_tab, site):
     best = {name: values[first] for name, values in place.table["best"][place.b].items()}
     match = page.locator(".match", has=page.get_by_role("heading", name=place.b, exact=True))
     assert match.locator(".rho").inner_text() == f"{best['rho']:.2f}"
-    match.get_by_role("link").click()
+    match.get_by_role("link").press("Enter")  # a click may miss it while pictures above are still read
     expect(page.locator("h1")).to_have_text(f"Feature {best['feature']} of {place.b}, layer {best['layer']}")
 
 
