@@ -463,7 +463,6 @@ def test_a_long_word_is_cut_after_as_few_measurements_as_a_short_one_and_what_is
     monkeypatch.setattr(_sharedness, "text_width", lambda line, *_: measured.append(line) or len(line))
     assert _sharedness._wrapped("x" * 100_000, 10, 2, 6) == "xxxxxxxxxx\nxxxxxxxxx…"
     assert len(measured) < 50
-    assert max(map(len, measured)) <= 100_000
     assert _sharedness._wrapped("a\ufeff b\x01c\u200d", 10, 2, 6) == "a b c"
 
 

@@ -32,6 +32,10 @@ app.add_typer(pages_app, name="pages")
 _FETCHING = {"dataset", "weights", "doctor"}
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
+Entry = Annotated[str, typer.Option(help="A name in the catalog, or keys and values as JSON.")]
+Weights = Annotated[Path, typer.Option(help="The record of the weights stage.")]
+DataFolder = Annotated[Path, typer.Option(help="The folder of the dataset stage.")]
+FeatureStore = Annotated[Path, typer.Option(help="The member's feature store.")]
 Out = Annotated[Path, typer.Option(help="What to write.")]
 Threads = Annotated[int, typer.Option(help="CPU threads; the last digits of results depend on it.", min=1)]
 
@@ -88,9 +92,7 @@ def doctor(
 
 
 @app.command()
-def dataset(
-    dataset: Annotated[str, typer.Option(help="A name in the catalog, or keys and values as JSON.")], out: Out
-) -> None:
+def dataset(dataset: Entry, out: Out) -> None:
     """Read a data set, drop what is unusable and fix its order."""
     from conceptshare.dataset import make_dataset
 
@@ -98,9 +100,7 @@ def dataset(
 
 
 @app.command()
-def weights(
-    encoder: Annotated[str, typer.Option(help="A name in the catalog, or keys and values as JSON.")], out: Out
-) -> None:
+def weights(encoder: Entry, out: Out) -> None:
     """Find or fetch an encoder's files and record exactly which they are."""
     from conceptshare.weights import fetch_weights
 
@@ -109,9 +109,9 @@ def weights(
 
 @app.command()
 def activations(
-    encoder: Annotated[str, typer.Option(help="A name in the catalog, or keys and values as JSON.")],
-    weights: Annotated[Path, typer.Option(help="The record of the weights stage.")],
-    data: Annotated[Path, typer.Option(help="The folder of the dataset stage.")],
+    encoder: Entry,
+    weights: Weights,
+    data: DataFolder,
     out: Annotated[Path, typer.Option(help="The store of global tokens to write, or that of a part.")],
     tokens: Annotated[
         Path | None, typer.Option(help="The store of all tokens to write, but for a part.", show_default=False)
@@ -209,9 +209,9 @@ def sae_import(folder: Folder, out: Out) -> None:
 
 @app.command()
 def stream(
-    encoder: Annotated[str, typer.Option(help="A name in the catalog, or keys and values as JSON.")],
-    weights: Annotated[Path, typer.Option(help="The record of the weights stage.")],
-    data: Annotated[Path, typer.Option(help="The folder of the dataset stage.")],
+    encoder: Entry,
+    weights: Weights,
+    data: DataFolder,
     saes: Annotated[Path, typer.Option(help="The folder to write, with layer-NN/seed-S/ in it.")],
     activations: Annotated[Path, typer.Option(help="The store of global tokens to write.")],
     settings: Annotated[str, typer.Option(help="Keys and values as JSON; what is left out is the paper's.")] = "{}",
@@ -252,8 +252,8 @@ def features(
 
 @app.command()
 def names(
-    features: Annotated[Path, typer.Option(help="The member's feature store.")],
-    data: Annotated[Path, typer.Option(help="The folder of the dataset stage.")],
+    features: FeatureStore,
+    data: DataFolder,
     out: Out,
     command: Annotated[
         str | None, typer.Option(help="A program that names features, such as one that asks a language model.")
@@ -267,10 +267,10 @@ def names(
 
 @app.command()
 def examples(
-    encoder: Annotated[str, typer.Option(help="A name in the catalog, or keys and values as JSON.")],
-    weights: Annotated[Path, typer.Option(help="The record of the weights stage.")],
-    data: Annotated[Path, typer.Option(help="The folder of the dataset stage.")],
-    features: Annotated[Path, typer.Option(help="The member's feature store.")],
+    encoder: Entry,
+    weights: Weights,
+    data: DataFolder,
+    features: FeatureStore,
     saes: Annotated[Path, typer.Option(help="The folder that holds layer-NN/seed-S/.")],
     out: Out,
     threads: Annotated[int, typer.Option(help="Threads that prepare pictures.", min=1)] = 1,
@@ -595,7 +595,7 @@ def figures_layerwise(
 def figures_sharedness(
     table: Table,
     features: Annotated[Path, typer.Option(help="The source's feature store.")],
-    data: Annotated[Path, typer.Option(help="The folder of the dataset stage.")],
+    data: DataFolder,
     out: Out,
     pictured: Annotated[int, typer.Option(help="How many features to show.", min=1)] = 6,
     samples: Annotated[int, typer.Option(help="How many samples of each, at most.", min=1)] = 9,
@@ -633,7 +633,7 @@ Place = Annotated[str, typer.Option(help="Where in the site this lies.")]
 
 @pages_app.command("samples")
 def pages_samples(
-    data: Annotated[Path, typer.Option(help="The folder of the dataset stage.")],
+    data: DataFolder,
     place: Place,
     out: Out,
     threads: Annotated[int, typer.Option(help="Threads that make thumbnails.", min=1)] = 1,
@@ -647,7 +647,7 @@ def pages_samples(
 
 @pages_app.command("member")
 def pages_member(
-    features: Annotated[Path, typer.Option(help="The member's feature store.")],
+    features: FeatureStore,
     examples: Annotated[Path, typer.Option(help="Its folder of examples.")],
     names: Annotated[Path, typer.Option(help="Its table of names.")],
     pairs: Annotated[Path, typer.Option(help="The folder of the tables of pairs.")],
