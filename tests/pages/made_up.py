@@ -131,7 +131,8 @@ def make_details(rng, modality, first, names, captions):
         if modality == "text" and number != 2:
             feature["tokens"] = []
             for place, (sample, _) in enumerate(pairs[:9]):
-                text = ["[CLS]", *(f" {word}" for word in captions[sample].split(" ")), " [SEP]"]
+                # The last piece goes on with the word before it.
+                text = ["[CLS]", *(f" {word}" for word in captions[sample].split(" ")), "[SEP]"]
                 strengths = rounded(
                     np.where(np.arange(len(text)) == 1, 2.0, rng.random(len(text)) * (rng.random(len(text)) < 0.4))
                 )
