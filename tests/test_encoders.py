@@ -27,14 +27,6 @@ HEADED = [f for f in FAMILIES if f not in UNHEADED]
 by_name = {"ids": lambda make: make.__name__}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _full_precision():
-    """On a GPU, convolutions would otherwise keep only ten bits of each factor."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
-        yield
-
-
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     """Each family's model, encoder and activations of its samples, made once."""
@@ -79,6 +71,30 @@ def test_every_layer_is_the_librarys_own_hidden_state_at_every_position(loaded, 
     for layer, own in zip(family.spec.layer_numbers(), truth.hidden, strict=True):
         assert found.tokens[layer].dtype == torch.float32
         assert close(found.tokens[layer].cpu(), own), layer
+
+
+@pytest.mark.parametrize(
+    "make", [models.vit, models.bert, models.mambavision, models.timm_vit, models.open_clip_image], **by_name
+)
+def test_every_pass_is_in_full_float32_with_cudnn_whatever_the_process_has_set(make, tmp_path):
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+
+    def look(module, _inputs):
+        if list(module.parameters()):  # the steps of preparing an image are modules too
+            seen.add(settings())
+
+    def settings():
+        return cuda.fp32_precision, cudnn.conv.fp32_precision, cudnn.allow_tf32, cudnn.enabled, cudnn.benchmark
+
+    family, seen = make(tmp_path / "model"), set()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "allow_tf32", True)
+        before = settings()
+        hook = nn.modules.module.register_module_forward_pre_hook(look)
+        load_encoder(family.spec).activations(family.samples)  # loading runs the model as well, to check its blocks
+        hook.remove()
+        assert settings() == before == ("tf32", "tf32", True, True, False)
+    assert seen == {("ieee", "ieee", False, True, False)}
 
 
 @pytest.mark.parametrize("make", HEADED, **by_name)

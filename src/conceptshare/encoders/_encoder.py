@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from conceptshare.catalog import EncoderSpec
+from conceptshare.device import full_float32
 from conceptshare.errors import EncoderError
 
 Samples = Sequence[Image.Image] | Sequence[str]
@@ -89,6 +90,7 @@ class Encoder:
         return self.read(self.prepare(samples))
 
     @torch.inference_mode()
+    @full_float32()
     def read(self, batch: Batch) -> Activations:
         """The same of prepared inputs."""
         outputs = self._observe({name: value.to(self.device) for name, value in batch.inputs.items()})
@@ -141,10 +143,8 @@ class Encoder:
 
         hooks = [self.blocks[n].register_forward_hook(keep(n)) for n in self.spec.layer_numbers()]
         low = _LOW_PRECISION.get(self.spec.precision)
-        # Convolutions would keep ten bits of each factor on a GPU, which is not what float32 says.
-        exact = torch.backends.cudnn.flags(allow_tf32=False)
         try:
-            with exact, torch.autocast(self.device.type, low, enabled=low is not None):
+            with torch.autocast(self.device.type, low, enabled=low is not None):
                 self.forward(inputs)
         except EncoderError:
             raise

@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoMod
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from conceptshare.catalog import EncoderSpec
+from conceptshare.device import full_float32
 from conceptshare.encoders._encoder import Batch, Encoder, Samples, find_blocks
 from conceptshare.encoders._selective_scan import supply_selective_scan
 from conceptshare.errors import EncoderError
@@ -72,7 +73,7 @@ def _check_residual_stream(encoder: Encoder, forward: Callable[..., Any]) -> Non
     )
     batch = encoder.prepare(samples)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), full_float32():
             inputs = {name: value.to(encoder.device) for name, value in batch.inputs.items()}
             states = forward(inputs, output_hidden_states=True).hidden_states
     except Exception:  # a model that does not give its hidden states says so in its own way
