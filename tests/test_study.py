@@ -278,11 +278,62 @@ def test_seeds_that_cannot_be_are_refused(fault, seeds):
 
 @pytest.mark.parametrize(
     "values",
-    [{"k": 0}, {"expansion": 0}, {"learning_rate": 0}, {"epochs": 0}, {"batch_samples": 0}, {"k": "many"}, {"k": 1.5}],
+    [
+        *({"k": 0}, {"expansion": 0}, {"learning_rate": 0}, {"epochs": 0}, {"batch_samples": 0}, {"k": "many"}),
+        *({"k": 1.5}, {"k": True}, {"learning_rate": True}, {"expansion": 10**15}, {"epochs": 10**12}),
+        *({"learning_rate": float("inf")}, {"clip_norm": float("inf")}, {"held_out": float("nan")}, {"k": 10**5000}),
+    ],
 )
 def test_sae_settings_that_cannot_be_are_refused(fault, values):
     (key,) = values
     assert fault(saes={"paper": values}).startswith(f"study.yaml: saes.paper.{key}: ")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"layers": 10**9}, {"parts": 10**7}, {"width": 10**12}, {"image_size": 10**9}, {"batch_size": 10**12}),
+        *({"layers": True}, {"use_layers": [False]}, {"seeds": [True]}, {"seeds": [2**64]}, {"revision": False}),
+    ],
+)
+def test_encoders_that_cannot_be_are_refused(fault, values):
+    (key,) = values
+    message = fault(encoders={"vit": values})
+    assert message.startswith(f"study.yaml: encoders.vit.{key}")
+    assert len(message) < 400
+
+
+def test_a_number_of_latents_that_int32_does_not_hold_is_refused(fault):
+    assert "saes.paper.expansion: 9000 gives vit" in fault(
+        saes={"paper": {"expansion": 9000}}, encoders={"vit": {"width": 300_000}}
+    )
+
+
+def test_a_long_wrong_value_is_shown_in_part(fault):
+    assert len(fault(encoders={"vit": {"layers": "x" * 10**6}})) < 400
+
+
+@pytest.mark.parametrize("name", ["weights", "studies", "logs", "Logs", "pages", "README.md"])
+def test_a_data_set_has_a_folder_of_its_own(fault, name):
+    assert f"datasets.{name}: results/ has something else of that name" in fault(datasets={name: {"source": "hub/x"}})
+
+
+def test_names_that_are_too_long_together_are_refused(build, fault):
+    """Slurm's logs lie in a folder whose name joins all names of a job."""
+    matrices = {"matrices": {"all": None}}
+    encoders = {letter * 70: {"base": "vit"} for letter in "ab"}
+    build(encoders=encoders, analyses=matrices)
+    message = fault(
+        encoders=encoders, analyses=matrices, datasets={"d" * 80: {"source": "hub/x"}}, saes={"s" * 50: None}
+    )
+    assert "letters together" in message
+    assert "shorten one" in message
+    assert "letters together" in fault(
+        datasets={"d" * 80: {"source": "hub/x"}},
+        saes={"s" * 80: None},
+        analyses={"matrices": {"m" * 80: None}},
+        study="t" * 80,
+    )
 
 
 def test_a_learning_rate_that_yaml_reads_as_text_is_a_number_all_the_same(build):
@@ -533,11 +584,27 @@ def test_paths_of_the_catalog_are_relative_to_the_clone(catalog, tmp_path, monke
         assert Path(study.datasets["pairs"].source).resolve() == tmp_path / "demo" / "pairs.csv"
 
 
+def aliases(form, first="[x]"):
+    """A short YAML text whose aliases, written out, hold 10^9 values and more."""
+    lines = [f"a0: &a0 {first}"]
+    for n in range(1, 40):
+        lines.append(f"a{n}: &a{n} " + form.format(f"*a{n - 1}, *a{n - 1}" if "0" not in form else f"*a{n - 1}"))
+    return "\n".join(lines).encode()
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         (None, "no such file"),
-        (b"a: [", "not valid YAML"),
+        (b"a: [", "not valid YAML: line 1"),
+        (b"a: " + b"[" * 5000 + b"]" * 5000, "nested more than"),
+        (b"a: &a [*a]", "nested more than"),
+        (b"a: " + b"9" * 5000, "not valid YAML: line 1, column 4"),
+        (b"a: 2026-02-31", "not valid YAML: line 1, column 4"),
+        (aliases("[{}]"), "more than 1,000,000 values"),
+        (aliases("{{a: {0}, b: {0}}}"), "more than 1,000,000 values"),
+        (aliases("{{<<: [{}]}}", "{a: 1}"), "more than 1,000,000 values"),
+        (b"# " + b"x" * 11 * 2**20, "larger than 10 MiB"),
         (b"- a", "expected a mapping"),
         (b"", "study: missing"),
         (b"study: \xff\xfe", ""),

@@ -8,11 +8,21 @@ import difflib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from conceptshare.errors import StudyError
 
@@ -23,6 +33,18 @@ CATALOG = Path(__file__).parents[2] / "workflow" / "catalog"
 NAME = re.compile(r"[A-Za-z0-9]+([._-][A-Za-z0-9]+)*")
 # Twice, with seeds and endings, in the name of a file, which most disks bound to 255 bytes.
 LONGEST_NAME = 80
+
+# Bounds of a config file, its aliases written out: far more than any study has, and little enough to be read at once.
+_MOST_BYTES = 10 * 2**20
+_MOST_VALUES = 1_000_000
+_DEEPEST = 20
+# Letters of a wrong value that an error shows.
+_LONGEST_SHOWN = 200
+
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+"""A count that has no tighter bound of its own."""
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+"""A seed, as NumPy and torch take it."""
 
 
 def _as_name(value: str) -> str:
@@ -37,22 +59,33 @@ Name = Annotated[str, BeforeValidator(_as_name)]
 
 
 class Spec(BaseModel):
-    """Base of every part of a study: unknown keys are errors, and values do not change once read."""
+    """Base of every part of a study: unknown keys are errors, numbers are finite, values do not change once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse ``yes``, ``no``, ``on`` and ``off`` where a number is due: YAML reads them as true and false."""
+        wanted = cls.model_fields[str(info.field_name)].annotation
+        if wanted is not bool and any(isinstance(item, bool) for item in _leaves(value)):
+            raise ValueError(
+                "YAML reads yes, no, on, off, true and false as truth values; write a number, or quote text"
+            )
+        return value
 
 
 class Download(Spec):
     """How images are downloaded, where a data set holds their addresses."""
 
-    parallel: int = Field(default=32, ge=1)
+    parallel: int = Field(default=32, ge=1, le=1000)
     """Requests under way at once."""
-    timeout: float = Field(default=10, gt=0)
+    timeout: float = Field(default=10, gt=0, le=86400)
     """Seconds to wait for a connection, and for each part of an answer. A try as a whole, redirects and all, gets six
     times that."""
-    attempts: int = Field(default=3, ge=1)
+    attempts: int = Field(default=3, ge=1, le=100)
     """Tries an address gets where it fails for a reason that may pass, with growing pauses between them."""
-    max_mb: float = Field(default=20, gt=0)
+    max_mb: float = Field(default=20, gt=0, le=10**6)
     """Largest file in MB, as sent and as unpacked; a larger one is not read to its end."""
     allow_private: bool = False
     """Whether loopback, private and other machines that are not on the public internet may be asked."""
@@ -79,21 +112,21 @@ class DatasetSpec(Spec):
     several_captions: Literal["first", "joined", "sampled"] = "first"
     """Of a row with a list of captions: its first, all of them joined by spaces, or one drawn by chance. Empty ones
     do not count."""
-    caption_seed: int = Field(default=0, ge=0)
+    caption_seed: Seed = 0
     """Seed of ``several_captions: sampled``."""
     id: str | None = None
     """The column of unique sample ids (``__key__`` in a WebDataset). Without one, the row number."""
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1, le=10**12)
     """Read the first so many rows only."""
-    order_seed: int = Field(default=0, ge=0)
+    order_seed: Seed = 0
     """Seed of the order of samples, in which every encoder reads them and every SAE learns from them."""
     max_dropped: float = Field(default=0.01, ge=0, le=1)
     """Largest share of rows that may be unusable; more is an error."""
-    max_pixels: int = Field(default=100_000_000, ge=1)
+    max_pixels: int = Field(default=100_000_000, ge=1, le=10**12)
     """Largest image in pixels; a larger one is dropped before it is decoded."""
     download: Download = Download()
     """How the images at ``image_url`` are downloaded."""
-    samples: int | None = Field(default=None, ge=2)
+    samples: int | None = Field(default=None, ge=2, le=10**12)
     """How many samples there are, for estimates of size and time only."""
     note: str = ""
     """Free text for readers; nothing depends on it."""
@@ -123,9 +156,9 @@ class EncoderSpec(ModelSpec, extra="forbid"):
     """What it reads."""
     kind: Literal["vlm", "vision", "language"]
     """What it was trained on: pairs, images or text."""
-    layers: int = Field(ge=1)
+    layers: int = Field(ge=1, le=1000)
     """How many blocks the encoder has; checked when it is loaded."""
-    width: int = Field(ge=1)
+    width: int = Field(ge=1, le=10**6)
     """Width of its residual stream; checked when it is loaded."""
     global_token: Literal["first", "eot", "last", "mean", "reference"]
     """What stands for the whole sample: the first token, the end-of-text token, the last position, padding
@@ -133,29 +166,29 @@ class EncoderSpec(ModelSpec, extra="forbid"):
     with SAEs trained on padding too."""
     use_layers: Literal["all", "last"] | list[int] = "all"
     """Which layers to record, counted from 0."""
-    image_size: int | None = Field(default=None, ge=1)
+    image_size: int | None = Field(default=None, ge=1, le=100_000)
     """Side in pixels at which images are fed. Without it, the model's own."""
-    context_length: int | None = Field(default=None, ge=1)
+    context_length: int | None = Field(default=None, ge=1, le=10**8)
     """Longest text in tokens. Without it, the model's own."""
     blocks: str | None = None
     """Dotted path of the module list that holds the blocks, where the longest run of like blocks is not it."""
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=32, ge=1, le=10**6)
     """Samples a forward pass."""
-    parts: int = Field(default=1, ge=1)
+    parts: int = Field(default=1, ge=1, le=1000)
     """How many jobs share its forward pass over a data set, each a range of the samples. The stores are those of one
     job to the bit; another number makes them again. Not for pictures of different numbers of tokens, nor for
     ``stream: true``."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """What the forward pass computes in; the 16-bit ones by autocast, with the weights kept in float32."""
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: Positive | None = None
     """Keep so many training tokens a sample, the global one among them, drawn by chance. Without it, all."""
-    token_seed: int = Field(default=0, ge=0)
+    token_seed: Seed = 0
     """Seed of the draw of ``max_tokens``."""
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
+    seeds: list[Seed] = Field(default=[0], min_length=1, max_length=100)
     """Seeds of the SAEs trained on it."""
-    tokens: int | None = Field(default=None, ge=1)
+    tokens: Positive | None = None
     """Tokens of a usual sample, padding left out. For estimates of size and time only."""
-    gflops: float | None = Field(default=None, gt=0)
+    gflops: float | None = Field(default=None, gt=0, le=10**9)
     """GFLOPs of a sample's forward pass, where layers, width and tokens do not tell. For estimates only."""
     trained_on: str = ""
     """What it was trained on, for readers; nothing depends on it."""
@@ -217,6 +250,15 @@ def canonical(spec: BaseModel, keys: set[str] | None = None) -> str:
     return json.dumps(spec.model_dump(mode="json", include=keys, exclude_defaults=True), sort_keys=True)
 
 
+def _leaves(value: Any) -> Iterator[Any]:
+    """A value, or the values in a list of lists."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
 def is_path(text: str) -> bool:
     """Whether a source or model is a path on this machine and not a name in a hub or library."""
     return text.startswith((".", "/", "~"))
@@ -231,6 +273,13 @@ def local_path(text: str) -> Path | None:
 
 class _UniqueKeys(yaml.SafeLoader):
     """A safe loader that refuses a key written twice, of which YAML would keep the second without a word."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # a number of 5,000 digits, or the 31st of June
+            message = str(error).partition(";")[0]
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -247,21 +296,74 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        StudyError: where the file is missing, is not YAML, says a key twice, or holds something else than a mapping.
+        StudyError: where the file is missing, is too large, is not YAML, says a key twice, or holds something else than
+            a mapping.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # a safe loader
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise StudyError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise StudyError(f"{path}: not a readable text file: {error}") from None
+    if len(content) > _MOST_BYTES:
+        raise StudyError(f"{path}: larger than {_MOST_BYTES >> 20} MiB; a config file is a few lines of YAML")
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, origin: str) -> dict[str, Any]:
+    """The mapping that a YAML text holds, where its aliases do not make it absurdly large.
+
+    Raises:
+        StudyError: naming ``origin``, where it is not YAML, says a key twice, is nested too deeply, has too many
+            values, or holds something else than a mapping.
+    """
+    loader = _UniqueKeys(text)
+    try:
+        node = loader.get_single_node()
+        content = None
+        if node is not None:
+            _count_values(node, {}, _DEEPEST)
+            content = loader.construct_document(node)
+    except RecursionError:
+        raise StudyError(f"{origin}: {_TOO_DEEP}") from None
     except yaml.YAMLError as error:
-        raise StudyError(f"{path}: not valid YAML: {error}") from None
+        raise StudyError(f"{origin}: not valid YAML: {_yaml_fault(error)}") from None
+    finally:
+        loader.dispose()
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise StudyError(f"{path}: expected a mapping of keys to values, found {type(content).__name__}")
+        raise StudyError(f"{origin}: expected a mapping of keys to values, found {type(content).__name__}")
     return content
+
+
+def _yaml_fault(error: yaml.YAMLError) -> str:
+    """What is wrong, and in which line, in one line."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else " ".join(str(error).split())
+
+
+_TOO_DEEP = f"nested more than {_DEEPEST} levels deep, or an alias that refers to itself; write it flatter"
+
+
+def _count_values(node: yaml.Node, counts: dict[int, int], levels: int) -> int:
+    """How many values a YAML node holds with its aliases written out, counting each node once.
+
+    Raises:
+        yaml.YAMLError: where there are more than `_MOST_VALUES`, or more levels than ``levels``.
+    """
+    if levels == 0:
+        raise yaml.YAMLError(_TOO_DEEP)
+    if id(node) not in counts:
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in parts for part in pair]
+        counts[id(node)] = 1 + sum(_count_values(part, counts, levels - 1) for part in parts)
+        if counts[id(node)] > _MOST_VALUES:
+            raise yaml.YAMLError(f"more than {_MOST_VALUES:,} values once its aliases are written out; use fewer")
+    return counts[id(node)]
 
 
 def read_catalog(what: Literal["datasets", "encoders"], catalog: Path = CATALOG) -> dict[str, dict[str, Any]]:
@@ -286,13 +388,13 @@ def complete(name: str, given: dict[str, Any] | None, entries: dict[str, dict[st
         StudyError: where ``base`` is unknown, or the name is and nothing describes it.
     """
     if given is not None and not isinstance(given, dict):
-        raise StudyError(f"{what}.{name}: expected keys and values (or nothing), found {given!r}")
+        raise StudyError(f"{what}.{name}: expected keys and values (or nothing), found {_shown(given)}")
     if not isinstance(name, str):
         raise StudyError(f"{what}.{name}: a name is text; put it into quotes")
     overrides = dict(given or {})
     base = overrides.pop("base", None)
     if base is not None and not isinstance(base, str):
-        raise StudyError(f"{what}.{name}.base: expected a name in the catalog, found {base!r}")
+        raise StudyError(f"{what}.{name}.base: expected a name in the catalog, found {_shown(base)}")
     if base is not None and base not in entries:
         raise StudyError(f"{what}.{name}.base: {_unknown(base, entries, what)}")
     if base is None and name not in entries and _ESSENTIAL[what] not in overrides:
@@ -343,8 +445,18 @@ def _explain(fault: Any, model: type[BaseModel], where: str) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     # A fault of the whole names its own place, and the whole is too much to show.
     return (
-        f"{place}: {message} (found {fault['input']!r})" if fault["loc"] else f"{place}: {message}".removeprefix(": ")
+        f"{place}: {message} (found {_shown(fault['input'])})"
+        if fault["loc"]
+        else f"{place}: {message}".removeprefix(": ")
     )
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a number of very many digits"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

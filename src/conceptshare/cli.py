@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
-import yaml
 
 from conceptshare import provenance
-from conceptshare.catalog import CATALOG, DatasetSpec, EncoderSpec, ModelSpec, complete, parse, read_catalog
+from conceptshare.catalog import CATALOG, DatasetSpec, EncoderSpec, ModelSpec, complete, parse, parse_yaml, read_catalog
 from conceptshare.errors import ConceptshareError, MadeMeanwhileError, StudyError, refusal
 from conceptshare.plan import Rates, make_plan, plan_as_json, plan_as_text
 from conceptshare.study import PairSettings, SAESettings, load_study
@@ -173,7 +172,7 @@ def sae_train(
     from conceptshare.sae import train_sae
 
     _use_threads(threads)
-    train_sae(tokens, layer, parse(SAESettings, _mapping(settings), "settings"), seed, out)
+    train_sae(tokens, layer, parse(SAESettings, parse_yaml(settings, "--settings"), "settings"), seed, out)
 
 
 Folder = Annotated[Path, typer.Argument(help="The folder of an SAE.")]
@@ -231,7 +230,7 @@ def stream(
 
     _use_threads(threads)
     spec = _spec(EncoderSpec, "encoders", encoder)
-    chosen = parse(SAESettings, _mapping(settings), "settings")
+    chosen = parse(SAESettings, parse_yaml(settings, "--settings"), "settings")
     train_stream(load_encoder(spec, weights), Data(data), chosen, sorted(set(seeds)), saes, activations, workers)
 
 
@@ -320,7 +319,7 @@ def correlations(
         if not re.fullmatch(r"\d+:\d+", entry):
             raise StudyError(f"--full {entry}: write LAYER_A:LAYER_B, such as 3:5")
     given = {"precision": precision, "full": [entry.split(":") for entry in full]}
-    chosen = parse(PairSettings, given | _mapping(settings), "settings")
+    chosen = parse(PairSettings, given | parse_yaml(settings, "--settings"), "settings")
     correlate_stores(a, b, out, _bytes(memory_mb), chosen.precision, chosen.full)
 
 
@@ -712,20 +711,10 @@ def main() -> NoReturn:
 def _spec(model: type[Any], what: Any, text: str) -> Any:
     """A specification from its name in the catalog, or from JSON, which may name a ``base`` in the catalog."""
     if text.lstrip().startswith("{"):
-        values = _mapping(text)
+        values = parse_yaml(text, what)
         entries = read_catalog(what, CATALOG) if "base" in values else {}
         return parse(model, complete("", values, entries, what), what)
     return parse(model, complete(text, None, read_catalog(what, CATALOG), what), f"{what}.{text}")
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise StudyError(f"{text}: neither JSON nor YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise StudyError(f"{text}: expected keys and values, such as '{{\"k\": 32}}'")
-    return values
 
 
 def _bytes(megabytes: int | None) -> int | None:

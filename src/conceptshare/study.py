@@ -20,6 +20,7 @@ from conceptshare.catalog import (
     DatasetSpec,
     EncoderSpec,
     Name,
+    Positive,
     Spec,
     canonical,
     complete,
@@ -39,6 +40,15 @@ _MATRIX_PARTS = ("averages", "intervals", "similarity", "strength", "paper", "pa
 
 # The same for a ranking.
 _RANKING_PARTS = ("top", "scatter")
+
+# What `results/` and a study's folder hold next to the folders of data sets, in lower case, as some disks have it.
+_NOT_DATASETS = {"weights", "studies", "logs", "readme.md", "pages", "provenance.json", "provenance.html", "report.zip"}
+
+# Bytes that most disks allow in a file's name. Slurm's logs join all names of a job, by an underscore each.
+_LONGEST_FILE_NAME = 255
+
+# Features are numbered by int32.
+_MOST_LATENTS = 2**31 - 1
 
 # What the reference preset adds to an encoder's name, so that neither choice of token overwrites the other.
 _REFERENCE_SUFFIX = ".reference"
@@ -63,23 +73,23 @@ class SAESettings(Spec):
     preset: Literal["paper", "gao"] = "paper"
     """What keys that are not given come from: ``gao`` has ``auxk: 0.03125``, ``initial_b_dec: mean``,
     ``unit_norm_decoder: true`` and a learning rate of 2e-4 / sqrt(F / 16384)."""
-    expansion: int = Field(default=8, ge=1)
+    expansion: int = Field(default=8, ge=1, le=10_000)
     """Latents for each dimension of the residual stream: F = expansion x D."""
-    k: int = Field(default=32, ge=1)
+    k: Positive = 32
     """Latents kept for a token by TopK."""
-    learning_rate: float | None = Field(default=5e-5, gt=0)
+    learning_rate: float | None = Field(default=5e-5, gt=0, le=100)
     """Adam's learning rate; none is 2e-4 / sqrt(F / 16384)."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=10**9)
     """Steps over which the learning rate grows to its value."""
     decay_share: float = Field(default=0, ge=0, le=1)
     """Last share of the steps, over which the learning rate falls to 0."""
-    clip_norm: float | None = Field(default=None, gt=0)
+    clip_norm: float | None = Field(default=None, gt=0, le=10**9)
     """Longest gradient, over all parameters; longer ones are shortened."""
-    epochs: int = Field(default=1, ge=1)
+    epochs: int = Field(default=1, ge=1, le=10_000)
     """Passes over the data set."""
-    batch_samples: int = Field(default=16, ge=1)
+    batch_samples: int = Field(default=16, ge=1, le=10**6)
     """Pictures a step; a batch is all their tokens."""
-    batch_captions: int = Field(default=256, ge=1)
+    batch_captions: int = Field(default=256, ge=1, le=10**6)
     """The same for captions, which have fewer tokens."""
     held_out: float = Field(default=0, ge=0, lt=1)
     """Share of the samples, the last in the data set's order, that is not trained on, and that metrics are then taken
@@ -95,11 +105,11 @@ class SAESettings(Spec):
     """Whether each latent's decoder row is kept at length 1."""
     scale_inputs: bool = False
     """Whether to train on tokens scaled to a mean length of sqrt(D), which is folded into the saved weights."""
-    auxk: float = Field(default=0, ge=0)
+    auxk: float = Field(default=0, ge=0, le=10**6)
     """Weight of the loss by which dead latents learn to reconstruct what is left (Gao et al. 2024, A.2)."""
-    auxk_latents: int = Field(default=512, ge=1)
+    auxk_latents: Positive = 512
     """Dead latents that take part in it for a token."""
-    dead_after: int = Field(default=10_000_000, ge=1)
+    dead_after: int = Field(default=10_000_000, ge=1, le=10**15)
     """Tokens without activation that make a latent dead, for ``auxk``."""
     max_dead: float = Field(default=0.5, ge=0, le=1)
     """A larger share of latents that no token activates is a warning."""
@@ -143,7 +153,7 @@ class CorrelationSettings(Spec):
     """What standardised features are rounded to in the product, whose sums are float32. With ``bfloat16`` the error of
     a correlation stays below 2e-3, and the product is faster where the hardware multiplies bfloat16: on CPUs with
     AVX512-BF16 or AMX, and on NVIDIA GPUs."""
-    memory_mb: int | None = Field(default=None, ge=1)
+    memory_mb: Positive | None = None
     """Bound of a job's working memory in MB; none is 1 GiB on a CPU, and most of the free memory of a GPU."""
     full: list[tuple[str, int, str, int]] = Field(default=[])
     """Pairs of layers whose whole matrix of correlations is stored beside the best matches: member, layer, member,
@@ -176,7 +186,7 @@ class Sharedness(Spec):
     """The group G that should share them."""
     not_shared_with: list[str] = Field(min_length=1)
     """The group H that should not."""
-    pictured: int = Field(default=6, ge=1)
+    pictured: int = Field(default=6, ge=1, le=1000)
     """How many of the top features the picture grid shows."""
 
 
@@ -287,6 +297,7 @@ class Study(Spec):
                     f"share it; leave it out of one"
                 )
         self._check_full()
+        self._check_paths()
         for encoder, spec in self.encoders.items():
             if encoder.endswith(".provenance"):
                 raise ValueError(
@@ -306,12 +317,34 @@ class Study(Spec):
                         f"saes.{name}.precision: tf32 would also round the products of the encoder that a stream runs; "
                         f"take bfloat16, or set stream: false"
                     )
+                if latents > _MOST_LATENTS:
+                    raise ValueError(
+                        f"saes.{name}.expansion: {settings.expansion} gives {self.name_in_config(encoder)} {latents} "
+                        f"latents, and more than {_MOST_LATENTS} cannot be numbered; lower it"
+                    )
                 if settings.k > latents:
                     raise ValueError(
                         f"saes.{name}.k: {settings.k} is more than the {latents} latents that "
                         f"{self.name_in_config(encoder)} has; lower k, or raise expansion"
                     )
         return self
+
+    def _check_paths(self) -> None:
+        """Refuse names whose folders or log files would clash, or be too long for a disk."""
+        for dataset in self.datasets:
+            if dataset.casefold() in _NOT_DATASETS:
+                raise ValueError(f"datasets.{dataset}: results/ has something else of that name; choose another name")
+        members = sorted((str(member) for pair in self.pairs() for member in pair), key=len)
+        kinds = self.analyses.matrices, self.analyses.layerwise, self.analyses.sharedness
+        analyses = sorted((name for names in kinds for name in names), key=len)
+        named = [self.study, max(self.datasets, key=len), max(self.saes, key=len)]
+        for last in (members[-2:], analyses[-1:]):
+            joined = "_".join([*named, *last])
+            if len(joined) > _LONGEST_FILE_NAME:
+                raise ValueError(
+                    f"the names {', '.join([*named, *last])} have {len(joined)} letters together, and Slurm's logs "
+                    f"join them in the name of one folder, which has {_LONGEST_FILE_NAME} at most; shorten one"
+                )
 
     def _check_paper(self, name: str, size: str) -> None:
         place, known = (

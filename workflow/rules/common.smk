@@ -8,7 +8,7 @@ from pathlib import Path
 from shlex import quote
 
 import conceptshare
-from conceptshare.catalog import local_path, read_yaml
+from conceptshare.catalog import local_path
 from conceptshare.errors import ConceptshareError
 from conceptshare.files import layer_name
 from conceptshare.study import Member, as_member, build_study, encoder_pairs, pair_name, sorted_pair
@@ -24,8 +24,6 @@ os.environ.update(
 )
 
 try:
-    for configfile in workflow.configfiles:
-        read_yaml(Path(configfile))  # refuses a key written twice, of which Snakemake keeps the last
     STUDY = build_study(config, origin=", ".join(map(str, workflow.configfiles)))
 except ConceptshareError as error:
     raise WorkflowError(str(error))
