@@ -1,8 +1,10 @@
 """Activations are the residual stream that the encoder's own library computes, at the tokens that they should be."""
 
 import json
+import random
 import re
 import shutil
+import string
 from pathlib import Path
 
 import numpy as np
@@ -360,6 +362,18 @@ def test_a_context_longer_than_open_clips_own_is_an_error(tmp_path):
     spec = models.open_clip_text(tmp_path).spec
     with pytest.raises(EncoderError, match=f"context_length 99 is more than the {CONTEXT} tokens"):
         load_encoder(change(spec, context_length=99))
+
+
+def test_a_very_long_word_is_split_as_open_clip_does_and_no_slower_than_many(tmp_path):
+    spec = models.open_clip_text(tmp_path).spec
+    rng = random.Random(0)
+    own = open_clip.SimpleTokenizer(context_length=CONTEXT)
+    words = ["".join(rng.choices(string.printable, k=rng.randint(1, 40))) for _ in range(300)]
+    words += ["<start_of_text> a <end_of_text>", "x" * 1000, "ö" * 100, ""]
+    prepare = load_encoder(spec).prepare
+    assert torch.equal(prepare(words).ids, own(words))
+    # open_clip itself would take hours for it.
+    assert prepare(["".join(rng.choices(string.ascii_lowercase, k=500_000))]).eot.item() == CONTEXT - 1
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import open_clip
 import pytest
 import yaml
 
-from conceptshare.catalog import EncoderSpec, read_catalog
+from conceptshare.catalog import EncoderSpec, local_path, read_catalog
 from conceptshare.errors import StudyError
 from conceptshare.study import Member, build_study, load_study, pair_name, paper_encoders
 
@@ -922,3 +922,13 @@ def test_sizes_of_the_catalogs_open_clip_encoders_are_open_clips_own(name):
     else:
         assert entry.context_length == tower["context_length"]
     assert entry.weights is None or entry.weights in open_clip.list_pretrained_tags_by_model(entry.model)
+
+
+def test_a_path_needs_no_dot_before_it_if_it_is_there_or_has_more_parts_than_a_hub_id(fault, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert local_path("models/vit") is None
+    (tmp_path / "models/vit").mkdir(parents=True)
+    assert local_path("models/vit") == Path("models/vit")
+    assert "encoders.vit.model: models/vit/tiny does not exist" in fault(encoders={"vit": {"model": "models/vit/tiny"}})
+    for text in ("", "hf-hub:owner/name", "package:name/folder/inner", "x" * 5000):
+        assert local_path(text) is None

@@ -69,8 +69,8 @@ def fetch(model, library="transformers", out="results/weights/tiny.json", **more
 
 
 def listing(folder):
-    """Size and SHA-256 of each file below a folder."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    """Size and SHA-256 of each file below a folder that is not hidden."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name[0] != "."]
     return {
         path.relative_to(folder).as_posix(): {
             "bytes": len(path.read_bytes()),
@@ -96,6 +96,25 @@ def test_an_absolute_folder_below_the_working_directory_is_recorded_relative_to_
     record, path = fetch(folder.absolute())
     assert record["location"] == "models/tiny"
     assert recorded_location(path).samefile(folder)
+
+
+def test_a_folder_that_is_there_needs_no_dot_before_it(folder):
+    """As for transformers itself, which looks for a folder before it asks a hub."""
+    record, path = fetch("models/tiny")
+    assert record["location"] == "models/tiny"
+    assert recorded_location(path).samefile(folder)
+
+
+def test_a_path_that_is_not_there_is_no_hub_id_if_it_has_too_many_parts():
+    with pytest.raises(EncoderError, match="models/tiny/absent: no such folder"):
+        fetch("models/tiny/absent")
+
+
+def test_a_tag_is_a_tag_though_a_folder_has_its_name(hub):
+    Path("openai").mkdir()
+    hub.add("timm/vit_base_patch32_clip_224.openai", {"open_clip_model.safetensors": b"weights"})
+    record, _ = fetch("ViT-B-32-quickgelu", library="open_clip", weights="openai")
+    assert list(record["files"]) == ["open_clip_model.safetensors"]
 
 
 def test_a_folder_elsewhere_is_recorded_by_its_whole_path(tmp_path):
@@ -184,6 +203,27 @@ def test_a_record_whose_file_has_changed_in_size_is_refused(folder):
     with pytest.raises(
         EncoderError, match=r"weights\.bin: missing, or not the file that .* run the weights stage again"
     ):
+        recorded_location(path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "inner/weights.bin"])
+def test_a_record_whose_file_was_replaced_by_one_of_the_same_size_and_time_is_refused(folder, name):
+    _, path = fetch("./models/tiny")
+    replaced = folder / name
+    before = replaced.stat()
+    replaced.write_bytes(b"1" * before.st_size)
+    os.utime(replaced, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(EncoderError, match=rf"{name}: not the file that .*tiny.json records.*run the weights stage"):
+        recorded_location(path)
+
+
+def test_a_file_that_a_record_of_a_folder_lacks_is_refused_unless_no_library_reads_it(folder):
+    _, path = fetch("./models/tiny")
+    for name in (".nfs0001", "code.pyc"):
+        (folder / name).write_bytes(b"")
+    recorded_location(path)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(EncoderError, match=r"tokenizer\.json: .* does not record this file; delete the record and run"):
         recorded_location(path)
 
 
@@ -702,7 +742,7 @@ def test_activations_ask_no_hub_even_where_the_library_wants_to(hub, tmp_path, d
     """The text encoder is one that open_clip fetches by name, and which the weights stage would not have recorded."""
     models.save_open_clip(Path("tiny"), models.open_clip_config())
     save_foreign_tower(Path("tiny"), "us/tower")
-    Path("tiny.json").write_text(json.dumps({"location": "tiny", "files": {}}))
+    Path("tiny.json").write_text(json.dumps({"location": "tiny", "revision": None, "files": listing(Path("tiny"))}))
     spec = as_json(models.entry("./tiny", "text", "first", library="open_clip"))
     files = ["--weights", "tiny.json", "--data", data, "--out", "tiny.zarr", "--tokens", "tokens.zarr"]
     ended = run("activations", "--encoder", spec, *files, env=environment(hub.endpoint, tmp_path / "home"))

@@ -95,8 +95,8 @@ class DatasetSpec(Spec):
     """A data set of image-caption pairs."""
 
     source: str
-    """A hub id, or a path (starting with ``.``, ``/`` or ``~``) to a Parquet, CSV, JSON, JSON lines or Arrow file, to a
-    folder in the `imagefolder` layout, or to a WebDataset tar file or a folder of them."""
+    """A hub id, or a path to a Parquet, CSV, JSON, JSON lines or Arrow file, to a folder in the `imagefolder` layout,
+    or to a WebDataset tar file or a folder of them. A path that exists is preferred to a hub id of the same text."""
     revision: str | None = None
     """The hub revision. Without one, the newest, which the manifest then records."""
     split: str = "train"
@@ -138,9 +138,9 @@ class ModelSpec(Spec, extra="ignore"):
     library: Literal["transformers", "open_clip", "timm"]
     """The library that loads it."""
     model: str
-    """A hub id or the library's own model name; a path (starting with ``.``, ``/`` or ``~``) to a folder;
-    ``package:NAME/FOLDER`` for a folder inside an installed Python package; or ``script:FILE.py`` for a script that
-    writes the folder it is given as its argument."""
+    """A hub id or the library's own model name; a path to a folder; ``package:NAME/FOLDER`` for a folder inside an
+    installed Python package; or ``script:FILE.py`` for a script that writes the folder it is given as its argument. A
+    folder that exists is preferred to a hub id of the same text."""
     weights: str | None = None
     """open_clip only: the pretrained tag, or a path to a checkpoint."""
     revision: str | None = None
@@ -259,16 +259,24 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def is_path(text: str) -> bool:
-    """Whether a source or model is a path on this machine and not a name in a hub or library."""
-    return text.startswith((".", "/", "~"))
+def is_path(text: str, base: Path = Path()) -> bool:
+    """Whether a source or model is a path and not a name in a hub or library.
+
+    A path starts with ``.``, ``/`` or ``~``, has more parts than any hub id, or exists below ``base``.
+    """
+    if text.startswith((".", "/", "~")):
+        return True
+    if not text or ":" in text:  # hf-hub:OWNER/NAME, package:NAME/FOLDER
+        return False
+    # Path.exists would raise for a text that is too long for any file system.
+    return text.count("/") > 1 or os.path.exists(base / text)  # noqa: PTH110
 
 
-def local_path(text: str) -> Path | None:
-    """The file or folder that a model or source is read from, where that is a path or a script of the user's."""
+def local_path(text: str, base: Path = Path()) -> Path | None:
+    """The file or folder that a model or source is read from, if it is a path or a script of the user's."""
     if text.startswith("script:"):
         return Path(text.removeprefix("script:")).expanduser()
-    return Path(text).expanduser() if is_path(text) else None
+    return Path(text).expanduser() if is_path(text, base) else None
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -426,7 +434,7 @@ def _unknown(name: str, entries: dict[str, dict[str, Any]], what: str) -> str:
 
 def _from_here(text: str, root: Path) -> str:
     """A catalog's path as seen from the working directory, so that a study keeps no absolute path of its own."""
-    path = local_path(text)
+    path = local_path(text, root)
     if path is None or path.is_absolute():
         return text
     relative = Path(os.path.relpath(root / path)).as_posix()

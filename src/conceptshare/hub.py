@@ -232,7 +232,10 @@ def _reason(error: Exception, repository: str, kind: Kind, revision: str | None)
         case RevisionNotFoundError():
             return f"it has no revision {revision!r}"
         case RepositoryNotFoundError():
-            return f"there is no such {kind}, or it is private; check the id, or set HF_TOKEN to your token"
+            return (
+                f"there is no such {kind}, or it is private, and no path {repository} exists here; check the id or "
+                f"path, or set HF_TOKEN to your token"
+            )
         case HfHubHTTPError() as refused if refused.response.status_code in (401, 403):
             return f"access is refused ({refused.response.status_code}); check HF_TOKEN, and accept a licence at {page}"
         case HfHubHTTPError() as failed:

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def fetch_weights(spec: ModelSpec, out: Path) -> None:
         # A library's own name for a model may be unlike that of the repository it stands for.
         raise HubError(f"{spec.model}: {error}") from error
     folder = found.location if found.location.is_dir() else found.location.parent
+    digests = _digests(found.files)
     here = found.location.is_relative_to(Path.cwd())
     record = {
         "library": spec.library,
@@ -71,7 +73,7 @@ def fetch_weights(spec: ModelSpec, out: Path) -> None:
         "location": os.path.relpath(found.location) if here else str(found.location),
         "revision": found.revision,
         "files": {
-            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digests[path]}
             for path in found.files
         },
     }
@@ -83,21 +85,27 @@ def fetch_weights(spec: ModelSpec, out: Path) -> None:
 
 
 def recorded_location(record: Path) -> Path:
-    """The location that a record names, once its files are seen to have the recorded sizes.
+    """The location that a record names, once its files are seen to be the recorded ones: by size and SHA-256.
 
     Raises:
-        EncoderError: where the record or a file is missing, or a file has changed.
+        EncoderError: if the record or a file is missing, a file has changed, or a folder has another file.
     """
     content = _read(record)
     location = Path(content["location"])
     folder = location.parent if location.is_file() else location
-    for name, expected in content["files"].items():
-        path = folder / name
+    files: dict[Path, Any] = {folder / name: expected for name, expected in content["files"].items()}
+    remedy = "delete the record and run the weights stage again"
+    for path, expected in files.items():
         if not path.is_file() or path.stat().st_size != expected["bytes"]:
-            raise EncoderError(
-                f"{path}: missing, or not the file that {record} records; delete the record and run the weights stage "
-                f"again"
-            )
+            raise EncoderError(f"{path}: missing, or not the file that {record} records; {remedy}")
+    for path, digest in _digests(list(files)).items():
+        if digest != files[path]["sha256"]:
+            raise EncoderError(f"{path}: not the file that {record} records, its SHA-256 is another; {remedy}")
+    # A file that was added would be read, too. The hub's cache may hold files that other tools fetched.
+    if location.is_dir() and content["revision"] is None:
+        added = [path for path in _files_below(folder) if path not in files]
+        if added:
+            raise EncoderError(f"{added[0]}: {record} does not record this file; {remedy}")
     return location
 
 
@@ -149,7 +157,7 @@ def _read(record: Path) -> Any:
 
 
 def _in_folder(spec: ModelSpec, folder: Path) -> Found:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = _files_below(folder)
     if not files:
         raise EncoderError(f"{spec.model}: {folder} is empty; expected a model's configuration and weights there")
     if spec.library == "open_clip" and (folder / _CONFIGURATION["open_clip"]).is_file():
@@ -210,7 +218,8 @@ def _open_clip_model(spec: ModelSpec) -> Found:
     if spec.weights is None:
         raise EncoderError(f"{spec.model}: say which pretrained weights; set weights to a tag or a checkpoint file")
     text = (open_clip.get_model_config(spec.model) or {}).get("text_cfg", {})
-    path = local_path(spec.weights)
+    tags = open_clip.list_pretrained_tags_by_model(spec.model)
+    path = None if spec.weights in tags else local_path(spec.weights)
     if path is not None:
         if not path.is_file():
             raise EncoderError(f"{spec.weights}: no such checkpoint file")
@@ -222,7 +231,6 @@ def _open_clip_model(spec: ModelSpec) -> Found:
                 f"repository that has them, as in model: hf-hub:OWNER/NAME"
             )
         return Found(path, [path])
-    tags = open_clip.list_pretrained_tags_by_model(spec.model)
     if not tags:
         raise EncoderError(
             f"{spec.model}: open_clip has no weights for a model of that name; check the name, or write a hub id as "
@@ -304,6 +312,18 @@ def _timm_repository(name: str) -> str:
     if repository is None:
         raise EncoderError(f"{name}: timm has its weights in no hub repository; set model to a folder with them")
     return repository
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """The files that a model's folder holds, without hidden ones and what Python caches, which no library reads."""
+    paths = (path for path in folder.rglob("*") if not path.name.startswith(".") and path.suffix != ".pyc")
+    return sorted(path for path in paths if path.is_file())
+
+
+def _digests(paths: Sequence[Path]) -> dict[Path, str]:
+    """SHA-256 of files, several at once: hashing lets other threads run."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(paths, pool.map(_sha256, paths), strict=True))
 
 
 def _sha256(path: Path) -> str:

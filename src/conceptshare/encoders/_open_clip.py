@@ -6,6 +6,7 @@ from typing import Any
 
 import open_clip
 import torch
+from tokenizers.models import BPE
 from torch import Tensor, nn
 
 from conceptshare.catalog import EncoderSpec
@@ -42,7 +43,7 @@ def load_open_clip(spec: EncoderSpec, location: Path, device: torch.device) -> E
         (prepare, forward), words = _images(model, transform), None
     else:
         tower = model.text if hasattr(model, "text") else model.transformer
-        tokenizer = _tokenizer(name)
+        tokenizer = _in_linear_time(_tokenizer(name))
         (prepare, forward), words = _texts(model, tokenizer, spec), _words(tokenizer)
     batch_first = next((m.batch_first for m in tower.modules() if hasattr(m, "resblocks")), True)
     return Encoder(spec, device, find_blocks(tower, spec), prepare, forward, batch_first, words)
@@ -53,6 +54,19 @@ def _tokenizer(name: str) -> Any:
     text = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
     safe = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
     return open_clip.get_tokenizer(name, **safe)
+
+
+def _in_linear_time(tokenizer: Any) -> Any:
+    """Let open_clip's own tokenizer split words by the same merges in compiled code.
+
+    Its Python takes quadratic time for one long word, such as an address: 27 s for 40,000 letters.
+    """
+    if isinstance(tokenizer, open_clip.SimpleTokenizer):
+        merges = [pair for pair in tokenizer.bpe_ranks if len(pair) == 2]
+        pieces = BPE(vocab=tokenizer.encoder, merges=merges, end_of_word_suffix="</w>")
+        own = tokenizer.cache  # its special tokens, which are never split
+        tokenizer.bpe = lambda word: own.get(word) or " ".join(piece.value for piece in pieces.tokenize(word))
+    return tokenizer
 
 
 def _words(tokenizer: Any) -> Callable[[list[int]], list[str]]:
