@@ -17,8 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 from scipy import stats
+from typer.testing import CliRunner
 
 from conceptshare.catalog import DatasetSpec
+from conceptshare.cli import app
 from conceptshare.dataset import Data, make_dataset
 from conceptshare.errors import StoreError
 from conceptshare.figures import (
@@ -35,6 +37,7 @@ from conceptshare.figures import (
 )
 from conceptshare.paper import compare
 from conceptshare.reading import FeatureStatistics
+from conceptshare.tables import write_table
 
 READINGS = ("pooled", "layer_mean", "last")
 TITLES = {
@@ -410,6 +413,35 @@ def test_more_features_are_more_grids_and_no_more_than_the_ranking_has(tmp_path,
     every = ["#1  feature 3", "#2  feature 2", "#3  feature 1", "#4  feature 0"]
     assert headings == [every[:3], every, ["#1  feature 1", "#2  feature 0"]]
     assert "$\\Delta$ 30, $\\rho_G$ 0.90, $\\rho_H$ 0.05" in written_on(drawn[0])
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_named_features_and_those_at_the_top_of_two_rankings_are_drawn_by_one_command(
+    tmp_path, data, drawn, unsaved, write_features, rng
+):
+    """The paper's Figure 2 shows features of two rankings, its Figures 3 and 4 features that people chose."""
+    store = write_features(tmp_path, "clip_image@0", {3: rng.random((len(CAPTIONS), 8))})
+    table = ranking(8).assign(top=np.arange(8) < 4)
+    other = table.assign(feature=[5, 3, 6, 2, 7, 4, 1, 0])
+    for name, written in (("a", table), ("b", other), ("c", other.assign(source="bert@0")), ("d", table[::-1])):
+        write_table(written.reset_index(drop=True).assign(top=np.arange(8) < 4), tmp_path / f"{name}.csv")
+
+    def draw(*options):
+        places = ["--table", tmp_path / "a.parquet", "--features", store, "--data", tmp_path / "data"]
+        command = ["figures", "sharedness", *places, "--out", tmp_path / "drawn.png", *options]
+        result = CliRunner().invoke(app, [str(word) for word in command])
+        if result.exception:
+            return str(result.exception)
+        headings = [words for words in written_on(drawn.pop()) if words.startswith("#") and "feature" in words]
+        return [int(words.split("feature ")[1].split()[0]) for words in headings]
+
+    assert draw() == [7, 6, 5, 4, 3, 2]
+    assert draw("--feature", 0, "--feature", 6, "--samples", 100) == [6, 0]
+    assert draw("--also-top-of", tmp_path / "b.parquet") == [6, 5]
+    assert draw("--also-top-of", tmp_path / "b.parquet", "--feature", 5) == [5]
+    assert "feature 8 is not among the 8" in draw("--feature", 8)
+    assert "two sources, clip_image@0 and bert@0" in draw("--also-top-of", tmp_path / "c.parquet")
+    assert "no feature is at the top of both" in draw("--also-top-of", tmp_path / "d.parquet")
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")

@@ -431,12 +431,20 @@ def metrics_formats(
     table: Annotated[Path, typer.Option(help="The matrix, as Parquet.")],
     averages: Annotated[Path, typer.Option(help="Its modality averages, as Parquet.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="The paper's name of the data set, to write its Table 3 too.", show_default=False),
+    ] = None,
+    size: Annotated[Literal["large", "base"], typer.Option(help="Which of the paper's encoders.")] = "large",
 ) -> None:
     """The matrix of each reading, and the averages, as CSV, Markdown and LaTeX."""
+    from conceptshare import paper
     from conceptshare.formats import write_matrices
     from conceptshare.tables import read_table
 
-    write_matrices(read_table(table), read_table(averages), out)
+    matrix = read_table(table)
+    table_3 = None if dataset is None else paper.table_3(matrix, dataset, size)
+    write_matrices(matrix, read_table(averages), out, table_3)
 
 
 @metrics_app.command("paper")
@@ -596,17 +604,29 @@ def figures_sharedness(
     features: Annotated[Path, typer.Option(help="The source's feature store.")],
     data: DataFolder,
     out: Out,
-    pictured: Annotated[int, typer.Option(help="How many features to show.", min=1)] = 6,
+    pictured: Annotated[int, typer.Option(help="How many of the ranking's first features to show.", min=1)] = 6,
     samples: Annotated[int, typer.Option(help="How many samples of each, at most.", min=1)] = 9,
+    feature: Annotated[
+        list[int] | None,
+        typer.Option(help="A feature to show in place of the first ones (repeatable).", min=0, show_default=False),
+    ] = None,
+    also_top_of: Annotated[
+        Path | None,
+        typer.Option(help="Another ranking, to show all features in the first 1% of both.", show_default=False),
+    ] = None,
 ) -> None:
-    """Grids of the top samples of a ranking's top features."""
+    """Grids of the top samples of a ranking's top features, or of features that are named."""
     from conceptshare.dataset import Data
     from conceptshare.figures import draw_sharedness
     from conceptshare.reading import read_modality, read_statistics
-    from conceptshare.tables import read_table
+    from conceptshare.tables import named_features, read_table
 
     modality = read_modality(features)
-    draw_sharedness(read_table(table), read_statistics(features), Data(data), pictured, out, samples, modality)
+    other = None if also_top_of is None else read_table(also_top_of)
+    ranking = named_features(read_table(table), feature or [], other)
+    if feature or also_top_of:
+        pictured = len(ranking)
+    draw_sharedness(ranking, read_statistics(features), Data(data), pictured, out, samples, modality)
 
 
 @figures_app.command("scatter")

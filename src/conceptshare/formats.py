@@ -21,7 +21,9 @@ _ITSELF = "-"
 """In place of the wMPPC of a member with itself, which is no measurement."""
 
 
-def write_matrices(table: pd.DataFrame, averages: pd.DataFrame, folder: Path) -> None:
+def write_matrices(
+    table: pd.DataFrame, averages: pd.DataFrame, folder: Path, table_3: pd.DataFrame | None = None
+) -> None:
     """Write a study's matrices, and their averages by modality, into ``folder``, which is replaced as a whole.
 
     For each reading, ``{reading}.csv``, ``.md`` and ``.tex`` hold the wMPPC, a row a source and a column a target, in
@@ -34,6 +36,7 @@ def write_matrices(table: pd.DataFrame, averages: pd.DataFrame, folder: Path) ->
         table: the tidy matrix table, with at least ``source, target, reading, wmppc``.
         averages: the tidy modality averages, with at least ``reading, source_modality, target_modality, wmppc``.
         folder: where to write.
+        table_3: what `conceptshare.paper.table_3` returns, to be written as ``table-3.csv``, ``.md`` and ``.tex``.
     """
     members = list(dict.fromkeys(table["source"]))
     labels = short_labels(members)
@@ -45,6 +48,8 @@ def write_matrices(table: pd.DataFrame, averages: pd.DataFrame, folder: Path) ->
             _write(cells, "source", np.eye(len(members), dtype=bool), partial / reading)
         wide = _averages(averages)
         _write(wide, "reading", np.zeros(wide.shape, bool), partial / "averages")
+        if table_3 is not None:
+            _write(table_3, "reading", np.zeros(table_3.shape, bool), partial / "table-3")
 
 
 def short_labels(members: Sequence[str]) -> list[str]:

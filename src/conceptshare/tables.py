@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from conceptshare import metrics
-from conceptshare.errors import StoreError
+from conceptshare.errors import StoreError, StudyError
 from conceptshare.files import layer_name, written_aside
 from conceptshare.reading import FeatureStatistics, PairCorrelations, read_correlations, read_statistics
 from conceptshare.sae_folder import REMEDY
@@ -463,6 +463,35 @@ def overlap_table(rankings: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def named_features(
+    ranking: pd.DataFrame, features: Sequence[int] = (), other: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """The rows of a ranking that are named: by their features, or as the top of another ranking of its source too.
+
+    Args:
+        ranking: a table of `sharedness_table`.
+        features: the features to keep; all without it.
+        other: another such table; the features kept are the top of both.
+
+    Raises:
+        StudyError: if one of the features is not among the ranking's, if the other ranking is of another source, or if
+            no feature is at the top of both.
+    """
+    if other is not None:
+        if other.source[0] != ranking.source[0]:
+            raise StudyError(
+                f"rankings of two sources, {ranking.source[0]} and {other.source[0]}, have no feature in common; give "
+                f"two rankings of one source"
+            )
+        ranking = ranking[ranking.top & ranking.feature.isin(other.feature[other.top])]
+        if ranking.empty:
+            raise StudyError("no feature is at the top of both rankings; leave the other one out, or name features")
+    unknown = sorted(set(features) - set(ranking.feature))
+    if unknown:
+        raise StudyError(f"feature {unknown[0]} is not among the {len(ranking)} of the ranking")
+    return ranking[ranking.feature.isin(features) | (not features)].reset_index(drop=True)
 
 
 def sae_table(members: Sequence[str], saes: Path, stores: Stores) -> pd.DataFrame:

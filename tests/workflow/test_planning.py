@@ -317,3 +317,20 @@ def test_every_entry_of_the_profiles_is_explained():
         for before, line in zip(["", *lines], lines, strict=False):
             if line and not line.lstrip().startswith("#"):
                 assert "#" in line or before.startswith("#"), f"{profile}: {line}"
+
+
+def test_a_matrix_with_the_papers_encoders_is_set_next_to_the_papers_numbers(new_study):
+    config = new_study.config
+    config["datasets"] = {"coco": config["datasets"]["squares"], "squares": config["datasets"]["squares"]}
+    config["encoders"] = {"bert-base": config["encoders"]["reader"], "vit-base": config["encoders"]["viewer"]}
+    config["analyses"] = {"matrices": {"all": {"paper": "base"}}}
+    del config["correlations"]
+    new_study.config = config
+    result = new_study.run("-n", "-p", "--until", "metrics_paper", "metrics_formats")
+    assert result.returncode == 0, result.stdout + result.stderr
+    commands = re.findall(r"python -m conceptshare metrics (\w+) .*", result.stdout)
+    assert (commands.count("paper"), commands.count("formats")) == (1, 2)
+    formats = re.findall(r"metrics formats .* --out (\S+)", result.stdout)
+    compared = re.findall(r"metrics formats .* --dataset coco --size base --out (\S+)", result.stdout)
+    assert len(formats) == 2
+    assert compared == ["results/studies/miniature/coco/tiny/matrices/all"]

@@ -157,6 +157,13 @@ def matrix_files(name, dataset):
     return [f"matrices/{name}{suffix}" for suffix in suffixes]
 
 
+def paper_option(wildcards):
+    """The options that add Table 3 next to the paper's, where a matrix is compared with the paper."""
+    if wildcards.dataset not in STUDY.paper_datasets(wildcards.name):
+        return ""
+    return f"--dataset {wildcards.dataset} --size {STUDY.analyses.matrices[wildcards.name].paper}"
+
+
 def names_command(wildcards):
     """The option with the program that names features, where the study has one."""
     return f"--command {quote(STUDY.names.command)}" if STUDY.names.command else ""

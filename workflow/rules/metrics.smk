@@ -90,7 +90,7 @@ rule metrics_formats:
     input:
         table=rules.metrics_matrix.output.parquet,
         averages=rules.metrics_averages.output.parquet,
-        code=code("formats.py"),
+        code=code("formats.py", "paper/*.py", "paper/*.csv"),
     output:
         report(
             directory("results/studies/{study}/{dataset}/{sae}/matrices/{name}"),
@@ -114,9 +114,11 @@ rule metrics_formats:
     resources:
         mem_mb=grown(2000),
         runtime=grown(30),
+    params:
+        paper=paper_option,
     shell:
         "python -m conceptshare metrics formats --table {input.table:q} --averages {input.averages:q}"
-        " --out {output:q} > {log:q} 2>&1"
+        " {params.paper} --out {output:q} > {log:q} 2>&1"
 
 
 rule metrics_paper:

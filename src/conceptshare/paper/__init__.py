@@ -8,12 +8,13 @@ from pathlib import Path
 import pandas as pd
 
 from conceptshare.errors import StudyError
-from conceptshare.metrics import correlation
+from conceptshare.metrics import correlation, modality_averages
 
 # The readings that the paper has, by what it calls their layers.
 _READINGS = {"all": "layer_mean", "last": "last"}
 # Of the paper's names, those that do not end in their modality.
 _TEXT_ENCODERS = ("bert", "deberta")
+_DIRECTIONS = ("image to image", "image to text", "text to image", "text to text")
 _FOLDER = Path(__file__).parent
 
 
@@ -38,17 +39,10 @@ def compare(table: pd.DataFrame, dataset: str, size: str) -> pd.DataFrame:
         StudyError: where the paper has no such data set and size, or no cell of the table.
     """
     printed = _printed("wmppc.csv", dataset, size)
-    members = list(dict.fromkeys([*table["source"], *table["target"]]))
-    names: dict[str, str] = {}
-    for member in members:
-        name = _paper_name(member, size)
-        if name not in names.values():
-            names[member] = name
-    ours = table[table.source.isin(names) & table.target.isin(names)]
-    ours = ours.assign(source=ours.source.map(names), target=ours.target.map(names))
-    both = ours.merge(printed, on=["reading", "source", "target"], suffixes=("", "_of_paper"))
+    both = _renamed(table, size).merge(printed, on=["reading", "source", "target"], suffixes=("", "_of_paper"))
     both = both[both.source != both.target]
     if both.empty:
+        members = dict.fromkeys([*table["source"], *table["target"]])
         raise StudyError(
             f"no two of the encoders {', '.join(members)} are among the paper's {size} ones on {dataset}; it has "
             f"{', '.join(dict.fromkeys(printed.source))}, which are compared under these names and with -{size} added"
@@ -83,6 +77,41 @@ def agreement(cells: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def table_3(table: pd.DataFrame, dataset: str, size: str) -> pd.DataFrame:
+    """The mean wMPPC from each modality to each in the way of the paper's Table 3, next to what it printed.
+
+    The means are over the paper's ten encoders of the size that are in the table, each paired with the others. Without
+    MambaVision, that is, of which the paper has the last layer alone.
+
+    Args:
+        table: as for `compare`.
+        dataset: as for `compare`.
+        size: as for `compare`.
+
+    Returns:
+        The columns ``image to image``, ``image to text``, ``text to image`` and ``text to text``, and the rows
+        ``layer_mean`` and ``last``, each followed by the paper's, such as ``last (paper)``, which is NaN if one of the
+        ten encoders is missing.
+
+    Raises:
+        StudyError: if the paper has no such data set and size.
+    """
+    cells = _printed("wmppc.csv", dataset, size)
+    encoders = set(cells.source[cells.layers == "all"])
+    ours = _renamed(table, size)
+    ours = ours[ours.source.isin(encoders) & ours.target.isin(encoders)]
+    rows: dict[str, dict[str, float]] = {}
+    for printed in _printed("modality_averages.csv", dataset, size).to_dict("records"):
+        of_reading = ours[(ours.reading == printed["reading"]) & ours.wmppc.notna()].set_index(["source", "target"])
+        means = modality_averages(of_reading.wmppc.to_dict(), {name: modality(name) for name in encoders})
+        rows[printed["reading"]] = {f"{a} to {b}": mean for (a, b), mean in means.items()}
+        complete = set(of_reading.index.get_level_values("source")) == encoders
+        rows[f"{printed['reading']} (paper)"] = {
+            direction: printed[direction.replace(" ", "_")] if complete else float("nan") for direction in _DIRECTIONS
+        }
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(_DIRECTIONS))
+
+
 def modality(name: str) -> str:
     """What an encoder of the paper reads, ``image`` or ``text``, by the paper's name of it."""
     return "text" if name.endswith("-text") or name in _TEXT_ENCODERS else "image"
@@ -101,6 +130,17 @@ def _printed(name: str, dataset: str, size: str) -> pd.DataFrame:
         has = ", ".join(f"{of_size} ones on {data}" for of_size, data in known)
         raise StudyError(f"the paper has no {size} encoders on {dataset}; it has {has}")
     return chosen.assign(reading=chosen.layers.map(_READINGS))
+
+
+def _renamed(table: pd.DataFrame, size: str) -> pd.DataFrame:
+    """A matrix table under the paper's names of its encoders, with the first member of each."""
+    names: dict[str, str] = {}
+    for member in dict.fromkeys([*table["source"], *table["target"]]):
+        name = _paper_name(member, size)
+        if name not in names.values():
+            names[member] = name
+    chosen = table[table.source.isin(names) & table.target.isin(names)]
+    return chosen.assign(source=chosen.source.map(names), target=chosen.target.map(names))
 
 
 def _paper_name(member: str, size: str) -> str:
