@@ -9,7 +9,9 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.sparse
 import torch
 import zarr
 from hypothesis import given, settings
@@ -232,8 +234,10 @@ def test_one_sample_is_refused(rng):
 def test_a_value_that_is_not_finite_is_refused_and_named(bad, side, rng):
     good, other = [example("random", rng), example("random", rng)], [example("random", rng), example("random", rng)]
     other[1][3, 4] = bad
-    with pytest.raises(NumericsError, match=r"layer 1, feature 4\b"):
+    with pytest.raises(NumericsError, match=rf"^{side}\[1\]: row 3, column 4 is {bad}; replace it, or leave out"):
         max_correlations(*((other, good) if side == "a" else (good, other)))
+    with pytest.raises(NumericsError, match=rf"^{side}: row 3, column 4 is {bad}; "):
+        correlation_sums(*((other[1], good[1]) if side == "a" else (good[1], other[1])))
 
 
 def test_numpy_torch_and_zarr_arrays_give_the_same(rng, tmp_path):
@@ -876,19 +880,39 @@ def test_a_store_that_does_not_say_what_it_is_of_is_refused(key, larger_stores, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: [], "give \\[samples, features\\]"),
-        (lambda x: x[:, :0], "give \\[samples, features\\]"),
-        (lambda x: x[:, 0], "give \\[samples, features\\]"),
-        (lambda x: x.astype(complex), "give real numbers"),
+        (lambda x: [], "^[ab] has no layers; give dense"),
+        (lambda x: x[:, :0], "^[ab] has the shape"),
+        (lambda x: x[:, 0], "^[ab] has the shape"),
+        (lambda x: x.tolist(), r"\[0\] has the shape \(3,\); give dense"),
+        (lambda x: None, "has no layers; give dense"),
+        (lambda x: x.astype(complex), "values of type complex128: give real numbers"),
         (lambda x: x.astype(str), "give real numbers"),
+        (lambda x: x.astype(object), "values of type object: give real numbers"),
         (lambda x: x * 1e200, "beyond float64"),
+        (lambda x: [[[1, 2], [3]]], r"\[0\], a builtins.list, cannot be read as an array"),
+        (lambda x: np.ma.array(x, mask=x > 0.5), "masked values; fill them"),
+        (lambda x: pd.DataFrame(x).replace(x[0, 0], np.nan), "row 0, column 0 is nan; replace it"),
+        (lambda x: pd.DataFrame(x).assign(name="x"), "values of type object: give real numbers"),
+        *(
+            (lambda x, kind=kind: kind(x), "is sparse; give a dense array")
+            for kind in (scipy.sparse.csr_array, scipy.sparse.coo_matrix, lambda x: torch.tensor(x).to_sparse())
+        ),
+        (lambda x: torch.tensor(x).to("meta"), "a torch.Tensor, cannot be read as an array"),
     ],
 )
-def test_what_has_no_correlations_is_refused(change, message, rng):
+def test_what_has_no_correlations_is_refused_in_one_line(change, message, rng):
     x = rng.random((20, 3))
     for sides in ((change(x), x), (x, change(x))):
-        with pytest.raises(NumericsError, match=message):
-            max_correlations(*sides)
+        for correlate in (max_correlations, correlation_sums):
+            with pytest.raises(NumericsError, match=message) as raised:
+                correlate(*sides)
+            assert "\n" not in str(raised.value)
+
+
+def test_sums_of_several_layers_are_refused(rng):
+    x = rng.random((20, 3))
+    with pytest.raises(NumericsError, match="give one array for a and one for b"):
+        correlation_sums([x, x], x)
 
 
 def test_an_unknown_precision_is_refused(rng):
@@ -896,20 +920,48 @@ def test_an_unknown_precision_is_refused(rng):
         max_correlations(rng.random((20, 3)), rng.random((20, 3)), precision="float16")
 
 
+class OnlyItsValues:
+    """What other libraries' arrays have in common: `__array__`."""
+
+    def __init__(self, values):
+        self._values = values
+
+    def __array__(self, dtype=None, copy=None):
+        return self._values
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     "change",
     [
-        lambda x: x[::-1, ::-1][::-1, ::-1],
+        lambda x: np.ascontiguousarray(x[::-1])[::-1],
+        lambda x: np.ascontiguousarray(x[::-1, ::-1])[::-1, ::-1],
+        lambda x: np.rec.fromarrays([x, x[:, 0] > 0.5], dtype=[("x", "f4", 3), ("y", "?")])["x"],
+        lambda x: np.ma.array(x),
+        lambda x: pd.DataFrame(x, columns=list("xyz")).set_index(x[:, 0]),
+        lambda x: [x.tolist()],
+        lambda x: (layer for layer in [x]),
+        lambda x: OnlyItsValues(x),
         lambda x: np.asfortranarray(x),
         lambda x: x.astype(">f4"),
         lambda x: torch.from_numpy(x).requires_grad_(),
         lambda x: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
     ],
 )
-def test_arrays_of_any_order_are_read(change, rng):
+def test_arrays_of_any_kind_and_order_are_read(change, rng):
     x, y = (rng.random((20, 3)).astype(np.float32) for _ in range(2))
-    np.testing.assert_array_equal(max_correlations(change(x), y).rho_ab, max_correlations(x, y).rho_ab)
+    expected = max_correlations(x, y)
+    np.testing.assert_array_equal(max_correlations(change(x), y).rho_ab, expected.rho_ab)
+    np.testing.assert_array_equal(max_correlations(y, change(x)).rho_ba, expected.rho_ab)
+    sums = correlation_sums(change(x), y)
+    np.testing.assert_array_equal(sums.products, correlation_sums(x, y).products)
+
+
+@pytest.mark.parametrize("kind", ["?", "i1", "u2", "u8", "i8", "f8"])
+def test_numbers_of_any_type_are_read(kind, rng):
+    x, y = (rng.integers(0, 2 if kind == "?" else 100, (20, 3)).astype(kind) for _ in range(2))
+    expected = max_correlations(x.astype(float), y.astype(float))
+    np.testing.assert_array_equal(max_correlations(x, y).rho_ab, expected.rho_ab)
 
 
 def test_torch_tensors_in_bfloat16_are_read(rng):

@@ -171,6 +171,10 @@ class StoredArray:
         self._name, self._path = name, path
         self.shape: tuple[int, ...] = tuple(self._array.shape)
 
+    def __str__(self) -> str:
+        """Which array of which store it is."""
+        return str(self._path / self._name)
+
     def __getitem__(self, place: Any) -> NDArray[Any]:
         """Read a part.
 

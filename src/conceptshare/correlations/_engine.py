@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from conceptshare.blocks import MEMORY_BYTES, Blocks, Precision, plan_blocks
+from conceptshare.correlations._arrays import Array, as_layers, as_tensor, sample_count, sizes_of
 from conceptshare.correlations._standardise import (
     Block,
     BlockMemory,
     Memory,
     Panel,
     Standard,
-    as_tensor,
     standard_of,
     standardised,
     stretch,
@@ -70,7 +70,9 @@ def max_correlations(
     bfloat16 it is below 2e-3: see `COARSE` for what is rounded and what is not.
 
     Args:
-        a: for each layer of A, an array ``[N, F]``: NumPy, torch or Zarr. One array alone is one layer.
+        a: for each layer of A, an array ``[N, F]`` of real numbers: NumPy, torch or Zarr, or what NumPy makes one of,
+            such as a data frame. Only Zarr and what else is read in slices need not fit memory. One array alone is one
+            layer.
         b: the same of B.
         memory_bytes: bound of the working memory, of the GPU's where there is one; without it 1 GiB, or four fifths of
             what is free on the GPU. What is returned comes on top.
@@ -81,9 +83,10 @@ def max_correlations(
         keep: called with where to go on, after each step.
 
     Raises:
-        NumericsError: where sample counts differ, a value is not finite, or the budget cannot hold the least block.
+        NumericsError: where something is no such array, is sparse or has masked values, sample counts differ, a value
+            is not finite, or the budget cannot hold the least block.
     """
-    layers_a, layers_b = as_layers(a), as_layers(b)
+    (layers_a, known_a), (layers_b, known_b) = as_layers(a, "a"), as_layers(b, "b")
     if precision not in get_args(Precision):
         raise NumericsError(f"precision {precision!r}: take one of {', '.join(get_args(Precision))}")
     N = sample_count([*layers_a, *layers_b])
@@ -93,12 +96,12 @@ def max_correlations(
         N,
         sizes_a.tolist(),
         sizes_b.tolist(),
-        _raw_bytes([*layers_a, *layers_b]),
+        max(array.value_bytes for array in [*known_a, *known_b]),
         _budget(memory_bytes, device),
         precision,
     )
-    side_a = _Side(layers_a, plan, precision, device)
-    side_b = _Side(layers_b, plan, precision, device)
+    side_a = _Side(layers_a, known_a, plan, precision, device)
+    side_b = _Side(layers_b, known_b, plan, precision, device)
     best_ab, best_ba = _Best(len(layers_b), int(sizes_a.sum())), _Best(len(layers_a), int(sizes_b.sum()))
     done = 0
     if kept is not None and kept.blocks == plan:
@@ -126,57 +129,22 @@ def max_correlations(
     return found()
 
 
-def as_layers(side: Any) -> list[Any]:
-    """The layers of one side: one array alone is one layer.
-
-    Raises:
-        NumericsError: where there is none, or one is no matrix of real numbers with a column at least.
-    """
-    layers = [side] if hasattr(side, "shape") else list(side)
-    shapes = [tuple(layer.shape) for layer in layers]
-    if not layers or any(len(shape) != 2 or shape[1] < 1 for shape in shapes):
-        raise NumericsError(f"arrays of the shapes {shapes}: give [samples, features] of one layer at least")
-    return layers
-
-
-def sizes_of(layers: Sequence[Any]) -> NDArray[np.int64]:
-    """``[L]`` features of each layer."""
-    return np.array([layer.shape[1] for layer in layers], np.int64)
-
-
-def sample_count(layers: Sequence[Any]) -> int:
-    """The number of samples that all layers have.
-
-    Raises:
-        NumericsError: where they have different ones, or fewer than two.
-    """
-    counts = {int(layer.shape[0]) for layer in layers}
-    if len(counts) != 1:
-        raise NumericsError(f"the arrays have different numbers of samples: {sorted(counts)}; give the same samples")
-    (N,) = counts
-    if N < 2:
-        raise NumericsError(f"{N} samples: a correlation needs at least 2")
-    return N
-
-
 def _budget(memory_bytes: int | None, device: torch.device) -> int:
     if memory_bytes is not None:
         return memory_bytes
     return MEMORY_BYTES if device.type == "cpu" else torch.cuda.mem_get_info()[0] * 4 // 5
 
 
-def _raw_bytes(layers: Sequence[Any]) -> int:
-    return max(as_tensor(layer[:1, :1], torch.device("cpu")).element_size() for layer in layers)
-
-
 class _Side:
     """The panels of one encoder, and what standardises each."""
 
-    def __init__(self, layers: Sequence[Any], plan: Blocks, precision: Precision, device: torch.device) -> None:
+    def __init__(
+        self, layers: Sequence[Any], known: Sequence[Array], plan: Blocks, precision: Precision, device: torch.device
+    ) -> None:
         self.layers, self.rows, self.precision, self.device = layers, plan.rows, precision, device
         starts = np.concatenate([[0], np.cumsum(sizes_of(layers))])
         self.panels = [
-            Panel(n, first, min(plan.width, int(end - start) - first), int(start) + first)
+            Panel(n, first, min(plan.width, int(end - start) - first), int(start) + first, known[n])
             for n, (start, end) in enumerate(pairwise(starts))
             for first in range(0, int(end - start), plan.width)
         ]

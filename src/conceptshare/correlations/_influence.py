@@ -9,8 +9,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from conceptshare.correlations._engine import sizes_of
-from conceptshare.correlations._standardise import as_tensor
+from conceptshare.correlations._arrays import as_tensor, sizes_of
 from conceptshare.metrics import READINGS
 from conceptshare.progress import progress
 from conceptshare.reading import MaxCorrelations

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from conceptshare.blocks import Precision
+from conceptshare.correlations._arrays import Array
 from conceptshare.errors import NumericsError
 
 COARSE = 1 / 64
@@ -33,6 +32,8 @@ class Panel:
     width: int
     start: int
     """Where the first stands when the features of all layers stand side by side."""
+    array: Array
+    """Where they are from, for messages."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def standard_of(chunks: Callable[[], Iterator[Tensor]], panel: Panel, precision:
     varies = squares > 0
     may_round = varies & (fourths <= COARSE * squares**2) & (precision == "bfloat16")
     if not squares.isfinite().all():
-        raise NumericsError(f"layer {panel.layer}: squares of values that are beyond float64; scale them down")
+        raise NumericsError(f"{panel.array.name}: squares of values that are beyond float64; scale them down")
     columns = torch.cat([may_round.nonzero()[:, 0], (varies & ~may_round).nonzero()[:, 0]])
     scale = squares[columns].rsqrt().to(first.dtype)
     everything = len(columns) == panel.width and bool((columns[1:] > columns[:-1]).all())
@@ -177,25 +178,6 @@ def standardised(x: Tensor, standard: Standard, memory: BlockMemory, at_once: in
     return block
 
 
-def as_tensor(values: Any, device: torch.device) -> Tensor:
-    """An array's values on a device.
-
-    Raises:
-        NumericsError: where they are no real numbers.
-    """
-    if not isinstance(values, Tensor):
-        values = np.asarray(values)
-        # What torch takes as it is: native order of bytes, strides forwards, and memory that it may write to.
-        native = values.astype(values.dtype.newbyteorder("="), copy=not values.flags.writeable)
-        if native.dtype.kind not in "fiub":
-            raise NumericsError(f"values of type {values.dtype}: give real numbers")
-        values = torch.from_numpy(np.ascontiguousarray(native))
-    tensor: Tensor = values.detach()
-    if tensor.is_complex():
-        raise NumericsError(f"values of type {tensor.dtype}: give real numbers")
-    return tensor.to(device)
-
-
 def _working(x: Tensor) -> Tensor:
     """In float32 where squares and fourth powers of any value fit it, which is float16's; else in float64."""
     return x.to(torch.float32 if x.dtype == torch.float16 else torch.float64, copy=True)
@@ -217,9 +199,7 @@ def _where_not_finite(chunks: Iterator[Tensor], panel: Panel) -> str:
         bad = (~chunk.isfinite()).nonzero()
         if len(bad):
             row, column = bad[0].tolist()
-            return (
-                f"layer {panel.layer}, feature {panel.first + column}, sample {sample + row}: a value that is not "
-                "finite; run the features stage again, or leave the layer out"
-            )
+            place = f"row {sample + row}, column {panel.first + column}"
+            return f"{panel.array.name}: {place} is {chunk[row, column].item()}; {panel.array.remedy}"
         sample += len(chunk)
-    return f"layer {panel.layer}: sums of values that are beyond float64"
+    return f"{panel.array.name}: sums of values that are beyond float64; scale them down"

@@ -9,7 +9,8 @@ import numpy as np
 import zarr
 
 from conceptshare.blocks import MEMORY_BYTES, Blocks, Precision
-from conceptshare.correlations._engine import Full, Kept, max_correlations, sample_count
+from conceptshare.correlations._arrays import sample_count
+from conceptshare.correlations._engine import Full, Kept, max_correlations
 from conceptshare.correlations._influence import Encoder, influences
 from conceptshare.errors import StoreError
 from conceptshare.files import layer_name, renamed

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from conceptshare.correlations._engine import Product, as_layers, sample_count
-from conceptshare.correlations._standardise import BlockMemory, Panel, as_tensor, standard_of, standardised
+from conceptshare.correlations._arrays import as_layers, as_tensor, sample_count
+from conceptshare.correlations._engine import Product
+from conceptshare.correlations._standardise import BlockMemory, Panel, standard_of, standardised
 from conceptshare.errors import NumericsError
 
 Array = NDArray[np.float64]
@@ -76,18 +77,22 @@ def correlation_sums(a: Any, b: Any) -> CorrelationSums:
     layer, where `max_correlations` on one machine would take too long.
 
     Args:
-        a: ``[n, F_A]`` NumPy, torch or Zarr array.
+        a: ``[n, F_A]``, an array as of `max_correlations`.
         b: ``[n, F_B]``, the same samples.
 
     Raises:
-        NumericsError: where sample counts differ, or a value is not finite.
+        NumericsError: as `max_correlations` does, or where there are several layers.
     """
-    N = sample_count([*as_layers(a), *as_layers(b)])
+    sides = [as_layers(a, "a"), as_layers(b, "b")]
+    if any(len(layers) > 1 for layers, _ in sides):
+        raise NumericsError("sums are of one layer of each side: give one array for a and one for b")
+    N = sample_count([layer for layers, _ in sides for layer in layers])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     standards, blocks = [], []
-    for side in (a, b):
-        x = as_tensor(side[:], device)
-        standards.append(standard_of(lambda x=x: iter([x]), Panel(0, 0, x.shape[1], 0), "float32"))  # type: ignore[misc]
+    for (layer,), (known,) in sides:
+        x = as_tensor(layer[:], device)
+        panel = Panel(0, 0, x.shape[1], 0, known)
+        standards.append(standard_of(lambda x=x: iter([x]), panel, "float32"))  # type: ignore[misc]
         blocks.append(standardised(x, standards[-1], BlockMemory(device), N))
     product = Product(N, device)
     product.add(blocks[0], blocks[1], anew=True)

@@ -1,0 +1,118 @@
+"""Arrays of features as callers have them: checked once, where they come in."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from conceptshare.errors import NumericsError
+from conceptshare.store import StoredArray
+
+_GIVE = "give dense NumPy, torch or Zarr arrays [samples, features], one for each layer"
+
+
+class Array(NamedTuple):
+    """What is known of an array that is not read yet."""
+
+    name: str
+    """For messages."""
+    remedy: str
+    """What to do where a value is not finite, for messages."""
+    value_bytes: int
+    """Of a value as it is stored."""
+
+
+def as_layers(side: Any, name: str) -> tuple[list[Any], list[Array]]:
+    """The layers of one side, and what is known of each. One array alone is one layer.
+
+    Each layer has a shape, and is read by slices of both axes.
+
+    Raises:
+        NumericsError: where there is none, or one is no dense matrix of real numbers with a column at least.
+    """
+    if _is_array(side):
+        given = {name: side}
+    else:
+        given = {f"{name}[{n}]": layer for n, layer in enumerate(side if isinstance(side, Iterable) else [])}
+    if not given:
+        raise NumericsError(f"{name} has no layers; {_GIVE}")
+    layers, known = zip(*(_layer(layer, name) for name, layer in given.items()), strict=True)
+    return list(layers), list(known)
+
+
+def _is_array(side: Any) -> bool:
+    # A nested tensor has no shape, and raises where it is asked for one.
+    return isinstance(side, Tensor) or any(
+        hasattr(side, name) for name in ("shape", "__array__", "__array_interface__")
+    )
+
+
+def _layer(layer: Any, name: str) -> tuple[Any, Array]:
+    kind = f"{name}, a {type(layer).__module__}.{type(layer).__qualname__},"
+    if hasattr(layer, "todense") or (isinstance(layer, Tensor) and layer.layout is not torch.strided):
+        raise NumericsError(f"{kind} is sparse; give a dense array, as .toarray() of SciPy and .to_dense() of torch do")
+    if np.ma.is_masked(layer):
+        raise NumericsError(f"{kind} has masked values; fill them, with .filled(0) say, or leave their samples out")
+    try:
+        if hasattr(layer, "to_numpy"):  # a data frame
+            layer = layer.to_numpy()
+        elif not (hasattr(layer, "shape") and hasattr(layer, "__getitem__")):
+            layer = np.asarray(layer)
+        shape = tuple(map(int, layer.shape))
+        first = as_tensor(layer[:1, :1] if len(shape) == 2 else [], torch.device("cpu"))
+        first.double()
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+        raise NumericsError(f"{kind} cannot be read as an array ({' '.join(str(error).split())}); {_GIVE}") from error
+    except NumericsError as error:
+        raise NumericsError(f"{name}: {error}") from None
+    if len(shape) != 2 or shape[1] < 1:
+        raise NumericsError(f"{name} has the shape {shape}; {_GIVE}")
+    if isinstance(layer, StoredArray):
+        return layer, Array(str(layer), "delete the store and run the features stage again", first.element_size())
+    return layer, Array(name, "replace it, or leave out its row or its column", first.element_size())
+
+
+def as_tensor(values: Any, device: torch.device) -> Tensor:
+    """An array's values on a device.
+
+    Raises:
+        NumericsError: where they are no real numbers.
+    """
+    if not isinstance(values, Tensor):
+        values = np.asarray(values)
+        if values.dtype.kind not in "fiub" or values.dtype.itemsize > 8:
+            raise NumericsError(f"values of type {values.dtype}: give real numbers, as .astype(float) makes them")
+        # What torch takes as it is: native order of bytes, strides forwards, and memory that it may write to.
+        native = values.astype(values.dtype.newbyteorder("="), copy=not values.flags.writeable)
+        native = np.ascontiguousarray(native)
+        # To NumPy, an axis of one value is contiguous whatever its stride.
+        if any(stride < 0 or stride % native.itemsize for stride in native.strides):
+            native = native.copy()
+        values = torch.from_numpy(native)
+    tensor: Tensor = values.detach()
+    if tensor.is_complex():
+        raise NumericsError(f"values of type {tensor.dtype}: give real numbers")
+    return tensor.to(device)
+
+
+def sizes_of(layers: Sequence[Any]) -> NDArray[np.int64]:
+    """``[L]`` features of each layer."""
+    return np.array([layer.shape[1] for layer in layers], np.int64)
+
+
+def sample_count(layers: Sequence[Any]) -> int:
+    """The number of samples that all layers have.
+
+    Raises:
+        NumericsError: where they have different ones, or fewer than two.
+    """
+    counts = {int(layer.shape[0]) for layer in layers}
+    if len(counts) != 1:
+        raise NumericsError(f"the arrays have different numbers of samples: {sorted(counts)}; give the same samples")
+    (N,) = counts
+    if N < 2:
+        raise NumericsError(f"{N} samples: a correlation needs at least 2")
+    return N
