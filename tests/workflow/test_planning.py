@@ -305,6 +305,14 @@ def test_the_workflow_is_parsed_without_what_computes(new_study):
     assert not imported & {"torch", "transformers", "datasets", "zarr", "scipy", "matplotlib"}
 
 
+def test_a_config_file_of_countless_aliases_is_refused_before_snakemake_writes_them_out(new_study):
+    lines = ["a0: &a0 [x]"] + [f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 40)]
+    (new_study.folder / "config.yaml").write_text("\n".join(lines))
+    result = new_study.run("-n")
+    assert result.returncode == 1
+    assert "config.yaml: not valid YAML: more than 1,000,000 values" in result.stderr
+
+
 @pytest.mark.parametrize("arguments", [(), ("--cores", "2"), ("--profile", "slurm"), ("--profile", "gpu")])
 def test_the_default_study_plans_as_typed_in_the_clone(arguments):
     result = Project(CLONE).run("-n", *arguments)
