@@ -412,7 +412,7 @@ def test_a_chunk_that_an_unfinished_store_lost_is_an_error_and_then_made_again(d
     whole = run_extraction(spec, data_folder, out)
     expected = contents(out)
     shutil.rmtree(out)
-    assert run_extraction(spec, data_folder, out, int(whole.stdout) - 25).returncode == -signal.SIGKILL
+    assert run_extraction(spec, data_folder, out, int(whole.stdout) - 21).returncode == -signal.SIGKILL
     (out / kind / "tiny.zarr.partial" / lost).unlink()
     damaged = run_extraction(spec, data_folder, out)
     assert damaged.returncode == 1
@@ -427,7 +427,7 @@ def test_what_was_left_of_another_extraction_is_not_gone_on_with(data_folder, tm
     out = tmp_path / "out"
     whole = run_extraction(spec, data_folder, out)
     shutil.rmtree(out)
-    killed = run_extraction(spec, data_folder, out, int(whole.stdout) - 25)
+    killed = run_extraction(spec, data_folder, out, int(whole.stdout) - 21)
     assert killed.returncode == -signal.SIGKILL
     if change == "spec":
         spec = batched(spec, batch_size=2, context_length=6)

@@ -11,6 +11,7 @@ import zarr
 from conceptshare.ask import sharedness_of, wmppc_between
 from conceptshare.cli import main
 from conceptshare.correlations import correlate_stores
+from conceptshare.store import StoredArray
 from conceptshare.tables import Stores, sharedness_table
 
 WIDTHS = {"vit@0": 6, "clip-text@0": 8, "bert@1": 5}
@@ -116,8 +117,8 @@ def test_a_store_has_all_of_its_own_concepts(stores):
     np.testing.assert_allclose(own[["pooled", "layer_mean", "last"]], 1, atol=1e-6)
 
 
-def test_stores_of_one_name_are_told_apart_by_their_paths(stores, features, tmp_path, write_features):
-    other = write_features(tmp_path / "elsewhere", "bert@2", features["bert@1"]).rename(tmp_path / "vit@0.zarr")
+def test_stores_of_one_name_are_told_apart_by_their_paths(stores, features, tmp_path, write_features_from):
+    other = write_features_from(tmp_path / "other", tmp_path / "elsewhere", "vit@0", features["bert@1"])
     table = wmppc_between(stores["vit@0"], other)
     assert table.source.tolist() == [str(stores["vit@0"]), str(other)]
 
@@ -137,13 +138,13 @@ def test_sharedness_is_that_of_a_study(stores, tmp_path):
     pd.testing.assert_frame_equal(found, expected, atol=1e-5)
 
 
-def test_only_last_layers_are_read_for_sharedness(stores, features):
-    for store in stores.values():
-        chunk = store / "layer-01/features/c/0/0"
-        chunk.write_bytes(b"\x01" * chunk.stat().st_size)
+def test_only_last_layers_are_read_for_sharedness(stores, features, monkeypatch):
+    read, get = [], StoredArray.__getitem__
+    monkeypatch.setattr(StoredArray, "__getitem__", lambda array, place: read.append(str(array)) or get(array, place))
     table = sharedness_of(stores["clip-text@0"], [stores["bert@1"]], [stores["vit@0"]])
     x = features["clip-text@0"][3]
     np.testing.assert_allclose(table.sort_values("feature").rho_g, rho(x, features["bert@1"][3]), atol=1e-5)
+    assert {path.split("/")[-2] for path in read if path.endswith("/features")} == {"layer-03"}
 
 
 def test_the_top_of_a_ranking_is_printed_and_all_of_it_written(run, groups, tmp_path):
@@ -214,7 +215,7 @@ def test_a_store_without_an_active_feature_is_refused_in_one_line(run, stores, g
 def test_a_path_where_nothing_is_is_one_line(run, stores):
     assert run("wmppc", stores["vit@0"], "absent.zarr")[::2] == (
         1,
-        "error: absent.zarr: no features store there; run the stage that makes it\n",
+        "error: absent.zarr: no features store there; run the features stage\n",
     )
 
 

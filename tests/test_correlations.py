@@ -742,8 +742,8 @@ def test_what_was_cut_off_of_other_features_is_not_gone_on_with(larger_stores, t
     shutil.rmtree(tmp_path / "made" / "bert@1")
     other = write_features(tmp_path / "other", "bert@1", features_of(rng, 300, {1: 30, 2: 280}))
     correlate_stores(path_a, other, out, 700_000, full=[(0, 2)])
-    correlate_stores(path_a, other, tmp_path / "whole.zarr", 700_000, full=[(0, 2)])
-    assert contents(out) == contents(tmp_path / "whole.zarr")
+    correlate_stores(path_a, other, tmp_path / "whole" / "pair.zarr", 700_000, full=[(0, 2)])
+    assert contents(out) == contents(tmp_path / "whole" / "pair.zarr")
 
 
 @pytest.mark.parametrize("damage", ["torn", "garbled", "empty"])
@@ -810,8 +810,8 @@ def test_a_lost_or_cut_chunk_of_features_is_named_and_nothing_written(larger_sto
 def test_features_of_an_older_version_are_to_be_made_again(larger_stores, tmp_path):
     path_a, path_b, *_ = larger_stores
     root = path_a / "zarr.json"
-    root.write_text(root.read_text().replace('"version": 2', '"version": 1'))
-    with pytest.raises(StoreError, match="format version 1, where 2 is needed"):
+    root.write_text(root.read_text().replace('"version": 3', '"version": 2'))
+    with pytest.raises(StoreError, match=r"format version 2, where 3 is needed; .* run the features stage again"):
         correlate_stores(path_a, path_b, tmp_path / "pair.zarr")
 
 
@@ -829,8 +829,8 @@ def test_another_memory_budget_does_not_go_on_with_steps_that_were_others(larger
     arguments = ["3", "panel", *map(str, (path_a, path_b, out))]
     assert run_forked(KILLED, *arguments).returncode == 9
     correlate_stores(path_a, path_b, out, full=[(0, 2)])
-    correlate_stores(path_a, path_b, tmp_path / "whole.zarr", full=[(0, 2)])
-    assert contents(out) == contents(tmp_path / "whole.zarr")
+    correlate_stores(path_a, path_b, tmp_path / "whole" / "pair.zarr", full=[(0, 2)])
+    assert contents(out) == contents(tmp_path / "whole" / "pair.zarr")
 
 
 def test_a_chunk_that_an_attempt_lost_of_a_whole_matrix_is_noticed(larger_stores, tmp_path):
@@ -851,7 +851,7 @@ def test_a_changed_chunk_of_features_or_of_their_statistics_is_named(name, large
     content = bytearray(chunk.read_bytes())
     content[len(content) // 3] ^= 255
     chunk.write_bytes(content)
-    with pytest.raises(StoreError, match=r"vit@0\.zarr.* cannot be read .*; delete the store and run again"):
+    with pytest.raises(StoreError, match=r"vit@0\.zarr.*(damaged|cannot be read).*run the features stage again"):
         correlate_stores(path_a, path_b, tmp_path / "pair.zarr")
     assert not list(tmp_path.glob("pair*"))
 
@@ -873,7 +873,7 @@ def test_a_store_that_does_not_say_what_it_is_of_is_refused(key, larger_stores, 
     path_a, path_b, *_ = larger_stores
     root = path_a / "zarr.json"
     root.write_text(root.read_text().replace(f'"{key}"', f'"{key[::-1]}"'))
-    with pytest.raises(StoreError, match=r"vit@0\.zarr: cannot be read \(KeyError"):
+    with pytest.raises(StoreError, match=r"vit@0\.zarr: zarr\.json is not as it was written"):
         correlate_stores(path_a, path_b, tmp_path / "pair.zarr")
 
 

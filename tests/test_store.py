@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,19 @@ from hypothesis import strategies as st
 
 from conceptshare.errors import NumericsError, StoreError
 from conceptshare.files import layer_name
-from conceptshare.store import RowWriter, as_float16, layer_group, new_array, new_store, open_store, save_array
+from conceptshare.store import (
+    RowWriter,
+    StoredArray,
+    as_float16,
+    layer_array,
+    new_array,
+    new_store,
+    open_store,
+    save_array,
+)
+
+FLIPS = 40
+"""Bytes of each file that are changed, one after another."""
 
 
 def names_in(folder):
@@ -23,7 +36,8 @@ def store(tmp_path):
     """A small complete store with one sharded array of several chunks, one plain one, and one of zeros."""
     path = tmp_path / "some.zarr"
     with new_store(path, "numbers", {"of": "nothing", "layers": [0]}) as group:
-        new_array(group, "sharded", (6, 4), np.float16, chunks=(1, 4), shards=(2, 4))[...] = np.arange(24).reshape(6, 4)
+        rows = np.arange(24).reshape(6, 4)
+        new_array(group, "sharded", (6, 4), np.float16, chunks=(1, 4), shards=(2, 4), compress=False)[...] = rows
         save_array(group.create_group(layer_name(0)), "plain", np.arange(5.0))
         new_array(group, "zeros", (7, 3), np.int32, chunks=(2, 2))[...] = 0
     return path
@@ -109,6 +123,69 @@ def test_any_truncated_chunk_is_noticed(store):
     open_store(store, "numbers")
 
 
+def everything(path):
+    """All that a store holds, as a reader gets it."""
+    group = open_store(path, "numbers")
+    names = sorted(name for name, member in group.members(max_depth=None) if hasattr(member, "shape"))
+    return [group.attrs["spec"], names, *(StoredArray(group, name, path)[:].tolist() for name in names)]
+
+
+def outcome(path):
+    """The same, or the message of the error that says why it cannot be had."""
+    try:
+        return everything(path)
+    except StoreError as error:
+        return str(error)
+
+
+def test_any_flipped_bit_is_noticed_or_changes_nothing(store, rng):
+    whole = everything(store)
+    for path in sorted(store.rglob("*")):
+        if not path.is_file() or path.name == "provenance.json":
+            continue
+        kept = path.read_bytes()
+        for place in rng.choice(len(kept), min(len(kept), FLIPS), replace=False):
+            damaged = bytearray(kept)
+            damaged[place] ^= 1 << rng.integers(8)
+            path.write_bytes(damaged)
+            found = outcome(store)
+            assert found == whole or re.fullmatch(rf"{store}.*: .*delete.* and run the numbers stage again", found)
+        path.write_bytes(kept)
+    assert everything(store) == whole
+
+
+def test_exchanged_files_are_noticed(store):
+    """Two chunks of one array, two arrays' metadata, and a chunk that is written when none is missing."""
+    for one, other in [("sharded/c/0/0", "sharded/c/1/0"), ("sharded/zarr.json", "zeros/zarr.json")]:
+        exchange(store / one, store / other)
+        with pytest.raises(StoreError, match=rf"some\.zarr: {one}.*run the numbers stage again"):
+            open_store(store, "numbers")
+        exchange(store / one, store / other)
+    open_store(store, "numbers")
+
+
+def exchange(one, other):
+    aside = one.with_name("aside")
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
+
+
+def test_two_stores_that_were_exchanged_are_noticed(store, tmp_path):
+    with new_store(tmp_path / "another.zarr", "numbers", {"of": "something else"}) as group:
+        save_array(group, "plain", np.arange(3.0))
+    exchange(store, tmp_path / "another.zarr")
+    with pytest.raises(StoreError, match=r"some\.zarr: holds the store 'another'; give it its name back"):
+        open_store(store, "numbers")
+
+
+def test_of_one_layer_no_file_of_another_is_read(store):
+    (store / "layer-00" / "plain" / "c" / "0").unlink()
+    open_store(store, "numbers", layer=1)
+    with pytest.raises(StoreError, match="is missing"):
+        open_store(store, "numbers", layer=0)
+
+
 def test_a_missing_array_description_is_noticed(store):
     (store / "zeros" / "zarr.json").unlink()
     with pytest.raises(StoreError, match=r"zeros/zarr\.json is missing"):
@@ -122,21 +199,29 @@ def test_a_damaged_root_is_refused_as_a_damaged_store(store, content):
         open_store(store, "numbers")
 
 
-def test_what_snakemake_puts_into_a_store_does_no_harm(store):
+def test_what_snakemake_and_nfs_put_into_a_store_does_no_harm(tmp_path):
+    store = tmp_path / "some.zarr"
+    with new_store(store, "numbers", {}) as group:
+        new_array(group, "sharded", (6, 4), np.float16)[...] = 0
+        silly = tmp_path / "some.zarr.partial" / "sharded" / ".nfs0001"  # a removed file that is still open
+        silly.touch()
+    silly = store / "sharded" / ".nfs0001"
+    silly.unlink()
     (store / ".snakemake_timestamp").touch()
     assert len(open_store(store, "numbers")["sharded"][:]) == 6
 
 
 def test_a_store_can_be_moved(store, tmp_path):
-    os.rename(store, tmp_path / "elsewhere.zarr")  # noqa: PTH104 - what people do
-    assert len(open_store(tmp_path / "elsewhere.zarr", "numbers")["sharded"][:]) == 6
+    (tmp_path / "elsewhere").mkdir()
+    os.rename(store, tmp_path / "elsewhere" / "some.zarr")  # noqa: PTH104 - what people do
+    assert len(open_store(tmp_path / "elsewhere" / "some.zarr", "numbers")["sharded"][:]) == 6
 
 
 def test_an_absent_layer_is_named_with_those_there_are(store):
     group = open_store(store, "numbers")
-    assert (layer_group(group, 0, store)["plain"][:] == np.arange(5)).all()
+    assert (layer_array(group, 0, "plain", store)[:] == np.arange(5)).all()
     with pytest.raises(StoreError, match="no layer 3; it has layer-00"):
-        layer_group(group, 3, store)
+        layer_array(group, 3, "plain", store)
 
 
 def test_layer_names_sort_as_numbers_do():

@@ -29,7 +29,16 @@ from conceptshare.encoders import Activations, Batch, Encoder
 from conceptshare.errors import EncoderError
 from conceptshare.files import layer_name
 from conceptshare.progress import progress, say
-from conceptshare.store import RowWriter, as_float16, gone_on_with, layer_group, new_array, new_store, open_store
+from conceptshare.store import (
+    RowWriter,
+    StoredArray,
+    as_float16,
+    gone_on_with,
+    layer_array,
+    new_array,
+    new_store,
+    open_store,
+)
 
 KIND, TOKENS = "activations", "tokens"
 """Kinds of stores: of global tokens, and of all tokens."""
@@ -383,7 +392,7 @@ class TokenReader:
 
     def __init__(
         self,
-        tokens: NDArray[np.float16],
+        tokens: NDArray[np.float16] | StoredArray,
         offsets: NDArray[np.int64],
         global_rows: NDArray[np.int64],
         made_from: dict[str, Any] | None = None,
@@ -402,12 +411,13 @@ class TokenReader:
         Raises:
             StoreError: where the store is not whole, is of global tokens only, or has no such layer.
         """
-        store: Any = open_store(path, TOKENS)
-        tokens, spec = layer_group(store, layer, path)["tokens"], store.attrs["spec"]
+        store: Any = open_store(path, TOKENS, layer)
+        tokens, spec = layer_array(store, layer, "tokens", path), store.attrs["spec"]
+        offsets, global_rows = (StoredArray(store, name, path)[:] for name in ("offsets", "global_rows"))
         return cls(
             tokens[:] if tokens.nbytes <= _IN_MEMORY_BYTES else tokens,
-            store["offsets"][:],
-            store["global_rows"][:],
+            offsets,
+            global_rows,
             spec,
             spec["batch_size"],
         )

@@ -20,7 +20,7 @@ from conceptshare.dataset import Data
 from conceptshare.encoders import Encoder
 from conceptshare.errors import StoreError, StudyError
 from conceptshare.files import layer_name
-from conceptshare.store import gone_on_with, new_rows, new_store, open_store, rows_of
+from conceptshare.store import StoredArray, gone_on_with, new_rows, new_store, open_store, rows_of
 
 PART = "part"
 """Kind of a store."""
@@ -77,16 +77,15 @@ def join_parts(parts: Sequence[Path], out: Path, tokens: Path) -> None:
             f"{', '.join(map(str, parts))}: not all parts of one extraction; make every part from the same encoder and "
             f"samples"
         )
-    offsets = [store["offsets"][first : stop + 1] for (_, store), (first, stop, _) in zip(opened, bounds, strict=True)]
+    spans = [(path, store, first, stop) for (path, store), (first, stop, _) in zip(opened, bounds, strict=True)]
+    offsets = [StoredArray(store, "offsets", path)[first : stop + 1] for path, store, first, stop in spans]
     offsets = [rows for rows in offsets if len(rows) > 1]
     if any(one[-1] != next_one[0] for one, next_one in pairwise(offsets)):
         raise StoreError(
             f"{', '.join(map(str, parts))}: rows of tokens do not follow one another; make the parts again"
         )
     index = np.concatenate([[0], *(rows[1:] for rows in offsets)])
-    global_rows = [
-        store["global_rows"][first:stop] for (_, store), (first, stop, _) in zip(opened, bounds, strict=True)
-    ]
+    global_rows = [StoredArray(store, "global_rows", path)[first:stop] for path, store, first, stop in spans]
     described = {"name": out.stem, **{key: value for key, value in specs[0].items() if key != "parts"}}
     N, D = described["samples"], described["width"]
     with new_store(out, KIND, described) as store, new_store(tokens, TOKENS, described) as token_store:

@@ -35,7 +35,7 @@ from conceptshare.files import layer_name, written_aside
 from conceptshare.progress import progress
 from conceptshare.reading import FEATURES
 from conceptshare.sae import TopKSAE, load_sae
-from conceptshare.store import layer_group, open_store
+from conceptshare.store import layer_array, open_store
 
 TOP = 9
 """Strongest samples of a feature, as in the paper's Figure 2."""
@@ -93,10 +93,10 @@ def record_examples(encoder: Encoder, data: Data, features: Path, saes: Path, ou
     spec: Any = store.attrs["spec"]
     if spec["content_hash"] != data.content_hash or spec["encoder"] != json.loads(encoder.spec.activations_key()):
         raise StoreError(f"{features}: features of other samples or another encoder; delete the store and run again")
-    tops = {}
-    for layer in spec["layers"]:
-        group = layer_group(store, layer, features)
-        tops[layer] = Tops(group["top_samples"][:, :TOP], group["top_values"][:, :TOP])
+    tops = {
+        layer: Tops(*(layer_array(store, layer, name, features)[:, :TOP] for name in ("top_samples", "top_values")))
+        for layer in spec["layers"]
+    }
     loaded = {layer: load_sae(saes / layer_name(layer) / f"seed-{spec['seed']}") for layer in tops}
     with written_aside(out) as partial:
         partial.mkdir()
@@ -104,7 +104,7 @@ def record_examples(encoder: Encoder, data: Data, features: Path, saes: Path, ou
         schema = _IMAGES if encoder.spec.modality == "image" else _TEXTS
         pq.write_table(pa.Table.from_pylist(told, schema), partial / "samples.parquet", compression="zstd")
         for layer in progress(tops, len(tops), f"examples of {out.name}", "layers"):
-            features_ = layer_group(store, layer, features)["features"]
+            features_ = layer_array(store, layer, "features", features)
             rows = [
                 {"feature": feature, "top": top, **spread}
                 for feature, (top, spread) in enumerate(zip(tops[layer].rows(), spreads(features_), strict=True))

@@ -24,7 +24,7 @@ from conceptshare.files import layer_name
 from conceptshare.progress import progress
 from conceptshare.reading import FEATURES
 from conceptshare.sae import TopKSAE, load_sae
-from conceptshare.store import as_float16, layer_group, new_array, new_store, open_store, save_array
+from conceptshare.store import as_float16, layer_array, new_array, new_store, open_store, save_array
 
 _ROWS = 1024
 _COLUMNS = 512
@@ -70,7 +70,7 @@ def record_features(activation_store: Path, saes: Path, seed: int, out: Path) ->
         for layer in progress(spec["layers"], len(spec["layers"]), f"features of {out.stem}", "layers"):
             folder = saes / layer_name(layer) / f"seed-{seed}"
             sae = load_sae(folder).to("cuda" if torch.cuda.is_available() else "cpu")
-            x = layer_group(source, layer, activation_store)["global"]
+            x = layer_array(source, layer, "global", activation_store)
             if x.shape[1] != sae.W_dec.shape[1]:
                 raise StoreError(
                     f"{folder}: an SAE for width {sae.W_dec.shape[1]}, where the activations have {x.shape[1]}; "

@@ -30,10 +30,10 @@ from sklearn.feature_extraction.text import CountVectorizer
 from conceptshare import provenance
 from conceptshare.dataset import Data
 from conceptshare.errors import StoreError, StudyError
-from conceptshare.files import layer_name, written_aside
+from conceptshare.files import written_aside
 from conceptshare.progress import progress, say
 from conceptshare.reading import FEATURES, FeatureStatistics, read_statistics
-from conceptshare.store import StoredArray, open_store
+from conceptshare.store import StoredArray, layer_array, open_store
 
 ERROR_RATE = 0.05
 """The chance that a feature without meaning passes the threshold by any word of the vocabulary, at most."""
@@ -169,7 +169,7 @@ def name_features(features: Path, data: Path, out: Path, command: str | None = N
     captions = [samples.caption(row) for row in range(len(samples))]
     words = _read_words(captions)
     layers = [
-        _Layer(layer, statistics, StoredArray(store[layer_name(layer)], "features", features / layer_name(layer)))
+        _Layer(layer, statistics, layer_array(store, layer, "features", features))
         for layer, statistics in read_statistics(features).items()
     ]
     member = f"{spec['name']}@{spec['seed']}"

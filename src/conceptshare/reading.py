@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conceptshare.errors import StoreError
-from conceptshare.files import layer_name
-from conceptshare.store import open_store, readable
+from conceptshare.store import StoredArray, layer_array, open_store
 
 FEATURES, CORRELATIONS = "features", "correlations"
 """Kinds of stores."""
@@ -36,13 +35,11 @@ def read_statistics(path: Path) -> dict[int, FeatureStatistics]:
         StoreError: where the store is not whole.
     """
     store: Any = open_store(path, FEATURES)
-    found = {}
-    with readable(path):
-        for layer in store.attrs["spec"]["layers"]:
-            group = store[layer_name(layer)]
-            arrays = [group[name][:] for name in ("strength", "density", "deviation", "top_samples")]
-            found[layer] = FeatureStatistics(*arrays)
-    return found
+    names = ("strength", "density", "deviation", "top_samples")
+    return {
+        layer: FeatureStatistics(*(layer_array(store, layer, name, path)[:] for name in names))
+        for layer in store.attrs["spec"]["layers"]
+    }
 
 
 def read_modality(path: Path) -> str:
@@ -100,20 +97,23 @@ def read_correlations(path: Path, source: str) -> PairCorrelations:
         StoreError: where the store is not whole, or ``source`` is neither of the pair.
     """
     store: Any = open_store(path, CORRELATIONS)
-    with readable(path):
-        spec: Any = store.attrs["spec"]
-        if source not in (spec["a"], spec["b"]):
-            raise StoreError(f"{path}: a pair of {spec['a']} and {spec['b']}, without {source}")
-        found = MaxCorrelations(**{name: store[name][:] for name in MaxCorrelations.__dataclass_fields__})
-        direction, one, other = "ab", "a", "b"
-        if source != spec["a"]:
-            found, direction, one, other = found.reverse(), "ba", "b", "a"
-        return PairCorrelations(
-            found=found,
-            layers_a=spec[f"layers_{one}"],
-            layers_b=spec[f"layers_{other}"],
-            samples=spec["samples"],
-            floor=store[f"floor_{direction}"][:],
-            floor_sizes=store[f"floor_sizes_{one}"][:],
-            influence=store[f"influence_{direction}"][:],
-        )
+    spec: Any = store.attrs["spec"]
+    if source not in (spec["a"], spec["b"]):
+        raise StoreError(f"{path}: a pair of {spec['a']} and {spec['b']}, without {source}; name one of them")
+
+    def read(name: str) -> NDArray[Any]:
+        return StoredArray(store, name, path)[:]
+
+    found = MaxCorrelations(**{name: read(name) for name in MaxCorrelations.__dataclass_fields__})
+    direction, one, other = "ab", "a", "b"
+    if source != spec["a"]:
+        found, direction, one, other = found.reverse(), "ba", "b", "a"
+    return PairCorrelations(
+        found=found,
+        layers_a=spec[f"layers_{one}"],
+        layers_b=spec[f"layers_{other}"],
+        samples=spec["samples"],
+        floor=read(f"floor_{direction}"),
+        floor_sizes=read(f"floor_sizes_{one}"),
+        influence=read(f"influence_{direction}"),
+    )

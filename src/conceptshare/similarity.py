@@ -19,9 +19,9 @@ from torch import Tensor
 
 from conceptshare import activations, provenance
 from conceptshare.errors import NumericsError, StoreError
-from conceptshare.files import layer_name, written_aside
+from conceptshare.files import written_aside
 from conceptshare.progress import progress
-from conceptshare.store import open_store
+from conceptshare.store import layer_array, open_store
 
 CKA_SAMPLES = 10_000
 """How many samples linear CKA is over at most. Their float32 activations of all layers of one encoder are in memory."""
@@ -131,7 +131,7 @@ class _Layer:
 
 
 def _layer(store: Any, layer: int, path: Path) -> _Layer:
-    x = _on_device(store[layer_name(layer)]["global"][:CKA_SAMPLES], f"{path}, layer {layer}")
+    x = _on_device(layer_array(store, layer, "global", path)[:CKA_SAMPLES], f"{path}, layer {layer}")
     return _Layer(_centred(x), _neighbours(x[:NEIGHBOUR_SAMPLES], NEIGHBOURS))
 
 

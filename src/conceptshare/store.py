@@ -1,8 +1,10 @@
-"""Results on disk: written aside and renamed when complete; Zarr stores that can tell when they are not whole.
+"""Zarr stores that notice when they are incomplete, damaged, or not the store that was asked for.
 
-A store is a Zarr v3 group. Its root attributes hold the ``kind`` and ``version`` of its format, the ``spec`` it was
-made from, the size of each file in it (``files``), and ``complete: true``. The last two are written last. Zarr reads
-a missing chunk as zeros without a word, so `open_store` compares the files with that list first.
+A store is a Zarr v3 group. Its root attributes hold the ``kind`` and ``version`` of its format, its ``name``, the
+``spec`` it was made from, a fingerprint of each file in it (``files``), ``complete: true``, and a ``digest`` of all
+these. The last three are written last. Zarr silently reads a missing chunk as zeros, and cannot know that two chunks or
+layers were exchanged, so `open_store` compares the files with that list first. A changed byte inside a chunk shows when
+the chunk is read: every chunk has a checksum.
 """
 
 import json
@@ -15,19 +17,22 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import DTypeLike, NDArray
-from zarr.codecs import ZstdCodec
+from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from conceptshare import provenance
 from conceptshare.errors import ConceptshareError, NumericsError, StoreError, refusal
 from conceptshare.files import layer_name, remove, written_aside
+from conceptshare.seals import Fingerprint, fingerprint, is_whole, sealed
 
-VERSIONS = {"activations": 2, "features": 2, "correlations": 2}
+VERSIONS = {"activations": 3, "tokens": 2, "part": 2, "features": 3, "correlations": 3}
 """Version of a kind's format, where it is not 1; what old readers would misread, or new ones need, raises it."""
 
 _ROOT = "zarr.json"
 _EVERY_CHUNK: Any = {"write_empty_chunks": True}
-# Files in a store's folder that are no part of it: how it came about, and Snakemake's time stamp.
-_BESIDE = {provenance.FILE, ".snakemake_timestamp"}
+# The stages that make stores of a kind, where they are not named as the kind is.
+_STAGES = {"activations": "activations (or stream)", "tokens": "activations", "part": "activations"}
+# The end of a chunk or shard holds the checksums of its last chunk and of its index: it differs wherever contents do.
+_TAIL_BYTES = 4096
 
 
 @contextmanager
@@ -43,7 +48,13 @@ def new_store(path: Path, kind: str, spec: dict[str, Any], resume: bool = False)
     Raises:
         MadeMeanwhileError: where another process made the same store while this one waited for it.
     """
-    described: dict[str, Any] = {"kind": kind, "version": VERSIONS.get(kind, 1), "spec": spec, "complete": False}
+    described: dict[str, Any] = {
+        "kind": kind,
+        "version": VERSIONS.get(kind, 1),
+        "name": path.absolute().stem,
+        "spec": spec,
+        "complete": False,
+    }
     with written_aside(path, resume, json.dumps(described, sort_keys=True)) as partial:
         group = _left_over(partial, described)
         if group is None:
@@ -52,8 +63,8 @@ def new_store(path: Path, kind: str, spec: dict[str, Any], resume: bool = False)
             group.attrs.update(described)
         yield group
         provenance.record(partial)
-        group.attrs["files"] = {name: size for name, size in _files(partial).items() if name != _ROOT}
-        group.attrs["complete"] = True
+        found = {name: _fingerprint(partial / name) for name in _files(partial)}
+        group.attrs.put(sealed({**group.attrs.asdict(), "files": found, "complete": True}))
 
 
 def _left_over(partial: Path, described: dict[str, Any]) -> zarr.Group | None:
@@ -69,38 +80,73 @@ def _left_over(partial: Path, described: dict[str, Any]) -> zarr.Group | None:
     return group
 
 
-def open_store(path: Path, kind: str) -> zarr.Group:
+def open_store(path: Path, kind: str, layer: int | None = None) -> zarr.Group:
     """Open a store for reading.
 
+    Args:
+        path: the store. Its name is part of what is asked for: a store that was renamed is not opened.
+        kind: its format.
+        layer: the one layer that will be read; files of others are then not looked at.
+
     Raises:
-        StoreError: where there is none, it is of another kind or version, it was never completed, or a file in it
-            is missing or has another size than when it was completed.
+        StoreError: where there is none, it is of another kind, version or name, it was never completed, or it is not
+            as it was when it was completed: a file in it is missing, of another size, or exchanged with another.
     """
     if not path.exists():
-        raise StoreError(f"{path}: no {kind} store there; run the stage that makes it")
+        raise StoreError(f"{path}: no {kind} store there; run the {_stage(kind)} stage")
     if not (path / _ROOT).is_file():
-        raise StoreError(f"{path}: {_ROOT} is missing, so that this is no {kind} store; delete it and run again")
-    try:
+        raise StoreError(f"{path}: {_ROOT} is missing, so that this is no {kind} store; {_remedy(kind)}")
+    with _named(f"{path}: {_ROOT} cannot be read", f"; {_remedy(kind)}"):
         group = zarr.open_group(path, mode="r")
-    except Exception as error:  # damaged metadata fails in many ways
-        raise StoreError(f"{path}: {_ROOT} cannot be read ({error}); delete the store and run again") from error
-    attributes: Any = dict(group.attrs)
+        attributes: Any = group.attrs.asdict()
     if attributes.get("kind") != kind:
-        raise StoreError(f"{path}: a store of {attributes.get('kind')!r}, where one of {kind!r} is needed")
+        raise StoreError(
+            f"{path}: a store of {attributes.get('kind')!r}, where one of {kind!r} is needed; name another, or delete "
+            f"it and run the {_stage(kind)} stage again"
+        )
     needed = VERSIONS.get(kind, 1)
     if attributes.get("version") != needed:
         raise StoreError(
-            f"{path}: format version {attributes.get('version')}, where {needed} is needed; delete it and run again"
+            f"{path}: format version {attributes.get('version')}, where {needed} is needed; {_remedy(kind)}"
         )
     if attributes.get("complete") is not True:
-        raise StoreError(f"{path}: incomplete, the job that wrote it did not finish; delete it and run again")
-    found = _files(path)
-    for name, size in attributes["files"].items():
-        if name not in found:
-            raise StoreError(f"{path}: chunk {name} is missing; delete the store and run again")
-        if found[name] != size:
-            raise StoreError(f"{path}: {name} has {found[name]} bytes, not {size}; delete the store and run again")
+        raise StoreError(f"{path}: incomplete, the job that wrote it did not finish; {_remedy(kind)}")
+    if not is_whole(attributes):
+        raise StoreError(f"{path}: {_ROOT} is not as it was written; {_remedy(kind)}")
+    if attributes["name"] != path.absolute().stem:
+        raise StoreError(
+            f"{path}: holds the store {attributes['name']!r}; give it its name back, or delete it and run the "
+            f"{_stage(kind)} stage again"
+        )
+    for name, recorded in attributes["files"].items():
+        if layer is None or not name.startswith("layer-") or name.startswith(f"{layer_name(layer)}/"):
+            _check_file(path, name, recorded, kind)
     return group
+
+
+def _check_file(path: Path, name: str, recorded: Fingerprint, kind: str) -> None:
+    """Compare a file of a store with what the store says of it."""
+    try:
+        found = _fingerprint(path / name)
+    except FileNotFoundError:
+        raise StoreError(f"{path}: {name} is missing; {_remedy(kind)}") from None
+    if found[0] != recorded[0]:
+        raise StoreError(f"{path}: {name} has {found[0]} bytes, not {recorded[0]}; {_remedy(kind)}")
+    if found != recorded:
+        raise StoreError(f"{path}: {name} is damaged, or was exchanged with another file; {_remedy(kind)}")
+
+
+def _fingerprint(path: Path) -> Fingerprint:
+    """Of a file in a store: of all of it for metadata, of its end for chunks."""
+    return fingerprint(path, None if path.name == _ROOT else _TAIL_BYTES)
+
+
+def _stage(kind: str) -> str:
+    return _STAGES.get(kind, kind)
+
+
+def _remedy(kind: str) -> str:
+    return f"delete the store and run the {_stage(kind)} stage again"
 
 
 def new_array(
@@ -114,7 +160,7 @@ def new_array(
 ) -> zarr.Array[Any]:
     """Add an array to a store, every chunk of which will be written, zeros too; chunks default to the whole array.
 
-    What is compressed has a checksum, so that a chunk that was changed on disk cannot be read.
+    Every chunk has a checksum, so that one that was changed on disk cannot be read.
     """
     whole = tuple(max(1, n) for n in shape)
     return group.create_array(
@@ -123,7 +169,7 @@ def new_array(
         dtype=dtype,
         chunks=chunks or whole,
         shards=shards,
-        compressors=ZstdCodec(checksum=True) if compress else None,
+        compressors=ZstdCodec(checksum=True) if compress else Crc32cCodec(),
         config=_EVERY_CHUNK,
     )
 
@@ -131,17 +177,6 @@ def new_array(
 def save_array(group: zarr.Group, name: str, values: NDArray[Any]) -> None:
     """Add a small array to a store in one chunk."""
     new_array(group, name, values.shape, values.dtype)[...] = values
-
-
-def layer_group(store: zarr.Group, layer: int, path: Path) -> Any:
-    """A layer's group in a store.
-
-    Raises:
-        StoreError: where the store has no such layer.
-    """
-    if layer_name(layer) not in store:
-        raise StoreError(f"{path}: no layer {layer}; it has {', '.join(sorted(store.group_keys()))}")
-    return store[layer_name(layer)]
 
 
 @contextmanager
@@ -154,26 +189,35 @@ def _named(before: str, after: str) -> Iterator[None]:
     except Exception as error:
         if refusal(error) is not None:
             raise
-        raise StoreError(f"{before} ({type(error).__name__}: {error}){after}") from error
+        said = " ".join(str(error).split())
+        raise StoreError(f"{before} ({type(error).__name__}: {said}){after}") from error
 
 
-def readable(path: Path) -> AbstractContextManager[None]:
-    """Where the store at ``path`` turns out damaged as it is read, raise a StoreError that says so."""
-    return _named(f"{path}: cannot be read", "; delete the store and run again")
+def readable(path: Path, kind: str) -> AbstractContextManager[None]:
+    """Where the store at ``path``, or an array in it, turns out damaged as it is read, raise a StoreError of it."""
+    return _named(f"{path}: cannot be read", f"; {_remedy(kind)}")
 
 
 class StoredArray:
-    """An array of a store, read as a NumPy array; where a chunk cannot be decoded, the error says which store."""
+    """An array of a store, read as a NumPy array; where a chunk cannot be decoded, the error says which store.
+
+    Args:
+        store: as `open_store` gives it.
+        name: the array's.
+        path: where the store is.
+    """
 
     def __init__(self, store: zarr.Group, name: str, path: Path) -> None:
-        array: Any = store[name]
+        self._path, self._kind = path / name, str(store.attrs["kind"])
+        with readable(self._path, self._kind):
+            array: Any = store[name]
+            self.shape: tuple[int, ...] = tuple(array.shape)
+            self.nbytes: int = array.nbytes
         self._array = array
-        self._name, self._path = name, path
-        self.shape: tuple[int, ...] = tuple(self._array.shape)
 
     def __str__(self) -> str:
         """Which array of which store it is."""
-        return str(self._path / self._name)
+        return str(self._path)
 
     def __getitem__(self, place: Any) -> NDArray[Any]:
         """Read a part.
@@ -181,9 +225,20 @@ class StoredArray:
         Raises:
             StoreError: where that cannot be.
         """
-        with readable(self._path / self._name):
+        with readable(self._path, self._kind):
             values: NDArray[Any] = self._array[place]
         return values
+
+
+def layer_array(store: zarr.Group, layer: int, name: str, path: Path) -> StoredArray:
+    """An array of a layer of a store.
+
+    Raises:
+        StoreError: where the store has no such layer.
+    """
+    if layer_name(layer) not in store:
+        raise StoreError(f"{path}: no layer {layer}; it has {', '.join(sorted(store.group_keys()))}")
+    return StoredArray(store, f"{layer_name(layer)}/{name}", path)
 
 
 def gone_on_with(path: Path) -> AbstractContextManager[None]:
@@ -242,8 +297,8 @@ class RowWriter:
         place = Path(self._array.store.root) / self._array.path / "c"
         numbers = range(first // self._shard, -(-keep // self._shard))
         sizes = {n: (place / str(n) / "0").stat().st_size for n in numbers}
-        # Rows as they are, then place and length of each chunk, and a checksum of those.
-        whole = self._buffer.nbytes + 16 * (self._shard // self._chunk) + 4
+        # Rows as they are and each chunk's checksum, then place and length of each chunk, and a checksum of those.
+        whole = self._buffer.nbytes + (4 + 16) * (self._shard // self._chunk) + 4
         short = [n for n, size in sizes.items() if size != whole and n < keep // self._shard]
         if short:
             raise ValueError(f"shard {short[0]} of {self._array.path} has {sizes[short[0]]} bytes, not {whole}")
@@ -300,9 +355,11 @@ def as_float16(
     return halves
 
 
-def _files(folder: Path) -> dict[str, int]:
-    """Size in bytes of every file below a folder, by relative path, but for those of `_BESIDE`."""
-    paths = (Path(place) / name for place, _, names in os.walk(folder) for name in names)
-    return {
-        path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(paths) if path.name not in _BESIDE
-    }
+def _files(folder: Path) -> list[str]:
+    """The files of a store by relative path, but for its root.
+
+    Left out are the record of how it came about, and hidden files: Snakemake's time stamp, and what NFS keeps of a file
+    that was removed while it was open.
+    """
+    paths = (Path(place, name).relative_to(folder).as_posix() for place, _, names in os.walk(folder) for name in names)
+    return sorted(path for path in paths if path not in (_ROOT, provenance.FILE) and "/." not in f"/{path}")

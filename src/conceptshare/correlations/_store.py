@@ -15,7 +15,7 @@ from conceptshare.correlations._influence import Encoder, influences
 from conceptshare.errors import StoreError
 from conceptshare.files import layer_name, renamed
 from conceptshare.reading import CORRELATIONS, FEATURES, MaxCorrelations
-from conceptshare.store import StoredArray, gone_on_with, new_array, new_store, open_store, readable, save_array
+from conceptshare.store import gone_on_with, layer_array, new_array, new_store, open_store, save_array
 
 FLOOR_FEATURES = 512
 """Features of each layer, the first ones, whose best matches among shuffled samples are sought: all of a wMPPC's floor
@@ -134,18 +134,15 @@ class FeatureStore:
         """
         store: Any = open_store(path, FEATURES)
         self.path, self.name = path, path.stem
-        with readable(path):
-            spec: Any = store.attrs["spec"]
-            self.layers: list[int] = spec["layers"]
-            self.samples: int = spec["samples"]
-            self.content_hash: str = spec["content_hash"]
-            self.arrays = [StoredArray(store, f"{layer_name(n)}/features", path) for n in self.layers]
-            groups = [store[layer_name(n)] for n in self.layers]
-            self._strength, self._deviation = (
-                np.concatenate([group[name][:] for group in groups]) for name in ("strength", "deviation")
-            )
-        if any(array.shape[0] != self.samples for array in self.arrays):
-            raise StoreError(f"{path}: not of the {self.samples} samples that it says; delete the store and run again")
+        spec: Any = store.attrs["spec"]
+        self.layers: list[int] = spec["layers"]
+        self.samples: int = spec["samples"]
+        self.content_hash: str = spec["content_hash"]
+        self.arrays = [layer_array(store, n, "features", path) for n in self.layers]
+        self._strength, self._deviation = (
+            np.concatenate([layer_array(store, n, name, path)[:] for n in self.layers])
+            for name in ("strength", "deviation")
+        )
 
     def encoder(self) -> Encoder:
         """Its features, and what standardises them."""
