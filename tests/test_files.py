@@ -3,12 +3,17 @@
 import errno
 import fcntl
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from conceptshare.files import written_aside
+from conceptshare.errors import OutputError
+from conceptshare.files import FILE, SAE, Kind, check_replaceable, written_aside
+
+FOLDER = Kind("a folder", "new|old|part|left over")
 
 
 def names_in(folder):
@@ -17,7 +22,7 @@ def names_in(folder):
 
 def test_a_file_appears_under_its_name_only_when_it_is_complete(tmp_path):
     out = tmp_path / "deep" / "table.csv"
-    with written_aside(out) as partial:
+    with written_aside(out, FILE) as partial:
         partial.write_text("half")
         assert not out.exists()
         assert partial.parent == out.parent  # or renaming could cross file systems
@@ -29,10 +34,12 @@ def test_a_file_appears_under_its_name_only_when_it_is_complete(tmp_path):
 @pytest.mark.parametrize("as_folder", [True, False])
 def test_what_failed_leaves_nothing_behind_and_the_old_output_as_it_was(tmp_path, error, as_folder):
     out = tmp_path / "result"
-    out.write_text("old")
+    if as_folder:
+        out.mkdir()
+    (out / "old" if as_folder else out).write_text("old")
 
     def fail():
-        with written_aside(out) as partial:
+        with written_aside(out, FOLDER if as_folder else FILE) as partial:
             if as_folder:
                 partial.mkdir()
                 (partial / "part").write_text("new")
@@ -42,39 +49,27 @@ def test_what_failed_leaves_nothing_behind_and_the_old_output_as_it_was(tmp_path
 
     with pytest.raises(error):
         fail()
-    assert out.read_text() == "old"
+    assert (out / "old" if as_folder else out).read_text() == "old"
     assert names_in(tmp_path) == ["result"]
 
 
-@pytest.mark.parametrize("old_is_folder", [True, False])
-@pytest.mark.parametrize("new_is_folder", [True, False])
-def test_an_old_output_is_replaced_whole(tmp_path, old_is_folder, new_is_folder):
+@pytest.mark.parametrize("old", [None, "nothing", "old"])
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_an_old_output_is_replaced_whole(tmp_path, old, as_folder):
     out = tmp_path / "result"
-    if old_is_folder:
+    if old and as_folder:
         out.mkdir()
-        (out / "old").touch()
-    else:
-        out.touch()
-    with written_aside(out) as partial:
-        if new_is_folder:
+        (out / ".snakemake_timestamp").touch()
+        (out / "provenance.json").touch()
+    if old and (not as_folder or old == "old"):
+        (out / "old" if as_folder else out).write_text(old.removeprefix("nothing"))
+    with written_aside(out, FOLDER if as_folder else FILE) as partial:
+        if as_folder:
             partial.mkdir()
-            (partial / "new").touch()
-        else:
-            partial.write_text("new")
-    if new_is_folder:
-        assert names_in(out) == ["new"]
-    else:
-        assert out.read_text() == "new"
-
-
-def test_a_link_is_replaced_and_what_it_points_at_is_left_alone(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "kept").touch()
-    (tmp_path / "result").symlink_to(tmp_path / "elsewhere")
-    with written_aside(tmp_path / "result") as partial:
-        partial.mkdir()
-    assert names_in(tmp_path / "result") == []
-    assert names_in(tmp_path / "elsewhere") == ["kept"]
+        (partial / "new" if as_folder else partial).write_text("new")
+    assert names_in(tmp_path) == ["result"]
+    assert (out / "new" if as_folder else out).read_text() == "new"
+    assert not as_folder or names_in(out) == ["new"]
 
 
 @pytest.mark.parametrize("as_folder", [True, False])
@@ -85,7 +80,7 @@ def test_the_remains_of_a_killed_attempt_are_cleared_away(tmp_path, as_folder):
         (remains / "left over").touch()
     else:
         remains.touch()
-    with written_aside(tmp_path / "result") as partial:
+    with written_aside(tmp_path / "result", FOLDER) as partial:
         assert not partial.exists()
         partial.mkdir()
     assert names_in(tmp_path / "result") == []
@@ -95,11 +90,14 @@ MAKE = """
 import sys
 from pathlib import Path
 from conceptshare.errors import MadeMeanwhileError
-from conceptshare.files import written_aside
+from conceptshare.errors import OutputError
+from conceptshare.files import FILE, SAE, Kind, check_replaceable, written_aside
+
+FOLDER = Kind("a folder", "new|old|part|left over")
 
 path, key, content = sys.argv[1:]
 try:
-    with written_aside(Path(path), key=key or None) as partial:
+    with written_aside(Path(path), FILE, key=key or None) as partial:
         print("making", flush=True)
         sys.stdin.readline()
         partial.write_text(content)
@@ -172,12 +170,115 @@ def test_nobody_waits_for_a_process_that_was_killed(tmp_path, make):
     assert (tmp_path / "result").read_text() == "of the second"
 
 
-def test_where_there_are_no_locks_a_result_is_made_with_a_warning(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, 524], ids=str
+)
+def test_where_there_are_no_locks_a_result_is_made_with_a_warning(tmp_path, monkeypatch, capsys, number):
     def refuse(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with written_aside(tmp_path / "result") as partial:
+    with written_aside(tmp_path / "result", FILE) as partial:
         partial.write_text("made")
-    assert "no file locks here (No locks available)" in capsys.readouterr().err
+    assert f"no file locks here ({os.strerror(number)})" in capsys.readouterr().err
     assert (tmp_path / "result").read_text() == "made"
+    assert names_in(tmp_path) == ["result"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, 524, errno.EIO], ids=str)
+def test_a_file_system_that_cannot_sync_is_borne_and_a_broken_disk_is_not(tmp_path, monkeypatch, number):
+    def refuse(_):
+        raise OSError(number, os.strerror(number))
+
+    def make():
+        with written_aside(tmp_path / "result", FILE) as partial:
+            partial.write_text("made")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match="Input/output error"):
+            make()
+    else:
+        make()
+    assert names_in(tmp_path) == ([] if number == errno.EIO else ["result"])
+
+
+def test_all_of_a_result_is_synced_before_it_has_its_name_and_then_the_name(tmp_path, monkeypatch):
+    done, sync, rename = [], os.fsync, Path.rename
+
+    def note_sync(number):
+        done.append(str(Path(f"/proc/self/fd/{number}").readlink()))
+        sync(number)
+
+    def note_rename(path, target):
+        done.append("renamed")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    with written_aside(tmp_path / "above" / "result", Kind("a folder", r"part/file")) as partial:
+        (partial / "part").mkdir(parents=True)
+        (partial / "part" / "file").write_text("made")
+    made = [f"{tmp_path}/above/result.partial{rest}" for rest in ("", "/part", "/part/file")]
+    assert done[0] == str(tmp_path)  # holds the new folder above
+    assert sorted(done[1:4]) == made
+    assert done[4:] == ["renamed", f"{tmp_path}/above"]
+
+
+def somebodys(folder):
+    """What nobody wants to lose."""
+    (folder / "thesis").mkdir()
+    (folder / "thesis" / "cfg.json").write_text("{}")
+    (folder / "thesis" / "chapter.tex").write_text("In the beginning")
+    (folder / "empty").mkdir()
+    (folder / "letter").write_text("Dear")
+    (folder / "link").symlink_to("thesis")
+    (folder / "nowhere").symlink_to("gone")
+    os.mkfifo(folder / "queue")
+
+
+@pytest.mark.parametrize(
+    "name", ["thesis", "letter", "link", "nowhere", "queue", "letter/sae", ".", "..", "/", "thesis/.."]
+)
+@pytest.mark.parametrize("kind", [SAE, FILE])
+def test_what_is_no_result_of_the_kind_is_never_replaced(tmp_path, monkeypatch, name, kind):
+    somebodys(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    before = sorted((str(path), path.lstat().st_ino) for path in tmp_path.rglob("*"))
+    if (name, kind) == ("letter", FILE):
+        check_replaceable(Path(name), kind)
+        return
+    with (
+        pytest.raises(OutputError, match=f"^{re.escape(str(Path(name)))}: .*; (name|choose)"),
+        written_aside(Path(name), kind),
+    ):
+        pytest.fail("began")
+    assert sorted((str(path), path.lstat().st_ino) for path in tmp_path.rglob("*")) == before
+
+
+def test_an_empty_home_or_working_folder_or_one_above_is_not_replaced(tmp_path, monkeypatch):
+    for name in ("home", "work/here"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "work/here")
+    for place in ("home", "work", "work/here"):
+        with pytest.raises(OutputError, match="the working directory or the home folder"):
+            check_replaceable(tmp_path / place, FOLDER)
+    check_replaceable(Path("../new"), FOLDER)
+
+
+def test_what_appears_while_a_result_is_made_stays_and_so_does_the_result(tmp_path):
+    out = tmp_path / "result"
+
+    def make():
+        with written_aside(out, FOLDER) as partial:
+            partial.mkdir()
+            (partial / "new").touch()
+            out.mkdir()
+            (out / "thesis").touch()
+
+    with pytest.raises(OutputError, match=r"a folder with thesis in it.*what was made is at .*result\.partial"):
+        make()
+    assert names_in(out) == ["thesis"]
+    assert names_in(tmp_path / "result.partial") == ["new"]

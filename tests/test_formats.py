@@ -155,13 +155,13 @@ def test_averages_of_one_encoder_have_no_column(tmp_path, rng):
 
 def test_what_an_earlier_run_wrote_is_replaced_as_a_whole(tmp_path, rng):
     (tmp_path / "all").mkdir()
-    (tmp_path / "all" / "of-before.csv").write_text("stale")
+    (tmp_path / "all" / "table-3.csv").write_text("stale")
     table = matrix(MEMBERS, rng)
     with pytest.raises(AttributeError):
         write_matrices(table, averages(rng).drop(columns="source_modality"), tmp_path / "all")
-    assert [path.name for path in tmp_path.rglob("*.csv")] == ["of-before.csv"]
+    assert [path.name for path in tmp_path.rglob("*.csv")] == ["table-3.csv"]
     write_matrices(table, averages(rng), tmp_path / "all")
-    assert not (tmp_path / "all" / "of-before.csv").exists()
+    assert not (tmp_path / "all" / "table-3.csv").exists()
 
 
 def test_labels_leave_out_seeds_that_tell_nothing_apart():

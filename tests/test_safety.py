@@ -3,6 +3,8 @@
 import io
 import json
 import pickle
+import re
+import shutil
 import tarfile
 from contextlib import suppress
 from functools import partial
@@ -12,18 +14,21 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import typer
 from PIL import Image
 from safetensors.torch import load_file
 
 from conceptshare.catalog import DatasetSpec
+from conceptshare.cli import app
 from conceptshare.correlations._store import _Progress
 from conceptshare.dataset import Data, make_dataset
 from conceptshare.encoders import load_encoder
-from conceptshare.errors import DatasetError, EncoderError, StoreError, StudyError
+from conceptshare.errors import DatasetError, EncoderError, OutputError, StoreError, StudyError
 from conceptshare.exchange import import_sae
 from conceptshare.sae import TopKSAE, load_sae, save_sae
 from conceptshare.study import build_study
 from tests import models
+from tests.data import contents
 
 
 class Payload:
@@ -357,3 +362,38 @@ def test_an_encoder_does_not_take_the_name_of_another_ones_provenance(build):
     rename(config, "encoders", "two.provenance")
     with pytest.raises(StudyError, match=r"encoders\.two\.provenance: .* choose another name"):
         build(config)
+
+
+def commands(group, *names):
+    """Every subcommand, with the names that call it."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, *names, name)
+        else:
+            yield (*names, name), command
+
+
+# Options that name what a command writes; `--tokens`, `--saes` and `--activations` of others name what they read.
+WRITTEN = {"out", "agreement"}
+WRITTEN_HERE = {("activations",): {"tokens"}, ("join",): {"tokens"}, ("stream",): {"saes", "activations"}}
+
+
+def test_no_command_replaces_what_is_no_result_of_its_kind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("In the beginning")
+    (tmp_path / "letter.docx").write_text("Dear")
+    (tmp_path / "link").symlink_to("thesis")
+    for suffix in (".csv", ".png", ".json", ".parquet"):
+        shutil.copytree("thesis", f"thesis{suffix}")
+    places = [*(path.name for path in tmp_path.iterdir()), ".", "/", "letter.docx/new"]
+    before, program, tried = contents(tmp_path), typer.main.get_command(app), set()
+    for names, command in commands(program):
+        for option in command.params:
+            if option.name in WRITTEN | WRITTEN_HERE.get(names, set()):
+                for place in places:
+                    with pytest.raises(OutputError, match=rf"^{re.escape(place)}: .*; (name|choose) "):
+                        program.main([*names, option.opts[0], place], standalone_mode=False)
+                tried.add(names)
+    assert {("dataset",), ("features",), ("similarity",), ("figures", "saes"), ("pages", "index")} < tried
+    assert contents(tmp_path) == before

@@ -12,6 +12,31 @@ import typer
 from conceptshare import provenance
 from conceptshare.catalog import CATALOG, DatasetSpec, EncoderSpec, ModelSpec, complete, parse, parse_yaml, read_catalog
 from conceptshare.errors import ConceptshareError, MadeMeanwhileError, StudyError, refusal
+from conceptshare.files import (
+    ACCOUNT,
+    ACCOUNT_BESIDE,
+    ACCOUNT_PAGE,
+    CSV,
+    DATASET,
+    EXAMPLES,
+    MATRICES,
+    MEMBER_PAGES,
+    PAIR_PAGES,
+    PARQUET,
+    PDF,
+    PNG,
+    SAE,
+    SAE_FIGURES,
+    SAES,
+    SAMPLE_PAGES,
+    SITE,
+    SPARSIFY,
+    WEIGHTS,
+    Kind,
+    alone,
+    check_replaceable,
+    store_kind,
+)
 from conceptshare.plan import Rates, make_plan, plan_as_json, plan_as_text
 from conceptshare.study import PairSettings, SAESettings, load_study
 
@@ -31,11 +56,48 @@ app.add_typer(pages_app, name="pages")
 _FETCHING = {"dataset", "weights", "doctor"}
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
+
+def _out(kind: Kind, *beside: Kind, text: str = "What to write.") -> Any:
+    """The option that names what a command makes, which nothing else makes from the command's beginning on.
+
+    Args:
+        kind: what is made.
+        beside: what is made with it, under the same name with another suffix.
+        text: the option's help.
+    """
+
+    def begin(context: typer.Context, path: Path | None) -> Path | None:
+        if path is not None:
+            _check(path, kind, *beside)
+            if path.parent.is_dir():  # else nobody is at it
+                context.with_resource(alone(path))
+        return path
+
+    return typer.Option(help=text, callback=begin, show_default=False)
+
+
+def _out_too(*kinds: Kind, text: str) -> Any:
+    """The option that names what else a command makes."""
+
+    def begin(path: Path | None) -> Path | None:
+        if path is not None:
+            _check(path, *kinds)
+        return path
+
+    return typer.Option(help=text, callback=begin, show_default=False)
+
+
+def _check(path: Path, *kinds: Kind) -> None:
+    for n, kind in enumerate(kinds):
+        check_replaceable(path.with_suffix(kind.suffix) if n else path, kind)
+
+
 Entry = Annotated[str, typer.Option(help="A name in the catalog, or keys and values as JSON.")]
 Weights = Annotated[Path, typer.Option(help="The record of the weights stage.")]
 DataFolder = Annotated[Path, typer.Option(help="The folder of the dataset stage.")]
 FeatureStore = Annotated[Path, typer.Option(help="The member's feature store.")]
-Out = Annotated[Path, typer.Option(help="What to write.")]
+TableOut = Annotated[Path, _out(CSV, PARQUET)]
+FigureOut = Annotated[Path, _out(PNG, PDF)]
 Threads = Annotated[int, typer.Option(help="CPU threads; the last digits of results depend on it.", min=1)]
 
 
@@ -91,7 +153,7 @@ def doctor(
 
 
 @app.command()
-def dataset(dataset: Entry, out: Out) -> None:
+def dataset(dataset: Entry, out: Annotated[Path, _out(DATASET)]) -> None:
     """Read a data set, drop what is unusable and fix its order."""
     from conceptshare.dataset import make_dataset
 
@@ -99,7 +161,7 @@ def dataset(dataset: Entry, out: Out) -> None:
 
 
 @app.command()
-def weights(encoder: Entry, out: Out) -> None:
+def weights(encoder: Entry, out: Annotated[Path, _out(WEIGHTS, ACCOUNT_BESIDE)]) -> None:
     """Find or fetch an encoder's files and record exactly which they are."""
     from conceptshare.weights import fetch_weights
 
@@ -111,9 +173,12 @@ def activations(
     encoder: Entry,
     weights: Weights,
     data: DataFolder,
-    out: Annotated[Path, typer.Option(help="The store of global tokens to write, or that of a part.")],
+    out: Annotated[
+        Path, _out(store_kind("activations", "part"), text="The store of global tokens to write, or that of a part.")
+    ],
     tokens: Annotated[
-        Path | None, typer.Option(help="The store of all tokens to write, but for a part.", show_default=False)
+        Path | None,
+        _out_too(store_kind("tokens"), text="The store of all tokens to write, but for a part."),
     ] = None,
     part: Annotated[
         str | None,
@@ -150,8 +215,8 @@ def _numbers_of_part(part: str | None) -> tuple[int, int] | None:
 @app.command()
 def join(
     parts: Annotated[list[Path], typer.Argument(help="All parts of an extraction.")],
-    out: Annotated[Path, typer.Option(help="The store of global tokens to write.")],
-    tokens: Annotated[Path, typer.Option(help="The store of all tokens to write.")],
+    out: Annotated[Path, _out(store_kind("activations"), text="The store of global tokens to write.")],
+    tokens: Annotated[Path, _out_too(store_kind("tokens"), text="The store of all tokens to write.")],
 ) -> None:
     """Put the parts of an extraction together, which shares their files: the stores of one go."""
     from conceptshare.activations_parts import join_parts
@@ -163,7 +228,7 @@ def join(
 def sae_train(
     tokens: Annotated[Path, typer.Option(help="A store of all tokens.")],
     layer: Annotated[int, typer.Option(help="The layer to train on, from 0.")],
-    out: Out,
+    out: Annotated[Path, _out(SAE)],
     settings: Annotated[str, typer.Option(help="Keys and values as JSON; what is left out is the paper's.")] = "{}",
     seed: Annotated[int, typer.Option(help="Of the initial weights.", min=0)] = 0,
     threads: Threads = 1,
@@ -190,7 +255,7 @@ def sae_info(folder: Folder) -> None:
 def sae_export(
     folder: Folder,
     to: Annotated[Literal["sparsify"], typer.Option(help="Whose layout; SAELens reads the folder as it is.")],
-    out: Out,
+    out: Annotated[Path, _out(SPARSIFY)],
 ) -> None:
     """Write an SAE in the layout of another library."""
     from conceptshare.exchange import export_to_sparsify
@@ -199,7 +264,7 @@ def sae_export(
 
 
 @sae_app.command("import")
-def sae_import(folder: Folder, out: Out) -> None:
+def sae_import(folder: Folder, out: Annotated[Path, _out(SAE)]) -> None:
     """Write a TopK SAE of SAELens's or sparsify's in our layout."""
     from conceptshare.exchange import import_sae
 
@@ -211,8 +276,8 @@ def stream(
     encoder: Entry,
     weights: Weights,
     data: DataFolder,
-    saes: Annotated[Path, typer.Option(help="The folder to write, with layer-NN/seed-S/ in it.")],
-    activations: Annotated[Path, typer.Option(help="The store of global tokens to write.")],
+    saes: Annotated[Path, _out(SAES, text="The folder to write, with layer-NN/seed-S/ in it.")],
+    activations: Annotated[Path, _out_too(store_kind("activations"), text="The store of global tokens to write.")],
     settings: Annotated[str, typer.Option(help="Keys and values as JSON; what is left out is the paper's.")] = "{}",
     seeds: Annotated[
         list[int], typer.Option("--seed", help="Of the initial weights; more than one by giving it again.", min=0)
@@ -238,7 +303,7 @@ def stream(
 def features(
     activations: Annotated[Path, typer.Option(help="The encoder's activation store.")],
     saes: Annotated[Path, typer.Option(help="The folder that holds layer-NN/seed-S/.")],
-    out: Out,
+    out: Annotated[Path, _out(store_kind("features"))],
     seed: Annotated[int, typer.Option(help="The seed of the SAEs.")] = 0,
     threads: Threads = 1,
 ) -> None:
@@ -253,7 +318,7 @@ def features(
 def names(
     features: FeatureStore,
     data: DataFolder,
-    out: Out,
+    out: Annotated[Path, _out(PARQUET, CSV._replace(suffix=".clearest.csv"), ACCOUNT_BESIDE)],
     command: Annotated[
         str | None, typer.Option(help="A program that names features, such as one that asks a language model.")
     ] = None,
@@ -271,7 +336,7 @@ def examples(
     data: DataFolder,
     features: FeatureStore,
     saes: Annotated[Path, typer.Option(help="The folder that holds layer-NN/seed-S/.")],
-    out: Out,
+    out: Annotated[Path, _out(EXAMPLES)],
     threads: Annotated[int, typer.Option(help="Threads that prepare pictures.", min=1)] = 1,
 ) -> None:
     """Find what shows a feature: weaker samples too, and where in the strongest ones it fires."""
@@ -301,7 +366,7 @@ MemoryMB = Annotated[
 def correlations(
     a: Annotated[Path, typer.Argument(help="A feature store.")],
     b: Annotated[Path, typer.Argument(help="Another of the same samples.")],
-    out: Out,
+    out: Annotated[Path, _out(store_kind("correlations"))],
     precision: Precision = "float32",
     full: Annotated[
         list[str],
@@ -327,7 +392,7 @@ def correlations(
 def similarity(
     a: Annotated[Path, typer.Argument(help="An activation store.")],
     b: Annotated[Path, typer.Argument(help="Another of the same samples.")],
-    out: Out,
+    out: Annotated[Path, _out(CSV, ACCOUNT_BESIDE)],
     threads: Threads = 1,
 ) -> None:
     """Compare the global tokens of two encoders, for every pair of layers: CKA and mutual nearest neighbours."""
@@ -367,7 +432,7 @@ def sharedness(
         int | None,
         typer.Option(help="How many features to print: 1% without it.", min=1, show_default=False),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write all of them, as CSV and Parquet.")] = None,
+    out: Annotated[Path | None, _out(CSV, PARQUET, text="Where to write all of them, as CSV and Parquet.")] = None,
     threads: Threads = 1,
 ) -> None:
     """Rank an encoder's last-layer features by Comparative Sharedness, from features alone."""
@@ -393,7 +458,7 @@ Members = Annotated[str, typer.Option(help="JSON list of members.")]
 
 
 @app.command("provenance")
-def study_provenance(out: Out) -> None:
+def study_provenance(out: Annotated[Path, _out(ACCOUNT, ACCOUNT_PAGE)]) -> None:
     """Write down a study, which is read as JSON from standard input, with the versions and the machine it is run on.
 
     Beside the file, a page of the same is written to read, with the suffix .html.
@@ -406,7 +471,7 @@ def metrics_matrix(
     members: Annotated[str, typer.Option(help="JSON list of [member, modality, kind, other seed or null].")],
     features: Features,
     correlations: Correlations,
-    out: Out,
+    out: TableOut,
     similarity: Similarity = None,
 ) -> None:
     """The wMPPC from every member to every other, with intervals, floors, ceilings and similarities."""
@@ -418,7 +483,7 @@ def metrics_matrix(
 
 @metrics_app.command("averages")
 def metrics_averages(
-    table: Annotated[Path, typer.Option(help="The matrix, as Parquet.")], correlations: Correlations, out: Out
+    table: Annotated[Path, typer.Option(help="The matrix, as Parquet.")], correlations: Correlations, out: TableOut
 ) -> None:
     """The mean wMPPC from each modality to each, with its interval."""
     from conceptshare.tables import Stores, averages_table, read_table, write_table
@@ -430,7 +495,7 @@ def metrics_averages(
 def metrics_formats(
     table: Annotated[Path, typer.Option(help="The matrix, as Parquet.")],
     averages: Annotated[Path, typer.Option(help="Its modality averages, as Parquet.")],
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    out: Annotated[Path, _out(MATRICES, text="The folder to write.")],
     dataset: Annotated[
         str | None,
         typer.Option(help="The paper's name of the data set, to write its Table 3 too.", show_default=False),
@@ -452,8 +517,8 @@ def metrics_paper(
     table: Annotated[Path, typer.Option(help="The matrix, as Parquet.")],
     dataset: Annotated[str, typer.Option(help="The data set, as the paper has it.")],
     size: Annotated[Literal["large", "base"], typer.Option(help="The size of the encoders.")],
-    out: Out,
-    agreement: Annotated[Path, typer.Option(help="Where to write how well they agree.")],
+    out: TableOut,
+    agreement: Annotated[Path, _out_too(CSV, PARQUET, text="Where to write how well they agree.")],
 ) -> None:
     """A matrix beside the paper's numbers, cell by cell, and how well they agree."""
     from conceptshare import paper
@@ -469,7 +534,7 @@ def metrics_layerwise(
     pairs: Annotated[str, typer.Option(help="JSON list of pairs of members.")],
     features: Features,
     correlations: Correlations,
-    out: Out,
+    out: TableOut,
     similarity: Similarity = None,
 ) -> None:
     """The wMPPC from every layer of one member to every layer of another."""
@@ -484,7 +549,7 @@ def metrics_pair(
     b: Annotated[str, typer.Argument(help="Another.")],
     features: Features,
     correlations: Correlations,
-    out: Out,
+    out: TableOut,
 ) -> None:
     """Every feature of two members with its best match in the other."""
     from conceptshare.tables import Stores, pair_table, write_table
@@ -497,7 +562,7 @@ def metrics_sharedness(
     analysis: Annotated[str, typer.Option(help="JSON with source, shared_with and not_shared_with.")],
     features: Features,
     correlations: Correlations,
-    out: Out,
+    out: TableOut,
 ) -> None:
     """A member's features by Comparative Sharedness."""
     from conceptshare.tables import Stores, sharedness_table, write_table
@@ -507,7 +572,8 @@ def metrics_sharedness(
 
 @metrics_app.command("overlaps")
 def metrics_overlaps(
-    rankings: Annotated[list[Path], typer.Argument(help="Rankings by Comparative Sharedness, as Parquet.")], out: Out
+    rankings: Annotated[list[Path], typer.Argument(help="Rankings by Comparative Sharedness, as Parquet.")],
+    out: TableOut,
 ) -> None:
     """How many top features every two rankings of one source have in common."""
     from conceptshare.tables import overlap_table, read_table, write_table
@@ -517,7 +583,7 @@ def metrics_overlaps(
 
 @metrics_app.command("saes")
 def metrics_saes(
-    members: Members, saes: Annotated[Path, typer.Option(help="The folder of SAEs.")], features: Features, out: Out
+    members: Members, saes: Annotated[Path, typer.Option(help="The folder of SAEs.")], features: Features, out: TableOut
 ) -> None:
     """Size and quality of every SAE."""
     from conceptshare.tables import Stores, sae_table, write_table
@@ -529,7 +595,7 @@ Table = Annotated[Path, typer.Option(help="The table to draw, as Parquet or CSV.
 
 
 @figures_app.command("matrix")
-def figures_matrix(table: Table, out: Out) -> None:
+def figures_matrix(table: Table, out: FigureOut) -> None:
     """Annotated wMPPC matrices."""
     from conceptshare.figures import draw_matrix
     from conceptshare.tables import read_table
@@ -538,7 +604,7 @@ def figures_matrix(table: Table, out: Out) -> None:
 
 
 @figures_app.command("averages")
-def figures_averages(table: Table, out: Out) -> None:
+def figures_averages(table: Table, out: FigureOut) -> None:
     """Mean wMPPC from each modality to each."""
     from conceptshare.figures import draw_averages
     from conceptshare.tables import read_table
@@ -547,7 +613,7 @@ def figures_averages(table: Table, out: Out) -> None:
 
 
 @figures_app.command("intervals")
-def figures_intervals(table: Table, out: Out) -> None:
+def figures_intervals(table: Table, out: FigureOut) -> None:
     """Each cell of a wMPPC matrix with its interval, floor and ceiling."""
     from conceptshare.figures import draw_intervals
     from conceptshare.tables import read_table
@@ -556,7 +622,7 @@ def figures_intervals(table: Table, out: Out) -> None:
 
 
 @figures_app.command("similarity")
-def figures_similarity(table: Table, out: Out) -> None:
+def figures_similarity(table: Table, out: FigureOut) -> None:
     """CKA and mutual nearest neighbours beside wMPPC."""
     from conceptshare.figures import draw_similarity
     from conceptshare.tables import read_table
@@ -568,7 +634,7 @@ def figures_similarity(table: Table, out: Out) -> None:
 def figures_strength(
     table: Annotated[Path, typer.Option(help="The matrix, as Parquet or CSV, for the order of its cells.")],
     pairs: Annotated[Path, typer.Option(help="The folder of the tables of pairs.")],
-    out: Out,
+    out: FigureOut,
 ) -> None:
     """How strong each member's features are, and how that goes with their best correlations."""
     from conceptshare.figures import draw_strength
@@ -579,7 +645,7 @@ def figures_strength(
 
 
 @figures_app.command("paper")
-def figures_paper(table: Table, out: Out) -> None:
+def figures_paper(table: Table, out: FigureOut) -> None:
     """This study's wMPPC against the paper's."""
     from conceptshare.figures import draw_paper
     from conceptshare.tables import read_table
@@ -589,7 +655,7 @@ def figures_paper(table: Table, out: Out) -> None:
 
 @figures_app.command("layerwise")
 def figures_layerwise(
-    table: Table, pairs: Annotated[str, typer.Option(help="JSON list of pairs of members.")], out: Out
+    table: Table, pairs: Annotated[str, typer.Option(help="JSON list of pairs of members.")], out: FigureOut
 ) -> None:
     """Layerwise heatmaps."""
     from conceptshare.figures import draw_layerwise
@@ -603,7 +669,7 @@ def figures_sharedness(
     table: Table,
     features: Annotated[Path, typer.Option(help="The source's feature store.")],
     data: DataFolder,
-    out: Out,
+    out: FigureOut,
     pictured: Annotated[int, typer.Option(help="How many of the ranking's first features to show.", min=1)] = 6,
     samples: Annotated[int, typer.Option(help="How many samples of each, at most.", min=1)] = 9,
     feature: Annotated[
@@ -630,7 +696,7 @@ def figures_sharedness(
 
 
 @figures_app.command("scatter")
-def figures_scatter(table: Table, out: Out) -> None:
+def figures_scatter(table: Table, out: FigureOut) -> None:
     """Every feature of a ranking by how much either group shares it."""
     from conceptshare.figures import draw_sharedness_scatter
     from conceptshare.tables import read_table
@@ -639,7 +705,11 @@ def figures_scatter(table: Table, out: Out) -> None:
 
 
 @figures_app.command("saes")
-def figures_saes(table: Table, saes: Annotated[Path, typer.Option(help="The folder of SAEs.")], out: Out) -> None:
+def figures_saes(
+    table: Table,
+    saes: Annotated[Path, typer.Option(help="The folder of SAEs.")],
+    out: Annotated[Path, _out(PNG, PDF, SAE_FIGURES)],
+) -> None:
     """Loss curves, densities, FVU and dead latents of every SAE: an overview, and a folder beside it, by member."""
     from conceptshare.figures import draw_saes
     from conceptshare.tables import read_table
@@ -654,7 +724,7 @@ Place = Annotated[str, typer.Option(help="Where in the site this lies.")]
 def pages_samples(
     data: DataFolder,
     place: Place,
-    out: Out,
+    out: Annotated[Path, _out(SAMPLE_PAGES)],
     threads: Annotated[int, typer.Option(help="Threads that make thumbnails.", min=1)] = 1,
 ) -> None:
     """Thumbnails and captions of a data set."""
@@ -672,7 +742,7 @@ def pages_member(
     pairs: Annotated[Path, typer.Option(help="The folder of the tables of pairs.")],
     compared_with: Annotated[str, typer.Option(help="JSON list of the members in these tables.")],
     place: Place,
-    out: Out,
+    out: Annotated[Path, _out(MEMBER_PAGES)],
     rankings: Annotated[
         list[Path] | None, typer.Option("--ranking", help="A ranking of its features, as Parquet.", show_default=False)
     ] = None,
@@ -690,7 +760,7 @@ def pages_pair(
     source: Annotated[str, typer.Option(help="A member.")],
     target: Annotated[str, typer.Option(help="The other.")],
     place: Place,
-    out: Out,
+    out: Annotated[Path, _out(PAIR_PAGES)],
 ) -> None:
     """Every feature of a member with its best match in each layer of another."""
     from conceptshare.pages import write_pair
@@ -702,7 +772,7 @@ def pages_pair(
 def pages_index(
     study: Annotated[str, typer.Option(help="JSON of what the study compares.")],
     results: Annotated[Path, typer.Option(help="The folder of all results.")],
-    out: Out,
+    out: Annotated[Path, _out(SITE)],
 ) -> None:
     """The page itself, and what it shows first."""
     from conceptshare.pages import write_index

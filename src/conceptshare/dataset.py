@@ -35,7 +35,7 @@ from conceptshare.ahead import in_order
 from conceptshare.catalog import DatasetSpec, is_path
 from conceptshare.download import HOPELESS, Downloads, Failure, UnusableError
 from conceptshare.errors import ConceptshareError, DatasetError, refusal
-from conceptshare.files import written_aside
+from conceptshare.files import DATASET, written_aside
 from conceptshare.hub import fetch_snapshot
 from conceptshare.progress import progress, say
 
@@ -169,7 +169,7 @@ def make_dataset(spec: DatasetSpec, out: Path) -> None:
     dropped: list[Dropped] = []
     seen: set[str] = set()
     rows_read = 0
-    with written_aside(out) as folder:
+    with written_aside(out, DATASET) as folder:
         folder.mkdir()
         as_read = folder / "as-read.arrow"
         with pa.ipc.new_file(str(as_read), _SCHEMA) as writer:

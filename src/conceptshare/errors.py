@@ -47,6 +47,10 @@ class StoreError(ConceptshareError):
     """A store on disk is missing, unfinished, damaged or of another kind."""
 
 
+class OutputError(ConceptshareError):
+    """A result would replace something that is no result of its kind, or cannot be written where it is asked for."""
+
+
 class NumericsError(ConceptshareError):
     """A computation met numbers that are not finite or do not fit their type."""
 

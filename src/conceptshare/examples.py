@@ -31,7 +31,7 @@ from conceptshare.ahead import in_order
 from conceptshare.dataset import Data
 from conceptshare.encoders import Batch, Encoder
 from conceptshare.errors import StoreError
-from conceptshare.files import layer_name, written_aside
+from conceptshare.files import EXAMPLES, layer_name, written_aside
 from conceptshare.progress import progress
 from conceptshare.reading import FEATURES
 from conceptshare.sae import TopKSAE, load_sae
@@ -98,7 +98,7 @@ def record_examples(encoder: Encoder, data: Data, features: Path, saes: Path, ou
         for layer in spec["layers"]
     }
     loaded = {layer: load_sae(saes / layer_name(layer) / f"seed-{spec['seed']}") for layer in tops}
-    with written_aside(out) as partial:
+    with written_aside(out, EXAMPLES) as partial:
         partial.mkdir()
         told = find_where_they_fire(encoder, data, loaded, tops, out.name, threads)
         schema = _IMAGES if encoder.spec.modality == "image" else _TEXTS

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conceptshare.errors import ConceptshareError, StoreError
-from conceptshare.files import written_aside
+from conceptshare.files import SAE, SPARSIFY, Kind, written_aside
 from conceptshare.sae._model import TopKSAE, load_sae, save_sae
 from conceptshare.sae_folder import other_meaning
 
@@ -54,7 +54,7 @@ def export_to_sparsify(folder: Path | str, out: Path | str) -> None:
         "hook_name": metadata.get("hook_name", "unknown"),
     }
     tensors = {"encoder.weight": sae.W_enc_T, "encoder.bias": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
-    with _new_folder(Path(out)) as aside:
+    with _new_folder(Path(out), SPARSIFY) as aside:
         save_file({name: tensor.detach() for name, tensor in tensors.items()}, aside / _SPARSIFY_WEIGHTS)
         (aside / "cfg.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
@@ -91,7 +91,7 @@ def import_sae(folder: Path | str, out: Path | str) -> None:
             f"{folder}: cfg.json and {weights} hold no SAE that fits together ({type(error).__name__}: {said}); "
             "fetch or save the folder again"
         ) from error
-    with _new_folder(Path(out)) as aside:
+    with _new_folder(Path(out), SAE) as aside:
         save_sae(sae, aside, found.model_name, found.hook_name)
 
 
@@ -153,10 +153,10 @@ def _refuse(folder: Path, other: dict[str, Any], what_can: str) -> None:
 
 
 @contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
+def _new_folder(out: Path, kind: Kind) -> Iterator[Path]:
     """A folder beside ``out`` to write in, which becomes ``out`` if all went well."""
     if out.exists():
         raise StoreError(f"{out}: exists already; name another folder, or remove it")
-    with written_aside(out) as aside:
+    with written_aside(out, kind) as aside:
         aside.mkdir()
         yield aside

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from conceptshare.files import written_aside
+from conceptshare.files import MATRICES, written_aside
 from conceptshare.metrics import READINGS
 from conceptshare.study import as_member
 
@@ -40,7 +40,7 @@ def write_matrices(
     """
     members = list(dict.fromkeys(table["source"]))
     labels = short_labels(members)
-    with written_aside(folder) as partial:
+    with written_aside(folder, MATRICES) as partial:
         partial.mkdir()
         for reading in READINGS:
             cells = table[table.reading == reading].pivot(index="source", columns="target", values="wmppc")

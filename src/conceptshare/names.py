@@ -30,7 +30,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from conceptshare import provenance
 from conceptshare.dataset import Data
 from conceptshare.errors import StoreError, StudyError
-from conceptshare.files import written_aside
+from conceptshare.files import CSV, PARQUET, written_aside
 from conceptshare.progress import progress, say
 from conceptshare.reading import FEATURES, FeatureStatistics, read_statistics
 from conceptshare.store import StoredArray, layer_array, open_store
@@ -179,9 +179,9 @@ def name_features(features: Path, data: Path, out: Path, command: str | None = N
     for layer, block in progress(blocks, len(blocks), f"names of {member}", "blocks"):
         rows += _rows(layer, block, words, names)
     table = pa.Table.from_pylist([dict(zip(_SCHEMA.names, row, strict=True)) for row in rows], _SCHEMA)
-    with written_aside(out) as partial:
+    with written_aside(out, PARQUET) as partial:
         pq.write_table(table, partial)
-        with written_aside(out.with_name(f"{out.stem}.clearest.csv")) as listed:
+        with written_aside(out.with_name(f"{out.stem}.clearest.csv"), CSV) as listed:
             _clearest(table.to_pandas()).to_csv(listed, index=False, float_format="%.6g", lineterminator="\n")
         provenance.record(out)
     clear = len(rows) - table["name"].null_count

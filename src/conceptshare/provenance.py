@@ -21,9 +21,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from conceptshare.files import ACCOUNT, ACCOUNT_PAGE, PROVENANCE, Kind, renamed
 from conceptshare.provenance_page import as_page
 
-FILE = "provenance.json"
+FILE = PROVENANCE
 
 _PACKAGES = (
     *(
@@ -70,7 +71,7 @@ def record(result: Path) -> None:
     ``arguments``, and no time.
     """
     path = result / FILE if result.is_dir() else result.with_name(f"{result.stem}.{FILE}")
-    _write(path, json.dumps({"job": _of_job(), **surroundings()}, indent=1) + "\n")
+    _write(path, ACCOUNT, json.dumps({"job": _of_job(), **surroundings()}, indent=1) + "\n")
 
 
 def record_study(study: str, out: Path) -> None:
@@ -79,8 +80,8 @@ def record_study(study: str, out: Path) -> None:
     The page has the suffix ``.html``.
     """
     account = {"study": json.loads(_shown(study)), **surroundings()}
-    _write(out, json.dumps(account, indent=1) + "\n")
-    _write(out.with_suffix(".html"), as_page(account))
+    _write(out, ACCOUNT, json.dumps(account, indent=1) + "\n")
+    _write(out.with_suffix(".html"), ACCOUNT_PAGE, as_page(account))
 
 
 def surroundings() -> dict[str, Any]:
@@ -108,11 +109,10 @@ def _of_job() -> dict[str, Any]:
     }
 
 
-def _write(path: Path, content: str) -> None:
+def _write(path: Path, kind: Kind, content: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(path)
+    with renamed(path, kind) as partial:
+        partial.write_text(content, encoding="utf-8")
 
 
 def _shown(text: str) -> str:

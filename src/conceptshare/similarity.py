@@ -19,7 +19,7 @@ from torch import Tensor
 
 from conceptshare import activations, provenance
 from conceptshare.errors import NumericsError, StoreError
-from conceptshare.files import written_aside
+from conceptshare.files import CSV, written_aside
 from conceptshare.progress import progress
 from conceptshare.store import layer_array, open_store
 
@@ -117,7 +117,7 @@ def compare_stores(path_a: Path, path_b: Path, out: Path) -> None:
             rows.append((source_layer, target_layer, cka, mutual, min(N, CKA_SAMPLES)))
     columns = ["source_layer", "target_layer", "cka", "mutual_knn", "samples"]
     table = pd.DataFrame(rows, columns=columns).sort_values(columns[:2])
-    with written_aside(out) as partial:
+    with written_aside(out, CSV) as partial:
         table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
         provenance.record(out)
 

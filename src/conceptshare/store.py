@@ -21,7 +21,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from conceptshare import provenance
 from conceptshare.errors import ConceptshareError, NumericsError, StoreError, refusal
-from conceptshare.files import layer_name, remove, written_aside
+from conceptshare.files import layer_name, remove, store_kind, written_aside
 from conceptshare.seals import Fingerprint, fingerprint, is_whole, sealed
 
 VERSIONS = {"activations": 3, "tokens": 2, "part": 2, "features": 3, "correlations": 3}
@@ -55,7 +55,7 @@ def new_store(path: Path, kind: str, spec: dict[str, Any], resume: bool = False)
         "spec": spec,
         "complete": False,
     }
-    with written_aside(path, resume, json.dumps(described, sort_keys=True)) as partial:
+    with written_aside(path, store_kind(kind), resume, json.dumps(described, sort_keys=True)) as partial:
         group = _left_over(partial, described)
         if group is None:
             remove(partial)

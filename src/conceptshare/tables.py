@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from conceptshare import metrics
 from conceptshare.errors import StoreError, StudyError
-from conceptshare.files import layer_name, written_aside
+from conceptshare.files import CSV, PARQUET, layer_name, written_aside
 from conceptshare.reading import FeatureStatistics, PairCorrelations, read_correlations, read_statistics
 from conceptshare.sae_folder import REMEDY
 from conceptshare.study import as_member, pair_name
@@ -526,9 +526,9 @@ def sae_table(members: Sequence[str], saes: Path, stores: Stores) -> pd.DataFram
 
 def write_table(table: pd.DataFrame, out: Path) -> None:
     """Write a table as CSV at ``out`` and as Parquet beside it."""
-    with written_aside(out.with_suffix(".parquet")) as partial:
+    with written_aside(out.with_suffix(".parquet"), PARQUET) as partial:
         table.to_parquet(partial, index=False)
-    with written_aside(out) as partial:
+    with written_aside(out, CSV) as partial:
         table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
 
 

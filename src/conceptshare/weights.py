@@ -21,7 +21,7 @@ from typing import Any
 from conceptshare import provenance
 from conceptshare.catalog import ModelSpec, local_path
 from conceptshare.errors import EncoderError, HubError
-from conceptshare.files import written_aside
+from conceptshare.files import MODEL, WEIGHTS, written_aside
 from conceptshare.hub import chosen, fetch_files
 from conceptshare.progress import say
 
@@ -77,7 +77,7 @@ def fetch_weights(spec: ModelSpec, out: Path) -> None:
             for path in found.files
         },
     }
-    with written_aside(out) as partial:
+    with written_aside(out, WEIGHTS) as partial:
         partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
         provenance.record(out)
     size = sum(path.stat().st_size for path in found.files)
@@ -166,7 +166,7 @@ def _in_folder(spec: ModelSpec, folder: Path) -> Found:
 
 
 def _make(script: str, folder: Path) -> Path:
-    with written_aside(folder) as partial:
+    with written_aside(folder, MODEL) as partial:
         result = subprocess.run([sys.executable, script, str(partial)], capture_output=True, text=True, check=False)
         if result.returncode != 0 or not partial.is_dir():
             raise EncoderError(f"{script}: failed to write {partial}:\n{(result.stderr or result.stdout).strip()}")

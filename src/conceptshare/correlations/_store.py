@@ -13,7 +13,7 @@ from conceptshare.correlations._arrays import sample_count
 from conceptshare.correlations._engine import Full, Kept, max_correlations
 from conceptshare.correlations._influence import Encoder, influences
 from conceptshare.errors import StoreError
-from conceptshare.files import layer_name, renamed
+from conceptshare.files import FILE, layer_name, renamed
 from conceptshare.reading import CORRELATIONS, FEATURES, MaxCorrelations
 from conceptshare.store import gone_on_with, layer_array, new_array, new_store, open_store, save_array
 
@@ -201,7 +201,7 @@ class _Progress:
 
     def write(self, kept: Kept) -> None:
         """Keep what there is."""
-        with renamed(self._path) as partial, partial.open("wb") as file:
+        with renamed(self._path, FILE) as partial, partial.open("wb") as file:
             chunks = (self._path.parent / "full").glob("*/c/*/*")
             files = np.array(sorted(str(chunk.relative_to(self._path.parent)) for chunk in chunks), np.str_)
             np.savez(file, steps=kept.steps, blocks=np.array(kept.blocks), files=files, **vars(kept.found))

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from conceptshare.errors import StoreError
 from conceptshare.figures._style import COLOURS, PLACED, STYLE, layer_ticks, save
-from conceptshare.files import layer_name, written_aside
+from conceptshare.files import SAE_FIGURES, layer_name, written_aside
 from conceptshare.sae_folder import REMEDY
 
 
@@ -53,7 +53,7 @@ def draw_saes(table: pd.DataFrame, saes: Path, out: Path) -> None:
     trainings = [_read_training(row, saes) for row in table.itertuples()]
     with mpl.rc_context(STYLE | PLACED):
         save(_overview(trainings), out)
-        with written_aside(out.with_suffix("")) as folder:
+        with written_aside(out.with_suffix(""), SAE_FIGURES) as folder:
             folder.mkdir()
             for member, of_member in _grouped(trainings, lambda sae: f"{sae.encoder}@{sae.seed}").items():
                 with mpl.rc_context(_SMALL):

@@ -14,7 +14,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patheffects import withStroke
 from numpy.typing import ArrayLike
 
-from conceptshare.files import written_aside
+from conceptshare.files import PDF, PNG, written_aside
 
 STYLE: Any = {
     "font.size": 9,
@@ -45,9 +45,9 @@ READING_TITLES = {
 
 def save(figure: Figure, out: Path) -> None:
     """Write a figure as PNG at ``out`` and as PDF beside it, without dates, so that equal data give equal files."""
-    for path, metadata in ((out.with_suffix(".pdf"), {"CreationDate": None}), (out, {"Software": None})):
-        with written_aside(path) as partial:
-            figure.savefig(partial, format=path.suffix[1:], metadata=metadata)
+    for kind, metadata in ((PDF, {"CreationDate": None}), (PNG, {"Software": None})):
+        with written_aside(out.with_suffix(kind.suffix), kind) as partial:
+            figure.savefig(partial, format=kind.suffix[1:], metadata=metadata)
 
 
 def heatmap(ax: Axes, cells: np.ndarray[Any, Any], low: float, high: float, letters: float | None) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from conceptshare.dataset import Data
+from conceptshare.files import FILE, SITE, check_replaceable, renamed
 from conceptshare.metrics import READINGS
 from conceptshare.pages._script import number, numbers, write_script
 from conceptshare.tables import read_table
@@ -27,10 +28,12 @@ def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
     Raises:
         StoreError: where a table is missing or damaged.
     """
+    check_replaceable(out, SITE)
     out.mkdir(parents=True, exist_ok=True)
     with as_file(files("conceptshare.pages") / "assets") as assets:
         for name in ASSETS:
-            shutil.copyfile(assets / name, out / name)
+            with renamed(out / name, FILE) as partial:
+                shutil.copyfile(assets / name, partial)
     told: dict[str, Any] = {name: study[name] for name in ("study", "saes", "members")}
     told["datasets"] = [{"name": name, "samples": len(Data(results / name / "data"))} for name in study["datasets"]]
     told |= {"version": version("conceptshare"), "matrices": [], "layerwise": [], "sharedness": [], "overlaps": []}
@@ -50,7 +53,8 @@ def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
                 told["sharedness"].append({**where, "name": name, **analysis, **_ranking(table)})
             if study["overlapping"]:
                 told["overlaps"] += [{**where, **row} for row in _rows(read_table(place / "overlaps.parquet"))]
-    write_script(out / "study.js", "study", told)
+    with renamed(out / "study.js", FILE) as partial:
+        write_script(partial, "study", told)
 
 
 # Numbers that figures show too are rounded once, and not to four digits and then to two.

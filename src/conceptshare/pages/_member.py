@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from conceptshare.files import layer_name, written_aside
+from conceptshare.files import MEMBER_PAGES, layer_name, written_aside
 from conceptshare.pages._script import number, numbers, write_script
 from conceptshare.progress import progress
 from conceptshare.reading import FeatureStatistics, read_statistics
@@ -49,7 +49,7 @@ def write_member(
     best = {other: _matches(pairs, member, other) for other in others}
     ranked = {name: read_table(path) for name, path in rankings.items()}
     told = {row.pop("sample"): row for row in pq.read_table(examples / "samples.parquet").to_pylist()}
-    with written_aside(out) as partial:
+    with written_aside(out, MEMBER_PAGES) as partial:
         partial.mkdir()
         for layer, found in progress(statistics.items(), len(statistics), f"pages of {member}", "layers"):
             key = layer_name(layer)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from conceptshare.files import layer_name, written_aside
+from conceptshare.files import PAIR_PAGES, layer_name, written_aside
 from conceptshare.pages._script import numbers, write_script
 from conceptshare.reading import read_correlations
 
@@ -24,7 +24,7 @@ def write_pair(correlations: Path, source: str, target: str, place: str, out: Pa
     """
     pair = read_correlations(correlations, source)
     ends = np.cumsum(pair.found.sizes_a)
-    with written_aside(out) as partial:
+    with written_aside(out, PAIR_PAGES) as partial:
         partial.mkdir()
         for layer, first, last in zip(pair.layers_a, ends - pair.found.sizes_a, ends, strict=True):
             key = layer_name(layer)

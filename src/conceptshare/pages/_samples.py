@@ -6,7 +6,7 @@ from pathlib import Path
 from conceptshare.ahead import in_order
 from conceptshare.dataset import Data
 from conceptshare.errors import DatasetError
-from conceptshare.files import written_aside
+from conceptshare.files import SAMPLE_PAGES, written_aside
 from conceptshare.pages._script import write_script
 from conceptshare.progress import progress, say
 
@@ -28,7 +28,7 @@ def write_samples(data: Data, place: str, out: Path, threads: int = 1) -> None:
         threads: threads that make thumbnails.
     """
     starts = range(0, len(data), TOGETHER)
-    with written_aside(out) as partial, ThreadPoolExecutor(threads) as pool:
+    with written_aside(out, SAMPLE_PAGES) as partial, ThreadPoolExecutor(threads) as pool:
         partial.mkdir()
         jobs = (pool.submit(_thumbnail, data, n, partial / _folder(n)).result for n in range(len(data)))
         sizes = list(progress(in_order(jobs, 4 * threads), len(data), "thumbnails", "samples"))

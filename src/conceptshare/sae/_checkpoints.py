@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from conceptshare.files import remove
+from conceptshare.files import CHECKPOINTS, check_replaceable, remove
 from conceptshare.progress import say
 from conceptshare.sae._trainer import Trainer
 
@@ -39,6 +39,8 @@ class Checkpoints:
         self._folder = folder
         self.key = json.dumps(key | {"version": _VERSION}, sort_keys=True)
         """What is trained."""
+        if not self._ours():
+            check_replaceable(folder, CHECKPOINTS)
 
     def save(self, trainers: Mapping[str, Trainer]) -> None:
         """Write the states aside, rename them together, and remove what is older than the checkpoint before."""

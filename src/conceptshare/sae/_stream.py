@@ -16,7 +16,7 @@ from conceptshare.ahead import in_order
 from conceptshare.dataset import Data
 from conceptshare.encoders import Encoder
 from conceptshare.errors import StudyError
-from conceptshare.files import layer_name, written_aside
+from conceptshare.files import SAES, layer_name, written_aside
 from conceptshare.progress import progress, say
 from conceptshare.sae import _order
 from conceptshare.sae._checkpoints import Checkpoints
@@ -71,7 +71,7 @@ def train_stream(
     key = {"settings": settings.model_dump(mode="json"), "seeds": list(seeds), "made_from": described}
     checkpoints = Checkpoints(saes.with_name(name + ".checkpoints"), key)
     with (
-        written_aside(saes, key=checkpoints.key) as folder,
+        written_aside(saes, SAES, key=checkpoints.key) as folder,
         new_store(activations, KIND, described, resume=True) as store,
         closing(_Team(encoder, settings, seeds, name, len(steps), workers)) as team,
     ):

@@ -20,7 +20,7 @@ from conceptshare import provenance
 from conceptshare.activations import TokenReader
 from conceptshare.ahead import in_order
 from conceptshare.errors import NumericsError, StoreError
-from conceptshare.files import written_aside
+from conceptshare.files import SAE, written_aside
 from conceptshare.progress import progress, say
 from conceptshare.sae import _order
 from conceptshare.sae._checkpoints import PREEMPTED, Checkpoints, asked_to_stop
@@ -195,7 +195,7 @@ def train_sae(token_store: Path, layer: int, settings: SAESettings, seed: int, o
     key = {"settings": settings.model_dump(mode="json"), "seed": seed, "layer": layer, "made_from": tokens.made_from}
     checkpoints = Checkpoints(out.with_name(out.name + ".checkpoints"), key)
     batch_samples = settings.samples_a_step(tokens.modality)
-    with written_aside(out, key=checkpoints.key) as folder:
+    with written_aside(out, SAE, key=checkpoints.key) as folder:
         sae, losses = train(tokens, settings, origin.mixed_seed(), batch_samples, str(origin), checkpoints)
         batches = _order.measured(len(tokens), settings)
         measured = evaluate(sae, (tokens.read(batch) for batch in batches))
