@@ -810,8 +810,8 @@ def test_a_lost_or_cut_chunk_of_features_is_named_and_nothing_written(larger_sto
 def test_features_of_an_older_version_are_to_be_made_again(larger_stores, tmp_path):
     path_a, path_b, *_ = larger_stores
     root = path_a / "zarr.json"
-    root.write_text(root.read_text().replace('"version": 3', '"version": 2'))
-    with pytest.raises(StoreError, match=r"format version 2, where 3 is needed; .* run the features stage again"):
+    root.write_text(root.read_text().replace('"version": 4', '"version": 3'))
+    with pytest.raises(StoreError, match=r"format version 3, where 4 is needed; .* run the features stage again"):
         correlate_stores(path_a, path_b, tmp_path / "pair.zarr")
 
 

@@ -1,14 +1,17 @@
 """The recorded features and statistics, against NumPy over the same float16 activations."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
 
+from conceptshare.correlations import correlate_stores
 from conceptshare.errors import NumericsError, StoreError
 from conceptshare.features import record_features
 from conceptshare.files import layer_name
-from conceptshare.reading import read_statistics
-from conceptshare.sae import TopKSAE, save_sae
+from conceptshare.reading import read_features, read_statistics
+from conceptshare.sae import TopKSAE, load_sae, save_sae
 from conceptshare.store import open_store
 
 # More rows and columns than are encoded, or stored in a chunk, at once.
@@ -51,17 +54,26 @@ def recorded(stage, tmp_path):
     return open_store(tmp_path / "vit@7.zarr", "features"), tokens, weights
 
 
+def restored(group):
+    """In float64: what is stored, the offset added."""
+    return group["features"][:].astype(np.float64) + group["offset"][:].astype(np.float64)
+
+
 def test_features_are_those_of_the_global_token_before_top_k_and_after_relu(recorded):
     store, tokens, weights = recorded
     for layer in (0, 2):
         W_enc, b_dec = (w.astype(np.float64) for w in weights[layer])
         x = tokens[layer][:, 0].astype(np.float16).astype(np.float64)
         expected = np.maximum((x - b_dec) @ W_enc, 0)
-        found = store[layer_name(layer)]["features"]
-        assert found.dtype == np.float16
-        exact = [*range(20), *range(30, F)]
-        np.testing.assert_array_equal(found[:][:, exact], expected[:, exact].astype(np.float16))
-        np.testing.assert_allclose(found[:][:, 20:30], expected[:, 20:30], rtol=2**-11 + 1e-5, atol=1e-6)
+        group = store[layer_name(layer)]
+        assert (group["features"].dtype, group["offset"].dtype) == (np.float16, np.float32)
+        plain = group["offset"][:] == 0
+        plain[20:30] = False  # inexact
+        assert plain[:20].all()
+        assert plain.sum() < F - 10
+        np.testing.assert_array_equal(group["features"][:][:, plain], expected[:, plain].astype(np.float16))
+        rounding = 2**-11 * np.abs(expected - group["offset"][:].astype(np.float64)).max()
+        np.testing.assert_allclose(restored(group), expected, rtol=1e-5, atol=rounding)
         assert (expected[:, 40:] > 0).sum(1).min() > 2  # more than k, which would be all that TopK leaves
 
 
@@ -69,7 +81,7 @@ def test_statistics_are_those_of_the_stored_features(recorded):
     store, _, _ = recorded
     for layer in (0, 2):
         group = store[layer_name(layer)]
-        f = group["features"][:].astype(np.float64)
+        f = restored(group)
         np.testing.assert_allclose(group["strength"][:], f.sum(0), rtol=1e-12)
         np.testing.assert_array_equal(group["density"][:], (f > 0).mean(0))
         np.testing.assert_allclose(group["deviation"][:], f.astype(np.float64).std(0), rtol=1e-9, atol=1e-12)
@@ -82,7 +94,7 @@ def test_top_samples_are_the_strongest_and_of_equals_the_earlier(recorded):
     store, _, _ = recorded
     for layer in (0, 2):
         group = store[layer_name(layer)]
-        f = group["features"][:].astype(np.float64)
+        f = restored(group)
         order = np.argsort(-f, axis=0, kind="stable")[:100]
         values = np.take_along_axis(f, order, axis=0)
         np.testing.assert_array_equal(group["top_values"][:], values.T)
@@ -155,3 +167,80 @@ def test_a_feature_beyond_float16_names_layer_and_sample_and_nothing_is_written(
     with pytest.raises(NumericsError, match=r"vit@0, layer 4, sample 1050: 1\.2e\+05 is beyond float16's 65504"):
         record_features(store, tmp_path / "saes", 0, tmp_path / "vit@0.zarr")
     assert nothing_written(tmp_path)
+
+
+def float32_features(sae, x):
+    """As the stage computes them, before they are rounded."""
+    with torch.no_grad():
+        return sae.encode(torch.from_numpy(x.astype(np.float16).astype(np.float32))).numpy()
+
+
+@pytest.fixture
+def near_constant(tmp_path, write_activations, rng):
+    """Layers of which float16 alone would keep little; and their features in float32."""
+    D, F, N = 32, 48, 1500
+    base, noise = rng.uniform(0.5, 2, D), rng.standard_normal((N, D))
+    ordinary = base + noise
+    rare = np.tile(base, (N, 1))
+    rare[1234] = base + 3
+    off = base + noise / 500
+    off[::40] = -4
+    few = np.tile(base, (N, 1))
+    few[:, :3] += rng.integers(0, 3, (N, 3)) / 250  # 27 different tokens
+    faint = np.tile(base, (N, 1))
+    faint[:, 0] = noise[:, 0] / 1e4
+    layers = dict(enumerate([ordinary, base + noise / 250, rare, off, few, faint]))
+    features = {}
+    for layer, x in layers.items():
+        W_enc = (rng.standard_normal((D, F)) / 6 + 0.1).astype(np.float32)
+        write_sae(tmp_path / "saes", layer, 0, W_enc, np.zeros(D, np.float32))
+        features[layer] = float32_features(load_sae(tmp_path / "saes" / layer_name(layer) / "seed-0"), x)
+    store = write_activations(tmp_path / "bert.zarr", {layer: list(x[:, None]) for layer, x in layers.items()})
+    record_features(store, tmp_path / "saes", 0, tmp_path / "bert@0.zarr")
+    return tmp_path / "bert@0.zarr", features
+
+
+def test_correlations_of_nearly_constant_features_are_those_in_float32(near_constant, tmp_path):
+    path, features = near_constant
+    deviations = {layer: f.astype(np.float64).std(axis=0) for layer, f in features.items()}
+    errors = {}
+    for layer, f in features.items():
+        moved = f.astype(np.float64).mean(axis=0) / np.where((f > 0).all(axis=0), 2**24, 2**11)
+        with np.errstate(divide="ignore"):
+            errors[layer] = 2**-10 * np.hypot(1, moved / deviations[layer]) + 2**-25 / deviations[layer]
+    correlate_stores(path, path, tmp_path / "found.zarr", full=list(product(features, features)))
+    found = open_store(tmp_path / "found.zarr", "correlations")["full"]
+    for a, b in product(features, features):
+        varying = np.ix_(deviations[a] > 0, deviations[b] > 0)
+        with np.errstate(invalid="ignore"):
+            r = np.corrcoef(features[a].T, features[b].T, dtype=np.float64)
+        expected = r[: len(deviations[a]), len(deviations[a]) :][varying]
+        error = np.abs(found[f"{layer_name(a)}__{layer_name(b)}"][:][varying] - expected)
+        assert (error <= (errors[a][:, None] + errors[b])[varying] + 1e-5).all()
+        assert error.max() < 3e-4
+    # Rounded as they are, some would be off by more than a tenth.
+    with np.errstate(invalid="ignore"):
+        r = np.corrcoef(features[4].T, features[4].astype(np.float16).T, dtype=np.float64)
+    assert np.nanmin(r[48:, :48].diagonal()) < 0.9
+
+
+def test_a_feature_is_above_zero_where_its_activation_is(near_constant):
+    path, features = near_constant
+    statistics = read_statistics(path)
+    for layer, stored in read_features(path).items():
+        f = features[layer]
+        np.testing.assert_array_equal(stored[:] > 0, f > 0)
+        np.testing.assert_array_equal(statistics[layer].density, (f > 0).mean(0))
+        assert (np.abs(stored[:] - f) <= 2**-10 * np.abs(f - stored.offset) + 2**-24 * (1 + f)).all()
+        np.testing.assert_allclose(statistics[layer].strength, f.sum(0, dtype=np.float64), rtol=2**-11)
+        np.testing.assert_allclose(stored[3:7, 5:9], stored[:][3:7, 5:9], rtol=0)
+    assert ((features[3] == 0).any(0) & (read_features(path)[3].offset > 0)).any()
+
+
+def test_a_token_that_is_the_same_for_all_samples_has_constant_features(tmp_path, write_activations, rng):
+    # The last block has one sample, and a product of one row adds up in another order than one of many.
+    x = np.tile(rng.standard_normal(384), (1025, 1, 1))
+    store = write_activations(tmp_path / "clip.zarr", {0: list(x)})
+    write_sae(tmp_path / "saes", 0, 0, rng.standard_normal((384, 600)).astype(np.float32), np.zeros(384, np.float32))
+    record_features(store, tmp_path / "saes", 0, tmp_path / "clip@0.zarr")
+    assert (read_statistics(tmp_path / "clip@0.zarr")[0].deviation == 0).all()

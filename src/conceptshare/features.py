@@ -1,10 +1,15 @@
 """Stage `features`: the SAE features of every sample's global token, before TopK and after ReLU.
 
-`results/{dataset}/features/{sae}/{encoder}@{seed}.zarr` holds for each layer ``features [N, F]`` float16, the summed
-activation ``strength [F]`` (S of the paper), the share of samples above zero ``density [F]`` and the standard
-``deviation [F]`` over the samples, all float64, and the samples on which each feature is strongest, ``top_samples [F,
-K]`` int32 with ``top_values [F, K]`` float32, strongest first, -1 where the feature is active on fewer. Statistics are
-those of the stored float16 values.
+`results/{dataset}/features/{sae}/{encoder}@{seed}.zarr` holds for each layer ``features [N, F]`` float16 less each
+feature's ``offset [F]`` float32, the summed activation ``strength [F]`` (S of the paper), the share of samples above
+zero ``density [F]`` and the standard ``deviation [F]`` over the samples, all float64, and the samples on which each
+feature is strongest, ``top_samples [F, K]`` int32 with ``top_values [F, K]`` float32, strongest first, -1 where the
+feature is active on fewer. Statistics are those of what is stored, the offset added: `reading.read_features` reads it.
+
+float16 rounds a value by up to 2^-11 of itself. Of a feature that is nearly the same for all samples, as where the
+global token is, that would leave little of what varies. So the mean of a feature whose mean^2 exceeds 3 variances is
+taken off first. It is rounded to float16 if the feature is zero anywhere, so that zero stays exact, else to float32.
+docs/formats.md gives the bound on a correlation's error that follows.
 """
 
 from collections.abc import Iterator
@@ -84,17 +89,23 @@ def _record_layer(group: zarr.Group, sae: TopKSAE, x: Any, where: str) -> None:
     N, F = x.shape[0], len(sae.W_dec)
     rows, columns = min(_ROWS, N), min(_COLUMNS, F)
     features = new_array(group, "features", (N, F), np.float16, (rows, columns), (rows, columns * -(-F // columns)))
-    strength, density, squares = np.zeros(F), np.zeros(F), np.zeros(F)
+    offset = _offset(sae, x)
+    c, least = (torch.from_numpy(each).to(sae.W_dec.device) for each in (offset, _above(-offset)))
+    total, density, squares = np.zeros(F), np.zeros(F), np.zeros(F)
     k = min(_TOP_SAMPLES, N)
-    device = sae.W_dec.device
-    top = Top(torch.zeros(k, F, device=device), torch.full((k, F), -1, dtype=torch.int32, device=device))
-    for start, block in _blocks(sae, x, where):
+    top = Top(torch.zeros(k, F, device=c.device), torch.full((k, F), -1, dtype=torch.int32, device=c.device))
+    for start, f in _blocks(sae, x):
+        # Zero stays zero, and nothing else becomes it.
+        shifted = torch.maximum(f - c, torch.where(f > 0, least, 0 - c)).cpu().numpy()
+        block = as_float16(shifted, where, np.arange(start, start + len(f)))
         features[start : start + len(block)] = block
-        squares += _merged_squares(strength, start, block)
-        strength += block.sum(0, dtype=np.float64)
-        density += (block > 0).sum(0)
-        top.add(torch.from_numpy(block).to(device).float(), start)
-    save_array(group, "strength", strength)
+        squares += _merged_squares(total, start, block)
+        total += block.sum(0, dtype=np.float64)
+        restored = torch.from_numpy(block).to(c.device).float() + c
+        density += (restored > 0).sum(0).cpu().numpy()
+        top.add(restored, start)
+    save_array(group, "offset", offset)
+    save_array(group, "strength", total + N * offset.astype(np.float64))
     save_array(group, "density", density / N)
     save_array(group, "deviation", np.sqrt(squares / N))
     values, samples = top.values.cpu().numpy(), top.samples.cpu().numpy()
@@ -102,18 +113,41 @@ def _record_layer(group: zarr.Group, sae: TopKSAE, x: Any, where: str) -> None:
     save_array(group, "top_values", values.T)
 
 
-def _merged_squares(strength: NDArray[np.float64], samples: int, block: NDArray[np.float16]) -> NDArray[np.float64]:
+def _offset(sae: TopKSAE, x: Any) -> NDArray[np.float32]:
+    """``[F]`` what is taken off before rounding: the mean of features whose mean^2 exceeds 3 variances, else 0."""
+    N, F, device = x.shape[0], len(sae.W_dec), sae.W_dec.device
+    total, squares = (torch.zeros(F, dtype=torch.float64, device=device) for _ in range(2))
+    lowest = torch.full((F,), torch.inf, device=device)
+    for _, f in _blocks(sae, x):
+        total += f.sum(0, dtype=torch.float64)
+        squares += f.double().square_().sum(0)
+        lowest = torch.minimum(lowest, f.amin(0))
+    mean = (total / N).clamp_(max=float(np.finfo(np.float16).max))
+    mean = torch.where(lowest > 0, mean.float(), mean.half().float())
+    return torch.where(4 * (total / N) ** 2 > 3 * squares / N, mean, 0).cpu().numpy()
+
+
+def _above(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The least float16 above each value, as float32."""
+    halves = values.astype(np.float16)
+    return np.where(halves > values, halves, np.nextafter(halves, np.float16(np.inf))).astype(np.float32)
+
+
+def _merged_squares(total: NDArray[np.float64], samples: int, block: NDArray[np.float16]) -> NDArray[np.float64]:
     """``[F]`` what a block adds to the sums of squared deviations from the mean (Chan, Golub and LeVeque 1979)."""
     values, n = block.astype(np.float64), len(block)
     mean = values.mean(0)
     squares: NDArray[np.float64] = ((values - mean) ** 2).sum(0)
     if samples:
-        squares += (mean - strength / samples) ** 2 * (samples * n / (samples + n))
+        squares += (mean - total / samples) ** 2 * (samples * n / (samples + n))
     return squares
 
 
-def _blocks(sae: TopKSAE, x: Any, where: str) -> Iterator[tuple[int, NDArray[np.float16]]]:
+def _blocks(sae: TopKSAE, x: Any) -> Iterator[tuple[int, Tensor]]:
+    """Features ``[n, F]`` float32 of some samples at a time, and the number of the first of these."""
+    # Always as many rows: products of few add up in another order, and equal tokens would get unequal features.
+    rows = torch.zeros(_ROWS, x.shape[1])
     for start in range(0, x.shape[0], _ROWS):
-        rows = torch.from_numpy(x[start : start + _ROWS].astype(np.float32))
-        block = sae.encode(rows.to(sae.W_dec.device)).cpu().numpy()
-        yield start, as_float16(block, where, np.arange(start, start + len(block)))
+        read = x[start : start + _ROWS]
+        rows[: len(read)] = torch.from_numpy(read)
+        yield start, sae.encode(rows.to(sae.W_dec.device))[: len(read)]

@@ -42,6 +42,39 @@ def read_statistics(path: Path) -> dict[int, FeatureStatistics]:
     }
 
 
+class FeatureArray:
+    """A layer's features ``[N, F]`` in float32, read as they are sliced: what is stored, with the offset added."""
+
+    def __init__(self, store: Any, layer: int, path: Path) -> None:
+        """Open a layer of the ``store`` at ``path``."""
+        self.stored = layer_array(store, layer, "features", path)
+        """``[N, F]`` float16, less the offset, which no correlation depends on."""
+        self.shape = self.stored.shape
+        self.offset: NDArray[np.float32] = layer_array(store, layer, "offset", path)[:]
+        """``[F]``"""
+
+    def __getitem__(self, place: Any) -> NDArray[np.float32]:
+        """Some rows, or a pair of rows and columns.
+
+        Raises:
+            StoreError: where that cannot be read.
+        """
+        rows, columns = place if isinstance(place, tuple) else (place, slice(None))
+        values = self.stored[rows, columns].astype(np.float32)
+        values += self.offset[columns]
+        return values
+
+
+def read_features(path: Path) -> dict[int, FeatureArray]:
+    """The features of each layer of a feature store, by layer; they are read when they are sliced.
+
+    Raises:
+        StoreError: where the store is not whole.
+    """
+    store: Any = open_store(path, FEATURES)
+    return {layer: FeatureArray(store, layer, path) for layer in store.attrs["spec"]["layers"]}
+
+
 def read_modality(path: Path) -> str:
     """What the encoder of a feature store reads: ``image`` or ``text``.
 

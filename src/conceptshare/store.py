@@ -24,7 +24,7 @@ from conceptshare.errors import ConceptshareError, NumericsError, StoreError, re
 from conceptshare.files import layer_name, remove, store_kind, written_aside
 from conceptshare.seals import Fingerprint, fingerprint, is_whole, sealed
 
-VERSIONS = {"activations": 3, "tokens": 2, "part": 2, "features": 3, "correlations": 3}
+VERSIONS = {"activations": 3, "tokens": 2, "part": 2, "features": 4, "correlations": 3}
 """Version of a kind's format, where it is not 1; what old readers would misread, or new ones need, raises it."""
 
 _ROOT = "zarr.json"

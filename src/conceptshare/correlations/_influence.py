@@ -24,9 +24,11 @@ class Encoder:
     """The features of one encoder over N samples, and what standardises them."""
 
     layers: Sequence[Any]
-    """For each layer ``[N, F]``."""
+    """For each layer ``[N, F]``; a number may have been added to all values of a feature."""
+    strength: NDArray[np.float64]
+    """``[F]`` S, of all layers side by side."""
     mean: NDArray[np.float64]
-    """``[F]`` of all layers side by side."""
+    """``[F]`` of the layers as they are."""
     deviation: NDArray[np.float64]
     """``[F]`` over the population of samples."""
 
@@ -52,7 +54,7 @@ def influences(
     of_layers = [slice(int(end - size), int(end)) for size, end in zip(found.sizes_a, ends, strict=True)]
     starts_b = np.cumsum(found.sizes_b) - found.sizes_b
     best, last = found.rho_ab.max(axis=0), found.rho_ab[-1, of_layers[-1]]
-    weights = influence_weights(best, last, a.mean * N, found.sizes_a, N)
+    weights = influence_weights(best, last, a.strength, found.sizes_a, N)
     # Features of B are counted through all layers; -1 is none.
     layer = found.rho_ab.argmax(axis=0)
     matched = np.where(

@@ -14,7 +14,7 @@ from conceptshare.correlations._engine import Full, Kept, max_correlations
 from conceptshare.correlations._influence import Encoder, influences
 from conceptshare.errors import StoreError
 from conceptshare.files import FILE, layer_name, renamed
-from conceptshare.reading import CORRELATIONS, FEATURES, MaxCorrelations
+from conceptshare.reading import CORRELATIONS, FEATURES, FeatureArray, MaxCorrelations
 from conceptshare.store import gone_on_with, layer_array, new_array, new_store, open_store, save_array
 
 FLOOR_FEATURES = 512
@@ -102,7 +102,7 @@ def check_pair(a: "FeatureStore", b: "FeatureStore") -> None:
         )
     sample_count([*a.arrays, *b.arrays])
     for store in (a, b):
-        if not store.encoder().mean.any():
+        if not store.encoder().strength.any():
             raise StoreError(
                 f"{store.path}: no sample activates any of its features; train its SAEs with other settings"
             )
@@ -138,7 +138,10 @@ class FeatureStore:
         self.layers: list[int] = spec["layers"]
         self.samples: int = spec["samples"]
         self.content_hash: str = spec["content_hash"]
-        self.arrays = [layer_array(store, n, "features", path) for n in self.layers]
+        features = [FeatureArray(store, n, path) for n in self.layers]
+        # An offset changes no correlation, and would take up digits.
+        self.arrays = [layer.stored for layer in features]
+        self._offset = np.concatenate([layer.offset.astype(np.float64) for layer in features])
         self._strength, self._deviation = (
             np.concatenate([layer_array(store, n, name, path)[:] for n in self.layers])
             for name in ("strength", "deviation")
@@ -146,7 +149,8 @@ class FeatureStore:
 
     def encoder(self) -> Encoder:
         """Its features, and what standardises them."""
-        return Encoder(self.arrays, self._strength / self.samples, self._deviation)
+        mean = self._strength / self.samples - self._offset
+        return Encoder(self.arrays, self._strength, mean, self._deviation)
 
     def position(self, layer: int) -> int:
         """Which of its layers it is, from 0.
