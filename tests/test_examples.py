@@ -187,6 +187,8 @@ def test_weaker_samples_and_histograms_are_numpys(rng, monkeypatch):
                 assert near["quantile"] == q
                 assert list(column[near["samples"]]) == list(near["values"])
                 assert not {*near["samples"]} & (top | taken)
+                assert near["samples"].flags.owndata  # views would keep the values of all samples in memory
+                assert near["values"].flags.owndata
                 taken |= {*near["samples"]}
                 if len(order) > 100:
                     low, high = np.quantile(column[order], [max(q - 0.1, 0), min(q + 0.1, 1)])

@@ -33,7 +33,7 @@ from conceptshare.encoders import Batch, Encoder
 from conceptshare.errors import StoreError
 from conceptshare.files import EXAMPLES, layer_name, written_aside
 from conceptshare.progress import progress
-from conceptshare.reading import FEATURES
+from conceptshare.reading import FEATURES, read_features
 from conceptshare.sae import TopKSAE, load_sae
 from conceptshare.store import layer_array, open_store
 
@@ -103,11 +103,11 @@ def record_examples(encoder: Encoder, data: Data, features: Path, saes: Path, ou
         told = find_where_they_fire(encoder, data, loaded, tops, out.name, threads)
         schema = _IMAGES if encoder.spec.modality == "image" else _TEXTS
         pq.write_table(pa.Table.from_pylist(told, schema), partial / "samples.parquet", compression="zstd")
+        stored = read_features(features)
         for layer in progress(tops, len(tops), f"examples of {out.name}", "layers"):
-            features_ = layer_array(store, layer, "features", features)
             rows = [
                 {"feature": feature, "top": top, **spread}
-                for feature, (top, spread) in enumerate(zip(tops[layer].rows(), spreads(features_), strict=True))
+                for feature, (top, spread) in enumerate(zip(tops[layer].rows(), spreads(stored[layer]), strict=True))
             ]
             pq.write_table(
                 pa.Table.from_pylist(rows, _LAYER), partial / f"{layer_name(layer)}.parquet", compression="zstd"
@@ -161,22 +161,31 @@ class Tops:
 def spreads(features: Any) -> Iterator[dict[str, Any]]:
     """For each column of ``features [N, F]``: its histogram, and samples around lower quantiles."""
     N, F = features.shape
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     width = max(1, _BLOCK_BYTES // (16 * N))
     for first in range(0, F, width):
-        block = torch.from_numpy(features[:, first : first + width]).to(device).float()
-        values, order = (x.cpu().numpy() for x in block.sort(dim=0, descending=True, stable=True))
-        for value, samples in zip(values.T, order.T, strict=True):
-            active = value[value > 0]
-            highest = float(active[0]) if len(active) else 0.0
-            yield {
-                "near": [
-                    {"quantile": q, "samples": samples[ranks], "values": active[ranks]}
-                    for q, ranks in zip(QUANTILES, ranks_near(len(active)), strict=True)
-                ],
-                "histogram": np.histogram(active, BINS, (0.0, highest or 1.0))[0],
-                "highest": highest,
-            }
+        # Not in this loop: a block would stay in memory while the next one is sorted.
+        yield from _spreads_of_block(features[:, first : first + width])
+
+
+def _spreads_of_block(block: NDArray[Any]) -> list[dict[str, Any]]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ordered = torch.from_numpy(block).to(device).float().sort(dim=0, descending=True, stable=True)
+    return [_spread(*column) for column in zip(*(x.cpu().numpy().T for x in ordered), strict=True)]
+
+
+def _spread(values: NDArray[np.float32], samples: NDArray[np.int64]) -> dict[str, Any]:
+    """Of a feature's values ``[N]``, strongest first, and the samples they are of."""
+    active = values[values > 0]
+    highest = float(active[0]) if len(active) else 0.0
+    near = zip(QUANTILES, ranks_near(len(active)), strict=True)
+    return {
+        # Copies, as views would keep the values of all samples in memory.
+        "near": [
+            {"quantile": q, "samples": samples[ranks].copy(), "values": active[ranks].copy()} for q, ranks in near
+        ],
+        "histogram": np.histogram(active, BINS, (0.0, highest or 1.0))[0],
+        "highest": highest,
+    }
 
 
 def ranks_near(active: int) -> list[slice]:
