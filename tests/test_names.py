@@ -5,6 +5,7 @@ import json
 import shlex
 import subprocess
 import sys
+import tracemalloc
 from itertools import pairwise
 
 import numpy as np
@@ -171,7 +172,7 @@ def test_score_is_that_of_the_papers_formula(rng, make_data, name):
     data = make_data([f"{text} {text.split()[0]}" for text in planted(rng)])
     captions = captions_of(data)
     x = on(captions, "zebra", rng).astype(np.float16)
-    top = [row for row in np.argsort(-x, kind="stable")[:100] if x[row] > 0 and row % 2 == 0]
+    top = [row for row in np.argsort(-x, kind="stable")[:100] if x[row] > 0 and row % 2 == 0][: names.top_count(400)]
     counts = {}
     for text in captions[::2]:
         words = text.split()
@@ -189,7 +190,7 @@ def test_score_is_that_of_the_papers_formula(rng, make_data, name):
 
 
 def test_measures_are_those_of_scikit_learn_and_scipy(rng, make_data, name):
-    data = make_data(planted(rng))
+    data = make_data(planted(rng, 1200))
     captions = captions_of(data)
     strengths = [0.1, 0.4, 0.8, 2.0]
     features = [on(captions, word, rng, s) for word in ("zebra", "worda", "wordh") for s in strengths]
@@ -310,13 +311,13 @@ def test_captions_of_all_kinds(rng, make_data, name):
         "KÄFER\t猫が座っている \u202eabc",
         "_under_ ^hat^ 🐞🐞 \u200b käfer",
     ]
-    data = make_data([odd[n % 4] if n % 8 < 4 else "nothing {} of %d that kind" for n in range(240)])
+    data = make_data([odd[n % 4] if n % 80 < 4 else "nothing {} of %d that kind" for n in range(2400)])
     captions = captions_of(data)
     beetle = np.array([not text.startswith("nothing") for text in captions])
     cat = np.array(["猫" in text for text in captions])
-    x = np.stack([beetle, cat], 1) * (1 + rng.random((240, 2)))
+    x = np.stack([beetle, cat], 1) * (1 + rng.random((2400, 2)))
     found = name(data, x)
-    assert found.name[0] == "käfer"
+    assert found.name[0].split(", ")[0] == "käfer"
     assert found.auc[0] == 1
     assert "猫が座っている" in found.name[1]
     for text in found.candidate:
@@ -327,22 +328,54 @@ def test_neighbours_that_belong_together_are_one_word(rng, make_data, name):
     texts = [
         f"{text}. {more}"
         for text, more in zip(
-            filling(rng, 600),
-            ["a Red Square, flag", "the red circle", "square", "flag", "", "", "", "", "", ""] * 60,
+            filling(rng, 1800),
+            ["a Red Square, flag", "the red circle", "square", "flag", "", "", "", "", "", ""] * 180,
             strict=True,
         )
     ]
     data = make_data(texts)
     captions = captions_of(data)
-    x = np.array(["Red Square" in text for text in captions]) * (1 + rng.random(600))
+    x = np.array(["Red Square" in text for text in captions]) * (1 + rng.random(1800))
     found = name(data, x[:, None]).iloc[0]
     assert sorted(found["name"].split(", ")) == ["flag", "red square"]
     # Of the circle, the colour is elsewhere as often, so that words of both stay apart.
-    x = np.array(["red" in text.lower() for text in captions]) * (1 + rng.random(600))
+    x = np.array(["red" in text.lower() for text in captions]) * (1 + rng.random(1800))
     found = name(data, x[:, None], "reds").iloc[0]
     assert 1 <= len(found["name"].split(", ")) <= 3
     parts = found["name"].replace(",", "").split()
     assert len(parts) == len(set(parts))
+
+
+def test_a_small_data_set_names_by_fewer_samples_and_the_strongest_have_the_name(rng, make_data, name):
+    # The strongest 24 samples are zebras; then come ordinary ones, of which some 40 would be among the stored 100.
+    data = make_data(planted(rng, 538, every=22))
+    captions = captions_of(data)
+    x = np.maximum(rng.normal(0, 0.5, 538), 0) + 3 * np.array(["zebra" in text for text in captions])
+    # A feature that fires on zebras, but on nine samples of other kinds still more.
+    other = x.copy()
+    other[np.argsort(x)[:9]] = 9
+    found = name(data, np.stack([x, other], 1))
+    assert names.top_count(538) == 13
+    assert found.name.tolist() == ["zebra", None]
+    assert found.candidate.tolist() == ["zebra", "zebra"]
+    assert (found.auc_low > 0.5).all()
+    assert [names.top_count(n) for n in (2, 200, 1888, 2000, 10**6)] == [5, 5, 47, 50, 50]
+
+
+def test_memory_grows_with_little_but_captions(rng, make_data, tmp_path, write_features_from, monkeypatch):
+    monkeypatch.setattr(names, "MEASURED_SAMPLES", 500)
+    monkeypatch.setattr(names, "_BINS", 2**16)
+    peaks = []
+    for samples in (1000, 3000):
+        unique = [f"{text} {n}th x{n}y" for n, text in enumerate(filling(rng, samples))]
+        data = make_data(unique, str(samples))
+        features = rng.random((samples, 600))
+        store = write_features_from(tmp_path / f"m{samples}", tmp_path, MEMBER, {0: features}, Data(data).content_hash)
+        tracemalloc.start()
+        name_features(store, data, tmp_path / "names.parquet")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / 2000 < 500  # bytes a sample
 
 
 def test_samples_of_another_data_set_are_refused(rng, make_data, tmp_path, write_features):
@@ -367,7 +400,7 @@ def test_equal_bytes_on_two_runs_and_however_much_is_read_at_once(
     name_features(store, data, outs[2])
     monkeypatch.setattr(names, "_COLUMNS", 4)
     name_features(store, data, outs[3])
-    assert pd.read_parquet(outs[0]).name.notna().sum() >= 16
+    assert pd.read_parquet(outs[0]).name.notna().sum() >= 8
     assert len({out.read_bytes() for out in outs}) == 1
     assert (tmp_path / "0.provenance.json").is_file()
 

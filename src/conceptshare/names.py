@@ -17,6 +17,7 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 import pandas as pd
@@ -32,8 +33,8 @@ from conceptshare.dataset import Data
 from conceptshare.errors import StoreError, StudyError
 from conceptshare.files import CSV, PARQUET, written_aside
 from conceptshare.progress import progress, say
-from conceptshare.reading import FEATURES, FeatureStatistics, read_statistics
-from conceptshare.store import StoredArray, layer_array, open_store
+from conceptshare.reading import FEATURES, FeatureArray, FeatureStatistics, read_features, read_statistics
+from conceptshare.store import open_store
 
 ERROR_RATE = 0.05
 """The chance that a feature without meaning passes the threshold by any word of the vocabulary, at most."""
@@ -42,6 +43,12 @@ LEAST_SAMPLES = 5
 LEAST_CAPTIONS = 3
 """How many captions of the naming half have a word of the vocabulary. Rarer ones cannot pass, and would only raise the
 threshold for all others."""
+MOST_TOP_SAMPLES = 50
+"""How many samples of the naming half a feature is named by, at most: see `top_count`."""
+SHOWN = 9
+"""A name has to be in the captions of a third of so many samples, the strongest ones, which are what people look at."""
+MEASURED_SAMPLES = 2**17
+"""Names are measured on the held-out ones of the first samples, of so many at most: their values are in memory."""
 MOST_WORDS = 3
 """How many words a name has, each one word or two neighbours."""
 CLEAREST = 20
@@ -59,6 +66,8 @@ _LISTED = ["layer", "feature", "name", "auc", "auc_low", "score", "held_out", "d
 _COLUMNS = 512
 # Values that are ranked at once, at some 50 bytes each.
 _RANKED = 2**22
+# Words are counted by their hash first, in as many bins. A word whose bin has fewer than `LEAST_CAPTIONS` is rare.
+_BINS = 2**27
 # Where a caption's words are no neighbours any more: punctuation, but for apostrophes and the hyphens within words.
 _BREAKS = re.compile(r"[^\w\s'’-]+|\s-+\s")
 _EVIDENCE = 20
@@ -78,7 +87,7 @@ class _Words:
     naming: csr_array
     """``[n, V]`` 1 where the caption of sample 2i has the word."""
     held_out: csr_array
-    """``[m, V]`` 1 where that of sample 2i + 1 has it."""
+    """``[m, V]`` 1 where that of sample 2i + 1 has it, of the samples that names are measured on."""
     split: Callable[[str], list[str]]
     """The words of a text, and its pairs of neighbours."""
 
@@ -124,7 +133,7 @@ class _Layer:
 
     number: int
     statistics: FeatureStatistics
-    values: StoredArray
+    values: FeatureArray
     """``[N, F]``"""
 
     def top(self, block: slice) -> list[NDArray[np.int32]]:
@@ -144,9 +153,9 @@ def name_features(features: Path, data: Path, out: Path, command: str | None = N
     ``auc_active`` on the held-out half; ``held_out``, how many captions of it have any of the words; ``density``;
     and ``source``, ``captions`` or ``command``.
 
-    A name is clear where z exceeds `ERROR_RATE` after Bonferroni over the vocabulary, and the 95% interval of the
-    held-out AUC is above 0.5. The `CLEAREST` of each layer, those with the highest ``auc_low``, are also written to
-    ``{name}.clearest.csv`` beside the table, clearest first.
+    A name is clear where z exceeds `ERROR_RATE` after Bonferroni over the vocabulary, the 95% interval of the held-out
+    AUC is above 0.5, and a third of the `SHOWN` strongest samples have any of its words. The `CLEAREST` of each layer,
+    those with the highest ``auc_low``, are also written to ``{name}.clearest.csv`` beside the table, clearest first.
 
     Args:
         features: the feature store.
@@ -166,18 +175,15 @@ def name_features(features: Path, data: Path, out: Path, command: str | None = N
     samples = Data(data)
     if samples.content_hash != spec["content_hash"]:
         raise StoreError(f"{features} and {data} are of different samples; make both from the same data set")
-    captions = [samples.caption(row) for row in range(len(samples))]
-    words = _read_words(captions)
-    layers = [
-        _Layer(layer, statistics, layer_array(store, layer, "features", features))
-        for layer, statistics in read_statistics(features).items()
-    ]
+    words = _read_words(samples)
+    stored = read_features(features)
+    layers = [_Layer(layer, statistics, stored[layer]) for layer, statistics in read_statistics(features).items()]
     member = f"{spec['name']}@{spec['seed']}"
-    names = None if command is None else _ask(command, member, layers, words, captions[::2])
+    names = None if command is None else _ask(command, member, layers, words, samples)
     blocks = [(layer, block) for layer in layers for block in layer.blocks()]
     rows: list[tuple[Any, ...]] = []
     for layer, block in progress(blocks, len(blocks), f"names of {member}", "blocks"):
-        rows += _rows(layer, block, words, names)
+        rows += _rows(layer, block, words, samples, names)
     table = pa.Table.from_pylist([dict(zip(_SCHEMA.names, row, strict=True)) for row in rows], _SCHEMA)
     with written_aside(out, PARQUET) as partial:
         pq.write_table(table, partial)
@@ -189,6 +195,15 @@ def name_features(features: Path, data: Path, out: Path, command: str | None = N
         f"names of {member}: {clear:,} of {len(rows):,} features have a clear one; of {len(words.vocabulary):,} words, "
         f"z above {words.threshold:.2f}"
     )
+
+
+def top_count(samples: int) -> int:
+    """How many samples of the naming half a feature is named by: its strongest 5%, at least 5 and at most 50.
+
+    In a small data set more would be ordinary samples, and their words not those of the strongest. Fewer would leave
+    words that many captions have no chance to pass.
+    """
+    return min(MOST_TOP_SAMPLES, max(LEAST_SAMPLES, samples // 40))
 
 
 def log_odds(top: csr_array, words: csr_array) -> csr_array:
@@ -215,8 +230,7 @@ def log_odds(top: csr_array, words: csr_array) -> csr_array:
     V = words.shape[1]
     if V < 2:
         return csr_array((top.shape[0], V))
-    y_top = csr_array(top.astype(np.float64) @ words.astype(np.float64))
-    y_top.sort_indices()
+    y_top = _counts(top, words)
     y_all = words.sum(axis=0, dtype=np.float64)
     n_all = y_all.sum()
     n_top = np.repeat(y_top.sum(axis=1), np.diff(y_top.indptr))
@@ -266,7 +280,16 @@ def _clearest(table: pd.DataFrame) -> pd.DataFrame:
     return order.groupby("layer").head(CLEAREST)[_LISTED]
 
 
-def _read_words(captions: Sequence[str]) -> _Words:
+def _counts(top: csr_array, words: csr_array) -> csr_array:
+    """``[F, V]`` how many of each feature's top samples have each word; see `log_odds`."""
+    used = np.unique(top.indices)
+    # Of these samples alone, as a product makes a copy of both sides.
+    found = csr_array(top[:, used].astype(np.float64) @ words[used].astype(np.float64))
+    found.sort_indices()
+    return found
+
+
+def _read_words(data: Data) -> _Words:
     pairs = CountVectorizer(stop_words="english", ngram_range=(1, 2)).build_analyzer()
 
     def split(text: str) -> list[str]:
@@ -274,23 +297,32 @@ def _read_words(captions: Sequence[str]) -> _Words:
         clauses = _BREAKS.split(unicodedata.normalize("NFC", text))
         return [word for clause in clauses for word in pairs(clause)]
 
-    counter = CountVectorizer(analyzer=split, binary=True, min_df=LEAST_CAPTIONS, dtype=np.int32)
-    naming, held_out = captions[::2], captions[1::2]
+    naming, held_out = range(0, len(data), 2), range(1, min(len(data), MEASURED_SAMPLES), 2)
+    bins = bytearray(_BINS)
+    for row in naming:
+        for place in {crc32(word.encode()) % _BINS for word in split(data.caption(row))}:
+            bins[place] = min(bins[place] + 1, LEAST_CAPTIONS)
+
+    def common(text: str) -> list[str]:
+        return [word for word in split(text) if bins[crc32(word.encode()) % _BINS] == LEAST_CAPTIONS]
+
+    counter = CountVectorizer(analyzer=common, binary=True, min_df=LEAST_CAPTIONS, dtype=np.int32)
     try:
-        found = csr_array(counter.fit_transform(naming))
+        found = csr_array(counter.fit_transform(map(data.caption, naming)))
     except ValueError:  # no word is in so many captions
         return _Words([], csr_array((len(naming), 0)), csr_array((len(held_out), 0)), split)
-    return _Words(counter.get_feature_names_out().tolist(), found, csr_array(counter.transform(held_out)), split)
+    measured = csr_array(counter.transform(map(data.caption, held_out)))
+    return _Words(counter.get_feature_names_out().tolist(), found, measured, split)
 
 
 def _candidates(layer: _Layer, block: slice, words: _Words, names: _Names | None = None) -> list[_Candidate]:
     """What each feature of a block may be called: what the command named it, where it did, or by its captions."""
-    rows = [row if len(row) >= LEAST_SAMPLES else row[:0] for row in layer.top(block)]
+    count = top_count(layer.values.shape[0])
+    rows = [row[:count] if len(row) >= LEAST_SAMPLES else row[:0] for row in layer.top(block)]
     indices, ends = np.concatenate(rows), np.cumsum([0, *map(len, rows)])
     top = csr_array((np.ones(len(indices)), indices, ends), shape=(len(rows), words.naming.shape[0]))
     found = log_odds(top, words.naming)
-    counts = csr_array(top @ words.naming)
-    counts.sort_indices()
+    counts = _counts(top, words.naming)
     candidates = []
     for feature, (start, stop) in enumerate(pairwise(found.indptr.tolist()), block.start):
         places, z = found.indices[start:stop], found.data[start:stop]
@@ -343,21 +375,29 @@ def _named(text: str | None, places: NDArray[np.int32], z: NDArray[np.float64], 
     return _Candidate(text, said, score, True, "command")
 
 
-def _rows(layer: _Layer, block: slice, words: _Words, names: _Names | None) -> Iterator[tuple[Any, ...]]:
+def _rows(layer: _Layer, block: slice, words: _Words, data: Data, names: _Names | None) -> Iterator[tuple[Any, ...]]:
     """The rows of the table for a block of features."""
     candidates = _candidates(layer, block, words, names)
     measured = _measures(layer.values, block, candidates, words.held_out)
-    density = layer.statistics.density[block].tolist()
+    density, tops = layer.statistics.density[block].tolist(), layer.statistics.top_samples[block]
     for i, candidate in enumerate(candidates):
         auc, low, active, captions = (values[i].item() for values in measured)
-        name = candidate.text if candidate.passed and low > 0.5 else None
+        clear = candidate.passed and low > 0.5 and _is_shown(candidate, tops[i], words, data)
         yield (
-            *(layer.number, block.start + i, name, candidate.text, candidate.score),
+            *(layer.number, block.start + i, candidate.text if clear else None, candidate.text, candidate.score),
             *(auc, low, active, captions, density[i], candidate.source),
         )
 
 
-def _measures(stored: StoredArray, block: slice, candidates: Sequence[_Candidate], held_out: csr_array) -> _Measures:
+def _is_shown(candidate: _Candidate, top: NDArray[np.int32], words: _Words, data: Data) -> bool:
+    """Whether a third of the strongest samples have any of a candidate's words; a command may have chosen others."""
+    strongest = top[top >= 0][:SHOWN].tolist()
+    said = {words.vocabulary[place] for place in candidate.words}
+    having = sum(not said.isdisjoint(words.split(data.caption(sample))) for sample in strongest)
+    return candidate.source == "command" or 3 * having >= len(strongest)
+
+
+def _measures(stored: FeatureArray, block: slice, candidates: Sequence[_Candidate], held_out: csr_array) -> _Measures:
     """The measures of a block of features; NaN where there is nothing to compare."""
     (m, V), F = held_out.shape, len(candidates)
     counts = np.array([len(each.words) for each in candidates])
@@ -369,7 +409,7 @@ def _measures(stored: StoredArray, block: slice, candidates: Sequence[_Candidate
     found = np.flatnonzero(positives)
     at_once = max(1, _RANKED // m)
     if len(places):
-        values = stored[:, block][1::2].astype(np.float32)
+        values = stored[:MEASURED_SAMPLES, block][1::2]
         active = (values > 0).sum(axis=0)
     for columns in (found[start : start + at_once] for start in range(0, len(found), at_once)):
         ranks = rankdata(values[:, columns], axis=0)
@@ -385,7 +425,7 @@ def _measures(stored: StoredArray, block: slice, candidates: Sequence[_Candidate
     return _Measures(auc, lower_end(auc, positives, m - positives), auc_active, positives)
 
 
-def _ask(command: str, member: str, layers: Sequence[_Layer], words: _Words, captions: Sequence[str]) -> _Names:
+def _ask(command: str, member: str, layers: Sequence[_Layer], words: _Words, data: Data) -> _Names:
     """What a command calls each feature that has enough top samples, by layer and feature; see `name_features`.
 
     Args:
@@ -393,7 +433,7 @@ def _ask(command: str, member: str, layers: Sequence[_Layer], words: _Words, cap
         member: the member's name.
         layers: its layers.
         words: the vocabulary.
-        captions: those of the naming half.
+        data: the samples.
 
     Raises:
         StudyError: where the command fails, or does not print a name for each.
@@ -402,7 +442,7 @@ def _ask(command: str, member: str, layers: Sequence[_Layer], words: _Words, cap
         asked = set()
         blocks = [(layer, block) for layer in layers for block in layer.blocks()]
         for layer, block in progress(blocks, len(blocks), f"evidence of {member}", "blocks"):
-            for feature, line in _evidence(layer, block, words, captions):
+            for feature, line in _evidence(layer, block, words, data):
                 asked.add((layer.number, feature))
                 evidence.write(
                     json.dumps({"member": member, "layer": layer.number, "feature": feature} | line).encode()
@@ -443,9 +483,7 @@ def _ask(command: str, member: str, layers: Sequence[_Layer], words: _Words, cap
     return names
 
 
-def _evidence(
-    layer: _Layer, block: slice, words: _Words, captions: Sequence[str]
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def _evidence(layer: _Layer, block: slice, words: _Words, data: Data) -> Iterator[tuple[int, dict[str, Any]]]:
     """What a command is told of each feature of a block that has enough top samples.
 
     The ``others`` are drawn from the samples that do not activate it or, where those are too few, do so least.
@@ -453,20 +491,20 @@ def _evidence(
     tops = layer.top(block)
     if all(len(top) < LEAST_SAMPLES for top in tops):
         return
-    values = layer.values[:, block][::2]
+    values = layer.values[:MEASURED_SAMPLES, block][::2]
     for i, (top, candidate) in enumerate(zip(tops, _candidates(layer, block, words), strict=True)):
         if len(top) < LEAST_SAMPLES:
             continue
         feature = block.start + i
-        order = np.random.default_rng([layer.number, feature]).permutation(len(captions))
+        order = np.random.default_rng([layer.number, feature]).permutation(len(values))
         order = order[np.argsort(values[order, i], kind="stable")]
         others = order[~np.isin(order, top)][:_EVIDENCE]
         yield (
             feature,
             {
                 "candidate": candidate.text,
-                "top": [captions[row] for row in top[:_EVIDENCE]],
-                "others": [captions[row] for row in others],
+                "top": [data.caption(2 * row) for row in top[:_EVIDENCE].tolist()],
+                "others": [data.caption(2 * row) for row in others.tolist()],
             },
         )
 
