@@ -14,7 +14,11 @@ STUDY = CLONE / "results" / "studies" / "openclipart"
 TABLES = STUDY / "openclipart" / "small"
 IMAGES = CLONE / "docs" / "images"
 
-FIGURES = {"layers": TABLES / "layerwise" / "layers.png", "sharedness": TABLES / "sharedness" / "seen-and-said.png"}
+FIGURES = {
+    "layers": TABLES / "layerwise" / "layers.png",
+    "between-encoders": TABLES / "layerwise" / "between-encoders.png",
+    "sharedness": TABLES / "sharedness" / "seen-and-said.png",
+}
 FEATURE = "#/feature/openclipart/small/tiny-clip-image@0/3/446"
 # Where in the site, and what of the page is shown: its upper part, or a section.
 PAGES = {

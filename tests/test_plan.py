@@ -561,7 +561,7 @@ def test_every_table_of_the_paper_belongs_to_one_study():
     assert sorted(table for held in TABLES.values() for table in held) == sorted(tables)
 
 
-@pytest.mark.parametrize(("config", "size"), [("config/figure1.yaml", "large")])
+@pytest.mark.parametrize(("config", "size"), [("config/figure1.yaml", "large"), ("config.yaml", None)])
 def test_figure_1_is_two_seeds_of_each_encoder_of_a_clip(config, size):
     study = load_study(config)
     image, text = (f"clip-{of}-{size}" if size else f"tiny-clip-{of}" for of in ("image", "text"))
