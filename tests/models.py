@@ -538,6 +538,96 @@ def mambavision(folder: Path) -> Family:
     return Family(spec, pictures(), truth, head)
 
 
+# Language models, whose tokenizer pads on the left as those of decoders do
+
+
+def word_tokenizer(**more: Any) -> Any:
+    """Words between a start and an end of text, padded on the left."""
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    vocabulary = {word: i for i, word in enumerate([*special.values(), *WORDS])}
+    backend = Tokenizer(token_models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special | {"padding_side": "left"} | more)
+
+
+# Of encoders, of encoders that also write, and of decoders, with positions of every kind.
+LANGUAGE_MODELS = (
+    *("Bert", "Roberta", "XLMRoberta", "Deberta", "DebertaV2", "MPNet", "XLNet", "Electra", "DistilBert", "ModernBert"),
+    *("T5", "Bart", "GPT2", "GPTNeoX", "Llama", "Gemma", "OPT", "Bloom", "CLIPText"),
+)
+
+
+def language_model(kind: str, folder: Path, positions: int = CONTEXT, **tokenizer: Any) -> Any:
+    """Write a language model of transformers' class ``kind`` into ``folder`` and return it."""
+    from_0 = kind not in ("Roberta", "XLMRoberta", "MPNet")  # which count positions from behind the padding token
+    common = {
+        "vocab_size": 4 + len(WORDS),
+        "hidden_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "pad_token_id": 0 if from_0 else 1,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+    }
+    if kind not in ("XLNet", "T5", "Bloom"):
+        common["max_position_embeddings"] = positions if from_0 else positions + 2
+    own: dict[str, Any] = {
+        "Deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False},
+        "DebertaV2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4},
+        "XLNet": {"d_inner": 32, "d_head": 8},
+        "T5": {"d_kv": 8, "d_ff": 32, "num_decoder_layers": 2, "decoder_start_token_id": 0},
+        "Bart": {"encoder_layers": LAYERS, "encoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_layers": 1},
+        "DistilBert": {"hidden_dim": 32},
+        "OPT": {"ffn_dim": 32, "word_embed_proj_dim": WIDTH},
+        "ModernBert": {"cls_token_id": 2, "sep_token_id": 3},
+        "Llama": {"num_key_value_heads": 2},
+        "Gemma": {"num_key_value_heads": 2, "head_dim": 8},
+    }
+    config = getattr(transformers, f"{kind}Config")(**common | own.get(kind, {}))
+    model = randomise(getattr(transformers, f"{kind}Model")(config))
+    model.save_pretrained(folder)
+    word_tokenizer(**tokenizer).save_pretrained(folder)
+    return model
+
+
+# Encoders in stages, of several widths and numbers of tokens
+
+
+def staged(kind: str, folder: Path) -> EncoderSpec:
+    """Write an encoder whose blocks stand in stages, and give an entry that takes them for one stack."""
+    widths, depths, heads = [8, 16, 24, 32], [1, 1, 7, 1], [1, 2, 2, 2]
+    library = "transformers"
+    match kind:
+        case "ResNet":
+            config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=widths, depths=depths, layer_type="basic")
+        case "ConvNext":
+            config = transformers.ConvNextConfig(hidden_sizes=widths, depths=depths)
+        case "Swin" | "Swinv2":
+            how = {"image_size": 64, "embed_dim": 8, "depths": depths, "num_heads": heads, "window_size": 2}
+            config = getattr(transformers, f"{kind}Config")(**how)
+        case "Pvt":
+            how = {"image_size": 64, "hidden_sizes": widths, "depths": depths, "num_attention_heads": heads}
+            config = transformers.PvtConfig(**how)
+        case "MobileViT":
+            necks = [8, 8, 16, 24, 32, 40, 48]
+            how = {"image_size": 64, "hidden_sizes": widths[1:], "neck_hidden_sizes": necks, "num_attention_heads": 2}
+            config = transformers.MobileViTConfig(**how)
+        case "open_clip":
+            library = "open_clip"
+            save_open_clip(folder, open_clip_config(vision_cfg={"layers": [1, 1, 3, 1], "width": 8, "image_size": 64}))
+        case _:
+            library = "timm"
+            save_timm(folder, kind)
+    if library == "transformers":
+        randomise(getattr(transformers, f"{kind}Model")(config)).save_pretrained(folder)
+        square_processor(transformers.ViTImageProcessor, 64).save_pretrained(folder)
+    return entry(folder, "image", "mean", kind="vision", library=library, width=14)
+
+
 # timm
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import open_clip.pretrained
 import pytest
+import tokenizers
 import torch
 import transformers
 from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -22,7 +23,7 @@ from conceptshare.encoders._encoder import Batch, find_blocks
 from conceptshare.encoders._selective_scan import selective_scan_fn
 from conceptshare.errors import EncoderError
 from tests import models
-from tests.models import CAPTIONS, CONTEXT, FAMILIES, LAYERS, TEXTS, WIDTH, close
+from tests.models import CAPTIONS, CONTEXT, FAMILIES, IMAGE_LAYERS, IMAGE_WIDTH, LAYERS, TEXTS, WIDTH, close
 
 UNHEADED = {models.deberta_v2, models.siglip_image, models.timm_swin, models.open_clip_last_text}
 HEADED = [f for f in FAMILIES if f not in UNHEADED]
@@ -167,20 +168,96 @@ def test_mean_leaves_padding_out(bert):
     assert close(found.global_token[2][0], found.tokens[2][0, :3].mean(0))
 
 
-def test_first_of_a_tokenizer_that_pads_on_the_left_is_the_first_unpadded_one(tmp_path):
-    model = models.save_bert(tmp_path, padding_side="left")
-    truth = models.text_truth(model, models.bert_tokenizer(padding_side="left"))(CAPTIONS)
-    found = load_encoder(models.entry(tmp_path, "text", "first", kind="language")).activations(CAPTIONS)
-    assert torch.equal(found.training.cpu(), truth.mask)
-    assert not truth.mask[0, 0]
-    for sample, mask in enumerate(truth.mask):
-        assert close(found.global_token[0][sample].cpu(), truth.hidden[0][sample][mask][0])
-
-
-def test_end_of_text_of_a_tokenizer_that_pads_on_the_left_is_the_last_position(tmp_path):
-    models.save_bert(tmp_path, padding_side="left")
+@pytest.mark.parametrize("kind", models.LANGUAGE_MODELS)
+def test_a_caption_is_read_alone_as_in_a_batch_whatever_the_side_its_tokenizer_pads_on(tmp_path, kind):
+    """And as transformers reads it alone, where it is not padded."""
+    model = models.language_model(kind, tmp_path, positions=20)
+    tower = model.encoder if kind in ("T5", "Bart") else model
     found = load_encoder(models.entry(tmp_path, "text", "eot", kind="language")).activations(CAPTIONS)
-    assert torch.equal(found.global_token[0], found.tokens[0][:, -1])
+    for sample, caption in enumerate(CAPTIONS):
+        with torch.no_grad():
+            inputs = models.word_tokenizer()([caption], return_tensors="pt", return_token_type_ids=False)
+            states = tower(**inputs, output_hidden_states=True).hidden_states[1:]
+        for layer in range(LAYERS - 1):  # many models normalise the last of their hidden states
+            assert close(found.tokens[layer][sample][found.training[sample]].cpu(), states[layer][0]), layer
+            assert close(found.global_token[layer][sample].cpu(), states[layer][0, -1]), layer
+
+
+@pytest.mark.parametrize("kind", ["FNet", "MobileBert"])
+def test_a_text_encoder_that_reads_padding_is_refused_unless_nothing_is_padded(tmp_path, kind):
+    sizes = {"vocab_size": 4 + len(models.WORDS), "hidden_size": WIDTH, "num_hidden_layers": LAYERS}
+    more = {"embedding_size": WIDTH, "intra_bottleneck_size": WIDTH, "num_attention_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **more, intermediate_size=32)
+    models.randomise(getattr(transformers, f"{kind}Model")(config)).save_pretrained(tmp_path)
+    models.word_tokenizer().save_pretrained(tmp_path)
+    spec = models.entry(tmp_path, "text", "first", kind="language")
+    with pytest.raises(EncoderError, match="residual stream depends on the padding of its batch; set batch_size: 1"):
+        load_encoder(spec)
+    load_encoder(change(spec, batch_size=1)).activations(CAPTIONS[:1])
+
+
+@pytest.mark.parametrize("global_token", ["eot", "last"])
+@pytest.mark.parametrize("end", [None, "[SEP]"])
+def test_a_language_model_without_padding_token_is_read_at_its_last_real_token(tmp_path, global_token, end):
+    model = models.language_model("GPT2", tmp_path, pad_token=None, eos_token=end)
+    found = load_encoder(models.entry(tmp_path, "text", global_token, kind="language")).activations(CAPTIONS)
+    for sample, caption in enumerate(CAPTIONS):
+        with torch.no_grad():
+            inputs = models.word_tokenizer()([caption], truncation=True, max_length=CONTEXT, return_tensors="pt")
+            own = model(inputs.input_ids, output_hidden_states=True).hidden_states[1]
+        assert close(found.global_token[0][sample].cpu(), own[0, -1])
+
+
+def test_last_is_the_end_of_text_of_models_that_were_not_trained_to_read_padding(loaded):
+    for make in (models.bert, models.open_clip_text):
+        family, _, found, truth = loaded(make)
+        last = load_encoder(change(family.spec, global_token="last")).activations(family.samples)
+        ends = truth.mask.shape[1] - 1 - truth.mask.flip(1).int().argmax(1)
+        assert torch.equal(last.global_token[1].cpu(), found.tokens[1].cpu()[range(len(ends)), ends])
+
+
+def test_a_caption_without_any_token_is_an_error_that_shows_it(tmp_path):
+    models.language_model("GPT2", tmp_path)
+    backend = models.word_tokenizer().backend_tokenizer
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="$A", special_tokens=[])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
+    encoder = load_encoder(models.entry(tmp_path, "text", "last", kind="language"))
+    with pytest.raises(EncoderError, match="its tokenizer makes no token of the caption ' '"):
+        encoder.prepare(["a dog", " "])
+
+
+SHOUTED = ["A Dog!", "THE CAT, on a mat.", "It's  a HAT"]
+
+
+def test_siglip_2_reads_lower_case_as_it_was_trained_and_as_transformers_own_tokenizer_for_it_does(loaded):
+    family, encoder, _, _ = loaded(models.siglip2_text)
+    vocabulary = json.loads((Path(family.spec.model) / "tokenizer.json").read_text())["model"]["vocab"]
+    own = transformers.Siglip2Tokenizer(vocab=vocabulary, merges=[], padding_side="right", add_eos_token=True)
+    ids = encoder.prepare(SHOUTED).ids
+    assert torch.equal(ids, encoder.prepare([caption.lower() for caption in SHOUTED]).ids)
+    for row, caption in zip(ids.tolist(), SHOUTED, strict=True):
+        expected = [*own(caption, add_special_tokens=False)["input_ids"], 1][:CONTEXT]
+        assert row[: len(expected) - 1] == expected[:-1]
+
+
+def test_siglip_1_reads_no_punctuation_either_as_open_clip_prepares_its_captions(loaded):
+    _, encoder, _, _ = loaded(models.siglip_text)
+    cleaned = [open_clip.tokenizer._clean_canonicalize(caption) for caption in SHOUTED]
+    assert cleaned == ["a dog", "the cat on a mat", "its a hat"]
+    assert torch.equal(encoder.prepare(SHOUTED).ids, encoder.prepare(cleaned).ids)
+
+
+def test_reference_reads_the_case_of_a_caption_as_the_papers_code_does(loaded):
+    family, _, _, _ = loaded(models.siglip2_text)
+    encoder = load_encoder(change(family.spec, global_token="reference"))
+    assert not torch.equal(encoder.prepare(["A Dog"]).ids, encoder.prepare(["a dog"]).ids)
+
+
+@pytest.mark.parametrize("global_token", ["eot", "mean", "first"])
+def test_siglip_reads_all_its_padding_whatever_its_global_token(loaded, global_token):
+    family, _, found, _ = loaded(models.siglip_text)
+    other = load_encoder(change(family.spec, global_token=global_token)).activations(family.samples)
+    assert torch.equal(other.tokens[2], found.tokens[2])
 
 
 def test_an_image_has_no_end_of_text(loaded):
@@ -225,6 +302,59 @@ def test_blocks_are_the_longest_run_of_modules_of_one_class():
     tower.after = nn.ModuleList([nn.GELU()])
     found = find_blocks(tower, models.entry("tower", "text", "first", layers=3))
     assert all(a is b for a, b in zip(found, tower.inner.layers, strict=True))
+
+
+STAGED = ["ResNet", "ConvNext", "Swin", "Swinv2", "Pvt", "MobileViT", "test_resnet", "test_efficientnet", "open_clip"]
+REMEDIES = [r"set (layers): (\d+)", r"set (width): (\d+)", r"(blocks): (\S+), (layers): (\d+), (use_layers): (last)"]
+REMEDIES += [r"(use_layers): (last), (width): (\d+)"]
+
+
+@pytest.mark.parametrize("kind", STAGED)
+def test_the_remedies_for_an_encoder_in_stages_lead_to_its_last_grid_of_tokens(tmp_path, kind):
+    spec, said = models.staged(kind, tmp_path), []
+    for _ in range(5):
+        try:
+            encoder = load_encoder(spec)
+            break
+        except EncoderError as error:
+            said.append(str(error).replace(str(tmp_path), ""))
+        given = [match.groups() for remedy in REMEDIES for match in [re.search(remedy, said[-1])] if match]
+        spec = change(
+            spec, **{key: value for pairs in given for key, value in zip(pairs[::2], pairs[1::2], strict=True)}
+        )
+    assert any("single residual stream" in line or "not one residual stream" in line for line in said)
+    found = encoder.activations(models.pictures())
+    assert len(found.tokens) == 1
+    # Of all shapes between blocks, the smallest grid is the last stage's; it may hold a class token.
+    shapes = set()
+    hooks = [
+        m.register_forward_hook(lambda _, __, out: shapes.add(getattr(out, "shape", (0,)))) for m in encoder.blocks
+    ]
+    encoder.activations(models.pictures())
+    for hook in hooks:
+        hook.remove()
+    (tokens,) = found.tokens.values()
+    assert tokens.shape[2] == spec.width
+    assert tokens.shape[1] in (4, 5, 25), tokens.shape
+
+
+@pytest.mark.parametrize("width", [10, 14, 20, 99])
+def test_rows_of_a_grid_are_never_taken_for_tokens(width):
+    """A grid of 14 x 10 or 14 x 14 places with a width of 20, in both layouts."""
+    for shape in [(20, 14, 14), (14, 14, 20), (20, 14, 10), (14, 10, 20)]:
+        block = nn.Identity()
+        encoder = Encoder(
+            models.entry("tower", "image", "mean", layers=1, width=width),
+            torch.device("cpu"),
+            [block],
+            prepare=lambda samples, shape=shape: Batch({"x": torch.ones(3, *shape)}, mask=None, eot=None),
+            forward=lambda inputs, block=block: block(inputs["x"]),
+        )
+        if width == 20 and 10 not in shape:
+            assert encoder.activations(models.pictures(3)).tokens[0].shape == (3, 196, 20)
+        else:
+            with pytest.raises(EncoderError, match=r"set width: 20|cannot be told apart; set image_size"):
+                encoder.activations(models.pictures(3))
 
 
 def test_blocks_at_a_given_path_are_used_instead():
@@ -308,6 +438,34 @@ def test_weights_in_half_precision_are_computed_in_single_precision(tmp_path):
     assert close(found.tokens[2].cpu(), truth.hidden[2])
 
 
+@pytest.mark.parametrize(
+    ("kind", "longest", "settings"),
+    [
+        ("ModernBert", 600, {"model_max_length": 10**30}),
+        ("Llama", 600, {"model_max_length": 10**30}),
+        ("Bert", 50, {"model_max_length": 50}),
+        ("Roberta", 600, {"model_max_length": 10**30}),
+        ("T5", 512, {"model_max_length": 10**30}),
+    ],
+)
+def test_captions_are_cut_at_the_models_own_length_and_where_it_has_none_that_is_said(
+    tmp_path, kind, longest, settings, capsys
+):
+    models.language_model(kind, tmp_path, positions=600, **settings)
+    found = load_encoder(models.entry(tmp_path, "text", "eot", kind="language")).activations(["a cat " * 500])
+    assert found.tokens[0].shape[1] == longest
+    assert ("nothing bounds its texts; they are cut at 512 tokens" in capsys.readouterr().err) == (kind == "T5")
+
+
+@pytest.mark.parametrize("kind", ["Roberta", "GPT2"])
+def test_a_context_of_more_positions_than_a_model_has_is_an_error(tmp_path, kind):
+    models.language_model(kind, tmp_path, positions=16)
+    spec = models.entry(tmp_path, "text", "eot", kind="language")
+    load_encoder(change(spec, context_length=16)).activations(["a cat " * 20])
+    with pytest.raises(EncoderError, match="context_length 17 is more than the 16 tokens it can read"):
+        load_encoder(change(spec, context_length=17))
+
+
 def test_captions_are_cut_to_the_given_context(bert):
     spec, model = bert
     how = {"max_length": 5}
@@ -326,13 +484,38 @@ def test_blocks_that_the_weights_lack_are_an_error_and_not_random(bert, blocks):
         load_encoder(change(spec, layers=5, blocks=blocks))
 
 
-def test_a_head_that_the_weights_lack_is_no_error(bert):
+def test_a_head_that_the_weights_lack_is_no_error_and_no_alarm(bert, capfd):
     spec, model = bert
     file = Path(spec.model) / "model.safetensors"
     weights = {name: x for name, x in load_file(file).items() if not name.startswith("pooler")}
     save_file(weights, file, metadata={"format": "pt"})
     found = load_encoder(spec).activations(CAPTIONS)
     assert close(found.tokens[2].cpu(), models.text_truth(model, models.bert_tokenizer())(CAPTIONS).hidden[2])
+    captured = capfd.readouterr()
+    assert not re.search("report|missing|pooler", captured.out + captured.err, re.IGNORECASE)
+
+
+ABSURD = {"num_hidden_layers": 10**6, "hidden_size": 10**9, "vocab_size": 10**12, "intermediate_size": 10**10}
+
+
+@pytest.mark.parametrize(("key", "value"), ABSURD.items())
+def test_a_configuration_of_an_absurd_size_is_an_error_before_it_is_built(bert, key, value):
+    spec, _ = bert
+    file = Path(spec.model) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    said = "more than any model has" if key == "num_hidden_layers" else "a far larger model than its weights"
+    with pytest.raises(EncoderError, match=f"{said}; use the configuration that belongs to its weights$"):
+        load_encoder(spec)
+
+
+@pytest.mark.parametrize(("part", "key", "value"), [("text_cfg", "layers", 10**6), ("vision_cfg", "layers", 9000)])
+def test_a_configuration_of_open_clip_of_an_absurd_size_is_an_error_before_it_is_built(tmp_path, part, key, value):
+    spec, file = models.open_clip_text(tmp_path).spec, tmp_path / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["model_cfg"][part] |= {key: value, "width": 240}
+    file.write_text(json.dumps(config))
+    with pytest.raises(EncoderError, match=r"use the configuration that belongs to its weights$"):
+        load_encoder(spec)
 
 
 def test_a_folder_without_tokenizer_is_an_error_and_not_a_model_of_unknown_words(bert):
@@ -455,6 +638,13 @@ def test_reference_is_the_same_for_every_caption_of_a_causal_tower(loaded, make)
     found = load_encoder(change(family.spec, global_token="reference")).activations(family.samples)
     for layer in range(family.spec.layers):
         assert close(found.global_token[layer], found.global_token[layer][:1].expand_as(found.global_token[layer]))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_model_that_cannot_compute_in_half_precision_says_what_to_set_when_it_is_loaded(loaded, precision):
+    family, _, _, _ = loaded(models.deberta)
+    with pytest.raises(EncoderError, match=r"its forward pass fails .*; set precision: float32; if that fails too"):
+        load_encoder(change(family.spec, precision=precision))
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -606,6 +796,125 @@ def test_a_model_that_hides_patches_by_chance_is_refused(tmp_path):
     models.square_processor(transformers.ViTImageProcessor).save_pretrained(tmp_path)
     with pytest.raises(EncoderError, match="it hides patches by chance while it reads"):
         load_encoder(models.entry(tmp_path, "image", "first", kind="vision"))
+
+
+def save_llava(folder):
+    sizes = {"hidden_size": IMAGE_WIDTH, "num_hidden_layers": IMAGE_LAYERS, "intermediate_size": 32}
+    sizes["num_attention_heads"] = 2
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=models.SIDE, patch_size=models.PATCH)
+    text = transformers.LlamaConfig(**sizes, vocab_size=40, num_key_value_heads=2, max_position_embeddings=64)
+    model = models.randomise(transformers.LlavaModel(transformers.LlavaConfig(vision_config=vision, text_config=text)))
+    model.save_pretrained(folder)
+    models.clip_processor().save_pretrained(folder)
+    return model.vision_tower, models.clip_processor()
+
+
+def save_flava(folder):
+    sizes = {"hidden_size": IMAGE_WIDTH, "num_hidden_layers": IMAGE_LAYERS, "intermediate_size": 32}
+    sizes["num_attention_heads"] = 2
+    config = transformers.FlavaConfig(
+        image_config=sizes | {"image_size": models.SIDE, "patch_size": models.PATCH},
+        text_config=sizes | {"vocab_size": 30},
+        multimodal_config=sizes | {"num_hidden_layers": 1},
+        hidden_size=IMAGE_WIDTH,
+        projection_dim=8,
+    )
+    model = models.randomise(transformers.FlavaModel(config))
+    model.save_pretrained(folder)
+    square = {"height": models.SIDE, "width": models.SIDE}
+    processor = transformers.FlavaImageProcessor(size=square, crop_size=square)
+    processor.save_pretrained(folder)
+    return model.image_model, processor
+
+
+@pytest.mark.parametrize("save", [save_llava, save_flava], ids=["llava", "flava"])
+def test_a_model_of_several_parts_is_read_by_the_one_that_reads_images(tmp_path, save):
+    tower, processor = save(tmp_path)
+    found = load_encoder(models.entry(tmp_path, "image", "first")).activations(models.pictures())
+    own = models.image_truth(tower, processor)(models.pictures())
+    for layer in range(IMAGE_LAYERS - 1):
+        assert close(found.tokens[layer].cpu(), own.hidden[layer])
+
+
+def processor_of(name, **settings):
+    return lambda: getattr(transformers, name)(**settings)
+
+
+SQUARE = {"height": models.SIDE, "width": models.SIDE}
+PROCESSORS = {
+    "deit": processor_of("DeiTImageProcessor", size={"height": 36, "width": 36}, crop_size=SQUARE, do_center_crop=True),
+    "clip": models.clip_processor,
+    "vit": processor_of("ViTImageProcessor", size=SQUARE),
+    "siglip": processor_of("SiglipImageProcessor", size=SQUARE),
+    "bit": processor_of("BitImageProcessor", size={"shortest_edge": 36}, crop_size=SQUARE, do_center_crop=True),
+    "convnext": processor_of("ConvNextImageProcessor", size={"shortest_edge": models.SIDE}, crop_pct=0.875),
+    "levit": processor_of("LevitImageProcessor", size={"shortest_edge": models.SIDE}, crop_size=SQUARE),
+    "perceiver": processor_of("PerceiverImageProcessor", size=SQUARE, crop_size={"height": 36, "width": 36}),
+    "efficientnet": processor_of("EfficientNetImageProcessor", size=SQUARE),
+    "beit": processor_of("BeitImageProcessor", size={"height": 36, "width": 36}, crop_size=SQUARE, do_center_crop=True),
+    "videomae-like": processor_of("ViTImageProcessor", size={"shortest_edge": models.SIDE}),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_an_image_size_that_is_the_models_own_changes_nothing_and_another_keeps_its_proportions(tmp_path, name):
+    model = models.randomise(transformers.Dinov2Model(transformers.Dinov2Config(**models._vision(), mlp_ratio=2)))
+    model.save_pretrained(tmp_path)
+    PROCESSORS[name]().save_pretrained(tmp_path)
+    square = [models.pictures(1)[0].resize((90, 90))]
+    spec = models.entry(tmp_path, "image", "first", kind="vision")
+    own, same, other = (load_encoder(change(spec, image_size=size)).prepare(square) for size in (None, models.SIDE, 64))
+    assert torch.equal(own.pixels, same.pixels)
+    assert other.pixels.shape == (1, 3, 64, 64)
+    # What is seen of the image stays the same: shrunk again, it is what the own size shows.
+    shrunk = nn.functional.interpolate(other.pixels, size=(8, 8), mode="area")
+    assert (shrunk - nn.functional.interpolate(own.pixels, size=(8, 8), mode="area")).abs().max() < 0.6
+
+
+@pytest.mark.parametrize("make", [f for f in models.IMAGES if f is not models.mambavision], **by_name)
+def test_an_image_size_that_is_a_familys_own_gives_the_same_bytes(loaded, make):
+    family, _, _, _ = loaded(make)
+    plain = load_encoder(change(family.spec, image_size=None))
+    side = plain.prepare(family.samples).pixels.shape[-1]
+    same = load_encoder(change(family.spec, image_size=side))
+    assert torch.equal(same.prepare(family.samples).pixels, plain.prepare(family.samples).pixels)
+    first, last = plain.activations(family.samples), same.activations(family.samples)
+    # With `image_size`, positions are interpolated to what they are already.
+    assert all(close(last.tokens[layer], x) for layer, x in first.tokens.items())
+
+
+def save_naflex(folder):
+    config = transformers.Siglip2VisionConfig(**models._vision(), num_patches=16)
+    models.randomise(transformers.Siglip2VisionModel(config)).save_pretrained(folder)
+    transformers.Siglip2ImageProcessor(patch_size=models.PATCH, max_num_patches=16).save_pretrained(folder)
+
+
+def test_an_image_size_for_a_processor_of_patches_is_an_error(tmp_path):
+    save_naflex(tmp_path)
+    spec = models.entry(tmp_path, "image", "mean")
+    load_encoder(spec).activations(models.pictures())
+    with pytest.raises(EncoderError, match="image_size does not fit an image processor of patches; leave it out"):
+        load_encoder(change(spec, image_size=64))
+
+
+def test_a_processor_that_makes_no_images_of_a_given_size_is_an_error(tmp_path):
+    models.vit(tmp_path)
+    transformers.ViTImageProcessor(do_resize=False).save_pretrained(tmp_path)
+    with pytest.raises(EncoderError, match="its image processor cannot make images of image_size: 64; leave it out"):
+        load_encoder(models.entry(tmp_path, "image", "first", kind="vision", image_size=64))
+
+
+def test_images_of_unlike_sizes_that_a_processor_keeps_need_batches_of_one(tmp_path, capsys):
+    models.dinov2(tmp_path)
+    transformers.BitImageProcessor(size={"shortest_edge": 32}, do_center_crop=False).save_pretrained(tmp_path)
+    spec, remedy = models.entry(tmp_path, "image", "first", kind="vision"), "set batch_size: 1"
+    encoder = load_encoder(spec)
+    assert remedy in capsys.readouterr().err
+    with pytest.raises(EncoderError, match=f"those of unlike sizes cannot share a batch; {remedy}$"):
+        encoder.activations(models.pictures())
+    one = load_encoder(change(spec, batch_size=1))
+    assert remedy not in capsys.readouterr().err
+    assert {one.activations([image]).tokens[0].shape[1] for image in models.pictures()} == {25, 17}
 
 
 def test_convolutions_whose_output_is_changed_in_place_are_recorded_as_they_gave_it():

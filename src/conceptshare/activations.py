@@ -230,6 +230,8 @@ def prepare(encoder: Encoder, data: Data, start: int) -> Batch:
     samples = _samples(data, encoder.spec, start)
     try:
         return encoder.prepare(samples)
+    except EncoderError:
+        raise
     except Exception as error:  # processors and tokenizers raise many types
         raise EncoderError(
             f"{encoder.spec.model}: samples {start} to {start + len(samples) - 1} cannot be made into its inputs "

@@ -161,15 +161,18 @@ class EncoderSpec(ModelSpec, extra="forbid"):
     width: int = Field(ge=1, le=10**6)
     """Width of its residual stream; checked when it is loaded."""
     global_token: Literal["first", "eot", "last", "mean", "reference"]
-    """What stands for the whole sample: the first token, the end-of-text token, the last position, padding
-    included, or the mean of the unpadded tokens. ``reference`` is what the paper's published code reads: position 0,
-    with SAEs trained on padding too."""
+    """What stands for the whole sample: the first token, the end-of-text token, the last position, or the mean of the
+    unpadded tokens. The last position is padding only in models that were trained to read it there (SigLIP); of others
+    it is the last token. ``reference`` is what the paper's published code reads: position 0, with SAEs trained on
+    padding too, and captions of SigLIP2 in the case they are written in."""
     use_layers: Literal["all", "last"] | list[int] = "all"
     """Which layers to record, counted from 0."""
     image_size: int | None = Field(default=None, ge=1, le=100_000)
-    """Side in pixels at which images are fed. Without it, the model's own."""
+    """Side in pixels at which images are fed, cropped in the proportion of the model's own processor. Without it, the
+    model's own."""
     context_length: int | None = Field(default=None, ge=1, le=10**8)
-    """Longest text in tokens. Without it, the model's own."""
+    """Longest text in tokens; longer ones are cut. Without it, the model's own length: the smaller of its tokenizer's
+    and its positions, or 512 if neither has a bound, which the log then says."""
     blocks: str | None = None
     """Dotted path of the module list that holds the blocks, where the longest run of like blocks is not it."""
     batch_size: int = Field(default=32, ge=1, le=10**6)

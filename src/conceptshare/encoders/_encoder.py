@@ -1,9 +1,10 @@
 """What an encoder is, whichever library it comes from."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -11,10 +12,35 @@ from torch import Tensor, nn
 from conceptshare.catalog import EncoderSpec
 from conceptshare.device import full_float32
 from conceptshare.errors import EncoderError
+from conceptshare.progress import say
 
 Samples = Sequence[Image.Image] | Sequence[str]
 
+# Words of the longest caption that a loaded encoder is tried on.
+_LONG = 520
+
 _LOW_PRECISION = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class UnlikeImagesError(EncoderError):
+    """An image processor keeps proportions, and images of unlike ones cannot share a batch."""
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        super().__init__(
+            f"{spec.model}: its image processor keeps the proportions of images, and those of unlike sizes cannot "
+            f"share a batch; set batch_size: 1"
+        )
+
+
+def stacked(images: Sequence[Tensor], spec: EncoderSpec) -> Tensor:
+    """``[B, 3, H, W]`` of prepared images ``[3, H, W]``.
+
+    Raises:
+        UnlikeImagesError: if they differ in size.
+    """
+    if len({image.shape for image in images}) > 1:
+        raise UnlikeImagesError(spec)
+    return torch.stack(list(images))
 
 
 @dataclass(frozen=True)
@@ -75,6 +101,8 @@ class Encoder:
     """Whether blocks give ``[B, T, D]`` and not ``[T, B, D]``."""
     words: Callable[[list[int]], list[str]] | None = None
     """The texts of token ids, for a text encoder."""
+    sees_padding: bool = False
+    """Whether the model was trained to read padding, so that the last position stands for a text, padding or not."""
     fingerprint: str = ""
     """Digest of the files it was loaded from; empty where they were not recorded."""
 
@@ -85,7 +113,7 @@ class Encoder:
             samples: RGB pictures for an image encoder, captions for a text encoder.
 
         Raises:
-            EncoderError: where a block's output is not a residual stream of the width the catalog says.
+            EncoderError: if the blocks' outputs are not one residual stream of the width that the catalog says.
         """
         return self.read(self.prepare(samples))
 
@@ -95,6 +123,7 @@ class Encoder:
         """The same of prepared inputs."""
         outputs = self._observe({name: value.to(self.device) for name, value in batch.inputs.items()})
         tokens = {layer: self._residual(layer, outputs[layer], len(batch)) for layer in self.spec.layer_numbers()}
+        self._check_sizes(tokens)
         some = next(iter(tokens.values()))
         mask = torch.ones(some.shape[:2], dtype=torch.bool) if batch.mask is None else batch.mask
         mask = mask.to(self.device)
@@ -132,8 +161,9 @@ class Encoder:
             def hook(_module: nn.Module, _inputs: object, output: Any) -> None:
                 if layer in outputs:
                     raise EncoderError(
-                        f"{self.spec.model}, layer {layer}: its block runs more than once in a pass, and its layers "
-                        f"cannot be told apart; set blocks to modules that run once"
+                        f"{self.spec.model}, layer {layer}: its block runs more than once in a pass, so its layers "
+                        f"cannot be told apart; set blocks to modules that run once, or, if its layers share one block "
+                        f"as ALBERT's do, use another encoder"
                     )
                 first = output[0] if isinstance(output, tuple) and output else output
                 # What follows a convolution often works in place. Copying every transformer's blocks would cost time.
@@ -151,9 +181,11 @@ class Encoder:
         except torch.OutOfMemoryError as error:
             raise EncoderError(f"{self.spec.model}: the GPU's memory is too small; lower batch_size") from error
         except Exception as error:  # model code raises whatever it meets
+            # Some models fill a 16-bit tensor with the least number of float32.
+            first = "" if low is None else "set precision: float32; if that fails too, "
             raise EncoderError(
-                f"{self.spec.model}: its forward pass fails ({type(error).__name__}: {str(error).strip()}); check its "
-                f"modality, image_size and context_length, and that its tokenizer is its own"
+                f"{self.spec.model}: its forward pass fails ({type(error).__name__}: {in_one_line(error)}); "
+                f"{first}check its modality, image_size and context_length, and that its tokenizer is its own"
             ) from error
         finally:
             for hook in hooks:
@@ -167,27 +199,41 @@ class Encoder:
         return outputs
 
     def _residual(self, layer: int, output: Any, samples: int) -> Tensor:
+        """``[B, T, D]`` float32 tokens of a block's output."""
         x: Tensor = output
         if isinstance(x, Tensor) and x.ndim == 4:
-            # A grid of tokens, with the width behind the samples (convolutions) or last.
-            if x.shape[1] == x.shape[3] == self.spec.width:
+            # A grid of tokens, with the width behind the samples (convolutions) or last: the axis that is no side.
+            _, a, b, c = x.shape
+            if (a == b) == (b == c):
                 raise EncoderError(
                     f"{self.spec.model}, layer {layer}: width and sides of its grid {list(x.shape)} cannot be told "
-                    f"apart; set image_size to another"
+                    f"apart; set image_size to another, for a square grid"
                 )
-            x = x.flatten(2).transpose(1, 2) if x.shape[1] == self.spec.width else x.flatten(1, 2)
+            x = x.flatten(2).transpose(1, 2) if b == c else x.flatten(1, 2)
         elif isinstance(x, Tensor) and x.ndim == 3:
             x = x if self.batch_first else x.transpose(0, 1)
         else:
             raise EncoderError(f"{self.spec.model}, layer {layer}: no residual stream [B, T, D]; set blocks")
-        if x.shape[2] != self.spec.width:
-            raise EncoderError(
-                f"{self.spec.model}, layer {layer}: width {x.shape[2]}, where its entry says {self.spec.width}; "
-                f"set width: {x.shape[2]}"
-            )
         if x.shape[0] != samples:
             raise EncoderError(f"{self.spec.model}, layer {layer}: {x.shape[0]} rows for {samples} samples")
         return x.float()
+
+    def _check_sizes(self, tokens: dict[int, Tensor]) -> None:
+        """Refuse layers that are not alike, or not as wide as the catalog says."""
+        sizes = {layer: (x.shape[1], x.shape[2]) for layer, x in tokens.items()}
+        last, (length, width) = next(reversed(sizes.items()))
+        other = next((layer for layer, size in sizes.items() if size != (length, width)), None)
+        if other is not None:
+            raise EncoderError(
+                f"{self.spec.model}: layer {other} has {sizes[other][0]} tokens of width {sizes[other][1]}, layer "
+                f"{last} {length} of width {width}: not one residual stream; record layers that are alike, such as the "
+                f"last: use_layers: last, width: {width}"
+            )
+        if width != self.spec.width:
+            raise EncoderError(
+                f"{self.spec.model}, layer {min(sizes)}: width {width}, where its entry says {self.spec.width}; set "
+                f"width: {width}"
+            )
 
     def _global_position(self, mask: Tensor, eot: Tensor | None) -> Tensor | None:
         """``[B]`` positions of the global tokens; none where it is the mean of all."""
@@ -197,13 +243,82 @@ class Encoder:
             case "reference":
                 return torch.zeros(len(mask), dtype=torch.long, device=self.device)
             case "last":
-                return torch.full((len(mask),), mask.shape[1] - 1, device=self.device)
+                final = mask.shape[1] - 1
+                if self.sees_padding:
+                    return torch.full((len(mask),), final, device=self.device)
+                return final - mask.flip(1).int().argmax(1)
             case "eot":
                 if eot is None:
                     raise EncoderError(f"{self.spec.model}: images have no end of text; set global_token")
                 return eot.to(self.device)
             case "mean":
                 return None
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error's own words, of which libraries give many lines, at a length that can be read."""
+    words = " ".join(str(error).split())
+    return words if len(words) <= 600 else f"{words[:600]} ..."
+
+
+def give_pad_token(tokenizer: Any) -> None:
+    """Let a tokenizer without a padding token, as of most language models, pad with its end of text or any other.
+
+    Padding stands behind the text and is masked, so which token it is changes nothing.
+    """
+    if tokenizer.pad_token_id is None:
+        others = [tokenizer.eos_token, *tokenizer.all_special_tokens, tokenizer.convert_ids_to_tokens(0)]
+        tokenizer.pad_token = next(token for token in others if token is not None)
+
+
+def check_reading(encoder: Encoder) -> None:
+    """Let an encoder read two samples, alone and together, and refuse one that does not read them alike.
+
+    Raises:
+        EncoderError: if its blocks are not one residual stream of the width that its entry says, a sample's residual
+            stream depends on the others in its batch, or the precision cannot be computed in.
+    """
+    spec = encoder.spec
+    exact = replace(encoder, spec=spec.model_copy(update={"precision": "float32"}))
+    samples = _some_samples(spec)
+    apart = [exact.activations(samples[n : n + 1]) for n in range(len(samples))]
+    if spec.precision != "float32":
+        encoder.activations(samples[:1])
+    if spec.modality == "text":
+        exact.activations([" ".join(["dog"] * _LONG)])  # which a model with fewer positions than it says cannot read
+    if spec.batch_size == 1:
+        return
+    try:
+        together = exact.activations(samples)
+    except UnlikeImagesError as error:
+        say(f"{error}, unless all images of the data set are of one size")
+        return
+    if spec.global_token == "reference":  # as the paper's code, which reads padding, too
+        return
+    for n, alone in enumerate(apart):
+        for layer, x in together.tokens.items():
+            own = torch.cat([alone.tokens[layer][0][alone.training[0]], alone.global_token[layer]])
+            shared = torch.cat([x[n][together.training[n]], together.global_token[layer][n : n + 1]])
+            # Rounding comes to 1e-5 of a token; other positions, or padding that is attended to, to several percent.
+            if own.shape != shared.shape or ((own - shared).norm(dim=1) > 0.01 * own.norm(dim=1)).any():
+                raise EncoderError(
+                    f"{spec.model}, layer {layer}: a sample's residual stream depends on the padding of its batch; set "
+                    f"batch_size: 1, at which there is none"
+                )
+
+    if all((x[0] - x[1]).norm() <= 1e-5 * x[0].norm() for x in together.global_token.values()):
+        other = "eot" if spec.modality == "text" else "mean"
+        say(
+            f"{spec.model}: its global token is the same for two samples; unless you mean it, set global_token: {other}"
+        )
+
+
+def _some_samples(spec: EncoderSpec) -> Samples:
+    """Two captions of unlike lengths, or two images of unlike proportions."""
+    if spec.modality == "text":
+        return ["a dog", "a cat and a dog on a mat"]
+    noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    return [Image.fromarray(noise), Image.fromarray(noise.transpose(1, 0, 2).copy())]
 
 
 def find_blocks(tower: nn.Module, spec: EncoderSpec) -> list[nn.Module]:
@@ -225,8 +340,21 @@ def find_blocks(tower: nn.Module, spec: EncoderSpec) -> list[nn.Module]:
             known = ", ".join(name for name, run in lists.items() if len(run) > 1)
             raise EncoderError(f"{spec.model}: no module at blocks: {place}; lists are at: {known}") from None
     else:
-        alike = {name: run for name, run in lists.items() if len({type(block) for block in run}) == 1}
+        kinds = {name: {type(block) for block in run} for name, run in lists.items()}
+        # A list of lists does not run itself.
+        alike = {name: run for name, run in lists.items() if len(kinds[name]) == 1 and nn.ModuleList not in kinds[name]}
         place, blocks = max(alike.items(), key=lambda named: len(named[1]), default=("", []))
+        stages = [name for name, run in alike.items() if blocks and type(run[0]) is type(blocks[0])]
+        if len(stages) > 1:
+            # The list that the stages stand in, if it holds modules that run.
+            around = [n for n in lists if nn.ModuleList not in kinds[n] and all(s.startswith(f"{n}.") for s in stages)]
+            last = max(around, key=len, default=stages[-1])
+            raise EncoderError(
+                f"{spec.model}: its blocks stand in {len(stages)} stages ({', '.join(stages)}), which differ in width "
+                f"or number of tokens, so it has no single residual stream and cannot be read layer by layer yet; use "
+                f"an encoder with one stack of blocks, such as a ViT, or record the last stage alone: blocks: {last}, "
+                f"layers: {len(lists[last])}, use_layers: last"
+            )
     if len(blocks) != spec.layers:
         raise EncoderError(
             f"{spec.model}: {len(blocks)} blocks found{f' at {place}' if place else ''}, where its entry says layers: "

@@ -1,15 +1,25 @@
 """One way in for every library."""
 
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from conceptshare.catalog import EncoderSpec
-from conceptshare.encoders._encoder import Encoder
+from conceptshare.encoders._encoder import Encoder, check_reading, in_one_line
 from conceptshare.errors import EncoderError
 from conceptshare.weights import fingerprint, locate, recorded_location
+
+# More than any published model has, by far.
+_MOST_LAYERS = 10_000
 
 
 def load_encoder(spec: EncoderSpec, weights: Path | None = None) -> Encoder:
@@ -23,14 +33,63 @@ def load_encoder(spec: EncoderSpec, weights: Path | None = None) -> Encoder:
         EncoderError: where its files are absent, cannot be loaded, or are not what ``spec`` says.
     """
     location = recorded_location(weights) if weights else locate(spec, made=Path(mkdtemp()) / "model")
+    encoder = load_at(spec, location)
+    return replace(encoder, fingerprint=fingerprint(weights)) if weights else encoder
+
+
+def load_at(spec: EncoderSpec, location: Path) -> Encoder:
+    """Load an encoder from its folder or checkpoint, and let it read two samples, see `check_reading`.
+
+    Raises:
+        EncoderError: as `load_encoder`.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        encoder = _load(spec, location, device)
+        with _no_larger_than_its_weights(spec, location):
+            encoder = _load(spec, location, device)
+        check_reading(encoder)
     except EncoderError:
         raise
     except Exception as error:  # the libraries raise whatever their formats raise
-        raise EncoderError(f"{spec.model}: {spec.library} cannot load {location}: {error}") from error
-    return replace(encoder, fingerprint=fingerprint(weights)) if weights else encoder
+        raise EncoderError(f"{spec.model}: {spec.library} cannot load {location}: {in_one_line(error)}") from error
+    return encoder
+
+
+@contextmanager
+def _no_larger_than_its_weights(spec: EncoderSpec, location: Path) -> Iterator[None]:
+    """Refuse a configuration that describes a far larger model than its weights fill, before all of it is built."""
+    remedy = "use the configuration that belongs to its weights"
+    files = [path for path in location.rglob("*") if path.is_file()] if location.is_dir() else [location]
+    for path in files:
+        if path.name in ("config.json", "open_clip_config.json"):
+            for name, count in _counts_of_layers(json.loads(path.read_text(encoding="utf-8"))):
+                if count > _MOST_LAYERS:
+                    raise EncoderError(f"{path}: {name}: {count} is more than any model has; {remedy}")
+    # Weights take a byte each at least, and some are built that no file holds: tied ones, or heads.
+    most = 2**24 + 8 * sum(path.stat().st_size for path in files)
+    built = 0
+
+    def count_parameters(_module: object, _name: str, parameter: Tensor | None) -> None:
+        nonlocal built
+        built += 0 if parameter is None else parameter.numel()
+        if built > most:
+            raise EncoderError(
+                f"{spec.model}: its configuration describes a far larger model than its weights; {remedy}"
+            )
+
+    hook = register_module_parameter_registration_hook(count_parameters)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _counts_of_layers(settings: Any) -> Iterator[tuple[str, int]]:
+    """The keys of a configuration that count layers, however deep they stand."""
+    for name, value in settings.items() if isinstance(settings, dict) else ():
+        if isinstance(value, int) and re.search(r"(layers?|depths?)$", str(name)):
+            yield name, value
+        yield from _counts_of_layers(value)
 
 
 def _load(spec: EncoderSpec, location: Path, device: torch.device) -> Encoder:

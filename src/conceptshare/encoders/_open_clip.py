@@ -10,7 +10,7 @@ from tokenizers.models import BPE
 from torch import Tensor, nn
 
 from conceptshare.catalog import EncoderSpec
-from conceptshare.encoders._encoder import Batch, Encoder, Samples, find_blocks
+from conceptshare.encoders._encoder import Batch, Encoder, Samples, find_blocks, give_pad_token, stacked
 from conceptshare.errors import EncoderError
 
 
@@ -40,13 +40,14 @@ def load_open_clip(spec: EncoderSpec, location: Path, device: torch.device) -> E
     model.eval()
     if spec.modality == "image":
         tower = model.visual
-        (prepare, forward), words = _images(model, transform), None
+        (prepare, forward), words, sees_padding = _images(model, transform, spec), None, False
     else:
         tower = model.text if hasattr(model, "text") else model.transformer
         tokenizer = _in_linear_time(_tokenizer(name))
         (prepare, forward), words = _texts(model, tokenizer, spec), _words(tokenizer)
+        sees_padding = _pool_type(_settings(model)) == "last"
     batch_first = next((m.batch_first for m in tower.modules() if hasattr(m, "resblocks")), True)
-    return Encoder(spec, device, find_blocks(tower, spec), prepare, forward, batch_first, words)
+    return Encoder(spec, device, find_blocks(tower, spec), prepare, forward, batch_first, words, sees_padding)
 
 
 def _tokenizer(name: str) -> Any:
@@ -76,9 +77,9 @@ def _words(tokenizer: Any) -> Callable[[list[int]], list[str]]:
     return words
 
 
-def _images(model: Any, transform: Any) -> Any:
+def _images(model: Any, transform: Any, spec: EncoderSpec) -> Any:
     def prepare(samples: Samples) -> Batch:
-        return Batch({"image": torch.stack([transform(sample) for sample in samples])}, mask=None, eot=None)
+        return Batch({"image": stacked([transform(sample) for sample in samples], spec)}, mask=None, eot=None)
 
     def forward(inputs: dict[str, Tensor]) -> object:
         return model.encode_image(inputs["image"])
@@ -87,12 +88,14 @@ def _images(model: Any, transform: Any) -> Any:
 
 
 def _texts(model: Any, tokenizer: Any, spec: EncoderSpec) -> Any:
-    settings = model.text if hasattr(model, "text") else model
+    settings = _settings(model)
     own: int = tokenizer.context_length
     longest = spec.context_length or own
     if longest > own:
         raise EncoderError(f"{spec.model}: context_length {longest} is more than the {own} tokens it can read")
     inner = getattr(tokenizer, "tokenizer", None)  # where open_clip uses one of transformers
+    if inner is not None:
+        give_pad_token(inner)
     padding = 0 if inner is None else inner.pad_token_id
     pads_with_end = inner is not None and padding == inner.eos_token_id
 
@@ -113,6 +116,11 @@ def _texts(model: Any, tokenizer: Any, spec: EncoderSpec) -> Any:
         return model.encode_text(inputs["text"])
 
     return prepare, forward
+
+
+def _settings(model: Any) -> Any:
+    """The module that says how texts are read."""
+    return model.text if hasattr(model, "text") else model
 
 
 def _end_of_text(ids: Tensor, settings: Any) -> Tensor:

@@ -9,14 +9,15 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 
 from conceptshare.catalog import EncoderSpec
-from conceptshare.encoders._encoder import Batch, Encoder, Samples, find_blocks
+from conceptshare.encoders._encoder import Batch, Encoder, Samples, find_blocks, stacked
 
 
 def load_timm(spec: EncoderSpec, folder: Path, device: torch.device) -> Encoder:
     """Load the image encoder in ``folder``, with pictures seen as its own configuration says."""
     model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
     seen: dict[str, Any] = {}
-    if spec.image_size is not None:
+    own = resolve_data_config(seen, model=model)["input_size"]
+    if spec.image_size is not None and own[1:] != (spec.image_size, spec.image_size):
         seen["input_size"] = (3, spec.image_size, spec.image_size)
         # Without it, a model takes pictures of any size.
         if hasattr(model, "set_input_size"):
@@ -25,7 +26,7 @@ def load_timm(spec: EncoderSpec, folder: Path, device: torch.device) -> Encoder:
     model = model.eval().to(device)
 
     def prepare(samples: Samples) -> Batch:
-        return Batch({"pixels": torch.stack([transform(sample) for sample in samples])}, mask=None, eot=None)
+        return Batch({"pixels": stacked([transform(sample) for sample in samples], spec)}, mask=None, eot=None)
 
     def forward(inputs: dict[str, Tensor]) -> object:
         return model.forward_features(inputs["pixels"])

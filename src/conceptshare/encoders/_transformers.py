@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import re
+import string
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +16,36 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import logging
 
 from conceptshare.catalog import EncoderSpec
 from conceptshare.device import full_float32
-from conceptshare.encoders._encoder import Batch, Encoder, Samples, find_blocks
+from conceptshare.encoders._encoder import (
+    Batch,
+    Encoder,
+    Samples,
+    UnlikeImagesError,
+    find_blocks,
+    give_pad_token,
+    stacked,
+)
 from conceptshare.encoders._selective_scan import supply_selective_scan
 from conceptshare.errors import EncoderError
+from conceptshare.progress import say
 
-# Longest text where neither the study, the tokenizer nor the model sets a bound.
+# Longest text in tokens if neither the study, the tokenizer nor the model sets a bound.
 _LONGEST_TEXT = 512
+# What transformers calls the part of a model that reads images or texts.
+_TOWERS = {
+    "image": ("vision_model", "image_model", "vision_tower", "visual"),
+    "text": ("text_model", "language_model"),
+}
+# Tokenizers without a bound give a number of thirty digits.
+_NO_BOUND = 10**9
+# Embeddings of positions, by transformers' names.
+_POSITIONS = re.compile(r"(position_embeddings?|embed_positions|wpe)$")
+# Side of the image that a processor is tried on; no model reads such images.
+_TRIED_SIDE = 301
 # Side of pictures where neither the study nor a preprocessor_config.json says.
 _IMAGE_SIZE = 224
 
@@ -35,7 +58,7 @@ def load_transformers(spec: EncoderSpec, folder: Path, device: torch.device) -> 
     if spec.modality == "image":
         prepare, words = _prepare_images(spec, folder, model.config, takes), None
     else:
-        prepare, words = _prepare_texts(spec, folder, tower)
+        prepare, words = _prepare_texts(spec, folder, tower, takes)
     options = {"interpolate_pos_encoding": True} if spec.image_size and "interpolate_pos_encoding" in takes else {}
 
     def forward(inputs: dict[str, Tensor], **more: Any) -> Any:
@@ -47,7 +70,9 @@ def load_transformers(spec: EncoderSpec, folder: Path, device: torch.device) -> 
 
     blocks = find_blocks(tower, spec)
     _check_weights(spec, model, tower, blocks, missing)
-    encoder = Encoder(spec, device, blocks, prepare, forward, words=words)
+    sees_padding = spec.modality == "text" and _sees_padding(tower)
+    batch_first = tower.config.model_type != "xlnet"
+    encoder = Encoder(spec, device, blocks, prepare, forward, batch_first, words, sees_padding)
     if not spec.remote_code:
         _check_residual_stream(encoder, forward)
     return encoder
@@ -57,7 +82,8 @@ def _tower(spec: EncoderSpec, model: Any) -> Any:
     """The part of a model that reads ``spec.modality``."""
     if getattr(model.config, "mask_ratio", 0):
         raise EncoderError(f"{spec.model}: it hides patches by chance while it reads; use a plain ViT with its weights")
-    tower = getattr(model, "vision_model" if spec.modality == "image" else "text_model", model)
+    names = _TOWERS[spec.modality]
+    tower = next((getattr(model, name) for name in names if hasattr(model, name)), model)
     writes = tower is model and hasattr(model, "encoder") and hasattr(model, "decoder")
     return model.encoder if writes and spec.modality == "text" else tower
 
@@ -99,9 +125,15 @@ def _library_code(spec: EncoderSpec, folder: Path) -> tuple[Any, set[str]]:
         raise EncoderError(
             f"{spec.model}: it comes with Python code of its own; read that code, and set remote_code: true to run it"
         )
-    model, found = AutoModel.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
-    )
+    # transformers warns of every parameter that the files lack; `_check_weights` knows which of them matter.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, found = AutoModel.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
+    finally:
+        logging.set_verbosity(verbosity)
     return model, set(found["missing_keys"])
 
 
@@ -152,10 +184,15 @@ def _prepare_images(spec: EncoderSpec, folder: Path, config: Any, takes: set[str
     processor: Any = AutoImageProcessor.from_pretrained(
         folder, local_files_only=True, trust_remote_code=spec.remote_code
     )
-    sizes = {} if spec.image_size is None else _sizes(processor, spec.image_size)
+    sizes = {} if spec.image_size is None else _sizes(spec, processor, spec.image_size)
 
     def prepare(samples: Samples) -> Batch:
-        made = processor(images=list(samples), return_tensors="pt", **sizes)
+        try:
+            made = processor(images=list(samples), return_tensors="pt", **sizes)
+        except Exception:  # processors raise many types
+            if len({_made_of(processor, sample, sizes).shape for sample in samples}) > 1:
+                raise UnlikeImagesError(spec) from None
+            raise
         inputs = {name: made[name] for name in made if name == "pixel_values" or name in takes}
         # Of pictures in their own proportions, some have fewer patches than others.
         padded = made["pixel_attention_mask"].bool() if "spatial_shapes" in inputs else None
@@ -179,37 +216,59 @@ def _prepare_images_as_timm(spec: EncoderSpec, config: Any) -> Any:
     )
 
     def prepare(samples: Samples) -> Batch:
-        pixels = torch.stack([transform(sample) for sample in samples])
+        pixels = stacked([transform(sample) for sample in samples], spec)
         return Batch({"pixel_values": pixels}, mask=None, eot=None)
 
     return prepare
 
 
-def _sizes(processor: Any, side: int) -> dict[str, dict[str, int]]:
-    """Sizes for pictures of another side, in the processor's own proportion of resized to cropped."""
-    square = {"height": side, "width": side}
-    edge, cropped = processor.size.get("shortest_edge"), getattr(processor, "do_center_crop", False)
-    if edge is None:
-        return {"size": square} | ({"crop_size": square} if cropped else {})
-    if not cropped:
-        return {"size": {"shortest_edge": side}}
-    return {"size": {"shortest_edge": round(edge * side / processor.crop_size["height"])}, "crop_size": square}
+def _sizes(spec: EncoderSpec, processor: Any, side: int) -> dict[str, dict[str, int]]:
+    """Sizes for images of another side, in the processor's own proportions; none for its own side."""
+    square = Image.new("RGB", (_TRIED_SIDE, _TRIED_SIDE))
+    own = _made_of(processor, square, {})
+    if own.ndim != 4:
+        raise EncoderError(f"{spec.model}: image_size does not fit an image processor of patches; leave it out")
+    if own.shape[-1] == side:
+        return {}
+    sizes = {name: getattr(processor, name, None) for name in ("size", "crop_size")}
+    scaled = {
+        name: {edge: round(pixels * side / own.shape[-1]) for edge, pixels in dict(size).items() if pixels is not None}
+        for name, size in sizes.items()
+        if size is not None
+    }
+    if _made_of(processor, square, scaled).shape[-1] != side:
+        raise EncoderError(f"{spec.model}: its image processor cannot make images of image_size: {side}; leave it out")
+    return scaled
 
 
-def _prepare_texts(spec: EncoderSpec, folder: Path, tower: Any) -> Any:
+def _made_of(processor: Any, image: Image.Image | str, sizes: dict[str, dict[str, int]]) -> Tensor:
+    """``[1, ...]`` what an image processor makes of one image."""
+    pixels: Tensor = processor(images=[image], return_tensors="pt", **sizes)["pixel_values"]
+    return pixels
+
+
+def _prepare_texts(spec: EncoderSpec, folder: Path, tower: Any, takes: set[str]) -> Any:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=spec.remote_code)
     files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
     if tokenizer.vocab_files_names and not any((folder / name).is_file() for name in files):
         # transformers would go on without a vocabulary, and read every caption as unknown words.
         raise EncoderError(f"{spec.model}: no tokenizer in {folder}; put {' or '.join(sorted(files))} there")
-    positions = getattr(tower.config, "max_position_embeddings", _LONGEST_TEXT)
-    length = spec.context_length or min(tokenizer.model_max_length, positions, _LONGEST_TEXT)
-    # The last of all positions, padding included, is the global token of models that always see full padding.
-    padding = "max_length" if spec.global_token == "last" else "longest"
+    give_pad_token(tokenizer)
+    length, sees_padding = _length(spec, tokenizer, tower), _sees_padding(tower)
+    clean: Callable[[str], str] = str
+    names = set(tokenizer.model_input_names)
+    if "input_ids" in takes:
+        names = (names | {"attention_mask"}) & takes
+    padding = "longest"
+    if spec.global_token != "reference":  # which is what the paper's code reads, wrong or right
+        # Positions are counted from the left: padding there would give a caption other ones in every batch.
+        tokenizer.padding_side = "right"
+        if sees_padding:
+            names, padding, clean = names - {"attention_mask"}, "max_length", _cleaning(tokenizer)
 
     def prepare(samples: Samples) -> Batch:
         encoded = tokenizer(
-            list(samples),
+            [clean(str(sample)) for sample in samples],  # captions, which are text already
             padding=padding,
             truncation=True,
             max_length=length,
@@ -217,8 +276,45 @@ def _prepare_texts(spec: EncoderSpec, folder: Path, tower: Any) -> Any:
             return_tensors="pt",
         )
         mask = encoded["attention_mask"].bool()
+        empty = (~mask.any(1)).nonzero()
+        if len(empty):
+            raise EncoderError(f"{spec.model}: its tokenizer makes no token of the caption {samples[int(empty[0])]!r}")
         eot = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
-        # Tokenizers say what their models take; those of SigLIP name no mask, because SigLIP sees its padding.
-        return Batch({name: encoded[name] for name in tokenizer.model_input_names if name in encoded}, mask, eot)
+        return Batch({name: encoded[name] for name in encoded if name in names}, mask, eot)
 
     return prepare, tokenizer.convert_ids_to_tokens
+
+
+def _sees_padding(tower: Any) -> bool:
+    """Whether texts are read with all padding, unmasked, as SigLIP was trained."""
+    return str(tower.config.model_type).startswith("siglip")
+
+
+def _cleaning(tokenizer: Any) -> Callable[[str], str]:
+    """What SigLIP's training made of a caption. Tokenizers of published checkpoints leave it out.
+
+    SigLIP 1, which pads with its end of text, saw lower-case letters and no punctuation, SigLIP 2 lower-case letters.
+    """
+    if tokenizer.pad_token != tokenizer.eos_token:
+        return str.lower
+    no_punctuation = str.maketrans("", "", string.punctuation)
+    return lambda text: " ".join(text.lower().translate(no_punctuation).split())
+
+
+def _length(spec: EncoderSpec, tokenizer: Any, tower: Any) -> int:
+    """Tokens that a text is cut at."""
+    positions = getattr(tower.config, "max_position_embeddings", None)
+    tables = {name: x for name, x in tower.named_modules() if isinstance(x, nn.Embedding) and _POSITIONS.search(name)}
+    for table in tables.values():
+        if table.padding_idx is not None:  # RoBERTa and its like count from behind the padding token
+            positions = table.num_embeddings - table.padding_idx - 1
+    if spec.context_length is not None:
+        if tables and positions and spec.context_length > positions:
+            raise EncoderError(
+                f"{spec.model}: context_length {spec.context_length} is more than the {positions} tokens it can read"
+            )
+        return spec.context_length
+    bounds = [n for n in (tokenizer.model_max_length, positions) if n is not None and 0 < n < _NO_BOUND]
+    if not bounds:
+        say(f"{spec.model}: nothing bounds its texts; they are cut at {_LONGEST_TEXT} tokens, or at context_length")
+    return min(bounds, default=_LONGEST_TEXT)
