@@ -289,13 +289,18 @@ def write_site(folder, seed=0):
 
 
 def write_large_site(folder, features=8192, others=9, seed=1):
-    """One layer of many features, with best matches in nine other members; the same details for every block."""
+    """One layer of many features, with best matches in nine other members; the same details for every block.
+
+    Members have names of up to 70 letters.
+    """
     rng = np.random.default_rng(seed)
     shutil.copytree(ASSETS, folder)
     captions = write_samples(rng, folder)
-    names = [f"member-{number}@0" for number in range(others + 1)]
+    names = [f"member{'-of-a-long-name' * (number % 5)}-{number}@0" for number in range(others + 1)]
     study = {"study": "large", "version": "0.1.0", "commit": None, "datasets": [{"name": DATASET, "samples": SAMPLES}]}
-    study |= {"saes": [SAE], "matrices": [], "layerwise": [], "sharedness": [], "overlaps": []}
+    study |= {"saes": [SAE], "layerwise": [], "sharedness": [], "overlaps": []}
+    matrix = {"dataset": DATASET, "sae": SAE, "name": "everything", "members": names}
+    study["matrices"] = [matrix | {"readings": {"pooled": square(rng, others + 1)}}]
     study["members"] = [member_entry(name, name[:-2], "image", "vision", [0], features) for name in names]
     write(folder, "study", study)
     table = make_table(rng, names[0], names[1:], features, [0], [])

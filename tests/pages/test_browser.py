@@ -13,7 +13,7 @@ import pytest
 from matplotlib import colormaps
 from playwright.sync_api import expect
 
-from tests.browser import read_data
+from tests.browser import SIZE, read_data
 
 from .conftest import NARROW
 from .made_up import (
@@ -733,8 +733,8 @@ def test_a_large_layer(open_tab, large_site):
     page = open_tab(folder).open(f"#/layer/{SET}/member-0@0/0")
     expect(page.get_by_role("status")).to_have_text("8,192 features")
     assert column(page, "Feature") == [str(n) for n in ordered(table["strength"])[:100]]
-    page.get_by_role("button", name="ρ member-7@0").click()
-    order = ordered(table["best"]["member-7@0"]["rho"])
+    page.get_by_role("button", name="ρ member-5@0").click()
+    order = ordered(table["best"]["member-5@0"]["rho"])
     assert column(page, "Feature") == [str(n) for n in order[:100]]
     page.get_by_role("button", name="Last").click()
     expect(page.locator(".pager")).to_contain_text("Page 82 of 82")
@@ -744,6 +744,23 @@ def test_a_large_layer(open_tab, large_site):
     expect(page.get_by_role("status")).to_have_text(f"{kept:,} of 8,192 features")
     assert page.locator("tbody tr").count() == 100
     assert page.evaluate("document.querySelectorAll('*').length") < 5000
+
+
+@pytest.mark.parametrize("view", ["#/", f"#/layer/{SET}/member-0@0/0?pictures=no"])
+@pytest.mark.parametrize("size", [SIZE, NARROW])
+def test_long_names_stay_in_their_cells(view, size, open_tab, large_site):
+    page = open_tab(large_site[0]).open(view)
+    page.set_viewport_size(size)
+    places = page.locator("table th").evaluate_all("""heads => heads.map((head) => {
+        const text = document.createRange();
+        text.selectNodeContents(head);
+        return [head, text].map((one) => one.getBoundingClientRect());
+    })""")
+    assert len(places) > 15
+    for cell, text in places:
+        assert cell["left"] - 1 <= text["left"] <= text["right"] <= cell["right"] + 1
+    rows = page.locator("table.heat tbody th").evaluate_all("heads => heads.map((head) => head.clientWidth)")
+    assert max(rows, default=0) <= size["width"] / 2
 
 
 def test_only_what_is_seen_is_read(open_tab, large_site):

@@ -306,7 +306,10 @@
     const heads = columns.map((column) =>
       h(
         "th",
-        { scope: "col", class: column.text || !column.value ? null : "number" },
+        {
+          scope: "col",
+          class: `${column.text || !column.value ? "" : "number"}${column.label.length > 16 ? " long" : ""}`,
+        },
         column.value
           ? h("button", { type: "button", title: column.title, onclick: () => sort(column) }, column.label)
           : h("span", {}, column.label),
