@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 import zarr
 
-from conceptshare.ask import sharedness_of, wmppc_between
+from conceptshare.ask import COLUMNS, sharedness_of, wmppc_between
 from conceptshare.cli import main
 from conceptshare.correlations import correlate_stores
 from conceptshare.store import StoredArray
-from conceptshare.tables import Stores, sharedness_table
+from conceptshare.tables import GroupedMember, Stores, matrix_table, sharedness_table
 
 WIDTHS = {"vit@0": 6, "clip-text@0": 8, "bert@1": 5}
 N = 60
@@ -65,11 +65,11 @@ def expected_wmppc(a, b):
     best = [np.max([rho(x, y) for y in b.values()], axis=0) for x in a.values()]
     S = [x.sum(0) for x in a.values()]
     last = rho(a[3], b[3])
+    of_all = np.concatenate(best)
     return {
-        "pooled": np.average(np.concatenate(best), weights=np.concatenate(S)),
-        "layer_mean": np.mean([np.average(r, weights=s) for r, s in zip(best, S, strict=True)]),
-        "last": np.average(last, weights=S[-1]),
-        "mppc": np.concatenate(best).mean(),
+        "pooled": (np.average(of_all, weights=np.concatenate(S)), of_all.mean()),
+        "layer_mean": (np.mean([np.average(r, weights=s) for r, s in zip(best, S, strict=True)]), of_all.mean()),
+        "last": (np.average(last, weights=S[-1]), last.mean()),
     }
 
 
@@ -78,22 +78,30 @@ def test_wmppc_is_printed_for_both_directions_as_a_table(run, stores, features):
     assert status == 0
     lines = output.rstrip("\n").splitlines()
     assert len({len(line) for line in lines}) == 1
-    assert lines[0].split() == ["source", "target", "pooled", "layer_mean", "last", "mppc"]
-    for line, (a, b) in zip(lines[1:], [("vit@0", "bert@1"), ("bert@1", "vit@0")], strict=True):
-        source, target, *numbers = line.split()
-        assert (source, target) == (a, b)
-        assert [float(number) for number in numbers] == pytest.approx(
-            list(expected_wmppc(features[a], features[b]).values()), abs=1e-4
-        )
+    assert lines[0].split() == list(COLUMNS)
+    rows = iter(lines[1:])
+    for a, b in [("vit@0", "bert@1"), ("bert@1", "vit@0")]:
+        for reading, (wmppc, mppc) in expected_wmppc(features[a], features[b]).items():
+            row = dict(zip(COLUMNS, next(rows).split(), strict=True))
+            assert (row["source"], row["target"], row["reading"]) == (a, b, reading)
+            assert [float(row["wmppc"]), float(row["mppc"])] == pytest.approx([wmppc, mppc], abs=1e-4)
+            assert float(row["low"]) < wmppc < float(row["high"])
+    assert next(rows, None) is None
 
 
-def test_wmppc_for_machines_is_json_with_all_digits(run, stores, features):
-    _, output, _ = run("wmppc", stores["vit@0"], stores["bert@1"], "--json", "--memory-mb", 10, "--threads", 1)
-    rows = json.loads(output)
-    for row in rows:
-        expected = expected_wmppc(features[row.pop("source")], features[row.pop("target")])
-        assert row == pytest.approx(expected, abs=1e-5)
-    assert len(rows) == 2
+def test_wmppc_is_that_of_a_study(run, stores, tmp_path):
+    """In JSON with all digits: also the interval, the floor, and the features beyond shuffled samples."""
+    for name in ("bert@1__vit@0", "bert@1__clip-text@0", "clip-text@0__vit@0"):
+        a, b = name.split("__")
+        correlate_stores(stores[a], stores[b], tmp_path / f"correlations/{name}.zarr")
+    members = [GroupedMember(member, "text", "language") for member in WIDTHS]
+    of_study = matrix_table(members, Stores(tmp_path / "features", tmp_path / "correlations"))
+    of_study = of_study.set_index(["source", "target"])[list(COLUMNS[2:])]
+    for a, b in (("vit@0", "bert@1"), ("clip-text@0", "vit@0")):
+        _, output, _ = run("wmppc", stores[a], stores[b], "--json", "--memory-mb", 10, "--threads", 1)
+        found = pd.DataFrame(json.loads(output)).set_index(["source", "target"])
+        expected = pd.concat([of_study.loc[[(a, b)]], of_study.loc[[(b, a)]]])
+        pd.testing.assert_frame_equal(found, expected, check_dtype=False, check_names=False, atol=1e-5)
 
 
 def test_wmppc_with_rounded_features_is_nearly_the_same(run, tmp_path, write_features, rng):
@@ -107,20 +115,20 @@ def test_wmppc_with_rounded_features_is_nearly_the_same(run, tmp_path, write_fea
         pd.DataFrame(json.loads(run("wmppc", *paths, "--json", "--precision", precision)[1]))
         for precision in ("float32", "bfloat16")
     )
-    numbers = ["pooled", "layer_mean", "last", "mppc"]
+    numbers = ["wmppc", "mppc", "low", "high", "floor"]
     difference = (exact[numbers] - rounded[numbers]).abs().to_numpy()
     assert 0 < difference.max() < 2e-3
 
 
 def test_a_store_has_all_of_its_own_concepts(stores):
     own = wmppc_between(stores["vit@0"], stores["vit@0"])
-    np.testing.assert_allclose(own[["pooled", "layer_mean", "last"]], 1, atol=1e-6)
+    np.testing.assert_allclose(own.wmppc, 1, atol=1e-6)
 
 
 def test_stores_of_one_name_are_told_apart_by_their_paths(stores, features, tmp_path, write_features_from):
     other = write_features_from(tmp_path / "other", tmp_path / "elsewhere", "vit@0", features["bert@1"])
     table = wmppc_between(stores["vit@0"], other)
-    assert table.source.tolist() == [str(stores["vit@0"]), str(other)]
+    assert table.source.unique().tolist() == [str(stores["vit@0"]), str(other)]
 
 
 @pytest.fixture

@@ -250,6 +250,10 @@ def test_features_that_never_vary_are_not_tested_and_those_of_the_target_are_no_
         beyond = metrics.beyond_shuffled(best[varying], by_chance[varying]).sum()
         assert table.beyond_shuffled["a@0", reading] == beyond
         assert 0 < beyond < metrics.beyond_shuffled(best[varying], by_chance).sum()
+    pairs = pair_table("a@0", "b@0", stores)
+    beyond = pairs[pairs.beyond_shuffled & (pairs.source == "a@0")]
+    assert len(beyond) == table.beyond_shuffled["a@0", "pooled"]
+    assert beyond.rho.min() > pairs[~pairs.beyond_shuffled & (pairs.source == "a@0")].rho.max()
 
 
 def test_a_matrix_takes_the_best_layers_of_the_encoders_own_similarities(study):
@@ -297,7 +301,7 @@ def test_a_missing_table_of_similarities_is_named(study):
 def test_a_matrix_has_the_columns_that_the_formats_page_lists(study):
     assert list(matrix_table(MEMBERS, study[0]).columns) == [
         *("source", "target", "source_modality", "target_modality", "source_kind", "target_kind", "reading"),
-        *("wmppc", "low", "high", "floor", "ceiling", "mppc", "features", "significant", "beyond_shuffled"),
+        *("wmppc", "low", "high", "floor", "ceiling", "mppc", "features", "beyond_shuffled", "significant"),
         *("strength_cv", "strength_rho", "cka", "mutual_knn"),
     ]
 
@@ -398,7 +402,7 @@ def test_a_pairs_table_has_every_feature_with_its_best_match_in_both_directions(
     table = pair_table("clip-text@0", "vit@0", stores)
     assert list(table.columns) == [
         *("source", "target", "layer", "feature", "strength", "density", "rho"),
-        *("match_layer", "match_feature", "log10_p", "significant"),
+        *("match_layer", "match_feature", "beyond_shuffled", "log10_p", "significant"),
     ]
     assert table.source.tolist() == ["clip-text@0"] * 16 + ["vit@0"] * 12
     for source, rows in table.groupby("source"):

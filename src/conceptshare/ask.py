@@ -5,20 +5,21 @@ Nothing is stored. The numbers are those of the stages `correlations` and `metri
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from conceptshare import metrics
 from conceptshare.blocks import Precision
-from conceptshare.correlations import FeatureStore, check_pair, max_correlations
+from conceptshare.correlations import FeatureStore, check_pair, judged, max_correlations
 from conceptshare.errors import StoreError
-from conceptshare.tables import active_statistics, ranking, wmppc_readings
+from conceptshare.tables import active_counts, active_statistics, cells_of, ranking, side_by_side
+
+COLUMNS = ("source", "target", "reading", "wmppc", "low", "high", "floor", "mppc", "features", "beyond_shuffled")
+"""Of `wmppc_between`."""
 
 
 def wmppc_between(a: Path, b: Path, memory_bytes: int | None = None, precision: Precision = "float32") -> pd.DataFrame:
-    """WMPPC and MPPC between two feature stores, a row for each direction.
+    """WMPPC between two feature stores, with what it is judged by: a row for each direction and reading.
 
     Args:
         a: a feature store.
@@ -27,28 +28,23 @@ def wmppc_between(a: Path, b: Path, memory_bytes: int | None = None, precision: 
         precision: what standardised features are rounded to in the product.
 
     Returns:
-        The columns ``source`` and ``target``, the wMPPC of each of `metrics.READINGS`, and ``mppc``, over all layers.
+        The columns `COLUMNS`, which are those of `tables.matrix_table`.
 
     Raises:
         StoreError: where a store is not whole or has no active feature, or they are not of the same samples.
         NumericsError: where a feature is not finite.
     """
-    layers = _layers([a, b])
-    S = {path: np.concatenate([layer.strength for layer in active_statistics(path).values()]) for path in (a, b)}
-    side_a, side_b = (list(layers[path].values()) for path in (a, b))
-    found = max_correlations(side_a, side_b, memory_bytes=memory_bytes, precision=precision)
-    names = _names([a, b])
-    return pd.DataFrame(
-        [
-            {
-                "source": names[source],
-                "target": names[target],
-                **wmppc_readings(of_source.rho_ab, S[source], of_source.sizes_a),
-                "mppc": metrics.mppc(of_source.rho_ab.max(axis=0)),
-            }
-            for source, target, of_source in ((a, b, found), (b, a, found.reverse()))
-        ]
-    )
+    stores, names = _stores([a, b]), _names([a, b])
+    statistics = {path: active_statistics(path) for path in (a, b)}
+    found = max_correlations(stores[a].arrays, stores[b].arrays, memory_bytes=memory_bytes, precision=precision)
+    rows = []
+    for source, target, of_source in ((a, b, found), (b, a, found.reverse())):
+        pair = judged(stores[source], stores[target], of_source, memory_bytes, precision)
+        cells = cells_of(pair, *side_by_side(statistics[source]), active_counts(statistics[target]))
+        ends = metrics.bootstrap_intervals([cell["wmppc"] for cell in cells], pair.influence)
+        for cell, (low, high) in zip(cells, ends, strict=True):
+            rows.append(cell | {"source": names[source], "target": names[target], "low": low, "high": high})
+    return pd.DataFrame(rows)[list(COLUMNS)]
 
 
 def sharedness_of(source: Path, shared_with: Sequence[Path], not_shared_with: Sequence[Path]) -> pd.DataFrame:
@@ -68,24 +64,23 @@ def sharedness_of(source: Path, shared_with: Sequence[Path], not_shared_with: Se
     """
     groups = [*shared_with, *not_shared_with]
     _check_groups(source, shared_with, not_shared_with)
-    layers, names = _layers([source, *groups]), _names([source, *groups])
+    stores, names = _stores([source, *groups]), _names([source, *groups])
     statistics = {path: active_statistics(path) for path in (source, *groups)}[source]
     last = max(statistics)
     rho = {
-        names[path]: max_correlations(layers[source][last], layers[path][max(layers[path])]).rho_ab[0]
-        for path in groups
+        names[path]: max_correlations(stores[source].arrays[-1], stores[path].arrays[-1]).rho_ab[0] for path in groups
     }
     named = ([names[path] for path in group] for group in (shared_with, not_shared_with))
     return ranking(names[source], last, statistics[last], rho, *named)
 
 
-def _layers(paths: Iterable[Path]) -> dict[Path, dict[int, Any]]:
-    """The feature arrays ``[N, F]`` of stores, by layer, which are of the same samples."""
+def _stores(paths: Iterable[Path]) -> dict[Path, FeatureStore]:
+    """Feature stores, which are of the same samples."""
     stores = {path: FeatureStore(path) for path in paths}
     first, *others = stores.values()
     for store in others or [first]:
         check_pair(first, store)
-    return {path: dict(zip(store.layers, store.arrays, strict=True)) for path, store in stores.items()}
+    return stores
 
 
 def _names(paths: Sequence[Path]) -> dict[Path, str]:

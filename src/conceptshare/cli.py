@@ -411,7 +411,11 @@ def wmppc(
     threads: Threads = 1,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
-    """Say how much two encoders share, in both directions, from their features alone."""
+    """Say how much two encoders share, in both directions, from their features alone.
+
+    For each reading: the wMPPC with its 95% interval over samples (low, high), the floor that shuffled samples give,
+    the MPPC, and how many of the features match better than with shuffled samples.
+    """
     from conceptshare.ask import wmppc_between
 
     _use_threads(threads)

@@ -93,6 +93,11 @@ def significance(rho: ArrayLike, samples: int, candidates: int) -> Array:
     P(max > rho) = 1 - Phi(artanh(rho) sqrt(L - 3))^N underflows long before it means nothing, so log-probabilities are
     carried throughout.
 
+    This holds for independent features that are normally distributed over the samples. SAE features are neither: they
+    are skewed and sparse, and two that are active on the same few samples, as happens by chance, correlate far beyond
+    it. So even features of an encoder with random weights come out as shared. `beyond_shuffled` assumes only that
+    samples are exchangeable, and is the number to go by.
+
     Args:
         rho: correlations.
         samples: L, more than 3.

@@ -24,7 +24,7 @@ from conceptshare.study import as_member, pair_name
 SIMILARITIES = ("cka", "mutual_knn")
 MATRIX_COLUMNS = (
     *("source", "target", "source_modality", "target_modality", "source_kind", "target_kind", "reading"),
-    *("wmppc", "low", "high", "floor", "ceiling", "mppc", "features", "significant", "beyond_shuffled"),
+    *("wmppc", "low", "high", "floor", "ceiling", "mppc", "features", "beyond_shuffled", "significant"),
     *("strength_cv", "strength_rho", *SIMILARITIES),
 )
 
@@ -114,10 +114,12 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
     - ``wmppc``, with ``low`` and ``high``, its 95% bootstrap interval over samples;
     - ``floor``: the wMPPC where the target's samples are shuffled; ``ceiling``: the wMPPC from the source to the other
       seed of its encoder, NaN where there is none;
-    - ``mppc``, and ``features``, the number that it is the mean of; ``significant``: how many of them are shared by the
-      chances of appendix B, at a false discovery rate of 5% by Benjamini and Hochberg (NaN for 3 samples or less);
-      ``beyond_shuffled``: how many are beyond shuffled samples at that rate, each among features that are active on
-      about as many samples. Features that never vary are not tested;
+    - ``mppc``, and ``features``, the number that it is the mean of; ``beyond_shuffled``: how many of them match better
+      than with shuffled samples, at a false discovery rate of 5%, each among features that are active on about as many
+      samples; ``significant``: how many the chances of the paper's appendix B take for shared, at that rate by
+      Benjamini and Hochberg (NaN for 3 samples or less). Appendix B takes features to be independent and normal. They
+      are neither, and rare ones meet by chance, so that it counts too many: see `metrics.significance`. Features that
+      never vary are not tested;
     - ``strength_cv``: the coefficient of variation of S; ``strength_rho``: the correlation of S with rho;
     - ``cka``, ``mutual_knn``: of the encoders' global tokens; for ``last`` those of the last layers, for ``layer_mean``
       the mean over the source's layers of the best layer of the target, for ``pooled`` those of the best two layers.
@@ -130,10 +132,7 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
     cells: list[dict[str, Any]] = []
     influences: list[NDArray[np.float32]] = []
     for source in members:
-        of_source = list(statistics[source.member].values())
-        S, density = (
-            np.concatenate(arrays) for arrays in zip(*((x.strength, x.density) for x in of_source), strict=True)
-        )
+        S, density = side_by_side(statistics[source.member])
         ceilings = dict.fromkeys(metrics.READINGS, float("nan"))
         if source.ceiling is not None:
             stores.active(source.ceiling)
@@ -153,7 +152,7 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
             pair = stores.pair(source.member, target.member)
             similar = stores.similar(source.member, target.member)
             influences.append(pair.influence)
-            for cell in _cells(pair, S, density, _active_counts(statistics[target.member])):
+            for cell in cells_of(pair, S, density, active_counts(statistics[target.member])):
                 reading = cell["reading"]
                 of_tokens = {measure: _similarity(similar.get(measure), reading) for measure in SIMILARITIES}
                 cells.append(described | cell | {"ceiling": ceilings[reading]} | of_tokens)
@@ -165,7 +164,13 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
     return pd.DataFrame(rows)[list(MATRIX_COLUMNS)]
 
 
-def _cells(
+def side_by_side(statistics: Mapping[int, FeatureStatistics]) -> tuple[metrics.Array, metrics.Array]:
+    """``[F]`` S and density of the features of all layers."""
+    S, density = zip(*((layer.strength, layer.density) for layer in statistics.values()), strict=True)
+    return np.concatenate(S), np.concatenate(density)
+
+
+def cells_of(
     pair: PairCorrelations, S: metrics.Array, density: metrics.Array, active: Sequence[int]
 ) -> list[dict[str, Any]]:
     """The values of a source and a target for each reading; ``active`` counts the target's active features by layer."""
@@ -177,15 +182,6 @@ def _cells(
     for reading in metrics.READINGS:
         best, strength = _best(rho, sizes, reading), _best(S[None], sizes, reading)
         varying = _best(pair.found.match_ab, sizes, reading) >= 0
-        varying_shuffled = _best(pair.found.match_ab[:, shuffled], pair.floor_sizes, reading) >= 0
-        by_chance = _best(pair.floor, pair.floor_sizes, reading)[varying_shuffled]
-        strata = metrics.strata(density * pair.samples)
-        stratum = _best(strata[None], sizes, reading)[varying]
-        stratum_shuffled = _best(strata[None, shuffled], pair.floor_sizes, reading)[varying_shuffled]
-        beyond = [
-            metrics.beyond_shuffled(best[varying][stratum == n], by_chance[stratum_shuffled == n])
-            for n in np.unique(stratum)
-        ]
         candidates = active[-1] if reading == "last" else sum(active)
         _, significant = _chances(best[varying], pair.samples, candidates)
         cells.append(
@@ -195,13 +191,29 @@ def _cells(
                 "floor": floors[reading],
                 "mppc": metrics.mppc(best),
                 "features": len(best),
+                "beyond_shuffled": int(_beyond_shuffled(pair, density, reading).sum()),
                 "significant": significant.sum() if pair.samples > 3 else float("nan"),
-                "beyond_shuffled": sum(int(found.sum()) for found in beyond),
                 "strength_cv": metrics.coefficient_of_variation(strength),
                 "strength_rho": metrics.correlation(strength, best),
             }
         )
     return cells
+
+
+def _beyond_shuffled(pair: PairCorrelations, density: metrics.Array, reading: str) -> NDArray[np.bool_]:
+    """Which of a reading's features match better than with shuffled samples, among those that are about as dense."""
+    sizes, shuffled = pair.found.sizes_a, _shuffled(pair.found.sizes_a, pair.floor_sizes)
+    strata = metrics.strata(density * pair.samples)
+    best, match, stratum = (_best(of, sizes, reading) for of in (pair.found.rho_ab, pair.found.match_ab, strata[None]))
+    by_chance, match_by_chance, stratum_by_chance = (
+        _best(of, pair.floor_sizes, reading)
+        for of in (pair.floor, pair.found.match_ab[:, shuffled], strata[None, shuffled])
+    )
+    beyond = np.zeros(len(best), bool)
+    for n in np.unique(stratum):
+        alike, alike_by_chance = (match >= 0) & (stratum == n), (match_by_chance >= 0) & (stratum_by_chance == n)
+        beyond[alike] = metrics.beyond_shuffled(best[alike], by_chance[alike_by_chance])
+    return beyond
 
 
 def _best(values: NDArray[Any], sizes: NDArray[np.int64], reading: str) -> NDArray[Any]:
@@ -216,7 +228,8 @@ def _shuffled(sizes: NDArray[np.int64], floor_sizes: NDArray[np.int64]) -> NDArr
     return np.concatenate([start + np.arange(size) for start, size in zip(starts, floor_sizes, strict=True)])
 
 
-def _active_counts(statistics: Mapping[int, FeatureStatistics]) -> list[int]:
+def active_counts(statistics: Mapping[int, FeatureStatistics]) -> list[int]:
+    """How many features of each layer are active on any sample."""
     return [int((layer.density > 0).sum()) for layer in statistics.values()]
 
 
@@ -322,9 +335,11 @@ def pair_table(a: str, b: str, stores: Stores) -> pd.DataFrame:
     """Every feature of two members with its best match in the other: the features of ``a``, then those of ``b``.
 
     ``rho`` is the largest correlation with any feature of any layer of the target, ``match_feature`` of
-    ``match_layer``; both are -1, and rho is 0, for a feature that never varies. ``log10_p`` is the chance of so large a
-    rho among unrelated features (appendix B), NaN for such a feature and for 3 samples or less; ``significant`` is what
-    Benjamini and Hochberg take as shared at a false discovery rate of 5%, over the features of one direction.
+    ``match_layer``; both are -1, and rho is 0, for a feature that never varies. ``beyond_shuffled``: whether rho is
+    larger than with shuffled samples, as in `matrix_table`. ``log10_p``: the chance of so large a rho among unrelated
+    features by the paper's appendix B, NaN for a feature that never varies and for 3 samples or less. ``significant``:
+    whether Benjamini and Hochberg take it for shared by that chance, at a false discovery rate of 5% over the features
+    of one direction. That is too many: see `metrics.significance`.
 
     Raises:
         StoreError: where a store is missing, or no feature of a member is active.
@@ -338,9 +353,9 @@ def pair_table(a: str, b: str, stores: Stores) -> pd.DataFrame:
         varying = pair.found.match_ab.max(axis=0) >= 0
         log10_p, significant = np.full(len(rho), np.nan), np.zeros(len(rho), bool)
         log10_p[varying], significant[varying] = _chances(
-            rho[varying], pair.samples, sum(_active_counts(statistics[target]))
+            rho[varying], pair.samples, sum(active_counts(statistics[target]))
         )
-        sizes = pair.found.sizes_a
+        sizes, (S, density) = pair.found.sizes_a, side_by_side(of_source)
         tables.append(
             pd.DataFrame(
                 {
@@ -348,11 +363,12 @@ def pair_table(a: str, b: str, stores: Stores) -> pd.DataFrame:
                     "target": target,
                     "layer": np.repeat(pair.layers_a, sizes),
                     "feature": np.concatenate([np.arange(size) for size in sizes]),
-                    "strength": np.concatenate([layer.strength for layer in of_source.values()]),
-                    "density": np.concatenate([layer.density for layer in of_source.values()]),
+                    "strength": S,
+                    "density": density,
                     "rho": rho,
                     "match_layer": np.where(match < 0, -1, np.array(pair.layers_b)[best[0]]),
                     "match_feature": match,
+                    "beyond_shuffled": _beyond_shuffled(pair, density, "pooled"),
                     "log10_p": log10_p,
                     "significant": significant,
                 }

@@ -17,7 +17,7 @@ but for a tile: features are standardised and multiplied a panel at a time, as w
 
 from conceptshare.blocks import Precision
 from conceptshare.correlations._engine import max_correlations
-from conceptshare.correlations._store import FeatureStore, check_pair, correlate_stores
+from conceptshare.correlations._store import FeatureStore, check_pair, correlate_stores, judged
 from conceptshare.correlations._sums import CorrelationSums, correlation_sums
 from conceptshare.reading import MaxCorrelations
 
@@ -29,5 +29,6 @@ __all__ = [
     "check_pair",
     "correlate_stores",
     "correlation_sums",
+    "judged",
     "max_correlations",
 ]

@@ -14,7 +14,7 @@ from conceptshare.correlations._engine import Full, Kept, max_correlations
 from conceptshare.correlations._influence import Encoder, influences
 from conceptshare.errors import StoreError
 from conceptshare.files import FILE, layer_name, renamed
-from conceptshare.reading import CORRELATIONS, FEATURES, FeatureArray, MaxCorrelations
+from conceptshare.reading import CORRELATIONS, FEATURES, FeatureArray, MaxCorrelations, PairCorrelations
 from conceptshare.store import gone_on_with, layer_array, new_array, new_store, open_store, save_array
 
 FLOOR_FEATURES = 512
@@ -77,11 +77,9 @@ def correlate_stores(
         arrays = dict(vars(found))
         sides = ((a, b, found, "ab"), (b, a, found.reverse(), "ba"))
         for source, target, of_source, direction in sides:
-            floor = shuffled_floor(source.arrays, target.arrays, memory_bytes, precision, f"floor of {source.name}")
-            arrays |= {f"floor_{direction}": floor.rho_ab, f"floor_sizes_{direction[0]}": floor.sizes_a}
-            arrays[f"influence_{direction}"] = influences(
-                source.encoder(), target.encoder(), of_source, memory_bytes or MEMORY_BYTES, f"influence, {source.name}"
-            )
+            pair = judged(source, target, of_source, memory_bytes, precision)
+            arrays |= {f"floor_{direction}": pair.floor, f"floor_sizes_{direction[0]}": pair.floor_sizes}
+            arrays[f"influence_{direction}"] = pair.influence
         for name, values in arrays.items():
             if name in store:  # of an attempt that was cut off among these
                 del store[name]
@@ -106,6 +104,20 @@ def check_pair(a: "FeatureStore", b: "FeatureStore") -> None:
             raise StoreError(
                 f"{store.path}: no sample activates any of its features; train its SAEs with other settings"
             )
+
+
+def judged(
+    source: "FeatureStore",
+    target: "FeatureStore",
+    found: MaxCorrelations,
+    memory_bytes: int | None = None,
+    precision: Precision = "float32",
+) -> PairCorrelations:
+    """The best matches from a source to a target, with what they are judged by: floor and influences."""
+    floor = shuffled_floor(source.arrays, target.arrays, memory_bytes, precision, f"floor of {source.name}")
+    budget = memory_bytes or MEMORY_BYTES
+    influence = influences(source.encoder(), target.encoder(), found, budget, f"influence, {source.name}")
+    return PairCorrelations(found, source.layers, target.layers, source.samples, floor.rho_ab, floor.sizes_a, influence)
 
 
 def shuffled_floor(
