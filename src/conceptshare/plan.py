@@ -317,11 +317,13 @@ def features_cost(spec: EncoderSpec, settings: SAESettings, N: int) -> Cost:
     D, F, kept = spec.width, settings.expansion * spec.width, len(spec.layer_numbers())
     sae = 4 * (2 * D * F + D + F)
     rows = min(FEATURE_ROWS, N)
-    # A block of rows in float32 and float16, and values with their samples and order where top samples are merged.
-    working = F * (6 * rows + 16 * (rows + min(TOP_SAMPLES, N)))
+    # A block of rows in float32, as computed, shifted and stored, and in float16, and values with their samples and
+    # order where top samples are merged.
+    working = F * (14 * rows + 16 * (rows + min(TOP_SAMPLES, N)))
     return Cost(
-        written=kept * (features_bytes(F, N) + F * (24 + 8 * min(TOP_SAMPLES, N))),
-        read=kept * (global_bytes(spec, N) + sae),
+        written=kept * (features_bytes(F, N) + F * (28 + 8 * min(TOP_SAMPLES, N))),
+        read=kept * (2 * global_bytes(spec, N) + sae),
+        # A GPU multiplies, twice, in seconds: this stands for what the CPU does with the products.
         cpu_flops=kept * N * 2 * D * F,
         memory=_PROCESS_BYTES + 2 * sae + working,
     )

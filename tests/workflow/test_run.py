@@ -27,7 +27,8 @@ def best_correlations(a, b):
 
 def stored_features(study, member):
     store = zarr.open_group(study.folder / f"results/squares/features/tiny/{member}.zarr", mode="r")
-    return [store[f"layer-{layer:02d}/features"][:].astype(np.float64) for layer in range(LAYERS)]
+    groups = [store[f"layer-{layer:02d}"] for layer in range(LAYERS)]
+    return [group["features"][:].astype(np.float64) + group["offset"][:].astype(np.float64) for group in groups]
 
 
 def weighted_mean(values, weights):
