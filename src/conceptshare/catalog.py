@@ -99,8 +99,11 @@ class DatasetSpec(Spec):
     or to a WebDataset tar file or a folder of them. A path that exists is preferred to a hub id of the same text."""
     revision: str | None = None
     """The hub revision. Without one, the newest, which the manifest then records."""
-    split: str = "train"
-    """The split to read."""
+    configuration: str | None = None
+    """The configuration to read, where the data set's README.md declares several."""
+    split: str | None = None
+    """The split to read; ``all`` reads every file. Without one, ``train`` where the data set declares splits (in its
+    README.md, by shards such as ``train-00000-of-00002`` or by folders named as splits), and else every file."""
     image: str = "image"
     """The column of images: the bytes of image files, or paths relative to the table. The columns of a WebDataset are
     its members' extensions; alternatives are written as ``jpg;png;webp``, and a sample's first is taken."""
@@ -124,6 +127,9 @@ class DatasetSpec(Spec):
     """Largest share of rows that may be unusable; more is an error."""
     max_pixels: int = Field(default=100_000_000, ge=1, le=10**12)
     """Largest image in pixels; a larger one is dropped before it is decoded."""
+    max_mb: float = Field(default=200, gt=0)
+    """Largest image, caption or row of text in MB; a larger image is dropped before it is read. What is downloaded has
+    a bound of its own, ``download.max_mb``."""
     download: Download = Download()
     """How the images at ``image_url`` are downloaded."""
     samples: int | None = Field(default=None, ge=2, le=10**12)
