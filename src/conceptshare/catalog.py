@@ -127,7 +127,7 @@ class DatasetSpec(Spec):
     """Largest share of rows that may be unusable; more is an error."""
     max_pixels: int = Field(default=100_000_000, ge=1, le=10**12)
     """Largest image in pixels; a larger one is dropped before it is decoded."""
-    max_mb: float = Field(default=200, gt=0)
+    max_mb: float = Field(default=200, gt=0, le=10**6)
     """Largest image, caption or row of text in MB; a larger image is dropped before it is read. What is downloaded has
     a bound of its own, ``download.max_mb``."""
     download: Download = Download()

@@ -450,7 +450,7 @@ def _image_bytes(value: Any, folder: Path, source: Source, longest: int) -> byte
         reason = "no image" if value is None else f"{type(value).__name__} is not an image"
         raise _UnusableRowError(f"image cannot be decoded ({reason})")
     try:
-        path = image_path(value, folder, source)
+        path = Path(image_path(value, folder, source))
         if source.revision is not None and not path.is_relative_to(source.folder):
             raise _UnusableRowError(f"image's path leads out of the data set: {cut(value, _LONGEST_ID)}")
         found = path.stat()

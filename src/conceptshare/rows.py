@@ -5,6 +5,7 @@ the number of rows.
 """
 
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -12,6 +13,7 @@ import mmap
 import os
 import posixpath
 import re
+import stat
 import tarfile
 import zipfile
 import zlib
@@ -19,7 +21,6 @@ from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -33,7 +34,11 @@ from conceptshare.errors import ConceptshareError, DatasetError, refusal
 from conceptshare.images import suffixes
 from conceptshare.sources import METADATA, Source, files_below, form, locate, printable
 
+LISTED = 5000
+"""Most images of a data set that are inputs of Snakemake one by one."""
+
 _BATCH_BYTES = 2**23
+_LONGEST_PATH = 4096
 _BUFFER = 2**20
 _LONGEST_HEADER = 2**20  # of a tar's member: long names and extended headers, which tarfile reads as a whole
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks
@@ -67,19 +72,46 @@ def read_rows(spec: DatasetSpec, source: Source) -> Iterator[tuple[Path, dict[st
     yield from itertools.islice(_rows(spec, source, columns), spec.limit)
 
 
-def named_images(spec: DatasetSpec) -> list[Path]:
-    """The image files that the tables of a local data set name, and that are there; sorted."""
+def inputs(spec: DatasetSpec) -> tuple[list[str], str]:
+    """The files of a local data set, for Snakemake: those that are listed one by one, and a digest of its images.
+
+    Images are those below an image folder, or those that a table names and that are there. Up to LISTED of them are
+    listed, and the digest is empty; of more, it covers paths, sizes and times, as Snakemake takes milliseconds for each
+    file that is listed.
+
+    Raises:
+        DatasetError: where they cannot be listed.
+    """
     source = locate(spec)
-    if source.kind != "tables" or spec.image_url is not None:
-        return []
-    found = set()
+    files = [str(file) for file in [*source.files, source.folder / "README.md"] if file.is_file()]
+    if spec.image_url is not None or source.kind == "tars":
+        return files, ""
+    digest = hashlib.sha256()
+    images: set[str] = set()
+    for path in _images_below(source) if source.kind == "images" else _named_images(spec, source):
+        try:
+            found = os.stat(path)  # noqa: PTH116 - Path takes five times as long, and there may be millions
+        except (OSError, ValueError):
+            continue
+        if stat.S_ISREG(found.st_mode):
+            digest.update(os.fsencode(f"{path}\n{found.st_size}\n{found.st_mtime_ns}\n"))
+            if len(images) <= LISTED:
+                images.add(path)
+    return ([*files, *sorted(images)], "") if len(images) <= LISTED else (files, digest.hexdigest())
+
+
+def _images_below(source: Source) -> list[str]:
+    endings = tuple(suffixes())
+    names = sorted(name for name in files_below(source.folder) if name.lower().endswith(endings))
+    return [f"{source.folder}/{name}" for name in names]
+
+
+def _named_images(spec: DatasetSpec, source: Source) -> Iterator[str]:
+    """The paths that tables name as images."""
     for folder, row in itertools.islice(_rows(spec, source, {"image": spec.image}, paths_only=True), spec.limit):
         cell = row["image"].get("path") if isinstance(row["image"], dict) else row["image"]
-        if isinstance(cell, str) and len(cell) < os.pathconf("/", "PC_PATH_MAX") and "\0" not in cell:
-            path = image_path(cell, folder, source)
-            if path.is_file():
-                found.add(path)
-    return sorted(found)
+        if isinstance(cell, str) and len(cell) < _LONGEST_PATH:
+            yield image_path(cell, folder, source)
 
 
 def count_rows(spec: DatasetSpec) -> int | None:
@@ -92,11 +124,13 @@ def count_rows(spec: DatasetSpec) -> int | None:
     return sum(1 for _ in _rows(spec, source, {}))
 
 
-def image_path(cell: str, folder: Path, source: Source) -> Path:
+def image_path(cell: str, folder: Path, source: Source) -> str:
     """The file at a path relative to its table's folder, or, where none is there, to the folder of the data set."""
-    path = Path(os.path.normpath(folder / cell))
-    other = Path(os.path.normpath(source.folder / cell))
-    return other if path != other and source.kind == "tables" and not path.exists() and other.exists() else path
+    path = os.path.normpath(os.path.join(folder, cell))  # noqa: PTH118 - see inputs
+    if source.kind == "tables" and folder != source.folder and not os.path.exists(path):  # noqa: PTH110
+        other = os.path.normpath(os.path.join(source.folder, cell))  # noqa: PTH118
+        return other if os.path.exists(other) else path  # noqa: PTH110
+    return path
 
 
 def cut(text: str, length: int = 60) -> str:
@@ -153,7 +187,7 @@ def _in_metadata(column: str) -> str:
 
 def hash_of(text: str) -> int:
     """A hash of 64 bits, the same in every process."""
-    return int.from_bytes(blake2b(os.fsencode(text), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(os.fsencode(text), digest_size=8).digest(), "little")
 
 
 def _note_images_without_row(source: Source, seen: "np.ndarray[Any, Any]") -> None:

@@ -1,5 +1,6 @@
 # The study, read once, and the functions that turn it into files. Nothing here imports torch: each cluster job
 # parses the workflow again.
+import functools
 import json
 import os
 import re
@@ -8,7 +9,7 @@ from pathlib import Path
 from shlex import quote
 
 import conceptshare
-from conceptshare.catalog import local_path
+from conceptshare.catalog import is_path, local_path
 from conceptshare.errors import ConceptshareError
 from conceptshare.files import layer_name
 from conceptshare.study import Member, as_member, build_study, encoder_pairs, pair_name, sorted_pair
@@ -36,14 +37,35 @@ def code(*names):
 
 
 def local_files(text):
-    """The files that a source or model is made of, where it is on this machine."""
+    """The files that a model is made of, where it is on this machine."""
     path = local_path(text)
     if path is None:
         return []
-    files = sorted(str(file) for file in path.rglob("*") if file.is_file()) if path.is_dir() else [str(path)]
+    return as_inputs(sorted(str(file) for file in path.rglob("*") if file.is_file()) if path.is_dir() else [str(path)])
+
+
+@functools.cache
+def dataset_inputs(name):
+    """The files of a data set that is on this machine, and a digest of its images where they are very many."""
+    spec = STUDY.datasets[name]
+    if not is_path(spec.source):
+        return [], ""
+    from conceptshare.rows import inputs  # which reads tables, as only planning the data set's own job has to
+
+    try:
+        files, digest = inputs(spec)
+    except ConceptshareError as error:
+        raise WorkflowError(str(error))
+    return as_inputs(files), digest
+
+
+def as_inputs(files):
+    """Files by names that Snakemake can hold."""
     for file in files:
         if contains_wildcard(file):
             raise WorkflowError(f"{file}: Snakemake takes what is in braces for a wildcard; give it another name")
+        if file != file.encode(errors="replace").decode():
+            raise WorkflowError(f"{ascii(file)}: Snakemake cannot hold this name, which is not UTF-8; give it another")
     return files
 
 

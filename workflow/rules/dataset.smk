@@ -5,8 +5,8 @@ localrules:
 
 rule dataset:
     input:
-        source=lambda w: local_files(STUDY.datasets[w.dataset].source),
-        code=code("dataset.py", "download.py", "hub.py"),
+        source=lambda w: dataset_inputs(w.dataset)[0],
+        code=code("dataset.py", "download.py", "hub.py", "images.py", "rows.py", "sources.py"),
     output:
         samples="results/{dataset}/data/samples.arrow",
         manifest="results/{dataset}/data/manifest.json",
@@ -21,6 +21,7 @@ rule dataset:
         runtime=grown(240),
     params:
         spec=lambda w: STUDY.dataset_key(w.dataset),
+        images=lambda w: dataset_inputs(w.dataset)[1],
         folder=subpath(output.manifest, parent=True),
     shell:
         "python -m conceptshare dataset --dataset {params.spec:q} --out {params.folder:q} > {log:q} 2>&1"
