@@ -209,6 +209,11 @@ FAULTS = {
     "redirect to nowhere": (answer(b"", 302), False, "HTTP 302 without a location"),
     "redirect to a file": (answer(b"", 302, Location="file:///etc/passwd"), False, "not an http or https address"),
     "redirect to nonsense": (answer(b"", 302, Location="http://[::bad/"), False, "not a valid address"),
+    "redirect to a port that there is none of": (
+        answer(b"", 302, Location="http://127.0.0.1:99999/"),
+        False,
+        "has no port 99999",
+    ),
     "redirect to itself": (answer(b"", 301, Location="?"), False, "more than 5 redirects"),
     "too many pixels": (answer(picture(1, 400)), False, "400 x 400 pixels, more than max_pixels = 100000"),
 }
@@ -265,6 +270,9 @@ def test_every_misbehaviour_is_one_dropped_row_with_its_reason_and_nothing_hangs
         None,
         "http://",
         "http://[::1",
+        "http://127.0.0.1:65536/a.png",
+        "http://127.0.0.1:0/a.png",
+        "http://127.0.0.1/" + "a" * 10_000,
         "javascript://x",
     ],
 )
@@ -299,8 +307,9 @@ def test_what_fails_and_then_works_is_a_sample(server, make):
 def test_a_picture_is_a_picture_whatever_the_server_calls_it(server, make, kind):
     server.pages["/a"] = answer(picture(5), Content_Type=kind)
     server.pages["/b"] = answer(gzip.compress(picture(6)), Content_Type=kind, Content_Encoding="gzip")
-    data = make(["/a", "/b"])
-    assert [data.image(row).getpixel((0, 0)) for row in range(2)] == [(5, 0, 7), (6, 0, 7)]
+    server.pages["/c"] = answer(gzip.compress(picture(7)), Content_Type=kind, Content_Encoding="X-GZip")
+    data = make(["/a", "/b", "/c"])
+    assert [data.image(row).getpixel((0, 0)) for row in range(3)] == [(5, 0, 7), (6, 0, 7), (7, 0, 7)]
 
 
 def test_five_redirects_are_followed_and_six_are_not(server, make):

@@ -458,6 +458,14 @@ def test_a_data_set_of_unknown_size_is_an_error_that_says_what_to_give(elsewhere
     assert plan_with(limit=60, samples=50).samples == {"mine": 50}
 
 
+def test_the_rows_of_a_local_table_are_counted(elsewhere, tmp_path):
+    (tmp_path / "mine.csv").write_text('image,caption\n1.png,"two\nlines"\n2.png,NA\n3.png,c\n')
+    datasets = {"mine": {"source": str(tmp_path / "mine.csv")}}
+    assert make_plan(build_study(study_of(datasets=datasets), "test"), Rates(), results=elsewhere).samples == {
+        "mine": 3
+    }
+
+
 def test_hours_are_operations_and_bytes_over_their_rates():
     cost = plan.Cost(written=1e9, read=2e9, flops=30e12, cpu_flops=400e9)
     assert cost.hours(Rates(tflops=15, disk_mb_per_s=500, cpu_gflops=200)) == pytest.approx((2 + 2 + 6) / 3600)

@@ -294,6 +294,10 @@ class Downloads:
                         _check_status(answer.status, headers)
                         if _announced(headers) > limit:
                             raise _too_large(self._options)
+                        # Of RFC 9110's names of gzip, httpx knows one.
+                        headers["Content-Encoding"] = (
+                            headers.get("Content-Encoding", "").lower().replace("x-gzip", "gzip")
+                        )
                         unpacked = httpx.Response(answer.status, headers=headers, stream=_Body(answer))
                         async for part in unpacked.aiter_bytes():
                             yield part
@@ -437,6 +441,8 @@ def _web_address(address: str, base: httpx.URL | None = None) -> httpx.URL:
         raise UnusableError(f"forbidden: not an http or https address: {str(url)[:_SHOWN]!r}")
     if not url.raw_host:
         raise UnusableError(f"not a valid address: it names no host: {str(url)[:_SHOWN]!r}")
+    if url.port is not None and not 0 < url.port < 2**16:
+        raise UnusableError(f"not a valid address: it has no port {url.port}")
     return url
 
 
@@ -482,6 +488,8 @@ def _embedded(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddre
 
 
 def _words(error: Exception) -> str:
+    while isinstance(error, ExceptionGroup):  # of the tasks that open a connection
+        error = error.exceptions[0]
     return f"{type(error).__name__}: {error}"[:_SHOWN].removesuffix(": ")
 
 

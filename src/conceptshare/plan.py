@@ -1,7 +1,7 @@
 """What a study will cost, reckoned from the study alone: jobs, disk, arithmetic, memory and hours on one GPU.
 
-It follows what each stage does, and runs none: no torch, no model, no data. Sizes are those of the arrays; of them,
-features, half of which are zero, are compressed to about half.
+It follows what each stage does, and runs none: no torch, no model, and of data only how many rows a table has. Sizes are
+those of the arrays; of them, features, half of which are zero, are compressed to about half.
 """
 
 import json
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from conceptshare.blocks import plan_blocks
-from conceptshare.catalog import DatasetSpec, EncoderSpec, local_path
+from conceptshare.catalog import DatasetSpec, EncoderSpec, is_path, local_path
 from conceptshare.errors import StudyError
 from conceptshare.study import CorrelationSettings, SAESettings, Study, encoder_pairs
 
@@ -118,6 +118,7 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
 
     Raises:
         StudyError: where nothing tells how many samples a data set has.
+        DatasetError: where a table whose rows are to be counted cannot be read.
     """
     counts = {name: samples or _samples(name, spec, results) for name, spec in study.datasets.items()}
     rules: tuple[str, ...] = ("dataset", "activations", "activations_part", "sae", "stream", "features")
@@ -525,6 +526,10 @@ def _samples(name: str, spec: DatasetSpec, results: Path) -> int:
     if manifest.is_file():
         return int(json.loads(manifest.read_text(encoding="utf-8"))["rows"])
     known = [count for count in (spec.samples, spec.limit) if count is not None]
+    if not known and is_path(spec.source):
+        from conceptshare.rows import count_rows
+
+        known = [count for count in [count_rows(spec)] if count is not None]
     if not known:
         raise StudyError(f"datasets.{name}: nothing says how many samples it has; give --samples, or set samples")
     return min(known)
