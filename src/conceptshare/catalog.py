@@ -95,8 +95,9 @@ class DatasetSpec(Spec):
     """A data set of image-caption pairs."""
 
     source: str
-    """A hub id, or a path to a Parquet, CSV, JSON, JSON lines or Arrow file, to a folder in the `imagefolder` layout,
-    or to a WebDataset tar file or a folder of them. A path that exists is preferred to a hub id of the same text."""
+    """A hub id, or a path to a Parquet, CSV, TSV, JSON, JSON lines or Arrow file or a folder of them, to a folder in
+    the `imagefolder` layout or a zip of one, or to a WebDataset tar file or a folder of them. A path that exists is
+    preferred to a hub id of the same text."""
     revision: str | None = None
     """The hub revision. Without one, the newest, which the manifest then records."""
     configuration: str | None = None

@@ -1,6 +1,6 @@
 """What a study will cost, reckoned from the study alone: jobs, disk, arithmetic, memory and hours on one GPU.
 
-It follows what each stage does, and runs none: no torch, no model, and of data only how many rows a table has. Sizes are
+It follows what each stage does, and runs none: no torch, no model, and of data only the rows of tables. Sizes are
 those of the arrays; of them, features, half of which are zero, are compressed to about half.
 """
 
