@@ -831,7 +831,7 @@ def test_keys_leave_out_defaults_and_what_the_stage_does_not_depend_on(build):
     same = build(
         encoders={"vit": {"seeds": [3, 4], "note": "mine", "batch_size": 32, "use_layers": "all", "parts": 3}},
         saes={"paper": {"k": 32, "learning_rate": 5e-5}},
-        datasets={"coco": {"note": "a note", "samples": 118_287, "max_dropped": 0.01, "max_dropped": 0.01}},
+        datasets={"coco": {"note": "a note", "samples": 118_287, "max_dropped": 0.01}},
     )
     assert plain.sae_key("paper") == same.sae_key("paper") == "{}"
     assert plain.dataset_key("coco") == same.dataset_key("coco") == '{"id": "key", "source": "hub/coco"}'

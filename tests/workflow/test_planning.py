@@ -6,6 +6,7 @@ import shutil
 import time
 
 import pytest
+from PIL import Image
 
 from .conftest import CLONE, LAYERS, Project, encoder_entry
 
@@ -274,6 +275,25 @@ def test_a_dataset_that_changed_plans_everything_but_weights(study):
         **TABLES_AND_FIGURES,
         **CHANGED_STUDY,
     }
+
+
+@pytest.mark.parametrize("listed", [5000, 2], ids=["listed", "digest"])
+def test_an_image_that_a_table_names_is_read_again_when_it_changes(new_study, listed):
+    source = new_study.folder / "src/conceptshare/rows.py"
+    source.write_text(source.read_text().replace("LISTED = 5000", f"LISTED = {listed}"))
+    colours = ["red", "lime", "blue", "black"]
+    for colour in colours:
+        Image.new("RGB", (8, 8), colour).save(new_study.folder / f"{colour}.png")
+    lines = ["picture,words", *(f"{colour}.png,{colour}" for colour in colours)]
+    (new_study.folder / "squares.csv").write_text("\n".join(lines))
+    config = new_study.config
+    config["datasets"]["squares"]["source"] = "./squares.csv"
+    new_study.config = config
+    manifest = "results/squares/data/manifest.json"
+    assert new_study.run("--cores", "1", manifest).returncode == 0
+    assert new_study.plan(manifest) == {}
+    Image.new("RGB", (8, 8), "white").save(new_study.folder / "red.png")
+    assert new_study.plan(manifest) == {"dataset": 1}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What a study's free text and a user's secrets come to in real runs."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,18 @@ def test_a_path_with_a_wildcard_in_it_is_refused_and_not_another_file(new_study)
     result = new_study.run("--cores", "2", "-n")
     assert result.returncode != 0
     assert "{dataset}.parquet: Snakemake takes what is in braces for a wildcard" in result.stdout + result.stderr
+
+
+def test_a_name_that_is_no_utf_8_is_refused_by_that_name(new_study):
+    (new_study.folder / "set").mkdir()
+    (new_study.folder / "squares.parquet").rename(new_study.folder / "set" / os.fsdecode(b"caf\xe9.parquet"))
+    config = new_study.config
+    config["datasets"]["squares"]["source"] = "./set"
+    new_study.config = config
+    result = new_study.run("--cores", "2", "-n")
+    assert result.returncode != 0
+    assert r"'set/caf\udce9.parquet': Snakemake cannot hold this name" in result.stdout + result.stderr
+    assert "UnicodeEncodeError" not in result.stdout + result.stderr
 
 
 def test_no_file_of_a_run_holds_a_token(tmp_path):
