@@ -717,7 +717,7 @@ def test_a_web_data_set_has_its_keys_as_ids_and_its_members_as_columns(tmp_path)
 
 def test_a_web_data_set_of_another_first_sample_and_lacking_members_drops_those_alone(tmp_path):
     members = [("1.json", b"{}"), ("2.png", IMAGES[0]), ("3.txt", b"three"), ("4.png", IMAGES[1]), ("4.txt", b"four")]
-    members += [("5.png", IMAGES[2]), ("5.txt", b"\xff\xfe"), ("6.txt", b"six"), ("6.png", IMAGES[3])]
+    members += [("5.png", IMAGES[2]), ("5.txt", b"\xff\xff"), ("6.txt", b"six"), ("6.png", IMAGES[3])]
     make_dataset(web_spec(tar_of(tmp_path / "a.tar", members), max_dropped=0.9), tmp_path / "data")
     manifest = AsRead(tmp_path / "data").manifest
     assert [(d["id"], d["reason"]) for d in manifest["dropped"]] == [
