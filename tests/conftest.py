@@ -1,5 +1,6 @@
 """Small inputs that several stages' tests are built from. No test reaches the network."""
 
+import json
 import os
 from contextlib import contextmanager
 from functools import partial
@@ -109,7 +110,14 @@ def write_features_from(write_activations):
                 sae.W_dec.copy_(torch.eye(width))
             saes = made / layer_name(layer) / f"seed-{seed}"
             saes.mkdir(parents=True)
-            save_sae(sae, saes, encoder, f"layer {layer}")
+            metrics = {
+                "steps": 10 * layer,
+                "all_tokens": {"tokens": 9, "fvu": 0.1 * layer, "l0": 4.5, "dead": 0.25},
+                "global_tokens": {"tokens": 3, "fvu": 0.2 * layer, "l0": 3.5, "dead": 0.75},
+                "settings": {},
+            }
+            (saes / "metrics.json").write_text(json.dumps(metrics))
+            save_sae(sae, saes, encoder, f"layer {layer}", {"layer": layer, "seed": int(seed)})
         record_features(store, made, int(seed), folder / f"{member}.zarr")
         return folder / f"{member}.zarr"
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -37,14 +38,43 @@ def tokens():
 
 
 @pytest.fixture
-def own(tmp_path):
+def sealed(tmp_path):
+    """An SAE's folder as `save_sae` writes it."""
     (tmp_path / "own").mkdir()
     save_sae(some_sae(), tmp_path / "own", "vit", "layer 3")
     return tmp_path / "own"
 
 
+@pytest.fixture
+def own(sealed):
+    """The same as SAELens writes it, and as tests change it: with nothing to compare its files with."""
+    (sealed / "manifest.json").unlink()
+    return sealed
+
+
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """The files that other libraries read."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors", "manifest.json"])
+def test_a_changed_byte_of_a_sealed_folder_is_one_line_that_names_the_file(sealed, tmp_path, name, rng):
+    whole = (sealed / name).read_bytes()
+    uses = (
+        load_sae,
+        describe_sae,
+        partial(import_sae, out=tmp_path / "out"),
+        partial(export_to_sparsify, out=tmp_path),
+    )
+    for place in rng.choice(len(whole), 20, replace=False):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << rng.integers(8)
+        (sealed / name).write_bytes(changed)
+        for use in uses:
+            with pytest.raises(StoreError, match=rf"^{sealed}: {name} [^\n]*run the sae stage again$"):
+                use(sealed)
+    (sealed / name).write_bytes(whole)
+    load_sae(sealed)
 
 
 def edit(folder, **keys):

@@ -1,5 +1,6 @@
 """The recorded features and statistics, against NumPy over the same float16 activations."""
 
+import shutil
 from itertools import product
 
 import numpy as np
@@ -8,17 +9,19 @@ import torch
 
 from conceptshare.correlations import correlate_stores
 from conceptshare.errors import NumericsError, StoreError
+from conceptshare.exchange import import_sae
 from conceptshare.features import record_features
 from conceptshare.files import layer_name
 from conceptshare.reading import read_features, read_statistics
 from conceptshare.sae import TopKSAE, load_sae, save_sae
+from conceptshare.sae_folder import sae_of
 from conceptshare.store import open_store
 
 # More rows and columns than are encoded, or stored in a chunk, at once.
 SAMPLES, D, F = 1100, 6, 600
 
 
-def write_sae(saes, layer, seed, W_enc, b_dec):
+def write_sae(saes, layer, seed, W_enc, b_dec, **spec):
     folder = saes / layer_name(layer) / f"seed-{seed}"
     folder.mkdir(parents=True)
     sae = TopKSAE(*W_enc.shape, k=2)
@@ -26,7 +29,7 @@ def write_sae(saes, layer, seed, W_enc, b_dec):
         sae.W_enc_T.copy_(torch.from_numpy(W_enc.T))
         sae.W_dec.copy_(torch.from_numpy(W_enc.T))
         sae.b_dec.copy_(torch.from_numpy(b_dec))
-    save_sae(sae, folder, "vit", f"layer {layer}")
+    save_sae(sae, folder, "vit", f"layer {layer}", {"layer": layer, "seed": seed, **spec})
 
 
 @pytest.fixture
@@ -117,7 +120,7 @@ def test_statistics_are_read_back_by_layer(recorded, tmp_path):
             np.testing.assert_array_equal(getattr(found, name), store[layer_name(layer)][name][:])
 
 
-def test_the_spec_says_what_the_features_are_of(recorded):
+def test_the_spec_says_what_the_features_are_of(recorded, tmp_path):
     spec = recorded[0].attrs["spec"]
     assert {**spec, "encoder": None} == {
         "name": "vit",
@@ -126,6 +129,11 @@ def test_the_spec_says_what_the_features_are_of(recorded):
         "samples": SAMPLES,
         "layers": [0, 2],
         "seed": 7,
+        "weights": None,
+        "made_from": {
+            "activations": open_store(tmp_path / "vit.zarr", "activations").attrs["digest"],
+            "saes": {str(layer): sae_of(tmp_path / "saes", layer, 7)[1]["digest"] for layer in (0, 2)},
+        },
     }
 
 
@@ -142,16 +150,63 @@ def nothing_written(tmp_path):
 
 
 def test_a_missing_sae_is_named_and_nothing_is_written(stage, tmp_path):
-    with pytest.raises(StoreError, match=r"saes/layer-00/seed-8: no readable SAE"):
+    with pytest.raises(StoreError, match=r"saes/layer-00/seed-8: manifest\.json is missing"):
         record_features(stage[0], tmp_path / "saes", 8, tmp_path / "vit@8.zarr")
     assert nothing_written(tmp_path)
 
 
 def test_an_sae_of_another_width_is_refused_and_nothing_is_written(stage, tmp_path):
-    write_sae(tmp_path / "saes", 0, 9, np.zeros((D + 1, F), np.float32), np.zeros(D + 1, np.float32))
+    for layer in (0, 2):
+        write_sae(tmp_path / "saes", layer, 9, np.zeros((D + 1, F), np.float32), np.zeros(D + 1, np.float32))
     with pytest.raises(StoreError, match=r"layer-00/seed-9: an SAE for width 7, where the activations have 6"):
         record_features(stage[0], tmp_path / "saes", 9, tmp_path / "vit@9.zarr")
     assert nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("layer-00/seed-7", "layer-02/seed-7"), ("layer-02/seed-7", "layer-02/seed-8")],
+    ids=["layers", "seeds"],
+)
+def test_saes_that_were_exchanged_are_noticed(stage, tmp_path, one, other):
+    store, _, weights = stage
+    write_sae(tmp_path / "saes", 2, 8, weights[2][0] * 2, weights[2][1])
+    for name, place in ((one, "aside"), (other, one), ("aside", other)):
+        (tmp_path / "saes" / name).rename(tmp_path / "saes" / place)
+    with pytest.raises(
+        StoreError, match=rf"{one}: an SAE of (layer 2|seed 8), where one of .* run the sae stage again"
+    ):
+        record_features(store, tmp_path / "saes", 7, tmp_path / "vit@7.zarr")
+    assert nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("weights", r"layer-02/seed-7: an SAE trained on other activations \(weights is 'others', not None\)"),
+        ("settings", r"layer-02/seed-7: an SAE trained with other settings \(k is 3, not 2\)"),
+    ],
+)
+def test_an_sae_of_other_activations_or_settings_is_refused(stage, tmp_path, key, message):
+    store, _, weights = stage
+    spec = {"made_from": open_store(store, "activations").attrs["spec"] | {"weights": None}, "settings": {"k": 2}}
+    shutil.rmtree(tmp_path / "saes")
+    write_sae(tmp_path / "saes", 0, 7, *weights[0], **spec)
+    other = {"weights": {"made_from": spec["made_from"] | {"weights": "others"}}, "settings": {"settings": {"k": 3}}}
+    write_sae(tmp_path / "saes", 2, 7, *weights[2], **(spec | other[key]))
+    with pytest.raises(StoreError, match=message):
+        record_features(store, tmp_path / "saes", 7, tmp_path / "vit@7.zarr")
+
+
+def test_an_sae_from_elsewhere_is_taken_once_it_is_imported(stage, tmp_path):
+    store, *_ = stage
+    folder = tmp_path / "saes" / "layer-02" / "seed-7"
+    (folder / "manifest.json").unlink()
+    with pytest.raises(StoreError, match=r"seed-7: manifest\.json is missing; .* `conceptshare sae import`"):
+        record_features(store, tmp_path / "saes", 7, tmp_path / "vit@7.zarr")
+    folder.rename(tmp_path / "elsewhere")
+    import_sae(tmp_path / "elsewhere", folder)
+    record_features(store, tmp_path / "saes", 7, tmp_path / "vit@7.zarr")
 
 
 def test_missing_activations_are_named(tmp_path):

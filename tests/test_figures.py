@@ -37,6 +37,7 @@ from conceptshare.figures import (
 )
 from conceptshare.paper import compare
 from conceptshare.reading import FeatureStatistics
+from conceptshare.seals import seal
 from conceptshare.tables import write_table
 
 READINGS = ("pooled", "layer_mean", "last")
@@ -639,6 +640,7 @@ def make_saes(folder, members=MEMBERS, steps=60, latents=512):
                 row[f"dead_{tokens}"] = never / latents
             columns = ["tokens", "kind", "log10_density", "latents"]
             pd.DataFrame(densities, columns=columns).to_csv(sae / "density.csv", index=False)
+            seal(sae, {"spec": {"layer": layer, "seed": seed}})
             rows.append(row)
     return pd.DataFrame(rows), folder
 
@@ -831,6 +833,7 @@ def test_saes_with_fvu_that_is_nan_and_with_none_active(tmp_path, drawn):
     densities = pd.read_csv(path)
     densities["latents"] = np.where(densities.kind == "never", 512, 0)
     densities.to_csv(path, index=False)
+    seal(path.parent, {"spec": {}})
     table = table.assign(fvu_all=np.nan, fvu_global=np.nan, dead_all=1.0, dead_global=1.0)
     check(lambda out: draw_saes(table, folder, out), tmp_path / "drawn")
     assert "undefined" in written_on(drawn[0])
@@ -846,6 +849,7 @@ def test_saes_whose_loss_is_zero_from_the_start(tmp_path):
     table, folder = make_saes(tmp_path / "saes", {("vit", 0): [0, 2]})
     for path in folder.rglob("loss.csv"):
         pd.read_csv(path).assign(loss=0.0).to_csv(path, index=False)
+        seal(path.parent, {"spec": {}})
     check(lambda out: draw_saes(table, folder, out), tmp_path / "drawn", colours_at_least=30)
 
 
@@ -857,7 +861,7 @@ def test_saes_without_a_curve_or_densities_are_an_error_that_names_the_file(tmp_
     path.unlink()
     if content is not None:
         path.write_text(content)
-    with pytest.raises(StoreError, match=f"layer-02/seed-1/{name}: unreadable .*run the sae stage"):
+    with pytest.raises(StoreError, match=f"layer-02/seed-1: {name} (is missing|has .* bytes, not).*run the sae stage"):
         draw_saes(table, folder, tmp_path / "drawn" / "saes.png")
     assert not (tmp_path / "drawn").exists()
 

@@ -16,6 +16,7 @@ from conceptshare import metrics, paper, tables
 from conceptshare.cli import app
 from conceptshare.correlations import _store, correlate_stores
 from conceptshare.errors import StoreError
+from conceptshare.seals import seal
 from conceptshare.study import as_member, pair_name
 from conceptshare.tables import (
     GroupedMember,
@@ -54,7 +55,7 @@ def made(tmp_path_factory, write_features_from):
             x[:, :4] = 0.7 * common[:, rng.permutation(4)] + rng.random() * x[:, :4]
             x[:, -1] = 0  # never active
             features[member][layer] = x.astype(np.float16).astype(np.float64)
-        write_features_from(tmp_path_factory.mktemp("source"), folder / "features", member, features[member])
+        write_features_from(folder / "made", folder / "features", member, features[member])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_store, "FLOOR_FEATURES", FLOOR_FEATURES)
         correlate(stores_in(folder), WIDTHS)
@@ -596,17 +597,8 @@ def test_a_matrix_of_two_seeds_of_one_encoder_has_all_files_but_those_of_several
 
 
 @pytest.fixture
-def saes(tmp_path):
-    for layer in (1, 3):
-        folder = tmp_path / "saes" / "vit" / f"layer-{layer:02d}" / "seed-0"
-        folder.mkdir(parents=True)
-        metrics = {
-            "steps": 10 * layer,
-            "all_tokens": {"tokens": 9, "fvu": 0.1 * layer, "l0": 4.5, "dead": 0.25},
-            "global_tokens": {"tokens": 3, "fvu": 0.2 * layer, "l0": 3.5, "dead": 0.75},
-            "settings": {},
-        }
-        (folder / "metrics.json").write_text(json.dumps(metrics))
+def saes(tmp_path, study):
+    shutil.copytree(tmp_path / "stores" / "made" / "vit@0", tmp_path / "saes" / "vit")
     return tmp_path / "saes"
 
 
@@ -634,13 +626,20 @@ def test_sae_table(study, saes):
     assert first["steps"] == 10
 
 
+def test_an_sae_that_the_features_are_not_of_is_refused(study, saes):
+    folder = saes / "vit" / "layer-03" / "seed-0"
+    seal(folder, {"spec": {"trained": "again"}})
+    with pytest.raises(StoreError, match=r"layer-03/seed-0: not the SAE that the features of vit@0 are of"):
+        sae_table(["vit@0"], saes, study[0])
+
+
 @pytest.mark.parametrize("content", [None, "{"])
 def test_missing_or_damaged_metrics_of_an_sae_are_named(study, saes, content):
     path = saes / "vit" / "layer-03" / "seed-0" / "metrics.json"
     path.unlink()
     if content:
         path.write_text(content)
-    with pytest.raises(StoreError, match=r"layer-03/seed-0: no readable metrics"):
+    with pytest.raises(StoreError, match=r"layer-03/seed-0: metrics\.json .* run the sae stage again"):
         sae_table(["vit@0"], saes, study[0])
 
 

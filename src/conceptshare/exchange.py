@@ -13,7 +13,7 @@ from torch import Tensor
 from conceptshare.errors import ConceptshareError, StoreError
 from conceptshare.files import SAE, SPARSIFY, Kind, written_aside
 from conceptshare.sae._model import TopKSAE, load_sae, save_sae
-from conceptshare.sae_folder import other_meaning
+from conceptshare.sae_folder import other_meaning, sae_file
 
 _SAE_LENS_WEIGHTS = "sae_weights.safetensors"
 _SPARSIFY_WEIGHTS = "sae.safetensors"
@@ -79,8 +79,8 @@ def import_sae(folder: Path | str, out: Path | str) -> None:
             "name the folder of one SAE"
         )
     try:
-        config = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
-        found = read(folder, config, load_file(folder / weights))
+        config = json.loads(sae_file(folder, "cfg.json").read_text(encoding="utf-8"))
+        found = read(folder, config, load_file(sae_file(folder, weights)))
         sae = TopKSAE(config["d_in"], len(found.tensors["W_dec"]), found.k)
         sae.load_state_dict(found.tensors)
     except ConceptshareError:

@@ -29,6 +29,7 @@ from conceptshare.files import layer_name
 from conceptshare.progress import progress
 from conceptshare.reading import FEATURES
 from conceptshare.sae import TopKSAE, load_sae
+from conceptshare.sae_folder import REMEDY, sae_of
 from conceptshare.store import as_float16, layer_array, new_array, new_store, open_store, save_array
 
 _ROWS = 1024
@@ -70,11 +71,14 @@ def record_features(activation_store: Path, saes: Path, seed: int, out: Path) ->
     """
     source: Any = open_store(activation_store, activations.KIND)
     spec: Any = source.attrs["spec"]
-    described = {key: spec[key] for key in ("name", "encoder", "content_hash", "samples", "layers")}
-    with new_store(out, FEATURES, described | {"seed": seed}) as store:
+    described = {key: spec.get(key) for key in ("name", "encoder", "weights", "content_hash", "samples", "layers")}
+    found = _read_saes(saes, seed, spec)
+    digests = {str(layer): sae["digest"] for layer, (_, sae) in found.items()}
+    made_from = {"activations": source.attrs["digest"], "saes": digests}
+    with new_store(out, FEATURES, described | {"seed": seed, "made_from": made_from}) as store:
         for layer in progress(spec["layers"], len(spec["layers"]), f"features of {out.stem}", "layers"):
-            folder = saes / layer_name(layer) / f"seed-{seed}"
-            sae = load_sae(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+            folder, sae_record = found[layer]
+            sae = load_sae(folder, sae_record).to("cuda" if torch.cuda.is_available() else "cpu")
             x = layer_array(source, layer, "global", activation_store)
             if x.shape[1] != sae.W_dec.shape[1]:
                 raise StoreError(
@@ -82,6 +86,31 @@ def record_features(activation_store: Path, saes: Path, seed: int, out: Path) ->
                     f"run the sae stage again"
                 )
             _record_layer(store.create_group(layer_name(layer)), sae, x, f"{out.stem}, layer {layer}")
+
+
+def _read_saes(saes: Path, seed: int, activations: dict[str, Any]) -> dict[int, tuple[Path, dict[str, Any]]]:
+    """The folders of the SAEs of all layers, and what they say of themselves.
+
+    Raises:
+        StoreError: where one is missing, is of another layer or seed, or was trained on other activations, or with
+            other settings than the others.
+    """
+    found = {layer: sae_of(saes, layer, seed) for layer in activations["layers"]}
+    # An SAE from elsewhere says nothing of these.
+    settings: dict[str, Any] = next(
+        (sae["spec"]["settings"] for _, sae in found.values() if "settings" in sae["spec"]), {}
+    )
+    for folder, sae in found.values():
+        for key, wanted, what in (
+            ("made_from", activations, "on other activations"),
+            ("settings", settings, "with other settings"),
+        ):
+            said = sae["spec"].get(key, wanted)
+            other = sorted(name for name in {*said, *wanted} if said.get(name) != wanted.get(name))
+            if other:
+                first = f"{other[0]} is {said.get(other[0])!r}, not {wanted.get(other[0])!r}"
+                raise StoreError(f"{folder}: an SAE trained {what} ({first}); {REMEDY}")
+    return found
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def _json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-_SAE_FILES = r"(sae_weights\.safetensors|(cfg|metrics)\.json|(loss|density)\.csv|provenance\.json)"
+_SAE_FILES = r"(sae_weights\.safetensors|(cfg|metrics|manifest)\.json|(loss|density)\.csv|provenance\.json)"
 FILE = Kind("a file")
 CSV = Kind("a CSV file", suffix=".csv")
 PARQUET = Kind("a Parquet file", suffix=".parquet", is_one=lambda path: _begins(path, b"PAR1"))
@@ -92,7 +92,7 @@ SPARSIFY = Kind(
     "an SAE of sparsify's", r"sae\.safetensors|cfg\.json", is_one=lambda path: "num_latents" in _json(path / "cfg.json")
 )
 CHECKPOINTS = Kind("a folder of checkpoints", r"of\.json|(partial|\d+)/(state|.+\.safetensors)")
-EXAMPLES = Kind("a folder of examples", r"(samples|layer-\d+)\.parquet")
+EXAMPLES = Kind("a folder of examples", r"(samples|layer-\d+)\.parquet|manifest\.json")
 MATRICES = Kind("a folder of matrices", r"(pooled|layer_mean|last|averages|table-3)\.(csv|md|tex)")
 SAE_FIGURES = Kind("a folder of figures of SAEs", r"[^/]+@\d+\.png")
 SAMPLE_PAGES = Kind("a folder of samples for pages", r"\d+\.js|\d+/\d+\.webp")

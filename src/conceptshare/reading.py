@@ -75,14 +75,23 @@ def read_features(path: Path) -> dict[int, FeatureArray]:
     return {layer: FeatureArray(store, layer, path) for layer in store.attrs["spec"]["layers"]}
 
 
+def read_spec(path: Path, kind: str) -> dict[str, Any]:
+    """What a store says that it is of, and was made from.
+
+    Raises:
+        StoreError: where the store is not whole.
+    """
+    spec: Any = open_store(path, kind).attrs["spec"]
+    return dict(spec)
+
+
 def read_modality(path: Path) -> str:
     """What the encoder of a feature store reads: ``image`` or ``text``.
 
     Raises:
         StoreError: where the store is not whole.
     """
-    spec: Any = open_store(path, FEATURES).attrs["spec"]
-    return str(spec["encoder"]["modality"])
+    return str(read_spec(path, FEATURES)["encoder"]["modality"])
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from conceptshare.errors import StoreError
+from conceptshare.files import layer_name
+from conceptshare.seals import MANIFEST, read_manifest, recorded_file
 
 REMEDY = "delete it, or the folder of all the encoder's SAEs where they were streamed, and run the sae stage again"
 """What to do about the folder of an SAE that is damaged."""
@@ -30,6 +32,43 @@ _QUALITY = {
 _LABEL, _COLUMN, _LINE = 20, 16, 100
 
 
+def sae_of(saes: Path, layer: int, seed: int) -> tuple[Path, dict[str, Any]]:
+    """The folder of an SAE among those of an encoder's layers and seeds, and what it says of itself.
+
+    That is its ``spec``, the fingerprints of its ``files``, and the ``digest``. The spec holds ``layer``, ``seed``,
+    ``settings`` and ``made_from``, the spec of the activations that it was trained on; it is empty for an SAE from
+    elsewhere.
+
+    Args:
+        saes: the folder with `layer-NN/seed-S/` for each layer and seed.
+        layer: the layer.
+        seed: S.
+
+    Raises:
+        StoreError: where it says nothing, was changed, or says that it is of another layer or seed.
+    """
+    folder = saes / layer_name(layer) / f"seed-{seed}"
+    record = read_manifest(folder, f"{REMEDY}, or bring an SAE of another library here with `conceptshare sae import`")
+    for key, wanted in (("layer", layer), ("seed", seed)):
+        found = record["spec"].get(key, wanted)
+        if found != wanted:
+            raise StoreError(f"{folder}: an SAE of {key} {found}, where one of {key} {wanted} is needed; {REMEDY}")
+    return folder, record
+
+
+def sae_file(folder: Path, name: str, record: dict[str, Any] | None = None) -> Path:
+    """A file of an SAE, once it is seen to be as the folder's record says; without one, if the folder has one.
+
+    Raises:
+        StoreError: where it is not.
+    """
+    if record is None:
+        if not (folder / MANIFEST).exists():
+            return folder / name
+        record = read_manifest(folder, REMEDY)
+    return recorded_file(folder, name, record, REMEDY)
+
+
 def other_meaning(config: dict[str, Any]) -> dict[str, Any]:
     """The keys of SAELens's `cfg.json` that give the weights another meaning than they have here."""
     said = _MEANING | {"architecture": None} | config
@@ -44,12 +83,15 @@ def describe_sae(folder: Path | str) -> str:
     """
     folder = Path(folder)
     try:
-        config = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+        config = json.loads(sae_file(folder, "cfg.json").read_text(encoding="utf-8"))
         lines = _size(folder, config)
         if (folder / "metrics.json").is_file():
-            lines += _training(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+            lines += _training(json.loads(sae_file(folder, "metrics.json").read_text(encoding="utf-8")))
         if (folder / "loss.csv").is_file():
-            lines.append(_line("last loss", (folder / "loss.csv").read_text(encoding="utf-8").split(",")[-1].strip()))
+            losses = sae_file(folder, "loss.csv").read_text(encoding="utf-8")
+            lines.append(_line("last loss", losses.split(",")[-1].strip()))
+    except StoreError:
+        raise
     except Exception as error:  # a damaged file fails in as many ways as there are bytes in it
         raise StoreError(
             f"{folder}: no readable SAE there ({type(error).__name__}: {error}); name a folder that the sae stage "
@@ -68,7 +110,7 @@ def _size(folder: Path, config: dict[str, Any]) -> list[str]:
         _line("F", f"{F:,}"),
         _line("k", f"{k:,}"),
         _line("expansion", f"{F / D:g}"),
-        _line("encoder bias", "yes" if _has_encoder_bias(folder / "sae_weights.safetensors") else "no"),
+        _line("encoder bias", "yes" if _has_encoder_bias(sae_file(folder, "sae_weights.safetensors")) else "no"),
         _line("size on disk", f"{sum(path.stat().st_size for path in folder.iterdir()) / 1e6:,.1f} MB"),
     ]
     if other := other_meaning(config):

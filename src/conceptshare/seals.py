@@ -1,7 +1,8 @@
 """What results say of themselves, so that a reader notices when it no longer holds.
 
 A result carries a record of what it is, what it was made from, and a fingerprint of each of its files; the record is
-sealed with a digest of its own content. That digest stands for the whole result: what is made from it records it.
+sealed with a digest of its own content. That digest stands for the whole result: what is made from it records it. The
+record of a Zarr store is in its root's attributes, that of a folder of other files in its `manifest.json`.
 """
 
 import hashlib
@@ -12,11 +13,17 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+from conceptshare import provenance
+from conceptshare.errors import StoreError
+
+MANIFEST = "manifest.json"
+
 Fingerprint = list[int]
 """Size of a file in bytes, and a CRC-32 of its content or its end."""
 
 _BLOCK_BYTES = 2**20
 _SEAL = "digest"
+_UNRECORDED = {MANIFEST, provenance.FILE}
 
 
 def fingerprint(path: Path, tail: int | None = None) -> Fingerprint:
@@ -43,6 +50,53 @@ def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
     return content | {_SEAL: digest(content)}
 
 
-def is_whole(record: Mapping[str, Any]) -> bool:
+def is_whole(record: Any) -> bool:
     """Whether a record is sealed, and as it was when it was."""
-    return bool(record.get(_SEAL) == sealed(record)[_SEAL])
+    return isinstance(record, dict) and bool(record.get(_SEAL) == sealed(record)[_SEAL])
+
+
+def seal(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the `manifest.json` of a folder: a record, and the fingerprints of the files there as its ``files``."""
+    files = {path.name: fingerprint(path) for path in sorted(folder.iterdir()) if path.name not in _UNRECORDED}
+    text = json.dumps(sealed({**record, "files": files}), indent=1)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def read_manifest(folder: Path, remedy: str) -> dict[str, Any]:
+    """The record of a folder.
+
+    Raises:
+        StoreError: where there is none, or it is not as it was written; it ends with the ``remedy``.
+    """
+    try:
+        record: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreError(f"{folder}: {MANIFEST} is missing; {remedy}") from None
+    except ValueError as error:
+        raise StoreError(f"{folder}: {MANIFEST} cannot be read ({error}); {remedy}") from None
+    if not is_whole(record):
+        raise StoreError(f"{folder}: {MANIFEST} is not as it was written; {remedy}")
+    return record
+
+
+def recorded_file(folder: Path, name: str, record: Mapping[str, Any], remedy: str) -> Path:
+    """A file of a folder, once it is seen to be as the folder's record says.
+
+    Raises:
+        StoreError: where it is not; it ends with the ``remedy``.
+    """
+    changed = change(folder / name, record["files"].get(name, []))
+    if changed is not None:
+        raise StoreError(f"{folder}: {name} {changed}; {remedy}")
+    return folder / name
+
+
+def change(path: Path, recorded: Fingerprint, tail: int | None = None) -> str | None:
+    """What happened to a file since its fingerprint was recorded; None where it is the same."""
+    try:
+        found = fingerprint(path, tail)
+    except FileNotFoundError:
+        return "is missing"
+    if found[:1] != recorded[:1]:
+        return f"has {found[0]} bytes, not {recorded[0]}" if recorded else "was not there when the folder was written"
+    return None if found == recorded else "is damaged, or was exchanged with another file"

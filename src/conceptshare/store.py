@@ -22,7 +22,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from conceptshare import provenance
 from conceptshare.errors import ConceptshareError, NumericsError, StoreError, refusal
 from conceptshare.files import layer_name, remove, store_kind, written_aside
-from conceptshare.seals import Fingerprint, fingerprint, is_whole, sealed
+from conceptshare.seals import change, fingerprint, is_whole, sealed
 
 VERSIONS = {"activations": 3, "tokens": 2, "part": 2, "features": 4, "correlations": 3}
 """Version of a kind's format, where it is not 1; what old readers would misread, or new ones need, raises it."""
@@ -63,7 +63,7 @@ def new_store(path: Path, kind: str, spec: dict[str, Any], resume: bool = False)
             group.attrs.update(described)
         yield group
         provenance.record(partial)
-        found = {name: _fingerprint(partial / name) for name in _files(partial)}
+        found = {name: fingerprint(partial / name, _tail(name)) for name in _files(partial)}
         group.attrs.put(sealed({**group.attrs.asdict(), "files": found, "complete": True}))
 
 
@@ -120,25 +120,15 @@ def open_store(path: Path, kind: str, layer: int | None = None) -> zarr.Group:
         )
     for name, recorded in attributes["files"].items():
         if layer is None or not name.startswith("layer-") or name.startswith(f"{layer_name(layer)}/"):
-            _check_file(path, name, recorded, kind)
+            changed = change(path / name, recorded, _tail(name))
+            if changed is not None:
+                raise StoreError(f"{path}: {name} {changed}; {_remedy(kind)}")
     return group
 
 
-def _check_file(path: Path, name: str, recorded: Fingerprint, kind: str) -> None:
-    """Compare a file of a store with what the store says of it."""
-    try:
-        found = _fingerprint(path / name)
-    except FileNotFoundError:
-        raise StoreError(f"{path}: {name} is missing; {_remedy(kind)}") from None
-    if found[0] != recorded[0]:
-        raise StoreError(f"{path}: {name} has {found[0]} bytes, not {recorded[0]}; {_remedy(kind)}")
-    if found != recorded:
-        raise StoreError(f"{path}: {name} is damaged, or was exchanged with another file; {_remedy(kind)}")
-
-
-def _fingerprint(path: Path) -> Fingerprint:
-    """Of a file in a store: of all of it for metadata, of its end for chunks."""
-    return fingerprint(path, None if path.name == _ROOT else _TAIL_BYTES)
+def _tail(name: str) -> int | None:
+    """How much of a file's end its fingerprint is of: all of metadata."""
+    return None if name.endswith(_ROOT) else _TAIL_BYTES
 
 
 def _stage(kind: str) -> str:

@@ -16,9 +16,16 @@ from numpy.typing import NDArray
 
 from conceptshare import metrics
 from conceptshare.errors import StoreError, StudyError
-from conceptshare.files import CSV, PARQUET, layer_name, written_aside
-from conceptshare.reading import FeatureStatistics, PairCorrelations, read_correlations, read_statistics
-from conceptshare.sae_folder import REMEDY
+from conceptshare.files import CSV, PARQUET, written_aside
+from conceptshare.reading import (
+    FEATURES,
+    FeatureStatistics,
+    PairCorrelations,
+    read_correlations,
+    read_spec,
+    read_statistics,
+)
+from conceptshare.sae_folder import REMEDY, sae_file, sae_of
 from conceptshare.study import as_member, pair_name
 
 SIMILARITIES = ("cka", "mutual_knn")
@@ -519,10 +526,16 @@ def sae_table(members: Sequence[str], saes: Path, stores: Stores) -> pd.DataFram
     rows = []
     for text in members:
         member = as_member(text)
+        digests = read_spec(stores.features / f"{text}.zarr", FEATURES)["made_from"]["saes"]
         for layer, statistics in stores.statistics(text).items():
-            folder = saes / member.encoder / layer_name(layer) / f"seed-{member.seed}"
+            folder, record = sae_of(saes / member.encoder, layer, member.seed)
+            if record["digest"] != digests[str(layer)]:
+                raise StoreError(
+                    f"{folder}: not the SAE that the features of {text} are of; delete these and run the features "
+                    f"stage again"
+                )
             try:
-                found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+                found = json.loads(sae_file(folder, "metrics.json", record).read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise StoreError(f"{folder}: no readable metrics ({error}); {REMEDY}") from None
             rows.append(

@@ -11,6 +11,7 @@ rule sae:
             metrics="metrics.json",
             losses="loss.csv",
             density="density.csv",
+            manifest="manifest.json",
             provenance="provenance.json",
         ),
     log:

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from conceptshare.errors import StoreError
 from conceptshare.figures._style import COLOURS, PLACED, STYLE, layer_ticks, save
-from conceptshare.files import SAE_FIGURES, layer_name, written_aside
-from conceptshare.sae_folder import REMEDY
+from conceptshare.files import SAE_FIGURES, written_aside
+from conceptshare.sae_folder import REMEDY, sae_file, sae_of
 
 
 class _Look(NamedTuple):
@@ -87,9 +87,9 @@ class _Training:
 
 
 def _read_training(row: Any, saes: Path) -> _Training:
-    folder = saes / str(row.encoder) / layer_name(int(row.layer)) / f"seed-{row.seed}"
-    losses = _read_csv(folder / "loss.csv", ["step", "loss"]).loss.to_numpy(np.float64)
-    densities = _read_csv(folder / "density.csv", ["tokens", "kind", "log10_density", "latents"])
+    folder, record = sae_of(saes / str(row.encoder), int(row.layer), int(row.seed))
+    losses = _read_csv(sae_file(folder, "loss.csv", record), ["step", "loss"]).loss.to_numpy(np.float64)
+    densities = _read_csv(sae_file(folder, "density.csv", record), ["tokens", "kind", "log10_density", "latents"])
     counted = densities.groupby("tokens").latents.sum()
     if len(losses) != row.steps or any(counted.get(tokens) != row.latents for tokens in _TOKENS):
         raise StoreError(f"{folder}: loss.csv or density.csv is cut off, or not of this training; {REMEDY}")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
 from conceptshare.errors import NumericsError, StoreError
-from conceptshare.sae_folder import REMEDY, other_meaning
+from conceptshare.sae_folder import REMEDY, other_meaning, sae_file
+from conceptshare.seals import seal
 
 # The layout that this file writes was tried with this version of SAELens.
 _SAE_LENS_VERSION = "6.54.12"
@@ -152,8 +153,16 @@ def _dots(indices: Tensor, W: Tensor, x: Tensor) -> Tensor:
     return products
 
 
-def save_sae(sae: TopKSAE, folder: Path, model_name: str, hook_name: str) -> None:
-    """Write `sae_weights.safetensors` and `cfg.json` in the layout of SAELens."""
+def save_sae(sae: TopKSAE, folder: Path, model_name: str, hook_name: str, spec: dict[str, Any] | None = None) -> None:
+    """Write `sae_weights.safetensors` and `cfg.json` in the layout of SAELens, and seal the folder in `manifest.json`.
+
+    Args:
+        sae: the model.
+        folder: where to write. What else is there is sealed, too.
+        model_name: of the encoder, for other libraries.
+        hook_name: of the layer, for other libraries.
+        spec: what it is and was made from, as `sae_folder.sae_record` has it.
+    """
     d_sae, d_in = sae.W_dec.shape
     tensors = {
         "W_enc": sae.W_enc.detach().contiguous(),
@@ -181,24 +190,30 @@ def save_sae(sae: TopKSAE, folder: Path, model_name: str, hook_name: str) -> Non
         },
     }
     (folder / "cfg.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    seal(folder, {"kind": "sae", "version": 1, "spec": spec or {}})
 
 
-def load_sae(folder: Path | str) -> TopKSAE:
+def load_sae(folder: Path | str, record: dict[str, Any] | None = None) -> TopKSAE:
     """Load an SAE that `save_sae` wrote, or one of SAELens's that computes the same.
 
+    Args:
+        folder: where it is.
+        record: what its files are compared with; without it, the folder's own `manifest.json`, if it has one.
+
     Raises:
-        StoreError: where the folder holds none, its files do not fit one another, or its weights mean something else.
+        StoreError: where the folder holds none, its files are damaged or do not fit one another, or its weights mean
+            something else.
     """
     folder = Path(folder)
     try:
-        config = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+        config = json.loads(sae_file(folder, "cfg.json", record).read_text(encoding="utf-8"))
         if other := other_meaning(config):
             said = ", ".join(f"{key} = {value!r}" for key, value in other.items())
             raise StoreError(
                 f"{folder}: cfg.json says {said}, so that its weights mean something else here; convert it with "
                 f"`conceptshare sae import {folder} --out FOLDER`"
             )
-        tensors = load_file(folder / "sae_weights.safetensors")
+        tensors = load_file(sae_file(folder, "sae_weights.safetensors", record))
         sae = TopKSAE(config["d_in"], config["d_sae"], config["k"])
         # Strict in names and shapes: a tensor of another library's would have a meaning that is not known here.
         sae.load_state_dict({"W_enc_T": tensors.pop("W_enc").T, **tensors})

@@ -87,7 +87,7 @@ def train_stream(
         for origin, trainer in team.by_origin.items():
             report = Report(origin, all_tokens[origin], global_tokens[origin], held_out)
             place = folder / layer_name(origin.layer) / f"seed-{origin.seed}"
-            write_sae(place, trainer.sae, trainer.losses.cpu().numpy(), settings, report)
+            write_sae(place, trainer.sae, trainer.losses.cpu().numpy(), settings, report, described)
         reader.close()
     checkpoints.remove()
 

@@ -201,7 +201,8 @@ def train_sae(token_store: Path, layer: int, settings: SAESettings, seed: int, o
         measured = evaluate(sae, (tokens.read(batch) for batch in batches))
         measured_global = evaluate(sae, (tokens.read_global(batch) for batch in batches))
         held_out = settings.held_out_samples(len(tokens)) > 0
-        write_sae(folder, sae, losses, settings, Report(origin, measured, measured_global, held_out))
+        report = Report(origin, measured, measured_global, held_out)
+        write_sae(folder, sae, losses, settings, report, tokens.made_from)
     checkpoints.remove()
 
 
@@ -216,10 +217,17 @@ class Report:
     """Whether it was measured on samples that it was not trained on."""
 
 
-def write_sae(folder: Path, sae: TopKSAE, losses: NDArray[np.float32], settings: SAESettings, report: Report) -> None:
-    """Write an SAE's folder, and say how good it is."""
+def write_sae(
+    folder: Path,
+    sae: TopKSAE,
+    losses: NDArray[np.float32],
+    settings: SAESettings,
+    report: Report,
+    made_from: dict[str, Any],
+) -> None:
+    """Write an SAE's folder, and say how good it is; ``made_from`` is the spec of the activations."""
     folder.mkdir(parents=True)
-    save_sae(sae.cpu(), folder, model_name=report.origin.encoder, hook_name=f"layer {report.origin.layer}")
+    origin = report.origin
     metrics = {
         "all_tokens": asdict(report.all_tokens.quality),
         "global_tokens": asdict(report.global_tokens.quality),
@@ -235,6 +243,8 @@ def write_sae(folder: Path, sae: TopKSAE, losses: NDArray[np.float32], settings:
         for row in density_histogram(found.density)
     ]
     _write_csv(folder / "density.csv", ["tokens", "kind", "log10_density", "latents"], rows)
+    spec = {"layer": origin.layer, "seed": origin.seed, "settings": metrics["settings"], "made_from": made_from}
+    save_sae(sae.cpu(), folder, model_name=origin.encoder, hook_name=f"layer {origin.layer}", spec=spec)
     provenance.record(folder)
     quality = report.all_tokens.quality
     window = f"of {quality.tokens:,} {'held-out' if report.held_out else 'training'} tokens"
