@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 import struct
 import tarfile
 import warnings
@@ -214,7 +215,12 @@ def test_the_samples_are_an_arrow_file_as_documented(make, tmp_path):
     make(ids=list("abcde"), order_seed=3)
     with pa.memory_map(str(tmp_path / "made" / "samples.arrow")) as source:
         table = pa.ipc.open_file(source).read_all()
-    assert table.schema == pa.schema([("id", pa.string()), ("image", pa.binary()), ("caption", pa.string())])
+    checksums = [("text_crc32", pa.uint32()), ("image_crc32", pa.uint32())]
+    columns = [("id", pa.string()), ("image", pa.binary()), ("caption", pa.string()), *checksums]
+    assert table.schema == pa.schema(columns)
+    assert table["image_crc32"].to_pylist() == [zlib.crc32(image) for image in table["image"].to_pylist()]
+    texts = [f"{id_}{text}" for id_, text in zip(table["id"].to_pylist(), table["caption"].to_pylist(), strict=True)]
+    assert table["text_crc32"].to_pylist() == [zlib.crc32(text.encode()) for text in texts]
     order = np.random.default_rng(3).permutation(5)
     assert table["image"].to_pylist() == [IMAGES[row] for row in order]
     assert table["id"].to_pylist() == ["abcde"[row] for row in order]
@@ -402,9 +408,46 @@ def test_data_that_is_missing_or_damaged_is_refused(make, tmp_path):
     with pytest.raises(DatasetError, match="no readable data set"):
         AsRead(tmp_path / "made")
     samples.write_bytes(content)
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "rows": 6}))
-    with pytest.raises(DatasetError, match="5 rows, where the manifest says 6"):
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"rows": 5', '"rows": 6'))
+    with pytest.raises(
+        DatasetError, match=r"manifest\.json is not as this version wrote it; delete the folder and run"
+    ):
         AsRead(tmp_path / "made")
+    manifest.write_text(text)
+    make(captions=["another", *CAPTIONS[1:]], name="other")
+    (tmp_path / "other" / "samples.arrow").replace(samples)
+    with pytest.raises(
+        DatasetError, match=r"samples\.arrow is damaged, or not of this manifest\.json; delete the folder"
+    ):
+        AsRead(tmp_path / "made")
+
+
+FLIPS = 60
+"""Bytes of each file that are changed, one after another."""
+
+
+def everything(folder):
+    """All that can be read of a data set; or the message of the error that says why it cannot."""
+    try:
+        data = Data(folder)
+        rows = range(len(data))
+        return data.manifest, data.ids(), [(data.caption(row), data.image(row).tobytes()) for row in rows]
+    except DatasetError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("name", ["samples.arrow", "manifest.json"])
+def test_any_flipped_bit_is_noticed_or_changes_nothing(make, tmp_path, name, rng):
+    make()
+    whole, path = everything(tmp_path / "made"), tmp_path / "made" / name
+    kept = path.read_bytes()
+    for place in rng.choice(len(kept), min(len(kept), FLIPS), replace=False):
+        damaged = bytearray(kept)
+        damaged[place] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        found = everything(tmp_path / "made")
+        assert found == whole or re.fullmatch(r"\S+/made: .*; delete the folder and run the dataset stage again", found)
 
 
 def test_transparency_is_laid_on_white():

@@ -1,8 +1,8 @@
 """Stage `dataset`: read image-caption pairs once, drop what no encoder could read, and shuffle the others once for all.
 
 `results/{dataset}/data/` holds `samples.arrow`, an Arrow IPC file with the columns ``id`` (string), ``image`` (binary,
-the bytes of the source's file) and ``caption`` (string), and `manifest.json`. Row i of every later array is
-sample i. A sample that one encoder could not read is dropped here, for all, and listed in the manifest.
+the bytes of the source's file) and ``caption`` (string) and their checksums, and `manifest.json`. Row i of every later
+array is sample i. A sample that one encoder could not read is dropped here, for all, and listed in the manifest.
 
 Samples are shuffled here and not where SAEs are trained: encoders then read, and SAEs learn, in one order from the
 first row to the last, whether tokens are stored in between or not.
@@ -23,6 +23,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
+from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
@@ -37,13 +38,20 @@ from conceptshare.files import DATASET, written_aside
 from conceptshare.images import decode, formats
 from conceptshare.progress import progress, say
 from conceptshare.rows import Unusable, columns_of, cut, hash_of, image_path, read_rows, too_large
+from conceptshare.seals import is_text_whole, seal_text
 from conceptshare.sources import Source, locate
 
 MAX_RATIO = 100
 """Largest ratio of an image's sides. Models resize one side to some 200 pixels: of a narrower image, the other side
 would then have tens of thousands of pixels, or none."""
 
-_SCHEMA = pa.schema([("id", pa.string()), ("image", pa.binary()), ("caption", pa.string())])
+_SCHEMA = pa.schema(
+    [
+        *(("id", pa.string()), ("image", pa.binary()), ("caption", pa.string())),
+        *(("text_crc32", pa.uint32()), ("image_crc32", pa.uint32())),
+    ]
+)
+_REMEDY = "delete the folder and run the dataset stage again"
 _BATCH_ROWS = 256
 _LONGEST_ID = 200  # characters of a dropped row's id, and of its address, in a manifest
 _LONGEST_ADDRESS = 8000
@@ -80,18 +88,22 @@ class Data:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         try:
-            self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            manifest = (folder / "manifest.json").read_bytes()
+            if not is_text_whole(manifest):
+                raise DatasetError(f"{folder}: manifest.json is not as this version wrote it; {_REMEDY}")
+            self.manifest: dict[str, Any] = json.loads(manifest)
             with pa.memory_map(str(folder / "samples.arrow")) as source:
                 self._table: pa.Table = pa.ipc.open_file(source).read_all()
+            if not self._table.schema.equals(_SCHEMA):
+                raise ValueError("other columns than a data set's")
+            checksums = _checksums_digest(self._table.to_batches())
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise DatasetError(
-                f"{folder}: no readable data set there ({error}); delete it and run the dataset stage again"
-            ) from None
-        if len(self) != self.manifest["rows"]:
-            raise DatasetError(
-                f"{folder}: {len(self)} rows, where the manifest says {self.manifest['rows']}; delete it and run the "
-                f"dataset stage again"
-            )
+            said = " ".join(str(error).split())
+            raise DatasetError(f"{folder}: no readable data set there ({said}); {_REMEDY}") from None
+        if checksums != self.manifest["checksums"]:
+            raise DatasetError(f"{folder}: samples.arrow is damaged, or not of this manifest.json; {_REMEDY}")
+        self._starts = np.cumsum([0, *(len(chunk) for chunk in self._table["id"].chunks)])
+        self._sound: set[tuple[str, int]] = set()
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -103,22 +115,46 @@ class Data:
 
     def ids(self) -> list[str]:
         """All sample ids."""
-        ids: list[str] = self._table["id"].to_pylist()
-        return ids
+        return [self._text(row)[0] for row in range(len(self))]
 
     def caption(self, row: int) -> str:
         """The caption of a sample."""
-        return str(self._table["caption"][row].as_py())
+        return self._text(row)[1]
 
     def image(self, row: int) -> Image.Image:
         """The picture of a sample, as RGB on white."""
+        image = self._cell("image", row)
+        if crc32(image) != self._cell("image_crc32", row):
+            raise self._damaged(row)
         try:
-            return decode(self._table["image"][row].as_py())
-        except Exception as error:  # PIL's decoders raise many types; each of these pictures could be decoded once
+            return decode(image)
+        except Exception as error:  # PIL's decoders raise many types; each of these images could be decoded once
             raise DatasetError(
-                f"{self._folder}: the picture of sample {row} is damaged ({type(error).__name__}: {error}); delete the "
-                f"folder and run the dataset stage again"
+                f"{self._folder}: the image of sample {row} cannot be decoded here ({type(error).__name__}: {error}); "
+                f"run with the same version of Pillow as the dataset stage"
             ) from error
+
+    def _text(self, row: int) -> tuple[str, str]:
+        """The id and the caption of a sample."""
+        texts: tuple[str, str] = self._cell("id", row), self._cell("caption", row)
+        if _text_crc32(*texts) != self._cell("text_crc32", row):
+            raise self._damaged(row)
+        return texts
+
+    def _cell(self, column: str, row: int) -> Any:
+        """A value of a sample. Arrow trusts the places that a file says values have: each batch is looked at first."""
+        n = int(np.searchsorted(self._starts, row, side="right")) - 1
+        chunk = self._table[column].chunk(n)
+        if (column, n) not in self._sound:
+            try:
+                chunk.validate(full=True)
+            except pa.ArrowException:
+                raise self._damaged(row) from None
+            self._sound.add((column, n))
+        return chunk[row - int(self._starts[n])].as_py()
+
+    def _damaged(self, row: int) -> DatasetError:
+        return DatasetError(f"{self._folder}: sample {row} in samples.arrow is damaged; {_REMEDY}")
 
 
 def make_dataset(spec: DatasetSpec, out: Path) -> None:
@@ -149,7 +185,7 @@ def make_dataset(spec: DatasetSpec, out: Path) -> None:
             if spec.id is not None:
                 samples.check_ids(spec)
             _check_share(spec, len(samples), dropped)
-            content_hash = samples.shuffle(folder / "samples.arrow", spec.order_seed)
+            content_hash, checksums = samples.shuffle(folder / "samples.arrow", spec.order_seed)
         manifest = {
             "source": spec.source,
             "revision": source.revision,
@@ -164,8 +200,10 @@ def make_dataset(spec: DatasetSpec, out: Path) -> None:
             **({"not_read": source.not_read.entries()} if source.not_read.counts else {}),
             "dropped": [],
             "content_hash": content_hash,
+            "checksums": checksums,
         }
         dropped.write_into(manifest, folder / "manifest.json")
+        seal_text(folder / "manifest.json")
         samples.path.unlink()
         dropped.path.unlink()
         provenance.record(folder)
@@ -210,18 +248,24 @@ class _AsRead:
             if id_ == _unpacked(self._record(other)).id:  # and not two ids with one hash
                 raise DatasetError(f"{spec.source}: the id {cut(id_)!r} occurs twice; name a column of unique ids")
 
-    def shuffle(self, out: Path, seed: int) -> str:
-        """Write the samples to ``out`` in the order that a seed draws, and return their content hash."""
+    def shuffle(self, out: Path, seed: int) -> tuple[str, str]:
+        """Write the samples to ``out`` in the order that a seed draws.
+
+        Returns:
+            their content hash, and a digest of the checksums.
+        """
         self._file.flush()
-        digest = hashlib.sha256()
+        digest, checksums = hashlib.sha256(), hashlib.sha256()
         order = np.random.default_rng(seed).permutation(len(self))
         with pa.ipc.new_file(str(out), _SCHEMA) as writer:
             for start in range(0, len(order), _BATCH_ROWS):
                 records = [self._record(row) for row in order[start : start + _BATCH_ROWS].tolist()]
                 for record in records:
                     digest.update(record)
-                writer.write(_to_arrow([_unpacked(record) for record in records]))
-        return digest.hexdigest()
+                batch = _to_arrow([_unpacked(record) for record in records])
+                _add_checksums(checksums, batch)
+                writer.write(batch)
+        return digest.hexdigest(), checksums.hexdigest()
 
     def _record(self, row: int) -> bytes:
         start, end = self._places[row], self._places[row + 1]
@@ -492,6 +536,25 @@ def _to_arrow(batch: list[Sample]) -> pa.RecordBatch:
             pa.array([sample.id for sample in batch], pa.string()),
             pa.array([sample.image for sample in batch], pa.binary()),
             pa.array([sample.caption for sample in batch], pa.string()),
+            pa.array([_text_crc32(sample.id, sample.caption) for sample in batch], pa.uint32()),
+            pa.array([crc32(sample.image) for sample in batch], pa.uint32()),
         ],
         schema=_SCHEMA,
     )
+
+
+def _text_crc32(id_: str, caption: str) -> int:
+    return crc32(caption.encode(), crc32(id_.encode()))
+
+
+def _checksums_digest(batches: Iterable[pa.RecordBatch]) -> str:
+    """SHA-256 of the checksums of all samples, in order, which ties a manifest to its samples."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        _add_checksums(digest, batch)
+    return digest.hexdigest()
+
+
+def _add_checksums(digest: Any, batch: pa.RecordBatch) -> None:
+    for name in ("text_crc32", "image_crc32"):
+        digest.update(batch[name].to_numpy(zero_copy_only=False).astype("<u4").tobytes())

@@ -23,6 +23,7 @@ Fingerprint = list[int]
 
 _BLOCK_BYTES = 2**20
 _SEAL = "digest"
+_END = b"\n}"
 _UNRECORDED = {MANIFEST, provenance.FILE}
 
 
@@ -60,6 +61,25 @@ def seal(folder: Path, record: Mapping[str, Any]) -> None:
     files = {path.name: fingerprint(path) for path in sorted(folder.iterdir()) if path.name not in _UNRECORDED}
     text = json.dumps(sealed({**record, "files": files}), indent=1)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def seal_text(path: Path) -> None:
+    """Add the digest of all that a JSON file of an indented object holds to it, without reading it into memory."""
+    with path.open("r+b") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(-len(_END), os.SEEK_END)
+        file.write(_text_seal(digest))
+
+
+def is_text_whole(text: bytes) -> bool:
+    """Whether a JSON file was sealed by `seal_text`, and is as it was then."""
+    length = len(_text_seal("0" * 64))
+    digest = hashlib.sha256(text[:-length] + _END).hexdigest()
+    return text[-length:] == _text_seal(digest)
+
+
+def _text_seal(digest: str) -> bytes:
+    return f',\n "{_SEAL}": "{digest}"'.encode() + _END
 
 
 def read_manifest(folder: Path, remedy: str) -> dict[str, Any]:
