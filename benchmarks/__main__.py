@@ -30,6 +30,7 @@ from conceptshare.activations import extract_activations, prepared
 from conceptshare.catalog import DatasetSpec, EncoderSpec
 from conceptshare.correlations import Precision, max_correlations
 from conceptshare.dataset import Data, make_dataset
+from conceptshare.device import default_device, log_device
 from conceptshare.encoders import load_encoder
 from conceptshare.files import layer_name
 from conceptshare.sae import TopKSAE, _order, evaluate, train_sae
@@ -48,6 +49,7 @@ D, F, K, TOKENS = 768, 6144, 32, 257
 def main() -> None:
     """Print one line a comparison."""
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    log_device()
     with TemporaryDirectory() as folder:
         compare(
             "extraction of 12 layers of a ViT-S, 500 pictures; plain is the forward pass alone",
@@ -85,9 +87,11 @@ def compare(what: str, ours: Callable[[], object], plain: Callable[[], object], 
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
+    """Wall time of one call, with what it left a GPU to do."""
     start = time.perf_counter()
     work()
+    if default_device().type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -125,14 +129,15 @@ def extraction(folder: Path) -> tuple[Callable[[], None], Callable[[], None]]:
 
 def sae_steps(precision: str) -> tuple[Callable[[], None], Callable[[], None]]:
     """One training step: touching active latents alone, and by dense autograd in float32, both with fused Adam."""
-    x = torch.randn(TOKENS * 16, D, generator=torch.Generator().manual_seed(0))
-    trainer = Trainer(D, SAESettings(precision=precision), 0, 1000, torch.device("cpu"))
-    sae = TopKSAE(D, F, K, torch.Generator().manual_seed(0))
+    device = default_device()
+    x = torch.randn(TOKENS * 16, D, generator=torch.Generator().manual_seed(0)).to(device)
+    trainer = Trainer(D, SAESettings(precision=precision), 0, 1000, device)
+    sae = TopKSAE(D, F, K, torch.Generator().manual_seed(0)).to(device)
     adam = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=5e-5, fused=True)
 
     def dense() -> None:
         values, indices = sae.encode(x).topk(sae.k, dim=1)
-        latents = torch.zeros(len(x), F).scatter(1, indices, values)
+        latents = torch.zeros(len(x), F, device=device).scatter(1, indices, values)
         loss = (latents @ sae.W_dec + sae.b_dec - x).square().mean()
         adam.zero_grad()
         loss.backward()
@@ -155,7 +160,7 @@ def whole_job(folder: Path) -> tuple[Callable[[], None], Callable[[], None]]:
         tokens.flush()
         save_array(store, "offsets", np.arange(samples + 1) * TOKENS)
         save_array(store, "global_rows", np.arange(samples) * TOKENS)
-    batch = torch.randn(TOKENS * 16, D, generator=generator)
+    batch = torch.randn(TOKENS * 16, D, generator=generator).to(default_device())
     outs = (folder / f"sae-{n}" for n in itertools.count())
 
     def ours() -> None:
@@ -163,7 +168,7 @@ def whole_job(folder: Path) -> tuple[Callable[[], None], Callable[[], None]]:
             quiet(lambda: train_sae(folder / "vit.zarr", 0, settings, 0, next(outs)))
 
     def bare() -> None:
-        trainer = Trainer(D, settings, 0, steps, torch.device("cpu"))
+        trainer = Trainer(D, settings, 0, steps, default_device())
         for _ in range(steps):
             trainer.train_on(batch)
 
@@ -179,12 +184,14 @@ def quality_of_bfloat16() -> None:
     def batch() -> Tensor:
         chosen = torch.randint(4096, (tokens, 64), generator=generator)
         amounts = torch.rand(tokens, 64, generator=generator)
-        return torch.nn.functional.embedding_bag(chosen, directions, per_sample_weights=amounts, mode="sum")
+        return torch.nn.functional.embedding_bag(chosen, directions, per_sample_weights=amounts, mode="sum").to(
+            default_device()
+        )
 
     batches, held_out, found = [batch() for _ in range(steps)], [batch() for _ in range(4)], {}
     for precision in ("float32", "bfloat16"):
         settings = SAESettings(learning_rate=1e-3, decay_share=0.2, precision=precision)
-        trainer = Trainer(width, settings, 0, steps, torch.device("cpu"))
+        trainer = Trainer(width, settings, 0, steps, default_device())
         for x in batches:
             trainer.train_on(x)
         found[precision] = evaluate(trainer.finish(), held_out).quality.fvu
@@ -204,8 +211,9 @@ def best_matches(folder: Path) -> None:
         array[...] = features
     in_memory = [stored[layer_name(n)][:] for n in range(2 * LAYERS)]
     on_disk = [stored[layer_name(n)] for n in range(2 * LAYERS)]
-    operands = [standardised(torch.from_numpy(layer).float()) for layer in (in_memory[0], in_memory[-1])]
-    product = torch.empty(FEATURES, FEATURES)
+    device = default_device()
+    operands = [standardised(torch.from_numpy(layer).to(device).float()) for layer in (in_memory[0], in_memory[-1])]
+    product = torch.empty(FEATURES, FEATURES, device=device)
 
     def matches(layers: list[Any], precision: Precision) -> None:
         quiet(lambda: max_correlations(layers[:LAYERS], layers[LAYERS:], 2**31, precision))
@@ -215,11 +223,11 @@ def best_matches(folder: Path) -> None:
             torch.mm(x.T, y, out=out)
 
     def straightforward() -> None:
-        layers = [torch.from_numpy(layer) for layer in in_memory]
+        layers = [torch.from_numpy(layer).to(device) for layer in in_memory]
         for source, target in ((layers[:LAYERS], layers[LAYERS:]), (layers[LAYERS:], layers[:LAYERS])):
             for x in source:
                 for y in target:
-                    (standardised(x.float()).T @ standardised(y.float())).max(dim=1)
+                    (standardised(x.float()).T @ standardised(y.float())).max(dim=1).values.cpu()
 
     size = f"{LAYERS} x {FEATURES} features with {LAYERS} x {FEATURES}, N {SAMPLES}"
     for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
@@ -236,12 +244,13 @@ def reading_features(folder: Path) -> None:
     stored = zarr.open_group(folder / "features.zarr", mode="r")[layer_name(0)]
     generator = torch.Generator().manual_seed(0)
     for width in (512, 1024):
-        sae, x = TopKSAE(width, FEATURES, K, generator), torch.randn(SAMPLES, width, generator=generator)
+        sae = TopKSAE(width, FEATURES, K, generator).to(default_device())
+        x = torch.randn(SAMPLES, width, generator=generator)
         with torch.no_grad():
             compare(
                 f"reading a layer's features, D {width}; plain is to compute them again from global tokens",
                 lambda: stored[:],  # type: ignore[index]
-                lambda sae=sae, x=x: sae.encode(x).half().numpy(),  # type: ignore[misc]
+                lambda sae=sae, x=x: sae.encode(x.to(default_device())).half().cpu().numpy(),  # type: ignore[misc]
             )
 
 

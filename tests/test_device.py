@@ -3,7 +3,156 @@
 import pytest
 import torch
 
-from conceptshare.device import full_float32
+from conceptshare import cli, device, provenance
+from conceptshare.device import default_device, devices, find_driver, full_float32, log_device
+from conceptshare.errors import DeviceError
+
+SMI = """
+| NVIDIA-SMI 535.104.05             Driver Version: 535.104.05   CUDA Version: 12.2     |
+"""
+NEWER_SMI = """
+| NVIDIA-SMI 595.20                 KMD Version: 595.20          CUDA UMD Version: 13.4 |
+"""
+PROC = """NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build  (dvs-builder)
+GCC version:  gcc version 12.3.0 (Ubuntu 12.3.0-1ubuntu1~22.04)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _unasked(monkeypatch):
+    for name in (device.DEVICE, *device._GIVEN):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def with_gpus(monkeypatch):
+    """Lets torch see GPUs of some compute capabilities, which are not there."""
+
+    def see(*capabilities, kernels="sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda n: capabilities[n])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda n: f"card {n}")
+        monkeypatch.setattr(torch.cuda, "get_arch_list", kernels.split)
+        monkeypatch.setattr(torch.version, "cuda", "13.2")
+
+    return see
+
+
+def with_driver(monkeypatch, version=None, cuda=None, smi=""):
+    monkeypatch.setattr(device, "_driver_version", lambda: version)
+    monkeypatch.setattr(device, "_driver_cuda", lambda: cuda)
+    monkeypatch.setattr(device, "_nvidia_smi", lambda: smi)
+
+
+def test_without_a_gpu_that_anyone_asked_for_the_cpu_is_used_and_logged(without_gpu, capsys):
+    assert default_device() == torch.device("cpu")
+    log_device()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("device: CPU, ")
+    assert torch.__version__ in line
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("CUDA_VISIBLE_DEVICES", "0"),
+        ("CUDA_VISIBLE_DEVICES", "GPU-8932f937"),
+        ("SLURM_JOB_GPUS", "0"),
+        ("SLURM_STEP_GPUS", "2,3"),
+        ("SLURM_GPUS", "a100:1"),
+        ("SLURM_GPUS_ON_NODE", "1"),
+        (device.DEVICE, "cuda"),
+    ],
+)
+def test_a_job_that_was_given_a_gpu_fails_without_one_unless_the_cpu_is_chosen(without_gpu, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(DeviceError) as caught:
+        log_device()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert f"({name}={value})" in message
+    assert f"{device.DEVICE}=cpu" in message
+    monkeypatch.setenv(device.DEVICE, "cpu")
+    assert devices() == [torch.device("cpu")]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1"), ("SLURM_GPUS", "0"), (device.DEVICE, "")],
+)
+def test_a_scheduler_that_gave_no_gpu_is_not_taken_for_one_that_did(without_gpu, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert devices() == [torch.device("cpu")]
+
+
+@pytest.mark.parametrize(
+    ("built", "driver", "parts"),
+    [
+        ("13.2", {"smi": SMI}, ["driver 535.104.05 for CUDA 12.2", "for CUDA 13.2", "for CUDA 13,", "for CUDA 12 "]),
+        ("13.2", {"version": "570.86.15", "cuda": "12.8"}, ["driver 570.86.15 for CUDA 12.8", "torch for CUDA 12 "]),
+        ("12.6", {"smi": NEWER_SMI}, ["driver 595.20 for CUDA 13.4", "nvidia-smi lists"]),
+        ("13.2", {}, ["no NVIDIA driver", "a machine that has a GPU"]),
+        (None, {"smi": SMI}, ["without CUDA", "built for CUDA (docs"]),
+    ],
+)
+def test_the_message_has_the_drivers_and_the_wheels_cuda_and_what_to_do(without_gpu, monkeypatch, built, driver, parts):
+    monkeypatch.setattr(torch.version, "cuda", built)
+    with_driver(monkeypatch, **driver)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(DeviceError) as caught:
+        devices()
+    assert [part for part in parts if part not in str(caught.value)] == []
+
+
+def test_the_driver_is_found_by_what_it_shows_itself_or_else_by_nvidia_smi(tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "_driver_cuda", lambda: None)
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\ncat <<'END'\n{SMI}END\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert find_driver() == ("535.104.05", "12.2")
+    monkeypatch.setattr(device.Path, "read_text", lambda *_: PROC)
+    assert find_driver() == ("570.86.15", "12.2")
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernels", "covered"),
+    [
+        ((9, 0), "sm_80 sm_90", True),
+        ((8, 9), "sm_80 sm_90", True),
+        ((7, 0), "sm_75 sm_80", False),
+        ((10, 3), "sm_90 sm_120", False),
+        ((10, 3), "sm_90 compute_90", True),
+        ((12, 1), "sm_90a sm_120a", True),
+    ],
+)
+def test_a_gpu_that_torch_has_no_kernels_for_is_refused(with_gpus, monkeypatch, capability, kernels, covered):
+    with_gpus(capability, kernels=kernels)
+    if covered:
+        assert devices() == [torch.device("cuda", 0)]
+        return
+    with pytest.raises(DeviceError, match=f"card 0 has compute capability {capability[0]}.{capability[1]}.*{kernels}"):
+        devices()
+    monkeypatch.setenv(device.DEVICE, "cpu")
+    assert devices() == [torch.device("cpu")]
+
+
+def test_of_several_gpus_those_that_torch_has_kernels_for_are_used(with_gpus):
+    with_gpus((6, 1), (8, 6), (8, 9))
+    assert devices() == [torch.device("cuda", 1), torch.device("cuda", 2)]
+
+
+def test_another_choice_of_device_is_refused(monkeypatch):
+    monkeypatch.setenv(device.DEVICE, "cuda:1")
+    with pytest.raises(DeviceError, match="CONCEPTSHARE_DEVICE=cuda:1: set it to cpu or cuda"):
+        devices()
+
 
 _CHANGES = {
     "torch's defaults": lambda patch: None,
@@ -38,3 +187,41 @@ def test_full_float32_holds_whichever_way_tf32_was_set_and_ends(change):
             assert _settings() == before
     finally:
         torch.set_float32_matmul_precision(defaults)
+
+
+_MODEL = ["--encoder", "minilm", "--weights", "absent", "--data", "absent"]
+_COMMANDS = {
+    "activations": ["activations", *_MODEL, "--out", "out", "--tokens", "tokens"],
+    "part of activations": ["activations", *_MODEL, "--out", "out", "--part", "1/2"],
+    "sae": ["sae", "train", "--tokens", "absent", "--layer", "0", "--out", "out"],
+    "stream": ["stream", *_MODEL, "--saes", "out", "--activations", "store"],
+    "features": ["features", "--activations", "absent", "--saes", "absent", "--out", "out"],
+    "examples": ["examples", *_MODEL, "--features", "absent", "--saes", "absent", "--out", "out"],
+    "correlations": ["correlations", "absent", "missing", "--out", "out"],
+    "similarity": ["similarity", "absent", "missing", "--out", "out.csv"],
+}
+
+
+@pytest.mark.parametrize("arguments", _COMMANDS.values(), ids=_COMMANDS)
+def test_every_job_that_computes_logs_its_device_first_and_fails_without_a_gpu_it_was_given(
+    arguments, without_gpu, monkeypatch, tmp_path, capfd
+):
+    monkeypatch.chdir(tmp_path)
+    # What a job changes in its process.
+    monkeypatch.setattr(cli, "_OFFLINE", {})
+    monkeypatch.setattr(provenance, "_job", None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr("sys.argv", ["conceptshare", *arguments])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: this job was to have a GPU (CUDA_VISIBLE_DEVICES=0)")
+    monkeypatch.setattr("sys.argv", ["conceptshare", *arguments, "--gpus", "0"])
+    monkeypatch.setenv(device.DEVICE, "")  # which the command sets, so that it is restored
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    first, *_, last = capfd.readouterr().err.splitlines()
+    assert first.startswith("device: CPU, ")
+    assert first.endswith("CONCEPTSHARE_DEVICE=cpu")
+    assert "absent" in last

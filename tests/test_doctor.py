@@ -279,5 +279,15 @@ def test_a_gpu_that_torch_does_not_see_is_a_warning(tmp_path, monkeypatch):
     assert by_name(doctor._torch())["GPU"].status == "warning"
 
 
+def test_a_gpu_that_was_asked_for_and_cannot_be_used_is_missing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("SLURM_JOB_GPUS", "3")
+    gpu = by_name(doctor._torch())["GPU"]
+    assert gpu.status == "missing"
+    assert "SLURM_JOB_GPUS=3" in gpu.found
+    monkeypatch.setenv("CONCEPTSHARE_DEVICE", "cpu")
+    assert by_name(doctor._torch())["GPU"][1:3] == ("ok", "CONCEPTSHARE_DEVICE=cpu; the CPU is used")
+
+
 def test_the_status_command_is_one_that_snakemake_knows():
     assert "status_command" in ExecutorSettings.__dataclass_fields__

@@ -87,7 +87,7 @@ def test_every_pass_is_in_full_float32_with_cudnn_whatever_the_process_has_set(m
             seen.add(settings())
 
     def settings():
-        return cuda.fp32_precision, cudnn.conv.fp32_precision, cudnn.allow_tf32, cudnn.enabled, cudnn.benchmark
+        return cuda.fp32_precision, cudnn.conv.fp32_precision, cudnn.allow_tf32, cudnn.enabled, cudnn.deterministic
 
     family, seen = make(tmp_path / "model"), set()
     with pytest.MonkeyPatch.context() as patch:
@@ -97,7 +97,7 @@ def test_every_pass_is_in_full_float32_with_cudnn_whatever_the_process_has_set(m
         load_encoder(family.spec).activations(family.samples)  # loading runs the model as well, to check its blocks
         hook.remove()
         assert settings() == before == ("tf32", "tf32", True, True, False)
-    assert seen == {("ieee", "ieee", False, True, False)}
+    assert seen == {("ieee", "ieee", False, True, True)}
 
 
 @pytest.mark.parametrize("make", HEADED, **by_name)

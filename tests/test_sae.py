@@ -233,7 +233,7 @@ def test_each_option_trains_as_dense_autograd_has_it_and_not_as_without(options,
     expected, expected_losses = dense_training(tokens, settings, seed=7)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
     for own, other in zip((sae.W_enc, sae.W_dec, sae.b_dec, sae.b_enc), expected, strict=True):
-        torch.testing.assert_close(own.detach(), other, rtol=0, atol=2e-5)
+        torch.testing.assert_close(own.detach().cpu(), other, rtol=0, atol=2e-5)
     without, _ = train(reader(tokens), SAESettings(**{"learning_rate": settings.rate(64)} | plain), seed=7)
     assert (sae.W_dec - without.W_dec).abs().max() > 1e-3
 
@@ -291,6 +291,7 @@ def test_200_steps_of_training_equal_dense_autograd():
     (W_enc, W_dec, b_dec, _), expected = dense_training(tokens, settings, seed=7)
     assert len(losses) == 200
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    sae = sae.cpu()
     torch.testing.assert_close(sae.W_enc, W_enc, rtol=0, atol=1e-5)
     torch.testing.assert_close(sae.W_dec, W_dec, rtol=0, atol=1e-5)
     torch.testing.assert_close(sae.b_dec, b_dec, rtol=0, atol=1e-5)

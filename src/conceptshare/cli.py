@@ -99,6 +99,12 @@ FeatureStore = Annotated[Path, typer.Option(help="The member's feature store.")]
 TableOut = Annotated[Path, _out(CSV, PARQUET)]
 FigureOut = Annotated[Path, _out(PNG, PDF)]
 Threads = Annotated[int, typer.Option(help="CPU threads; the last digits of results depend on it.", min=1)]
+GPUs = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus", help="GPUs that the job asked its scheduler for; 0: compute on the CPU.", show_default=False
+    ),
+]
 
 
 @app.callback()
@@ -185,6 +191,7 @@ def activations(
         typer.Option(help="PART/PARTS, such as 2/4: record that part of the samples, for `join`.", show_default=False),
     ] = None,
     threads: Threads = 1,
+    gpus: GPUs = None,
 ) -> None:
     """Record every layer of an encoder over a data set in one forward pass."""
     from conceptshare.activations import extract_activations
@@ -192,7 +199,7 @@ def activations(
     from conceptshare.dataset import Data
     from conceptshare.encoders import load_encoder
 
-    _use_threads(threads)
+    _use(threads, gpus)
     numbers = _numbers_of_part(part)
     if (tokens is None) == (numbers is None):
         raise StudyError("activations: give --tokens for all samples, or --part for some, and not both")
@@ -232,11 +239,12 @@ def sae_train(
     settings: Annotated[str, typer.Option(help="Keys and values as JSON; what is left out is the paper's.")] = "{}",
     seed: Annotated[int, typer.Option(help="Of the initial weights.", min=0)] = 0,
     threads: Threads = 1,
+    gpus: GPUs = None,
 ) -> None:
     """Train a sparse autoencoder on one layer."""
     from conceptshare.sae import train_sae
 
-    _use_threads(threads)
+    _use(threads, gpus)
     train_sae(tokens, layer, parse(SAESettings, parse_yaml(settings, "--settings"), "settings"), seed, out)
 
 
@@ -287,13 +295,14 @@ def stream(
         typer.Option(help="Threads that prepare pictures, and SAEs trained side by side where there is no GPU.", min=1),
     ] = 1,
     threads: Threads = 1,
+    gpus: GPUs = None,
 ) -> None:
     """Train an encoder's SAEs of all layers and seeds while it reads a data set, and store no tokens."""
     from conceptshare.dataset import Data
     from conceptshare.encoders import load_encoder
     from conceptshare.sae import train_stream
 
-    _use_threads(threads)
+    _use(threads, gpus)
     spec = _spec(EncoderSpec, "encoders", encoder)
     chosen = parse(SAESettings, parse_yaml(settings, "--settings"), "settings")
     train_stream(load_encoder(spec, weights), Data(data), chosen, sorted(set(seeds)), saes, activations, workers)
@@ -306,11 +315,12 @@ def features(
     out: Annotated[Path, _out(store_kind("features"))],
     seed: Annotated[int, typer.Option(help="The seed of the SAEs.")] = 0,
     threads: Threads = 1,
+    gpus: GPUs = None,
 ) -> None:
     """Record the SAE features of every sample's global token."""
     from conceptshare.features import record_features
 
-    _use_threads(threads)
+    _use(threads, gpus)
     record_features(activations, saes, seed, out)
 
 
@@ -338,12 +348,14 @@ def examples(
     saes: Annotated[Path, typer.Option(help="The folder that holds layer-NN/seed-S/.")],
     out: Annotated[Path, _out(EXAMPLES)],
     threads: Annotated[int, typer.Option(help="Threads that prepare pictures.", min=1)] = 1,
+    gpus: GPUs = None,
 ) -> None:
     """Find what shows a feature: weaker samples too, and where in the strongest ones it fires."""
     from conceptshare.dataset import Data
     from conceptshare.encoders import load_encoder
     from conceptshare.examples import record_examples
 
+    _use(None, gpus)
     loaded = load_encoder(_spec(EncoderSpec, "encoders", encoder), weights)
     record_examples(loaded, Data(data), features, saes, out, threads)
 
@@ -375,11 +387,12 @@ def correlations(
     settings: Annotated[str, typer.Option(help="Both as keys and values, in JSON; they go before the options.")] = "{}",
     memory_mb: MemoryMB = None,
     threads: Threads = 1,
+    gpus: GPUs = None,
 ) -> None:
     """Find each feature's best match in the other encoder, for every pair of layers, in both directions."""
     from conceptshare.correlations import correlate_stores
 
-    _use_threads(threads)
+    _use(threads, gpus)
     for entry in full:
         if not re.fullmatch(r"\d+:\d+", entry):
             raise StudyError(f"--full {entry}: write LAYER_A:LAYER_B, such as 3:5")
@@ -394,11 +407,12 @@ def similarity(
     b: Annotated[Path, typer.Argument(help="Another of the same samples.")],
     out: Annotated[Path, _out(CSV, ACCOUNT_BESIDE)],
     threads: Threads = 1,
+    gpus: GPUs = None,
 ) -> None:
     """Compare the global tokens of two encoders, for every pair of layers: CKA and mutual nearest neighbours."""
     from conceptshare.similarity import compare_stores
 
-    _use_threads(threads)
+    _use(threads, gpus)
     compare_stores(a, b, out)
 
 
@@ -418,7 +432,7 @@ def wmppc(
     """
     from conceptshare.ask import wmppc_between
 
-    _use_threads(threads)
+    _use(threads)
     table = wmppc_between(a, b, _bytes(memory_mb), precision)
     typer.echo(table.to_json(orient="records") if as_json else table.to_string(index=False, float_format="%.4f"))
 
@@ -443,7 +457,7 @@ def sharedness(
     from conceptshare.ask import sharedness_of
     from conceptshare.tables import write_table
 
-    _use_threads(threads)
+    _use(threads)
     table = sharedness_of(source, shared_with, not_shared_with)
     if out is not None:
         write_table(table, out)
@@ -815,7 +829,14 @@ def _bytes(megabytes: int | None) -> int | None:
     return None if megabytes is None else megabytes * 2**20
 
 
-def _use_threads(threads: int) -> None:
+def _use(threads: int | None, gpus: int | None = None) -> None:
+    """Compute with so many threads, and on the device that `conceptshare.device` chooses, which is logged."""
     import torch
 
-    torch.set_num_threads(threads)
+    from conceptshare.device import DEVICE, log_device
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if gpus == 0:
+        os.environ[DEVICE] = "cpu"
+    log_device()

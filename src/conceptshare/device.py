@@ -1,10 +1,182 @@
-"""Where a job computes, and how exactly."""
+"""Where jobs compute, and how exactly: the only place that chooses a device."""
 
+import ctypes
+import os
+import re
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+
+from conceptshare.errors import DeviceError
+from conceptshare.progress import say
+
+DEVICE = "CONCEPTSHARE_DEVICE"
+"""The environment variable that chooses: ``cpu``, or ``cuda``, which fails without a GPU. If it is unset, jobs compute
+on a GPU if there is one, and fail if a scheduler gave them one that cannot be used."""
+
+# What a scheduler sets for a job that it gave a GPU, and the values that mean none.
+_GIVEN = {
+    "CUDA_VISIBLE_DEVICES": {"", "-1", "NoDevFiles"},
+    "SLURM_JOB_GPUS": {""},
+    "SLURM_STEP_GPUS": {""},
+    "SLURM_GPUS": {"", "0"},
+    "SLURM_GPUS_ON_NODE": {"", "0"},
+}
+
+
+def devices() -> list[torch.device]:
+    """Every GPU that torch can use, or the CPU if there is none or `DEVICE` says so.
+
+    Raises:
+        DeviceError: if a GPU was asked for and none can be used, or torch has no kernels for those that there are.
+    """
+    asked = _asked()
+    if asked == "cpu":
+        return [torch.device("cpu")]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    usable = [torch.device("cuda", n) for n in range(count) if _covered(torch.cuda.get_device_capability(n))]
+    if count and not usable:
+        raise DeviceError(
+            f"{torch.cuda.get_device_name(0)} has compute capability {_number(torch.cuda.get_device_capability(0))}, "
+            f"and {_torch()} has kernels for {' '.join(torch.cuda.get_arch_list())} only; install a torch that has "
+            f"them for this GPU (docs/clusters.md), or set {DEVICE}=cpu to compute on the CPU"
+        )
+    if not usable and asked:
+        raise DeviceError(
+            f"this job was to have a GPU ({asked}), and {why_no_gpu()}, or set {DEVICE}=cpu to compute on the CPU"
+        )
+    return usable or [torch.device("cpu")]
+
+
+def default_device() -> torch.device:
+    """The first of `devices`."""
+    return devices()[0]
+
+
+def log_device() -> None:
+    """Log the device that this process computes on, in one line, once it is known to work.
+
+    Raises:
+        DeviceError: as `devices`, or if the GPU does not work.
+    """
+    chosen = default_device()
+    if chosen.type == "cpu":
+        reason = f"{DEVICE}=cpu" if _asked() else f"{_torch()} sees no GPU, {find_driver()}"
+        say(f"device: CPU, {torch.get_num_threads()} threads; {reason}")
+        return
+    name = torch.cuda.get_device_name(chosen)
+    try:
+        torch.ones(1, device=chosen).item()
+    except RuntimeError as error:
+        raise DeviceError(
+            f"{name} does not work ({str(error).splitlines()[0]}); see whether nvidia-smi shows an error or another "
+            f"job on it, or set {DEVICE}=cpu to compute on the CPU"
+        ) from error
+    say(f"device: {chosen}, {name}; {_torch()}, {find_driver()}")
+
+
+def why_no_gpu() -> str:
+    """Why torch sees no GPU here, and what to do about it."""
+    driver, built = find_driver(), torch.version.cuda
+    seen = f"{_torch()} sees none; {driver}"
+    if built is None:
+        return f"{seen}; install a torch that is built for CUDA (docs/clusters.md)"
+    if driver == Driver(None, None):
+        return f"{seen}; run on a machine that has a GPU and its driver"
+    needs, has = built.split(".")[0], (driver.cuda or built).split(".")[0]
+    if int(has) < int(needs):
+        return (
+            f"{seen}; update the driver to one for CUDA {needs}, or install a torch for CUDA {has} (docs/clusters.md)"
+        )
+    return f"{seen}; see whether nvidia-smi lists a GPU that CUDA_VISIBLE_DEVICES names"
+
+
+class Driver(NamedTuple):
+    """NVIDIA's driver; what is not known of it is None."""
+
+    version: str | None
+    cuda: str | None
+    """The newest CUDA that it runs."""
+
+    def __str__(self) -> str:
+        if not any(self):
+            return "no NVIDIA driver"
+        return f"driver {self.version or 'of unknown version'} for CUDA {self.cuda or 'of unknown version'}"
+
+
+def find_driver() -> Driver:
+    """The driver of this machine, from what it shows itself, or else from nvidia-smi."""
+    version, cuda = _driver_version(), _driver_cuda()
+    if not (version and cuda):
+        shown = _nvidia_smi()
+        version = version or _first(r"(?:Driver|KMD) Version\s*:\s*(\d[\d.]*)", shown)
+        cuda = cuda or _first(r"CUDA [\w ]*Version\s*:\s*(\d[\d.]*)", shown)
+    return Driver(version, cuda)
+
+
+def _driver_version() -> str | None:
+    try:
+        return _first(r"Kernel Module[\w ]*?\s+(\d[\d.]*)", Path("/proc/driver/nvidia/version").read_text("utf-8"))
+    except OSError:
+        return None
+
+
+def _driver_cuda() -> str | None:
+    number = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else f"{number.value // 1000}.{number.value % 1000 // 10}"
+
+
+def _nvidia_smi() -> str:
+    try:
+        return subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=10, check=False).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _first(pattern: str, text: str) -> str | None:
+    found = re.search(pattern, text)
+    return found and found[1]
+
+
+def _asked() -> str | None:
+    """``cpu``, or what asked for a GPU: the variable and its value."""
+    choice = os.environ.get(DEVICE, "")
+    if choice not in ("", "cpu", "cuda"):
+        raise DeviceError(f"{DEVICE}={choice}: set it to cpu or cuda; CUDA_VISIBLE_DEVICES chooses among GPUs")
+    if choice:
+        return "cpu" if choice == "cpu" else f"{DEVICE}=cuda"
+    given = (f"{name}={os.environ[name]}" for name, none in _GIVEN.items() if os.environ.get(name, "") not in none)
+    return next(given, None)
+
+
+def _covered(capability: tuple[int, int]) -> bool:
+    """Whether torch has kernels for a compute capability, or code (compute_XY) to make them from."""
+    if torch.version.cuda is None:  # a build for ROCm, which counts otherwise
+        return True
+    for name in torch.cuda.get_arch_list():
+        kind, _, number = name.partition("_")
+        built = divmod(int(re.sub(r"\D", "", number)), 10)
+        if built <= capability and (kind == "compute" or built[0] == capability[0]):
+            return True
+    return False
+
+
+def _number(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
+def _torch() -> str:
+    return (
+        f"torch {torch.__version__} built {f'for CUDA {torch.version.cuda}' if torch.version.cuda else 'without CUDA'}"
+    )
 
 
 @contextmanager
@@ -12,12 +184,13 @@ def full_float32() -> Iterator[None]:
     """Keep all 24 bits of float32 factors in products and convolutions, in all threads of the process.
 
     By default a GPU keeps 11 of them (TF32) in convolutions, and in products too if a setting or the environment asks
-    for it. Products of 16-bit factors stay as they are, and so does cuDNN. Settings are restored at the end.
+    for it. cuDNN stays enabled, and takes algorithms that give the same bits each time. Products of 16-bit factors stay
+    as they are. Settings are restored at the end.
     """
     gpu: Any = torch.backends.cudnn  # torch's stubs lack the settings of single operations
     cpu: Any = torch.backends.mkldnn
     operations = (torch.backends.cuda.matmul, gpu.conv, gpu.rnn, cpu.matmul, cpu.conv, cpu.rnn)
-    before = [operation.fp32_precision for operation in operations]
+    before, deterministic = [operation.fp32_precision for operation in operations], gpu.deterministic
 
     def use(precisions: list[str]) -> None:
         # torch has two names for each setting, and reading the older one raises if they disagree: set both.
@@ -28,7 +201,9 @@ def full_float32() -> Iterator[None]:
             operation.fp32_precision = precision
 
     use(["ieee"] * len(operations))
+    gpu.deterministic = True
     try:
         yield
     finally:
         use(before)
+        gpu.deterministic = deterministic

@@ -6,6 +6,7 @@ No check is trusted: what one raises becomes its finding, and disks and machines
 import fcntl
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from conceptshare.errors import ConceptshareError, StudyError
+from conceptshare.errors import ConceptshareError, DeviceError, StudyError
 from conceptshare.plan import RESULTS, Rates, format_bytes, make_plan
 from conceptshare.provenance import cores
 from conceptshare.study import load_study
@@ -141,16 +142,29 @@ def _torch() -> list[Finding]:
         said = " ".join(str(error).split())
         return [Finding("torch", "missing", f"cannot be imported ({type(error).__name__}: {said})", "install it again")]
     has = Finding("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads of {cores()} cores")
-    if not torch.cuda.is_available():
-        if shutil.which("nvidia-smi") is None:
-            return [has, Finding("GPU", "ok", "none here; the CPU is used")]
-        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-        remedy = "see what nvidia-smi says, and install a torch for the CUDA version of its driver"
-        return [has, Finding("GPU", "warning", f"torch, built {built}, sees none; the CPU is used", remedy)]
-    bf16 = "with bfloat16" if torch.cuda.is_bf16_supported() else "without bfloat16"
-    seen = (torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count()))
-    gpus = [f"{gpu.name} with {format_bytes(gpu.total_memory)}" for gpu in seen]
-    return [has, Finding("GPU", "ok", f"{', '.join(gpus)}; CUDA {torch.version.cuda}, {bf16}")]
+    return [has, _gpus()]
+
+
+def _gpus() -> Finding:
+    """Whether jobs here would compute on a GPU."""
+    import torch
+
+    from conceptshare.device import DEVICE, devices, find_driver, why_no_gpu
+
+    try:
+        usable = devices()
+    except DeviceError as error:
+        return Finding("GPU", "missing", str(error))
+    if usable[0].type == "cuda":
+        seen = (torch.cuda.get_device_properties(gpu) for gpu in usable)
+        gpus = [f"{gpu.name} with {format_bytes(gpu.total_memory)}" for gpu in seen]
+        bf16 = "with bfloat16" if torch.cuda.is_bf16_supported() else "without bfloat16"
+        return Finding("GPU", "ok", f"{', '.join(gpus)}; {find_driver()}, torch for CUDA {torch.version.cuda}, {bf16}")
+    if os.environ.get(DEVICE):
+        return Finding("GPU", "ok", f"{DEVICE}=cpu; the CPU is used")
+    if any(find_driver()) or shutil.which("nvidia-smi"):
+        return Finding("GPU", "warning", f"the CPU is used: {why_no_gpu()}")
+    return Finding("GPU", "ok", "none here; the CPU is used")
 
 
 def _disk(name: str, folder: Path, status: Literal["warning", "missing"]) -> Finding:

@@ -55,6 +55,10 @@ class NumericsError(ConceptshareError):
     """A computation met numbers that are not finite or do not fit their type."""
 
 
+class DeviceError(ConceptshareError):
+    """A GPU that a job was to compute on cannot be used."""
+
+
 class HubError(ConceptshareError):
     """Files that a model hub holds are neither on this machine nor to be fetched."""
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from conceptshare import provenance
 from conceptshare.ahead import in_order
 from conceptshare.dataset import Data
+from conceptshare.device import default_device, full_float32
 from conceptshare.encoders import Batch, Encoder
 from conceptshare.errors import StoreError
 from conceptshare.files import EXAMPLES, layer_name, written_aside
@@ -73,6 +74,7 @@ _IMAGES = pa.schema({"sample": pa.int32(), "box": pa.list_(pa.float32(), 4), "ro
 _TEXTS = pa.schema({"sample": pa.int32(), "tokens": pa.list_(pa.string())})
 
 
+@full_float32()
 def record_examples(encoder: Encoder, data: Data, features: Path, saes: Path, out: Path, threads: int = 1) -> None:
     """Write the folder ``out``.
 
@@ -168,7 +170,7 @@ def spreads(features: Any) -> Iterator[dict[str, Any]]:
 
 
 def _spreads_of_block(block: NDArray[Any]) -> list[dict[str, Any]]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     ordered = torch.from_numpy(block).to(device).float().sort(dim=0, descending=True, stable=True)
     return [_spread(*column) for column in zip(*(x.cpu().numpy().T for x in ordered), strict=True)]
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from conceptshare import activations
+from conceptshare.device import default_device, full_float32
 from conceptshare.errors import StoreError
 from conceptshare.files import layer_name
 from conceptshare.progress import progress
@@ -56,6 +57,7 @@ class Top:
         self.samples = torch.cat([self.samples, samples]).gather(0, order)
 
 
+@full_float32()
 def record_features(activation_store: Path, saes: Path, seed: int, out: Path) -> None:
     """Encode the global tokens of every layer and write the feature store ``out``.
 
@@ -78,7 +80,7 @@ def record_features(activation_store: Path, saes: Path, seed: int, out: Path) ->
     with new_store(out, FEATURES, described | {"seed": seed, "made_from": made_from}) as store:
         for layer in progress(spec["layers"], len(spec["layers"]), f"features of {out.stem}", "layers"):
             folder, sae_record = found[layer]
-            sae = load_sae(folder, sae_record).to("cuda" if torch.cuda.is_available() else "cpu")
+            sae = load_sae(folder, sae_record).to(default_device())
             x = layer_array(source, layer, "global", activation_store)
             if x.shape[1] != sae.W_dec.shape[1]:
                 raise StoreError(

@@ -169,9 +169,11 @@ def cores() -> int:
 
 
 def _torch_with_gpus() -> Any:
-    """The module torch, where the job has imported it and it sees GPUs."""
+    """The module torch, if the job has imported it and may compute on GPUs."""
     torch: Any = sys.modules.get("torch")
-    return torch if torch is not None and torch.cuda.is_available() else None
+    if torch is None or os.environ.get("CONCEPTSHARE_DEVICE") == "cpu" or not torch.cuda.is_available():
+        return None
+    return torch
 
 
 def _cpu() -> str | None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from conceptshare import activations, provenance
+from conceptshare.device import default_device
 from conceptshare.errors import NumericsError, StoreError
 from conceptshare.files import CSV, written_aside
 from conceptshare.progress import progress
@@ -144,7 +145,7 @@ def _same_samples(x: Representation, y: Representation, least: int, need: str) -
 
 
 def _on_device(x: Representation, what: str) -> Tensor:
-    values = torch.as_tensor(x).detach().to("cuda" if torch.cuda.is_available() else "cpu")
+    values = torch.as_tensor(x).detach().to(default_device())
     broken = ~values.isfinite().all(dim=1)
     if broken.any():
         raise NumericsError(f"{what}: sample {int(broken.nonzero()[0])} has a value that is not finite")

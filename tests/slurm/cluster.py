@@ -94,7 +94,10 @@ class Cluster:
         devices = f"NodeName={host} Name=gpu Type=fake File={self._folder}/devices/gpu[0-{GPUS - 1}]\n"
         (self._folder / "gres.conf").write_text(devices)
         srun = self._folder / "bin" / "srun"
-        srun.write_text(f'#!/bin/sh\nSLURM_CONF={self._folder}/slurm.conf exec {shutil.which("srun")} "$@"\n')
+        # Nodes compute on the CPU, as no GPU is behind the devices, unless what was submitted says otherwise.
+        chosen = 'export CONCEPTSHARE_DEVICE="${CONCEPTSHARE_DEVICE-cpu}"'
+        call = f'SLURM_CONF={self._folder}/slurm.conf exec {shutil.which("srun")} "$@"'
+        srun.write_text(f"#!/bin/sh\n{chosen}\n{call}\n")
         srun.chmod(0o755)
         munge = {"key-file": "munge.key", "socket": "munge.sock", "pid-file": "munged.pid", "log-file": "munged.log"}
         places = [f"--{option}={self._folder / name}" for option, name in munge.items()]

@@ -32,11 +32,12 @@ class SlurmProject(Project):
     def __init__(self, folder, cluster):
         super().__init__(folder)
         self.cluster = cluster
+        self.choice = {}  # of the user's, among environment variables
         self._submitted_before = len(cluster.jobs())
 
     @property
     def environment(self):
-        return super().environment | self.cluster.environment
+        return super().environment | self.cluster.environment | self.choice
 
     def start(self, *arguments, program=IMPATIENT):
         """Start Snakemake, in a session of its own: a signal to it reaches nothing else."""

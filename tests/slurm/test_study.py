@@ -3,6 +3,9 @@
 import json
 from itertools import combinations
 
+import pytest
+import torch
+
 from .conftest import contents, jobs_done
 
 LOCAL = {
@@ -56,6 +59,27 @@ def test_two_jobs_at_once_get_two_devices(first_run):
     at_once = [(a, b) for a, b in combinations(jobs, 2) if a.start < b.end and b.start < a.end]
     assert at_once
     assert all(devices[a.id] != devices[b.id] for a, b in at_once)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_job_that_was_given_a_gpu_that_torch_does_not_see_fails_unless_the_cpu_is_chosen(pocket):
+    similarity = (
+        "--forcerun",
+        "similarity",
+        "--retries",
+        "0",
+        "--",
+        "results/squares/similarity/tiny/reader__viewer.csv",
+    )
+    pocket.choice = {"CONCEPTSHARE_DEVICE": ""}
+    output, _ = pocket.start(*similarity).communicate(timeout=600)
+    assert "error: this job was to have a GPU (CONCEPTSHARE_DEVICE=cuda), and torch" in output
+    pocket.choice = {"CONCEPTSHARE_DEVICE": "cpu"}
+    pocket.submit(*similarity)
+    assert [(job.rule, job.state, job.gpus) for job in pocket.submitted()] == [
+        ("similarity", "FAILED", 1),
+        ("similarity", "COMPLETED", 0),
+    ]
 
 
 def test_short_jobs_that_share_a_slurm_job_need_one_device(pocket):

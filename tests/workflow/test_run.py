@@ -1,6 +1,7 @@
 """A whole miniature study through real Snakemake: its numbers, its repeatability, and what it does with bad input."""
 
 import json
+import re
 from importlib.metadata import version
 
 import numpy as np
@@ -52,6 +53,24 @@ def test_every_table_and_figure_is_there_and_every_job_left_a_log(finished):
     # From the data set to similarities; tables; figures; names, examples and pages; the study.
     stages = (1 + 2 + 2 + 3 * LAYERS + 3 + 2 + 1) + (3 + 1 + 2 + 2 + 1 + 1)
     assert len(logs) == stages + (5 + 1 + 3 * 2 + 1) + (3 + 3 + 1 + 3 + 2 + 1) + 1
+
+
+def test_every_job_that_computes_logs_its_device_in_one_line(finished):
+    places = ("activations", "saes", "features", "correlations", "similarity", "examples")
+    logs = [path for place in places for path in (finished.folder / "results/logs/squares" / place).rglob("*.log")]
+    assert len(logs) == 2 + 3 * LAYERS + 3 + 2 + 1 + 3
+    assert {len(re.findall(r"^device: ", path.read_text(), re.MULTILINE)) for path in logs} == {1}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_on_a_cluster_a_job_whose_rule_asked_for_a_gpu_fails_without_one(study):
+    target = "results/squares/similarity/tiny/reader__viewer.csv"
+    node = ("--mode", "remote", "--cores", "1", "--force", "--nolock", target)  # as executors start it on nodes
+    assert study.run(*node).returncode == 1
+    (line,) = (study.folder / "results/logs/squares/similarity/tiny/reader__viewer.log").read_text().splitlines()
+    assert line.startswith("error: this job was to have a GPU (CONCEPTSHARE_DEVICE=cuda), and torch")
+    on_cpu = study.run(*node, "--set-resources", "similarity:gpu=0")
+    assert on_cpu.returncode == 0, on_cpu.stdout + on_cpu.stderr
 
 
 def test_a_second_run_finds_nothing_to_do(finished):

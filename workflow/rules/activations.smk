@@ -16,7 +16,7 @@ rule activations:
         environment_of
     threads: 1
     resources:
-        gpu=1,
+        gpu=GPUS,
         mem_mb=grown(16000),
         runtime=grown(480),
     params:
@@ -25,7 +25,7 @@ rule activations:
     shell:
         "python -m conceptshare activations --encoder {params.spec:q} --weights {input.weights:q}"
         " --data {params.data:q} --threads {threads} --out {output.activations:q} --tokens {output.tokens:q}"
-        " > {log:q} 2>&1"
+        " --gpus {resources.gpu} > {log:q} 2>&1"
 
 
 rule activations_part:
@@ -44,7 +44,7 @@ rule activations_part:
         environment_of
     threads: 1
     resources:
-        gpu=1,
+        gpu=GPUS,
         mem_mb=grown(16000),
         runtime=grown(480),
     params:
@@ -53,7 +53,7 @@ rule activations_part:
     shell:
         "python -m conceptshare activations --encoder {params.spec:q} --weights {input.weights:q}"
         " --data {params.data:q} --threads {threads} --part {wildcards.part}/{wildcards.parts} --out {output:q}"
-        " > {log:q} 2>&1"
+        " --gpus {resources.gpu} > {log:q} 2>&1"
 
 
 rule activations_join:

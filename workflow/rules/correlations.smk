@@ -13,7 +13,7 @@ rule correlations:
         "../../envs/conceptshare.yaml"
     threads: 1
     resources:
-        gpu=1,
+        gpu=GPUS,
         mem_mb=grown((STUDY.correlations.memory_mb or 1000) + 8000),
         runtime=grown(720),
         bound=correlations_memory,
@@ -21,4 +21,4 @@ rule correlations:
         settings=correlations_key,
     shell:
         "python -m conceptshare correlations {input.a:q} {input.b:q} --settings {params.settings:q}"
-        " {resources.bound} --threads {threads} --out {output:q} > {log:q} 2>&1"
+        " {resources.bound} --threads {threads} --out {output:q} --gpus {resources.gpu} > {log:q} 2>&1"

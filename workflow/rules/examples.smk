@@ -14,7 +14,7 @@ rule examples:
         environment_of
     threads: 1
     resources:
-        gpu=1,
+        gpu=GPUS,
         mem_mb=grown(16000),
         runtime=grown(240),
     params:
@@ -23,4 +23,5 @@ rule examples:
         data=lambda w, input: folder_of(input.data),
     shell:
         "python -m conceptshare examples --encoder {params.spec:q} --weights {input.weights:q} --data {params.data:q}"
-        " --features {input.features:q} --saes {params.saes:q} --threads {threads} --out {output:q} > {log:q} 2>&1"
+        " --features {input.features:q} --saes {params.saes:q} --threads {threads} --out {output:q}"
+        " --gpus {resources.gpu} > {log:q} 2>&1"

@@ -12,11 +12,11 @@ rule features:
         "../../envs/conceptshare.yaml"
     threads: 1
     resources:
-        gpu=1,
+        gpu=GPUS,
         mem_mb=grown(8000),
         runtime=grown(120),
     params:
         saes=lambda w: f"{saes_folder(w)}/{w.encoder}",
     shell:
         "python -m conceptshare features --activations {input.activations:q} --saes {params.saes:q}"
-        " --seed {wildcards.seed} --threads {threads} --out {output:q} > {log:q} 2>&1"
+        " --seed {wildcards.seed} --threads {threads} --out {output:q} --gpus {resources.gpu} > {log:q} 2>&1"

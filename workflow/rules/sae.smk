@@ -20,7 +20,7 @@ rule sae:
         "../../envs/conceptshare.yaml"
     threads: 1
     resources:
-        gpu=1,
+        gpu=GPUS,
         mem_mb=grown(8000),
         runtime=grown(720),
     params:
@@ -29,4 +29,4 @@ rule sae:
     shell:
         "python -m conceptshare sae train --tokens {input.tokens:q} --layer {wildcards.layer}"
         " --seed {wildcards.seed} --settings {params.settings:q} --threads {threads} --out {params.folder:q}"
-        " > {log:q} 2>&1"
+        " --gpus {resources.gpu} > {log:q} 2>&1"

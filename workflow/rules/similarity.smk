@@ -25,9 +25,9 @@ rule similarity:
         "../../envs/conceptshare.yaml"
     threads: 1
     resources:
-        gpu=1,
+        gpu=GPUS,
         mem_mb=grown(4000),
         runtime=grown(120),
     shell:
         "python -m conceptshare similarity {input.a:q} {input.b:q} --threads {threads} --out {output.csv:q}"
-        " > {log:q} 2>&1"
+        " --gpus {resources.gpu} > {log:q} 2>&1"

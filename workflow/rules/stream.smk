@@ -14,7 +14,7 @@ rule stream:
         environment_of
     threads: 1
     resources:
-        gpu=1,
+        gpu=GPUS,
         mem_mb=grown(24000),
         runtime=grown(1440),
     params:
@@ -25,4 +25,4 @@ rule stream:
     shell:
         "python -m conceptshare stream --encoder {params.spec:q} --weights {input.weights:q} --data {params.data:q}"
         " --settings {params.settings:q} {params.seeds} --workers {threads} --saes {output.saes:q}"
-        " --activations {output.activations:q} > {log:q} 2>&1"
+        " --activations {output.activations:q} --gpus {resources.gpu} > {log:q} 2>&1"

@@ -23,6 +23,7 @@ from conceptshare.correlations._standardise import (
     standardised,
     stretch,
 )
+from conceptshare.device import default_device, full_float32
 from conceptshare.errors import NumericsError
 from conceptshare.progress import progress
 from conceptshare.reading import MaxCorrelations
@@ -52,6 +53,7 @@ class Kept(NamedTuple):
     """How the work was cut. Cut another way, as to another budget, its steps are others, and it starts anew."""
 
 
+@full_float32()
 def max_correlations(
     a: Any,
     b: Any,
@@ -66,8 +68,9 @@ def max_correlations(
 
     A feature with zero variance has no correlation: its rho is 0, its match -1, and it is nobody's best match.
     Operands are standardised once, or where they do not fit the budget as often as they are needed. In float32 the
-    error of a correlation is below 1e-5: means and lengths are of float64 sums, products are summed in float32. In
-    bfloat16 it is below 2e-3: see `COARSE` for what is rounded and what is not.
+    error of a correlation is below 1e-5: means and lengths are of float64 sums (on a CPU, of sums over some rows in
+    float32), products are summed in float32. In bfloat16 it is below 2e-3: see `COARSE` for what is rounded and what is
+    not.
 
     Args:
         a: for each layer of A, an array ``[N, F]`` of real numbers: NumPy, torch or Zarr, or what NumPy makes one of,
@@ -90,7 +93,7 @@ def max_correlations(
     if precision not in get_args(Precision):
         raise NumericsError(f"precision {precision!r}: take one of {', '.join(get_args(Precision))}")
     N = sample_count([*layers_a, *layers_b])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     sizes_a, sizes_b = sizes_of(layers_a), sizes_of(layers_b)
     plan = plan_blocks(
         N,

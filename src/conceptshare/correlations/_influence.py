@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from conceptshare.correlations._arrays import as_tensor, sizes_of
+from conceptshare.device import default_device, full_float32
 from conceptshare.metrics import READINGS
 from conceptshare.progress import progress
 from conceptshare.reading import MaxCorrelations
@@ -33,6 +34,7 @@ class Encoder:
     """``[F]`` over the population of samples."""
 
 
+@full_float32()
 def influences(
     a: Encoder, b: Encoder, found: MaxCorrelations, memory_bytes: int, what: str = "influence"
 ) -> NDArray[np.float32]:
@@ -49,7 +51,7 @@ def influences(
         what: the step's name in the progress report.
     """
     N = int(a.layers[0].shape[0])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     ends = np.cumsum(found.sizes_a)
     of_layers = [slice(int(end - size), int(end)) for size, end in zip(found.sizes_a, ends, strict=True)]
     starts_b = np.cumsum(found.sizes_b) - found.sizes_b

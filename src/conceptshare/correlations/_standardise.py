@@ -18,6 +18,9 @@ with random signs: sqrt(2 sum a^2 b^2) 0.0016, at most 2.8e-4 at this bound. Bey
 length in a few samples, whose errors do not average out."""
 
 _CACHED_BYTES = 2**20
+# Parts that a GPU takes a panel in. What is computed of one, up to 40 bytes a value, is less than the byte or more a
+# value of a whole panel that is read ahead: that is part of the budget, and waits in the machine's memory.
+_GPU_PARTS = 64
 # Its multiples are spread evenly between whole numbers.
 _GOLDEN = (5**0.5 - 1) / 2
 
@@ -96,7 +99,7 @@ def standard_of(chunks: Callable[[], Iterator[Tensor]], panel: Panel, precision:
             first, total = _working(chunk[0]), total.to(chunk.device)
         N += len(chunk)
         for x in _cached(chunk):
-            total += x.sub_(first).sum(0)
+            total += _sums(x.sub_(first))
     if not total.isfinite().all():
         raise NumericsError(_where_not_finite(chunks(), panel))
     mean = first.double() + total / N
@@ -106,9 +109,9 @@ def standard_of(chunks: Callable[[], Iterator[Tensor]], panel: Panel, precision:
     for chunk in chunks():
         for x in _cached(chunk):
             x.sub_(centre).sub_(rest)
-            squares += x.mul_(x).sum(0)
+            squares += _sums(x.mul_(x))
             if precision == "bfloat16":
-                fourths += x.mul_(x).sum(0)
+                fourths += _sums(x.mul_(x))
     varies = squares > 0
     may_round = varies & (fourths <= COARSE * squares**2) & (precision == "bfloat16")
     if not squares.isfinite().all():
@@ -184,13 +187,17 @@ def _working(x: Tensor) -> Tensor:
 
 
 def _cached(x: Tensor) -> Iterator[Tensor]:
-    """Working copies of some rows of ``x [n, w]`` each, few enough to stay in a core's cache."""
-    if x.device.type != "cpu":
-        yield _working(x)
-        return
+    """Working copies of some rows of ``x [n, w]`` each, few enough to stay in a core's cache, or in a GPU's budget."""
     rows = max(16, _CACHED_BYTES // (4 * max(1, x.shape[1])))
+    if x.device.type != "cpu":
+        rows = max(rows, -(-len(x) // _GPU_PARTS))
     for start in range(0, len(x), rows):
         yield _working(x[start : start + rows])
+
+
+def _sums(x: Tensor) -> Tensor:
+    """``[w]`` sums of the rows of ``x [n, w]``, in float64; in x's type on a CPU, which has few rows at a time."""
+    return x.sum(0, dtype=None if x.device.type == "cpu" else torch.float64)
 
 
 def _where_not_finite(chunks: Iterator[Tensor], panel: Panel) -> str:

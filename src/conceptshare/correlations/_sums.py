@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from conceptshare.correlations._arrays import as_layers, as_tensor, sample_count
 from conceptshare.correlations._engine import Product
 from conceptshare.correlations._standardise import BlockMemory, Panel, standard_of, standardised
+from conceptshare.device import default_device, full_float32
 from conceptshare.errors import NumericsError
 
 Array = NDArray[np.float64]
@@ -69,6 +69,7 @@ class CorrelationSums:
         return CorrelationSums(self.samples, self.mean_b, self.mean_a, self.squares_b, self.squares_a, self.products.T)
 
 
+@full_float32()
 def correlation_sums(a: Any, b: Any) -> CorrelationSums:
     """The sums of one shard of samples.
 
@@ -87,7 +88,7 @@ def correlation_sums(a: Any, b: Any) -> CorrelationSums:
     if any(len(layers) > 1 for layers, _ in sides):
         raise NumericsError("sums are of one layer of each side: give one array for a and one for b")
     N = sample_count([layer for layers, _ in sides for layer in layers])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     standards, blocks = [], []
     for (layer,), (known,) in sides:
         x = as_tensor(layer[:], device)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from conceptshare.catalog import EncoderSpec
+from conceptshare.device import default_device
 from conceptshare.encoders._encoder import Encoder, check_reading, in_one_line
 from conceptshare.errors import EncoderError
 from conceptshare.weights import fingerprint, locate, recorded_location
@@ -30,6 +31,7 @@ def load_encoder(spec: EncoderSpec, weights: Path | None = None) -> Encoder:
         weights: the record of the `weights` stage. Without it, the files are found or fetched anew.
 
     Raises:
+        DeviceError: if it was to have a GPU that cannot be used.
         EncoderError: where its files are absent, cannot be loaded, or are not what ``spec`` says.
     """
     location = recorded_location(weights) if weights else locate(spec, made=Path(mkdtemp()) / "model")
@@ -43,7 +45,7 @@ def load_at(spec: EncoderSpec, location: Path) -> Encoder:
     Raises:
         EncoderError: as `load_encoder`.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     try:
         with _no_larger_than_its_weights(spec, location):
             encoder = _load(spec, location, device)

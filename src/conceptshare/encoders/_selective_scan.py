@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from conceptshare.device import default_device
+
 _PACKAGE = "mamba_ssm"
 _MODULE = "mamba_ssm.ops.selective_scan_interface"
 
 
 def supply_selective_scan() -> None:
     """Let model code import ``mamba_ssm``: the real one where it is installed and has a GPU, else the scan here."""
-    if _PACKAGE in sys.modules or (torch.cuda.is_available() and importlib.util.find_spec(_PACKAGE) is not None):
+    if _PACKAGE in sys.modules or (default_device().type == "cuda" and importlib.util.find_spec(_PACKAGE) is not None):
         return
     parent = ""
     for part in _MODULE.split("."):

@@ -121,8 +121,16 @@ class _TopLatents(torch.autograd.Function):
         (W_gradient,) = torch.autograd.grad(x_gradient, weights, grad_outputs=x)
         b_gradient = None
         if ctx.needs_input_grad[2]:
-            b_gradient = x.new_zeros(len(W_enc_T)).index_add_(0, indices.flatten(), latent_gradients.flatten())
+            b_gradient = _added_up(indices.flatten(), latent_gradients.flatten(), len(W_enc_T))
         return x_gradient.detach(), W_gradient, b_gradient, None, None, None
+
+
+def _added_up(indices: Tensor, values: Tensor, count: int) -> Tensor:
+    """``[count]`` sums of the values of each index, the same bits each time."""
+    total = values.new_zeros(count)
+    if values.is_cuda:  # where index_add_ adds in any order, and index_put_ sorts
+        return total.index_put_((indices,), values, accumulate=True)
+    return total.index_add_(0, indices, values)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor
 from conceptshare.activations import KIND, GlobalTokens, describe, forward_pass
 from conceptshare.ahead import in_order
 from conceptshare.dataset import Data
+from conceptshare.device import devices, full_float32
 from conceptshare.encoders import Encoder
 from conceptshare.errors import StudyError
 from conceptshare.files import SAES, layer_name, written_aside
@@ -21,7 +22,7 @@ from conceptshare.progress import progress, say
 from conceptshare.sae import _order
 from conceptshare.sae._checkpoints import Checkpoints
 from conceptshare.sae._metrics import Measured, Measuring, evaluate
-from conceptshare.sae._train import Origin, Report, descend, devices, write_sae
+from conceptshare.sae._train import Origin, Report, descend, write_sae
 from conceptshare.sae._trainer import Trainer
 from conceptshare.store import gone_on_with, new_store
 from conceptshare.study import SAESettings
@@ -30,6 +31,7 @@ Result = TypeVar("Result")
 TokensByLayer = dict[int, Tensor]
 
 
+@full_float32()
 def train_stream(
     encoder: Encoder,
     data: Data,

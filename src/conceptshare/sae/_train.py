@@ -19,6 +19,7 @@ from torch import Tensor
 from conceptshare import provenance
 from conceptshare.activations import TokenReader
 from conceptshare.ahead import in_order
+from conceptshare.device import default_device, full_float32
 from conceptshare.errors import NumericsError, StoreError
 from conceptshare.files import SAE, written_aside
 from conceptshare.progress import progress, say
@@ -71,6 +72,7 @@ class Origin:
         return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
+@full_float32()
 def train(
     tokens: Tokens,
     settings: SAESettings,
@@ -96,7 +98,7 @@ def train(
         NumericsError: where a loss is not finite, or k exceeds the number of latents.
         SystemExit: with the status PREEMPTED, after SIGTERM.
     """
-    device = devices()[0]
+    device = default_device()
     batches = _order.steps(len(tokens), batch_samples or settings.batch_samples, tokens.block, settings)
     trainer = Trainer(tokens.width, settings, seed, len(batches), device)
     if checkpoints is not None and checkpoints.restore({what: trainer}):
@@ -105,11 +107,6 @@ def train(
     with closing(_read_ahead(tokens, left, device)) as ready:
         descend(ready, trainer.train_on, {what: trainer}, what, checkpoints)
     return trainer.finish(), trainer.losses.cpu().numpy()
-
-
-def devices() -> list[torch.device]:
-    """Every visible GPU, or the CPU."""
-    return [torch.device("cuda", n) for n in range(torch.cuda.device_count())] or [torch.device("cpu")]
 
 
 Batch = TypeVar("Batch")
@@ -175,6 +172,7 @@ def _read_ahead(
         yield from in_order((reading.submit(read, batch).result for batch in batches), _AHEAD)
 
 
+@full_float32()
 def train_sae(token_store: Path, layer: int, settings: SAESettings, seed: int, out: Path) -> None:
     """Train an SAE on one layer of a store of all tokens and write its folder.
 
