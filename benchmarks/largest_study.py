@@ -1,4 +1,7 @@
-"""What Snakemake needs to plan the largest study, before its run and after it, and to start one of its jobs."""
+"""What Snakemake needs to plan the largest study, before its run and after it, and to start one of its jobs.
+
+The largest is the paper's; a study of 200 encoders has eight times as many jobs, and is planned before its run alone.
+"""
 
 import csv
 import os
@@ -33,13 +36,33 @@ def plan_largest_study(folder: Path) -> None:
     job = "correlations:dataset=coco,sae=paper,a=bert-base@0,b=bert-large@0"
     step = ["--target-jobs", job, "--allowed-rules", "correlations", "--force", "--nolock", "--mode", "remote"]
     _report("a job's own start, the workflow parsed again (under 3 s)", [*plan, *step], folder)
+    (folder / "config.yaml").write_text(yaml.safe_dump(study_of(200)))
+    for how, command in jobs.items():
+        _report(f"planning 200 encoders in one matrix{how} (under 300 s and 3 GB)", command, folder)
+
+
+def study_of(count: int) -> dict[str, object]:
+    """All layers of so many encoders on one data set, each with each: those of `largest_study` under many names."""
+    names, entries = _paper_encoders(), read_catalog("encoders")
+    encoders = {f"{name}-{n}": entries[name] | {"use_layers": "all"} for n in range(count) for name in [names[n % 21]]}
+    return {
+        "study": "many",
+        "datasets": {"coco": None},
+        "encoders": encoders,
+        "saes": {"paper": None},
+        "analyses": {"matrices": {"all": {}}},
+    }
+
+
+def _paper_encoders() -> list[str]:
+    return [
+        name for name in read_catalog("encoders") if name.endswith(("-base", "-large")) and name != "mambavision-base"
+    ]
 
 
 def largest_study() -> dict[str, object]:
     """All layers of 21 of the paper's encoders on its three data sets, with two seeds, each member with each."""
-    encoders = [
-        name for name in read_catalog("encoders") if name.endswith(("-base", "-large")) and name != "mambavision-base"
-    ]
+    encoders = _paper_encoders()
     return {
         "study": "largest",
         "datasets": {"coco": None, "laion": None, "flowers": None},

@@ -420,7 +420,7 @@ def test_the_sizes_of_the_default_study_are_those_of_its_stores():
         for recorded in (made / "examples" / "small").glob(f"{name}@*"):
             assert 0.2 < sizes(recorded) / plan.examples_cost(spec, settings, N).written < 1.01, recorded
     for member in study.members():
-        cost = plan.member_pages_cost(study.encoders[member.encoder], settings, len(study.compared_with(member)))
+        cost = plan.member_pages_cost(study.encoders[member.encoder], settings, len(study.comparisons()[member]))
         shown = CLONE / "results/studies/openclipart/pages/data/openclipart/small" / str(member)
         assert 0.2 < sizes(shown) / cost.written < 1.01, member
 

@@ -689,6 +689,9 @@ def test_pairs_are_those_the_analyses_need_each_sorted_and_once(build):
     assert set(found) == needed
     assert found == sorted(found)
     assert len(found) == len(needed)
+    members = {member for pair in needed for member in pair}
+    partners = {m: sorted(other for pair in needed if m in pair for other in pair if other != m) for m in members}
+    assert build(analyses=ANALYSES).comparisons() == partners
 
 
 def test_a_members_ceiling_is_the_first_other_seed_of_its_encoder(build):

@@ -124,7 +124,7 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
     rules: tuple[str, ...] = ("dataset", "activations", "activations_part", "sae", "stream", "features")
     rules += ("correlations", "similarity", "examples", "pages_samples", "pages_member")
     parts: dict[str, list[Cost]] = {rule: [] for rule in rules}
-    members, pairs = study.members(), study.pairs()
+    members, pairs, comparisons = study.members(), study.pairs(), study.comparisons()
     needed = {member.encoder: study.encoders[member.encoder] for member in members}
     for name, N in counts.items() if members else ():
         data_bytes = _data_bytes(name, study.datasets[name], N, results)
@@ -146,7 +146,7 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
                     parts["sae"] += [sae_cost(spec, settings, N)] * len(spec.layer_numbers())
                 parts["features"].append(features_cost(spec, settings, N))
                 parts["examples"].append(examples_cost(spec, settings, N, data_bytes))
-                parts["pages_member"].append(member_pages_cost(spec, settings, len(study.compared_with(member))))
+                parts["pages_member"].append(member_pages_cost(spec, settings, len(comparisons[member])))
             parts["correlations"] += [
                 correlations_cost(needed[a.encoder], needed[b.encoder], settings, N, study.correlations)
                 for a, b in pairs

@@ -461,9 +461,13 @@ class Study(Spec):
         """The names of Comparative Sharedness analyses that rank the features of a member."""
         return sorted(name for name in self.analyses.sharedness if self.sharedness_source(name) == member)
 
-    def compared_with(self, member: Member) -> list[Member]:
-        """The members that some analysis compares a member with, in sorted order."""
-        return sorted(other for pair in self.pairs() if member in pair for other in pair if other != member)
+    def comparisons(self) -> dict[Member, list[Member]]:
+        """For each member the members that some analysis compares it with, in sorted order."""
+        compared: dict[Member, list[Member]] = {member: [] for member in self.members()}
+        for a, b in self.pairs():
+            compared[a].append(b)
+            compared[b].append(a)
+        return {member: sorted(others) for member, others in compared.items()}
 
     def directed_pairs(self) -> list[Pair]:
         """The pairs of layerwise analyses, each in both directions, in sorted order."""

@@ -36,6 +36,10 @@ except ConceptshareError as error:
     raise WorkflowError(str(error))
 
 
+# Worked out once: it takes all pairs, and each member's pages ask for theirs.
+COMPARISONS = STUDY.comparisons()
+
+
 def code(*names):
     """The source files of a stage: inputs this small are compared by content, so a touch reruns nothing."""
     paths = [path for name in names for path in sorted(_LIBRARY.glob(name))]
@@ -199,12 +203,12 @@ def names_command(wildcards):
 
 def pairs_with(member):
     """The pairs that a member is compared in."""
-    return [sorted_pair(as_member(member), other) for other in STUDY.compared_with(as_member(member))]
+    return [sorted_pair(as_member(member), other) for other in COMPARISONS[as_member(member)]]
 
 
 def compared_with(member):
     """The members that a member is compared with, as JSON."""
-    return json.dumps([str(other) for other in STUDY.compared_with(as_member(member))])
+    return json.dumps([str(other) for other in COMPARISONS[as_member(member)]])
 
 
 def rankings_of(wildcards):
