@@ -49,6 +49,7 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(work)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as the stage itself sets it, for the rest of its process
 
 
 @pytest.fixture
@@ -757,8 +758,54 @@ def test_only_the_commands_that_fetch_may_use_the_network(monkeypatch, command):
     for name in switches:
         monkeypatch.setenv(name, "0")
     assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
-    expected = "0" if command in ("dataset", "weights", "doctor") else "1"
+    expected = "0" if command in ("check", "dataset", "weights", "doctor") else "1"
     assert {os.environ[name] for name in switches} == {expected}
+
+
+def study_of(entries):
+    Path("study.yaml").write_text(
+        json.dumps(
+            {"study": "tried", "datasets": {"coco": None}, "saes": {"paper": None}}
+            | {
+                "encoders": {
+                    name: spec.model_dump(mode="json", exclude_defaults=True) for name, spec in entries.items()
+                },
+                "analyses": {"matrices": {"all": {}}},
+            }
+        )
+    )
+    return "study.yaml"
+
+
+def test_a_study_whose_encoders_are_loaded_is_checked_for_each_of_them(tmp_path):
+    good, wrong = models.bert(tmp_path / "good").spec, models.vit(tmp_path / "wrong").spec
+    study = study_of({"wrong": wrong.model_copy(update={"width": 20}), "good": good})
+    assert CliRunner().invoke(app, ["check", study]).exit_code == 0
+    checked = CliRunner().invoke(app, ["check", study, "--load"])
+    assert checked.exit_code == 1
+    errors = [line for line in checked.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == [
+        f"error: encoders.wrong: {wrong.model}, layer 0: width 24, where its entry says 20; set width: 24"
+    ]
+    assert f"{good.model}: it does: 3 layers of width 16" in checked.stderr
+
+
+def test_the_stage_refuses_an_encoder_that_does_not_fit_its_entry_and_leaves_no_record(tmp_path):
+    spec = models.bert(tmp_path / "bert").spec
+    wrong, right = (as_json(spec.model_copy(update={"layers": layers})) for layers in (2, 3))
+    ended = CliRunner().invoke(app, ["weights", "--encoder", wrong, "--out", "results/weights/bert.json"])
+    assert "3 blocks found at encoder.layer, where its entry says layers: 2" in str(ended.exception)
+    assert_no_record()
+    assert CliRunner().invoke(app, ["weights", "--encoder", right, "--out", "results/weights/bert.json"]).exit_code == 0
+    assert json.loads(Path("results/weights/bert.json").read_text())["files"] == listing(tmp_path / "bert")
+
+
+def test_an_encoder_that_does_not_fit_the_free_memory_is_recorded_untried(tmp_path, monkeypatch):
+    spec = models.bert(tmp_path / "bert").spec.model_copy(update={"layers": 2})
+    monkeypatch.setattr("conceptshare.encoders._load._free_memory", lambda: 2**30)
+    ended = CliRunner().invoke(app, ["weights", "--encoder", as_json(spec), "--out", "results/weights/bert.json"])
+    assert ended.exit_code == 0
+    assert "not loaded to try it, which may take 1.0 GiB of memory, where 1.0 GiB are free" in ended.stderr
 
 
 def test_the_command_says_what_cannot_be_fetched_in_one_line(hub, tmp_path):
@@ -766,6 +813,7 @@ def test_the_command_says_what_cannot_be_fetched_in_one_line(hub, tmp_path):
         "weights",
         "--encoder",
         '{"library": "transformers", "model": "us/none"}',
+        "--no-load",
         "--out",
         "results/weights/none.json",
         env=environment(hub.endpoint, tmp_path / "home"),

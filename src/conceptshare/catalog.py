@@ -140,7 +140,7 @@ class DatasetSpec(Spec):
 
 
 class ModelSpec(Spec, extra="ignore"):
-    """Where an encoder's files come from: the part of its entry that the `weights` stage needs."""
+    """Where an encoder's files come from: the part of its entry that finding them needs."""
 
     library: Literal["transformers", "open_clip", "timm"]
     """The library that loads it."""
@@ -238,12 +238,8 @@ class EncoderSpec(ModelSpec, extra="forbid"):
             return [self.layers - 1]
         return sorted(set(self.use_layers))
 
-    def weights_key(self) -> str:
-        """What the `weights` stage depends on, as canonical JSON."""
-        return canonical(self, set(ModelSpec.model_fields))
-
     def activations_key(self) -> str:
-        """What the `activations` stage depends on, as canonical JSON."""
+        """What the `weights` and `activations` stages depend on, as canonical JSON."""
         return canonical(self, set(type(self).model_fields) - TOLD_ONLY - {"seeds", "parts"})
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
@@ -53,7 +54,7 @@ app.add_typer(figures_app, name="figures")
 app.add_typer(pages_app, name="pages")
 
 # The commands that may ask a hub; compute nodes often have no internet, and what a run reads is on record by then.
-_FETCHING = {"dataset", "weights", "doctor"}
+_FETCHING = {"check", "dataset", "weights", "doctor"}
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
@@ -116,7 +117,13 @@ def _start(context: typer.Context) -> None:
 
 
 @app.command()
-def check(config: Annotated[Path, typer.Argument(help="A study.")] = Path("config.yaml")) -> None:
+def check(
+    config: Annotated[Path, typer.Argument(help="A study.")] = Path("config.yaml"),
+    load: Annotated[
+        bool,
+        typer.Option("--load", help="Find or fetch each encoder too, load it, and let it read two samples."),
+    ] = False,
+) -> None:
     """Check a study and say what it needs."""
     study = load_study(config)
     typer.echo(f"{config}: study {study.study!r} is sound")
@@ -124,6 +131,25 @@ def check(config: Annotated[Path, typer.Argument(help="A study.")] = Path("confi
     typer.echo(f"  encoders:  {', '.join(study.encoders)}")
     typer.echo(f"  SAE settings: {', '.join(study.saes)}")
     typer.echo(f"  {len(study.members())} members, {len(study.pairs())} pairs to correlate")
+    if load:
+        _try_encoders(study.encoders)
+
+
+def _try_encoders(encoders: dict[str, EncoderSpec]) -> None:
+    """Load every encoder, and exit with 1 if one cannot be read, after all have been tried."""
+    from conceptshare.encoders import try_encoder
+    from conceptshare.weights import locate
+
+    faults = 0
+    for name, spec in encoders.items():
+        try:
+            with TemporaryDirectory() as folder:
+                try_encoder(spec, locate(spec, made=Path(folder) / "model"))
+        except ConceptshareError as error:
+            faults += 1
+            print(f"error: encoders.{name}: {error}", file=sys.stderr)
+    if faults:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -167,11 +193,30 @@ def dataset(dataset: Entry, out: Annotated[Path, _out(DATASET)]) -> None:
 
 
 @app.command()
-def weights(encoder: Entry, out: Annotated[Path, _out(WEIGHTS, ACCOUNT_BESIDE)]) -> None:
-    """Find or fetch an encoder's files and record exactly which they are."""
+def weights(
+    encoder: Entry,
+    out: Annotated[Path, _out(WEIGHTS, ACCOUNT_BESIDE)],
+    load: Annotated[
+        bool, typer.Option(help="Whether to load the encoder, on the CPU, and let it read two samples first.")
+    ] = True,
+) -> None:
+    """Find or fetch an encoder's files, see that they can be read, and record exactly which they are."""
     from conceptshare.weights import fetch_weights
 
-    fetch_weights(_spec(ModelSpec, "encoders", encoder), out)
+    if not load:
+        fetch_weights(_spec(ModelSpec, "encoders", encoder), out)
+        return
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the machine's GPU may be at work for a job
+    spec: EncoderSpec = _spec(EncoderSpec, "encoders", encoder)
+
+    def check(location: Path) -> None:
+        from conceptshare.encoders import try_encoder
+
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with alone(out.with_name("loading")):  # Snakemake runs several of these at once, and each takes memory
+            try_encoder(spec, location)
+
+    fetch_weights(spec, out, check)
 
 
 @app.command()

@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +49,13 @@ class Found:
     """The commit, where they come from the hub."""
 
 
-def fetch_weights(spec: ModelSpec, out: Path) -> None:
+def fetch_weights(spec: ModelSpec, out: Path, check: Callable[[Path], object] | None = None) -> None:
     """Find or fetch the files of ``spec`` and write the record ``out``.
+
+    Args:
+        spec: the encoder.
+        out: the record.
+        check: called with the location of the files before they are recorded; what it raises leaves no record.
 
     Raises:
         EncoderError: where they are not there, or not what the encoder's library reads.
@@ -63,6 +68,8 @@ def fetch_weights(spec: ModelSpec, out: Path) -> None:
             raise
         # A library's own name for a model may be unlike that of the repository it stands for.
         raise HubError(f"{spec.model}: {error}") from error
+    if check is not None:
+        check(found.location)
     folder = found.location if found.location.is_dir() else found.location.parent
     digests = _digests(found.files)
     here = found.location.is_relative_to(Path.cwd())

@@ -114,6 +114,7 @@ def test_an_encoders_changed_setting_plans_that_encoders_jobs_alone(study):
     config["encoders"]["viewer"]["image_size"] = 48
     study.config = config
     assert study.plan() == {
+        "weights": 1,  # which tries whether the encoder can be read so
         "activations": 1,
         "sae": LAYERS,
         "features": 1,

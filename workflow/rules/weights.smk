@@ -1,4 +1,5 @@
-# The exact files of an encoder. Runs where the workflow is started: it may need the hub.
+# The exact files of an encoder, once it has been loaded and has read two samples. Runs where the workflow is started: it
+# may need the hub, and an entry that does not fit its model is refused before any job is queued.
 localrules:
     weights,
 
@@ -14,12 +15,12 @@ rule weights:
     log:
         "results/logs/weights/{encoder}.log",
     conda:
-        "../../envs/conceptshare.yaml"
+        environment_of
     threads: 1
     resources:
         mem_mb=grown(2000),
         runtime=grown(120),
     params:
-        spec=lambda w: STUDY.encoders[w.encoder].weights_key(),
+        spec=lambda w: STUDY.encoders[w.encoder].activations_key(),
     shell:
         "python -m conceptshare weights --encoder {params.spec:q} --out {output.record:q} > {log:q} 2>&1"

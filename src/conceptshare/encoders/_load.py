@@ -1,7 +1,9 @@
 """One way in for every library."""
 
 import json
+import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +19,7 @@ from conceptshare.catalog import EncoderSpec
 from conceptshare.device import default_device
 from conceptshare.encoders._encoder import Encoder, check_reading, in_one_line
 from conceptshare.errors import EncoderError
+from conceptshare.progress import say
 from conceptshare.weights import fingerprint, locate, recorded_location
 
 # More than any published model has, by far.
@@ -37,6 +40,46 @@ def load_encoder(spec: EncoderSpec, weights: Path | None = None) -> Encoder:
     location = recorded_location(weights) if weights else locate(spec, made=Path(mkdtemp()) / "model")
     encoder = load_at(spec, location)
     return replace(encoder, fingerprint=fingerprint(weights)) if weights else encoder
+
+
+def try_encoder(spec: EncoderSpec, location: Path) -> None:
+    """Load an encoder only to see that it reads two samples as its entry says, and report that.
+
+    One that may not fit this machine's free memory is not loaded, which is reported as well.
+
+    Args:
+        spec: the encoder.
+        location: its folder or checkpoint.
+
+    Raises:
+        EncoderError: as `load_encoder`.
+    """
+    # Weights that are stored at 16 bits take twice that room, and its library some of its own.
+    needed, free = 2**30 + 2 * sum(path.stat().st_size for path in _files_of(location)), _free_memory()
+    if needed > free:
+        say(
+            f"{spec.model}: not loaded to try it, which may take {needed / 2**30:.1f} GiB of memory, where "
+            f"{free / 2**30:.1f} GiB are free; conceptshare check --load tries it on a machine with more"
+        )
+        return
+    say(f"{spec.model}: loading it, to see whether it reads two {spec.modality}s as its entry says")
+    started = time.monotonic()
+    load_at(spec, location)
+    layers = len(spec.layer_numbers())
+    say(f"{spec.model}: it does: {layers} layers of width {spec.width} ({time.monotonic() - started:.1f} s)")
+
+
+def _free_memory() -> int:
+    """Bytes that programs can still have, on Linux; elsewhere all there are."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _files_of(location: Path) -> list[Path]:
+    return [path for path in location.rglob("*") if path.is_file()] if location.is_dir() else [location]
 
 
 def load_at(spec: EncoderSpec, location: Path) -> Encoder:
@@ -61,7 +104,7 @@ def load_at(spec: EncoderSpec, location: Path) -> Encoder:
 def _no_larger_than_its_weights(spec: EncoderSpec, location: Path) -> Iterator[None]:
     """Refuse a configuration that describes a far larger model than its weights fill, before all of it is built."""
     remedy = "use the configuration that belongs to its weights"
-    files = [path for path in location.rglob("*") if path.is_file()] if location.is_dir() else [location]
+    files = _files_of(location)
     for path in files:
         if path.name in ("config.json", "open_clip_config.json"):
             for name, count in _counts_of_layers(json.loads(path.read_text(encoding="utf-8"))):
