@@ -495,7 +495,13 @@ def test_a_head_that_the_weights_lack_is_no_error_and_no_alarm(bert, capfd):
     assert not re.search("report|missing|pooler", captured.out + captured.err, re.IGNORECASE)
 
 
-ABSURD = {"num_hidden_layers": 10**6, "hidden_size": 10**9, "vocab_size": 10**12, "intermediate_size": 10**10}
+ABSURD = {
+    "num_hidden_layers": 10**6,
+    "depths": [2, 10**7],
+    "hidden_size": 10**9,
+    "vocab_size": 10**12,
+    "intermediate_size": 10**10,
+}
 
 
 @pytest.mark.parametrize(("key", "value"), ABSURD.items())
@@ -503,7 +509,9 @@ def test_a_configuration_of_an_absurd_size_is_an_error_before_it_is_built(bert, 
     spec, _ = bert
     file = Path(spec.model) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    said = "more than any model has" if key == "num_hidden_layers" else "a far larger model than its weights"
+    said = (
+        "more than any model has" if key in ("num_hidden_layers", "depths") else "a far larger model than its weights"
+    )
     with pytest.raises(EncoderError, match=f"{said}; use the configuration that belongs to its weights$"):
         load_encoder(spec)
 
@@ -626,10 +634,11 @@ def test_reference_is_position_0_of_every_sample_and_trains_on_padding(loaded):
         assert close(found.global_token[layer].cpu(), own[:, 0])
 
 
-def test_reference_of_a_tokenizer_that_pads_on_the_left_is_position_0_though_it_is_padding(tmp_path):
+def test_reference_of_a_tokenizer_that_pads_on_the_left_is_position_0_though_it_is_padding(tmp_path, capsys):
     models.save_bert(tmp_path, padding_side="left")
     found = load_encoder(models.entry(tmp_path, "text", "reference", kind="language")).activations(CAPTIONS)
     assert torch.equal(found.global_token[2], found.tokens[2][:, 0])
+    assert "its tokenizer pads on the left, so global_token: reference reads padding" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("make", [models.open_clip_text, models.clip_text], **by_name)
@@ -827,7 +836,14 @@ def save_flava(folder):
     return model.image_model, processor
 
 
-@pytest.mark.parametrize("save", [save_llava, save_flava], ids=["llava", "flava"])
+def save_flava_image(folder):
+    """Its image encoder alone, which transformers' AutoModel does not know."""
+    tower, processor = save_flava(folder)
+    tower.save_pretrained(folder)
+    return tower, processor
+
+
+@pytest.mark.parametrize("save", [save_llava, save_flava, save_flava_image], ids=["llava", "flava", "image"])
 def test_a_model_of_several_parts_is_read_by_the_one_that_reads_images(tmp_path, save):
     tower, processor = save(tmp_path)
     found = load_encoder(models.entry(tmp_path, "image", "first")).activations(models.pictures())

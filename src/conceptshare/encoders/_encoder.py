@@ -294,6 +294,9 @@ def check_reading(encoder: Encoder) -> None:
         say(f"{error}, unless all images of the data set are of one size")
         return
     if spec.global_token == "reference":  # as the paper's code, which reads padding, too
+        mask = exact.prepare(samples).mask
+        if mask is not None and not mask[:, 0].all():
+            say(f"{spec.model}: its tokenizer pads on the left, so global_token: reference reads padding")
         return
     for n, alone in enumerate(apart):
         for layer, x in together.tokens.items():

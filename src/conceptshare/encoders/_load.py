@@ -132,8 +132,9 @@ def _no_larger_than_its_weights(spec: EncoderSpec, location: Path) -> Iterator[N
 def _counts_of_layers(settings: Any) -> Iterator[tuple[str, int]]:
     """The keys of a configuration that count layers, however deep they stand."""
     for name, value in settings.items() if isinstance(settings, dict) else ():
-        if isinstance(value, int) and re.search(r"(layers?|depths?)$", str(name)):
-            yield name, value
+        if re.search(r"(layers?|depths?|blocks?)$", str(name)):
+            counts = value if isinstance(value, list) else [value]
+            yield from ((name, count) for count in counts if isinstance(count, int))
         yield from _counts_of_layers(value)
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
@@ -125,11 +126,19 @@ def _library_code(spec: EncoderSpec, folder: Path) -> tuple[Any, set[str]]:
         raise EncoderError(
             f"{spec.model}: it comes with Python code of its own; read that code, and set remote_code: true to run it"
         )
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    kind: Any = AutoModel
+    if (
+        type(config) not in MODEL_MAPPING
+    ):  # a part of a model, which only its own class loads, such as FLAVA's for images
+        kind = getattr(transformers, (config.architectures or [""])[0], None)
+    if kind is None:
+        raise EncoderError(f"{spec.model}: transformers has no model that encodes of model_type {config.model_type}")
     # transformers warns of every parameter that the files lack; `_check_weights` knows which of them matter.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        model, found = AutoModel.from_pretrained(
+        model, found = kind.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
     finally:
