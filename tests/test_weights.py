@@ -49,7 +49,7 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(work)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as the stage itself sets it, for the rest of its process
+    monkeypatch.setenv("CONCEPTSHARE_DEVICE", "cpu")  # as the stage itself sets it, for the rest of its process
 
 
 @pytest.fixture

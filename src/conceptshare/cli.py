@@ -206,7 +206,7 @@ def weights(
     if not load:
         fetch_weights(_spec(ModelSpec, "encoders", encoder), out)
         return
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the machine's GPU may be at work for a job
+    _use(None, gpus=0)  # a GPU of this machine may be at work for a job
     spec: EncoderSpec = _spec(EncoderSpec, "encoders", encoder)
 
     def check(location: Path) -> None:

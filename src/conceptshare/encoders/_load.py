@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from conceptshare.catalog import EncoderSpec
 from conceptshare.device import default_device
 from conceptshare.encoders._encoder import Encoder, check_reading, in_one_line
-from conceptshare.errors import EncoderError
+from conceptshare.errors import ConceptshareError, EncoderError
 from conceptshare.progress import say
 from conceptshare.weights import fingerprint, locate, recorded_location
 
@@ -93,7 +93,7 @@ def load_at(spec: EncoderSpec, location: Path) -> Encoder:
         with _no_larger_than_its_weights(spec, location):
             encoder = _load(spec, location, device)
         check_reading(encoder)
-    except EncoderError:
+    except ConceptshareError:
         raise
     except Exception as error:  # the libraries raise whatever their formats raise
         raise EncoderError(f"{spec.model}: {spec.library} cannot load {location}: {in_one_line(error)}") from error
