@@ -58,7 +58,7 @@ CAPTIONS = [
 ]
 
 
-NOT_WRITTEN = b"a test that does not need this file"
+NOT_WRITTEN = b""
 
 
 @pytest.fixture(autouse=True)
@@ -411,9 +411,24 @@ def test_more_features_are_more_grids_and_no_more_than_the_ranking_has(tmp_path,
     headings = [
         [words for words in written_on(figure) if words.startswith("#") and "feature" in words] for figure in drawn
     ]
-    every = ["#1  feature 3", "#2  feature 2", "#3  feature 1", "#4  feature 0"]
-    assert headings == [every[:3], every, ["#1  feature 1", "#2  feature 0"]]
+    every = [f"#{n}  layer 3, feature {feature}" for n, feature in enumerate([3, 2, 1, 0], 1)]
+    assert headings == [every[:3], every, ["#1  layer 3, feature 1", "#2  layer 3, feature 0"]]
     assert "$\\Delta$ 30, $\\rho_G$ 0.90, $\\rho_H$ 0.05" in written_on(drawn[0])
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("members", [["bert@0"], [f"{'a-member-of-a-long-name' * 3}-{n}@0" for n in range(9)]])
+def test_features_of_a_ranking_have_their_names_and_the_groups(tmp_path, data, drawn, unsaved, members):
+    names = pd.DataFrame({"layer": [2, 3, 3, 3], "feature": [3, 3, 2, 1]})
+    names = names.assign(name=["other", "flag, $x_1$", None, None], candidate=["other", "flag, $x_1$", "cat", None])
+    table = ranking(3).assign(feature=[3, 2, 1], shared_with=", ".join(members), not_shared_with="dinov2@0")
+    draw_sharedness(table, statistics(), data, 3, tmp_path / "figure.png", names=names)
+    assert_readable(drawn[0])
+    colour = {text.get_text(): text.get_color() for text, _ in visible_texts(drawn[0])}
+    assert (colour["flag, $x_1$"], colour["perhaps cat"], colour["no clear name"]) == ("black", "0.45", "0.45")
+    written = written_on(drawn[0])
+    assert "and not with (H): dinov2@0" in written
+    assert written[1].startswith(f"shared with (G): {members[0]}")
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")

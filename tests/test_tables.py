@@ -452,6 +452,8 @@ def test_sharedness_table_ranks_last_layer_features(study):
     assert table.top.tolist() == [True] + [False] * 7
     assert (table.source == "clip-text@0").all()
     assert (table.layer == 3).all()
+    assert (table.shared_with == "bert@1").all()
+    assert (table.not_shared_with == "vit@0").all()
     expected = {"delta": delta, "strength": S, "density": (x > 0).mean(0), "rho_g": g, "rho_h": h}
     expected |= {"rho[bert@1]": g, "rho[vit@0]": h}
     for column, values in expected.items():

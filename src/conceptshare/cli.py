@@ -743,6 +743,7 @@ def figures_sharedness(
         Path | None,
         typer.Option(help="Another ranking, to show all features in the first 1% of both.", show_default=False),
     ] = None,
+    names: Annotated[Path | None, typer.Option(help="The source's table of names.", show_default=False)] = None,
 ) -> None:
     """Grids of the top samples of a ranking's top features, or of features that are named."""
     from conceptshare.dataset import Data
@@ -755,7 +756,8 @@ def figures_sharedness(
     ranking = named_features(read_table(table), feature or [], other)
     if feature or also_top_of:
         pictured = len(ranking)
-    draw_sharedness(ranking, read_statistics(features), Data(data), pictured, out, samples, modality)
+    called = None if names is None else read_table(names)
+    draw_sharedness(ranking, read_statistics(features), Data(data), pictured, out, samples, modality, called)
 
 
 @figures_app.command("scatter")

@@ -421,7 +421,7 @@ def ranking(
 ) -> pd.DataFrame:
     """The F features of a layer by Comparative Sharedness; ``top`` marks the first 1%, as the paper reads them.
 
-    Ties keep the features' order.
+    Ties keep the features' order. ``shared_with`` and ``not_shared_with`` hold the groups, members after a comma each.
 
     Args:
         source: the member they are of.
@@ -444,6 +444,8 @@ def ranking(
             "density": statistics.density,
             "rho_g": g.min(axis=0),
             "rho_h": h.max(axis=0),
+            "shared_with": ", ".join(shared_with),
+            "not_shared_with": ", ".join(not_shared_with),
             **{f"rho[{member}]": values for member, values in rho.items()},
         }
     )

@@ -66,6 +66,7 @@ def make_table(rng, member, others, features, layers, rankings):
         "strength": rounded(rng.gamma(0.6, 200, features)),
         "density": rounded(rng.beta(0.5, 12, features)),
         "name": [name if known else None for name, known in zip(names, named, strict=True)],
+        "candidate": [f"perhaps-{n}" if not known and n % 2 else None for n, known in enumerate(named)],
         "score": [
             value if known else None for value, known in zip(rounded(rng.gamma(4, 2, features)), named, strict=True)
         ],
@@ -101,13 +102,17 @@ def make_map(rng, place):
     }
 
 
-def make_details(rng, modality, first, names, captions):
+def make_details(rng, modality, first, table, captions):
     """What a file of details holds, and the maps that a file beside it does."""
     features, maps = [], []
-    for number, name in enumerate(names, first):
+    block = slice(first, first + BLOCK)
+    for number, (name, candidate) in enumerate(
+        zip(table["name"][block], table["candidate"][block], strict=True), first
+    ):
+        called = {"name": name, "candidate": candidate}
         if number == NEVER_ACTIVE:
             silent = {"max": 0, "counts": [0] * 20}
-            features.append({"name": name, "top": [], "bands": [], "histogram": silent, "mapped": False})
+            features.append(called | {"top": [], "bands": [], "histogram": silent, "mapped": False})
             maps.append([])
             continue
         samples = rng.permutation(SAMPLES)[:21]
@@ -116,7 +121,7 @@ def make_details(rng, modality, first, names, captions):
         values = np.sort(rng.gamma(2, 1, 21))[::-1]
         pairs = [[int(sample), round(float(value), 3)] for sample, value in zip(samples, values, strict=True)]
         feature = {
-            "name": name,
+            **called,
             "top": pairs[:9],
             "bands": [
                 {"at": at, "samples": pairs[9 + 4 * band : 13 + 4 * band]} for band, at in enumerate((0.9, 0.5, 0.1))
@@ -275,7 +280,7 @@ def write_site(folder, seed=0):
             table = make_table(rng, member, others, FEATURES, LAYERS, ranked)
             write(folder, layer_key(member, layer), table)
             for first in range(0, FEATURES, BLOCK):
-                details, maps = make_details(rng, modality, first, table["name"][first : first + BLOCK], captions)
+                details, maps = make_details(rng, modality, first, table, captions)
                 write_details(folder, layer_key(member, layer), first, details, maps)
     for a, b in [*pairs, *((b, a) for a, b in pairs)]:
         for layer in LAYERS:
@@ -305,7 +310,7 @@ def write_large_site(folder, features=8192, others=9, seed=1):
     write(folder, "study", study)
     table = make_table(rng, names[0], names[1:], features, [0], [])
     write(folder, layer_key(names[0], 0), table)
-    details, maps = make_details(rng, "image", 0, table["name"][:BLOCK], captions)
+    details, maps = make_details(rng, "image", 0, table, captions)
     for first in range(0, features, BLOCK):
         write_details(folder, layer_key(names[0], 0), first, details, maps)
     return table

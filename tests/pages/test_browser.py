@@ -53,6 +53,12 @@ def seen(locator):
     return [BLANK.sub(" ", text).strip() for text in locator.all_text_contents()]
 
 
+def called(table, feature):
+    """What a page calls a feature, white space as one blank."""
+    name, candidate = (BLANK.sub(" ", table[key][feature] or "").strip() for key in ("name", "candidate"))
+    return name or (f"perhaps {candidate}" if candidate else "no clear name")
+
+
 def column(page, label):
     """The cells of a table's column, by its label."""
     heads = [text.strip() for text in page.locator("table.listing").last.locator("thead th").all_text_contents()]
@@ -135,10 +141,8 @@ def test_a_heatmap_cell_leads_to_its_pair(tab, site):
     )
     matches = [pairs["match"][2][n] for n in best[:100]]
     assert column(page, "reader@0") == ["–" if match < 0 else str(match) for match in matches]
-    names = read_data(site, layer_key("reader@0", 5))["name"]
-    assert column(page, "Name of the match")[:5] == [
-        BLANK.sub(" ", names[n] or "no clear name").strip() or "no clear name" for n in matches[:5]
-    ]
+    table = read_data(site, layer_key("reader@0", 5))
+    assert column(page, "Name of the match")[:5] == [called(table, n) for n in matches[:5]]
     wmppc = read_data(site, "study")["layerwise"][0]["pairs"][0]["wmppc"][1][2]
     expect(page.locator(".lead")).to_contain_text(f"wMPPC {wmppc:.2f}.")
     page.get_by_label("S from").fill("100")
@@ -165,13 +169,10 @@ def test_a_matrix_cell_leads_to_best_matches_in_any_layer(tab, site):
     assert column(page, "reader@0") == [str(n) for n in order]
     for label, key in (("Layer", "layer"), ("seer-clip@1", "feature")):
         assert column(page, label) == ["–" if best["layer"][n] < 0 else str(best[key][n]) for n in order]
-    names = [
-        read_data(site, layer_key("seer-clip@1", best["layer"][n]))["name"][best["feature"][n]] or "no clear name"
-        for n in order[:5]
-    ]
+    tables = {layer: read_data(site, layer_key("seer-clip@1", layer)) for layer in LAYERS}
     links = page.locator(".match-name a")
-    for place, name in enumerate(names):
-        expect(links.nth(place)).to_have_text(BLANK.sub(" ", name).strip())
+    for place, n in enumerate(order[:5]):
+        expect(links.nth(place)).to_have_text(called(tables[best["layer"][n]], best["feature"][n]))
     layers = page.get_by_role("navigation", name="Layer of seer-clip@1")
     assert seen(layers.locator("a")) == ["any"]  # which no analysis compares by layers
     links.first.click()
@@ -332,7 +333,7 @@ def test_follow_a_match_and_come_back(tab, site):
     card = page.locator(".match", has=page.get_by_role("heading", name="reader@0", exact=True))
     card.scroll_into_view_if_needed()
     expect(card.locator(".rho")).to_have_text(f"{best['rho'][20]:.2f}")
-    expect(card.locator(".name")).to_have_text(there["name"][feature] or "no clear name")
+    expect(card.locator(".name")).to_have_text(called(there, feature))
     expect(card.locator("figure")).to_have_count(3)
     before = page.evaluate("scrollY")
     assert before > 0
@@ -481,6 +482,23 @@ def test_ranking(tab, site):
     both = [n for n in ranking["features"][:10] if n in other["features"][:10]]
     assert both
     assert texts[5].split() == [str(n) for n in both]
+
+
+def test_words_that_are_no_clear_name_are_grey_and_found_but_no_name(tab, site):
+    table = read_data(site, layer_key("seer@0", 3))
+    some = [n for n, words in enumerate(table["candidate"]) if words]
+    page = tab.open(f"#/layer/{SET}/seer@0/3?sort=feature&q=perhaps")
+    assert column(page, "Feature") == [str(n) for n in some]
+    assert column(page, "Name") == [f"perhaps perhaps-{n}" for n in some]
+    ink, grey = (
+        page.locator(f"{place} >> nth=0").evaluate("element => getComputedStyle(element).color")
+        for place in ("tbody td", "tbody th .quiet")
+    )
+    assert ink != grey
+    page.get_by_label("Named only").check()
+    expect(page.get_by_role("status")).to_have_text(f"0 of {FEATURES} features")
+    page = tab.open(f"#/feature/{SET}/seer@0/3/{some[0]}")
+    expect(page.locator(".called")).to_have_text(f"perhaps perhaps-{some[0]}, which is no clear name")
 
 
 def test_typology_counts_words(tab, site):

@@ -33,6 +33,7 @@ def write_inputs(folder, samples, tops):
     pq.write_table(pa.Table.from_pylist(rows), folder / "examples" / "layer-03.parquet")
     names = [None if n % 2 else f"name {n}" for n in range(FEATURES)]
     table = {"layer": 3, "feature": range(FEATURES), "name": names, "score": np.nan, "auc": 0.75, "source": "command"}
+    table["candidate"] = [f"candidate {n}" if n % 3 else None for n in range(FEATURES)]
     pd.DataFrame(table).to_parquet(folder / "names.parquet")
     (folder / "pairs").mkdir()
     table = {"source": "mine@0", "layer": 3, "feature": range(FEATURES), "rho": 0.123456}
@@ -61,11 +62,15 @@ def test_a_member_of_images(tmp_path):
     assert table["strength"] == list(range(FEATURES))
     assert table["score"] == [None] * FEATURES
     assert table["by_command"] is True
+    assert table["name"][:4] == ["name 0", None, "name 2", None]
+    assert table["candidate"][:4] == [None, "candidate 1", None, None]
     assert table["best"]["other@0"]["rho"] == [0.1235] * FEATURES
     details = read_data(site, f"{PLACE}/layer-03/001")
     assert (details["first"], len(details["features"])) == (64, FEATURES - 64)
     one = details["features"][0]
-    assert one["name"] == "name 64"
+    assert (one["name"], one["candidate"]) == ("name 64", None)
+    other = details["features"][1]
+    assert (other["name"], other["candidate"]) == (None, "candidate 65")
     assert one["top"] == [[0, 1.5], [1, 0.5]]
     assert one["bands"] == [{"at": 0.5, "samples": [[1, 0.5]]}]
     assert one["mapped"] is True

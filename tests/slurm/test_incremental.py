@@ -58,8 +58,6 @@ A_RANKING = (
     {
         "metrics_pair": 1,
         "metrics_sharedness": 1,
-        "figures_sharedness": 1,
-        "figures_top_samples": 1,
         "figures_scatter": 1,
     },
     (),

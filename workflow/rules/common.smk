@@ -138,6 +138,11 @@ def features_of(members, wildcards):
     return [f"results/{wildcards.dataset}/features/{wildcards.sae}/{member}.zarr" for member in sorted(members)]
 
 
+def names_of(member, wildcards):
+    """A member's table of names."""
+    return f"results/{wildcards.dataset}/names/{wildcards.sae}/{member}.parquet"
+
+
 def correlations_of(pairs, wildcards):
     """The correlation stores of pairs of members."""
     return [f"results/{wildcards.dataset}/correlations/{wildcards.sae}/{pair_name(a, b)}.zarr" for a, b in pairs]

@@ -240,6 +240,7 @@ rule figures_sharedness:
     input:
         table=rules.metrics_sharedness.output.parquet,
         features=lambda w: features_of([STUDY.sharedness_source(w.name)], w),
+        names=lambda w: names_of(STUDY.sharedness_source(w.name), w),
         data=DATA,
         code=code("figures/*.py", "formats.py"),
     output:
@@ -270,6 +271,7 @@ rule figures_sharedness:
         data=lambda w, input: folder_of(input.data),
     shell:
         "python -m conceptshare figures sharedness --table {input.table:q} --features {input.features:q}"
+        " --names {input.names:q}"
         " --data {params.data:q} --pictured {params.pictured} --out {output.png:q} > {log:q} 2>&1"
 
 
@@ -278,6 +280,7 @@ rule figures_top_samples:
     input:
         table=rules.metrics_sharedness.output.parquet,
         features=lambda w: features_of([STUDY.sharedness_source(w.name)], w),
+        names=lambda w: names_of(STUDY.sharedness_source(w.name), w),
         data=DATA,
         code=code("figures/*.py", "formats.py"),
     output:
@@ -307,6 +310,7 @@ rule figures_top_samples:
         data=lambda w, input: folder_of(input.data),
     shell:
         "python -m conceptshare figures sharedness --table {input.table:q} --features {input.features:q}"
+        " --names {input.names:q}"
         " --data {params.data:q} --pictured 1 --samples 100 --out {output.png:q} > {log:q} 2>&1"
 
 

@@ -30,8 +30,8 @@ _WIDE_FONTS = (
 # All in inches.
 _CELL, _GAP, _BETWEEN = 0.66, 0.05, 0.28
 """Side of a cell, room between two of them, and room between two grids."""
-_ABOVE, _UNDER = 0.38, 0.1
-"""Room above a grid, for its feature's numbers, and below."""
+_ABOVE, _UNDER = 0.5, 0.1
+"""Room above a grid, for its feature's name and numbers, and below."""
 _MARGIN = 0.06
 _LETTERS, _LINE = 5, 0.086
 """Size of a caption's letters, in points, and the height of its lines."""
@@ -49,11 +49,13 @@ def draw_sharedness(
     out: Path,
     samples: int = 9,
     modality: str = "image",
+    names: pd.DataFrame | None = None,
 ) -> None:
     """The top features of a ranking, a square grid each, by the samples on which they are strongest, strongest first.
 
     Of an image encoder's features the pictures are shown, with what fits of their captions where they are few. Of a
-    text encoder's, which saw no picture, the captions are.
+    text encoder's, which saw no picture, the captions are. Above are the groups, and for each feature its name, or in
+    grey the best words found, which are not clear enough to be one.
 
     Args:
         table: the ranking.
@@ -64,6 +66,7 @@ def draw_sharedness(
         samples: how many of each: 9 are 3 x 3 (the paper's Figure 2), 100 are 10 x 10 (its Figure 4). Fewer where the
             feature is active on fewer or the store keeps fewer.
         modality: of the source, ``image`` or ``text``.
+        names: the source's table of names; without it, features have none.
     """
     top = table.head(pictured)
     found = [statistics[int(row.layer)].top_samples[int(row.feature)][:samples] for row in top.itertuples()]
@@ -75,31 +78,53 @@ def draw_sharedness(
     grid = side * pitch[0] - _GAP, rows * pitch[1] + _ABOVE + _UNDER
     columns = min(len(top), max(1, int((PAGE + _BETWEEN) / (grid[0] + _BETWEEN))))
     width = columns * (grid[0] + _BETWEEN) - _BETWEEN + 2 * _MARGIN
-    title = f"Top features of {table.source[0]}, layer {table.layer[0]}, by Comparative Sharedness"
+    title = f"Features of {table.source[0]}, layer {table.layer[0]}, by Comparative Sharedness"
     with mpl.rc_context(STYLE | PLACED | {"font.family": _fonts()}):
         heading = _wrapped(title, width - 2 * _MARGIN, 4, 9, "bold").splitlines()
-        above = 0.16 * len(heading) + 0.12
+        groups = [
+            line
+            for words, column in (("shared with (G)", "shared_with"), ("and not with (H)", "not_shared_with"))
+            if column in table
+            for line in _wrapped(f"{words}: {table[column][0]}", width - 2 * _MARGIN, 6, 7.5).splitlines()
+        ]
+        above = 0.16 * len(heading) + 0.13 * len(groups) + 0.14
         height = above + -(-len(top) // columns) * grid[1] + _MARGIN
         figure = Figure(figsize=(width, height))
         # One panel, in inches from above: matplotlib is slow with one for each of hundreds of samples.
         ax = figure.add_axes((0, 0, 1, 1))
         ax.axis("off")
         ax.text(_MARGIN, _MARGIN, "\n".join(heading), va="top", fontsize=9, fontweight="bold", parse_math=False)
+        for n, line in enumerate(groups):
+            y = _MARGIN + 0.16 * len(heading) + 0.13 * n
+            ax.text(_MARGIN, y, line, va="top", fontsize=7.5, parse_math=False)
         show = (lambda *at: _caption(ax, data, *at)) if modality == "text" else _pictures(ax, data, captioned)
         for n, (row, of_feature) in enumerate(zip(top.itertuples(), found, strict=True)):
             x = _MARGIN + n % columns * (grid[0] + _BETWEEN)
             y = above + n // columns * grid[1]
-            ax.text(x, y, f"#{row.rank}  feature {row.feature}", va="top", fontsize=7.5, fontweight="bold")
-            share = f"active on {row.density:.1%}"
-            ax.text(x + grid[0], y + 0.02, share, ha="right", va="top", fontsize=6.5)
+            place = f"#{row.rank}  layer {row.layer}, feature {row.feature}"
+            ax.text(x, y, place, va="top", fontsize=7.5, fontweight="bold")
+            if names is not None:
+                words, colour = _called(names, int(row.layer), int(row.feature))
+                line = _wrapped(words, grid[0], 1, 7)
+                ax.text(x, y + 0.25, line, va="baseline", fontsize=7, color=colour, parse_math=False)
             numbers = f"$\\Delta$ {row.delta:.3g}, $\\rho_G$ {row.rho_g:.2f}, $\\rho_H$ {row.rho_h:.2f}"
-            ax.text(x, y + 0.28, numbers, va="baseline", fontsize=6.5)
+            ax.text(x, y + 0.4, numbers, va="baseline", fontsize=6.5)
+            share = f"active on {row.density:.1%}"
+            ax.text(x + grid[0], y + 0.4, share, ha="right", va="baseline", fontsize=6.5)
             if not len(of_feature):
                 ax.text(x, y + _ABOVE, "active on no sample", va="top", fontsize=6.5)
             for k, sample in enumerate(of_feature):
                 show(int(sample), x + k % side * pitch[0], y + _ABOVE + k // side * pitch[1])
         ax.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
         save(figure, out)
+
+
+def _called(names: pd.DataFrame, layer: int, feature: int) -> tuple[str, str]:
+    """A feature's name, or the best words found, and the colour to write it in."""
+    row = names[(names.layer == layer) & (names.feature == feature)].iloc[0]
+    if isinstance(row["name"], str):
+        return row["name"], "black"
+    return f"perhaps {row.candidate}" if isinstance(row.candidate, str) else "no clear name", "0.45"
 
 
 def _pictures(ax: Axes, data: "Data", captioned: bool) -> Callable[[int, float, float], None]:

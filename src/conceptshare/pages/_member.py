@@ -62,7 +62,7 @@ def write_member(
             rows = pq.read_table(examples / f"{key}.parquet").to_pylist()
             for n, first in enumerate(range(0, len(rows), CHUNK)):
                 chunk = rows[first : first + CHUNK]
-                details = [_detail(row, table["name"][row["feature"]], told) for row in chunk]
+                details = [_detail(row, table, told) for row in chunk]
                 write_script(
                     partial / key / f"{n:03d}.js",
                     f"{place}/{key}/{n:03d}",
@@ -92,11 +92,19 @@ def _columns(found: FeatureStatistics, named: pd.DataFrame) -> dict[str, Any]:
     return {
         "strength": numbers(found.strength),
         "density": numbers(found.density),
-        "name": [name if isinstance(name, str) else None for name in named.name],
+        "name": _texts(named.name),
+        # Shown in place of a name alone.
+        "candidate": [
+            None if name else text for name, text in zip(*map(_texts, (named.name, named.candidate)), strict=True)
+        ],
         "score": numbers(named.score),
         "auc": numbers(named.auc),
         "by_command": bool((named.source == "command").any()),
     }
+
+
+def _texts(values: pd.Series) -> list[str | None]:
+    return [value if isinstance(value, str) else None for value in values]
 
 
 def _best(matches: pd.DataFrame) -> dict[str, Any]:
@@ -115,12 +123,12 @@ def _deltas(ranking: pd.DataFrame, features: int) -> list[float | None] | None:
     return numbers(deltas)
 
 
-def _detail(row: dict[str, Any], name: str | None, told: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def _detail(row: dict[str, Any], table: dict[str, Any], told: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """What the page of one feature shows, but for maps, of which it says whether there are any."""
     top = row["top"]
     shown = [(one, told[one["sample"]]) for one in top]
     detail: dict[str, Any] = {
-        "name": name,
+        **{column: table[column][row["feature"]] for column in ("name", "candidate")},
         "top": [[one["sample"], number(one["value"])] for one in top],
         "bands": [
             {

@@ -118,7 +118,12 @@
   /** For titles and labels, where nothing isolates marks of direction and control characters. */
   const plain = (text) => text.replace(/[\u0000-\u001f\u007f-\u009f\u200e\u200f\u2028-\u202e\u2066-\u2069]+/g, " ");
   const words = (text) => h("bdi", {}, text);
-  const named = (name) => (name?.trim() ? words(name) : h("span", { class: "quiet" }, UNNAMED));
+  /** What a feature is called: its name, or in grey the best words found, which are not clear enough to be one. */
+  const named = ({ name, candidate }) =>
+    name?.trim()
+      ? words(name)
+      : h("span", { class: "quiet" }, candidate?.trim() ? ["perhaps ", words(candidate)] : UNNAMED);
+  const calledIn = (table, feature) => ({ name: table.name[feature], candidate: table.candidate[feature] });
 
   const whole = (number) => number.toLocaleString("en");
   const or = (number, write) => (number === null || number === undefined ? "–" : write(number));
@@ -291,7 +296,8 @@
   function searching(query) {
     const text = (query.get("q") ?? "").trim().toLowerCase();
     const number = /^#?\d+$/.test(text) ? Number(text.replace("#", "")) : null;
-    return (feature, name) => !text || feature === number || (name !== null && name.toLowerCase().includes(text));
+    return (feature, called) =>
+      !text || feature === number || (called?.name ?? called?.candidate ?? "").toLowerCase().includes(text);
   }
 
   /**
@@ -843,13 +849,13 @@
   const crumb = (at) => [`${at.member}, layer ${at.layer}`, tableLink(at)];
 
   /** The columns that every table of features begins with. */
-  const nameColumn = (label, id, at, name) => ({
+  const nameColumn = (label, id, at, called) => ({
     id,
     label,
     text: true,
     heading: true,
-    value: (row) => name(row)?.toLowerCase() ?? null,
-    cell: (row) => (at(row) ? h("a", { href: featureLink(at(row)) }, named(name(row))) : "–"),
+    value: (row) => called(row)?.name?.toLowerCase() ?? null,
+    cell: (row) => (at(row) ? h("a", { href: featureLink(at(row)) }, named(called(row))) : "–"),
   });
   /** The same where names are in too many files to sort by them. */
   const readNameColumn = (label, id, at) => ({
@@ -858,7 +864,7 @@
     cell: (row) => {
       if (!at(row)) return "–";
       const link = h("a", { href: featureLink(at(row)) }, h("span", { class: "quiet" }, "…"));
-      return lazily(link, async () => named((await loadFeature(at(row))).name));
+      return lazily(link, async () => named(await loadFeature(at(row))));
     },
   });
   const plainColumn = (id, label, title, values, write) => (
@@ -881,9 +887,10 @@
     const others = othersOf(table);
     const rankings = Object.keys(table.delta);
     const here = (row) => ({ ...at, feature: row });
+    const called = (row) => calledIn(table, row);
     const columns = [
       numberColumn("feature", "Feature", (row) => row),
-      nameColumn("Name", "name", here, (row) => table.name[row]),
+      nameColumn("Name", "name", here, called),
       picturesColumn("pictures", here),
       plainColumn("strength", "S", "S: summed activation", table.strength, size),
       plainColumn("density", "Density", "Share of samples above zero", table.density, percent),
@@ -943,7 +950,7 @@
         const [members, ranked] = [chosen("with", others), chosen("ranking", rankings)];
         const none = ([low, high]) => low === null && high === null;
         return (row) =>
-          matches(row, table.name[row]) &&
+          matches(row, called(row)) &&
           between(table.strength[row], ...strength) &&
           between(table.density[row], ...density) &&
           (none(rhos) || members.some((name) => between(table.best[name].rho[row], ...rhos))) &&
@@ -973,8 +980,9 @@
     const there = { ...at, member: name, layer, feature };
     const label = h("span", { class: "name" });
     const samples = lazily(h("div", { class: "samples" }), async () => {
-      const { name: called, top, tokens } = await loadFeature(there);
-      label.replaceChildren(named(called));
+      const found = await loadFeature(there);
+      const { top, tokens } = found;
+      label.replaceChildren(named(found));
       const most = Math.max(0, ...(tokens ?? []).flatMap((entry) => entry?.values ?? []));
       const shown = await Promise.all(top.slice(0, 3).map(([sample]) => loadSample(at.dataset, sample)));
       return shown.map((sample, at) => specimen(sample, top[at][1], tokens?.[at] ? tokenText(tokens[at], most) : null));
@@ -1009,7 +1017,7 @@
     const member = memberNamed(at.member);
     const n = at.feature;
     const [table, feature] = await Promise.all([loadTable(at), loadFeature(at)]);
-    const name = table.name[n];
+    const called = calledIn(table, n);
     const rank = table.strength.filter((strength) => strength > table.strength[n]).length + 1;
     const others = othersOf(table);
     const mostToken = Math.max(0, ...(feature.tokens ?? []).flatMap((entry) => entry?.values ?? []));
@@ -1051,7 +1059,13 @@
       at,
       crumbs: [crumb(at), [`Feature ${n}`, featureLink(at)]],
       nodes: [
-        h("p", { class: "called" }, named(name), table.by_command ? h("span", { class: "quiet" }, " by a command") : ""),
+        h(
+          "p",
+          { class: "called" },
+          named(called),
+          called.name === null && called.candidate ? h("span", { class: "quiet" }, ", which is no clear name") : "",
+          table.by_command ? h("span", { class: "quiet" }, " by a command") : "",
+        ),
         h(
           "nav",
           { class: "steps", "aria-label": "Neighbouring features" },
@@ -1146,7 +1160,7 @@
   /** The best matches of a layer's features in a layer of another member, or in any, and the layers there are. */
   async function bestMatches(a, b, pairs) {
     const table = await loadTable(a);
-    const mine = { strength: table.strength, names: (row) => table.name[row] };
+    const mine = { strength: table.strength, names: (row) => calledIn(table, row) };
     if (b.layer === ANY) {
       const best = found(table.best[b.member], `No analysis compares ${a.member} with ${b.member}.`);
       const at = (row) => (best.layer[row] < 0 ? null : { ...b, layer: best.layer[row], feature: best.feature[row] });
@@ -1160,7 +1174,7 @@
     const target = compared.indexOf(b.layer);
     if (target < 0) throw new NotFound(`${a.member} was not compared with layer ${b.layer} of ${b.member}.`);
     const at = (row) => (match[target][row] < 0 ? null : { ...b, feature: match[target][row] });
-    const theirs = (row) => (at(row) ? there.name[at(row).feature] : null);
+    const theirs = (row) => (at(row) ? calledIn(there, at(row).feature) : null);
     return { ...mine, layers: [ANY, ...compared], theirs, rho: rhos[target], at };
   }
 
@@ -1214,7 +1228,7 @@
           (wanted(row, names(row)) || wanted(at(row)?.feature, theirs?.(row) ?? null)) &&
           between(values[row], least, most) &&
           between(strength[row], limit(query, "s"), null) &&
-          (query.get("named") !== "yes" || (names(row) !== null && (any || theirs(row) !== null)));
+          (query.get("named") !== "yes" || (names(row).name !== null && (any || (theirs(row)?.name ?? null) !== null)));
       },
     });
     const last = memberNamed(b.member).layers.at(-1);
@@ -1257,7 +1271,7 @@
 
   // A ranking -------------------------------------------------------------------------------------------------------
 
-  function scatter(ranking, at, name) {
+  function scatter(ranking, at, called) {
     const side = 320;
     const x = (value) => Math.min(Math.max(value, 0), 1) * side;
     const points = ranking.features.map((_, row) => [ranking.rho_h[row], ranking.rho_g[row]]);
@@ -1311,7 +1325,7 @@
       if (nearest < 0) return;
       spot.setAttribute("cx", x(points[nearest][0]));
       spot.setAttribute("cy", side - x(points[nearest][1]));
-      said.replaceChildren(`Feature ${ranking.features[nearest]}: `, named(name(nearest)));
+      said.replaceChildren(`Feature ${ranking.features[nearest]}: `, named(called(nearest)));
     });
     drawing.addEventListener("click", () => {
       if (nearest >= 0) location.hash = featureLink({ ...at, feature: ranking.features[nearest] });
@@ -1412,7 +1426,7 @@
     const table = await loadTable(at);
     const feature = (row) => ranking.features[row];
     const here = (row) => ({ ...at, feature: feature(row) });
-    const called = (row) => table.name[feature(row)];
+    const called = (row) => calledIn(table, feature(row));
     const list = listing({
       caption: `Features of ${at.member}, layer ${at.layer}, ranked by ${name}`,
       columns: [
@@ -1444,7 +1458,7 @@
         return (row) =>
           wanted(feature(row), called(row)) &&
           (query.get("top") !== "yes" || row < ranking.top) &&
-          (query.get("named") !== "yes" || called(row) !== null);
+          (query.get("named") !== "yes" || called(row).name !== null);
       },
     });
     const top = ranking.features.slice(0, ranking.top);
@@ -1490,7 +1504,7 @@
                   h(
                     "summary",
                     {},
-                    named(word),
+                    named({ name: word }),
                     h("span", { class: "tally" }, String(rows.length)),
                     h(
                       "span",
