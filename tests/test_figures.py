@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -1190,3 +1191,21 @@ def test_cells_of_the_paper_without_a_number_of_ours(tmp_path, rng, drawn):
     assert_readable(drawn[0])
     assert written_on(drawn[0]).count("nothing to compare") == 1
     assert any(text.startswith("Last layer\nSpearman undefined") for text in written_on(drawn[0]))
+
+
+LONG = [f"{'a-member-of-a-long-name-' * 3}{n}@0" for n in range(4)]
+
+
+def test_long_names_are_written_over_nothing(tmp_path, rng, drawn, unsaved):
+    out = tmp_path / "long" / "figure.png"
+    pairs = list(pairwise(LONG))
+    draw_layerwise(layerwise(pairs, 6, 6), pairs, out)
+    draw_intervals(full_matrix(dict.fromkeys(LONG, "image"), rng), out)
+    draw_matrix(matrix(dict.fromkeys(LONG, ("image", "vision")), rng), out)
+    draw_strength(strength_pairs(LONG, rng, 3), out)
+    assert len(drawn) == 4
+    for figure in drawn:
+        assert_readable(figure)
+    titles = [ax.get_title(loc="left").splitlines()[0] for ax in drawn[3].axes if ax.images]
+    assert len(set(titles)) == 4
+    assert {title[-2:] for title in titles} == {f"-{n}" for n in range(4)}

@@ -10,11 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from conceptshare.figures._style import MARKERS, PAGE, READING_TITLES, STYLE, save, say_nothing
+from conceptshare.figures._style import MARKERS, PAGE, READING_TITLES, STYLE, save, say_nothing, text_width
 from conceptshare.formats import short_labels
 
 _ROW = 0.13
 """Height of a row, in inches."""
+_LABELS = 1.7
+"""Room for the names of rows, in inches, on a page. Longer ones make the figure wider than that."""
 _TALL = 40
 """Rows, from which on the axis is shown above as well."""
 _FLOOR: Any = {"color": "0.45", "marker": "x", "markersize": 3.5, "markeredgewidth": 0.9}
@@ -41,7 +43,9 @@ def draw_intervals(table: pd.DataFrame, out: Path) -> None:
     known = numbers[np.isfinite(numbers)]
     low, high = (known.min(initial=0), known.max()) if len(known) else (0, 1)
     with mpl.rc_context(STYLE | {"font.size": 7.5, "axes.titlesize": 8}):
-        figure = Figure(figsize=(PAGE, _ROW * len(rows) + 1.3), layout="constrained")
+        names = [f"from {label[source]}" if target is None else label[target] for source, target in rows]
+        wider = max(0, max(text_width(name, 6.5, "bold") for name in names) - _LABELS)
+        figure = Figure(figsize=(PAGE + wider, _ROW * len(rows) + 1.3), layout="constrained")
         axes = figure.subplots(1, len(READING_TITLES), sharey=True)
         for ax, (reading, title) in zip(axes, READING_TITLES.items(), strict=True):
             _panel(ax, table[table.reading == reading], place)
@@ -54,7 +58,6 @@ def draw_intervals(table: pd.DataFrame, out: Path) -> None:
             ax.set_xlabel("wMPPC")
             ax.tick_params(axis="x", top=len(rows) > _TALL, labeltop=len(rows) > _TALL)
         axes[0].set_ylim(len(rows) - 0.4, -0.6)
-        names = [f"from {label[source]}" if target is None else label[target] for source, target in rows]
         axes[0].set_yticks(range(len(rows)), names, fontsize=6.5)
         for (_, target), text in zip(rows, axes[0].get_yticklabels(), strict=True):
             text.set_fontweight("bold" if target is None else "normal")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
@@ -14,6 +15,8 @@ from conceptshare.study import as_member
 
 _PANEL = 2.15
 """About a panel with its labels, in inches: three are as wide as a page."""
+_LETTERS, _LINE = 32, 0.13
+"""Letters of a label on one line, and a line's height in inches. Of a title, which is bold, some letters less."""
 _SMALL: Any = {"font.size": 7, "axes.titlesize": 7.5}
 
 
@@ -24,9 +27,15 @@ def draw_layerwise(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], out: P
     columns = min(3, len(pairs))
     rows = -(-len(pairs) // columns)
     with mpl.rc_context(STYLE | _SMALL):
-        figure = Figure(figsize=(_PANEL * columns + 0.7, (_PANEL + 0.25) * rows), layout="constrained")
+        titles = [_pair_title(a, b) for a, b in pairs]
+        labels = [[fill(f"layer of {member}", _LETTERS) for member in pair] for pair in pairs]
+        # Long names take more lines than a panel has room for.
+        more = _LINE * max(words.count("\n") for pair in labels for words in pair)
+        above = _LINE * (max(title.count("\n") for title in titles) - 1)
+        size = (_PANEL + more) * columns + 0.7, (_PANEL + 0.25 + above + more) * rows
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)
-        for ax, (a, b), panel in zip(axes.flat, pairs, chosen, strict=False):
+        for ax, title, (label_a, label_b), panel in zip(axes.flat, titles, labels, chosen, strict=False):
             cells = panel.pivot(index="source_layer", columns="target_layer", values="wmppc")
             image = heatmap(ax, cells.to_numpy(), 0, top, letters=6 if max(cells.shape) <= 8 else None)
             # Encoders of unlike depths have oblong cells, and panels of one size.
@@ -35,9 +44,9 @@ def draw_layerwise(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], out: P
             layer_ticks(ax.xaxis, list(cells.columns), most=9)
             layer_ticks(ax.yaxis, list(cells.index), most=9)
             ax.invert_yaxis()
-            ax.set_title(_pair_title(a, b))
-            ax.set_xlabel(f"layer of {b}")
-            ax.set_ylabel(f"layer of {a}")
+            ax.set_title(title)
+            ax.set_xlabel(label_b)
+            ax.set_ylabel(label_a)
         for ax in axes.flat[len(pairs) :]:
             ax.remove()
         figure.colorbar(image, ax=list(axes.flat[: len(pairs)]), label="wMPPC", shrink=0.85)
@@ -47,5 +56,7 @@ def draw_layerwise(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], out: P
 def _pair_title(a: str, b: str) -> str:
     first, second = as_member(a), as_member(b)
     if first.encoder == second.encoder:
-        return f"{first.encoder},\nseeds {first.seed} and {second.seed}"
-    return f"{a}\nand {b}"
+        lines = f"{first.encoder},", f"seeds {first.seed} and {second.seed}"
+    else:
+        lines = a, f"and {b}"
+    return "\n".join(fill(line, _LETTERS - 4) for line in lines)

@@ -22,7 +22,7 @@ from matplotlib.ticker import (
 from numpy.typing import NDArray
 
 from conceptshare.errors import StoreError
-from conceptshare.figures._style import COLOURS, PLACED, STYLE, layer_ticks, save
+from conceptshare.figures._style import COLOURS, PLACED, STYLE, fitted, layer_ticks, save
 from conceptshare.files import SAE_FIGURES, written_aside
 from conceptshare.sae_folder import REMEDY, sae_file, sae_of
 
@@ -301,7 +301,8 @@ def _member_figure(member: str, saes: Sequence[_Training]) -> Figure:
     densities.yaxis.set_major_locator(_whole_numbers(3))
     for ax in cells[len(saes) :].flat:
         ax.remove()
-    figure.text(0.01, _from_top(figure, 0.06), member, va="top", fontsize=11, fontweight="bold")
+    name = fitted(member, figure.get_figwidth() - 0.2, 11, "bold")
+    figure.text(0.01, _from_top(figure, 0.06), name, va="top", fontsize=11, fontweight="bold")
     names = [Patch(facecolor=look.face, edgecolor=look.colour, label=look.name) for look in _TOKENS.values()]
     place = (1 - 0.15 / figure.get_figwidth(), _from_top(figure, 0.22))
     figure.legend(handles=names, loc="upper right", bbox_to_anchor=place, ncols=2, frameon=False, fontsize=7.5)

@@ -13,14 +13,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from conceptshare.figures._style import BLUE, COLOURS, PLACED, STYLE, known, save, say_nothing
+from conceptshare.figures._style import BLUE, COLOURS, PLACED, STYLE, fitted, known, save, say_nothing
 from conceptshare.formats import short_labels
 from conceptshare.metrics import coefficient_of_variation, correlation
 
 _BINS = 40
 _HEIGHT, _ABOVE = 1.25, 0.42
 """Of a row's panels and of the room above them, in inches."""
-
+_FIRST, _GAP = 2.2, 0.75
+"""Width of the first column, and the room right of it."""
 _COLUMNS = ["strength", "rho"]
 _SILENT = "no feature is active"
 
@@ -49,16 +50,21 @@ def draw_strength(pairs: Iterable[tuple[str, str, pd.DataFrame]], out: Path) -> 
         images = []
         edges = _edges([features for _, _, features in chosen])
         for (ax, *others), (source, targets) in zip(axes, of_sources.items(), strict=True):
-            ax.set_title(label[source], loc="left", pad=16)
+            ax.set_title(fitted(label[source], _FIRST + _GAP, 9.5, "bold"), loc="left", pad=16)
             _distribution(ax, targets[0][1].strength.to_numpy(np.float64), edges)
             for other, (target, features) in zip(others, targets, strict=False):
                 images.append(_against_rho(other, features, edges))
                 r = correlation(features.strength, features.rho)
-                other.set_title(f"to {label[target]}\nr {known(r)}", fontsize=7.5, fontweight="normal", loc="left")
+                name = fitted(f"to {label[target]}", _other(columns), 7.5)
+                other.set_title(f"{name}\nr {known(r)}", fontsize=7.5, fontweight="normal", loc="left")
             for other in others[len(targets) :]:
                 other.remove()
         _finish(figure, axes, [image for image in images if image is not None], edges)
         save(figure, out)
+
+
+def _other(columns: int) -> float:
+    return 1.5 if columns > 2 else 2.2
 
 
 def _grid(rows: int, columns: int) -> tuple[Figure, NDArray[Any]]:
@@ -66,16 +72,16 @@ def _grid(rows: int, columns: int) -> tuple[Figure, NDArray[Any]]:
 
     Places are set by hand: matplotlib takes minutes to find them for a hundred panels.
     """
-    left, first, gap, other, between, right = 0.65, 2.2, 0.75, 1.5 if columns > 2 else 2.2, 0.12, 0.95
+    left, other, between, right = 0.65, _other(columns), 0.12, 0.95
     top, bottom = 0.6, 0.5
-    width = left + first + gap + columns * other + (columns - 1) * between + right
+    width = left + _FIRST + _GAP + columns * other + (columns - 1) * between + right
     height = top + rows * (_HEIGHT + _ABOVE) + bottom
     figure = Figure(figsize=(width, height))
     axes = np.empty((rows, 1 + columns), dtype=object)
     for row, column in np.ndindex(axes.shape):
-        x = left if column == 0 else left + first + gap + (column - 1) * (other + between)
+        x = left if column == 0 else left + _FIRST + _GAP + (column - 1) * (other + between)
         y = bottom + (rows - 1 - row) * (_HEIGHT + _ABOVE)
-        wide = first if column == 0 else other
+        wide = _FIRST if column == 0 else other
         axes[row, column] = figure.add_axes((x / width, y / height, wide / width, _HEIGHT / height))
     return figure, axes
 

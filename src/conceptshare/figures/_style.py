@@ -78,6 +78,15 @@ def text_width(words: str, size: float, weight: str = "normal") -> float:
     return float(_ruler().get_text_width_height_descent(words, font, ismath=False)[0] / _RULER_DPI)
 
 
+def fitted(name: str, width: float, size: float, weight: str = "normal") -> str:
+    """A name no wider than so many inches; of a longer one the middle is left out, as ends tell names apart."""
+    short, kept = name, len(name)
+    while kept > 2 and text_width(short, size, weight) > width:
+        kept -= 1
+        short = f"{name[: kept // 2]}…{name[kept // 2 - kept :]}"
+    return short
+
+
 @cache
 def _ruler() -> Any:
     canvas: Any = FigureCanvasAgg(Figure(figsize=(1, 1), dpi=_RULER_DPI))
