@@ -28,7 +28,7 @@ STAGES = {
     "stream": ["streams/bert", "streams/bert.zarr"],
     "features": ["features/bert@0.zarr"],
     "correlations": ["correlations/bert@0__bert@1.zarr"],
-    "similarity": ["similarity/bert__vit.csv"],
+    "similarity": ["similarity/bert__vit.csv", "similarity/bert__vit.parquet"],
     "metrics": ["tables/all.csv", "tables/all.parquet"],
     "formats": ["tables/all"],
     "figures": ["tables/saes.png", "tables/saes.pdf", "tables/saes"],

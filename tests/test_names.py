@@ -393,7 +393,7 @@ def test_equal_bytes_on_two_runs_and_however_much_is_read_at_once(
     captions = captions_of(data)
     x = np.stack([on(captions, word, rng) for word in ("zebra", "worda", "wordb") * 4] + [np.zeros(400)] * 3, 1)
     store = write_features(tmp_path / "features", MEMBER, {0: x, 2: x[:, ::-1]}, Data(data).content_hash)
-    outs = [tmp_path / f"{n}.parquet" for n in range(4)]
+    outs = [tmp_path / str(n) / "names.parquet" for n in range(4)]
     name_features(store, data, outs[0])
     name_features(store, data, outs[1])
     monkeypatch.setattr(names, "_RANKED", 1)
@@ -402,7 +402,7 @@ def test_equal_bytes_on_two_runs_and_however_much_is_read_at_once(
     name_features(store, data, outs[3])
     assert pd.read_parquet(outs[0]).name.notna().sum() >= 8
     assert len({out.read_bytes() for out in outs}) == 1
-    assert (tmp_path / "0.provenance.json").is_file()
+    assert (tmp_path / "0" / "names.provenance.json").is_file()
 
 
 def test_the_clearest_names_of_each_layer_are_listed(rng, make_data, tmp_path, write_features, monkeypatch):

@@ -17,6 +17,7 @@ from conceptshare.cli import app
 from conceptshare.correlations import _store, correlate_stores
 from conceptshare.errors import StoreError
 from conceptshare.seals import seal
+from conceptshare.store import open_store
 from conceptshare.study import as_member, pair_name
 from conceptshare.tables import (
     GroupedMember,
@@ -27,6 +28,7 @@ from conceptshare.tables import (
     overlap_table,
     pair_table,
     read_direction,
+    read_table,
     sae_table,
     sharedness_table,
     write_table,
@@ -64,8 +66,16 @@ def made(tmp_path_factory, write_features_from):
         layers = [(1, 1), (1, 3), (3, 1), (3, 3)]
         rows = [(*pair, first + n / 100, first + n / 1000, 60) for n, pair in enumerate(layers)]
         columns = ["source_layer", "target_layer", "cka", "mutual_knn", "samples"]
-        pd.DataFrame(rows, columns=columns).to_csv(folder / f"similarity/{name}.csv", index=False)
+        table = pd.DataFrame(rows, columns=columns)
+        members = [next(member for member in WIDTHS if member.startswith(encoder)) for encoder in name.split("__")]
+        table.attrs["activations"] = {as_member(member).encoder: activations_of(folder, member) for member in members}
+        write_table(table, folder / f"similarity/{name}.csv")
     return folder, features
+
+
+def activations_of(folder, member):
+    """The digest of the activations that a member's features are of."""
+    return open_store(folder / f"features/{member}.zarr", "features").attrs["spec"]["made_from"]["activations"]
 
 
 @pytest.fixture
@@ -274,10 +284,9 @@ def test_a_matrix_takes_the_best_layers_of_the_encoders_own_similarities(study):
 
 def test_layers_whose_tokens_never_vary_have_no_similarity_and_count_for_none(study):
     stores, _ = study
-    path = stores.similarity / "bert__vit.csv"
-    table = pd.read_csv(path)
+    table = read_table(stores.similarity / "bert__vit.parquet", "similarity")
     table.loc[table.source_layer == 3, "cka"] = np.nan
-    table.to_csv(path, index=False)
+    write_table(table, stores.similarity / "bert__vit.csv")
     found = matrix_table(MEMBERS, stores).set_index(["source", "target", "reading"]).cka
     assert found["bert@1", "vit@0", "pooled"] == found["bert@1", "vit@0", "layer_mean"] == pytest.approx(0.11)
     assert found["vit@0", "bert@1", "layer_mean"] == pytest.approx((0.1 + 0.11) / 2)
@@ -292,10 +301,35 @@ def test_without_similarities_and_between_two_seeds_of_one_encoder_there_are_non
     assert matrix_table(seeds, stores)[["cka", "mutual_knn"]].isna().all(axis=None)
 
 
+def test_correlations_and_similarities_of_other_features_are_refused(study, write_features_from, rng):
+    stores, _ = study
+    shutil.rmtree(stores.features / "vit@0.zarr")
+    other = {layer: rng.random((60, 6)) for layer in (1, 3)}
+    write_features_from(stores.features.parent / "again", stores.features, "vit@0", other)
+    for table in (
+        lambda: matrix_table(MEMBERS[:2], stores._replace(similarity=None)),
+        lambda: layerwise_table([("bert@1", "vit@0")], stores),
+        lambda: pair_table("bert@1", "vit@0", stores),
+        lambda: sharedness_table("bert@1", ["vit@0"], ["clip-text@0"], stores),
+    ):
+        with pytest.raises(StoreError, match=r"zarr: made from other features of vit@0 .* correlations stage again"):
+            table()
+    with pytest.raises(StoreError, match=r"vit\.parquet: made from other activations .*run the similarity stage again"):
+        stores.similar("bert@1", "vit@0")
+
+
+def test_averages_are_of_the_correlations_that_the_matrix_is_of(study):
+    stores, _ = study
+    matrix = matrix_table(MEMBERS, stores)
+    matrix.attrs["features"] = matrix.attrs["features"] | {"vit@0": "others"}
+    with pytest.raises(StoreError, match="made from other features of vit@0"):
+        averages_table(matrix, stores)
+
+
 def test_a_missing_table_of_similarities_is_named(study):
     stores, _ = study
-    (stores.similarity / "bert__vit.csv").unlink()
-    with pytest.raises(StoreError, match=r"bert__vit\.csv: no readable similarities .*run the similarity stage"):
+    (stores.similarity / "bert__vit.parquet").unlink()
+    with pytest.raises(StoreError, match=r"bert__vit\.parquet: no such table; run the similarity stage"):
         matrix_table(MEMBERS, stores)
 
 
@@ -362,7 +396,7 @@ def test_averages_are_the_means_of_the_cells_of_two_modalities(study):
 
 
 def test_averages_leave_out_two_seeds_of_one_encoder(study):
-    stores, _ = study
+    stores = study[0]._replace(similarity=None)  # whose tables are of the activations of one of the two
     seeds = [GroupedMember("vit@0", "image", "vision"), GroupedMember("vit@7", "image", "vision")]
     three = averages_table(matrix_table([*seeds, MEMBERS[1]], stores), stores)
     assert set(three.source_modality + three.target_modality) == {"imagetext", "textimage"}

@@ -551,7 +551,7 @@ def metrics_averages(
     """The mean wMPPC from each modality to each, with its interval."""
     from conceptshare.tables import Stores, averages_table, read_table, write_table
 
-    write_table(averages_table(read_table(table), Stores(correlations, correlations)), out)
+    write_table(averages_table(read_table(table, "matrix"), Stores(correlations, correlations)), out)
 
 
 @metrics_app.command("formats")
@@ -570,9 +570,9 @@ def metrics_formats(
     from conceptshare.formats import write_matrices
     from conceptshare.tables import read_table
 
-    matrix = read_table(table)
+    matrix = read_table(table, "matrix")
     table_3 = None if dataset is None else paper.table_3(matrix, dataset, size)
-    write_matrices(matrix, read_table(averages), out, table_3)
+    write_matrices(matrix, read_table(averages, "averages"), out, table_3)
 
 
 @metrics_app.command("paper")
@@ -587,7 +587,7 @@ def metrics_paper(
     from conceptshare import paper
     from conceptshare.tables import read_table, write_table
 
-    cells = paper.compare(read_table(table), dataset, size)
+    cells = paper.compare(read_table(table, "matrix"), dataset, size)
     write_table(cells, out)
     write_table(paper.agreement(cells), agreement)
 
@@ -641,7 +641,7 @@ def metrics_overlaps(
     """How many top features every two rankings of one source have in common."""
     from conceptshare.tables import overlap_table, read_table, write_table
 
-    write_table(overlap_table({path.stem: read_table(path) for path in rankings}), out)
+    write_table(overlap_table({path.stem: read_table(path, "ranking") for path in rankings}), out)
 
 
 @metrics_app.command("saes")
@@ -663,7 +663,7 @@ def figures_matrix(table: Table, out: FigureOut) -> None:
     from conceptshare.figures import draw_matrix
     from conceptshare.tables import read_table
 
-    draw_matrix(read_table(table), out)
+    draw_matrix(read_table(table, "matrix"), out)
 
 
 @figures_app.command("averages")
@@ -672,7 +672,7 @@ def figures_averages(table: Table, out: FigureOut) -> None:
     from conceptshare.figures import draw_averages
     from conceptshare.tables import read_table
 
-    draw_averages(read_table(table), out)
+    draw_averages(read_table(table, "averages"), out)
 
 
 @figures_app.command("intervals")
@@ -681,7 +681,7 @@ def figures_intervals(table: Table, out: FigureOut) -> None:
     from conceptshare.figures import draw_intervals
     from conceptshare.tables import read_table
 
-    draw_intervals(read_table(table), out)
+    draw_intervals(read_table(table, "matrix"), out)
 
 
 @figures_app.command("similarity")
@@ -690,7 +690,7 @@ def figures_similarity(table: Table, out: FigureOut) -> None:
     from conceptshare.figures import draw_similarity
     from conceptshare.tables import read_table
 
-    draw_similarity(read_table(table), out)
+    draw_similarity(read_table(table, "matrix"), out)
 
 
 @figures_app.command("strength")
@@ -703,7 +703,7 @@ def figures_strength(
     from conceptshare.figures import draw_strength
     from conceptshare.tables import read_direction, read_table
 
-    cells = read_table(table)[["source", "target"]].drop_duplicates().itertuples(index=False, name=None)
+    cells = read_table(table, "matrix")[["source", "target"]].drop_duplicates().itertuples(index=False, name=None)
     draw_strength([(source, target, read_direction(pairs, source, target)) for source, target in cells], out)
 
 
@@ -713,7 +713,7 @@ def figures_paper(table: Table, out: FigureOut) -> None:
     from conceptshare.figures import draw_paper
     from conceptshare.tables import read_table
 
-    draw_paper(read_table(table), out)
+    draw_paper(read_table(table, "paper"), out)
 
 
 @figures_app.command("layerwise")
@@ -724,7 +724,7 @@ def figures_layerwise(
     from conceptshare.figures import draw_layerwise
     from conceptshare.tables import read_table
 
-    draw_layerwise(read_table(table), json.loads(pairs), out)
+    draw_layerwise(read_table(table, "layerwise"), json.loads(pairs), out)
 
 
 @figures_app.command("sharedness")
@@ -752,8 +752,8 @@ def figures_sharedness(
     from conceptshare.tables import named_features, read_table
 
     modality = read_modality(features)
-    other = None if also_top_of is None else read_table(also_top_of)
-    ranking = named_features(read_table(table), feature or [], other)
+    other = None if also_top_of is None else read_table(also_top_of, "ranking")
+    ranking = named_features(read_table(table, "ranking"), feature or [], other)
     if feature or also_top_of:
         pictured = len(ranking)
     called = None if names is None else read_table(names)
@@ -766,7 +766,7 @@ def figures_scatter(table: Table, out: FigureOut) -> None:
     from conceptshare.figures import draw_sharedness_scatter
     from conceptshare.tables import read_table
 
-    draw_sharedness_scatter(read_table(table), out)
+    draw_sharedness_scatter(read_table(table, "ranking"), out)
 
 
 @figures_app.command("saes")
@@ -779,7 +779,7 @@ def figures_saes(
     from conceptshare.figures import draw_saes
     from conceptshare.tables import read_table
 
-    draw_saes(read_table(table), saes, out)
+    draw_saes(read_table(table, "saes"), saes, out)
 
 
 Place = Annotated[str, typer.Option(help="Where in the site this lies.")]

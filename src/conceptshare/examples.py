@@ -36,6 +36,8 @@ from conceptshare.files import EXAMPLES, layer_name, written_aside
 from conceptshare.progress import progress
 from conceptshare.reading import FEATURES, read_features
 from conceptshare.sae import TopKSAE, load_sae
+from conceptshare.sae_folder import sae_of
+from conceptshare.seals import seal
 from conceptshare.store import layer_array, open_store
 
 TOP = 9
@@ -93,13 +95,27 @@ def record_examples(encoder: Encoder, data: Data, features: Path, saes: Path, ou
     """
     store: Any = open_store(features, FEATURES)
     spec: Any = store.attrs["spec"]
-    if spec["content_hash"] != data.content_hash or spec["encoder"] != json.loads(encoder.spec.activations_key()):
-        raise StoreError(f"{features}: features of other samples or another encoder; delete the store and run again")
+    wanted = {
+        "content_hash": data.content_hash,
+        "encoder": json.loads(encoder.spec.activations_key()),
+        "weights": encoder.fingerprint,
+    }
+    other = next((key for key in wanted if spec[key] != wanted[key]), None)
+    if other is not None:
+        raise StoreError(
+            f"{features}: features of other samples, another encoder or other weights ({other}); delete the store and "
+            f"run the activations (or stream) and features stages again"
+        )
     tops = {
         layer: Tops(*(layer_array(store, layer, name, features)[:, :TOP] for name in ("top_samples", "top_values")))
         for layer in spec["layers"]
     }
-    loaded = {layer: load_sae(saes / layer_name(layer) / f"seed-{spec['seed']}") for layer in tops}
+    loaded = {}
+    for layer in tops:
+        folder, record = sae_of(saes, layer, spec["seed"])
+        if record["digest"] != spec["made_from"]["saes"][str(layer)]:
+            raise StoreError(f"{folder}: not the SAE of the features in {features}; run the features stage again")
+        loaded[layer] = load_sae(folder, record)
     with written_aside(out, EXAMPLES) as partial:
         partial.mkdir()
         told = find_where_they_fire(encoder, data, loaded, tops, out.name, threads)
@@ -114,6 +130,7 @@ def record_examples(encoder: Encoder, data: Data, features: Path, saes: Path, ou
             pq.write_table(
                 pa.Table.from_pylist(rows, _LAYER), partial / f"{layer_name(layer)}.parquet", compression="zstd"
             )
+        seal(partial, {"features": {features.stem: store.attrs["digest"]}})
         provenance.record(partial)
 
 

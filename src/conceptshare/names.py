@@ -22,7 +22,6 @@ from zlib import crc32
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from scipy.stats import norm, rankdata
@@ -32,6 +31,7 @@ from conceptshare import provenance
 from conceptshare.dataset import Data
 from conceptshare.errors import StoreError, StudyError
 from conceptshare.files import CSV, PARQUET, written_aside
+from conceptshare.parquet import write_parquet
 from conceptshare.progress import progress, say
 from conceptshare.reading import FEATURES, FeatureArray, FeatureStatistics, read_features, read_statistics
 from conceptshare.store import open_store
@@ -186,7 +186,7 @@ def name_features(features: Path, data: Path, out: Path, command: str | None = N
         rows += _rows(layer, block, words, samples, names)
     table = pa.Table.from_pylist([dict(zip(_SCHEMA.names, row, strict=True)) for row in rows], _SCHEMA)
     with written_aside(out, PARQUET) as partial:
-        pq.write_table(table, partial)
+        write_parquet(table, partial, out.stem, {"features": {member: store.attrs["digest"]}})
         with written_aside(out.with_name(f"{out.stem}.clearest.csv"), CSV) as listed:
             _clearest(table.to_pandas()).to_csv(listed, index=False, float_format="%.6g", lineterminator="\n")
         provenance.record(out)

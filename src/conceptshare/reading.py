@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conceptshare.errors import StoreError
-from conceptshare.store import StoredArray, layer_array, open_store
+from conceptshare.store import StoredArray, layer_array, open_store, read_root
 
 FEATURES, CORRELATIONS = "features", "correlations"
 """Kinds of stores."""
@@ -79,10 +79,10 @@ def read_spec(path: Path, kind: str) -> dict[str, Any]:
     """What a store says that it is of, and was made from.
 
     Raises:
-        StoreError: where the store is not whole.
+        StoreError: where it says nothing, or not what was written.
     """
-    spec: Any = open_store(path, kind).attrs["spec"]
-    return dict(spec)
+    spec: dict[str, Any] = read_root(path, kind)["spec"]
+    return spec
 
 
 def read_modality(path: Path) -> str:

@@ -20,9 +20,9 @@ from torch import Tensor
 from conceptshare import activations, provenance
 from conceptshare.device import default_device
 from conceptshare.errors import NumericsError, StoreError
-from conceptshare.files import CSV, written_aside
 from conceptshare.progress import progress
 from conceptshare.store import layer_array, open_store
+from conceptshare.tables import write_table
 
 CKA_SAMPLES = 10_000
 """How many samples linear CKA is over at most. Their float32 activations of all layers of one encoder are in memory."""
@@ -82,7 +82,7 @@ def mutual_knn(x: Representation, y: Representation, k: int = NEIGHBOURS) -> flo
 
 
 def compare_stores(path_a: Path, path_b: Path, out: Path) -> None:
-    """Compare every layer of one activation store with every layer of another and write the CSV file ``out``.
+    """Compare every layer of one activation store with every layer of another; write ``out`` (.csv), and as Parquet.
 
     Its columns are ``source_layer`` (of A), ``target_layer`` (of B), ``cka``, ``mutual_knn`` and ``samples``, which is
     how many CKA is over. CKA is the same from B to A, and so are mutual neighbours. A layer that is the same for all
@@ -118,9 +118,11 @@ def compare_stores(path_a: Path, path_b: Path, out: Path) -> None:
             rows.append((source_layer, target_layer, cka, mutual, min(N, CKA_SAMPLES)))
     columns = ["source_layer", "target_layer", "cka", "mutual_knn", "samples"]
     table = pd.DataFrame(rows, columns=columns).sort_values(columns[:2])
-    with written_aside(out, CSV) as partial:
-        table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
-        provenance.record(out)
+    table.attrs["activations"] = {
+        spec["name"]: store.attrs["digest"] for spec, store in zip(specs, stores, strict=True)
+    }
+    provenance.record(out)
+    write_table(table, out)
 
 
 @dataclass(frozen=True)

@@ -92,13 +92,29 @@ def open_store(path: Path, kind: str, layer: int | None = None) -> zarr.Group:
         StoreError: where there is none, it is of another kind, version or name, it was never completed, or it is not
             as it was when it was completed: a file in it is missing, of another size, or exchanged with another.
     """
+    attributes = read_root(path, kind)
+    for name, recorded in attributes["files"].items():
+        if layer is None or not name.startswith("layer-") or name.startswith(f"{layer_name(layer)}/"):
+            changed = change(path / name, recorded, _tail(name))
+            if changed is not None:
+                raise StoreError(f"{path}: {name} {changed}; {_remedy(kind)}")
+    with readable(path, kind):
+        return zarr.open_group(path, mode="r")
+
+
+def read_root(path: Path, kind: str) -> dict[str, Any]:
+    """What a store says of itself, without a look at its files.
+
+    Raises:
+        StoreError: where there is none, it is of another kind, version or name, it was never completed, or what it
+            says is not as it was written.
+    """
     if not path.exists():
         raise StoreError(f"{path}: no {kind} store there; run the {_stage(kind)} stage")
     if not (path / _ROOT).is_file():
         raise StoreError(f"{path}: {_ROOT} is missing, so that this is no {kind} store; {_remedy(kind)}")
     with _named(f"{path}: {_ROOT} cannot be read", f"; {_remedy(kind)}"):
-        group = zarr.open_group(path, mode="r")
-        attributes: Any = group.attrs.asdict()
+        attributes: dict[str, Any] = zarr.open_group(path, mode="r").attrs.asdict()
     if attributes.get("kind") != kind:
         raise StoreError(
             f"{path}: a store of {attributes.get('kind')!r}, where one of {kind!r} is needed; name another, or delete "
@@ -118,12 +134,7 @@ def open_store(path: Path, kind: str, layer: int | None = None) -> zarr.Group:
             f"{path}: holds the store {attributes['name']!r}; give it its name back, or delete it and run the "
             f"{_stage(kind)} stage again"
         )
-    for name, recorded in attributes["files"].items():
-        if layer is None or not name.startswith("layer-") or name.startswith(f"{layer_name(layer)}/"):
-            changed = change(path / name, recorded, _tail(name))
-            if changed is not None:
-                raise StoreError(f"{path}: {name} {changed}; {_remedy(kind)}")
-    return group
+    return attributes
 
 
 def _tail(name: str) -> int | None:

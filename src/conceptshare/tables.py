@@ -4,7 +4,8 @@ One row a value, so that pandas, R or a spreadsheet can pivot them at will. The 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,9 @@ from numpy.typing import NDArray
 from conceptshare import metrics
 from conceptshare.errors import StoreError, StudyError
 from conceptshare.files import CSV, PARQUET, written_aside
+from conceptshare.parquet import read_parquet, write_parquet
 from conceptshare.reading import (
+    CORRELATIONS,
     FEATURES,
     FeatureStatistics,
     PairCorrelations,
@@ -26,6 +29,7 @@ from conceptshare.reading import (
     read_statistics,
 )
 from conceptshare.sae_folder import REMEDY, sae_file, sae_of
+from conceptshare.store import read_root
 from conceptshare.study import as_member, pair_name
 
 SIMILARITIES = ("cka", "mutual_knn")
@@ -34,6 +38,22 @@ MATRIX_COLUMNS = (
     *("wmppc", "low", "high", "floor", "ceiling", "mppc", "features", "beyond_shuffled", "significant"),
     *("strength_cv", "strength_rho", *SIMILARITIES),
 )
+
+_COLUMNS = {
+    "matrix": MATRIX_COLUMNS,
+    "averages": ("reading", "source_modality", "target_modality", "cells", "wmppc", "low", "high", "floor"),
+    "layerwise": ("source", "target", "source_layer", "target_layer", "wmppc"),
+    "ranking": ("rank", "top", "source", "layer", "feature", "delta", "rho_g", "rho_h"),
+    "pairs": ("source", "target", "layer", "feature", "strength", "rho", "match_layer", "match_feature"),
+    "overlaps": ("source", "first", "second", "top", "overlap", "expected", "log10_p"),
+    "saes": ("encoder", "seed", "layer", "latents", "steps"),
+    "paper": ("reading", "source", "target", "ours", "paper"),
+    "names": ("layer", "feature", "name", "score", "auc", "source"),
+    "similarity": ("source_layer", "target_layer", *SIMILARITIES),
+}
+"""Columns that a table of a kind is told by."""
+# Kinds of tables that are not of the stage `metrics`.
+_STAGES = ("names", "similarity")
 
 # Cells of a matrix whose intervals are taken at once: 120 MB of influences for 118,287 samples.
 _CELLS_AT_ONCE = 256
@@ -55,10 +75,27 @@ class Stores(NamedTuple):
         """The same, where some feature is active: see `active_statistics`."""
         return active_statistics(self.features / f"{member}.zarr")
 
-    def pair(self, source: str, target: str) -> PairCorrelations:
-        """The best matches of the source's features in the target."""
-        name = pair_name(as_member(source), as_member(target))
-        return read_correlations(self.correlations / f"{name}.zarr", source)
+    def digests(self, members: Iterable[str]) -> dict[str, str]:
+        """The digests of members' feature stores."""
+        return {member: _digest(self.features / f"{member}.zarr") for member in members}
+
+    def pair(self, source: str, target: str, features: Mapping[str, str] | None = None) -> PairCorrelations:
+        """The best matches of the source's features in the target.
+
+        Args:
+            source: a member.
+            target: another.
+            features: digests of the feature stores that they should be of, by member; those that lie here without it.
+
+        Raises:
+            StoreError: where the correlations are missing or damaged, or of other features.
+        """
+        path = self.correlations / f"{pair_name(as_member(source), as_member(target))}.zarr"
+        found, spec = read_correlations(path, source), read_spec(path, CORRELATIONS)
+        made_from = {spec[side]: spec[f"features_{side}"] for side in ("a", "b")}
+        wanted = self.digests(made_from) if features is None else {m: features[m] for m in made_from if m in features}
+        check_features(path, made_from, wanted, "correlations")
+        return found
 
     def similar(self, source: str, target: str) -> dict[str, pd.DataFrame]:
         """CKA and mutual kNN of two members' encoders: rows are the source's layers, columns the target's.
@@ -66,24 +103,55 @@ class Stores(NamedTuple):
         Empty for two seeds of one encoder, and where there is no folder of such tables.
 
         Raises:
-            StoreError: where the encoders' table is missing or unreadable.
+            StoreError: where the encoders' table is missing, damaged, or of other activations than the features.
         """
         a, b = as_member(source).encoder, as_member(target).encoder
         if self.similarity is None or a == b:
             return {}
         first, second = sorted((a, b))
-        path = self.similarity / f"{first}__{second}.csv"
-        try:
-            table = pd.read_csv(path)
-            found = {
-                measure: table.pivot(index="source_layer", columns="target_layer", values=measure)
-                for measure in SIMILARITIES
-            }
-        except (OSError, ValueError, KeyError) as error:
-            raise StoreError(
-                f"{path}: no readable similarities ({error}); delete it and run the similarity stage again"
-            ) from None
+        path = self.similarity / f"{first}__{second}.parquet"
+        table = read_table(path, "similarity")
+        for member in (source, target):
+            made_from = read_spec(self.features / f"{member}.zarr", FEATURES)["made_from"]["activations"]
+            if table.attrs["activations"].get(as_member(member).encoder) != made_from:
+                raise StoreError(
+                    f"{path}: made from other activations than the features of {member}; delete it and run the "
+                    f"similarity stage again"
+                )
+        found = {
+            measure: table.pivot(index="source_layer", columns="target_layer", values=measure)
+            for measure in SIMILARITIES
+        }
         return found if a == first else {measure: values.T for measure, values in found.items()}
+
+
+def _digest(features: Path) -> str:
+    """The digest of a feature store, read once as long as the store stays."""
+    return _digest_at(features, (features / "zarr.json").stat().st_mtime_ns if features.exists() else 0)
+
+
+@lru_cache(1024)
+def _digest_at(features: Path, _: int) -> str:
+    return str(read_root(features, FEATURES)["digest"])
+
+
+def check_features(path: Path, made_from: Mapping[str, str], wanted: Mapping[str, str], stage: str) -> None:
+    """Make sure that a result was made from some feature stores.
+
+    Args:
+        path: the result.
+        made_from: what it says: digests of feature stores, by member.
+        wanted: the digests of those that it should be made from.
+        stage: the stage that makes it.
+
+    Raises:
+        StoreError: where it was made from others.
+    """
+    other = next((member for member in wanted if made_from.get(member) != wanted[member]), None)
+    if other is not None:
+        raise StoreError(
+            f"{path}: made from other features of {other} than are there now; delete it and run the {stage} stage again"
+        )
 
 
 def active_statistics(path: Path) -> dict[int, FeatureStatistics]:
@@ -168,7 +236,13 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
             ends = metrics.bootstrap_intervals([cell["wmppc"] for cell in cells], np.concatenate(influences))
             rows += [cell | {"low": low, "high": high} for cell, (low, high) in zip(cells, ends, strict=True)]
             cells, influences = [], []
-    return pd.DataFrame(rows)[list(MATRIX_COLUMNS)]
+    return _made_from(stores, statistics, pd.DataFrame(rows)[list(MATRIX_COLUMNS)])
+
+
+def _made_from(stores: Stores, members: Iterable[str], table: pd.DataFrame) -> pd.DataFrame:
+    """A table that says which feature stores it was made from."""
+    table.attrs["features"] = stores.digests(members)
+    return table
 
 
 def side_by_side(statistics: Mapping[int, FeatureStatistics]) -> tuple[metrics.Array, metrics.Array]:
@@ -287,7 +361,9 @@ def averages_table(matrix: pd.DataFrame, stores: Stores) -> pd.DataFrame:
     groups = ["reading", "source_modality", "target_modality"]
     influences: dict[tuple[str, ...], metrics.Array] = {}
     for pair, cells in table.groupby(["source", "target"]):
-        of_pair = dict(zip(metrics.READINGS, stores.pair(*pair).influence, strict=True))
+        source, target = pair
+        influence = stores.pair(source, target, matrix.attrs.get("features", {})).influence
+        of_pair = dict(zip(metrics.READINGS, influence, strict=True))
         for group in cells[groups].itertuples(index=False, name=None):
             influences[group] = influences.get(group, 0) + of_pair[group[0]].astype(np.float64)
     averages = table.groupby(groups).agg(cells=("wmppc", "size"), wmppc=("wmppc", "mean"), floor=("floor", "mean"))
@@ -296,7 +372,9 @@ def averages_table(matrix: pd.DataFrame, stores: Stores) -> pd.DataFrame:
     ends = metrics.bootstrap_intervals(averages.wmppc, np.stack(means)) if means else np.empty((0, 2))
     averages.insert(2, "low", ends[:, 0])
     averages.insert(3, "high", ends[:, 1])
-    return averages.reset_index()
+    averages = averages.reset_index()
+    averages.attrs = {"features": matrix.attrs.get("features", {})}
+    return averages
 
 
 def layerwise_table(pairs: Sequence[tuple[str, str]], stores: Stores) -> pd.DataFrame:
@@ -309,6 +387,7 @@ def layerwise_table(pairs: Sequence[tuple[str, str]], stores: Stores) -> pd.Data
         StoreError: where a store is missing, or no feature of a member is active.
     """
     rows = []
+    members = {member for pair in pairs for member in pair}
     for a, b in pairs:
         statistics = {member: stores.active(member) for member in (a, b)}
         for source, target in ((a, b), (b, a)):
@@ -335,7 +414,7 @@ def layerwise_table(pairs: Sequence[tuple[str, str]], stores: Stores) -> pd.Data
                             },
                         }
                     )
-    return pd.DataFrame(rows)
+    return _made_from(stores, members, pd.DataFrame(rows))
 
 
 def pair_table(a: str, b: str, stores: Stores) -> pd.DataFrame:
@@ -381,14 +460,14 @@ def pair_table(a: str, b: str, stores: Stores) -> pd.DataFrame:
                 }
             )
         )
-    return pd.concat(tables, ignore_index=True)
+    return _made_from(stores, (a, b), pd.concat(tables, ignore_index=True))
 
 
 def read_direction(folder: Path, source: str, target: str) -> pd.DataFrame:
     """The strengths and correlations of the source's features in a pair's table: ``source, target, strength, rho``."""
     path = folder / f"{pair_name(as_member(source), as_member(target))}.parquet"
     columns = ["source", "target", "strength", "rho"]
-    table = read_table(path, columns=columns, filters=[("source", "==", source)])
+    table = read_table(path, "pairs", columns, [("source", "==", source)])
     return table.astype({"source": "category", "target": "category"})
 
 
@@ -408,7 +487,8 @@ def sharedness_table(
     layer = max(statistics)
     F = len(statistics[layer].strength)
     rho = {member: stores.pair(source, member).found.rho_ab[-1, -F:] for member in [*shared_with, *not_shared_with]}
-    return ranking(source, layer, statistics[layer], rho, shared_with, not_shared_with)
+    table = ranking(source, layer, statistics[layer], rho, shared_with, not_shared_with)
+    return _made_from(stores, (source, *shared_with, *not_shared_with), table)
 
 
 def ranking(
@@ -556,25 +636,47 @@ def sae_table(members: Sequence[str], saes: Path, stores: Stores) -> pd.DataFram
 
 
 def write_table(table: pd.DataFrame, out: Path) -> None:
-    """Write a table as CSV at ``out`` and as Parquet beside it."""
+    """Write a table as CSV at ``out`` and as Parquet next to it, which says what the table's ``attrs`` do."""
+    said, table = table.attrs, table.copy(deep=False)
+    table.attrs = {}
     with written_aside(out.with_suffix(".parquet"), PARQUET) as partial:
-        table.to_parquet(partial, index=False)
+        write_parquet(pa.Table.from_pandas(table, preserve_index=False), partial, out.stem, said)
     with written_aside(out, CSV) as partial:
         table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
 
 
-def read_table(path: Path, **options: Any) -> pd.DataFrame:
-    """A table as CSV, or as Parquet, which tells where it was cut off.
+def read_table(
+    path: Path, kind: str, columns: Sequence[str] | None = None, filters: Sequence[tuple[str, str, Any]] | None = None
+) -> pd.DataFrame:
+    """A table of `write_table`, as Parquet, which is checked, or as CSV, of which nothing but its columns can be.
 
     Args:
         path: the table.
-        options: of pandas's reader.
+        kind: what table it is, such as ``"matrix"``.
+        columns: of Parquet, those to read; all without it.
+        filters: of Parquet, the rows to read.
+
+    Returns:
+        The table; its ``attrs`` are what it says of itself.
 
     Raises:
-        StoreError: where there is none, or it is damaged.
+        StoreError: where there is none, it is damaged, or of another kind.
     """
-    try:
-        return pd.read_csv(path, **options) if path.suffix == ".csv" else pd.read_parquet(path, **options)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        said = " ".join(str(error).split())
-        raise StoreError(f"{path}: no readable table ({said}); delete it and run the stage that makes it") from None
+    stage = kind if kind in _STAGES else "metrics"
+    if path.suffix == ".csv":
+        try:
+            table = pd.read_csv(path)
+        except (OSError, ValueError) as error:
+            said = " ".join(str(error).split())
+            raise StoreError(f"{path}: no readable table ({said}); delete it and run the {stage} stage again") from None
+    else:
+        found, record = read_parquet(path, stage, columns, filters)
+        table = found.to_pandas()
+        table.attrs = record
+    missing = [name for name in columns or _COLUMNS[kind] if name not in table.columns]
+    if missing:
+        raise StoreError(
+            f"{path}: no table of the kind {kind}, without a column {missing[0]}; delete it and run the {stage} stage "
+            f"again"
+        )
+    return table

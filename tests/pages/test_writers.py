@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from conceptshare.pages import write_member
-from conceptshare.store import new_store, save_array
+from conceptshare.seals import read_manifest, seal
+from conceptshare.store import new_store, read_root, save_array
+from conceptshare.tables import write_table
 from tests.browser import read_data
 
 FEATURES = 70  # two files of details
@@ -34,12 +36,15 @@ def write_inputs(folder, samples, tops):
     names = [None if n % 2 else f"name {n}" for n in range(FEATURES)]
     table = {"layer": 3, "feature": range(FEATURES), "name": names, "score": np.nan, "auc": 0.75, "source": "command"}
     table["candidate"] = [f"candidate {n}" if n % 3 else None for n in range(FEATURES)]
-    pd.DataFrame(table).to_parquet(folder / "names.parquet")
-    (folder / "pairs").mkdir()
+    made_from = {"features": {"mine@0": read_root(folder / "mine@0.zarr", "features")["digest"]}}
+    seal(folder / "examples", made_from)
+    names = pd.DataFrame(table)
+    names.attrs = made_from
+    write_table(names, folder / "names.csv")
     table = {"source": "mine@0", "layer": 3, "feature": range(FEATURES), "rho": 0.123456}
-    pd.DataFrame(table | {"match_layer": 1, "match_feature": range(FEATURES)}).to_parquet(
-        folder / "pairs" / "mine@0__other@0.parquet"
-    )
+    pairs = pd.DataFrame(table | {"match_layer": 1, "match_feature": range(FEATURES)})
+    pairs.attrs = made_from
+    write_table(pairs, folder / "pairs" / "mine@0__other@0.csv")
 
 
 def write(folder):
@@ -91,6 +96,7 @@ def test_pictures_without_known_places_have_no_maps(tmp_path, rows, fires):
     )
     write_inputs(tmp_path, [], [{"sample": 0, "value": 1.5, "fires": fires, "fires_highest": 1.0}])
     pq.write_table(samples, tmp_path / "examples" / "samples.parquet")
+    seal(tmp_path / "examples", read_manifest(tmp_path / "examples", ""))
     site = write(tmp_path)
     assert not read_data(site, f"{PLACE}/layer-03/000")["features"][0]["mapped"]
     assert not list((site / PLACE / "layer-03").glob("maps-*"))

@@ -90,7 +90,7 @@ def test_what_the_message_says_of_a_damaged_store_brings_back_the_same_bytes(stu
     wanted = ["--cores", "1", f"results/squares/{pair}"]
     refused = study.run(*wanted)
     assert refused.returncode == 1
-    assert f"{store}: chunk layer-01/features/c/0/0 is missing; delete the store and run again" in refused.stderr
+    assert f"{store}: layer-01/features/c/0/0 is missing; delete the store and run the features stage" in refused.stderr
     assert not (results / pair).exists()
     shutil.rmtree(results / store)
     again = study.run(*wanted)

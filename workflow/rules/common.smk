@@ -171,7 +171,7 @@ def pairs_of(pairs, wildcards):
 def similarity_of(pairs, wildcards):
     """The tables of similarity of the encoders in pairs of members; two seeds of one encoder have none."""
     folder = f"results/{wildcards.dataset}/similarity/{wildcards.sae}"
-    return [f"{folder}/{a}__{b}.csv" for a, b in encoder_pairs(pairs)]
+    return [f"{folder}/{a}__{b}.parquet" for a, b in encoder_pairs(pairs)]
 
 
 def similarity_option(wildcards, input):

@@ -18,6 +18,7 @@ rule similarity:
                 "type": "table",
             },
         ),
+        parquet="results/{dataset}/similarity/{sae}/{encoder_a}__{encoder_b}.parquet",
         provenance="results/{dataset}/similarity/{sae}/{encoder_a}__{encoder_b}.provenance.json",
     log:
         "results/logs/{dataset}/similarity/{sae}/{encoder_a}__{encoder_b}.log",

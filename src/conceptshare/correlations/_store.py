@@ -1,6 +1,5 @@
 """The store of a pair of members: matches, shuffled floor, influences, and whole matrices where they are asked for."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,8 +59,8 @@ def correlate_stores(
         "samples": a.samples,
         "precision": precision,
         "full": sorted([int(layer_a), int(layer_b)] for layer_a, layer_b in full),
-        "features_a": a.digest(),
-        "features_b": b.digest(),
+        "features_a": a.digest,
+        "features_b": b.digest,
     }
     for layer_a, layer_b in full:
         a.position(layer_a), b.position(layer_b)
@@ -145,7 +144,7 @@ class FeatureStore:
             StoreError: where it is not whole.
         """
         store: Any = open_store(path, FEATURES)
-        self.path, self.name = path, path.stem
+        self.path, self.name, self.digest = path, path.stem, str(store.attrs["digest"])
         spec: Any = store.attrs["spec"]
         self.layers: list[int] = spec["layers"]
         self.samples: int = spec["samples"]
@@ -173,10 +172,6 @@ class FeatureStore:
         if layer not in self.layers:
             raise StoreError(f"{self.path}: no layer {layer}; it has {', '.join(map(str, self.layers))}")
         return self.layers.index(layer)
-
-    def digest(self) -> str:
-        """Tells stores of other features from this one: SHA-256 of the statistics of all features."""
-        return hashlib.sha256(self._strength.tobytes() + self._deviation.tobytes()).hexdigest()
 
 
 class _View:

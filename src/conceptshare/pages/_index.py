@@ -41,18 +41,20 @@ def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
         for sae in study["saes"]:
             place, where = results / "studies" / study["study"] / dataset / sae, {"dataset": dataset, "sae": sae}
             for name, members in study["matrices"].items():
-                table = read_table(place / "matrices" / f"{name}.parquet")
+                table = read_table(place / "matrices" / f"{name}.parquet", "matrix")
                 told["matrices"].append(
                     {**where, "name": name, "members": members, "readings": _readings(table, members)}
                 )
             for name, pairs in study["layerwise"].items():
-                table = read_table(place / "layerwise" / f"{name}.parquet")
+                table = read_table(place / "layerwise" / f"{name}.parquet", "layerwise")
                 told["layerwise"].append({**where, "name": name, "pairs": [_heatmap(table, a, b) for a, b in pairs]})
             for name, analysis in study["sharedness"].items():
-                table = read_table(place / "sharedness" / f"{name}.parquet")
+                table = read_table(place / "sharedness" / f"{name}.parquet", "ranking")
                 told["sharedness"].append({**where, "name": name, **analysis, **_ranking(table)})
             if study["overlapping"]:
-                told["overlaps"] += [{**where, **row} for row in _rows(read_table(place / "overlaps.parquet"))]
+                told["overlaps"] += [
+                    {**where, **row} for row in _rows(read_table(place / "overlaps.parquet", "overlaps"))
+                ]
     with renamed(out / "study.js", FILE) as partial:
         write_script(partial, "study", told)
 

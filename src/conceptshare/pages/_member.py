@@ -12,9 +12,11 @@ import pyarrow.parquet as pq
 from conceptshare.files import MEMBER_PAGES, layer_name, written_aside
 from conceptshare.pages._script import number, numbers, write_script
 from conceptshare.progress import progress
-from conceptshare.reading import FeatureStatistics, read_statistics
+from conceptshare.reading import FEATURES, FeatureStatistics, read_statistics
+from conceptshare.seals import read_manifest, recorded_file
+from conceptshare.store import read_root
 from conceptshare.study import as_member, pair_name
-from conceptshare.tables import read_table
+from conceptshare.tables import check_features, read_table
 
 CHUNK = 64
 """Features whose details are in one file."""
@@ -45,10 +47,22 @@ def write_member(
     Raises:
         StoreError: where something is missing or damaged.
     """
-    member, statistics, named = features.stem, read_statistics(features), read_table(names)
-    best = {other: _matches(pairs, member, other) for other in others}
-    ranked = {name: read_table(path) for name, path in rankings.items()}
-    told = {row.pop("sample"): row for row in pq.read_table(examples / "samples.parquet").to_pylist()}
+    member, statistics, named = features.stem, read_statistics(features), read_table(names, "names")
+    remedy = "delete it and run the examples stage again"
+    shown = read_manifest(examples, remedy)
+    digest = {member: str(read_root(features, FEATURES)["digest"])}
+    check_features(names, named.attrs["features"], digest, "names")
+    check_features(examples, shown["features"], digest, "examples")
+    best = {other: _matches(pairs, member, other, digest) for other in others}
+    ranked = {name: read_table(path, "ranking") for name, path in rankings.items()}
+    for name, ranking in ranked.items():
+        check_features(rankings[name], ranking.attrs["features"], digest, "metrics")
+
+    def read(name: str) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = pq.read_table(recorded_file(examples, name, shown, remedy)).to_pylist()
+        return rows
+
+    told = {row.pop("sample"): row for row in read("samples.parquet")}
     with written_aside(out, MEMBER_PAGES) as partial:
         partial.mkdir()
         for layer, found in progress(statistics.items(), len(statistics), f"pages of {member}", "layers"):
@@ -59,7 +73,7 @@ def write_member(
             table["delta"] = {name: values for name, values in deltas.items() if values is not None}
             write_script(partial / f"{key}.js", f"{place}/{key}", table)
             (partial / key).mkdir()
-            rows = pq.read_table(examples / f"{key}.parquet").to_pylist()
+            rows = read(f"{key}.parquet")
             for n, first in enumerate(range(0, len(rows), CHUNK)):
                 chunk = rows[first : first + CHUNK]
                 details = [_detail(row, table, told) for row in chunk]
@@ -77,11 +91,13 @@ def write_member(
                     )
 
 
-def _matches(pairs: Path, member: str, other: str) -> pd.DataFrame:
+def _matches(pairs: Path, member: str, other: str, digest: dict[str, str]) -> pd.DataFrame:
     """The best match of each of a member's features in another, over all layers of that."""
     path = pairs / f"{pair_name(as_member(member), as_member(other))}.parquet"
     columns = ["source", "layer", "feature", "rho", "match_layer", "match_feature"]
-    return read_table(path, columns=columns, filters=[("source", "==", member)])
+    table = read_table(path, "pairs", columns, [("source", "==", member)])
+    check_features(path, table.attrs["features"], digest, "metrics")
+    return table
 
 
 def _of_layer(table: pd.DataFrame, layer: int) -> pd.DataFrame:
