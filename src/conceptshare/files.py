@@ -178,7 +178,7 @@ def _raise(error: OSError) -> None:
 
 
 @contextmanager
-def written_aside(path: Path, kind: Kind, resume: bool = False, key: str | None = None) -> Iterator[Path]:
+def written_aside(path: Path, kind: Kind = FILE, resume: bool = False, key: str | None = None) -> Iterator[Path]:
     """Give a path beside ``path`` to write a file or folder at, and rename it to ``path`` if all went well.
 
     Where the body raises, what it wrote is removed; where the process is killed, what it wrote keeps the suffix
