@@ -749,14 +749,17 @@ def figures_sharedness(
     from conceptshare.dataset import Data
     from conceptshare.figures import draw_sharedness
     from conceptshare.reading import read_modality, read_statistics
-    from conceptshare.tables import named_features, read_table
+    from conceptshare.tables import check_made_from, named_features, read_table
 
     modality = read_modality(features)
     other = None if also_top_of is None else read_table(also_top_of, "ranking")
     ranking = named_features(read_table(table, "ranking"), feature or [], other)
+    check_made_from(table, ranking, features, "metrics")
     if feature or also_top_of:
         pictured = len(ranking)
-    called = None if names is None else read_table(names)
+    called = None if names is None else read_table(names, "names")
+    if names is not None and called is not None:
+        check_made_from(names, called, features, "names")
     draw_sharedness(ranking, read_statistics(features), Data(data), pictured, out, samples, modality, called)
 
 

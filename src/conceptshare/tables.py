@@ -169,6 +169,12 @@ def active_statistics(path: Path) -> dict[int, FeatureStatistics]:
     return found
 
 
+def check_made_from(path: Path, table: pd.DataFrame, features: Path, stage: str) -> None:
+    """Make sure that a table which says what it was made from was made from a feature store; arguments as above."""
+    if "features" in table.attrs:
+        check_features(path, table.attrs["features"], {features.stem: _digest(features)}, stage)
+
+
 class GroupedMember(NamedTuple):
     """A member of a matrix with its group."""
 

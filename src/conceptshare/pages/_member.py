@@ -16,7 +16,7 @@ from conceptshare.reading import FEATURES, FeatureStatistics, read_statistics
 from conceptshare.seals import read_manifest, recorded_file
 from conceptshare.store import read_root
 from conceptshare.study import as_member, pair_name
-from conceptshare.tables import check_features, read_table
+from conceptshare.tables import check_features, check_made_from, read_table
 
 CHUNK = 64
 """Features whose details are in one file."""
@@ -50,13 +50,12 @@ def write_member(
     member, statistics, named = features.stem, read_statistics(features), read_table(names, "names")
     remedy = "delete it and run the examples stage again"
     shown = read_manifest(examples, remedy)
-    digest = {member: str(read_root(features, FEATURES)["digest"])}
-    check_features(names, named.attrs["features"], digest, "names")
-    check_features(examples, shown["features"], digest, "examples")
-    best = {other: _matches(pairs, member, other, digest) for other in others}
+    check_made_from(names, named, features, "names")
+    check_features(examples, shown["features"], {member: str(read_root(features, FEATURES)["digest"])}, "examples")
+    best = {other: _matches(pairs, features, other) for other in others}
     ranked = {name: read_table(path, "ranking") for name, path in rankings.items()}
     for name, ranking in ranked.items():
-        check_features(rankings[name], ranking.attrs["features"], digest, "metrics")
+        check_made_from(rankings[name], ranking, features, "metrics")
 
     def read(name: str) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = pq.read_table(recorded_file(examples, name, shown, remedy)).to_pylist()
@@ -91,12 +90,13 @@ def write_member(
                     )
 
 
-def _matches(pairs: Path, member: str, other: str, digest: dict[str, str]) -> pd.DataFrame:
+def _matches(pairs: Path, features: Path, other: str) -> pd.DataFrame:
     """The best match of each of a member's features in another, over all layers of that."""
+    member = features.stem
     path = pairs / f"{pair_name(as_member(member), as_member(other))}.parquet"
     columns = ["source", "layer", "feature", "rho", "match_layer", "match_feature"]
     table = read_table(path, "pairs", columns, [("source", "==", member)])
-    check_features(path, table.attrs["features"], digest, "metrics")
+    check_made_from(path, table, features, "metrics")
     return table
 
 
