@@ -6,6 +6,7 @@ import random
 import re
 import struct
 import tarfile
+import tracemalloc
 import warnings
 import zlib
 
@@ -17,7 +18,7 @@ import pytest
 import timm
 import transformers
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from conceptshare import dataset
 from conceptshare.catalog import DatasetSpec
@@ -346,6 +347,20 @@ def test_more_unusable_rows_than_allowed_are_an_error_and_leave_nothing(make, tm
         make(images, max_dropped=0.1)
     assert not [path for path in tmp_path.iterdir() if path.name != "made.parquet"]
     assert len(make(images, max_dropped=0.2)) == 4
+
+
+def test_memory_holds_a_few_bytes_of_each_row(tmp_path):
+    N = 100_000
+    tracemalloc.start()
+    with dataset._AsRead(tmp_path / "as-read") as samples, dataset._DroppedRows(tmp_path / "dropped") as dropped:
+        for row in range(N):
+            samples.add(dataset.Sample(f"a longish id {row}", b"image", f"the caption of row {row}"))
+            dropped.add(dataset.Dropped(row, f"a longish id {row}", "no caption"))
+        samples.check_ids(DatasetSpec(source="./x"))
+        samples.shuffle(tmp_path / "samples.arrow", 0)
+        peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60 * N  # two numbers of each sample, and its place while they are sorted
 
 
 def test_duplicate_ids_are_an_error(make, tmp_path):
@@ -940,6 +955,35 @@ def test_pictures_are_turned_upright_as_pil_itself_does(orientation, form):
     assert found.size == ((36, 24) if orientation < 5 else (24, 36))
     assert np.array_equal(np.asarray(found), np.asarray(expected))
     assert not found.getexif().get(0x0112)
+
+
+def packed_text(kind, length):
+    return kind, b"key\0\0" + zlib.compress(b"x" * length)
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [packed_text(b"zTXt", 2_000_000)],
+        [packed_text(b"iCCP", 3_000_000)],
+        [(b"tEXt", b"key\0" + b"x" * 900_000)] * 80,
+        [(b"iTXt", b"key\0\1\0\0\0" + zlib.compress(b"x" * 200_000_000))],
+    ],
+    ids=["text", "colour profile", "many texts", "bomb"],
+)
+def test_a_png_file_is_read_however_much_text_it_carries(chunks):
+    """PIL has global limits for what is no part of the image; they stay, and nothing is unpacked beyond them."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
+    rows = [bytes([200, 0, 0, 0, 0, 200])]
+    for more in ([], chunks):
+        found = decode(raw_png(2, 1, 8, 2, rows, *more, (b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))))
+        assert found.size == (1, 2)
+        assert [found.getpixel((0, y)) for y in range(2)] == [(200, 0, 0), (0, 0, 200)]
+    assert limits == (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
+    with pytest.raises(Image.DecompressionBombError):
+        decode(raw_png(20, 10, 8, 2, [], *chunks), max_pixels=100)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")

@@ -16,7 +16,7 @@ from PIL import Image
 from conceptshare.catalog import DatasetSpec
 from conceptshare.dataset import make_dataset
 from conceptshare.errors import DatasetError
-from conceptshare.rows import LISTED, inputs
+from conceptshare.rows import inputs
 from tests.data import AsRead
 
 
@@ -206,7 +206,16 @@ def test_tars_are_read_with_the_tables_that_img2dataset_writes_next_to_them(tmp_
         (tmp_path / "set" / f"{shard}_stats.json").write_text("{}")
     found, manifest = read(tmp_path / "set")
     assert found == ["00000 a", "00000 b", "00001 a", "00001 b"]
-    assert manifest["not_read"][0]["files"] == 4
+    assert [(entry["reason"], entry["files"]) for entry in manifest["not_read"]] == [
+        ("statistics of img2dataset", 2),
+        ("next to tars", 2),
+    ]
+
+
+def test_tables_are_read_without_the_statistics_that_img2dataset_writes_next_to_them(tmp_path):
+    parquet(tmp_path / "set" / "00000.parquet", "one", "two")
+    (tmp_path / "set" / "00000_stats.json").write_text("{}")
+    assert captions(tmp_path / "set") == ["one", "two"]
 
 
 # The cells of text tables
@@ -397,6 +406,13 @@ def test_a_zip_reads_nothing_but_its_members_and_no_more_than_is_allowed(tmp_pat
         read(tmp_path / "b.zip")
 
 
+def test_two_files_of_metadata_for_the_same_images_are_an_error(tmp_path):
+    folder = image_folder(tmp_path / "set")
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "caption": "again"}')
+    with pytest.raises(DatasetError, match=r"metadata\.csv and metadata\.jsonl name the same images; remove one"):
+        read(folder)
+
+
 def test_images_without_captions_are_an_error_that_says_how_to_give_them(tmp_path):
     image_folder(tmp_path / "set", name="none")
     with pytest.raises(DatasetError, match=r"but no captions; add a metadata\.csv"):
@@ -538,4 +554,12 @@ def test_the_images_that_a_table_names_are_inputs_and_very_many_of_them_a_digest
     (tmp_path / "0.png").write_bytes(png(9))
     os.utime(tmp_path / "0.png", (1, 1))
     assert inputs(spec)[1] != digest
-    assert LISTED == 5000
+
+
+@pytest.mark.parametrize("name", ["{0}.png", os.fsdecode(b"caf\xe9.png")])
+def test_images_whose_names_snakemake_cannot_hold_are_in_the_digest(name, tmp_path):
+    folder = image_folder(tmp_path / "set")
+    (folder / name).write_bytes(png(0))
+    files, digest = inputs(DatasetSpec(source=str(folder)))
+    assert files == [str(folder / "metadata.csv")]
+    assert digest

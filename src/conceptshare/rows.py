@@ -37,6 +37,7 @@ from conceptshare.sources import METADATA, Source, files_below, form, locate, pr
 LISTED = 5000
 """Most images of a data set that are inputs of Snakemake one by one."""
 
+_BRACES = {"{", "}"}
 _BATCH_BYTES = 2**23
 _LONGEST_PATH = 4096
 _BUFFER = 2**20
@@ -76,8 +77,8 @@ def inputs(spec: DatasetSpec) -> tuple[list[str], str]:
     """The files of a local data set, for Snakemake: those that are listed one by one, and a digest of its images.
 
     Images are those below an image folder, or those that a table names and that are there. Up to LISTED of them are
-    listed, and the digest is empty; of more, it covers paths, sizes and times, as Snakemake takes milliseconds for each
-    file that is listed.
+    listed, and the digest is empty. Of more, or of names that Snakemake cannot hold, paths, sizes and times are in the
+    digest: Snakemake takes milliseconds for each file that is listed.
 
     Raises:
         DatasetError: where they cannot be listed.
@@ -88,6 +89,7 @@ def inputs(spec: DatasetSpec) -> tuple[list[str], str]:
         return files, ""
     digest = hashlib.sha256()
     images: set[str] = set()
+    listed = True
     for path in _images_below(source) if source.kind == "images" else _named_images(spec, source):
         try:
             found = os.stat(path)  # noqa: PTH116 - Path takes five times as long, and there may be millions
@@ -95,9 +97,10 @@ def inputs(spec: DatasetSpec) -> tuple[list[str], str]:
             continue
         if stat.S_ISREG(found.st_mode):
             digest.update(os.fsencode(f"{path}\n{found.st_size}\n{found.st_mtime_ns}\n"))
-            if len(images) <= LISTED:
+            if listed:
                 images.add(path)
-    return ([*files, *sorted(images)], "") if len(images) <= LISTED else (files, digest.hexdigest())
+                listed = len(images) <= LISTED and path.isprintable() and not _BRACES.intersection(path)
+    return ([*files, *sorted(images)], "") if listed else (files, digest.hexdigest())
 
 
 def _images_below(source: Source) -> list[str]:

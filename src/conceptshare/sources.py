@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -281,6 +282,9 @@ def _of_one_kind(
     spec: DatasetSpec, names: list[str], some_image: str | None, not_read: NotRead
 ) -> tuple[Literal["tables", "images", "tars"], list[str]]:
     """The files that are read together, and what kind they are."""
+    stems = {_stem(name) for name in names if form(name) in {"tar", "parquet"}}
+    statistics = {name for name in names if name.endswith("_stats.json") and _stem(name) in stems}
+    names = _all_but(names, set(names) - statistics, "statistics of img2dataset", not_read)
     by_form: dict[str, list[str]] = {}
     for name in names:
         by_form.setdefault(form(name) or "", []).append(name)
@@ -291,8 +295,12 @@ def _of_one_kind(
         stems = {_stem(name) for name in tars}
         if any(_stem(name) not in stems for found in tables.values() for name in found):
             raise _mixed(spec, {"tar": tars} | tables)
-        return "tars", _all_but(names, set(tars), "no tar", not_read)
+        return "tars", _all_but(names, set(tars), "next to tars", not_read)
     if metadata and (some_image is not None or zips):
+        for one, other in pairwise(metadata):
+            if one.rpartition("/")[0] == other.rpartition("/")[0]:
+                both = f"{printable(one)} and {printable(other)}"
+                raise DatasetError(f"{spec.source}: {both} name the same images; remove one of them")
         return "images", _all_but(names, {*metadata, *zips}, "no metadata of an image folder", not_read)
     if len(tables) > 1:
         raise _mixed(spec, tables)

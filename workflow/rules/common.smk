@@ -1,6 +1,7 @@
 # The study, read once, and the functions that turn it into files. Nothing here imports torch: each cluster job
 # parses the workflow again.
 import functools
+import hashlib
 import json
 import os
 import re
@@ -56,16 +57,27 @@ def local_files(text):
 
 @functools.cache
 def dataset_inputs(name):
-    """The files of a data set that is on this machine, and a digest of its images where they are very many."""
+    """The files of a data set that is on this machine, and a digest of its images where they are very many.
+
+    Jobs parse the workflow too. They take what the main process found: a million images are not looked at in each job,
+    and one that changes during a run makes no job read the data set again.
+    """
     spec = STUDY.datasets[name]
     if not is_path(spec.source):
         return [], ""
-    from conceptshare.rows import inputs  # which reads tables, as only planning the data set's own job has to
+    key = hashlib.sha256(STUDY.dataset_key(name).encode()).hexdigest()
+    found = Path(".snakemake/datasets") / f"{key}.json"
+    if not workflow.is_main_process and found.is_file():
+        return json.loads(found.read_text())
+    from conceptshare.rows import inputs  # which reads tables: only those who plan this job need that
 
     try:
         files, digest = inputs(spec)
     except ConceptshareError as error:
         raise WorkflowError(str(error))
+    if workflow.is_main_process and not workflow.dryrun:
+        found.parent.mkdir(parents=True, exist_ok=True)
+        found.write_text(json.dumps([as_inputs(files), digest]))
     return as_inputs(files), digest
 
 
