@@ -295,6 +295,8 @@ def test_an_image_that_a_table_names_is_read_again_when_it_changes(new_study, li
     assert new_study.plan(manifest) == {}
     Image.new("RGB", (8, 8), "white").save(new_study.folder / "red.png")
     assert new_study.plan(manifest) == {"dataset": 1}
+    job = ["--mode", "remote", "--force", "--nolock", "--target-jobs", "pages_samples:study=miniature,dataset=squares"]
+    assert new_study.plan(*job) == {"pages_samples": 1}  # and not the data set within a job that follows it
 
 
 @pytest.mark.parametrize(

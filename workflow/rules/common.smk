@@ -68,7 +68,8 @@ def dataset_inputs(name):
     key = hashlib.sha256(STUDY.dataset_key(name).encode()).hexdigest()
     found = Path(".snakemake/datasets") / f"{key}.json"
     if not workflow.is_main_process and found.is_file():
-        return json.loads(found.read_text())
+        files, digest = json.loads(found.read_text())
+        return [ancient(file) for file in files], digest
     from conceptshare.rows import inputs  # which reads tables: only those who plan this job need that
 
     try:
