@@ -107,10 +107,11 @@ def test_every_row_of_every_file_is_read_in_the_order_of_paths_whatever_their_na
 
 SHARDS = ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet"]
 FOLDERS = ["train/a.parquet", "train/b.parquet", "test/a.parquet"]
+SAVED = ["train/data-00000-of-00002.parquet", "train/data-00001-of-00002.parquet", "test/data-00000-of-00001.parquet"]
 NAMES = ["train-0.parquet", "train.parquet", "test.parquet"]
 
 
-@pytest.mark.parametrize("names", [SHARDS, FOLDERS], ids=["shards", "folders"])
+@pytest.mark.parametrize("names", [SHARDS, FOLDERS, SAVED], ids=["shards", "folders", "shards in folders"])
 def test_declared_splits_are_chosen_and_what_is_left_out_is_reported(names, tmp_path, capsys):
     for name in names:
         parquet(tmp_path / "set" / name, f"{name} 0", f"{name} 1")
@@ -133,6 +134,12 @@ def test_files_that_are_only_named_as_splits_are_an_error_until_the_split_is_set
     assert captions(tmp_path / "set", split="test") == ["test.parquet 0", "test.parquet 1"]
     assert len(captions(tmp_path / "set", split="train")) == 4
     assert len(captions(tmp_path / "set", split="all")) == 6
+
+
+def test_a_data_set_without_splits_is_its_train_split_as_on_the_hub(tmp_path):
+    for n in range(2):
+        parquet(tmp_path / "set" / f"part-{n:05d}-of-00002.parquet", f"{n}")
+    assert captions(tmp_path / "set", split="train") == captions(tmp_path / "set") == ["0", "1"]
 
 
 def readme(folder, text):
@@ -184,6 +191,8 @@ def test_a_table_named_readme_metadata_or_hidden_is_not_mixed_in(tmp_path):
     (tmp_path / "set" / "gone.parquet").symlink_to(tmp_path / "gone")
     with pytest.raises(DatasetError, match=r"gone\.parquet: cannot be read \(FileNotFoundError"):
         read(tmp_path / "set")
+    with pytest.raises(DatasetError, match="no such file or folder"):
+        read(tmp_path / ("x" * 5000))
     with pytest.raises(DatasetError, match="neither a regular file nor a folder"):
         read(tmp_path / "set" / "pipe.parquet")
 
@@ -261,6 +270,7 @@ def test_cells_of_text_tables_are_text_as_it_is_written(name, tmp_path):
         ("image,caption\n0.png,one, two\n", "line 2 has 3 cells, the header 2; put cells that hold a ',' into quotes"),
         ('image,caption\n0.png,"open\n1.png,b\n', "line 3 is not valid CSV"),
         ("", "the file is empty"),
+        ("image;caption\n0.png;a\n", "its cells are separated by ';' and not by ','; save it with commas"),
         ("image,caption,caption\n0.png,a,b\n", "2 columns are called 'caption'; rename all but one"),
     ],
 )
@@ -531,6 +541,10 @@ def test_headers_that_are_damaged_or_vast_are_errors_and_not_the_end_of_a_tar(tm
     (tmp_path / "a.tar").write_bytes(content)
     with pytest.raises(DatasetError, match=r"a\.tar: cannot be read \(ReadError: damaged header"):
         read(tmp_path / "a.tar")
+    tar(tmp_path / "c.tar", "one", "two")
+    (tmp_path / "c.tar").write_bytes((tmp_path / "c.tar").read_bytes() * 2)
+    with pytest.raises(DatasetError, match="more after the end of the tar; join tars by tar -A"):
+        read(tmp_path / "c.tar")
     with tarfile.open(tmp_path / "b.tar", "w") as file:
         add(file, "0.image", b"x" * 2_000_000, kind=tarfile.XHDTYPE)
     with pytest.raises(DatasetError, match=r"b\.tar: cannot be read .*an extended header of 2,000,000 bytes"):

@@ -523,7 +523,7 @@ def _check_share(spec: DatasetSpec, samples: int, dropped: _DroppedRows) -> None
         again = ", or run again, which asks only for what failed for a reason that may pass" if spec.image_url else ""
         raise DatasetError(
             f"{spec.source}: {dropped.count} of {rows} rows are unusable, more than max_dropped = "
-            f"{spec.max_dropped:g} allows: {reasons}. Mend them or raise max_dropped{again}"
+            f"{spec.max_dropped:g} allows: {reasons}. Correct them or raise max_dropped{again}"
         )
     if samples < 2:
         why = f" (dropped: {reasons})" if dropped.count else ""

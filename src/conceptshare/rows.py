@@ -365,6 +365,11 @@ def _csv_rows(table: _Table, columns: dict[str, str]) -> Iterator[dict[str, Any]
             header = next(reader, None)
             if header is None:
                 raise DatasetError(f"{table.where}: the file is empty")
+            if len(header) == 1 and (other := next((c for c in ";\t|" if c in header[0]), None)):
+                raise DatasetError(
+                    f"{table.where}: its cells are separated by {other!r} and not by {separator!r}; save it with "
+                    "commas, or with tabs as a .tsv file"
+                )
             _check_columns(table.where, columns, header)
             places = {key: header.index(column) for key, column in columns.items()}
             for row in reader:
@@ -525,6 +530,8 @@ def _tar_members(file: Path, wanted: set[str], longest: int) -> Iterator[tuple[s
             elif column in wanted:
                 content = tar.extractfile(member).read()  # type: ignore[union-attr]
             yield match[1], column, content
+        if tar.fileobj.read(_BUFFER).strip(b"\0"):
+            raise DatasetError(f"{file}: there is more after the end of the tar; join tars by tar -A, and not by cat")
 
 
 def _text_of(name: str, content: bytes | Unusable | None) -> Any:

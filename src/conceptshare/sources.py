@@ -155,7 +155,7 @@ def _halves(name: str) -> tuple[str, str]:
 def _listed(spec: DatasetSpec, path: Path, revision: str | None) -> Source:
     not_read = NotRead()
     split = spec.split or "train"
-    if path.is_file():
+    if os.path.isfile(path):  # noqa: PTH113 - which no path makes fail, however long
         kinds: dict[str, Any] = {"tar": "tars", "zip": "images"} | dict.fromkeys(_TABLES, "tables")
         kind = kinds.get(form(path.name) or "")
         if kind is None:
@@ -164,8 +164,8 @@ def _listed(spec: DatasetSpec, path: Path, revision: str | None) -> Source:
             raise DatasetError(f"{spec.source}: a single file has no configurations; leave configuration out")
         names = _of_split(spec, [path.name], not_read)
         return Source(spec.source, path.parent, revision, kind, [path.parent / name for name in names], split, not_read)
-    if not path.is_dir():
-        what = "neither a regular file nor a folder" if path.exists() else "no such file or folder"
+    if not os.path.isdir(path):  # noqa: PTH112
+        what = "neither a regular file nor a folder" if os.path.exists(path) else "no such file or folder"  # noqa: PTH110
         raise DatasetError(f"{spec.source}: {what}")
     names, some_image = [], None
     images = _image_suffixes()
@@ -396,9 +396,10 @@ def _no_split(spec: DatasetSpec, splits: Iterable[str]) -> DatasetError:
 
 
 def _splits_by(split_of: Callable[[str], str | None], names: list[str]) -> dict[str, str]:
-    """The split of each file, where each of them has one."""
+    """The split of each file, where each of them has one, and it is not one word that all of them share."""
     found = {name: split for name in names if (split := split_of(name)) is not None}
-    return found if len(found) == len(names) else {}
+    splits = set(found.values())
+    return found if len(found) == len(names) and (len(splits) > 1 or splits <= set(_SPLITS)) else {}
 
 
 def _split_of_shard(name: str) -> str | None:
