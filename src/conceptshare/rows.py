@@ -147,25 +147,23 @@ def too_large(size: int, longest: int) -> str:
 def _rows(
     spec: DatasetSpec, source: Source, columns: dict[str, str], paths_only: bool = False
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
+    if source.kind == "images" and "image" in columns:
+        columns = columns | {"image": _in_metadata(columns["image"])}
     longest = int(spec.max_mb * 1e6)
-    met = _Met(columns)
+    met = _Met(columns, "members' extensions" if source.kind == "tars" else "columns")
     seen = array("Q")
-    if source.kind == "images":
-        columns = {key: _in_metadata(column) if key == "image" else column for key, column in columns.items()}
-        met = _Met(columns)
     for file in source.files:
         where = source.name if len(source.files) == 1 else f"{source.name}: {_relative(file, source)}"
         with _faults_of(where, source):
             if source.kind == "tars":
-                met.what = "members' extensions"
-                for row in _tar_rows(file, columns, where, met, longest):
-                    yield file.parent, row
+                yield from ((file.parent, row) for row in _tar_rows(file, columns, where, met, longest))
             elif form(file.name) == "zip":
                 yield from ((file.parent, row) for row in _zip_rows(file, columns, where, met, longest, source))
             else:
-                with _opened(file) as stream:
-                    separator = source.separator
-                    table = _Table(stream, form(file.name) or "", file.suffix.lower(), where, longest, separator)
+                # Opened by Python, as Arrow takes no names that are not UTF-8.
+                with file.open("rb") as stream:
+                    kind, packing, separator = form(file.name) or "", file.suffix.lower(), source.separator
+                    table = _Table(stream, kind, packing, where, longest, separator)
                     for row in _table_rows(table, columns, met, paths_only):
                         if source.kind == "images" and isinstance(row.get("image"), str):
                             seen.append(hash_of(os.path.normpath(file.parent / row["image"])))
@@ -188,7 +186,7 @@ def _in_metadata(column: str) -> str:
 
 def hash_of(text: str) -> int:
     """A hash of 64 bits, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(os.fsencode(text), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def _note_images_without_row(source: Source, seen: "np.ndarray[Any, Any]") -> None:
@@ -223,10 +221,10 @@ def _faults_of(where: str, source: Source) -> Iterator[None]:
 class _Met:
     """The columns that rows have had so far, for formats whose rows need not have all of them."""
 
-    def __init__(self, columns: dict[str, str]) -> None:
+    def __init__(self, columns: dict[str, str], what: str) -> None:
         self._columns = columns
         self._there: set[str] = set()
-        self.what = "columns"
+        self._what = what
 
     def add(self, names: Iterable[str]) -> None:
         self._there.update(names)
@@ -234,9 +232,9 @@ class _Met:
     def check(self, where: str) -> None:
         """Fail where a column was in no row at all."""
         for key, column in self._columns.items():
-            wanted = column.lower().split(";") if self.what != "columns" else [column]
+            wanted = column.lower().split(";") if self._what != "columns" else [column]
             if self._there and column != "__key__" and self._there.isdisjoint(wanted):
-                raise _no_column(where, key, column, sorted(self._there), self.what)
+                raise _no_column(where, key, column, sorted(self._there), self._what)
 
 
 def _no_column(where: str, key: str, column: str, there: Iterable[str], what: str = "columns") -> DatasetError:
@@ -271,13 +269,6 @@ class _Table:
     separator: str | None = None
 
 
-@contextmanager
-def _opened(file: Path) -> Iterator[IO[bytes]]:
-    # By Python, as Arrow takes no names that are not UTF-8.
-    with file.open("rb") as stream:
-        yield stream
-
-
 def _table_rows(table: _Table, columns: dict[str, str], met: _Met, paths_only: bool) -> Iterator[dict[str, Any]]:
     match table.form:
         case "parquet":
@@ -298,7 +289,7 @@ def _parquet_rows(table: _Table, columns: dict[str, str], paths_only: bool) -> I
     file = pq.ParquetFile(table.stream, pre_buffer=False, buffer_size=_BUFFER)
     _check_columns(table.where, columns, file.schema_arrow.names)
     wanted = list(dict.fromkeys(columns.values()))
-    if paths_only:
+    if paths_only:  # and none of the images that may be in the table itself
         wanted = [name for column in wanted for name in _path_of(file.schema_arrow.field(column))]
         if not wanted:
             return
@@ -312,7 +303,7 @@ def _path_of(column: pa.Field) -> list[str]:
     """What of a column of images may hold paths."""
     if pa.types.is_struct(column.type):
         return [f"{column.name}.path"] if column.type.get_field_index("path") >= 0 else []
-    return [] if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type) else [column.name]
+    return [] if "binary" in str(column.type) else [column.name]
 
 
 def _arrow_rows(table: _Table, columns: dict[str, str], paths_only: bool) -> Iterator[dict[str, Any]]:
