@@ -352,8 +352,9 @@ def find_blocks(tower: nn.Module, spec: EncoderSpec) -> list[nn.Module]:
             # The list that the stages stand in, if it holds modules that run.
             around = [n for n in lists if nn.ModuleList not in kinds[n] and all(s.startswith(f"{n}.") for s in stages)]
             last = max(around, key=len, default=stages[-1])
+            shown = ", ".join(stages[:4]) + (", ..." if len(stages) > 4 else "")
             raise EncoderError(
-                f"{spec.model}: its blocks stand in {len(stages)} stages ({', '.join(stages)}), which differ in width "
+                f"{spec.model}: its blocks stand in {len(stages)} stages ({shown}), which differ in width "
                 f"or number of tokens, so it has no single residual stream and cannot be read layer by layer yet; use "
                 f"an encoder with one stack of blocks, such as a ViT, or record the last stage alone: blocks: {last}, "
                 f"layers: {len(lists[last])}, use_layers: last"

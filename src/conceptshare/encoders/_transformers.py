@@ -56,10 +56,11 @@ def load_transformers(spec: EncoderSpec, folder: Path, device: torch.device) -> 
     model, missing = _own_code(spec, folder) if spec.remote_code else _library_code(spec, folder)
     tower = _tower(spec, model).eval().to(device)
     takes = set(inspect.signature(tower.forward).parameters)
+    config = getattr(tower, "config", model.config)  # code of its own may have parts without one
     if spec.modality == "image":
         prepare, words = _prepare_images(spec, folder, model.config, takes), None
     else:
-        prepare, words = _prepare_texts(spec, folder, tower, takes)
+        prepare, words = _prepare_texts(spec, folder, tower, config, takes)
     options = {"interpolate_pos_encoding": True} if spec.image_size and "interpolate_pos_encoding" in takes else {}
 
     def forward(inputs: dict[str, Tensor], **more: Any) -> Any:
@@ -71,8 +72,8 @@ def load_transformers(spec: EncoderSpec, folder: Path, device: torch.device) -> 
 
     blocks = find_blocks(tower, spec)
     _check_weights(spec, model, tower, blocks, missing)
-    sees_padding = spec.modality == "text" and _sees_padding(tower)
-    batch_first = tower.config.model_type != "xlnet"
+    sees_padding = spec.modality == "text" and _sees_padding(config)
+    batch_first = config.model_type != "xlnet"
     encoder = Encoder(spec, device, blocks, prepare, forward, batch_first, words, sees_padding)
     if not spec.remote_code:
         _check_residual_stream(encoder, forward)
@@ -256,14 +257,14 @@ def _made_of(processor: Any, image: Image.Image | str, sizes: dict[str, dict[str
     return pixels
 
 
-def _prepare_texts(spec: EncoderSpec, folder: Path, tower: Any, takes: set[str]) -> Any:
+def _prepare_texts(spec: EncoderSpec, folder: Path, tower: Any, config: Any, takes: set[str]) -> Any:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=spec.remote_code)
     files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
     if tokenizer.vocab_files_names and not any((folder / name).is_file() for name in files):
         # transformers would go on without a vocabulary, and read every caption as unknown words.
         raise EncoderError(f"{spec.model}: no tokenizer in {folder}; put {' or '.join(sorted(files))} there")
     give_pad_token(tokenizer)
-    length, sees_padding = _length(spec, tokenizer, tower), _sees_padding(tower)
+    length, sees_padding = _length(spec, tokenizer, tower, config), _sees_padding(config)
     clean: Callable[[str], str] = str
     names = set(tokenizer.model_input_names)
     if "input_ids" in takes:
@@ -294,9 +295,9 @@ def _prepare_texts(spec: EncoderSpec, folder: Path, tower: Any, takes: set[str])
     return prepare, tokenizer.convert_ids_to_tokens
 
 
-def _sees_padding(tower: Any) -> bool:
+def _sees_padding(config: Any) -> bool:
     """Whether texts are read with all padding, unmasked, as SigLIP was trained."""
-    return str(tower.config.model_type).startswith("siglip")
+    return str(config.model_type).startswith("siglip")
 
 
 def _cleaning(tokenizer: Any) -> Callable[[str], str]:
@@ -310,9 +311,9 @@ def _cleaning(tokenizer: Any) -> Callable[[str], str]:
     return lambda text: " ".join(text.lower().translate(no_punctuation).split())
 
 
-def _length(spec: EncoderSpec, tokenizer: Any, tower: Any) -> int:
+def _length(spec: EncoderSpec, tokenizer: Any, tower: Any, config: Any) -> int:
     """Tokens that a text is cut at."""
-    positions = getattr(tower.config, "max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", None)
     tables = {name: x for name, x in tower.named_modules() if isinstance(x, nn.Embedding) and _POSITIONS.search(name)}
     for table in tables.values():
         if table.padding_idx is not None:  # RoBERTa and its like count from behind the padding token
@@ -326,4 +327,4 @@ def _length(spec: EncoderSpec, tokenizer: Any, tower: Any) -> int:
     bounds = [n for n in (tokenizer.model_max_length, positions) if n is not None and 0 < n < _NO_BOUND]
     if not bounds:
         say(f"{spec.model}: nothing bounds its texts; they are cut at {_LONGEST_TEXT} tokens, or at context_length")
-    return min(bounds, default=_LONGEST_TEXT)
+    return int(min(bounds, default=_LONGEST_TEXT))
