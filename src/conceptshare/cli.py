@@ -5,10 +5,11 @@ import os
 import re
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
+from filelock import FileLock
 
 from conceptshare import provenance
 from conceptshare.catalog import CATALOG, DatasetSpec, EncoderSpec, ModelSpec, complete, parse, parse_yaml, read_catalog
@@ -212,8 +213,8 @@ def weights(
     def check(location: Path) -> None:
         from conceptshare.encoders import try_encoder
 
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with alone(out.with_name("loading")):  # Snakemake runs several of these at once, and each takes memory
+        # Snakemake runs several of these at once, and each takes this machine's memory.
+        with FileLock(Path(gettempdir()) / f"conceptshare-{os.getuid()}-loading.lock"):
             try_encoder(spec, location)
 
     fetch_weights(spec, out, check)
