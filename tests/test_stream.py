@@ -81,7 +81,7 @@ def streamed(encoder, data, settings, folder, seeds=SEEDS, **how):
 def assert_the_same(one, other):
     saes = contents(one / "tiny")
     assert saes == contents(other / "tiny")
-    assert len(saes) == 5 * len(list((one / "tiny").glob("*/*")))
+    assert len(saes) == 6 * len(list((one / "tiny").glob("*/*")))
     assert contents(one / "tiny.zarr") == contents(other / "tiny.zarr")
     assert open_store(one / "tiny.zarr", "activations").attrs["spec"]["samples"] == SAMPLES
 
