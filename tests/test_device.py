@@ -148,6 +148,20 @@ def test_of_several_gpus_those_that_torch_has_kernels_for_are_used(with_gpus):
     assert devices() == [torch.device("cuda", 1), torch.device("cuda", 2)]
 
 
+def test_a_gpu_that_does_not_work_is_one_line(with_gpus, monkeypatch):
+    def broken(_):
+        raise torch.AcceleratorError(
+            "CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors …"
+        )
+
+    with_gpus((9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", broken)
+    with pytest.raises(DeviceError) as caught:
+        log_device()
+    assert str(caught.value).startswith("the GPU does not work (CUDA error: all CUDA-capable devices are busy or")
+    assert "\n" not in str(caught.value)
+
+
 def test_another_choice_of_device_is_refused(monkeypatch):
     monkeypatch.setenv(device.DEVICE, "cuda:1")
     with pytest.raises(DeviceError, match="CONCEPTSHARE_DEVICE=cuda:1: set it to cpu or cuda"):

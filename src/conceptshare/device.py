@@ -18,6 +18,7 @@ DEVICE = "CONCEPTSHARE_DEVICE"
 """The environment variable that chooses: ``cpu``, or ``cuda``, which fails without a GPU. If it is unset, jobs compute
 on a GPU if there is one, and fail if a scheduler gave them one that cannot be used."""
 
+_OR_CPU = f"or set {DEVICE}=cpu to compute on the CPU"
 # What a scheduler sets for a job that it gave a GPU, and the values that mean none.
 _GIVEN = {
     "CUDA_VISIBLE_DEVICES": {"", "-1", "NoDevFiles"},
@@ -32,23 +33,22 @@ def devices() -> list[torch.device]:
     """Every GPU that torch can use, or the CPU if there is none or `DEVICE` says so.
 
     Raises:
-        DeviceError: if a GPU was asked for and none can be used, or torch has no kernels for those that there are.
+        DeviceError: if a GPU was asked for and none can be used, or those that there are do not work.
     """
     asked = _asked()
     if asked == "cpu":
         return [torch.device("cpu")]
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    usable = [torch.device("cuda", n) for n in range(count) if _covered(torch.cuda.get_device_capability(n))]
-    if count and not usable:
+    with _in_one_line():
+        capabilities = [torch.cuda.get_device_capability(n) for n in range(_count())]
+    usable = [torch.device("cuda", n) for n, capability in enumerate(capabilities) if _covered(capability)]
+    if capabilities and not usable:
         raise DeviceError(
-            f"{torch.cuda.get_device_name(0)} has compute capability {_number(torch.cuda.get_device_capability(0))}, "
-            f"and {_torch()} has kernels for {' '.join(torch.cuda.get_arch_list())} only; install a torch that has "
-            f"them for this GPU (docs/clusters.md), or set {DEVICE}=cpu to compute on the CPU"
+            f"{torch.cuda.get_device_name(0)} has compute capability {'.'.join(map(str, capabilities[0]))}, and "
+            f"{_torch()} has kernels for {' '.join(torch.cuda.get_arch_list())} only; install a torch that has them "
+            f"for this GPU (docs/clusters.md), {_OR_CPU}"
         )
     if not usable and asked:
-        raise DeviceError(
-            f"this job was to have a GPU ({asked}), and {why_no_gpu()}, or set {DEVICE}=cpu to compute on the CPU"
-        )
+        raise DeviceError(f"this job was to have a GPU ({asked}), and {why_no_gpu()}, {_OR_CPU}")
     return usable or [torch.device("cpu")]
 
 
@@ -68,15 +68,9 @@ def log_device() -> None:
         reason = f"{DEVICE}=cpu" if _asked() else f"{_torch()} sees no GPU, {find_driver()}"
         say(f"device: CPU, {torch.get_num_threads()} threads; {reason}")
         return
-    name = torch.cuda.get_device_name(chosen)
-    try:
+    with _in_one_line():
         torch.ones(1, device=chosen).item()
-    except RuntimeError as error:
-        raise DeviceError(
-            f"{name} does not work ({str(error).splitlines()[0]}); see whether nvidia-smi shows an error or another "
-            f"job on it, or set {DEVICE}=cpu to compute on the CPU"
-        ) from error
-    say(f"device: {chosen}, {name}; {_torch()}, {find_driver()}")
+    say(f"device: {chosen}, {torch.cuda.get_device_name(chosen)}; {_torch()}, {find_driver()}")
 
 
 def why_no_gpu() -> str:
@@ -157,6 +151,22 @@ def _asked() -> str | None:
     return next(given, None)
 
 
+def _count() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Say in one line that a GPU is there and does not work."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).strip().partition("\n")[0]
+        raise DeviceError(
+            f"the GPU does not work ({said}); see whether nvidia-smi shows an error or another job on it, {_OR_CPU}"
+        ) from error
+
+
 def _covered(capability: tuple[int, int]) -> bool:
     """Whether torch has kernels for a compute capability, or code (compute_XY) to make them from."""
     if torch.version.cuda is None:  # a build for ROCm, which counts otherwise
@@ -167,10 +177,6 @@ def _covered(capability: tuple[int, int]) -> bool:
         if built <= capability and (kind == "compute" or built[0] == capability[0]):
             return True
     return False
-
-
-def _number(capability: tuple[int, int]) -> str:
-    return ".".join(map(str, capability))
 
 
 def _torch() -> str:

@@ -135,7 +135,7 @@ def max_correlations(
 def _budget(memory_bytes: int | None, device: torch.device) -> int:
     if memory_bytes is not None:
         return memory_bytes
-    return MEMORY_BYTES if device.type == "cpu" else torch.cuda.mem_get_info()[0] * 4 // 5
+    return MEMORY_BYTES if device.type == "cpu" else torch.cuda.mem_get_info(device)[0] * 4 // 5
 
 
 class _Side:
