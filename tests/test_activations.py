@@ -307,7 +307,7 @@ def test_a_cap_draws_each_token_alike(extracted):
     tokens = found.training.shape[1]
     seen = np.zeros(tokens)
     for start in range(0, 6000, BATCH):
-        seen += activations._drawn(found, capped, np.arange(start, start + BATCH)).numpy().sum(0)
+        seen += activations._drawn(found, capped, np.arange(start, start + BATCH)).cpu().numpy().sum(0)
     assert seen[0] == 6000
     # 4 of the 16 others each time: 1500 is expected, with a standard deviation of 34.
     assert np.abs(seen[1:] - 6000 * 4 / (tokens - 1)).max() < 5 * 34
