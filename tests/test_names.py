@@ -363,10 +363,10 @@ def test_a_small_data_set_names_by_fewer_samples_and_the_strongest_have_the_name
 
 
 def test_memory_grows_with_little_but_captions(rng, make_data, tmp_path, write_features_from, monkeypatch):
-    monkeypatch.setattr(names, "MEASURED_SAMPLES", 500)
+    monkeypatch.setattr(names, "MEASURED_SAMPLES", 300)
     monkeypatch.setattr(names, "_BINS", 2**16)
     peaks = []
-    for samples in (1000, 3000):
+    for samples in (100, 400, 1200):
         unique = [f"{text} {n}th x{n}y" for n, text in enumerate(filling(rng, samples))]
         data = make_data(unique, str(samples))
         features = rng.random((samples, 600))
@@ -375,7 +375,7 @@ def test_memory_grows_with_little_but_captions(rng, make_data, tmp_path, write_f
         name_features(store, data, tmp_path / "names.parquet")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert (peaks[1] - peaks[0]) / 2000 < 500  # bytes a sample
+    assert (peaks[2] - peaks[1]) / 800 < 500  # bytes per sample; the first run imports modules
 
 
 def test_samples_of_another_data_set_are_refused(rng, make_data, tmp_path, write_features):
