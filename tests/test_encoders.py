@@ -253,6 +253,14 @@ def test_reference_reads_the_case_of_a_caption_as_the_papers_code_does(loaded):
     assert not torch.equal(encoder.prepare(["A Dog"]).ids, encoder.prepare(["a dog"]).ids)
 
 
+def test_reference_reads_siglip_as_the_papers_code_does_padded_to_a_batch_and_without_a_mask(loaded):
+    family, _, _, _ = loaded(models.siglip_text)
+    model = transformers.SiglipModel.from_pretrained(family.spec.model).text_model
+    own = models.text_truth(model.eval(), models.siglip_tokenizer())(CAPTIONS[:3])
+    found = load_encoder(change(family.spec, global_token="reference")).activations(CAPTIONS[:3])
+    assert all(close(found.tokens[layer].cpu(), own.hidden[layer]) for layer in range(LAYERS))
+
+
 @pytest.mark.parametrize("global_token", ["eot", "mean", "first"])
 def test_siglip_reads_all_its_padding_whatever_its_global_token(loaded, global_token):
     family, _, found, _ = loaded(models.siglip_text)

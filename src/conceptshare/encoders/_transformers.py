@@ -266,9 +266,9 @@ def _prepare_texts(spec: EncoderSpec, folder: Path, tower: Any, config: Any, tak
     give_pad_token(tokenizer)
     length, sees_padding = _length(spec, tokenizer, tower, config), _sees_padding(config)
     clean: Callable[[str], str] = str
-    names = set(tokenizer.model_input_names)
+    names = set(tokenizer.model_input_names) | (set() if sees_padding else {"attention_mask"})
     if "input_ids" in takes:
-        names = (names | {"attention_mask"}) & takes
+        names &= takes
     padding = "longest"
     if spec.global_token != "reference":  # which is what the paper's code reads, wrong or right
         # Positions are counted from the left: padding there would give a caption other ones in every batch.
