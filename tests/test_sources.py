@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from conceptshare import sources
 from conceptshare.catalog import DatasetSpec
 from conceptshare.dataset import make_dataset
 from conceptshare.errors import DatasetError
@@ -142,6 +143,30 @@ def test_a_data_set_without_splits_is_its_train_split_as_on_the_hub(tmp_path):
     assert captions(tmp_path / "set", split="train") == captions(tmp_path / "set") == ["0", "1"]
 
 
+DEEP = "/".join(["a" * 50] * 80)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("a/*.csv", ["a/x.csv"]),
+        ("**/*.csv", ["x.csv", "a/x.csv", "a/b/x.csv"]),
+        ("a/**", ["a/x.csv", "a/b/x.csv", "a/[y].tsv"]),
+        ("**", ["x.csv", "a/x.csv", "a/b/x.csv", "a/[y].tsv", DEEP]),
+        ("a/**/b/x.csv", ["a/b/x.csv"]),
+        ("a/[y].tsv", ["a/[y].tsv"]),
+        ("a/[[]y].?sv", ["a/[y].tsv"]),
+        ("*", ["x.csv"]),
+        ("**.csv", ["x.csv"]),
+        ("**/" * 80 + "*a" * 40, [DEEP]),
+        ("**/" * 80 + "*a" * 40 + "b", []),
+    ],
+)
+def test_patterns_of_a_readme_match_as_on_the_hub_and_soon(pattern, names):
+    every = ["x.csv", "a/x.csv", "a/b/x.csv", "a/[y].tsv", DEEP]
+    assert [name for name in every if sources._matches(name, pattern)] == names
+
+
 def readme(folder, text):
     (folder / "README.md").write_text(f"---\n{text}\n---\n# A data set\n", encoding="utf-8")
 
@@ -169,9 +194,11 @@ def test_configurations_and_splits_are_those_that_the_readme_declares(tmp_path):
         read(tmp_path / "set", configuration="de", split="test")
     readme(tmp_path / "set", "configs:\n- {config_name: en, data_files: 'en/*', default: true}\n- {config_name: de}")
     assert len(captions(tmp_path / "set")) == 4
-    readme(tmp_path / "set", "configs: [")
-    with pytest.raises(DatasetError, match=r"the metadata at the top of README\.md cannot be read"):
-        read(tmp_path / "set")
+    twice = "configs:\n- config_name: a\n  data_files: [{split: train, path: x}, {split: train, path: y}]"
+    for text in ("configs: [", "configs: 3", "configs: [{name: a}]", twice):
+        readme(tmp_path / "set", text)
+        with pytest.raises(DatasetError, match=r"the metadata at the top of README\.md cannot be read"):
+            read(tmp_path / "set")
     with pytest.raises(DatasetError, match="a single file has no configurations"):
         read(tmp_path / "set" / "stray.parquet", configuration="en")
 

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -227,12 +228,10 @@ def _declared(spec: DatasetSpec, folder: Path, names: list[str]) -> _Declared | 
     shown = name if len(configurations) > 1 else None
     if keys.get("data_files") is None:
         return _Declared(shown, own, {}, separator)
-    from datasets.data_files import sanitize_patterns
-
     metadata = {file for file in own if file.rpartition("/")[2] in METADATA}
     splits = {
-        split: {file for file in own if any(_matches(file, pattern, below) for pattern in patterns)}
-        for split, patterns in sanitize_patterns(keys["data_files"]).items()
+        split: {file for file in own if any(_matches(file, _in_folder(below, pattern)) for pattern in patterns)}
+        for split, patterns in keys["data_files"].items()
     }
     matched = set().union(*splits.values())
     if not matched & metadata and metadata:  # patterns that name images alone: their rows are in the metadata
@@ -243,6 +242,7 @@ def _declared(spec: DatasetSpec, folder: Path, names: list[str]) -> _Declared | 
 
 
 def _configurations(spec: DatasetSpec, readme: Path) -> dict[str, dict[str, Any]]:
+    """The keys of each configuration, with its ``data_files`` as the patterns of each split."""
     if not readme.is_file():
         return {}
     from huggingface_hub import metadata_load
@@ -251,9 +251,14 @@ def _configurations(spec: DatasetSpec, readme: Path) -> dict[str, dict[str, Any]
         metadata = metadata_load(readme)
         if not metadata or "configs" not in metadata:
             return {}
+        from datasets.data_files import sanitize_patterns
         from datasets.utils.metadata import MetadataConfigs
 
-        return dict(MetadataConfigs.from_dataset_card_data(metadata))
+        configurations = dict(MetadataConfigs.from_dataset_card_data(metadata))
+        for keys in configurations.values():
+            if keys.get("data_files") is not None:
+                keys["data_files"] = sanitize_patterns(keys["data_files"])
+        return configurations
     except Exception as error:  # whatever the YAML of others provokes
         raise DatasetError(
             f"{spec.source}: the metadata at the top of README.md cannot be read "
@@ -269,13 +274,34 @@ def _default(configurations: dict[str, dict[str, Any]]) -> str | None:
     return marked[0] if len(marked) == 1 else None
 
 
-def _matches(name: str, pattern: str, below: str) -> bool:
-    """Whether a path is the one, or of those, that the metadata of a data set name."""
-    from fsspec.utils import glob_translate
+def _in_folder(folder: str, pattern: Any) -> str:
+    pattern = str(pattern).removeprefix("./")
+    return f"{folder}/{pattern}" if folder else pattern
 
-    pattern = pattern.removeprefix("./")
-    full = f"{below}/{pattern}" if below else pattern
-    return name == full or re.match(glob_translate(full), name) is not None
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a path is the one, or of those, that the metadata of a data set name; ``**`` is any number of folders.
+
+    The places in the pattern that are reached are kept, and none is tried twice: a stranger's pattern costs little.
+    """
+    wanted = pattern.split("/")
+    reached = {0}
+    for part in name.split("/"):
+        before = _past_folders(reached, wanted)
+        stay = {n for n in before if wanted[n : n + 1] == ["**"]}
+        reached = stay | {n + 1 for n in before - stay if n < len(wanted) and fnmatchcase(part, wanted[n])}
+    return name == pattern or len(wanted) in _past_folders(reached, wanted)
+
+
+def _past_folders(places: set[int], wanted: list[str]) -> set[int]:
+    """Places in a pattern, and those after each ``**`` there, which may be no folder at all."""
+    found: set[int] = set()
+    for place in places:
+        found.add(place)
+        while wanted[place : place + 1] == ["**"]:
+            place += 1
+            found.add(place)
+    return found
 
 
 def _of_one_kind(
