@@ -107,13 +107,28 @@ def run_commands(page):
 
 def test_the_page_on_using_saes_runs(page, tmp_path):
     run_commands(page)
-    checked = "with torch.no_grad():\n    assert torch.allclose(reconstruction, sae.decode(sae.top_k(x)), atol=1e-5)\n"
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     ours = [block for block in blocks if "sae_lens" not in block and "sparsify" not in block]
     assert len(ours) == len(blocks) - 2
     run_elsewhere([], "".join(ours) + "assert features.shape == (50, 48)\n", cwd=tmp_path)
-    theirs = "".join(f"{block}{checked}" for block in blocks[2:])
-    run_elsewhere(["sae_lens", "transformer_lens", "sparsify"], "".join(blocks[:2]) + theirs, cwd=tmp_path)
+    # As in an environment of its own: each alone, and ours only to compare with.
+    folder = "results/openclipart/streams/small/saes/minilm/layer-05/seed-0"
+    checked = f"""
+from conceptshare.sae import load_sae
+
+sae = load_sae("{folder}")
+with torch.no_grad():
+    assert torch.allclose(reconstruction, sae.decode(sae.top_k(x)), atol=1e-5)
+"""
+    for library, block in zip((["sae_lens", "transformer_lens"], ["sparsify"]), blocks[2:], strict=True):
+        run_elsewhere(library, block + checked, cwd=tmp_path)
+
+
+def test_the_page_on_using_saes_installs_what_the_tests_try(page):
+    tried = (CLONE / "tests/requirements.txt").read_text(encoding="utf-8").split()
+    assert set(re.findall(r"pip install (\S+)", page)) == {
+        line for line in tried if re.match("(sae-lens|eai-sparsify)==", line)
+    }
 
 
 def test_the_page_on_using_saes_shows_what_info_says(page):
