@@ -239,6 +239,7 @@ def write_site(folder, seed=0):
                 "name": "everything",
                 "members": NAMES,
                 "readings": {reading: square(rng, 4) for reading in ("pooled", "layer_mean", "last")},
+                "floors": {reading: [[0.05] * 4] * 3 + [[0.125] * 4] for reading in ("pooled", "layer_mean", "last")},
             }
         ],
         "layerwise": [
@@ -253,6 +254,7 @@ def write_site(folder, seed=0):
                         "layers_a": LAYERS,
                         "layers_b": LAYERS,
                         "wmppc": rounded(rng.uniform(0.1, 0.5, (3, 3))),
+                        "floor": [[0.07] * 3] * 3,
                     }
                     for a, b in pairs
                 ],
@@ -305,7 +307,7 @@ def write_large_site(folder, features=8192, others=9, seed=1):
     study = {"study": "large", "version": "0.1.0", "commit": None, "datasets": [{"name": DATASET, "samples": SAMPLES}]}
     study |= {"saes": [SAE], "layerwise": [], "sharedness": [], "overlaps": []}
     matrix = {"dataset": DATASET, "sae": SAE, "name": "everything", "members": names}
-    study["matrices"] = [matrix | {"readings": {"pooled": square(rng, others + 1)}}]
+    study["matrices"] = [matrix | {"readings": {"pooled": square(rng, others + 1)}, "floors": {"pooled": [[None]]}}]
     study["members"] = [member_entry(name, name[:-2], "image", "vision", [0], features) for name in names]
     write(folder, "study", study)
     table = make_table(rng, names[0], names[1:], features, [0], [])

@@ -101,6 +101,7 @@ def test_readings_of_a_matrix(tab, site):
     assert shown == [f"{value:.2f}" for row in last for value in row if value is not None]
     page.go_back()
     expect(page.get_by_label("Reading of the matrices")).to_have_value("pooled")
+    expect(page.get_by_text("by chance, with shuffled samples, it is 0.05 to 0.13 here")).to_be_visible()
 
 
 def test_all_heatmaps_share_a_scale(tab, site):
@@ -144,7 +145,7 @@ def test_a_heatmap_cell_leads_to_its_pair(tab, site):
     table = read_data(site, layer_key("reader@0", 5))
     assert column(page, "Name of the match")[:5] == [called(table, n) for n in matches[:5]]
     wmppc = read_data(site, "study")["layerwise"][0]["pairs"][0]["wmppc"][1][2]
-    expect(page.locator(".lead")).to_contain_text(f"wMPPC {wmppc:.2f}.")
+    expect(page.locator(".lead")).to_contain_text(f"wMPPC {wmppc:.2f}, by chance 0.07.")
     page.get_by_label("S from").fill("100")
     kept = [n for n in best if strength[n] >= 100]
     expect(page.get_by_role("status")).to_have_text(f"{len(kept)} of {FEATURES} features")
@@ -192,8 +193,8 @@ def test_sorting(tab, site):
     columns = {
         "S": table["strength"],
         "Density": table["density"],
-        "Score": table["score"],
-        "AUC": table["auc"],
+        "Name z": table["score"],
+        "Name AUC": table["auc"],
         "ρ reader@0": table["best"]["reader@0"]["rho"],
         "Δ shared-with-text": table["delta"]["shared-with-text"],
     }
@@ -601,13 +602,13 @@ def test_keyboard_alone(tab, site):
     expect(page.locator("h1")).to_be_focused()
     assert page.url.endswith("#/")
     wmppc = read_data(site, "study")["layerwise"][0]["pairs"][0]["wmppc"]
-    tab_to(page, f"wMPPC from seer@0 layer 0 to reader@0 layer 0: {wmppc[0][0]:.2f}")
+    tab_to(page, f"wMPPC from seer@0 layer 0 to reader@0 layer 0: {wmppc[0][0]:.2f}, by chance 0.07")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowUp")
     page.keyboard.press("ArrowLeft")
-    assert focused(page) == f"wMPPC from seer@0 layer 3 to reader@0 layer 0: {wmppc[1][0]:.2f}"
+    assert focused(page) == f"wMPPC from seer@0 layer 3 to reader@0 layer 0: {wmppc[1][0]:.2f}, by chance 0.07"
     page.keyboard.press("Enter")
     expect(page.locator("h1")).to_be_focused()
     expect(page.locator("h1")).to_have_text("seer@0 layer 3 → reader@0 layer 0")

@@ -43,7 +43,13 @@ def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
             for name, members in study["matrices"].items():
                 table = read_table(place / "matrices" / f"{name}.parquet", "matrix")
                 told["matrices"].append(
-                    {**where, "name": name, "members": members, "readings": _readings(table, members)}
+                    {
+                        **where,
+                        "name": name,
+                        "members": members,
+                        "readings": _readings(table, members, "wmppc"),
+                        "floors": _readings(table, members, "floor"),
+                    }
                 )
             for name, pairs in study["layerwise"].items():
                 table = read_table(place / "layerwise" / f"{name}.parquet", "layerwise")
@@ -63,20 +69,23 @@ def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
 _EXACT = 8
 
 
-def _readings(table: pd.DataFrame, members: list[str]) -> dict[str, Any]:
-    return {
-        reading: [numbers(row, _EXACT) for row in _square(table[table.reading == reading], members).to_numpy()]
+def _readings(table: pd.DataFrame, members: list[str], values: str) -> dict[str, Any]:
+    squares = {
+        reading: table[table.reading == reading].pivot(index="source", columns="target", values=values)
         for reading in READINGS
+    }
+    return {
+        reading: [numbers(row, _EXACT) for row in square.reindex(index=members, columns=members).to_numpy()]
+        for reading, square in squares.items()
     }
 
 
-def _square(table: pd.DataFrame, members: list[str]) -> pd.DataFrame:
-    return table.pivot(index="source", columns="target", values="wmppc").reindex(index=members, columns=members)
-
-
 def _heatmap(table: pd.DataFrame, a: str, b: str) -> dict[str, Any]:
-    cells = table[(table.source == a) & (table.target == b)].pivot(
-        index="source_layer", columns="target_layer", values="wmppc"
+    cells, floor = (
+        table[(table.source == a) & (table.target == b)].pivot(
+            index="source_layer", columns="target_layer", values=values
+        )
+        for values in ("wmppc", "floor")
     )
     return {
         "a": a,
@@ -84,6 +93,7 @@ def _heatmap(table: pd.DataFrame, a: str, b: str) -> dict[str, Any]:
         "layers_a": cells.index.tolist(),
         "layers_b": cells.columns.tolist(),
         "wmppc": [numbers(row, _EXACT) for row in cells.to_numpy()],
+        "floor": [numbers(row, _EXACT) for row in floor.to_numpy()],
     }
 
 

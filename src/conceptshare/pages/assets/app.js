@@ -584,10 +584,11 @@
 
   // Overview --------------------------------------------------------------------------------------------------------
 
+  const byChance = (floor) => (floor === null || floor === undefined ? "" : `, by chance ${fixed(floor)}`);
   let heatmaps = 0;
 
   /** A heatmap: a table of links, between which arrow keys move, so that it is one stop of the Tab key. */
-  function heatmap(caption, corner, rows, columns, values, scale, cellLink, cellLabel) {
+  function heatmap(caption, corner, rows, columns, values, floors, scale, cellLink, cellLabel) {
     const id = `heatmap-${heatmaps++}`;
     const long = Math.max(...columns.map((name) => name.length)) > 4;
     const upright = long && columns.length > 6;
@@ -616,7 +617,7 @@
               const value = values[row]?.[column] ?? null;
               if (value === null) return h("td", { class: "null" }, h("span", { class: "hidden" }, "no value"));
               const { background, ink } = viridis((value - scale.low) / (scale.high - scale.low || 1));
-              const label = `${cellLabel(row, column)}: ${fixed(value)}`;
+              const label = `${cellLabel(row, column)}: ${fixed(value)}${byChance(floors[row]?.[column])}`;
               return h(
                 "td",
                 {},
@@ -678,11 +679,15 @@
     );
   }
 
-  const READINGS = { pooled: "pooled", layer_mean: "mean over layers", last: "last layer" };
+  const READINGS = {
+    pooled: "all layers, pooled (Eq. 6)",
+    layer_mean: "all layers, mean over layers",
+    last: "last layers alone",
+  };
 
   function rankingItem(ranking) {
     const group = (members) => members.join(", ") || "none";
-    const groups = `shared with ${group(ranking.shared_with)}; not with ${group(ranking.not_shared_with)}`;
+    const groups = `shared with ${group(ranking.shared_with)} more than with ${group(ranking.not_shared_with)}`;
     return h(
       "li",
       {},
@@ -701,13 +706,16 @@
     const matrices = study.matrices.filter(here);
     const layerwise = study.layerwise.filter(here);
     const rankings = study.sharedness.filter(here);
-    const all = [
-      ...matrices.flatMap(({ readings }) => Object.values(readings)),
-      ...layerwise.flatMap(({ pairs }) => pairs.map(({ wmppc }) => wmppc)),
-    ]
-      .flat(2)
-      .filter((value) => value !== null);
+    const every = (ofMatrix, ofPair) =>
+      [
+        ...matrices.flatMap((matrix) => Object.values(matrix[ofMatrix])),
+        ...layerwise.flatMap(({ pairs }) => pairs.map((pair) => pair[ofPair])),
+      ]
+        .flat(2)
+        .filter((value) => value !== null);
+    const all = every("readings", "wmppc");
     const scale = { low: Math.min(...all), high: Math.max(...all) };
+    const floors = every("floors", "floor");
 
     const drawn = matrices.map((matrix) => {
       const slot = h("div");
@@ -723,6 +731,7 @@
             matrix.members,
             matrix.members,
             matrix.readings[reading],
+            matrix.floors[reading],
             scale,
             (row, column) => pairLink(
               at,
@@ -771,11 +780,16 @@
         h("ul", { class: "rankings" }, rankings.map(rankingItem)),
       ] : [],
       all.length ? [
-        h("h3", {}, "How much is found again"),
+        h("h3", {}, "Shared features (wMPPC)"),
         h(
           "p",
           {},
-          "wMPPC: the weighted mean of each feature’s best correlation. Arrow keys move between the cells of a table.",
+          "wMPPC: the mean of each feature’s best correlation, weighted by S. ",
+          floors.length
+            ? "It is never 0, as the best of many matches is not: by chance, with shuffled samples, it is " +
+                `${fixed(Math.min(...floors))} to ${fixed(Math.max(...floors))} here. `
+            : "",
+          "Arrow keys move between the cells of a table.",
         ),
         legend(
           scale,
@@ -792,7 +806,7 @@
         h(
           "div",
           { class: "heats" },
-          analysis.pairs.map(({ a, b, layers_a, layers_b, wmppc }) =>
+          analysis.pairs.map(({ a, b, layers_a, layers_b, wmppc, floor }) =>
             // There may be thousands of cells; the place of a table is as large as it will be.
             lazily(h("div", { style: space(layers_a.length, layers_b.length) }), () =>
               heatmap(
@@ -801,6 +815,7 @@
                 layers_a.map(String),
                 layers_b.map(String),
                 wmppc,
+                floor,
                 scale,
                 (row, column) => pairLink(at, a, layers_a[row], b, layers_b[column]),
                 (row, column) => `wMPPC from ${a} layer ${layers_a[row]} to ${b} layer ${layers_b[column]}`,
@@ -894,8 +909,8 @@
       picturesColumn("pictures", here),
       plainColumn("strength", "S", "S: summed activation", table.strength, size),
       plainColumn("density", "Density", "Share of samples above zero", table.density, percent),
-      plainColumn("score", "Score", "How far the name stands out (z-score)", table.score, fixed),
-      plainColumn("auc", "AUC", "How well the name tells unseen samples apart (chance is 0.5)", table.auc, fixed),
+      plainColumn("score", "Name z", "How far the name’s words stand out (z)", table.score, fixed),
+      plainColumn("auc", "Name AUC", "How well the name tells unseen samples apart (chance is 0.5)", table.auc, fixed),
       ...others.map(
         (name) => plainColumn(
           `rho:${name}`,
@@ -964,6 +979,13 @@
       crumbs: [crumb(at)],
       nodes: [
         layerLinks("Layer", member.layers, at.layer, (layer) => tableLink({ ...at, layer })),
+        h(
+          "p",
+          { class: "note" },
+          "S is the summed activation of a feature, density the share of samples on which it is above zero. Name z and " +
+            "AUC judge the name and not the feature. ρ is the best correlation with any feature of a member, in any of " +
+            "its layers; the best of many is above 0 by chance too.",
+        ),
         ...list.nodes,
       ],
       update: list.update,
@@ -1064,7 +1086,7 @@
           { class: "called" },
           named(called),
           called.name === null && called.candidate ? h("span", { class: "quiet" }, ", which is no clear name") : "",
-          table.by_command ? h("span", { class: "quiet" }, " by a command") : "",
+          table.by_command ? h("span", { class: "quiet" }, ", named by a command") : "",
         ),
         h(
           "nav",
@@ -1073,8 +1095,8 @@
           step(n + 1, "Next →", "next"),
         ),
         facts([
-          ["Score", fixed(table.score[n])],
-          ["AUC", fixed(table.auc[n])],
+          ["Name z", fixed(table.score[n])],
+          ["Name AUC", fixed(table.auc[n])],
           [
             "S",
             size(table.strength[n]),
@@ -1092,7 +1114,15 @@
           "section",
           {},
           h("h2", {}, "Strongest samples"),
-          feature.top.length ? [] : h("p", {}, "This feature was never active on these samples."),
+          h(
+            "p",
+            { class: "note" },
+            feature.top.length
+              ? member.modality === "text"
+                ? "The encoder read the captions alone: pictures are what goes with them."
+                : "The encoder saw the pictures alone: captions, and names made of them, are what goes with them."
+              : "This feature was never active on these samples.",
+          ),
           feature.mapped ? h("div", { class: "toggle" }, overlay.node, key) : [],
           samples,
         ),
@@ -1126,6 +1156,7 @@
               "section",
               {},
               h("h2", {}, "Best match in every other member"),
+              h("p", { class: "note" }, "In any of its layers. The best of many correlations is above 0 by chance too."),
               h(
                 "ul",
                 { class: "matches" },
@@ -1191,7 +1222,9 @@
       .flatMap((entry) => entry.pairs)
       .filter((pair) => [pair.a, pair.b].includes(a.member) && [pair.a, pair.b].includes(b.member));
     const pair = pairs.find((entry) => entry.a === a.member && entry.b === b.member);
-    const wmppc = pair?.wmppc[pair.layers_a.indexOf(a.layer)]?.[pair.layers_b.indexOf(b.layer)];
+    const [wmppc, floor] = [pair?.wmppc, pair?.floor].map(
+      (cells) => cells?.[pair.layers_a.indexOf(a.layer)]?.[pair.layers_b.indexOf(b.layer)],
+    );
     const { layers, strength, names, theirs, rho: values, at } = await bestMatches(a, b, pairs);
     const here = (row) => ({ ...a, feature: row });
     const there = any ? `${b.member}, any layer` : `${b.member} layer ${b.layer}`;
@@ -1241,7 +1274,7 @@
           "p",
           { class: "lead" },
           `Each feature of ${a.member}, layer ${a.layer}, with the one of ${there} that it correlates with best.`,
-          wmppc === undefined || wmppc === null ? "" : ` wMPPC ${fixed(wmppc)}.`,
+          wmppc === undefined || wmppc === null ? "" : ` wMPPC ${fixed(wmppc)}${byChance(floor)}.`,
         ),
         layerLinks(
           `Layer of ${a.member}`,
@@ -1473,13 +1506,13 @@
         h(
           "p",
           { class: "lead" },
-          `Features of ${at.member}, layer ${at.layer}, that are shared with ${shared} and not with ${others}.`,
+          `Features of ${at.member}, layer ${at.layer}, by how much more they are shared with ${shared} than with ${others}.`,
         ),
         h(
           "p",
           { class: "note" },
           "Δ = S (ρ G² − ρ H²), by matches between last layers: ρ G is the least best correlation in the first group, " +
-            "ρ H the largest in the second.",
+            "ρ H the largest in the second. Other layers may have better ones.",
         ),
         h(
           "div",
@@ -1488,7 +1521,7 @@
           h(
             "section",
             {},
-            h("h2", {}, "What the top 1% are about"),
+            h("h2", {}, "Top 1% by topic"),
             h(
               "p",
               { class: "quiet" },
