@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 from contextlib import contextmanager
 from functools import partial
 
@@ -133,3 +134,12 @@ def write_features_from(write_activations):
 def write_features(tmp_path, write_features_from):
     """The same from activations and SAEs in ``tmp_path / "made"``."""
     return partial(write_features_from, tmp_path / "made")
+
+
+@pytest.fixture(scope="session")
+def own_disks(tmp_path_factory):
+    """Skip where a test cannot mount disks that no other process sees."""
+    folder = tmp_path_factory.mktemp("disk")
+    command = ["unshare", "--user", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "disk", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("this machine lets nobody mount a file system")

@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +18,8 @@ import pytest
 
 from conceptshare import provenance
 from conceptshare.sae._checkpoints import PREEMPTED
-from tests.stages import STAGES, Ended, arguments, make_all, run
+from tests.data import contents
+from tests.stages import SETTINGS, STAGES, Ended, arguments, make_all, run
 
 
 @pytest.fixture(scope="module")
@@ -162,14 +165,6 @@ def run_on_a_poor_disk_and_again(folder, kept, options, flags):
     sys.exit()
 
 
-@pytest.fixture(scope="module")
-def own_disks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("disk")
-    command = ["unshare", "--user", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "disk", str(folder)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("this machine lets nobody mount a file system")
-
-
 @pytest.mark.usefixtures("own_disks")
 @pytest.mark.parametrize("disk", ["full", "read-only"])
 @pytest.mark.parametrize("stage", STAGES)
@@ -240,6 +235,45 @@ def test_metadata_of_an_unfinished_store_that_were_cut_off_do_no_harm(lost, made
         assert run(given, tmp_path).status == 0
     shutil.rmtree(tmp_path / "whole")
     assert_as_undisturbed("activations", made, tmp_path)
+
+
+def until(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_job_that_outlived_its_settings_leaves_no_result_of_them_nor_a_mixed_one(made, tmp_path):
+    """As one that goes on after its Snakemake was killed, while a new Snakemake trains SAEs with another k."""
+    shutil.copytree(made / "streams", tmp_path / "streams")
+    given = ["features", "--activations", made / "streams/bert.zarr", "--saes", tmp_path / "streams/bert"]
+    whole = run([*given, "--out", tmp_path / "whole/bert@0.zarr"], tmp_path)
+    assert whole.status == 0, whole.said
+    given = [*map(str, given), "--out", str(tmp_path / "features/bert@0.zarr")]
+    lock = tmp_path / "features/.bert@0.zarr.lock"
+    (tmp_path / "features").mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        outlived = pool.submit(run, given, tmp_path, whole.touched // 3, signal.SIGSTOP)
+        until(lambda: lock.is_file() and lock.read_text().endswith("}"))
+        process = int(json.loads(lock.read_text())["who"].split()[1])
+        until(lambda: Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+        retrain = arguments("stream", made, tmp_path / "new")
+        retrain[retrain.index("--settings") + 1] = json.dumps(json.loads(SETTINGS) | {"k": 2})
+        assert run(retrain, tmp_path).status == 0
+        shutil.rmtree(tmp_path / "streams/bert")
+        (tmp_path / "new/streams/bert").rename(tmp_path / "streams/bert")
+        command = [sys.executable, "-m", "conceptshare", *given]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as later:
+            assert f"waiting for process {process}" in later.stderr.readline()
+            os.kill(process, signal.SIGCONT)
+            said = later.stderr.read()
+        assert later.returncode == 0, said
+        assert outlived.result().status in {0, 1}, outlived.result().said
+    again = run([*given[:-1], str(tmp_path / "again/bert@0.zarr")], tmp_path)
+    assert again.status == 0, again.said
+    assert contents(tmp_path / "features/bert@0.zarr") == contents(tmp_path / "again/bert@0.zarr")
+    assert contents(tmp_path / "features/bert@0.zarr") != contents(tmp_path / "whole/bert@0.zarr")
 
 
 @pytest.mark.parametrize("stage", ["dataset", "figures"])  # whose libraries keep caches there; others need none

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from conceptshare.errors import OutputError
-from conceptshare.files import FILE, SAE, Kind, check_replaceable, written_aside
+from conceptshare.errors import OutputError, StoreError
+from conceptshare.files import FILE, SAE, Kind, Unchanged, check_replaceable, written_aside
 
 FOLDER = Kind("a folder", "new|old|part|left over")
 
@@ -90,8 +90,8 @@ MAKE = """
 import sys
 from pathlib import Path
 from conceptshare.errors import MadeMeanwhileError
-from conceptshare.errors import OutputError
-from conceptshare.files import FILE, SAE, Kind, check_replaceable, written_aside
+from conceptshare.errors import OutputError, StoreError
+from conceptshare.files import FILE, SAE, Kind, Unchanged, check_replaceable, written_aside
 
 FOLDER = Kind("a folder", "new|old|part|left over")
 
@@ -282,3 +282,30 @@ def test_what_appears_while_a_result_is_made_stays_and_so_does_the_result(tmp_pa
         make()
     assert names_in(out) == ["thesis"]
     assert names_in(tmp_path / "result.partial") == ["new"]
+
+
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_an_input_that_is_replaced_is_an_error_whatever_else_went_wrong(tmp_path, as_folder):
+    given, out = tmp_path / "input", tmp_path / "result"
+    if as_folder:
+        given.mkdir()
+    file = given / "zarr.json" if as_folder else given
+
+    def make(replace, error=None):
+        file.write_text("old")
+        with written_aside(out, FILE) as partial, Unchanged(given):
+            partial.write_text("made")
+            if replace:
+                (tmp_path / "new").write_text("new")
+                (tmp_path / "new").rename(file)
+            if error is not None:
+                raise error
+
+    for error in (None, ValueError("a chunk is missing")):
+        with pytest.raises(StoreError, match="input: replaced by another process while it was read; run again"):
+            make(replace=True, error=error)
+        assert not out.exists()
+    with pytest.raises(ValueError, match="something else"):
+        make(replace=False, error=ValueError("something else"))
+    make(replace=False)
+    assert out.read_text() == "made"

@@ -210,7 +210,7 @@ def test_data_in_pickles_is_not_read(tmp_path, marker, name):
     (folder / name).write_bytes(pickle.dumps(Payload(marker)))
     with pytest.raises(DatasetError, match="cannot read"):
         make_dataset(DatasetSpec(source=str(folder / name)), tmp_path / "made")
-    with pytest.raises(DatasetError, match="cannot be read"):
+    with pytest.raises(DatasetError, match="no file that can be read"):
         make_dataset(DatasetSpec(source=str(folder)), tmp_path / "made")
 
 
@@ -218,7 +218,7 @@ def test_a_script_that_comes_with_data_is_not_run(tmp_path, marker):
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "folder.py").write_text(f"from pathlib import Path\nPath({str(marker)!r}).touch()\n")
-    with pytest.raises(DatasetError, match="cannot be read"):
+    with pytest.raises(DatasetError, match="no file that can be read"):
         make_dataset(DatasetSpec(source=str(folder)), tmp_path / "made")
 
 

@@ -19,7 +19,7 @@ from conceptshare.activations import KIND, TOKENS, Recorder, Share, describe, ke
 from conceptshare.dataset import Data
 from conceptshare.encoders import Encoder
 from conceptshare.errors import StoreError, StudyError
-from conceptshare.files import layer_name
+from conceptshare.files import Unchanged, layer_name
 from conceptshare.store import StoredArray, gone_on_with, new_rows, new_store, open_store, rows_of
 
 PART = "part"
@@ -68,6 +68,7 @@ def join_parts(parts: Sequence[Path], out: Path, tokens: Path) -> None:
     Raises:
         StoreError: where a part is missing or not whole, or they are not of one extraction.
     """
+    inputs = Unchanged(*parts)
     opened: list[tuple[Path, Any]] = [(path, open_store(path, PART)) for path in parts]
     opened.sort(key=lambda part: part[1].attrs["spec"]["part"])
     specs = [dict(store.attrs["spec"]) for _, store in opened]
@@ -88,7 +89,7 @@ def join_parts(parts: Sequence[Path], out: Path, tokens: Path) -> None:
     global_rows = [StoredArray(store, "global_rows", path)[first:stop] for path, store, first, stop in spans]
     described = {"name": out.stem, **{key: value for key, value in specs[0].items() if key != "parts"}}
     N, D = described["samples"], described["width"]
-    with new_store(out, KIND, described) as store, new_store(tokens, TOKENS, described) as token_store:
+    with new_store(out, KIND, described) as store, new_store(tokens, TOKENS, described) as token_store, inputs:
         save_index(token_store, "offsets", index)
         save_index(token_store, "global_rows", np.concatenate(global_rows))
         for layer in map(layer_name, described["layers"]):

@@ -32,7 +32,7 @@ from conceptshare.dataset import Data
 from conceptshare.device import default_device, full_float32
 from conceptshare.encoders import Batch, Encoder
 from conceptshare.errors import StoreError
-from conceptshare.files import EXAMPLES, layer_name, written_aside
+from conceptshare.files import EXAMPLES, Unchanged, layer_name, written_aside
 from conceptshare.progress import progress
 from conceptshare.reading import FEATURES, read_features
 from conceptshare.sae import TopKSAE, load_sae
@@ -93,6 +93,7 @@ def record_examples(encoder: Encoder, data: Data, features: Path, saes: Path, ou
             missing.
         EncoderError: where the encoder is not what its entry says.
     """
+    inputs = Unchanged(features)
     store: Any = open_store(features, FEATURES)
     spec: Any = store.attrs["spec"]
     wanted = {
@@ -116,7 +117,7 @@ def record_examples(encoder: Encoder, data: Data, features: Path, saes: Path, ou
         if record["digest"] != spec["made_from"]["saes"][str(layer)]:
             raise StoreError(f"{folder}: not the SAE of the features in {features}; run the features stage again")
         loaded[layer] = load_sae(folder, record)
-    with written_aside(out, EXAMPLES) as partial:
+    with written_aside(out, EXAMPLES) as partial, inputs:
         partial.mkdir()
         told = find_where_they_fire(encoder, data, loaded, tops, out.name, threads)
         schema = _IMAGES if encoder.spec.modality == "image" else _TEXTS

@@ -26,7 +26,7 @@ from torch import Tensor
 from conceptshare import activations
 from conceptshare.device import default_device, full_float32
 from conceptshare.errors import StoreError
-from conceptshare.files import layer_name
+from conceptshare.files import Unchanged, layer_name
 from conceptshare.progress import progress
 from conceptshare.reading import FEATURES
 from conceptshare.sae import TopKSAE, load_sae
@@ -71,13 +71,14 @@ def record_features(activation_store: Path, saes: Path, seed: int, out: Path) ->
         StoreError: where the activations or an SAE are missing or damaged, or do not fit each other.
         NumericsError: where a feature is not finite or does not fit float16.
     """
+    inputs = Unchanged(activation_store, *sorted(saes.glob(f"*/seed-{seed}")))
     source: Any = open_store(activation_store, activations.KIND)
     spec: Any = source.attrs["spec"]
     described = {key: spec.get(key) for key in ("name", "encoder", "weights", "content_hash", "samples", "layers")}
     found = _read_saes(saes, seed, spec)
     digests = {str(layer): sae["digest"] for layer, (_, sae) in found.items()}
     made_from = {"activations": source.attrs["digest"], "saes": digests}
-    with new_store(out, FEATURES, described | {"seed": seed, "made_from": made_from}) as store:
+    with new_store(out, FEATURES, described | {"seed": seed, "made_from": made_from}) as store, inputs:
         for layer in progress(spec["layers"], len(spec["layers"]), f"features of {out.stem}", "layers"):
             folder, sae_record = found[layer]
             sae = load_sae(folder, sae_record).to(default_device())

@@ -5,6 +5,8 @@ error before any work begins.
 """
 
 import errno
+import functools
+import hashlib
 import json
 import os
 import platform
@@ -57,7 +59,11 @@ def _begins(path: Path, magic: bytes) -> bool:
         return file.read(len(magic)) == magic
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _is_of_pages(script: Path) -> bool:
+    return script.is_file() and b"conceptshare" in script.read_bytes()
+
+
+def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one where it is missing or damaged."""
     try:
         content = json.loads(path.read_bytes())
@@ -67,15 +73,16 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 _SAE_FILES = r"(sae_weights\.safetensors|(cfg|metrics|manifest)\.json|(loss|density)\.csv|provenance\.json)"
-FILE = Kind("a file")
+FILE = Kind("a new result")
+"""Replaces a file, or nothing."""
 CSV = Kind("a CSV file", suffix=".csv")
 PARQUET = Kind("a Parquet file", suffix=".parquet", is_one=lambda path: _begins(path, b"PAR1"))
 PNG = Kind("a PNG file", suffix=".png", is_one=lambda path: _begins(path, b"\x89PNG"))
 PDF = Kind("a PDF file", suffix=".pdf", is_one=lambda path: _begins(path, b"%PDF"))
-ACCOUNT = Kind("a provenance record", suffix=".json", is_one=lambda path: "conceptshare" in _json(path))
+ACCOUNT = Kind("a provenance record", suffix=".json", is_one=lambda path: "conceptshare" in read_object(path))
 ACCOUNT_BESIDE = ACCOUNT._replace(suffix=f".{PROVENANCE}")
 ACCOUNT_PAGE = Kind("a provenance page", suffix=".html", is_one=lambda path: b"conceptshare" in path.read_bytes())
-WEIGHTS = Kind("a record of weights", suffix=".json", is_one=lambda path: "location" in _json(path))
+WEIGHTS = Kind("a record of weights", suffix=".json", is_one=lambda path: "location" in read_object(path))
 MODEL = Kind(
     "a model",
     r".*",
@@ -84,12 +91,14 @@ MODEL = Kind(
 DATASET = Kind(
     "a data set",
     r"samples\.arrow|manifest\.json",
-    is_one=lambda path: "content_hash" in _json(path / "manifest.json"),
+    is_one=lambda path: "content_hash" in read_object(path / "manifest.json"),
 )
-SAE = Kind("an SAE", _SAE_FILES, is_one=lambda path: "d_sae" in _json(path / "cfg.json"))
+SAE = Kind("an SAE", _SAE_FILES, is_one=lambda path: "d_sae" in read_object(path / "cfg.json"))
 SAES = Kind("a folder of SAEs", rf"layer-\d+/seed-\d+/{_SAE_FILES}")
 SPARSIFY = Kind(
-    "an SAE of sparsify's", r"sae\.safetensors|cfg\.json", is_one=lambda path: "num_latents" in _json(path / "cfg.json")
+    "an SAE of sparsify's",
+    r"sae\.safetensors|cfg\.json",
+    is_one=lambda path: "num_latents" in read_object(path / "cfg.json"),
 )
 CHECKPOINTS = Kind("a folder of checkpoints", r"of\.json|(partial|\d+)/(state|.+\.safetensors)")
 EXAMPLES = Kind("a folder of examples", r"(samples|layer-\d+)\.parquet|manifest\.json")
@@ -101,7 +110,7 @@ PAIR_PAGES = Kind("a folder of matches for pages", r"layer-\d+\.js")
 SITE = Kind(
     "a site of features",
     r"index\.html|style\.css|app\.js|study\.js|(data|samples)/.+",
-    is_one=lambda path: not any(path.glob("*.*")) or b"conceptshare" in (path / "app.js").read_bytes(),
+    is_one=lambda path: not any(path.glob("*.*")) or _is_of_pages(path / "app.js"),
 )
 
 
@@ -110,7 +119,7 @@ def store_kind(*names: str) -> Kind:
     return Kind(
         f"a store of {' or '.join(names)}",
         r"(.+/)?zarr\.json|.+/c(/\d+)*",
-        is_one=lambda path: (_json(path / "zarr.json").get("attributes") or {}).get("kind") in names,
+        is_one=lambda path: (read_object(path / "zarr.json").get("attributes") or {}).get("kind") in names,
     )
 
 
@@ -123,7 +132,7 @@ def check_replaceable(path: Path, kind: Kind) -> None:
     if path.name in ("", ".."):
         raise OutputError(f"{path}: a folder that cannot be replaced; name {kind.what} in it")
     if not path.name.endswith(kind.suffix):
-        raise OutputError(f"{path}: {kind.what} is written there; choose a name that ends in {kind.suffix}")
+        raise OutputError(f"{path}: {kind.what} is to be written there; choose a name that ends in {kind.suffix}")
     for parent in path.absolute().parents:
         if os.path.lexists(parent):
             if not parent.is_dir():
@@ -192,7 +201,7 @@ def written_aside(path: Path, kind: Kind = FILE, resume: bool = False, key: str 
         path: the result.
         kind: what it is, and may replace.
         resume: whether to go on with what an attempt that was killed left.
-        key: everything that the result depends on.
+        key: everything that the result depends on, but for the library's code.
 
     Raises:
         OutputError: where something is at ``path`` that is no result of that kind.
@@ -207,7 +216,7 @@ def written_aside(path: Path, kind: Kind = FILE, resume: bool = False, key: str 
 
 
 @contextmanager
-def renamed(path: Path, kind: Kind, resume: bool = False) -> Iterator[Path]:
+def renamed(path: Path, kind: Kind = FILE, resume: bool = False) -> Iterator[Path]:
     """As `written_aside`, where no other process can be making ``path``."""
     check_replaceable(path, kind)
     partial, replaced = (path.with_name(path.name + suffix) for suffix in (".partial", ".replaced.partial"))
@@ -216,8 +225,8 @@ def renamed(path: Path, kind: Kind, resume: bool = False) -> Iterator[Path]:
     remove(replaced)
     try:
         yield partial
-        # Only `MODEL` is written by others' code: the next attempt has to know its own result again.
-        if found := _other_than(partial, kind):
+        # The next attempt has to know its own result again. Only a `MODEL` is written by others' code.
+        if kind is not FILE and (found := _other_than(partial, kind)):
             raise OutputError(f"{partial}: {found} was written, and not {kind.what}; correct what writes it")
         _sync(partial)
     except BaseException as error:
@@ -238,14 +247,14 @@ def renamed(path: Path, kind: Kind, resume: bool = False) -> Iterator[Path]:
 
 
 class Unchanged:
-    """Notices that files which a result is made from are replaced by others while it is made.
+    """Notices that results which another is made from are replaced while it is made.
 
     What they are is noted when this is made, before anything is read. As a context, it compares at the beginning, which
     may come after a wait, and at the end, before the result gets its name.
     """
 
-    def __init__(self, *files: Path) -> None:
-        self._noted = {file: _identity(file) for file in files}
+    def __init__(self, *inputs: Path) -> None:
+        self._noted = {path: _contents(path) for path in inputs}
 
     def __enter__(self) -> None:
         self._compare(None)
@@ -255,9 +264,9 @@ class Unchanged:
             self._compare(error)
 
     def _compare(self, error: BaseException | None) -> None:
-        for file, noted in self._noted.items():
-            if noted is not None and _identity(file) != noted:
-                raise StoreError(f"{file}: replaced by another process while it was read; run again") from error
+        for path, noted in self._noted.items():
+            if _contents(path) != noted:
+                raise StoreError(f"{path}: replaced by another process while it was read; run again") from error
 
 
 class Lock:
@@ -276,7 +285,7 @@ class Lock:
             try:
                 self._lock.acquire(timeout=_SECONDS_BETWEEN_TRIES if waiting else 0)
             except Timeout:
-                holder = _json(self._file)  # nothing where it is just being written
+                holder = read_object(self._file)  # nothing where it is just being written
                 if not waiting or holder.get("who") != self._other.get("who"):
                     say(
                         f"{self._path}: waiting for {holder.get('who', 'another process')}, which is making it; to "
@@ -296,7 +305,7 @@ class Lock:
             MadeMeanwhileError: where the one that this process waited for made the same.
         """
         made = _identity(self._path) not in (None, self._before)
-        if key is not None and self._other.get("key") == key and made:
+        if key is not None and made and (self._other.get("key"), self._other.get("code")) == (key, _code()):
             raise MadeMeanwhileError(f"{self._path}: made by {self._other['who']} meanwhile")
         self._key = key
         if self._lock.is_locked:
@@ -314,7 +323,16 @@ class Lock:
         if job := os.getenv("SLURM_JOB_ID"):
             who += f" (Slurm job {job})"
         os.ftruncate(place, 0)
-        os.pwrite(place, json.dumps({"who": who, "key": self._key}).encode(), 0)
+        os.pwrite(place, json.dumps({"who": who, "key": self._key, "code": _code()}).encode(), 0)
+
+
+@functools.cache
+def _code() -> str:
+    """Tells this state of the library's code from others."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 _held: dict[Path, Lock] = {}
@@ -346,6 +364,14 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _contents(path: Path) -> Any:
+    """What tells a result from another of its name: itself, or the files right in its folder."""
+    if not path.is_dir():
+        return _identity(path)
+    files = (file for file in path.iterdir() if file.name != PROVENANCE and not file.name.startswith("."))
+    return {file.name: _identity(file) for file in files if not file.is_dir()}
 
 
 def _make_folder(folder: Path) -> None:

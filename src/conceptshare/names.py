@@ -30,7 +30,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from conceptshare import provenance
 from conceptshare.dataset import Data
 from conceptshare.errors import StoreError, StudyError
-from conceptshare.files import CSV, PARQUET, written_aside
+from conceptshare.files import CSV, PARQUET, Unchanged, written_aside
 from conceptshare.parquet import write_parquet
 from conceptshare.progress import progress, say
 from conceptshare.reading import FEATURES, FeatureArray, FeatureStatistics, read_features, read_statistics
@@ -170,6 +170,7 @@ def name_features(features: Path, data: Path, out: Path, command: str | None = N
         DatasetError: where the data set cannot be read.
         StudyError: where the command fails, or does not print a name for each feature.
     """
+    inputs = Unchanged(features, data)
     store: Any = open_store(features, FEATURES)
     spec: Any = store.attrs["spec"]
     samples = Data(data)
@@ -185,7 +186,7 @@ def name_features(features: Path, data: Path, out: Path, command: str | None = N
     for layer, block in progress(blocks, len(blocks), f"names of {member}", "blocks"):
         rows += _rows(layer, block, words, samples, names)
     table = pa.Table.from_pylist([dict(zip(_SCHEMA.names, row, strict=True)) for row in rows], _SCHEMA)
-    with written_aside(out, PARQUET) as partial:
+    with written_aside(out, PARQUET) as partial, inputs:
         write_parquet(table, partial, out.stem, {"features": {member: store.attrs["digest"]}})
         with written_aside(out.with_name(f"{out.stem}.clearest.csv"), CSV) as listed:
             _clearest(table.to_pandas()).to_csv(listed, index=False, float_format="%.6g", lineterminator="\n")

@@ -20,6 +20,7 @@ from torch import Tensor
 from conceptshare import activations, provenance
 from conceptshare.device import default_device
 from conceptshare.errors import NumericsError, StoreError
+from conceptshare.files import Unchanged
 from conceptshare.progress import progress
 from conceptshare.store import layer_array, open_store
 from conceptshare.tables import write_table
@@ -97,6 +98,7 @@ def compare_stores(path_a: Path, path_b: Path, out: Path) -> None:
         StoreError: where a store is not whole, or they are not of the same samples in the same order.
         NumericsError: where there are too few samples, or a layer has a value that is not finite.
     """
+    inputs = Unchanged(path_a, path_b)
     stores: list[Any] = [open_store(path, activations.KIND) for path in (path_a, path_b)]
     specs = [dict(store.attrs["spec"]) for store in stores]
     if specs[0]["content_hash"] != specs[1]["content_hash"]:
@@ -121,8 +123,9 @@ def compare_stores(path_a: Path, path_b: Path, out: Path) -> None:
     table.attrs["activations"] = {
         spec["name"]: store.attrs["digest"] for spec, store in zip(specs, stores, strict=True)
     }
-    provenance.record(out)
-    write_table(table, out)
+    with inputs:
+        provenance.record(out)
+        write_table(table, out)
 
 
 @dataclass(frozen=True)

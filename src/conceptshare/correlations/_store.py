@@ -12,7 +12,7 @@ from conceptshare.correlations._arrays import sample_count
 from conceptshare.correlations._engine import Full, Kept, max_correlations
 from conceptshare.correlations._influence import Encoder, influences
 from conceptshare.errors import StoreError
-from conceptshare.files import FILE, layer_name, renamed
+from conceptshare.files import FILE, Unchanged, layer_name, renamed
 from conceptshare.reading import CORRELATIONS, FEATURES, FeatureArray, MaxCorrelations, PairCorrelations
 from conceptshare.store import gone_on_with, layer_array, new_array, new_store, open_store, save_array
 
@@ -48,6 +48,7 @@ def correlate_stores(
             samples in the same order.
         NumericsError: where a feature is not finite, or there is but one sample.
     """
+    inputs = Unchanged(path_a, path_b)
     a, b = FeatureStore(path_a), FeatureStore(path_b)
     check_pair(a, b)
     described = {
@@ -64,7 +65,7 @@ def correlate_stores(
     }
     for layer_a, layer_b in full:
         a.position(layer_a), b.position(layer_b)
-    with new_store(out, CORRELATIONS, described, resume=True) as store:
+    with new_store(out, CORRELATIONS, described, resume=True) as store, inputs:
         progress = _Progress(Path(store.store.root) / _PROGRESS)  # type: ignore[attr-defined]
         with gone_on_with(out):
             matrices = {

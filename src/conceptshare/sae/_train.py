@@ -21,7 +21,7 @@ from conceptshare.activations import TokenReader
 from conceptshare.ahead import in_order
 from conceptshare.device import default_device, full_float32
 from conceptshare.errors import NumericsError, StoreError
-from conceptshare.files import SAE, written_aside
+from conceptshare.files import SAE, Unchanged, written_aside
 from conceptshare.progress import progress, say
 from conceptshare.sae import _order
 from conceptshare.sae._checkpoints import PREEMPTED, Checkpoints, asked_to_stop
@@ -186,6 +186,7 @@ def train_sae(token_store: Path, layer: int, settings: SAESettings, seed: int, o
         MadeMeanwhileError: where another process made the same folder while this one waited for it.
         SystemExit: with the status PREEMPTED, after SIGTERM.
     """
+    inputs = Unchanged(token_store)
     tokens = TokenReader.open(token_store, layer)
     if not len(tokens):
         raise StoreError(f"{token_store}: no samples in it; run the activations stage again")
@@ -193,7 +194,7 @@ def train_sae(token_store: Path, layer: int, settings: SAESettings, seed: int, o
     key = {"settings": settings.model_dump(mode="json"), "seed": seed, "layer": layer, "made_from": tokens.made_from}
     checkpoints = Checkpoints(out.with_name(out.name + ".checkpoints"), key)
     batch_samples = settings.samples_a_step(tokens.modality)
-    with written_aside(out, SAE, key=checkpoints.key) as folder:
+    with written_aside(out, SAE, key=checkpoints.key) as folder, inputs:
         sae, losses = train(tokens, settings, origin.mixed_seed(), batch_samples, str(origin), checkpoints)
         batches = _order.measured(len(tokens), settings)
         measured = evaluate(sae, (tokens.read(batch) for batch in batches))
