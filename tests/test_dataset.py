@@ -1127,7 +1127,7 @@ def test_whatever_a_file_holds_its_row_is_a_picture_or_dropped_with_a_reason_and
         warnings.simplefilter("ignore")
         first, second = (make(images, captions, name=name, max_dropped=1.0, max_pixels=100_000) for name in "ab")
         assert first.content_hash == second.content_hash
-        own = {key: first.manifest[key] for key in ("source", "digest")}
+        own = {key: first.manifest[key] for key in ("settings", "source", "digest")}
         assert first.manifest == second.manifest | own
         kept, dropped = first.ids(), {d["row"]: d["reason"] for d in first.manifest["dropped"]}
         assert sorted([*(int(id_) for id_ in kept), *dropped]) == list(range(1500))

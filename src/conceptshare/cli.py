@@ -13,7 +13,8 @@ from filelock import FileLock
 
 from conceptshare import provenance
 from conceptshare.catalog import CATALOG, DatasetSpec, EncoderSpec, ModelSpec, complete, parse, parse_yaml, read_catalog
-from conceptshare.errors import ConceptshareError, MadeMeanwhileError, StudyError, refusal
+from conceptshare.differences import differences, in_words
+from conceptshare.errors import ConceptshareError, MadeMeanwhileError, StoreError, StudyError, refusal
 from conceptshare.files import (
     ACCOUNT,
     ACCOUNT_BESIDE,
@@ -40,7 +41,7 @@ from conceptshare.files import (
     store_kind,
 )
 from conceptshare.plan import Rates, make_plan, plan_as_json, plan_as_text
-from conceptshare.study import PairSettings, SAESettings, load_study
+from conceptshare.study import PairSettings, SAESettings, load_study, study_of
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -451,7 +452,7 @@ def correlations(
 def similarity(
     a: Annotated[Path, typer.Argument(help="An activation store.")],
     b: Annotated[Path, typer.Argument(help="Another of the same samples.")],
-    out: Annotated[Path, _out(CSV, ACCOUNT_BESIDE)],
+    out: Annotated[Path, _out(CSV, PARQUET, ACCOUNT_BESIDE)],
     threads: Threads = 1,
     gpus: GPUs = None,
 ) -> None:
@@ -522,12 +523,20 @@ Members = Annotated[str, typer.Option(help="JSON list of members.")]
 
 
 @app.command("provenance")
-def study_provenance(out: Annotated[Path, _out(ACCOUNT, ACCOUNT_PAGE)]) -> None:
+def study_provenance(
+    out: Annotated[Path, _out(ACCOUNT, ACCOUNT_PAGE)],
+    results: Annotated[
+        Path, typer.Option(help="The folder of all results. Those with other settings than the study's are an error.")
+    ] = Path("results"),
+) -> None:
     """Write down a study, which is read as JSON from standard input, with the versions and the machine it is run on.
 
     Beside the file, a page of the same is written to read, with the suffix .html.
     """
-    provenance.record_study(sys.stdin.read(), out)
+    key = sys.stdin.read()
+    if found := in_words(differences(study_of(key), results)):
+        raise StoreError(f"results were made with other settings than the study's:\n{found}")
+    provenance.record_study(key, out)
 
 
 @metrics_app.command("matrix")

@@ -31,7 +31,7 @@ from PIL import Image, UnidentifiedImageError
 
 from conceptshare import provenance
 from conceptshare.ahead import in_order
-from conceptshare.catalog import DatasetSpec
+from conceptshare.catalog import TOLD_ONLY, DatasetSpec, canonical
 from conceptshare.download import HOPELESS, Downloads, Failure, UnusableError
 from conceptshare.errors import DatasetError
 from conceptshare.files import DATASET, written_aside
@@ -187,6 +187,7 @@ def make_dataset(spec: DatasetSpec, out: Path) -> None:
             _check_share(spec, len(samples), dropped)
             content_hash, checksums = samples.shuffle(folder / "samples.arrow", spec.order_seed)
         manifest = {
+            "settings": json.loads(canonical(spec, set(DatasetSpec.model_fields) - TOLD_ONLY)),
             "source": spec.source,
             "revision": source.revision,
             **({} if source.configuration is None else {"configuration": source.configuration}),

@@ -61,7 +61,7 @@ _job: _Job | None = None
 def begin(arguments: Sequence[str]) -> None:
     """Let all that is recorded from now on tell these arguments of the command line, and count time from here."""
     global _job
-    _job = _Job([_shown(text) for text in arguments], datetime.now(UTC), time.monotonic())
+    _job = _Job([shown(text) for text in arguments], datetime.now(UTC), time.monotonic())
 
 
 def record(result: Path) -> None:
@@ -79,7 +79,7 @@ def record_study(study: str, out: Path) -> None:
 
     The page has the suffix ``.html``.
     """
-    account = {"study": json.loads(_shown(study)), **surroundings()}
+    account = {"study": json.loads(shown(study)), **surroundings()}
     _write(out, ACCOUNT, json.dumps(account, indent=1) + "\n")
     _write(out.with_suffix(".html"), ACCOUNT_PAGE, as_page(account))
 
@@ -115,7 +115,7 @@ def _write(path: Path, kind: Kind, content: str) -> None:
         partial.write_text(content, encoding="utf-8")
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """An argument without the folders that lead to the project, and without the user's home."""
     for folder, short in ((Path.cwd(), "."), (Path.home(), "~")):
         if folder != Path(folder.anchor):

@@ -632,6 +632,15 @@ def build_study(config: dict[str, Any], origin: str, catalog: Path = CATALOG) ->
     return study
 
 
+def study_of(key: str) -> Study:
+    """The study that `Study.study_key` is of."""
+    given = json.loads(key)
+    if given["preset"] == "reference":
+        given["encoders"] = {name.removesuffix(_REFERENCE_SUFFIX): spec for name, spec in given["encoders"].items()}
+    study: Study = parse(Study, given, "")
+    return study
+
+
 def sorted_pair(a: Member, b: Member) -> tuple[Member, Member]:
     """Two members in their one order, whichever way round they were named."""
     return (a, b) if a <= b else (b, a)

@@ -1,5 +1,6 @@
 """What Snakemake does when it is killed or started twice, when clocks are wrong, and when results cannot be written."""
 
+import json
 import os
 import shutil
 import signal
@@ -133,3 +134,115 @@ def test_results_that_cannot_be_written_are_one_message(new_study):
     assert "Permission denied: 'results/" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert list(results.iterdir()) == []
+
+
+def changed(*keys, to):
+    """A change of one key of a config."""
+
+    def change(config):
+        for key in keys[:-1]:
+            config = config[key]
+        config[keys[-1]] = to
+
+    return change
+
+
+CHANGES = [
+    (changed("datasets", "squares", "order_seed", to=3), "squares/data: made with order_seed: 0, not 3"),
+    (
+        changed("encoders", "viewer", "precision", to="bfloat16"),
+        "activations/viewer.zarr: made with precision: float32, not",
+    ),
+    (changed("saes", "tiny", "k", to=5), "saes/tiny/reader: made with k: 4, not 5"),
+    (changed("correlations", "precision", to="bfloat16"), "reader@1.zarr: made with precision: float32, not bfloat16"),
+    (changed("names", to={"command": "true"}), "names/tiny/reader@0.parquet: made with names.command: , not true"),
+    (
+        changed("analyses", "sharedness", "own", "pictured", to=2),
+        "studies/miniature: made with analyses.sharedness.own.pictured: 6, not 2",
+    ),
+]
+
+
+def test_changed_settings_are_told_where_snakemake_cannot_know_of_them(study):
+    """That is without its notes, and with notes of what another checkout has replaced since."""
+    assert study.plan() == {}
+    before, notes = study.config, study.folder / ".snakemake"
+    for change, _ in CHANGES:
+        study.config = before
+        config = study.config
+        change(config)
+        study.config = config
+        assert study.plan() != {}  # with its notes, it makes again what has changed
+    shutil.rmtree(notes)
+    study.config = before
+    assert study.plan() == {}
+    for change, told in CHANGES:
+        study.config = before
+        config = study.config
+        change(config)
+        study.config = config
+        refused = study.run("--cores", "1", "-n")
+        assert refused.returncode == 1
+        assert told in refused.stdout + refused.stderr
+        assert "delete these and run again" in refused.stdout + refused.stderr
+    # What the message says helps.
+    shutil.rmtree(study.folder / "results/studies/miniature")
+    assert study.plan()["figures_sharedness"] == 2
+
+
+def test_the_account_of_a_study_tells_of_no_settings_that_a_result_was_not_made_with(study):
+    store = study.folder / "results/squares/correlations/tiny/reader@0__viewer@0.zarr/zarr.json"
+    store.write_text(store.read_text().replace('"float32"', '"bfloat16"'))
+    account = study.folder / "results/studies/miniature/provenance.json"
+    given = json.dumps(json.loads(account.read_text())["study"])
+    command = [sys.executable, "-m", "conceptshare", "provenance", "--out", "new/provenance.json"]
+    refused = subprocess.run(
+        command, cwd=study.folder, env=study.environment, input=given, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 1
+    assert "reader@0__viewer@0.zarr: made with precision: bfloat16, not float32" in refused.stderr
+    assert not (study.folder / "new").exists()
+
+
+def test_what_a_study_no_longer_makes_is_removed_and_nothing_else(study):
+    folder, config = study.folder / "results/studies/miniature", study.config
+    tables, note, foreign = folder / "squares/tiny", folder / "note.txt", folder / "squares/tiny/pairs/mine.csv"
+    note.write_text("mine")
+    foreign.write_text("mine")
+    gone = {*tables.glob("layerwise/seeds.*"), *tables.glob("sharedness/own.*"), *tables.glob("overlaps.*")}
+    gone |= set(folder.glob("pages/data/squares/tiny/pairs/*/*"))  # of the layerwise analysis
+    assert len(gone) > 12
+    kept = {path for path in folder.rglob("*") if path.is_file()} - gone
+    del config["analyses"]["layerwise"], config["analyses"]["sharedness"]["own"]
+    study.config = config
+    done = study.run("--cores", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    left = {path for path in folder.rglob("*") if path.is_file()}
+    assert not left & gone
+    assert not (tables / "layerwise").exists()
+    assert kept <= left
+    assert f"{foreign.relative_to(study.folder)}: not of this study" in done.stderr
+    assert note.read_text() == foreign.read_text() == "mine"
+    assert study.plan() == {}
+
+
+@pytest.mark.usefixtures("own_disks")
+def test_a_disk_that_is_full_when_a_job_starts_is_told(new_study):
+    (new_study.folder / "results").mkdir()
+    command = f"""
+        mount -t tmpfs -o size=256k disk results
+        mkdir -p results/logs/weights
+        head -c 1000000 /dev/zero > results/fill
+        {SNAKEMAKE} --cores 1 results/weights/reader.json
+    """
+    refused = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", command],
+        cwd=new_study.folder,
+        env=new_study.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode == 1
+    assert "error: results: the disk is full; make room and run again" in refused.stderr
+    assert "Traceback" not in refused.stderr

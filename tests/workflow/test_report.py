@@ -73,7 +73,7 @@ def test_the_rule_graph_has_every_rule_that_ran_with_its_command(told, finished)
     assert {node["rule"] for node in nodes} == ran.keys()
     among = {(link["sourcerule"], link["targetrule"]) for link in links + direct}
     assert {("dataset", "activations"), ("features", "correlations"), ("metrics_matrix", "figures_matrix")} <= among
-    assert {target for _, target in among} == ran.keys() - {"dataset", "weights", "provenance"}
+    assert {target for _, target in among} == ran.keys() - {"dataset", "weights"}
     assert {rule: told["rules"][rule]["n_jobs"] for rule in told["rules"]} == {
         r: n for r, n in ran.items() if r != "all"
     }

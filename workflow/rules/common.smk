@@ -6,12 +6,15 @@ import json
 import os
 import re
 import sys
+import tempfile
+from base64 import urlsafe_b64encode
 from pathlib import Path
 from shlex import quote
 
 import conceptshare
 from conceptshare.catalog import is_path, local_path
-from conceptshare.errors import ConceptshareError
+from conceptshare.differences import differences, in_words
+from conceptshare.errors import ConceptshareError, refusal
 from conceptshare.files import layer_name
 from conceptshare.study import Member, as_member, build_study, encoder_pairs, pair_name, sorted_pair
 from snakemake.exceptions import WorkflowError
@@ -39,6 +42,65 @@ except ConceptshareError as error:
 
 # Worked out once: it takes all pairs, and each member's pages ask for theirs.
 COMPARISONS = STUDY.comparisons()
+
+
+def noted(file):
+    """What Snakemake noted when it made a file; nothing where it has no notes of it."""
+    name = urlsafe_b64encode(str(file).encode()).decode()
+    longest = os.pathconf(".", "PC_NAME_MAX") - 1
+    *folders, last = [name[n : n + longest] for n in range(0, len(name), longest)]
+    try:
+        return json.loads(Path(".snakemake/metadata", *(f"@{folder}" for folder in folders), last).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def check_settings():
+    """Refuse results of other settings than the study's, but for those that Snakemake is going to make again."""
+    found = differences(STUDY, Path("results"))
+    unseen = [one for one in found if not noted(one.file) or repr(one.key) in noted(one.file).get("params", [])]
+    if unseen:
+        raise WorkflowError(
+            "Results were made with other settings than the study's, and Snakemake has no record that tells (.snakemake "
+            f"was deleted, or they were copied here):\n{in_words(unseen)}"
+        )
+
+
+if workflow.is_main_process:
+    check_settings()
+
+
+def remove_left_over():
+    """Remove what this workflow wrote into the study's folder and no longer makes, as of an encoder that was removed."""
+    jobs = list(workflow.dag.jobs)
+    if all(job.rule.name != "all" for job in jobs):
+        return
+    made = {Path(file) for job in jobs for file in job.output}
+    study = Path("results/studies", STUDY.study)
+    files = [path for path in study.rglob("*") if path.is_file() and made.isdisjoint({path, *path.parents})]
+    ours = {path for path in files if any(noted(place) for place in (path, *path.parents))}
+    for path in ours:
+        path.unlink()
+        print(f"{path}: removed, as the study no longer makes it", file=sys.stderr)
+    for folder in sorted({parent for path in ours for parent in path.parents}, reverse=True):
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    for path in sorted(set(files) - ours):
+        if path.suffix in {".csv", ".parquet", ".png", ".pdf", ".js"}:
+            print(
+                f"{path}: not of this study, and not known to be of a former one; is it still needed?", file=sys.stderr
+            )
+
+
+def say_what_refuses_to_be_written():
+    """Say why a job may have failed that could not even write to its log."""
+    try:
+        with tempfile.NamedTemporaryFile(dir="results") as file:
+            file.write(bytes(2**20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        print(f"error: results: {refusal(error) or error}", file=sys.stderr)
 
 
 def code(*names):
@@ -267,9 +329,8 @@ def analysis_names():
 
 
 def study_results():
-    """Every table and figure of the study, and how they came about."""
-    results = [f"results/studies/{STUDY.study}/provenance.{suffix}" for suffix in ("json", "html")]
-    results += pages() if STUDY.members() else []
+    """Every table, figure and page of the study."""
+    results = pages() if STUDY.members() else []
     for dataset in STUDY.datasets:
         files = [file for name in STUDY.analyses.matrices for file in matrix_files(name, dataset)]
         files += [f"layerwise/{name}.{suffix}" for name in STUDY.analyses.layerwise for suffix in ("csv", "png")]

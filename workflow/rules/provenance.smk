@@ -1,9 +1,12 @@
 # The study that the tables and figures in a folder are of, with the versions and the machine that it was started with.
+# It is written last, so that it never tells of results that are still to be made.
 localrules:
     provenance,
 
 
 rule provenance:
+    input:
+        study_results(),
     output:
         json=report(
             "results/studies/{study}/provenance.json",
