@@ -437,7 +437,8 @@ def test_named_features_and_those_at_the_top_of_two_rankings_are_drawn_by_one_co
     tmp_path, data, drawn, unsaved, write_features, rng
 ):
     """The paper's Figure 2 shows features of two rankings, its Figures 3 and 4 features that people chose."""
-    store = write_features(tmp_path, "clip_image@0", {3: rng.random((len(CAPTIONS), 8))})
+    x = {3: rng.random((len(CAPTIONS), 8))}
+    store = write_features(tmp_path, "clip_image@0", x, content_hash=data.content_hash)
     table = ranking(8).assign(top=np.arange(8) < 4)
     other = table.assign(feature=[5, 3, 6, 2, 7, 4, 1, 0])
     for name, written in (("a", table), ("b", other), ("c", other.assign(source="bert@0")), ("d", table[::-1])):
@@ -449,10 +450,15 @@ def test_named_features_and_those_at_the_top_of_two_rankings_are_drawn_by_one_co
         result = CliRunner().invoke(app, [str(word) for word in command])
         if result.exception:
             return str(result.exception)
-        headings = [words for words in written_on(drawn.pop()) if words.startswith("#") and "feature" in words]
+        written = written_on(drawn.pop())
+        headings = [words for words in written if words.startswith("#") and "feature" in words]
+        assert written.count("no clear name") == len(headings) * ("--names" in options)
         return [int(words.split("feature ")[1].split()[0]) for words in headings]
 
     assert draw() == [7, 6, 5, 4, 3, 2]
+    made = ["names", "--features", store, "--data", tmp_path / "data", "--out", tmp_path / "names.parquet"]
+    assert CliRunner().invoke(app, [str(word) for word in made]).exit_code == 0
+    assert draw("--names", tmp_path / "names.parquet") == [7, 6, 5, 4, 3, 2]
     assert draw("--feature", 0, "--feature", 6, "--samples", 100) == [6, 0]
     assert draw("--also-top-of", tmp_path / "b.parquet") == [6, 5]
     assert draw("--also-top-of", tmp_path / "b.parquet", "--feature", 5) == [5]
