@@ -208,7 +208,7 @@ def weights(
     if not load:
         fetch_weights(_spec(ModelSpec, "encoders", encoder), out)
         return
-    _use(None, gpus=0)  # a GPU of this machine may be at work for a job
+    _use_gpus(0)  # a GPU of this machine may be at work for a job
     spec: EncoderSpec = _spec(EncoderSpec, "encoders", encoder)
 
     def check(location: Path) -> None:
@@ -246,7 +246,8 @@ def activations(
     from conceptshare.dataset import Data
     from conceptshare.encoders import load_encoder
 
-    _use(threads, gpus)
+    _use_threads(threads)
+    _use_gpus(gpus)
     numbers = _numbers_of_part(part)
     if (tokens is None) == (numbers is None):
         raise StudyError("activations: give --tokens for all samples, or --part for some, and not both")
@@ -291,7 +292,8 @@ def sae_train(
     """Train a sparse autoencoder on one layer."""
     from conceptshare.sae import train_sae
 
-    _use(threads, gpus)
+    _use_threads(threads)
+    _use_gpus(gpus)
     train_sae(tokens, layer, parse(SAESettings, parse_yaml(settings, "--settings"), "settings"), seed, out)
 
 
@@ -349,7 +351,8 @@ def stream(
     from conceptshare.encoders import load_encoder
     from conceptshare.sae import train_stream
 
-    _use(threads, gpus)
+    _use_threads(threads)
+    _use_gpus(gpus)
     spec = _spec(EncoderSpec, "encoders", encoder)
     chosen = parse(SAESettings, parse_yaml(settings, "--settings"), "settings")
     train_stream(load_encoder(spec, weights), Data(data), chosen, sorted(set(seeds)), saes, activations, workers)
@@ -367,7 +370,8 @@ def features(
     """Record the SAE features of every sample's global token."""
     from conceptshare.features import record_features
 
-    _use(threads, gpus)
+    _use_threads(threads)
+    _use_gpus(gpus)
     record_features(activations, saes, seed, out)
 
 
@@ -402,7 +406,7 @@ def examples(
     from conceptshare.encoders import load_encoder
     from conceptshare.examples import record_examples
 
-    _use(None, gpus)
+    _use_gpus(gpus)
     loaded = load_encoder(_spec(EncoderSpec, "encoders", encoder), weights)
     record_examples(loaded, Data(data), features, saes, out, threads)
 
@@ -439,7 +443,8 @@ def correlations(
     """Find each feature's best match in the other encoder, for every pair of layers, in both directions."""
     from conceptshare.correlations import correlate_stores
 
-    _use(threads, gpus)
+    _use_threads(threads)
+    _use_gpus(gpus)
     for entry in full:
         if not re.fullmatch(r"\d+:\d+", entry):
             raise StudyError(f"--full {entry}: write LAYER_A:LAYER_B, such as 3:5")
@@ -459,7 +464,8 @@ def similarity(
     """Compare the global tokens of two encoders, for every pair of layers: CKA and mutual nearest neighbours."""
     from conceptshare.similarity import compare_stores
 
-    _use(threads, gpus)
+    _use_threads(threads)
+    _use_gpus(gpus)
     compare_stores(a, b, out)
 
 
@@ -479,7 +485,7 @@ def wmppc(
     """
     from conceptshare.ask import wmppc_between
 
-    _use(threads)
+    _use_threads(threads)
     table = wmppc_between(a, b, _bytes(memory_mb), precision)
     typer.echo(table.to_json(orient="records") if as_json else table.to_string(index=False, float_format="%.4f"))
 
@@ -504,7 +510,7 @@ def sharedness(
     from conceptshare.ask import sharedness_of
     from conceptshare.tables import write_table
 
-    _use(threads)
+    _use_threads(threads)
     table = sharedness_of(source, shared_with, not_shared_with)
     if out is not None:
         write_table(table, out)
@@ -889,14 +895,16 @@ def _bytes(megabytes: int | None) -> int | None:
     return None if megabytes is None else megabytes * 2**20
 
 
-def _use(threads: int | None, gpus: int | None = None) -> None:
-    """Compute with so many threads, and on the device that `conceptshare.device` chooses, which is logged."""
+def _use_threads(threads: int) -> None:
     import torch
 
+    torch.set_num_threads(threads)
+
+
+def _use_gpus(gpus: int | None) -> None:
+    """Let a job compute on the device that `conceptshare.device` chooses, or on the CPU for 0 GPUs, and log it."""
     from conceptshare.device import DEVICE, log_device
 
-    if threads is not None:
-        torch.set_num_threads(threads)
     if gpus == 0:
         os.environ[DEVICE] = "cpu"
     log_device()
