@@ -77,7 +77,7 @@ class Checkpoints:
                 continue
             for name, trainer in trainers.items():
                 trainer.restore(load_file(files[_file_name(name)]))
-            return int(checkpoint.name)
+            return next(iter(trainers.values())).step
         return 0
 
     def remove(self) -> None:
