@@ -428,7 +428,7 @@ def test_features_of_a_ranking_have_their_names_and_the_groups(tmp_path, data, d
     colour = {text.get_text(): text.get_color() for text, _ in visible_texts(drawn[0])}
     assert (colour["flag, $x_1$"], colour["perhaps cat"], colour["no clear name"]) == ("black", "0.45", "0.45")
     written = written_on(drawn[0])
-    assert "and not with (H): dinov2@0" in written
+    assert "more than with (H): dinov2@0" in written
     assert written[1].startswith(f"shared with (G): {members[0]}")
 
 

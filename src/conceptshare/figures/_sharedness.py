@@ -83,7 +83,7 @@ def draw_sharedness(
         heading = _wrapped(title, width - 2 * _MARGIN, 4, 9, "bold").splitlines()
         groups = [
             line
-            for words, column in (("shared with (G)", "shared_with"), ("and not with (H)", "not_shared_with"))
+            for words, column in (("shared with (G)", "shared_with"), ("more than with (H)", "not_shared_with"))
             if column in table
             for line in _wrapped(f"{words}: {table[column][0]}", width - 2 * _MARGIN, 6, 7.5).splitlines()
         ]
