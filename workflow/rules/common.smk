@@ -15,7 +15,7 @@ import conceptshare
 from conceptshare.catalog import is_path, local_path
 from conceptshare.differences import differences, in_words
 from conceptshare.errors import ConceptshareError, refusal
-from conceptshare.files import layer_name
+from conceptshare.files import layer_name, read_object
 from conceptshare.study import Member, as_member, build_study, encoder_pairs, pair_name, sorted_pair
 from snakemake.exceptions import WorkflowError
 from snakemake.io import contains_wildcard
@@ -44,21 +44,26 @@ except ConceptshareError as error:
 COMPARISONS = STUDY.comparisons()
 
 
-def noted(file):
-    """What Snakemake noted when it made a file; nothing where it has no notes of it."""
+def record_of(kind, file):
+    """The file in which Snakemake notes something of an output: its ``metadata``, or that it is ``incomplete``."""
     name = urlsafe_b64encode(str(file).encode()).decode()
     longest = os.pathconf(".", "PC_NAME_MAX") - 1
     *folders, last = [name[n : n + longest] for n in range(0, len(name), longest)]
-    try:
-        return json.loads(Path(".snakemake/metadata", *(f"@{folder}" for folder in folders), last).read_text())
-    except (OSError, ValueError):
-        return {}
+    return Path(".snakemake", kind, *(f"@{folder}" for folder in folders), last)
+
+
+def is_made_again(difference):
+    """Whether Snakemake is going to make a result again: it did not see it completed, or noted other parameters."""
+    if record_of("incomplete", difference.file).exists():
+        return True
+    params = read_object(record_of("metadata", difference.file)).get("params")
+    return params is not None and repr(difference.key) not in params
 
 
 def check_settings():
     """Refuse results of other settings than the study's, but for those that Snakemake is going to make again."""
     found = differences(STUDY, Path("results"))
-    unseen = [one for one in found if not noted(one.file) or repr(one.key) in noted(one.file).get("params", [])]
+    unseen = [one for one in found if not is_made_again(one)]
     if unseen:
         raise WorkflowError(
             "Results were made with other settings than the study's, and Snakemake has no record that tells (.snakemake "
@@ -78,7 +83,7 @@ def remove_left_over():
     made = {Path(file) for job in jobs for file in job.output}
     study = Path("results/studies", STUDY.study)
     files = [path for path in study.rglob("*") if path.is_file() and made.isdisjoint({path, *path.parents})]
-    ours = {path for path in files if any(noted(place) for place in (path, *path.parents))}
+    ours = {path for path in files if any(record_of("metadata", place).exists() for place in (path, *path.parents))}
     for path in ours:
         path.unlink()
         print(f"{path}: removed, as the study no longer makes it", file=sys.stderr)
