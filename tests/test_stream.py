@@ -305,7 +305,7 @@ def test_an_activation_that_is_not_finite_is_an_error_that_leaves_nothing(encode
 
 
 def test_a_training_that_diverges_is_an_error_that_names_layer_and_seed(encoder_of, data_folder, tmp_path):
-    settings = SAESettings(**{**SETTINGS, "learning_rate": 1e30})
+    settings = SAESettings(**SETTINGS).model_copy(update={"learning_rate": 1e30})  # more than a study may say
     with pytest.raises(NumericsError, match=r"tiny layer 0 seed 0: the loss is not finite from step \d on"):
         streamed(encoder_of(models.bert), Data(data_folder), settings, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
