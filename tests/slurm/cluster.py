@@ -94,8 +94,8 @@ class Cluster:
         devices = f"NodeName={host} Name=gpu Type=fake File={self._folder}/devices/gpu[0-{GPUS - 1}]\n"
         (self._folder / "gres.conf").write_text(devices)
         srun = self._folder / "bin" / "srun"
-        # Nodes compute on the CPU, as no GPU is behind the devices, unless what was submitted says otherwise.
-        chosen = 'export CONCEPTSHARE_DEVICE="${CONCEPTSHARE_DEVICE-cpu}"'
+        # Nodes compute on the CPU, as no GPU is behind the devices, unless a test says otherwise.
+        chosen = 'export CONCEPTSHARE_DEVICE="${DEVICE_OF_NODES-cpu}"'
         call = f'SLURM_CONF={self._folder}/slurm.conf exec {shutil.which("srun")} "$@"'
         srun.write_text(f"#!/bin/sh\n{chosen}\n{call}\n")
         srun.chmod(0o755)
