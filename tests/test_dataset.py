@@ -414,8 +414,11 @@ def test_making_it_again_gives_the_same_bytes(make, tmp_path):
 
 
 def test_data_that_is_missing_or_damaged_is_refused(make, tmp_path):
-    with pytest.raises(DatasetError, match="no readable data set"):
-        AsRead(tmp_path / "absent")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "manifest.json").write_text('{"kind": "sae"}')
+    for folder in ("absent", "others"):
+        with pytest.raises(DatasetError, match=r"no readable data set .*; name a folder that the dataset stage made"):
+            AsRead(tmp_path / folder)
     make()
     samples, manifest = tmp_path / "made" / "samples.arrow", tmp_path / "made" / "manifest.json"
     content = samples.read_bytes()
@@ -426,7 +429,7 @@ def test_data_that_is_missing_or_damaged_is_refused(make, tmp_path):
     text = manifest.read_text()
     manifest.write_text(text.replace('"rows": 5', '"rows": 6'))
     with pytest.raises(
-        DatasetError, match=r"manifest\.json is not as this version wrote it; delete the folder and run"
+        DatasetError, match=r"manifest\.json is not as this version wrote it\); delete the folder and run"
     ):
         AsRead(tmp_path / "made")
     manifest.write_text(text)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from conceptshare import seals
 from conceptshare.cli import app
 from conceptshare.errors import StoreError
 from conceptshare.exchange import export_to_sparsify, import_sae
@@ -593,6 +594,18 @@ def test_info_of_a_folder_without_an_sae_is_one_message(tmp_path):
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr.startswith(f"error: {tmp_path}: no readable SAE there")
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "record", ['{"content_hash": "of a data set"}', seals.sealed({"files": {}, "features": {}}), None]
+)
+@pytest.mark.parametrize("read", [describe_sae, load_sae])
+def test_of_a_folder_that_is_no_sae_nothing_is_said_to_be_deleted(tmp_path, record, read):
+    if record is not None:
+        (tmp_path / "manifest.json").write_text(record if isinstance(record, str) else json.dumps(record))
+    with pytest.raises(StoreError, match=r"; name (a|another) folder") as refused:
+        read(tmp_path)
+    assert "delete" not in str(refused.value)
 
 
 def test_info_needs_no_torch(measured):

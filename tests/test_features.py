@@ -150,7 +150,7 @@ def nothing_written(tmp_path):
 
 
 def test_a_missing_sae_is_named_and_nothing_is_written(stage, tmp_path):
-    with pytest.raises(StoreError, match=r"saes/layer-00/seed-8: manifest\.json is missing"):
+    with pytest.raises(StoreError, match=r"saes/layer-00/seed-8: no such folder; run the sae stage"):
         record_features(stage[0], tmp_path / "saes", 8, tmp_path / "vit@8.zarr")
     assert nothing_written(tmp_path)
 

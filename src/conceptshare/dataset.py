@@ -52,6 +52,7 @@ _SCHEMA = pa.schema(
     ]
 )
 _REMEDY = "delete the folder and run the dataset stage again"
+_ELSEWHERE = "name a folder that the dataset stage made"
 _BATCH_ROWS = 256
 _LONGEST_ID = 200  # characters of a dropped row's id, and of its address, in a manifest
 _LONGEST_ADDRESS = 8000
@@ -90,7 +91,7 @@ class Data:
         try:
             manifest = (folder / "manifest.json").read_bytes()
             if not is_text_whole(manifest):
-                raise DatasetError(f"{folder}: manifest.json is not as this version wrote it; {_REMEDY}")
+                raise ValueError("manifest.json is not as this version wrote it")
             self.manifest: dict[str, Any] = json.loads(manifest)
             with pa.memory_map(str(folder / "samples.arrow")) as source:
                 self._table: pa.Table = pa.ipc.open_file(source).read_all()
@@ -99,7 +100,8 @@ class Data:
             checksums = _checksums_digest(self._table.to_batches())
         except (OSError, ValueError, pa.ArrowException) as error:
             said = " ".join(str(error).split())
-            raise DatasetError(f"{folder}: no readable data set there ({said}); {_REMEDY}") from None
+            remedy = _REMEDY if (folder / "samples.arrow").exists() or DATASET.is_one(folder) else _ELSEWHERE
+            raise DatasetError(f"{folder}: no readable data set there ({said}); {remedy}") from None
         if checksums != self.manifest["checksums"]:
             raise DatasetError(f"{folder}: samples.arrow is damaged, or not of this manifest.json; {_REMEDY}")
         self._starts = np.cumsum([0, *(len(chunk) for chunk in self._table["id"].chunks)])

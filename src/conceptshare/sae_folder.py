@@ -11,6 +11,10 @@ from conceptshare.seals import MANIFEST, read_manifest, recorded_file
 
 REMEDY = "delete it, or the folder of all the encoder's SAEs where they were streamed, and run the sae stage again"
 """What to do about the folder of an SAE that is damaged."""
+ELSEWHERE = "name a folder that the sae stage or `conceptshare sae import` wrote"
+"""What to do about a folder that holds no SAE."""
+
+_KEY, _STAGE = "spec", "sae"
 
 # What SAELens's keys must say for the weights to mean what they mean here. But for the first, these are its defaults.
 _MEANING: dict[str, Any] = {
@@ -48,7 +52,9 @@ def sae_of(saes: Path, layer: int, seed: int) -> tuple[Path, dict[str, Any]]:
         StoreError: where it says nothing, was changed, or says that it is of another layer or seed.
     """
     folder = saes / layer_name(layer) / f"seed-{seed}"
-    record = read_manifest(folder, f"{REMEDY}, or bring an SAE of another library here with `conceptshare sae import`")
+    record = read_manifest(
+        folder, _KEY, _STAGE, f"{REMEDY}, or bring an SAE of another library here with `conceptshare sae import`"
+    )
     for key, wanted in (("layer", layer), ("seed", seed)):
         found = record["spec"].get(key, wanted)
         if found != wanted:
@@ -65,7 +71,7 @@ def sae_file(folder: Path, name: str, record: dict[str, Any] | None = None) -> P
     if record is None:
         if not (folder / MANIFEST).exists():
             return folder / name
-        record = read_manifest(folder, REMEDY)
+        record = read_manifest(folder, _KEY, _STAGE, REMEDY)
     return recorded_file(folder, name, record, REMEDY)
 
 
@@ -93,10 +99,7 @@ def describe_sae(folder: Path | str) -> str:
     except StoreError:
         raise
     except Exception as error:  # a damaged file fails in as many ways as there are bytes in it
-        raise StoreError(
-            f"{folder}: no readable SAE there ({type(error).__name__}: {error}); name a folder that the sae stage "
-            "or `conceptshare sae import` wrote"
-        ) from error
+        raise StoreError(f"{folder}: no readable SAE there ({type(error).__name__}: {error}); {ELSEWHERE}") from error
     return "\n".join(lines)
 
 

@@ -82,21 +82,32 @@ def _text_seal(digest: str) -> bytes:
     return f',\n "{_SEAL}": "{digest}"'.encode() + _END
 
 
-def read_manifest(folder: Path, remedy: str) -> dict[str, Any]:
+def read_manifest(folder: Path, key: str, stage: str, remedy: str) -> dict[str, Any]:
     """The record of a folder.
 
+    Args:
+        folder: the folder.
+        key: a key that the records of the stage's folders have, and those of others do not.
+        stage: the stage that makes such folders.
+        remedy: what to do about one that is damaged.
+
     Raises:
-        StoreError: where there is none, or it is not as it was written; it ends with the ``remedy``.
+        StoreError: if there is none, it is another kind of folder, or its record is not as it was written.
     """
+    if not folder.exists():
+        raise StoreError(f"{folder}: no such folder; run the {stage} stage, or name another folder")
     try:
-        record: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        record: Any = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"{folder}: {MANIFEST} is missing; {remedy}") from None
     except ValueError as error:
         raise StoreError(f"{folder}: {MANIFEST} cannot be read ({error}); {remedy}") from None
+    if isinstance(record, dict) and key not in record and (is_whole(record) or "files" not in record):
+        raise StoreError(f"{folder}: no {stage} folder, by its {MANIFEST}; name another folder")
     if not is_whole(record):
         raise StoreError(f"{folder}: {MANIFEST} is not as it was written; {remedy}")
-    return record
+    found: dict[str, Any] = record
+    return found
 
 
 def recorded_file(folder: Path, name: str, record: Mapping[str, Any], remedy: str) -> Path:

@@ -112,13 +112,15 @@ def read_root(path: Path, kind: str) -> dict[str, Any]:
     if not path.exists():
         raise StoreError(f"{path}: no {kind} store there; run the {_stage(kind)} stage")
     if not (path / _ROOT).is_file():
-        raise StoreError(f"{path}: {_ROOT} is missing, so that this is no {kind} store; {_remedy(kind)}")
+        damaged = any(path.glob(f"*/{_ROOT}"))
+        remedy = _remedy(kind) if damaged else f"name one that the {_stage(kind)} stage made"
+        raise StoreError(f"{path}: {_ROOT} is missing, so that this is no {kind} store; {remedy}")
     with _named(f"{path}: {_ROOT} cannot be read", f"; {_remedy(kind)}"):
         attributes: dict[str, Any] = zarr.open_group(path, mode="r").attrs.asdict()
     if attributes.get("kind") != kind:
         raise StoreError(
-            f"{path}: a store of {attributes.get('kind')!r}, where one of {kind!r} is needed; name another, or delete "
-            f"it and run the {_stage(kind)} stage again"
+            f"{path}: a store of {attributes.get('kind')!r}, where one of {kind!r} is needed; name "
+            f"another, or move it away and run the {_stage(kind)} stage"
         )
     needed = VERSIONS.get(kind, 1)
     if attributes.get("version") != needed:

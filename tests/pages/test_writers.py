@@ -96,7 +96,7 @@ def test_pictures_without_known_places_have_no_maps(tmp_path, rows, fires):
     )
     write_inputs(tmp_path, [], [{"sample": 0, "value": 1.5, "fires": fires, "fires_highest": 1.0}])
     pq.write_table(samples, tmp_path / "examples" / "samples.parquet")
-    seal(tmp_path / "examples", read_manifest(tmp_path / "examples", ""))
+    seal(tmp_path / "examples", read_manifest(tmp_path / "examples", "features", "", ""))
     site = write(tmp_path)
     assert not read_data(site, f"{PLACE}/layer-03/000")["features"][0]["mapped"]
     assert not list((site / PLACE / "layer-03").glob("maps-*"))

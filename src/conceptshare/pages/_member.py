@@ -49,7 +49,7 @@ def write_member(
     """
     member, statistics, named = features.stem, read_statistics(features), read_table(names, "names")
     remedy = "delete it and run the examples stage again"
-    shown = read_manifest(examples, remedy)
+    shown = read_manifest(examples, "features", "examples", remedy)
     check_made_from(names, named, features, "names")
     check_features(examples, shown["features"], {member: str(read_root(features, FEATURES)["digest"])}, "examples")
     best = {other: _matches(pairs, features, other) for other in others}

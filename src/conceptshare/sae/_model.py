@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
 from conceptshare.errors import NumericsError, StoreError
-from conceptshare.sae_folder import REMEDY, other_meaning, sae_file
+from conceptshare.sae_folder import ELSEWHERE, other_meaning, sae_file
 from conceptshare.seals import seal
 
 # The layout that this file writes was tried with this version of SAELens.
@@ -229,5 +229,5 @@ def load_sae(folder: Path | str, record: dict[str, Any] | None = None) -> TopKSA
         raise
     except Exception as error:  # a damaged file fails in as many ways as there are bytes in it
         said = " ".join(str(error).split())
-        raise StoreError(f"{folder}: no readable SAE there ({said}); {REMEDY}") from error
+        raise StoreError(f"{folder}: no readable SAE there ({said}); {ELSEWHERE}") from error
     return sae
