@@ -1,6 +1,7 @@
 """Questions put to feature stores on the command line, against numbers worked out from the features themselves."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -11,7 +12,7 @@ import zarr
 from conceptshare.ask import COLUMNS, sharedness_of, wmppc_between
 from conceptshare.cli import main
 from conceptshare.correlations import correlate_stores
-from conceptshare.store import StoredArray
+from conceptshare.store import StoredArray, new_store
 from conceptshare.tables import GroupedMember, Stores, matrix_table, sharedness_table
 
 WIDTHS = {"vit@0": 6, "clip-text@0": 8, "bert@1": 5}
@@ -225,6 +226,60 @@ def test_a_path_where_nothing_is_is_one_line(run, stores):
         1,
         "error: absent.zarr: no features store there; run the features stage\n",
     )
+    for table in ("absent.csv", "absent.parquet"):
+        _, _, errors = run("figures", "matrix", "--table", table, "--out", "absent.png")
+        assert errors == f"error: {table}: no such table; run the metrics stage\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "text", "place"),
+    [
+        (["metrics", "matrix"], "--members", "{", ""),
+        (["metrics", "matrix"], "--members", '[["deit@0", "image"], ["gpt@0", "text"]]', "[0][2]"),
+        (["metrics", "matrix"], "--members", '[["deit@0", "image", "vision"]]', ""),
+        (["metrics", "layerwise"], "--pairs", '[["a@0"]]', "[0][1]"),
+        (["figures", "layerwise", "--table", "none.csv"], "--pairs", "nope", ""),
+        (["figures", "layerwise", "--table", "none.csv"], "--pairs", "[]", ""),
+        (["metrics", "saes", "--saes", "none"], "--members", "deit@0", ""),
+        (["metrics", "sharedness"], "--analysis", "nope", ""),
+        (["metrics", "sharedness"], "--analysis", '{"source": "gpt@0"}', "['shared_with']"),
+        (["pages", "index", "--results", "none"], "--study", "nope", ""),
+        (["pages", "index", "--results", "none"], "--study", '{"study": "x"}', "['datasets']"),
+    ],
+)
+def test_an_option_that_is_no_json_or_of_another_shape_is_one_line_with_an_example(
+    run, tmp_path, command, option, text, place
+):
+    if command[0] == "metrics":
+        command = [*command, "--features", "none", *(["--correlations", "none"] if "--saes" not in command else [])]
+    out = tmp_path / {"metrics": "out.csv", "figures": "out.png", "pages": "out"}[command[0]]
+    status, _, errors = run(*command, "--out", out, option, text)
+    assert status == 1
+    assert errors.startswith(f"error: {option}{place}: ")
+    assert re.search(r"; give JSON such as [\[{]", errors)
+    assert errors.count("\n") == 1
+
+
+def test_a_member_without_a_seed_is_one_line(run, tmp_path):
+    places = ["--features", "none", "--correlations", "none", "--out", tmp_path / "out.csv"]
+    for member in ("deit", "deit@x"):
+        status, _, errors = run("metrics", "layerwise", "--pairs", f'[["{member}", "gpt@0"]]', *places)
+        assert (status, errors.count("\n")) == (1, 1)
+
+
+@pytest.mark.parametrize("command", ["wmppc", "correlations"])
+def test_of_what_is_no_feature_store_nothing_is_said_to_be_deleted(run, stores, tmp_path, command):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"")
+    activations = tmp_path / "vit.zarr"
+    with new_store(activations, "activations", {}):
+        pass
+    out = ["--out", tmp_path / "out.zarr"] if command == "correlations" else []
+    for path in (tmp_path / "photos", activations):
+        status, _, errors = run(command, path, stores["vit@0"], *out)
+        assert status == 1
+        assert re.search("error: .*; name ", errors)
+        assert "delete" not in errors
 
 
 def test_correlations_take_their_settings_from_options_or_as_json(run, stores, tmp_path, features):

@@ -1,6 +1,8 @@
 """Figures: files that can be read and show something, the same bytes from the same data, and no data too odd."""
 
 import io
+import json
+import re
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +25,7 @@ from typer.testing import CliRunner
 from conceptshare.catalog import DatasetSpec
 from conceptshare.cli import app
 from conceptshare.dataset import Data, make_dataset
-from conceptshare.errors import StoreError
+from conceptshare.errors import StoreError, StudyError
 from conceptshare.figures import (
     draw_averages,
     draw_intervals,
@@ -39,6 +41,7 @@ from conceptshare.figures import (
 from conceptshare.paper import compare
 from conceptshare.reading import FeatureStatistics
 from conceptshare.seals import seal
+from conceptshare.store import read_root
 from conceptshare.tables import write_table
 
 READINGS = ("pooled", "layer_mean", "last")
@@ -307,6 +310,13 @@ def test_layerwise_draws_the_pairs_asked_for_alone(tmp_path):
     assert (tmp_path / "forth" / "figure.png").read_bytes() == (tmp_path / "both" / "figure.png").read_bytes()
 
 
+def test_layerwise_names_a_pair_that_is_not_in_the_table_and_those_that_are(tmp_path):
+    table = layerwise(PAIRS[:2], 2, 2)
+    said = f'no pair ["deit@0", "gpt@0"]; give pairs that it has: {json.dumps(PAIRS[0])}, {json.dumps(PAIRS[1])}'
+    with pytest.raises(StudyError, match=re.escape(said)):
+        draw_layerwise(table, [PAIRS[0], ("deit@0", "gpt@0")], tmp_path / "figure.png")
+
+
 @pytest.mark.parametrize(("missing", "shown"), [(slice(0, 4), True), (slice(0, 25), True), (slice(0, 50), False)])
 def test_layerwise_with_cells_that_are_nan(tmp_path, missing, shown):
     """The scale comes from the values that there are: what is not missing keeps its colours."""
@@ -465,6 +475,40 @@ def test_named_features_and_those_at_the_top_of_two_rankings_are_drawn_by_one_co
     assert "feature 8 is not among the 8" in draw("--feature", 8)
     assert "two sources, clip_image@0 and bert@0" in draw("--also-top-of", tmp_path / "c.parquet")
     assert "no feature is at the top of both" in draw("--also-top-of", tmp_path / "d.parquet")
+
+
+def test_a_ranking_is_drawn_of_its_own_features_and_samples_alone(tmp_path, data, write_features_from, rng):
+    x = rng.random((len(CAPTIONS), 8))
+
+    def store(folder, member, layers, content_hash=data.content_hash):
+        made = tmp_path / folder
+        return write_features_from(made, made / "features", member, layers, content_hash)
+
+    own, bert = store("own", "clip_image@0", {3: x}), store("bert", "bert@0", {3: x})
+    shuffled = store("shuffled", "clip_image@0", {3: x}, "another order")
+    lacking = [store("layer", "clip_image@0", {2: x}), store("narrow", "clip_image@0", {3: x[:, :7]})]
+    places = {"--table": tmp_path / "a.csv", "--features": own, "--data": tmp_path / "data"}
+    table = ranking(8).assign(top=True)
+    table.attrs["features"] = {path.stem: read_root(path, "features")["digest"] for path in (own, bert)}
+    write_table(table, tmp_path / "a.csv")
+
+    def refused(**options):
+        given = {**places, **{f"--{name}": path for name, path in options.items()}, "--out": tmp_path / "drawn.png"}
+        words = [str(word) for option in given.items() for word in option]
+        error = CliRunner().invoke(app, ["figures", "sharedness", *words]).exception
+        assert isinstance(error, StoreError)
+        return str(error)
+
+    for suffix in ("csv", "parquet"):
+        said = f"a.{suffix}: ranks the features of clip_image@0, and {bert} is of bert@0; give clip_image@0.zarr"
+        assert said in refused(features=bert, table=tmp_path / f"a.{suffix}")
+    assert "are of different samples" in refused(features=shuffled)
+    for other in lacking:
+        assert f"a.csv: ranks features of layer 3 that {other} does not have" in refused(features=other)
+    names = ["names", "--features", bert, "--data", tmp_path / "data", "--out", tmp_path / "names.parquet"]
+    assert CliRunner().invoke(app, [str(word) for word in names]).exit_code == 0
+    said = refused(names=tmp_path / "names.parquet")
+    assert "names.parquet: made from features of bert@0, and not of clip_image@0; give that of clip_image@0" in said
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")

@@ -9,10 +9,12 @@ from pathlib import Path
 import open_clip
 import pytest
 import yaml
+from pydantic import TypeAdapter
 
 from conceptshare.catalog import EncoderSpec, local_path, read_catalog
 from conceptshare.errors import StudyError
-from conceptshare.study import Member, build_study, load_study, pair_name, paper_encoders
+from conceptshare.study import Member, PagesKey, build_study, load_study, pair_name, paper_encoders
+from conceptshare.tables import GroupedMember
 
 ROOT = Path(__file__).parents[1]
 
@@ -854,6 +856,15 @@ def test_a_stream_is_no_extraction_of_parts(build):
 def test_what_activations_depend_on_is_in_their_key(build, change):
     plain, changed = build(encoders={"vit": None}), build(encoders={"vit": change})
     assert plain.encoders["vit"].activations_key() != changed.encoders["vit"].activations_key()
+
+
+def test_keys_have_the_shapes_that_the_command_line_reads(build):
+    study = build(analyses=ANALYSES)
+    key = study.pages_key()
+    assert json.loads(PagesKey.model_validate_json(key).model_dump_json()) == json.loads(key)
+    for name in study.analyses.matrices:
+        key = study.matrix_key(name)
+        assert [list(entry) for entry in TypeAdapter(list[GroupedMember]).validate_json(key)] == json.loads(key)
 
 
 def test_keys_are_json_with_sorted_keys(build):

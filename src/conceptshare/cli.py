@@ -1,6 +1,5 @@
 """The command line: one subcommand a stage. The workflow's rules call these, and so can anyone without Snakemake."""
 
-import json
 import os
 import re
 import sys
@@ -10,6 +9,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from filelock import FileLock
+from pydantic import Field, TypeAdapter, ValidationError
 
 from conceptshare import provenance
 from conceptshare.catalog import CATALOG, DatasetSpec, EncoderSpec, ModelSpec, complete, parse, parse_yaml, read_catalog
@@ -41,7 +41,7 @@ from conceptshare.files import (
     store_kind,
 )
 from conceptshare.plan import Rates, make_plan, plan_as_json, plan_as_text
-from conceptshare.study import PairSettings, SAESettings, load_study, study_of
+from conceptshare.study import PagesKey, PairSettings, SAESettings, SharednessGroups, load_study, study_of
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -556,7 +556,8 @@ def metrics_matrix(
     """The wMPPC from every member to every other, with intervals, floors, ceilings and similarities."""
     from conceptshare.tables import GroupedMember, Stores, matrix_table, write_table
 
-    grouped = [GroupedMember(*entry) for entry in json.loads(members)]
+    example = '[["vit@0", "image", "vision", null], ["bert@0", "text", "language", "bert@1"]]'
+    grouped = _json(members, "--members", Annotated[list[GroupedMember], Field(min_length=2)], example)
     write_table(matrix_table(grouped, Stores(features, correlations, similarity)), out)
 
 
@@ -619,7 +620,7 @@ def metrics_layerwise(
     """The wMPPC from every layer of one member to every layer of another."""
     from conceptshare.tables import Stores, layerwise_table, write_table
 
-    write_table(layerwise_table(json.loads(pairs), Stores(features, correlations, similarity)), out)
+    write_table(layerwise_table(_pairs(pairs), Stores(features, correlations, similarity)), out)
 
 
 @metrics_app.command("pair")
@@ -646,7 +647,9 @@ def metrics_sharedness(
     """A member's features by Comparative Sharedness."""
     from conceptshare.tables import Stores, sharedness_table, write_table
 
-    write_table(sharedness_table(**json.loads(analysis), stores=Stores(features, correlations)), out)
+    example = '{"source": "vit@0", "shared_with": ["bert@0"], "not_shared_with": ["dinov2@0"]}'
+    groups = _json(analysis, "--analysis", SharednessGroups, example)
+    write_table(sharedness_table(**dict(groups), stores=Stores(features, correlations)), out)
 
 
 @metrics_app.command("overlaps")
@@ -667,7 +670,8 @@ def metrics_saes(
     """Size and quality of every SAE."""
     from conceptshare.tables import Stores, sae_table, write_table
 
-    write_table(sae_table(json.loads(members), saes, Stores(features, features)), out)
+    chosen = _json(members, "--members", Annotated[list[str], Field(min_length=1)], '["vit@0", "bert@0"]')
+    write_table(sae_table(chosen, saes, Stores(features, features)), out)
 
 
 Table = Annotated[Path, typer.Option(help="The table to draw, as Parquet or CSV.")]
@@ -740,7 +744,8 @@ def figures_layerwise(
     from conceptshare.figures import draw_layerwise
     from conceptshare.tables import read_table
 
-    draw_layerwise(read_table(table, "layerwise"), json.loads(pairs), out)
+    chosen = _pairs(pairs)
+    draw_layerwise(read_table(table, "layerwise"), chosen, out)
 
 
 @figures_app.command("sharedness")
@@ -764,19 +769,21 @@ def figures_sharedness(
     """Grids of the top samples of a ranking's top features, or of features that are named."""
     from conceptshare.dataset import Data
     from conceptshare.figures import draw_sharedness
-    from conceptshare.reading import read_modality, read_statistics
-    from conceptshare.tables import check_made_from, named_features, read_table
+    from conceptshare.reading import check_samples, read_modality, read_statistics
+    from conceptshare.tables import check_made_from, check_ranking, named_features, read_table
 
-    modality = read_modality(features)
+    modality, statistics, shown = read_modality(features), read_statistics(features), Data(data)
+    check_samples(features, data, shown.content_hash)
     other = None if also_top_of is None else read_table(also_top_of, "ranking")
-    ranking = named_features(read_table(table, "ranking"), feature or [], other)
-    check_made_from(table, ranking, features, "metrics")
+    ranking = read_table(table, "ranking")
+    check_ranking(table, ranking, features, statistics)
+    ranking = named_features(ranking, feature or [], other)
     if feature or also_top_of:
         pictured = len(ranking)
     called = None if names is None else read_table(names, "names")
     if names is not None and called is not None:
         check_made_from(names, called, features, "names")
-    draw_sharedness(ranking, read_statistics(features), Data(data), pictured, out, samples, modality, called)
+    draw_sharedness(ranking, statistics, shown, pictured, out, samples, modality, called)
 
 
 @figures_app.command("scatter")
@@ -835,7 +842,8 @@ def pages_member(
     from conceptshare.pages import write_member
 
     ranked = {path.stem: path for path in rankings or []}
-    write_member(features, examples, names, pairs, json.loads(compared_with), ranked, place, out)
+    others = _json(compared_with, "--compared-with", list[str], '["vit@0", "bert@0"]')
+    write_member(features, examples, names, pairs, others, ranked, place, out)
 
 
 @pages_app.command("pair")
@@ -861,7 +869,11 @@ def pages_index(
     """The page itself, and what it shows first."""
     from conceptshare.pages import write_index
 
-    write_index(json.loads(study), results, out)
+    example = (
+        '{"study": "mine", "datasets": ["coco"], "saes": ["paper"], "members": [], "matrices": {}, "layerwise": {}, '
+        '"sharedness": {}, "overlapping": false}'
+    )
+    write_index(_json(study, "--study", PagesKey, example).model_dump(), results, out)
 
 
 def main() -> NoReturn:
@@ -889,6 +901,26 @@ def _spec(model: type[Any], what: Any, text: str) -> Any:
         entries = read_catalog(what, CATALOG) if "base" in values else {}
         return parse(model, complete("", values, entries, what), what)
     return parse(model, complete(text, None, read_catalog(what, CATALOG), what), f"{what}.{text}")
+
+
+def _json(text: str, option: str, of: Any, example: str) -> Any:
+    """What an option holds as JSON.
+
+    Raises:
+        StudyError: if it is not JSON, or its values are not those of the type ``of``.
+    """
+    try:
+        return TypeAdapter(of).validate_json(text)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = "".join(f"[{part!r}]" for part in fault["loc"])
+        raise StudyError(f"{option}{place}: {fault['msg']}; give JSON such as {example}") from None
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    of = Annotated[list[tuple[str, str]], Field(min_length=1)]
+    pairs: list[tuple[str, str]] = _json(text, "--pairs", of, '[["vit@0", "bert@0"]]')
+    return pairs
 
 
 def _bytes(megabytes: int | None) -> int | None:

@@ -29,11 +29,18 @@ from sklearn.feature_extraction.text import CountVectorizer
 
 from conceptshare import provenance
 from conceptshare.dataset import Data
-from conceptshare.errors import StoreError, StudyError
+from conceptshare.errors import StudyError
 from conceptshare.files import CSV, PARQUET, Unchanged, written_aside
 from conceptshare.parquet import write_parquet
 from conceptshare.progress import progress, say
-from conceptshare.reading import FEATURES, FeatureArray, FeatureStatistics, read_features, read_statistics
+from conceptshare.reading import (
+    FEATURES,
+    FeatureArray,
+    FeatureStatistics,
+    check_samples,
+    read_features,
+    read_statistics,
+)
 from conceptshare.store import open_store
 
 ERROR_RATE = 0.05
@@ -174,8 +181,7 @@ def name_features(features: Path, data: Path, out: Path, command: str | None = N
     store: Any = open_store(features, FEATURES)
     spec: Any = store.attrs["spec"]
     samples = Data(data)
-    if samples.content_hash != spec["content_hash"]:
-        raise StoreError(f"{features} and {data} are of different samples; make both from the same data set")
+    check_samples(features, data, samples.content_hash)
     words = _read_words(samples)
     stored = read_features(features)
     layers = [_Layer(layer, statistics, stored[layer]) for layer, statistics in read_statistics(features).items()]

@@ -94,6 +94,19 @@ def read_modality(path: Path) -> str:
     return str(read_spec(path, FEATURES)["encoder"]["modality"])
 
 
+def check_samples(features: Path, data: Path, content_hash: str) -> None:
+    """Make sure that a feature store is of the samples of the data set at ``data``, in their order.
+
+    Raises:
+        StoreError: if it is of others than those with this ``content_hash``.
+    """
+    if read_spec(features, FEATURES)["content_hash"] != content_hash:
+        raise StoreError(
+            f"{features} and {data} are of different samples; make both from the same data set, or give the folder of "
+            f"that data set"
+        )
+
+
 @dataclass(frozen=True)
 class MaxCorrelations:
     """Best matches between the features of two encoders, for every pair of layers, in both directions."""

@@ -177,8 +177,8 @@ class Layerwise(Spec):
     """Pairs of members: rows first, then columns."""
 
 
-class Sharedness(Spec):
-    """Comparative Sharedness (Eq. 7 and 8): last-layer features of one member that one group shares, another not."""
+class SharednessGroups(Spec):
+    """The member whose features Comparative Sharedness ranks, and the two groups it is compared with."""
 
     source: str
     """The member whose features are ranked."""
@@ -186,8 +186,26 @@ class Sharedness(Spec):
     """The group G that should share them."""
     not_shared_with: list[str] = Field(min_length=1)
     """The group H that should not."""
+
+
+class Sharedness(SharednessGroups):
+    """Comparative Sharedness (Eq. 7 and 8): last-layer features of one member that one group shares, another not."""
+
     pictured: int = Field(default=6, ge=1, le=1000)
     """How many of the top features the picture grid shows."""
+
+
+class PagesKey(Spec):
+    """What the frame of the pages depends on besides tables."""
+
+    study: str
+    datasets: list[str]
+    saes: list[str]
+    members: list[dict[str, Any]]
+    matrices: dict[str, list[str]]
+    layerwise: dict[str, list[tuple[str, str]]]
+    sharedness: dict[str, SharednessGroups]
+    overlapping: bool
 
 
 def _or_empty(value: Any) -> Any:
@@ -529,7 +547,7 @@ class Study(Spec):
         )
 
     def pages_key(self) -> str:
-        """What the frame of the pages depends on beside tables, as canonical JSON."""
+        """A `PagesKey`, as canonical JSON."""
         return _json(
             {
                 "study": self.study,
@@ -663,8 +681,14 @@ def encoder_pairs(pairs: Iterable[Pair]) -> list[tuple[str, str]]:
 
 
 def as_member(text: str) -> Member:
-    """The member that ``encoder@seed`` names."""
+    """The member that ``encoder@seed`` names.
+
+    Raises:
+        StudyError: if the text names none.
+    """
     encoder, _, seed = text.rpartition("@")
+    if not (encoder and seed.isdecimal()):
+        raise StudyError(f"{text!r} is no member; give its encoder and seed, such as vit@0")
     return Member(encoder, int(seed))
 
 

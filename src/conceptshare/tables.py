@@ -148,6 +148,10 @@ def check_features(path: Path, made_from: Mapping[str, str], wanted: Mapping[str
         StoreError: where it was made from others.
     """
     other = next((member for member in wanted if made_from.get(member) != wanted[member]), None)
+    if other is not None and other not in made_from:
+        raise StoreError(
+            f"{path}: made from features of {', '.join(made_from)}, and not of {other}; give that of {other}"
+        )
     if other is not None:
         raise StoreError(
             f"{path}: made from other features of {other} than are there now; delete it and run the {stage} stage again"
@@ -173,6 +177,34 @@ def check_made_from(path: Path, table: pd.DataFrame, features: Path, stage: str)
     """Make sure that a table which says what it was made from was made from a feature store; arguments as above."""
     if "features" in table.attrs:
         check_features(path, table.attrs["features"], {features.stem: _digest(features)}, stage)
+
+
+def check_ranking(
+    path: Path, ranking: pd.DataFrame, features: Path, statistics: Mapping[int, FeatureStatistics]
+) -> None:
+    """Make sure that the features of a ranking are those of a feature store.
+
+    Args:
+        path: the ranking.
+        ranking: its table.
+        features: the feature store.
+        statistics: of its features, by layer.
+
+    Raises:
+        StoreError: if it ranks the features of another member, or was made from another store.
+    """
+    other = next((source for source in ranking.source if source != features.stem), None)
+    if other is not None:
+        raise StoreError(
+            f"{path}: ranks the features of {other}, and {features} is of {features.stem}; give {other}.zarr"
+        )
+    check_made_from(path, ranking, features, "metrics")
+    for layer, of_layer in ranking.groupby("layer"):
+        if layer not in statistics or of_layer.feature.max() >= len(statistics[layer].strength):
+            raise StoreError(
+                f"{path}: ranks features of layer {layer} that {features} does not have; give the store that the "
+                f"ranking was made from"
+            )
 
 
 class GroupedMember(NamedTuple):
@@ -672,6 +704,8 @@ def read_table(
     if path.suffix == ".csv":
         try:
             table = pd.read_csv(path)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise StoreError(f"{path}: no such table; run the {stage} stage") from None
         except (OSError, ValueError) as error:
             said = " ".join(str(error).split())
             raise StoreError(f"{path}: no readable table ({said}); delete it and run the {stage} stage again") from None

@@ -1,5 +1,6 @@
 """Heatmaps of pairs of members, layer by layer."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from conceptshare.errors import StudyError
 from conceptshare.figures._style import STYLE, heatmap, layer_ticks, save
 from conceptshare.study import as_member
 
@@ -21,7 +23,16 @@ _SMALL: Any = {"font.size": 7, "axes.titlesize": 7.5}
 
 
 def draw_layerwise(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], out: Path) -> None:
-    """WMPPC from each layer of one member to each layer of another, a panel a pair, with one colour scale (Fig. 1)."""
+    """WMPPC from each layer of one member to each layer of another, a panel a pair, with one colour scale (Fig. 1).
+
+    Raises:
+        StudyError: if a pair is not in the table.
+    """
+    known = list(dict.fromkeys(zip(table.source, table.target, strict=True)))
+    unknown = [list(pair) for pair in pairs if tuple(pair) not in known]
+    if unknown:
+        there = ", ".join(json.dumps(pair) for pair in known)
+        raise StudyError(f"the table has no pair {json.dumps(unknown[0])}; give pairs that it has: {there}")
     chosen = [table[(table.source == a) & (table.target == b)] for a, b in pairs]
     top = float(np.nanmax([1e-6, *(panel.wmppc.max() for panel in chosen)]))
     columns = min(3, len(pairs))

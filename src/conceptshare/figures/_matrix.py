@@ -44,7 +44,9 @@ def draw_matrix(table: pd.DataFrame, out: Path) -> None:
         letters = min(7.0, 72 * cell / 2.7)  # a number is 2.3 times as wide as high, and lines take some of a cell
         for ax, (reading, title) in zip(axes, READING_TITLES.items(), strict=True):
             of_reading = table[table.reading == reading]
-            cells = of_reading.pivot(index="source", columns="target", values="wmppc").loc[members, members]
+            cells = of_reading.pivot(index="source", columns="target", values="wmppc").reindex(
+                index=members, columns=members
+            )
             image = heatmap(ax, cells.to_numpy(), 0, top, letters if letters >= 4.5 else None)
             ax.set_title(title.replace(", ", ",\n"), fontsize=8)
             for before, group in pairwise(groups):

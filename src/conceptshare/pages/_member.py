@@ -16,7 +16,7 @@ from conceptshare.reading import FEATURES, FeatureStatistics, read_statistics
 from conceptshare.seals import read_manifest, recorded_file
 from conceptshare.store import read_root
 from conceptshare.study import as_member, pair_name
-from conceptshare.tables import check_features, check_made_from, read_table
+from conceptshare.tables import check_features, check_made_from, check_ranking, read_table
 
 CHUNK = 64
 """Features whose details are in one file."""
@@ -55,7 +55,7 @@ def write_member(
     best = {other: _matches(pairs, features, other) for other in others}
     ranked = {name: read_table(path, "ranking") for name, path in rankings.items()}
     for name, ranking in ranked.items():
-        check_made_from(rankings[name], ranking, features, "metrics")
+        check_ranking(rankings[name], ranking, features, statistics)
 
     def read(name: str) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = pq.read_table(recorded_file(examples, name, shown, remedy)).to_pylist()
