@@ -189,6 +189,14 @@ def test_matrix(tmp_path, rng, pdf):
     assert pixels.shape[1] > 2 * pixels.shape[0]  # three panels side by side
 
 
+def test_matrix_without_a_target_leaves_its_cells_empty(tmp_path, rng, drawn, unsaved):
+    table = matrix(FOUR, rng)
+    draw_matrix(table[table.target != next(iter(FOUR))], tmp_path / "figure.png")
+    first = np.ma.getmaskarray(np.ma.masked_invalid(drawn[0].axes[0].images[0].get_array()))
+    assert first[:, 0].all()
+    assert first.sum() == 2 * len(FOUR) - 1
+
+
 @pytest.mark.parametrize("missing", ["some", "all"])
 def test_matrix_with_cells_that_are_nan(tmp_path, rng, missing):
     table = matrix(FOUR, rng)
