@@ -265,8 +265,10 @@ def test_a_job_that_outlived_its_settings_leaves_no_result_of_them_nor_a_mixed_o
         (tmp_path / "new/streams/bert").rename(tmp_path / "streams/bert")
         command = [sys.executable, "-m", "conceptshare", *given]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as later:
-            assert f"waiting for process {process}" in later.stderr.readline()
-            os.kill(process, signal.SIGCONT)
+            try:
+                assert f"waiting for process {process}" in later.stderr.readline()
+            finally:  # else both would wait for ever
+                os.kill(process, signal.SIGCONT)
             said = later.stderr.read()
         assert later.returncode == 0, said
         assert outlived.result().status in {0, 1}, outlived.result().said

@@ -598,6 +598,7 @@ def aliases(form, first="[x]"):
     [
         (None, "no such file"),
         (b"a: [", "not valid YAML: line 1"),
+        (b"study: a\0b", "not valid YAML: .*special characters are not allowed"),
         (b"a: " + b"[" * 5000 + b"]" * 5000, "nested more than"),
         (b"a: &a [*a]", "nested more than"),
         (b"a: " + b"9" * 5000, "not valid YAML: line 1, column 4"),

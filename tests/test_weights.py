@@ -26,7 +26,7 @@ from conceptshare.dataset import make_dataset
 from conceptshare.encoders import load_encoder
 from conceptshare.errors import EncoderError, HubError
 from conceptshare.store import open_store
-from conceptshare.weights import fetch_weights, fingerprint, recorded_location
+from conceptshare.weights import check_record, fetch_weights, fingerprint, recorded_location
 from tests import models
 from tests.hub import TOKEN, environment, running, use
 
@@ -89,7 +89,7 @@ def test_a_folder_is_recorded_with_the_size_and_digest_of_each_file(folder):
     record, path = fetch("./models/tiny")
     assert record["files"] == listing(folder)
     assert sorted(record["files"]) == ["config.json", "inner/weights.bin"]
-    assert (record["library"], record["model"], record["revision"]) == ("transformers", "./models/tiny", None)
+    assert (record["settings"], record["revision"]) == ({"library": "transformers", "model": "./models/tiny"}, None)
     assert recorded_location(path).samefile(folder)
 
 
@@ -226,6 +226,17 @@ def test_a_file_that_a_record_of_a_folder_lacks_is_refused_unless_no_library_rea
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(EncoderError, match=r"tokenizer\.json: .* does not record this file; delete the record and run"):
         recorded_location(path)
+
+
+def test_a_record_of_another_model_is_refused(folder):
+    _, path = fetch("./models/tiny")
+    check_record(path, ModelSpec(library="transformers", model="./models/tiny"))
+    for other in ({"model": "./models/other"}, {"revision": "main"}, {"library": "timm"}):
+        spec = ModelSpec(**{"library": "transformers", "model": "./models/tiny"} | other)
+        with pytest.raises(
+            EncoderError, match=rf"tiny\.json: records the files of {next(iter(other))}: .*run the weights"
+        ):
+            check_record(path, spec)
 
 
 def test_a_record_whose_file_is_missing_is_refused(folder):
@@ -609,7 +620,7 @@ def test_the_papers_clip_is_recorded_with_the_commit_of_the_repository_that_its_
     commit = hub.add("timm/vit_base_patch32_clip_224.openai", {"open_clip_model.safetensors": b"weights"})
     record, _ = fetch("ViT-B-32-quickgelu", library="open_clip", weights="openai")
     assert record["revision"] == commit
-    assert (record["model"], record["weights"]) == ("ViT-B-32-quickgelu", "openai")
+    assert (record["settings"]["model"], record["settings"]["weights"]) == ("ViT-B-32-quickgelu", "openai")
     assert list(record["files"]) == ["open_clip_model.safetensors"]
 
 

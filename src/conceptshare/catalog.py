@@ -155,6 +155,10 @@ class ModelSpec(Spec, extra="ignore"):
     remote_code: bool = False
     """transformers only: whether to fetch and run the Python code that comes with the model."""
 
+    def model_key(self) -> str:
+        """What an encoder's files depend on, as canonical JSON."""
+        return canonical(self, set(ModelSpec.model_fields))
+
 
 class EncoderSpec(ModelSpec, extra="forbid"):
     """An encoder: where it comes from, what it reads, and which of its activations are recorded."""
@@ -333,8 +337,9 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
         StudyError: naming ``origin``, where it is not YAML, says a key twice, is nested too deeply, has too many
             values, or holds something else than a mapping.
     """
-    loader = _UniqueKeys(text)
+    loader = None
     try:
+        loader = _UniqueKeys(text)  # which refuses control characters
         node = loader.get_single_node()
         content = None
         if node is not None:
@@ -345,7 +350,8 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise StudyError(f"{origin}: not valid YAML: {_yaml_fault(error)}") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -11,7 +11,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
-from conceptshare.catalog import Spec
+from conceptshare.catalog import ModelSpec, Spec
 from conceptshare.files import PROVENANCE, layer_name, read_object
 from conceptshare.provenance import shown
 from conceptshare.study import PairSettings, Study, pair_name
@@ -40,6 +40,10 @@ def differences(study: Study, results: Path) -> Iterator[Difference]:
         study: the study.
         results: the folder of all results.
     """
+    for encoder, spec in study.encoders.items():
+        record = results / "weights" / f"{encoder}.json"
+        found, wanted = read_object(record).get("settings"), json.loads(spec.model_key())
+        yield from _compared(record, record, spec.activations_key(), ModelSpec, found, wanted)
     for dataset in study.datasets:
         folder = results / dataset
         data, key = folder / "data", study.dataset_key(dataset)

@@ -74,9 +74,7 @@ def fetch_weights(spec: ModelSpec, out: Path, check: Callable[[Path], object] | 
     digests = _digests(found.files)
     here = found.location.is_relative_to(Path.cwd())
     record = {
-        "library": spec.library,
-        "model": spec.model,
-        "weights": spec.weights,
+        "settings": json.loads(spec.model_key()),
         "location": os.path.relpath(found.location) if here else str(found.location),
         "revision": found.revision,
         "files": {
@@ -89,6 +87,21 @@ def fetch_weights(spec: ModelSpec, out: Path, check: Callable[[Path], object] | 
         provenance.record(out)
     size = sum(path.stat().st_size for path in found.files)
     say(f"{spec.model}: {len(found.files)} files, {size:,} bytes at {found.location}")
+
+
+def check_record(record: Path, spec: ModelSpec) -> None:
+    """Make sure that a record is of an encoder's files.
+
+    Raises:
+        EncoderError: if the record is missing, or of another model.
+    """
+    found, wanted = _read(record)["settings"], json.loads(spec.model_key())
+    for key in sorted({*found, *wanted}):
+        if found.get(key) != wanted.get(key):
+            raise EncoderError(
+                f"{record}: records the files of {key}: {found.get(key)}, not {wanted.get(key)}; name the encoder's "
+                f"own record, or delete this one and run the weights stage again"
+            )
 
 
 def recorded_location(record: Path) -> Path:
@@ -158,9 +171,12 @@ def find(spec: ModelSpec, made: Path) -> Found:
 
 def _read(record: Path) -> Any:
     try:
-        return json.loads(record.read_text(encoding="utf-8"))
+        content = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EncoderError(f"{record}: not readable ({error}); delete it and run the weights stage again") from None
+    if not isinstance(content, dict) or not {"settings", "location", "files", "revision"} <= content.keys():
+        raise EncoderError(f"{record}: no record of this version's weights stage; run that stage again")
+    return content
 
 
 def _in_folder(spec: ModelSpec, folder: Path) -> Found:

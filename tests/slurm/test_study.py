@@ -14,7 +14,6 @@ LOCAL = {
     "metrics_pair",
     "metrics_layerwise",
     "metrics_saes",
-    "provenance",
     "figures_layerwise",
     "figures_saes",
 }

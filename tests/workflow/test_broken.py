@@ -153,6 +153,10 @@ CHANGES = [
         changed("encoders", "viewer", "precision", to="bfloat16"),
         "activations/viewer.zarr: made with precision: float32, not",
     ),
+    (
+        changed("encoders", "reader", "model", to="./models/second-reader"),
+        "weights/reader.json: made with model: ./models/reader, not ./models/second-reader",
+    ),
     (changed("saes", "tiny", "k", to=5), "saes/tiny/reader: made with k: 4, not 5"),
     (changed("correlations", "precision", to="bfloat16"), "reader@1.zarr: made with precision: float32, not bfloat16"),
     (changed("names", to={"command": "true"}), "names/tiny/reader@0.parquet: made with names.command: , not true"),

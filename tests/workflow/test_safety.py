@@ -80,7 +80,7 @@ def test_no_file_of_a_run_holds_a_token(tmp_path):
         hub.add("us/squares", {"train.parquet": (tmp_path / "squares.parquet").read_bytes()}, kind="dataset")
         hub.fail(401, 99, "us/refused")
         hub.fail(500, 99, "us/broken")
-        spec = {"library": "transformers", "modality": "text", "kind": "language", "layers": 4, "width": 16}
+        spec = {"library": "transformers", "modality": "text", "kind": "language", "layers": 3, "width": 16}
         names = ("reader", "refused", "broken")
         project.config = {
             "study": "secrets",

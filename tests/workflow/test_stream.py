@@ -34,7 +34,7 @@ def test_a_fresh_study_plans_one_job_an_encoder(new_study):
 def test_every_sae_feature_and_table_is_that_of_stored_tokens(finished, streamed):
     results = [project.folder / "results" for project in (finished, streamed)]
     saes = contents(results[0] / "squares/saes/tiny")
-    assert len(saes) == 5 * 3 * LAYERS
+    assert len(saes) == 6 * 3 * LAYERS
     stamps = {f"{encoder}/.snakemake_timestamp": b"" for encoder in ("reader", "viewer")}
     assert contents(results[1] / "squares/streams/tiny/saes") == saes | stamps
     for place in ("studies", "squares/similarity", "squares/features"):

@@ -20,7 +20,7 @@ from conceptshare.device import default_device
 from conceptshare.encoders._encoder import Encoder, check_reading, in_one_line
 from conceptshare.errors import ConceptshareError, EncoderError
 from conceptshare.progress import say
-from conceptshare.weights import fingerprint, locate, recorded_location
+from conceptshare.weights import check_record, fingerprint, locate, recorded_location
 
 # More than any published model has, by far.
 _MOST_LAYERS = 10_000
@@ -37,6 +37,8 @@ def load_encoder(spec: EncoderSpec, weights: Path | None = None) -> Encoder:
         DeviceError: if it was to have a GPU that cannot be used.
         EncoderError: where its files are absent, cannot be loaded, or are not what ``spec`` says.
     """
+    if weights:
+        check_record(weights, spec)
     location = recorded_location(weights) if weights else locate(spec, made=Path(mkdtemp()) / "model")
     encoder = load_at(spec, location)
     return replace(encoder, fingerprint=fingerprint(weights)) if weights else encoder
