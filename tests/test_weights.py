@@ -280,7 +280,7 @@ def test_a_checkpoint_file_is_recorded_and_loaded():
     save_file(model.state_dict(), "tiny.safetensors")
     record, path = fetch("conceptshare-recorded", library="open_clip", weights="./tiny.safetensors")
     assert list(record["files"]) == ["tiny.safetensors"]
-    assert record["weights"] == "./tiny.safetensors"
+    assert record["settings"]["weights"] == "./tiny.safetensors"
     spec = EncoderSpec(
         **models.entry("conceptshare-recorded", "text", "eot", library="open_clip").model_dump(exclude={"weights"}),
         weights="./tiny.safetensors",
@@ -754,7 +754,9 @@ def test_activations_ask_no_hub_even_where_the_library_wants_to(hub, tmp_path, d
     """The text encoder is one that open_clip fetches by name, and which the weights stage would not have recorded."""
     models.save_open_clip(Path("tiny"), models.open_clip_config())
     save_foreign_tower(Path("tiny"), "us/tower")
-    Path("tiny.json").write_text(json.dumps({"location": "tiny", "revision": None, "files": listing(Path("tiny"))}))
+    settings = {"library": "open_clip", "model": "./tiny"}
+    record = {"settings": settings, "location": "tiny", "revision": None, "files": listing(Path("tiny"))}
+    Path("tiny.json").write_text(json.dumps(record))
     spec = as_json(models.entry("./tiny", "text", "first", library="open_clip"))
     files = ["--weights", "tiny.json", "--data", data, "--out", "tiny.zarr", "--tokens", "tokens.zarr"]
     ended = run("activations", "--encoder", spec, *files, env=environment(hub.endpoint, tmp_path / "home"))
