@@ -13,7 +13,7 @@ from conceptshare.ask import COLUMNS, sharedness_of, wmppc_between
 from conceptshare.cli import main
 from conceptshare.correlations import correlate_stores
 from conceptshare.store import StoredArray, new_store
-from conceptshare.tables import GroupedMember, Stores, matrix_table, sharedness_table
+from conceptshare.tables import GroupedMember, Stores, matrix_table, sharedness_table, write_table
 
 WIDTHS = {"vit@0": 6, "clip-text@0": 8, "bert@1": 5}
 N = 60
@@ -265,6 +265,18 @@ def test_a_member_without_a_seed_is_one_line(run, tmp_path):
     for member in ("deit", "deit@x"):
         status, _, errors = run("metrics", "layerwise", "--pairs", f'[["{member}", "gpt@0"]]', *places)
         assert (status, errors.count("\n")) == (1, 1)
+
+
+def test_of_a_table_of_another_kind_nothing_is_said_to_be_deleted(run, tmp_path):
+    foreign = pd.DataFrame({"url": ["https://example.org/cat.jpg"]})
+    foreign.to_parquet(tmp_path / "coco.parquet")
+    foreign.to_csv(tmp_path / "coco.csv")
+    write_table(foreign, tmp_path / "pairs.csv")
+    for name in ("coco.parquet", "coco.csv", "pairs.parquet", "pairs.csv"):
+        status, _, errors = run("figures", "matrix", "--table", tmp_path / name, "--out", tmp_path / "drawn.png")
+        assert (status, errors.count("\n")) == (1, 1)
+        assert "; name another" in errors
+        assert "delete" not in errors
 
 
 @pytest.mark.parametrize("command", ["wmppc", "correlations"])

@@ -59,6 +59,8 @@ def read_parquet(
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise StoreError(f"{path}: no such table; run the {stage} stage") from None
+    if content.endswith(b"PAR1") and _KEY.encode() not in content:
+        raise StoreError(f"{path}: no table of the {stage} stage; name another")
     place = content.rfind(_SEAL) + len(_SEAL)
     digest = content[place : place + len(_BLANK)]
     found = hashlib.sha256(content[:place] + _BLANK)

@@ -716,7 +716,7 @@ def read_table(
     missing = [name for name in columns or _COLUMNS[kind] if name not in table.columns]
     if missing:
         raise StoreError(
-            f"{path}: no table of the kind {kind}, without a column {missing[0]}; delete it and run the {stage} stage "
-            f"again"
+            f"{path}: no table of the kind {kind}, without a column {missing[0]}; name another, or move it away and "
+            f"run the {stage} stage"
         )
     return table
