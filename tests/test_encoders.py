@@ -346,6 +346,20 @@ def test_the_remedies_for_an_encoder_in_stages_lead_to_its_last_grid_of_tokens(t
     assert tokens.shape[1] in (4, 5, 25), tokens.shape
 
 
+@pytest.mark.parametrize("token", ["first", "last"])
+def test_no_corner_of_a_grid_stands_for_an_image(tmp_path, token):
+    spec = change(models.staged("ConvNext", tmp_path), global_token=token)
+    for _ in range(5):
+        with pytest.raises(EncoderError) as caught:
+            load_encoder(spec)
+        said = str(caught.value)
+        if "no token for the whole image; set global_token: mean" in said:
+            break
+        pairs = [match.groups() for remedy in REMEDIES for match in [re.search(remedy, said)] if match]
+        spec = change(spec, **{k: v for given in pairs for k, v in zip(given[::2], given[1::2], strict=True)})
+    assert load_encoder(change(spec, global_token="mean", width=32))
+
+
 @pytest.mark.parametrize("width", [10, 14, 20, 99])
 def test_rows_of_a_grid_are_never_taken_for_tokens(width):
     """A grid of 14 x 10 or 14 x 14 places with a width of 20, in both layouts."""

@@ -209,6 +209,11 @@ class Encoder:
                     f"{self.spec.model}, layer {layer}: width and sides of its grid {list(x.shape)} cannot be told "
                     f"apart; set image_size to another, for a square grid"
                 )
+            if self.spec.global_token in {"first", "last"}:
+                raise EncoderError(
+                    f"{self.spec.model}, layer {layer}: its block gives a grid of patches, which has no token for the "
+                    f"whole image; set global_token: mean"
+                )
             x = x.flatten(2).transpose(1, 2) if b == c else x.flatten(1, 2)
         elif isinstance(x, Tensor) and x.ndim == 3:
             x = x if self.batch_first else x.transpose(0, 1)
