@@ -583,7 +583,7 @@ def test_a_damaged_sae_is_refused(tmp_path, break_it):
     save_sae(some_sae(), folder, "vit", "layer 3")
     load_sae(folder)
     break_it(folder)
-    with pytest.raises(StoreError, match=r"seed-0: .* run the sae stage again"):
+    with pytest.raises(StoreError, match=r"seed-0: .* the sae stage"):
         load_sae(folder)
 
 
