@@ -72,8 +72,7 @@ A_LAYER = (
     add_a_layer,
     {"activations": 1, "sae": 2, "features": 1, "correlations": 1, "similarity": 1},
     {"weights": 1, "metrics_pair": 1, **LAYERWISE, **SAES},  # the encoder is tried again, as its entry has changed
-    # The record of an SAE that is trained again says of which layers the activations are now.
-    (*SUMS, f"{STUDY}/pairs", "squares/saes", *(f"squares/{kind}" for kind in CHANGED_WITH_AN_ENCODER)),
+    (*SUMS, "weights/viewer", f"{STUDY}/pairs", *(f"squares/{kind}" for kind in CHANGED_WITH_AN_ENCODER)),
 )
 A_DATASET = (
     add_a_dataset_whose_tokens_are_deleted,
