@@ -28,11 +28,11 @@ os.environ.update(
     PYTHONPATH=os.pathsep.join(filter(None, [str(_LIBRARY.parent), os.getenv("PYTHONPATH", "")])),
 )
 
-# GPUs that a rule which computes asks for: none where the CPU was chosen. On a cluster, its job fails without them; on
+# GPUs that computing rules ask for: none where the CPU was chosen. On a cluster, its job fails without them; on
 # this machine, it computes on what there is.
 GPUS = 0 if os.getenv("CONCEPTSHARE_DEVICE") == "cpu" else 1
 if workflow.remote_exec:
-    os.environ["CONCEPTSHARE_DEVICE"] = os.getenv("CONCEPTSHARE_DEVICE") or "cuda"
+    os.environ.update(CONCEPTSHARE_DEVICE=os.getenv("CONCEPTSHARE_DEVICE") or "cuda")
 
 try:
     STUDY = build_study(config, origin=", ".join(map(str, workflow.configfiles)))
