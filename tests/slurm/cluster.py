@@ -129,6 +129,13 @@ class Cluster:
         records = self.run("scontrol", "show", "job", "--details", "--oneliner").splitlines()
         return sorted((_job(record) for record in records if record.startswith("JobId=")), key=lambda job: job.id)
 
+    def cancel_all(self):
+        """End every job that still runs, waits or is suspended."""
+        unfinished = self.run("squeue", "--noheader", "--format=%i").split()
+        if unfinished:
+            self.run("scancel", *unfinished, check=False)
+            self._wait(lambda: not self.run("squeue", "--noheader", "--format=%i").split())
+
     def _stop(self, daemon):
         file = self._folder / f"{daemon}.pid"
         if not file.exists():

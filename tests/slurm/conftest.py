@@ -33,6 +33,7 @@ class SlurmProject(Project):
         super().__init__(folder)
         self.cluster = cluster
         self.choice = {}  # of the user's, among environment variables
+        self._started = []
         self._submitted_before = len(cluster.jobs())
 
     @property
@@ -41,7 +42,7 @@ class SlurmProject(Project):
 
     def start(self, *arguments, program=IMPATIENT):
         """Start Snakemake, in a session of its own: a signal to it reaches nothing else."""
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, program, "--profile", "slurm", *arguments],
             cwd=self.folder,
             env=self.environment,
@@ -50,6 +51,14 @@ class SlurmProject(Project):
             text=True,
             start_new_session=True,
         )
+        self._started.append(process)
+        return process
+
+    def end(self):
+        """End what still runs, as it does after a test that failed: its jobs would keep their GPUs from later ones."""
+        for process in self._started:
+            process.kill()
+        self.cluster.cancel_all()
 
     def submit(self, *arguments):
         """Run to the end, by default all but pages, and give what Snakemake printed."""
@@ -133,4 +142,6 @@ def first_run(new_pocket, tmp_path_factory):
 @pytest.fixture
 def pocket(first_run, tmp_path):
     """A finished pocket study to change."""
-    return first_run[0].copy(tmp_path / "clone")
+    project = first_run[0].copy(tmp_path / "clone")
+    yield project
+    project.end()

@@ -66,6 +66,12 @@ def suspended(project):
     return job
 
 
+def log_tells(project, text):
+    """Whether the job's log, which Snakemake deletes before each attempt, has the text by now."""
+    log = project.folder / LOG
+    return log.exists() and text in log.read_text()
+
+
 def states(jobs):
     return [job.state for job in jobs]
 
@@ -104,12 +110,12 @@ def test_a_job_that_outlives_its_snakemake_and_the_one_submitted_anew_both_end_w
     assert "--unlock" in refused.stdout + refused.stderr
     assert training.run("--unlock").returncode == 0
     process = training.start(TARGET)
-    until(lambda: f"Slurm job {orphan.id}), which is making it" in (training.folder / LOG).read_text())
+    until(lambda: log_tells(training, f"Slurm job {orphan.id}), which is making it"))
     training.cluster.run("scontrol", "resume", str(orphan.id))
     finish(process)
     until(lambda: all(job.state == "COMPLETED" for job in training.cluster.jobs()[-2:]))
     assert len(training.submitted()) == 2
-    assert f"(Slurm job {orphan.id}) meanwhile" in (training.folder / LOG).read_text()
+    assert log_tells(training, f"(Slurm job {orphan.id}) meanwhile")
     assert read(training.folder / FOLDER) == undisturbed
     assert "Nothing to be done" in training.submit(TARGET)
 
