@@ -295,6 +295,9 @@ def test_cells_of_text_tables_are_text_as_it_is_written(name, tmp_path):
     ("text", "fault"),
     [
         ("image,caption\n0.png,one, two\n", "line 2 has 3 cells, the header 2; put cells that hold a ',' into quotes"),
+        ("image,caption\n0.png,a,\n", "line 2 has 3 cells, the header 2; "),
+        ("image,caption\n0.png,a\n\n1.png\n", "line 4 has 1 cells, the header 2; complete the line"),
+        ("caption,image\na\n", "line 2 has 1 cells, the header 2; complete"),
         ('image,caption\n0.png,"open\n1.png,b\n', "line 3 is not valid CSV"),
         ("", "the file is empty"),
         ("image;caption\n0.png;a\n", "its cells are separated by ';' and not by ','; save it with commas"),
@@ -528,6 +531,16 @@ def add(file, name, content=b"", size=None, kind=tarfile.REGTYPE):
     member = tarfile.TarInfo(name)
     member.size, member.type = len(content) if size is None else size, kind
     file.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\n\n", ""])
+def test_the_final_line_break_of_a_text_file_is_none_of_the_caption(ending, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as file:
+        for n in range(2):
+            add(file, f"{n}.png", png(n))
+            add(file, f"{n}.txt", f" two\nlines {n}{ending}".encode())
+    after = "\n" if ending == "\n\n" else ""
+    assert captions(tmp_path / "a.tar", image="png", caption="txt") == [f" two\nlines {n}{after}" for n in range(2)]
 
 
 @pytest.mark.parametrize("order", ["images first", "json last"])

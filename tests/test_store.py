@@ -224,6 +224,16 @@ def test_an_absent_layer_is_named_with_those_there_are(store):
         layer_array(group, 3, "plain", store)
 
 
+def test_an_absent_layer_or_a_broken_root_says_no_more_than_its_error(store, recwarn):
+    with pytest.raises(StoreError, match=r"no layer 3; it has layer-00$"):
+        layer_array(open_store(store, "numbers"), 3, "plain", store)
+    (store / ".zgroup").write_text('{"zarr_format": 2}')
+    (store / "zarr.json").write_text("{")
+    with pytest.raises(StoreError, match=r"some\.zarr"):
+        open_store(store, "numbers")
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 def test_layer_names_sort_as_numbers_do():
     assert layer_name(3) == "layer-03"
     assert sorted(layer_name(n) for n in range(100)) == [layer_name(n) for n in range(100)]

@@ -364,17 +364,24 @@ def _csv_rows(table: _Table, columns: dict[str, str]) -> Iterator[dict[str, Any]
             _check_columns(table.where, columns, header)
             places = {key: header.index(column) for key, column in columns.items()}
             for row in reader:
-                if any(row[len(header) :]):
+                if row and len(row) != len(header):
                     raise DatasetError(
-                        f"{table.where}: line {reader.line_num} has {len(row)} cells, the header {len(header)}; put "
-                        f"cells that hold a {separator!r} into quotes"
+                        f"{table.where}: line {reader.line_num} has {len(row)} cells, the header {len(header)}; "
+                        f"{_of_cells(len(row) - len(header), separator)}"
                     )
                 if row:
-                    yield {key: row[n] if n < len(row) else None for key, n in places.items()}
+                    yield {key: row[n] for key, n in places.items()}
         except csv.Error as error:
             raise DatasetError(
                 f"{table.where}: line {reader.line_num} is not valid CSV ({error}); correct it"
             ) from None
+
+
+def _of_cells(more: int, separator: str) -> str:
+    """What to do about a row that has more or fewer cells than the header."""
+    if more > 0:
+        return f"put cells that hold a {separator!r} into quotes, and leave out separators at the end of the line"
+    return f"complete the line, with a {separator!r} before each empty cell, too"
 
 
 def _json_lines(table: _Table) -> Iterator[dict[str, Any]]:
@@ -526,13 +533,17 @@ def _tar_members(file: Path, wanted: set[str], longest: int) -> Iterator[tuple[s
 
 
 def _text_of(name: str, content: bytes | Unusable | None) -> Any:
-    """A member that is no image: JSON as what it holds, the rest as text; as it is where it is neither."""
+    """A member that is no image: JSON as what it holds, the rest as text; as it is where it is neither.
+
+    The line break that ends a text file is no part of its text.
+    """
     if not isinstance(content, bytes):
         return content
     try:
         if name.split(".")[-1] == "json":
             return json.loads(content)
-        return content.decode("utf-16" if content[:2] in _UTF_16 else "utf-8-sig")
+        text = content.decode("utf-16" if content[:2] in _UTF_16 else "utf-8-sig")
+        return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
     except (ValueError, RecursionError):
         return content
 

@@ -70,7 +70,7 @@ def new_store(path: Path, kind: str, spec: dict[str, Any], resume: bool = False)
 def _left_over(partial: Path, described: dict[str, Any]) -> zarr.Group | None:
     """The store at ``partial``, if it can be gone on with: its description is the same, and it can be read."""
     try:
-        group = zarr.open_group(partial, mode="r+")
+        group = zarr.open_group(partial, mode="r+", zarr_format=3)
         if any(group.attrs[key] != json.loads(json.dumps(value)) for key, value in described.items()):
             return None
     except Exception:  # there is none, or its metadata was cut off, which shows in many ways
@@ -99,7 +99,7 @@ def open_store(path: Path, kind: str, layer: int | None = None) -> zarr.Group:
             if changed is not None:
                 raise StoreError(f"{path}: {name} {changed}; {_remedy(kind)}")
     with readable(path, kind):
-        return zarr.open_group(path, mode="r")
+        return zarr.open_group(path, mode="r", zarr_format=3)
 
 
 def read_root(path: Path, kind: str) -> dict[str, Any]:
@@ -116,7 +116,8 @@ def read_root(path: Path, kind: str) -> dict[str, Any]:
         remedy = _remedy(kind) if damaged else f"name one that the {_stage(kind)} stage made"
         raise StoreError(f"{path}: {_ROOT} is missing, so that this is no {kind} store; {remedy}")
     with _named(f"{path}: {_ROOT} cannot be read", f"; {_remedy(kind)}"):
-        attributes: dict[str, Any] = zarr.open_group(path, mode="r").attrs.asdict()
+        # Of format 3, as Zarr warns where there are files of format 2 as well.
+        attributes: dict[str, Any] = zarr.open_group(path, mode="r", zarr_format=3).attrs.asdict()
     if attributes.get("kind") != kind:
         raise StoreError(
             f"{path}: a store of {attributes.get('kind')!r}, where one of {kind!r} is needed; name "
@@ -240,7 +241,9 @@ def layer_array(store: zarr.Group, layer: int, name: str, path: Path) -> StoredA
         StoreError: where the store has no such layer.
     """
     if layer_name(layer) not in store:
-        raise StoreError(f"{path}: no layer {layer}; it has {', '.join(sorted(store.group_keys()))}")
+        # Listed from disk: Zarr warns of every other file there.
+        there = ", ".join(sorted(folder.name for folder in path.glob("layer-*")))
+        raise StoreError(f"{path}: no layer {layer}; it has {there}")
     return StoredArray(store, f"{layer_name(layer)}/{name}", path)
 
 
