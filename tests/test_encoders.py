@@ -360,6 +360,60 @@ def test_no_corner_of_a_grid_stands_for_an_image(tmp_path, token):
     assert load_encoder(change(spec, global_token="mean", width=32))
 
 
+def swin_of_tokens(folder):
+    """The last stage of a Swin: tokens ``[B, T, D]`` that are places of a grid."""
+    how = {"blocks": "encoder.layers.3.blocks", "layers": 1, "width": 64}
+    return change(models.staged("Swin", folder), **how)
+
+
+def timm_cait(folder):
+    """Its class token joins after the blocks."""
+    models.save_timm(folder, "cait_xxs24_224", img_size=32, embed_dim=16, depth=2, num_heads=2)
+    return models.entry(folder, "image", "mean", library="timm", layers=2, width=16, blocks="blocks")
+
+
+def timm_of(name, **settings):
+    def made(folder):
+        models.save_timm(folder, name, img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, **settings)
+        return models.entry(folder, "image", "mean", library="timm", layers=2, width=16)
+
+    return made
+
+
+def open_clip_timm(folder):
+    vision = {"timm_model_name": "test_vit_relpos", "timm_pool": "avg", "timm_proj": "linear", "image_size": 160}
+    models.save_open_clip(folder, models.open_clip_config(vision_cfg=vision))
+    return models.entry(folder, "image", "mean", library="open_clip", layers=9, width=96)
+
+
+WITHOUT_CLASS_TOKEN = {
+    "swin": swin_of_tokens,
+    "siglip": lambda folder: models.siglip_image(folder).spec,
+    "open_clip_timm": open_clip_timm,
+    "timm_patches": timm_of("vit_tiny_patch16_224", class_token=False, global_pool="avg"),
+    "timm_registers": timm_of("vit_tiny_patch16_224", class_token=False, reg_tokens=4, global_pool="avg"),
+    "timm_cait": timm_cait,
+}
+
+
+@pytest.mark.parametrize("token", ["first", "last"])
+@pytest.mark.parametrize("make", WITHOUT_CLASS_TOKEN.values(), ids=WITHOUT_CLASS_TOKEN)
+def test_no_patch_stands_for_an_image_in_an_encoder_without_a_class_token(make, token, tmp_path):
+    spec = make(tmp_path / "model")
+    with pytest.raises(EncoderError, match=r"is a patch or register.*set global_token: mean"):
+        load_encoder(change(spec, global_token=token))
+    load_encoder(change(spec, global_token="mean"))
+    load_encoder(change(spec, global_token="reference"))
+
+
+@pytest.mark.parametrize("make", [models.vit, models.timm_vit, models.open_clip_image], **by_name)
+def test_the_last_patch_stands_for_no_image_with_a_class_token_either(make, tmp_path):
+    spec = make(tmp_path / "model").spec
+    load_encoder(spec)
+    with pytest.raises(EncoderError, match=r"last.*is a patch or register.*set global_token: mean"):
+        load_encoder(change(spec, global_token="last"))
+
+
 @pytest.mark.parametrize("width", [10, 14, 20, 99])
 def test_rows_of_a_grid_are_never_taken_for_tokens(width):
     """A grid of 14 x 10 or 14 x 14 places with a width of 20, in both layouts."""
@@ -398,6 +452,15 @@ def test_blocks_at_a_wrong_path_are_an_error_that_names_it_and_the_lists_there_a
     spec, _ = bert
     with pytest.raises(EncoderError, match=r"blocks: encoder\.layers; lists are at: encoder\.layer$"):
         load_encoder(change(spec, blocks="encoder.layers"))
+
+
+@pytest.mark.parametrize(
+    ("place", "layers"), [("embeddings", 5), ("encoder.layer.0", 3), ("encoder.layer.0.output", 3)]
+)
+def test_parts_of_an_encoder_that_are_no_list_of_blocks_are_an_error_that_names_the_lists(bert, place, layers):
+    spec, _ = bert
+    with pytest.raises(EncoderError, match=rf"blocks: {place} is no list of blocks; lists are at: encoder\.layer$"):
+        load_encoder(change(spec, blocks=place, layers=layers, use_layers="last"))
 
 
 @pytest.mark.parametrize("layers", [2, 5])

@@ -1,5 +1,6 @@
 """What an encoder is, whichever library it comes from."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,9 @@ Samples = Sequence[Image.Image] | Sequence[str]
 
 # Words of the longest caption that a loaded encoder is tried on.
 _LONG = 520
+
+# Parameters of class tokens, by the names that libraries give them.
+_CLASS_TOKEN = re.compile(r"(^|[._])(cls|class)_?(token|emb)")
 
 _LOW_PRECISION = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -103,6 +107,8 @@ class Encoder:
     """The texts of token ids, for a text encoder."""
     sees_padding: bool = False
     """Whether the model was trained to read padding, so that the last position stands for a text, padding or not."""
+    class_token: bool = True
+    """Whether an image model may have a token for the whole image, as far as its parameters' names tell."""
     fingerprint: str = ""
     """Digest of the files it was loaded from; empty where they were not recorded."""
 
@@ -291,6 +297,8 @@ def check_reading(encoder: Encoder) -> None:
         encoder.activations(samples[:1])
     if spec.modality == "text":
         exact.activations([" ".join(["dog"] * _LONG)])  # which a model with fewer positions than it says cannot read
+    if spec.modality == "image" and spec.global_token in {"first", "last"}:
+        _check_class_token(exact)
     if spec.batch_size == 1:
         return
     try:
@@ -321,6 +329,45 @@ def check_reading(encoder: Encoder) -> None:
         )
 
 
+def has_class_token(tower: nn.Module) -> bool:
+    """Whether a part of an image model has the parameter of a class token."""
+    return any(_CLASS_TOKEN.search(name) for name, _ in tower.named_parameters())
+
+
+@torch.inference_mode()
+def _check_class_token(encoder: Encoder) -> None:
+    """Refuse a patch or register as the token of an image.
+
+    A class token, and no patch, is the same for all images where it enters the blocks.
+    """
+    entering: list[list[Tensor]] = []
+
+    def keep(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        x = next((x for x in (*inputs, *named.values()) if isinstance(x, Tensor)), None)
+        if x is not None and x.ndim == 3:
+            entering[-1].append(x.clone() if encoder.batch_first else x.transpose(0, 1).clone())
+
+    hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in encoder.blocks]
+    rng = np.random.default_rng(0)
+    try:
+        for _ in range(2):
+            entering.append([])
+            image = Image.fromarray(rng.integers(0, 256, (112, 112, 3), dtype=np.uint8))
+            found = encoder.activations([image])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert found.position is not None
+    position, shape = int(found.position[0]), next(iter(found.tokens.values())).shape[:2]
+    pairs = [(a[0, position], b[0, position]) for a, b in zip(*entering, strict=True) if a.shape[:2] == shape]
+    patch = pairs and not any(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs)
+    if patch or not encoder.class_token:
+        raise EncoderError(
+            f"{encoder.spec.model}: its {encoder.spec.global_token} token is a patch or register, and no class token "
+            f"for the whole image; set global_token: mean"
+        )
+
+
 def _some_samples(spec: EncoderSpec) -> Samples:
     """Two captions of unlike lengths, or two images of unlike proportions."""
     if spec.modality == "text":
@@ -342,11 +389,14 @@ def find_blocks(tower: nn.Module, spec: EncoderSpec) -> list[nn.Module]:
     }
     if spec.blocks is not None:
         place = spec.blocks
+        known = ", ".join(name for name, run in lists.items() if len(run) > 1)
         try:
-            blocks = list(tower.get_submodule(place).children())
+            module = tower.get_submodule(place)
         except AttributeError:
-            known = ", ".join(name for name, run in lists.items() if len(run) > 1)
             raise EncoderError(f"{spec.model}: no module at blocks: {place}; lists are at: {known}") from None
+        blocks = list(module.children())
+        if blocks and not _is_list(module, blocks):
+            raise EncoderError(f"{spec.model}: blocks: {place} is no list of blocks; lists are at: {known}")
     else:
         kinds = {name: {type(block) for block in run} for name, run in lists.items()}
         # A list of lists does not run itself.
@@ -371,3 +421,10 @@ def find_blocks(tower: nn.Module, spec: EncoderSpec) -> list[nn.Module]:
             f"module list"
         )
     return blocks
+
+
+def _is_list(module: nn.Module, parts: list[nn.Module]) -> bool:
+    """Whether a module's parts run one after another: it is a list, or they are of one class, as the stages of some."""
+    if isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+        return True
+    return len({type(part) for part in parts}) == 1 and any(parts[0].children())

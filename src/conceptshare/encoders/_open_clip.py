@@ -10,7 +10,15 @@ from tokenizers.models import BPE
 from torch import Tensor, nn
 
 from conceptshare.catalog import EncoderSpec
-from conceptshare.encoders._encoder import Batch, Encoder, Samples, find_blocks, give_pad_token, stacked
+from conceptshare.encoders._encoder import (
+    Batch,
+    Encoder,
+    Samples,
+    find_blocks,
+    give_pad_token,
+    has_class_token,
+    stacked,
+)
 from conceptshare.errors import EncoderError
 
 
@@ -47,7 +55,8 @@ def load_open_clip(spec: EncoderSpec, location: Path, device: torch.device) -> E
         (prepare, forward), words = _texts(model, tokenizer, spec), _words(tokenizer)
         sees_padding = _pool_type(_settings(model)) == "last"
     batch_first = next((m.batch_first for m in tower.modules() if hasattr(m, "resblocks")), True)
-    return Encoder(spec, device, find_blocks(tower, spec), prepare, forward, batch_first, words, sees_padding)
+    blocks, class_token = find_blocks(tower, spec), has_class_token(tower)
+    return Encoder(spec, device, blocks, prepare, forward, batch_first, words, sees_padding, class_token)
 
 
 def _tokenizer(name: str) -> Any:

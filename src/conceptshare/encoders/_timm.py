@@ -9,7 +9,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 
 from conceptshare.catalog import EncoderSpec
-from conceptshare.encoders._encoder import Batch, Encoder, Samples, find_blocks, stacked
+from conceptshare.encoders._encoder import Batch, Encoder, Samples, find_blocks, has_class_token, stacked
 
 
 def load_timm(spec: EncoderSpec, folder: Path, device: torch.device) -> Encoder:
@@ -31,4 +31,5 @@ def load_timm(spec: EncoderSpec, folder: Path, device: torch.device) -> Encoder:
     def forward(inputs: dict[str, Tensor]) -> object:
         return model.forward_features(inputs["pixels"])
 
-    return Encoder(spec, device, find_blocks(model, spec), prepare, forward)
+    blocks = find_blocks(model, spec)
+    return Encoder(spec, device, blocks, prepare, forward, class_token=has_class_token(model))

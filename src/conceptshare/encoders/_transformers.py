@@ -28,6 +28,7 @@ from conceptshare.encoders._encoder import (
     UnlikeImagesError,
     find_blocks,
     give_pad_token,
+    has_class_token,
     stacked,
 )
 from conceptshare.encoders._selective_scan import supply_selective_scan
@@ -74,7 +75,8 @@ def load_transformers(spec: EncoderSpec, folder: Path, device: torch.device) -> 
     _check_weights(spec, model, tower, blocks, missing)
     sees_padding = spec.modality == "text" and _sees_padding(config)
     batch_first = config.model_type != "xlnet"
-    encoder = Encoder(spec, device, blocks, prepare, forward, batch_first, words, sees_padding)
+    class_token = spec.remote_code or has_class_token(tower)  # model code of its own names it as it likes
+    encoder = Encoder(spec, device, blocks, prepare, forward, batch_first, words, sees_padding, class_token)
     if not spec.remote_code:
         _check_residual_stream(encoder, forward)
     return encoder
