@@ -153,6 +153,11 @@ def test_captions_fire_at_the_pieces_that_the_tokenizer_makes_of_them(make, valu
     [
         (["[CLS]", "north", "ame", "##rica", ".", "[SEP]"], ["[CLS]", " north", " ame", "rica", " .", " [SEP]"]),
         (["▁north", "▁ame", "rica", ".", "</s>"], ["north", " ame", "rica", ".", " </s>"]),
+        (["▁", "north", "▁", "ame", "rica", "▁", ".", "</s>"], ["", "north", " ", "ame", "rica", " ", ".", " </s>"]),
+        (["<s>", "Ġ", "north", "Ġ", "ĠĠ", "ame"], ["<s>", " ", "north", " ", " ", "ame"]),
+        (["a", " ", "c", "a", "t"], ["a", " ", "c", "a", "t"]),
+        (["▁a▁big", "▁cat"], ["a big", " cat"]),
+        (["▁C##", "▁a"], ["C##", " a"]),
         (["<s>", "north", "Ġame", "rica", "</s>"], ["<s>", " north", " ame", "rica", " </s>"]),
         (
             ["<start_of_text>", "north</w>", "ame", "rica</w>", "!</w>", ""],
@@ -161,11 +166,24 @@ def test_captions_fire_at_the_pieces_that_the_tokenizer_makes_of_them(make, valu
         (["<s>", "caf", "Ã", "©", "Ġçº¢", "</s>"], ["<s>", " caf", "", "é", " 红", " </s>"]),
         (["caf", "Ã©</w>", "naÃ¯", "ve</w>"], ["caf", "é", " naï", "ve"]),
         (["naïve</w>", "é</w>"], ["naïve", " é"]),  # letters that stand for themselves
-        ([b"n", b"\xff"], ["n", " \N{REPLACEMENT CHARACTER}"]),
+        (["n", "\N{REPLACEMENT CHARACTER}"], ["n", " \N{REPLACEMENT CHARACTER}"]),
     ],
 )
 def test_pieces_of_a_word_are_put_together_again(pieces, said):
     assert with_blanks(pieces) == said
+
+
+@pytest.mark.parametrize(
+    ("pieces", "of_another", "said"),
+    [
+        (["un", "bel", "ief"], ["a", "Ġb"], ["un", "bel", "ief"]),
+        (["<s>", "un", "bel", "</s>"], ["▁a", "▁b"], ["<s>", " un", "bel", " </s>"]),
+        (["çĮ", "«"], ["a", "Ġb"], ["", "猫"]),
+        (["un", "##bel"], ["a", "b"], ["un", "bel"]),
+    ],
+)
+def test_a_caption_of_one_word_is_put_together_by_the_marks_of_its_tokenizer(pieces, of_another, said):
+    assert with_blanks(pieces, of_another) == said
 
 
 def test_a_feature_that_is_never_active_has_no_samples(stage_of):

@@ -52,7 +52,7 @@ BINS = 20
 # Working memory for the activations of a block of features.
 _BLOCK_BYTES = 2**28
 # How tokenizers mark a piece that begins a word, ends one, or goes on with one; and pieces that are no text.
-_BEGINS, _ENDS, _GOES_ON = ("▁", "Ġ", " "), ("</w>",), "##"
+_BEGINS, _ENDS, _GOES_ON = ("▁", "Ġ", " "), "</w>", "##"
 _SPECIAL = re.compile(r"<.+>|\[.+\]")
 # The letters that byte-level tokenizers, such as GPT-2's and CLIP's, write for bytes.
 _PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -238,6 +238,7 @@ def find_where_they_fire(
     saes = {layer: sae.to(encoder.device) for layer, sae in saes.items()}
     samples = np.unique(np.concatenate([top.samples() for top in tops.values()]))
     frame, told = Frame(encoder) if encoder.spec.modality == "image" else None, []
+    two_words = [] if frame is not None else _pieces(encoder, encoder.prepare(["a dog"]), 0)
     for chosen, pictures, batch in _batches(encoder, data, samples, threads, name):
         found = encoder.read(batch)
         for row, sample in enumerate(chosen.tolist()):
@@ -247,7 +248,7 @@ def find_where_they_fire(
             else:
                 assert batch.mask is not None
                 place = batch.mask[row].nonzero()[:, 0]
-                told.append({"sample": sample, "tokens": _words(encoder, batch, row)})
+                told.append({"sample": sample, "tokens": with_blanks(_pieces(encoder, batch, row), two_words)})
             if not len(place):
                 continue
             place = place.to(encoder.device)
@@ -291,51 +292,60 @@ def _grid(batch: Batch, tokens: int) -> tuple[Tensor, int]:
     return torch.arange(before, tokens), side
 
 
-def _words(encoder: Encoder, batch: Batch, row: int) -> list[str]:
-    """The pieces of a caption at its unpadded positions; empty for a token that stands for no text."""
+def _pieces(encoder: Encoder, batch: Batch, row: int) -> list[str]:
+    """The pieces of a caption at its unpadded positions, as the tokenizer has them; empty where one is no text."""
     assert batch.mask is not None
     assert encoder.words is not None
     mask, ids = batch.mask[row], batch.ids[row]
-    pieces = encoder.words(ids.tolist()) + [""] * (len(mask) - len(ids))
-    return with_blanks([piece for piece, real in zip(pieces, mask.tolist(), strict=True) if real])
+    # Some tokenizers give bytes.
+    pieces: list[Any] = encoder.words(ids.tolist()) + [""] * (len(mask) - len(ids))
+    return [
+        piece.decode("utf-8", "replace") if isinstance(piece, bytes) else str(piece)
+        for piece, real in zip(pieces, mask.tolist(), strict=True)
+        if real
+    ]
 
 
-def with_blanks(pieces: Sequence[str | bytes]) -> list[str]:
+def with_blanks(pieces: Sequence[str], others: Sequence[str] = ()) -> list[str]:
     """A tokenizer's pieces without its marks, with a blank before each that begins a word.
 
-    Tokenizers mark the pieces that begin a word, those that end one, or those that go on with one.
+    Tokenizers mark the pieces that begin a word, those that end one, or those that go on with one. A mark that is a
+    piece of its own is a blank.
+
+    Args:
+        pieces: of a caption.
+        others: pieces of another text by the same tokenizer, as a caption of one word may hold no mark.
     """
-    texts = _as_texts(
-        [piece.decode("utf-8", "replace") if isinstance(piece, bytes) else str(piece) for piece in pieces]
-    )
-    begun, ended = (any(mark in text for text in texts for mark in marks) for marks in (_BEGINS, _ENDS))
+    marked = [*pieces, *others]
+    texts = _as_texts(pieces, marked)
+    ended = any(_ENDS in piece for piece in marked)
+    begun = not ended and any(mark in piece for piece in marked for mark in _BEGINS)
     said: list[str] = []
     before = ""
     for text in texts:
-        special = _SPECIAL.fullmatch(text) or _SPECIAL.fullmatch(before)
         if ended:
-            begins = before.endswith(_ENDS)
+            begins, plain = before.endswith(_ENDS), text.removesuffix(_ENDS)
         elif begun:
-            begins = text.startswith(_BEGINS)
+            spaced = re.sub("|".join(_BEGINS), " ", text)
+            begins, plain = spaced.startswith(" "), spaced.lstrip(" ")
         else:
-            begins = not text.startswith(_GOES_ON)
-        plain = text
-        for mark in (*_BEGINS, *_ENDS, _GOES_ON):
-            plain = plain.replace(mark, "")
-        said.append(" " * bool(said and plain and (special or begins)) + plain)
+            begins, plain = not text.startswith(_GOES_ON), text.removeprefix(_GOES_ON)
+        special = _SPECIAL.fullmatch(text) or _SPECIAL.fullmatch(before)
+        blank = (special or begins) if plain else (begun and begins)
+        said.append(" " * bool(said and blank) + plain)
         before = text
     return said
 
 
-def _as_texts(pieces: list[str]) -> list[str]:
+def _as_texts(pieces: Sequence[str], marked: Sequence[str]) -> list[str]:
     """Pieces as they are, or, of a byte-level tokenizer, what their bytes say: a letter is where its last byte is."""
-    if not any(mark in piece for piece in pieces for mark in ("Ġ", *_ENDS)):
-        return pieces
+    if not any(mark in piece for piece in marked for mark in ("Ġ", _ENDS)):
+        return [*pieces]
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         return [decoder.decode(bytes(_BYTES[letter] for letter in piece)) for piece in pieces]
     except (KeyError, UnicodeDecodeError):
-        return pieces
+        return [*pieces]
 
 
 class Frame:

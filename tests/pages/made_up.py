@@ -136,10 +136,11 @@ def make_details(rng, modality, first, table, captions):
         if modality == "text" and number != 2:
             feature["tokens"] = []
             for place, (sample, _) in enumerate(pairs[:9]):
-                # The last piece goes on with the word before it.
-                text = ["[CLS]", *(f" {word}" for word in captions[sample].split(" ")), "[SEP]"]
+                # The last piece goes on with the word before it; the first blank is a piece of its own.
+                one, *others = captions[sample].split(" ")
+                text = ["[CLS]", " ", one, *(f" {word}" for word in others), "[SEP]"]
                 strengths = rounded(
-                    np.where(np.arange(len(text)) == 1, 2.0, rng.random(len(text)) * (rng.random(len(text)) < 0.4))
+                    np.where(np.arange(len(text)) == 2, 2.0, rng.random(len(text)) * (rng.random(len(text)) < 0.4))
                 )
                 feature["tokens"].append(None if place == 8 else {"text": text, "values": strengths})
         features.append(feature)

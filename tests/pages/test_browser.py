@@ -433,6 +433,7 @@ def test_tokens_are_marked_by_strength(tab, site):
     tokens = read_data(site, f"{layer_key('reader@0', 5)}/000")["features"][21]["tokens"]
     first = page.locator("section").first.locator("figure").first
     assert seen(first.locator(".tokens bdi")) == [piece.strip() for piece in tokens[0]["text"]]
+    assert first.locator(".tokens bdi").all_text_contents()[1] == " "  # which can be marked, too
     assert seen(first.locator(".tokens")) == ["".join(tokens[0]["text"])]
     marks = first.locator("mark")
     assert marks.count() == sum(value > 0 for value in tokens[0]["values"])

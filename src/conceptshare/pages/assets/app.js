@@ -502,14 +502,14 @@
 
   function tokenText({ text, values }, most) {
     return text.flatMap((piece, at) => {
-      const token = piece.trim();
+      const token = piece.trim() || piece;  // of some tokenizers, a blank is a token
       const value = values[at] ?? 0;
       const share = value > 0 && most > 0 ? Math.min(value / most, 1) : 0;
       const mark = share
         ? h("mark", { title: size(value) }, words(token))
         : h("span", {}, words(token));
       if (share) mark.style.setProperty("--share", share.toFixed(3));
-      return [piece.startsWith(" ") ? " " : "", mark];
+      return [piece.startsWith(" ") && token !== piece ? " " : "", mark];
     });
   }
 
