@@ -1,7 +1,10 @@
 """Grids of the samples on which the features that head a ranking are strongest."""
 
+import re
 import unicodedata
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,19 +17,24 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from conceptshare.figures._style import PAGE, PLACED, STYLE, save, text_width
+from conceptshare.progress import say
 
 if TYPE_CHECKING:  # other figures start without them
     from conceptshare.dataset import Data
     from conceptshare.reading import FeatureStatistics
 
-# matplotlib's own font has no Chinese, Japanese or Korean; systems have these.
+# matplotlib's own font has no Chinese, Japanese, Korean or Indian letters; systems have these.
 _WIDE_FONTS = (
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR"),
     *("Source Han Sans SC", "Source Han Sans", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback"),
     *("IPAexGothic", "IPAGothic", "NanumGothic", "Unifont"),
     *("PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Arial Unicode MS"),
     *("Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "SimHei", "MS Gothic"),
+    *("Noto Sans Devanagari", "Noto Sans Bengali", "Noto Sans Tamil", "Noto Sans Telugu", "Noto Sans Gujarati"),
+    *("Noto Sans Thai", "Noto Sans Ethiopic", "Noto Sans Hebrew", "Noto Sans Arabic", "Lohit Devanagari", "FreeSans"),
+    *("Nirmala UI", "Leelawadee UI", "Kohinoor Devanagari", "Thonburi", "Noto Emoji", "Symbola"),
 )
+_MISSING = re.compile(r"Glyph (\d+) .*missing from font", re.DOTALL)
 # All in inches.
 _CELL, _GAP, _BETWEEN = 0.66, 0.05, 0.28
 """Side of a cell, room between two of them, and room between two grids."""
@@ -79,7 +87,7 @@ def draw_sharedness(
     columns = min(len(top), max(1, int((PAGE + _BETWEEN) / (grid[0] + _BETWEEN))))
     width = columns * (grid[0] + _BETWEEN) - _BETWEEN + 2 * _MARGIN
     title = f"Features of {table.source[0]}, layer {table.layer[0]}, by Comparative Sharedness"
-    with mpl.rc_context(STYLE | PLACED | {"font.family": _fonts()}):
+    with _missing_letters_in_one_line(out), mpl.rc_context(STYLE | PLACED | {"font.family": _fonts()}):
         heading = _wrapped(title, width - 2 * _MARGIN, 4, 9, "bold").splitlines()
         groups = [
             line
@@ -193,6 +201,27 @@ def _drawable(words: str) -> str:
     """A text without characters that are not seen: matplotlib draws boxes for them, and fails by U+FEFF."""
     blank = {"Cc": " ", "Cf": "", "Cs": "", "Co": "", "Cn": ""}
     return "".join(blank.get(unicodedata.category(character), character) for character in words)
+
+
+@contextmanager
+def _missing_letters_in_one_line(out: Path) -> Iterator[None]:
+    """Report the letters that no font has once, in place of matplotlib's warning of each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    letters: set[str] = set()
+    for warning in caught:
+        if match := _MISSING.match(str(warning.message)):
+            letters.add(chr(int(match[1])))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if letters:
+        some, more = "".join(sorted(letters)[:20]), len(letters) - 20
+        shown = f"{some} and {more} more" if more > 0 else some
+        say(
+            f"{out}: no font here has {shown}, drawn as boxes; install one that has, such as Noto Sans CJK, delete "
+            f"fontlist-*.json in {mpl.get_cachedir()}, where matplotlib lists fonts, and draw the figure again"
+        )
 
 
 def _fonts() -> list[str]:
