@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import sys
 import traceback
@@ -76,26 +77,26 @@ def forked_python():
         python.chmod(0o755)
         jobs.bind(str(address))
         jobs.listen()
-        Thread(target=_accept, args=(jobs,), daemon=True).start()
+        Thread(target=_accept, args=(jobs, str(python)), daemon=True).start()
         yield python
         jobs.shutdown(socket.SHUT_RDWR)
 
 
-def _accept(jobs):
+def _accept(jobs, python):
     while True:
         try:
             job, _ = jobs.accept()
         except OSError:  # shut down
             return
         with job:
-            FORKS.Process(target=_answer, args=(job,)).start()
+            FORKS.Process(target=_answer, args=(job, python)).start()
 
 
-def _answer(job):
+def _answer(job, python):
     """Say how a job ended. That it is killed, the end of the connection says."""
     ended = 1
     try:
-        _run_module(job)
+        _run_module(job, python)
         ended = 0
     except SystemExit as end:
         ended = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -106,18 +107,27 @@ def _answer(job):
     job.sendall(bytes([ended]))
 
 
-def _run_module(job):
+def _end_with(client):
+    """End this process if its client is killed."""
+    client.recv(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _run_module(job, python):
     length, streams, _, _ = socket.recv_fds(job, 4, 3)
     with job.makefile("rb") as file:
         (flag, module, *arguments), folder, environment = json.loads(file.read(int.from_bytes(length, "big")))
     assert flag == "-m"
+    Thread(target=_end_with, args=(job,), daemon=True).start()
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     sys.stdin = open(0)  # noqa: SIM115 - multiprocessing had closed it
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    import_anew(module)
+    import_anew("conceptshare")
+    if module != "conceptshare":  # but Snakemake, whose jobs run what it runs in
+        sys.executable = python
     sys.argv[1:] = arguments
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

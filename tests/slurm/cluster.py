@@ -51,6 +51,11 @@ MinJobAge=3600
 KillWait=2
 ReturnToService=2
 DefMemPerCPU=500
+# a machine that is busy answers late
+MessageTimeout=100
+TCPTimeout=60
+BatchStartTimeout=600
+SlurmdTimeout=3600
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} Gres=gpu:fake:{gpus}
 PartitionName=main Nodes={host} Default=YES MaxTime=2-0
 """
@@ -118,7 +123,7 @@ class Cluster:
 
     def run(self, *command, check=True):
         result = subprocess.run(
-            command, env=os.environ | self.environment, capture_output=True, text=True, check=False, timeout=60
+            command, env=os.environ | self.environment, capture_output=True, text=True, check=False, timeout=600
         )
         if check and result.returncode:
             raise RuntimeError(f"{' '.join(command)}: {result.stdout}{result.stderr}")
@@ -146,7 +151,7 @@ class Cluster:
             os.kill(int(process), 15)
             self._wait(lambda: not name.exists())
 
-    def _wait(self, done, seconds=30):
+    def _wait(self, done, seconds=600):
         deadline = time.monotonic() + seconds
         while not done():
             if time.monotonic() > deadline:

@@ -4,33 +4,25 @@ import hashlib
 import os
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from ..workflow.conftest import Project, encoder_entry, fresh, new_clone  # noqa: F401 - a fixture of both folders
+from ..workflow.conftest import CLONE, Project, encoder_entry, fresh, new_clone  # noqa: F401 - a fixture of both folders
 from .cluster import Cluster, missing
 
-SNAKEMAKE = Path(sys.executable).with_name("snakemake")
-IMPATIENT = Path(__file__).with_name("impatient_snakemake.py")
+IMPATIENT = "tests.slurm.impatient_snakemake"
+OFTEN = ("--max-status-checks-per-second", "10")
 LAYER = 1
+LONG_ENOUGH = 900  # seconds, on a machine that is slow and busy
 # Pages take as many jobs as all the rest, and are made as the tests of the workflow see.
 WITHOUT_PAGES = ("--omit-from", "names", "examples", "pages_samples", "pages_pair", "pages_index")
-
-
-def pytest_collection_modifyitems(items):
-    """Run these in one process, beside the others: they share a Slurm, and the study's first run."""
-    for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.xdist_group("slurm"))
 
 
 class SlurmProject(Project):
     """A clone whose Snakemake submits to a cluster."""
 
-    def __init__(self, folder, cluster):
-        super().__init__(folder)
+    def __init__(self, folder, python, cluster):
+        super().__init__(folder, python)
         self.cluster = cluster
         self.choice = {}  # of the user's, among environment variables
         self._started = []
@@ -38,12 +30,14 @@ class SlurmProject(Project):
 
     @property
     def environment(self):
-        return super().environment | self.cluster.environment | self.choice
+        environment = super().environment
+        environment["PYTHONPATH"] += f":{CLONE}"  # where Snakemake's program is
+        return environment | self.cluster.environment | self.choice
 
-    def start(self, *arguments, program=IMPATIENT):
+    def start(self, *arguments):
         """Start Snakemake, in a session of its own: a signal to it reaches nothing else."""
         process = subprocess.Popen(
-            [sys.executable, program, "--profile", "slurm", *arguments],
+            [self.python, "-m", IMPATIENT, "--profile", "slurm", *OFTEN, *arguments],
             cwd=self.folder,
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -63,7 +57,7 @@ class SlurmProject(Project):
     def submit(self, *arguments):
         """Run to the end, by default all but pages, and give what Snakemake printed."""
         process = self.start(*(arguments or WITHOUT_PAGES))
-        output, _ = process.communicate(timeout=600)
+        output, _ = process.communicate(timeout=LONG_ENOUGH)
         assert process.returncode == 0, output
         return output
 
@@ -74,7 +68,7 @@ class SlurmProject(Project):
         return jobs
 
     def copy(self, folder):
-        return SlurmProject(super().copy(folder).folder, self.cluster)
+        return SlurmProject(super().copy(folder).folder, self.python, self.cluster)
 
 
 def jobs_done(output):
@@ -128,7 +122,7 @@ def new_pocket(fresh, cluster, tmp_path_factory):  # noqa: F811
     """The pocket study before its first run."""
     project = fresh.copy(tmp_path_factory.mktemp("new-pocket") / "clone")
     project.config = pocket_config()
-    return SlurmProject(project.folder, cluster)
+    return SlurmProject(project.folder, project.python, cluster)
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,22 @@
-"""Snakemake that asks Slurm for the state of its jobs each second: its own pauses grow by ten seconds a time."""
+"""Snakemake that asks Slurm for the state of its jobs twice a second: its own pauses grow by ten seconds a time.
+
+With ``ASK_NOTHING`` in its environment, it does not ask.
+"""
 
 import asyncio
+import os
+import signal
 
 from snakemake.cli import main
 from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 
 
-async def _sleep(_: RemoteExecutor) -> None:
-    await asyncio.sleep(1)
+async def _sleep(executor: RemoteExecutor) -> None:
+    await asyncio.sleep(0.5)
+    while "ASK_NOTHING" in os.environ and executor.wait:
+        await asyncio.sleep(0.1)
 
 
 RemoteExecutor.sleep = _sleep
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 main()

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import LAYER, SNAKEMAKE
+from .conftest import LAYER, LONG_ENOUGH
 
-LONG = {"expansion": 2, "k": 4, "learning_rate": 1e-3, "batch_captions": 16, "epochs": 2000}
+LONG = {"expansion": 2, "k": 4, "learning_rate": 1e-3, "batch_captions": 16, "epochs": 1000}
 FOLDER = Path(f"results/squares/saes/long/reader/layer-{LAYER:02d}/seed-0")
 TARGET = str(FOLDER / "sae_weights.safetensors")
 LOG = Path(f"results/logs/squares/saes/long/reader/layer-{LAYER:02d}/seed-0.log")
@@ -36,6 +36,7 @@ def undisturbed(first_run, tmp_path_factory):
 @pytest.fixture
 def training(pocket):
     """A finished study with one more SAE setting, which takes long to train."""
+    pocket.python = sys.executable  # as users have; signals and Slurm's account of memory reach no fork
     pocket.config = pocket.config | {"saes": pocket.config["saes"] | {"long": LONG}}
     profile = pocket.folder / "profiles/slurm/config.yaml"
     profile.write_text(re.sub(r"\n  sae: \d+", "\n  sae: 1", profile.read_text()))  # the last digits depend on it
@@ -46,8 +47,8 @@ def read(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "provenance.json"}
 
 
-def until(condition, seconds=120):
-    deadline = time.monotonic() + seconds
+def until(condition):
+    deadline = time.monotonic() + LONG_ENOUGH
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -77,7 +78,7 @@ def states(jobs):
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=LONG_ENOUGH)
     assert process.returncode == 0, output
     return output
 
@@ -122,9 +123,8 @@ def test_a_job_that_outlives_its_snakemake_and_the_one_submitted_anew_both_end_w
 
 def test_a_controller_that_is_away_for_a_while_costs_nothing(training, undisturbed):
     without_accounting = training.folder / "profiles/slurm/without-accounting"
-    training.cluster.environment["PATH"] = os.pathsep.join(
-        [str(without_accounting), training.cluster.environment["PATH"]]
-    )
+    path = os.pathsep.join([str(without_accounting), training.cluster.environment["PATH"]])
+    training.choice = {"PATH": path}
     process = training.start(TARGET)
     until_it_trains(training)
     training.cluster.stop_controller()
@@ -137,11 +137,13 @@ def test_a_controller_that_is_away_for_a_while_costs_nothing(training, undisturb
 
 def test_an_interrupted_snakemake_cancels_its_jobs_and_goes_on_when_it_is_started_again(training, undisturbed):
     # While it asks for their state, it knows of no jobs to cancel: it is interrupted before it does so first.
-    process = training.start("--slurm-init-seconds-before-status-checks", "20", "--", TARGET, program=SNAKEMAKE)
+    training.choice = {"ASK_NOTHING": "yes"}
+    process = training.start(TARGET)
     suspended(training)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=120)
+    process.communicate(timeout=LONG_ENOUGH)
     until(lambda: training.cluster.jobs()[-1].state == "CANCELLED")
+    training.choice = {}
     training.submit(TARGET)
     assert states(training.submitted()) == ["CANCELLED", "COMPLETED"]
     assert read(training.folder / FOLDER) == undisturbed

@@ -6,7 +6,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from .conftest import contents, jobs_done
+from .conftest import LONG_ENOUGH, contents, jobs_done
 
 LOCAL = {
     "dataset",
@@ -71,7 +71,7 @@ def test_a_job_that_was_given_a_gpu_that_torch_does_not_see_fails_unless_the_cpu
         "results/squares/similarity/tiny/reader__viewer.csv",
     )
     pocket.choice = {"DEVICE_OF_NODES": ""}
-    output, _ = pocket.start(*similarity).communicate(timeout=600)
+    output, _ = pocket.start(*similarity).communicate(timeout=LONG_ENOUGH)
     assert "error: this job was to have a GPU (CONCEPTSHARE_DEVICE=cuda), and torch" in output
     pocket.choice = {"CONCEPTSHARE_DEVICE": "cpu"}
     pocket.submit(*similarity)
