@@ -5,6 +5,7 @@ import os
 import subprocess
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Of the processes that tests start, too: two test processes share the machine.
@@ -24,6 +25,27 @@ from tests.browser import browser, open_tab  # noqa: F401 - fixtures
 # The same examples on every run: a failure on one machine is a failure on all.
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("repeatable")
+
+
+# Folders whose tests share what takes long to make: a Slurm, the miniature study's run, a browser.
+TOGETHER = ("slurm", "workflow", "pages")
+# What takes longest starts first. The tests on Slurm mostly wait for it.
+FIRST = ("slurm", "workflow", "test_broken", "hub", "pages")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items):
+    """Run the tests of a file, or of a folder, in one process, which makes their fixtures once."""
+    places = {}
+    for item in items:
+        group = item.get_closest_marker("xdist_group")
+        if group is None:
+            folder = item.path.relative_to(Path(__file__).parent).parts[0]
+            group = pytest.mark.xdist_group(folder if folder in TOGETHER else item.path.stem)
+            item.add_marker(group)
+        (name,) = group.args
+        places[item] = FIRST.index(name) if name in FIRST else len(FIRST)
+    items.sort(key=places.get)
 
 
 def pytest_runtest_setup(item):

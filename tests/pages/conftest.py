@@ -2,20 +2,12 @@
 
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 
 from . import made_up
 
 NARROW = {"width": 360, "height": 740}
-
-
-def pytest_collection_modifyitems(items):
-    """Run these in one process: they share a browser."""
-    for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.xdist_group("browser"))
 
 
 @pytest.fixture(scope="session")

@@ -34,15 +34,6 @@ WIDTH = 16
 WORDS = ["a", "red", "green", "blue", "square", "on", "white", "large", "small", "picture"]
 
 
-def pytest_collection_modifyitems(items):
-    """Run these first: they take longest. All that share the miniature study's run go into one process."""
-    ours = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
-    for item in ours:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group("miniature"))
-    items.sort(key=lambda item: item not in ours)
-
-
 class Project:
     """A clone with its own source, config and results.
 
