@@ -21,6 +21,7 @@ from conceptshare.cli import app
 from conceptshare.sae import train_sae
 from conceptshare.study import SAESettings, build_study
 from tests.elsewhere import run_elsewhere
+from tests.forks import run_forked
 
 CLONE = Path(__file__).parents[1]
 
@@ -105,12 +106,18 @@ def run_commands(page):
     return [runner.invoke(app, shlex.split(command), catch_exceptions=False).stdout for command in commands]
 
 
+def run_here(code, folder):
+    """Run code of a page in a folder, in a process of its own."""
+    ended = run_forked(code, folder=folder)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_the_page_on_using_saes_runs(page, tmp_path):
     run_commands(page)
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     ours = [block for block in blocks if "sae_lens" not in block and "sparsify" not in block]
     assert len(ours) == len(blocks) - 2
-    run_elsewhere([], "".join(ours) + "assert features.shape == (50, 48)\n", cwd=tmp_path)
+    run_here("".join(ours) + "assert features.shape == (50, 48)\n", tmp_path)
     # As in an environment of its own: each alone, and ours only to compare with.
     folder = "results/openclipart/streams/small/saes/minilm/layer-05/seed-0"
     checked = f"""
@@ -165,7 +172,7 @@ def test_the_page_on_comparing_encoders_runs(comparing, tmp_path):
     assert "rho_g" in ranking
     blocks = re.findall(r"^```python\n(.*?)^```", comparing, re.MULTILINE | re.DOTALL)
     shapes = "assert found.rho_ab.shape == found.match_ab.shape == (1, 128)\nassert rho.shape == match.shape == (64,)\n"
-    run_elsewhere([], "".join(blocks) + shapes, cwd=tmp_path)
+    run_here("".join(blocks) + shapes, tmp_path)
 
 
 def test_the_command_reference_is_what_help_prints():

@@ -5,8 +5,7 @@ import itertools
 import json
 import re
 import signal
-import subprocess
-import sys
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -313,10 +312,9 @@ def test_a_training_that_diverges_is_an_error_that_names_layer_and_seed(encoder_
 
 def test_the_command_line_streams(encoder_of, data_folder, tmp_path):
     spec = encoder_of(models.bert).spec
-    run = subprocess.run
-    cli = [sys.executable, "-m", "conceptshare"]
+    cli = partial(run_forked, "from conceptshare.cli import main; main()")
     text = json.dumps(json.loads(spec.model_dump_json(exclude_none=True)))
-    run([*cli, "weights", "--encoder", text, "--out", tmp_path / "weights.json"], check=True)
+    assert cli("weights", "--encoder", text, "--out", tmp_path / "weights.json").returncode == 0
     options = [
         "--data",
         data_folder,
@@ -330,8 +328,9 @@ def test_the_command_line_streams(encoder_of, data_folder, tmp_path):
         "2",
     ]
     where = ["--saes", tmp_path / "tiny", "--activations", tmp_path / "tiny.zarr"]
-    run([*cli, "stream", "--encoder", text, "--weights", tmp_path / "weights.json", *options, *where], check=True)
-    refused = run([*cli, "stream", "--seed", "a", *where], capture_output=True, text=True, check=False)
+    whole = cli("stream", "--encoder", text, "--weights", tmp_path / "weights.json", *options, *where)
+    assert whole.returncode == 0, whole.stderr
+    refused = cli("stream", "--seed", "a", *where)
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
     assert sorted(path.name for path in (tmp_path / "tiny").glob("*/*")) == sorted(["seed-0", "seed-3"] * spec.layers)
