@@ -10,6 +10,8 @@ import pytest
 
 from tests.pages.made_up import MISSING_THUMBNAIL
 
+PATIENCE_MS = 60_000  # on a machine that is slow and busy
+
 
 @pytest.fixture(scope="session")
 def browser():
@@ -18,8 +20,9 @@ def browser():
     if chromium is None:
         reason = "no Chromium on this machine; on Debian: apt-get install chromium"
         (pytest.fail if os.getenv("CI") else pytest.skip)(reason)
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=PATIENCE_MS)
     # Chromium refuses its sandbox to root alone.
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_playwright() as playwright:
@@ -58,7 +61,7 @@ class Tab:
 
     def new_page(self):
         page = self.context.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(PATIENCE_MS)
         return page
 
     def leave(self):

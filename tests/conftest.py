@@ -30,7 +30,7 @@ settings.load_profile("repeatable")
 # Folders whose tests share what takes long to make: a Slurm, the miniature study's run, a browser.
 TOGETHER = ("slurm", "workflow", "pages")
 # What takes longest starts first. The tests on Slurm mostly wait for it.
-FIRST = ("slurm", "workflow", "test_broken", "hub", "pages")
+FIRST = ("slurm", "workflow", "test_figures", "test_broken", "hub", "pages")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks

@@ -238,7 +238,7 @@ def test_metadata_of_an_unfinished_store_that_were_cut_off_do_no_harm(lost, made
 
 
 def until(condition):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

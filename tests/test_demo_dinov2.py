@@ -39,7 +39,7 @@ TOLERANCE = 1e-5
 
 def run_script(folder):
     return subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=600, check=False
     )
 
 

@@ -373,7 +373,7 @@ def test_the_rows_are_not_read_far_ahead_of_a_slow_download(server, tmp_path, mo
     assert len(AsRead(tmp_path / "data")) == 1200
 
 
-def until(condition, seconds=30):
+def until(condition, seconds=600):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came to that"
@@ -715,12 +715,12 @@ def test_a_run_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_bytes
         return subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"})
 
     undisturbed = start("undisturbed")
-    assert undisturbed.wait(60) == 0
+    assert undisturbed.wait(600) == 0
     server.asked.clear()
     killed = start("killed")
     until(lambda: len(server.asked) >= 25)
     killed.send_signal(signal.SIGKILL)
-    killed.wait(10)
+    killed.wait(600)
     until(lambda: server.busy == 0)
     downloads = tmp_path / "killed" / "downloads"
     there = {path.name for path in downloads.rglob("*") if path.is_file() and len(path.name) == 64}
@@ -729,7 +729,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_bytes
     assert len(known) >= 15
     asked_before = set(server.asked)
     server.asked.clear()
-    assert start("killed").wait(60) == 0
+    assert start("killed").wait(600) == 0
     assert not {server.address + path for path in server.asked} & known
     assert {server.address + path for path in server.asked} | known == set(rows)
     assert len(server.asked) == len(set(server.asked))

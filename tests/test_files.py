@@ -130,7 +130,7 @@ def until_it_waits(process):
 
 
 def finish(process):
-    out, error = process.communicate("\n", timeout=60)
+    out, error = process.communicate("\n", timeout=600)
     assert process.returncode == 0, error
     return out
 
