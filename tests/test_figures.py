@@ -39,7 +39,7 @@ from conceptshare.figures import (
     draw_strength,
 )
 from conceptshare.paper import compare
-from conceptshare.reading import FeatureStatistics
+from conceptshare.reading import FeatureStatistics, read_statistics
 from conceptshare.seals import seal
 from conceptshare.store import read_root
 from conceptshare.tables import write_table
@@ -369,6 +369,12 @@ def ranking(count=4):
     )
 
 
+def ranking_of(store, count=8):
+    """The same of the features of a store."""
+    table, of = ranking(count), read_statistics(store)[3]
+    return table.assign(strength=of.strength[table.feature], density=of.density[table.feature])
+
+
 def statistics(count=4):
     top = np.full((count, 10), -1, np.int32)
     top[3] = [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
@@ -457,8 +463,8 @@ def test_named_features_and_those_at_the_top_of_two_rankings_are_drawn_by_one_co
     """The paper's Figure 2 shows features of two rankings, its Figures 3 and 4 features that people chose."""
     x = {3: rng.random((len(CAPTIONS), 8))}
     store = write_features(tmp_path, "clip_image@0", x, content_hash=data.content_hash)
-    table = ranking(8).assign(top=np.arange(8) < 4)
-    other = table.assign(feature=[5, 3, 6, 2, 7, 4, 1, 0])
+    table = ranking_of(store).assign(top=np.arange(8) < 4)
+    other = table.set_index("feature").loc[[5, 3, 6, 2, 7, 4, 1, 0]].reset_index()
     for name, written in (("a", table), ("b", other), ("c", other.assign(source="bert@0")), ("d", table[::-1])):
         write_table(written.reset_index(drop=True).assign(top=np.arange(8) < 4), tmp_path / f"{name}.csv")
 
@@ -481,7 +487,7 @@ def test_named_features_and_those_at_the_top_of_two_rankings_are_drawn_by_one_co
     assert draw("--also-top-of", tmp_path / "b.parquet") == [6, 5]
     assert draw("--also-top-of", tmp_path / "b.parquet", "--feature", 5) == [5]
     assert "feature 8 is not among the 8" in draw("--feature", 8)
-    assert "two sources, clip_image@0 and bert@0" in draw("--also-top-of", tmp_path / "c.parquet")
+    assert "c.parquet: ranks the features of bert@0, and" in draw("--also-top-of", tmp_path / "c.parquet")
     assert "no feature is at the top of both" in draw("--also-top-of", tmp_path / "d.parquet")
 
 
@@ -496,7 +502,7 @@ def test_a_ranking_is_drawn_of_its_own_features_and_samples_alone(tmp_path, data
     shuffled = store("shuffled", "clip_image@0", {3: x}, "another order")
     lacking = [store("layer", "clip_image@0", {2: x}), store("narrow", "clip_image@0", {3: x[:, :7]})]
     places = {"--table": tmp_path / "a.csv", "--features": own, "--data": tmp_path / "data"}
-    table = ranking(8).assign(top=True)
+    table = ranking_of(own).assign(top=True)
     table.attrs["features"] = {path.stem: read_root(path, "features")["digest"] for path in (own, bert)}
     write_table(table, tmp_path / "a.csv")
 

@@ -1,9 +1,11 @@
 """Tables from real stores, against wMPPC and Comparative Sharedness worked out from the features themselves."""
 
 import json
+import re
 import shutil
 from itertools import combinations
 from math import comb
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -23,6 +25,8 @@ from conceptshare.tables import (
     GroupedMember,
     Stores,
     averages_table,
+    check_made_from,
+    check_ranking,
     layerwise_table,
     matrix_table,
     overlap_table,
@@ -718,3 +722,106 @@ def test_writing_again_gives_the_same_bytes(study, tmp_path):
 def test_members_are_read_from_their_names(text, encoder, seed):
     assert as_member(text) == (encoder, seed)
     assert str(as_member(text)) == text
+
+
+@pytest.fixture
+def written(study, saes, tmp_path):
+    """Every table that a command reads, as CSV, and the commands that do."""
+    stores, folder = study[0], tmp_path / "tables"
+    matrix, groups = matrix_table(MEMBERS, stores), (["bert@1"], ["clip-text@0"])
+    names = {"vit@0": "vit-base@0", "clip-text@0": "clip-text-base@0", "bert@1": "bert-base@1"}
+    made = {
+        "matrix": matrix,
+        "averages": averages_table(matrix, stores),
+        "layerwise": layerwise_table([("vit@0", "bert@1")], stores),
+        "ranking": sharedness_table("vit@0", *groups, stores),
+        "saes": sae_table(["vit@0"], saes, stores),
+        "paper": paper.compare(matrix.replace(names), "coco", "base"),
+    }
+    for name, table in made.items():
+        write_table(table, folder / f"{name}.csv")
+    return made, folder
+
+
+COMMANDS = [
+    "figures matrix --table matrix",
+    "figures intervals --table matrix",
+    "figures similarity --table matrix",
+    "figures strength --table matrix --pairs .",
+    "metrics formats --table matrix --averages averages",
+    "metrics formats --averages averages --table matrix",
+    "metrics averages --table matrix --correlations .",
+    "metrics paper --table matrix --dataset coco --size base --agreement agreement.csv",
+    "figures averages --table averages",
+    'figures layerwise --table layerwise --pairs [["vit@0","bert@1"]]',
+    "figures scatter --table ranking",
+    "metrics overlaps ranking",
+    "figures saes --table saes --saes .",
+    "figures paper --table paper",
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_table_that_is_none_of_its_kind_is_one_line_whoever_reads_it(command, written, monkeypatch):
+    made, folder = written
+    monkeypatch.chdir(folder)
+    _, _, *given = command.split()
+    words = [*command.split()[:2], *(f"{word}.csv" if word in made else word for word in given)]
+    name = next(word for word in given if word in made)
+    table, number = made[name], {"layerwise": "wmppc", "ranking": "delta", "saes": "fvu_all", "paper": "ours"}
+    column = number.get(name, "wmppc")
+    faults = {
+        "no rows": table[:0] if name != "averages" else table.rename(columns={"low": "lower"}),
+        "renamed": table.rename(columns={column: "value"}),
+        "twice": pd.concat([table, table]),
+        "words": table.assign(**{column: "much"}),
+        "not named": table.assign(**{table.columns[2]: np.nan}),
+    }
+    out = {"figures": "out.png", "metrics": "out.csv"}[words[0]] if words[1] != "formats" else "out"
+    for fault, broken in faults.items():
+        broken.to_csv(f"{name}.csv", index=False)
+        error = CliRunner().invoke(app, [*words, "--out", out]).exception
+        assert isinstance(error, StoreError), (fault, error)
+        assert re.fullmatch(rf"{name}\.csv: .*; name another, or .* run the metrics stage( again)?", str(error)), fault
+        assert not Path(out).exists()
+
+
+def test_tables_of_two_studies_are_not_read_together(written, study, monkeypatch):
+    """A CSV file does not say what it was made from: what is in it shows."""
+    made, folder = written
+    monkeypatch.chdir(folder)
+    ranking = made["ranking"].copy()
+    ranking.loc[2, "strength"] *= 1.001
+    ranking.to_csv("other.csv", index=False)
+    made["averages"].assign(wmppc=made["averages"].wmppc * 1.001).to_csv("averages.csv", index=False)
+    names = made["ranking"][["layer", "feature"]].assign(name="cat", candidate="cat", score=1, auc=1, source="captions")
+    names.to_csv("names.csv", index=False)
+
+    def said(command):
+        words = [*command.split(), "--out", "out" if "formats" in command else "out.csv"]
+        error = CliRunner().invoke(app, words).exception
+        assert isinstance(error, StoreError), error
+        return str(error)
+
+    assert re.match(
+        r"other\.csv: ranks other features .* than ranking\.csv;", said("metrics overlaps ranking.csv other.csv")
+    )
+    formats = "metrics formats --table matrix.csv --averages averages.csv"
+    assert said(formats).startswith("averages.csv: no averages of this matrix; ")
+    correlations = f"--correlations {study[0].correlations}"
+    assert said(f"metrics averages --table matrix.csv {correlations}").startswith("matrix.csv: does not say which")
+    store = study[0].features / "vit@0.zarr"
+    with pytest.raises(StoreError, match=r"^other\.csv: ranks other features of vit@0 than those of .*vit@0\.zarr;"):
+        check_ranking(Path("other.csv"), read_table(Path("other.csv"), "ranking"), store, study[0].statistics("vit@0"))
+    check_ranking(Path("a.csv"), read_table(Path("ranking.csv"), "ranking"), store, study[0].statistics("vit@0"))
+    with pytest.raises(StoreError, match=r"^names\.csv: does not say which features"):
+        check_made_from(Path("names.csv"), read_table(Path("names.csv"), "names"), store, "names")
+
+
+def test_texts_of_a_csv_table_are_as_they_are_written(tmp_path):
+    rows = {"encoder": ["NA", "007"], "seed": [0, 1], "layer": [0, 0], "latents": 4, "steps": 2}
+    numbers = {f"{name}_{tokens}": [0.5, np.nan] for name in ("fvu", "l0", "dead") for tokens in ("all", "global")}
+    write_table(pd.DataFrame(rows | numbers), tmp_path / "saes.csv")
+    read = [read_table(tmp_path / f"saes.{suffix}", "saes") for suffix in ("csv", "parquet")]
+    assert read[0].encoder.tolist() == ["NA", "007"]
+    pd.testing.assert_frame_equal(*read, check_dtype=False)

@@ -566,9 +566,11 @@ def metrics_averages(
     table: Annotated[Path, typer.Option(help="The matrix, as Parquet.")], correlations: Correlations, out: TableOut
 ) -> None:
     """The mean wMPPC from each modality to each, with its interval."""
-    from conceptshare.tables import Stores, averages_table, read_table, write_table
+    from conceptshare.tables import Stores, averages_table, made_from, read_table, write_table
 
-    write_table(averages_table(read_table(table, "matrix"), Stores(correlations, correlations)), out)
+    matrix = read_table(table, "matrix")
+    made_from(table, matrix, "metrics")
+    write_table(averages_table(matrix, Stores(correlations, correlations)), out)
 
 
 @metrics_app.command("formats")
@@ -585,11 +587,12 @@ def metrics_formats(
     """The matrix of each reading, and the averages, as CSV, Markdown and LaTeX."""
     from conceptshare import paper
     from conceptshare.formats import write_matrices
-    from conceptshare.tables import read_table
+    from conceptshare.tables import check_averages, read_table
 
-    matrix = read_table(table, "matrix")
+    matrix, means = read_table(table, "matrix"), read_table(averages, "averages")
+    check_averages(averages, means, matrix)
     table_3 = None if dataset is None else paper.table_3(matrix, dataset, size)
-    write_matrices(matrix, read_table(averages, "averages"), out, table_3)
+    write_matrices(matrix, means, out, table_3)
 
 
 @metrics_app.command("paper")
@@ -658,9 +661,11 @@ def metrics_overlaps(
     out: TableOut,
 ) -> None:
     """How many top features every two rankings of one source have in common."""
-    from conceptshare.tables import overlap_table, read_table, write_table
+    from conceptshare.tables import check_rankings, overlap_table, read_table, write_table
 
-    write_table(overlap_table({path.stem: read_table(path, "ranking") for path in rankings}), out)
+    found = {path: read_table(path, "ranking") for path in rankings}
+    check_rankings(found)
+    write_table(overlap_table({path.stem: table for path, table in found.items()}), out)
 
 
 @metrics_app.command("saes")
@@ -774,9 +779,12 @@ def figures_sharedness(
 
     modality, statistics, shown = read_modality(features), read_statistics(features), Data(data)
     check_samples(features, data, shown.content_hash)
-    other = None if also_top_of is None else read_table(also_top_of, "ranking")
     ranking = read_table(table, "ranking")
     check_ranking(table, ranking, features, statistics)
+    other = None
+    if also_top_of is not None:
+        other = read_table(also_top_of, "ranking")
+        check_ranking(also_top_of, other, features, statistics)
     ranking = named_features(ranking, feature or [], other)
     if feature or also_top_of:
         pictured = len(ranking)

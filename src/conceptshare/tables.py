@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
+from pandas.api.types import is_numeric_dtype
 
 from conceptshare import metrics
 from conceptshare.errors import StoreError, StudyError
@@ -39,19 +40,32 @@ MATRIX_COLUMNS = (
     *("strength_cv", "strength_rho", *SIMILARITIES),
 )
 
-_COLUMNS = {
-    "matrix": MATRIX_COLUMNS,
-    "averages": ("reading", "source_modality", "target_modality", "cells", "wmppc", "low", "high", "floor"),
-    "layerwise": ("source", "target", "source_layer", "target_layer", "wmppc"),
-    "ranking": ("rank", "top", "source", "layer", "feature", "delta", "rho_g", "rho_h"),
-    "pairs": ("source", "target", "layer", "feature", "strength", "rho", "match_layer", "match_feature"),
-    "overlaps": ("source", "first", "second", "top", "overlap", "expected", "log10_p"),
-    "saes": ("encoder", "seed", "layer", "latents", "steps"),
-    "paper": ("reading", "source", "target", "ours", "paper"),
-    "names": ("layer", "feature", "name", "score", "auc", "source"),
-    "similarity": ("source_layer", "target_layer", *SIMILARITIES),
+_CELL = ("source", "target", "reading")
+_DIRECTION = ["reading", "source_modality", "target_modality"]
+_FEATURE = ("layer", "feature")
+_QUALITY = tuple(f"{measure}_{tokens}" for tokens in ("all", "global") for measure in ("fvu", "l0", "dead"))
+_COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "matrix": (_CELL, tuple(name for name in MATRIX_COLUMNS if name not in _CELL)),
+    "averages": (tuple(_DIRECTION), ("cells", "wmppc", "low", "high", "floor")),
+    "layerwise": (("source", "target", "source_layer", "target_layer"), ("wmppc", "floor")),
+    "ranking": (_FEATURE, ("rank", "top", "source", "delta", "strength", "density", "rho_g", "rho_h")),
+    "pairs": (("source", "target", *_FEATURE), ("strength", "rho", "match_layer", "match_feature")),
+    "overlaps": (("source", "first", "second"), ("top", "overlap", "expected", "log10_p")),
+    "saes": (("encoder", "seed", "layer"), ("latents", "steps", *_QUALITY)),
+    "paper": (_CELL, ("ours", "low", "high", "paper", "difference")),
+    "names": (_FEATURE, ("name", "candidate", "score", "auc", "source")),
+    "similarity": (("source_layer", "target_layer"), SIMILARITIES),
 }
-"""Columns that a table of a kind is told by."""
+"""Columns of a kind of table that are read: those that tell its rows apart, and others."""
+_TEXTS = {
+    *("source", "target", "source_modality", "target_modality", "source_kind", "target_kind", "reading", "encoder"),
+    *("first", "second", "name", "candidate", "shared_with", "not_shared_with"),
+}
+"""Columns that hold no numbers."""
+_NEVER_BLANK = _TEXTS - {"name", "candidate"} | {"layer", "feature", "seed", "source_layer", "target_layer"}
+"""Columns that say what a row is of."""
+_MAYBE_EMPTY = ("averages",)
+"""Kinds of tables that may have no rows: members that are all of one encoder have no averages."""
 # Kinds of tables that are not of the stage `metrics`.
 _STAGES = ("names", "similarity")
 
@@ -173,10 +187,23 @@ def active_statistics(path: Path) -> dict[int, FeatureStatistics]:
     return found
 
 
+def made_from(path: Path, table: pd.DataFrame, stage: str) -> Mapping[str, str]:
+    """The digests of the feature stores that a table was made from, by member.
+
+    Raises:
+        StoreError: if it does not say, as no CSV file does.
+    """
+    if "features" not in table.attrs:
+        raise StoreError(
+            f"{path}: does not say which features it was made from; give the Parquet file that the {stage} stage writes"
+        )
+    found: Mapping[str, str] = table.attrs["features"]
+    return found
+
+
 def check_made_from(path: Path, table: pd.DataFrame, features: Path, stage: str) -> None:
-    """Make sure that a table which says what it was made from was made from a feature store; arguments as above."""
-    if "features" in table.attrs:
-        check_features(path, table.attrs["features"], {features.stem: _digest(features)}, stage)
+    """Make sure that a table says that it was made from a feature store; arguments as above."""
+    check_features(path, made_from(path, table, stage), {features.stem: _digest(features)}, stage)
 
 
 def check_ranking(
@@ -198,13 +225,56 @@ def check_ranking(
         raise StoreError(
             f"{path}: ranks the features of {other}, and {features} is of {features.stem}; give {other}.zarr"
         )
-    check_made_from(path, ranking, features, "metrics")
+    if "features" in ranking.attrs:
+        check_made_from(path, ranking, features, "metrics")
     for layer, of_layer in ranking.groupby("layer"):
-        if layer not in statistics or of_layer.feature.max() >= len(statistics[layer].strength):
+        feature = of_layer.feature.to_numpy(np.int64)
+        if layer not in statistics or feature.max() >= len(statistics[layer].strength):
             raise StoreError(
                 f"{path}: ranks features of layer {layer} that {features} does not have; give the store that the "
                 f"ranking was made from"
             )
+        # A CSV file does not say what it was made from, but every ranking has its features' strengths and densities.
+        of = statistics[layer]
+        if not _is_as_written(of_layer[["strength", "density"]], np.stack([of.strength, of.density], 1)[feature]):
+            raise StoreError(
+                f"{path}: ranks other features of {features.stem} than those of {features}; give the store that the "
+                f"ranking was made from, or run the metrics stage again"
+            )
+
+
+def check_rankings(rankings: Mapping[Path, pd.DataFrame]) -> None:
+    """Make sure that rankings of one source rank the same features, by their strengths.
+
+    Raises:
+        StoreError: if two do not, as those of two studies.
+    """
+    first: dict[str, tuple[Path, pd.Series]] = {}
+    for path, ranking in rankings.items():
+        strength = ranking.set_index("feature").strength.sort_index()
+        other, of_other = first.setdefault(ranking.source[0], (path, strength))
+        if not (strength.index.equals(of_other.index) and _is_as_written(strength, of_other)):
+            raise StoreError(
+                f"{path}: ranks other features of {ranking.source[0]} than {other}; give rankings of one study, or run "
+                f"the metrics stage again"
+            )
+
+
+def check_averages(path: Path, averages: pd.DataFrame, matrix: pd.DataFrame) -> None:
+    """Make sure that modality averages are those of a matrix.
+
+    Raises:
+        StoreError: if they are not.
+    """
+    wanted = _averages(_averaged(matrix))
+    found = averages.set_index(_DIRECTION)[list(wanted.columns)].reindex(wanted.index)
+    if len(averages) != len(wanted) or not _is_as_written(found, wanted):
+        raise StoreError(f"{path}: no averages of this matrix; give those made from it, or run the metrics stage again")
+
+
+def _is_as_written(numbers: Any, exact: Any) -> bool:
+    """Whether numbers of a table are those that were written, to the digits that CSV files have."""
+    return np.allclose(numbers, exact, rtol=1e-5, atol=1e-12, equal_nan=True)
 
 
 class GroupedMember(NamedTuple):
@@ -394,17 +464,15 @@ def averages_table(matrix: pd.DataFrame, stores: Stores) -> pd.DataFrame:
         matrix: the table of `matrix_table`.
         stores: where its correlations lie.
     """
-    encoders = [matrix[side].map(lambda member: as_member(member).encoder) for side in ("source", "target")]
-    table = matrix[matrix.wmppc.notna() & (encoders[0] != encoders[1])]
-    groups = ["reading", "source_modality", "target_modality"]
+    table = _averaged(matrix)
     influences: dict[tuple[str, ...], metrics.Array] = {}
     for pair, cells in table.groupby(["source", "target"]):
         source, target = pair
         influence = stores.pair(source, target, matrix.attrs.get("features", {})).influence
         of_pair = dict(zip(metrics.READINGS, influence, strict=True))
-        for group in cells[groups].itertuples(index=False, name=None):
+        for group in cells[_DIRECTION].itertuples(index=False, name=None):
             influences[group] = influences.get(group, 0) + of_pair[group[0]].astype(np.float64)
-    averages = table.groupby(groups).agg(cells=("wmppc", "size"), wmppc=("wmppc", "mean"), floor=("floor", "mean"))
+    averages = _averages(table)
     averages = averages.reindex(sorted(influences, key=lambda group: (metrics.READINGS.index(group[0]), *group)))
     means = [influences[group] / count for group, count in averages.cells.items()]
     ends = metrics.bootstrap_intervals(averages.wmppc, np.stack(means)) if means else np.empty((0, 2))
@@ -413,6 +481,17 @@ def averages_table(matrix: pd.DataFrame, stores: Stores) -> pd.DataFrame:
     averages = averages.reset_index()
     averages.attrs = {"features": matrix.attrs.get("features", {})}
     return averages
+
+
+def _averaged(matrix: pd.DataFrame) -> pd.DataFrame:
+    """The cells of a matrix that count in its averages."""
+    encoders = [matrix[side].map(lambda member: as_member(member).encoder) for side in ("source", "target")]
+    return matrix[matrix.wmppc.notna() & (encoders[0] != encoders[1])]
+
+
+def _averages(cells: pd.DataFrame) -> pd.DataFrame:
+    """How many cells there are of each reading and direction, and the means of their wMPPC and floors."""
+    return cells.groupby(_DIRECTION).agg(cells=("wmppc", "size"), wmppc=("wmppc", "mean"), floor=("floor", "mean"))
 
 
 def layerwise_table(pairs: Sequence[tuple[str, str]], stores: Stores) -> pd.DataFrame:
@@ -616,18 +695,12 @@ def named_features(
     Args:
         ranking: a table of `sharedness_table`.
         features: the features to keep; all without it.
-        other: another such table; the features kept are the top of both.
+        other: another such table of the same features; those kept are the top of both.
 
     Raises:
-        StudyError: if one of the features is not among the ranking's, if the other ranking is of another source, or if
-            no feature is at the top of both.
+        StudyError: if one of the features is not among the ranking's, or if no feature is at the top of both.
     """
     if other is not None:
-        if other.source[0] != ranking.source[0]:
-            raise StudyError(
-                f"rankings of two sources, {ranking.source[0]} and {other.source[0]}, have no feature in common; give "
-                f"two rankings of one source"
-            )
         ranking = ranking[ranking.top & ranking.feature.isin(other.feature[other.top])]
         if ranking.empty:
             raise StudyError("no feature is at the top of both rankings; leave the other one out, or name features")
@@ -698,12 +771,13 @@ def read_table(
         The table; its ``attrs`` are what it says of itself.
 
     Raises:
-        StoreError: where there is none, it is damaged, or of another kind.
+        StoreError: where there is none, it is damaged, of another kind, or lacks rows.
     """
     stage = kind if kind in _STAGES else "metrics"
     if path.suffix == ".csv":
         try:
-            table = pd.read_csv(path)
+            # A text is as it is written: an encoder may be called NA, or 007.
+            table = pd.read_csv(path, dtype=dict.fromkeys(_TEXTS, str), keep_default_na=False, na_values=[""])
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise StoreError(f"{path}: no such table; run the {stage} stage") from None
         except (OSError, ValueError) as error:
@@ -713,10 +787,29 @@ def read_table(
         found, record = read_parquet(path, stage, columns, filters)
         table = found.to_pandas()
         table.attrs = record
-    missing = [name for name in columns or _COLUMNS[kind] if name not in table.columns]
-    if missing:
-        raise StoreError(
-            f"{path}: no table of the kind {kind}, without a column {missing[0]}; name another, or move it away and "
-            f"run the {stage} stage"
-        )
+    fault = _fault(table, kind, columns)
+    if fault is not None:
+        raise StoreError(f"{path}: {fault}; name another, or move it away and run the {stage} stage")
     return table
+
+
+def _fault(table: pd.DataFrame, kind: str, columns: Sequence[str] | None) -> str | None:
+    """What keeps a table from being one of its kind, of which some columns were read, or all; None if nothing does."""
+    keys, others = _COLUMNS[kind]
+    read = columns or (*keys, *others)
+    missing = next((name for name in read if name not in table.columns), None)
+    if missing is not None:
+        return f"no table of the kind {kind}, without a column {missing}"
+    if table.empty:
+        return None if kind in _MAYBE_EMPTY else f"a table of the kind {kind} without rows"
+    wordy = next((name for name in read if name not in _TEXTS and not is_numeric_dtype(table[name])), None)
+    if wordy is not None:
+        return f"no table of the kind {kind}, with something else than numbers in its column {wordy}"
+    if columns is not None:
+        return None
+    blank = next((name for name in (*keys, *others) if name in _NEVER_BLANK and table[name].isna().any()), None)
+    if blank is not None:
+        return f"no table of the kind {kind}, with an empty cell in its column {blank}"
+    if table.duplicated(list(keys)).any():
+        return f"no table of the kind {kind}, with two rows of one {', '.join(keys)}"
+    return None
