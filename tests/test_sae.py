@@ -14,7 +14,18 @@ from safetensors.torch import load_file
 
 from conceptshare.activations import TokenReader
 from conceptshare.errors import NumericsError, StoreError
-from conceptshare.sae import TopKSAE, _order, _train, _trainer, evaluate, load_sae, save_sae, train, train_sae
+from conceptshare.sae import (
+    TopKSAE,
+    _checkpoints,
+    _order,
+    _train,
+    _trainer,
+    evaluate,
+    load_sae,
+    save_sae,
+    train,
+    train_sae,
+)
 from conceptshare.sae._checkpoints import PREEMPTED
 from conceptshare.sae._metrics import density_histogram
 from conceptshare.store import new_store, save_array
@@ -818,3 +829,10 @@ def test_checkpoints_of_another_training_are_not_gone_on_with(stored, tmp_path, 
     assert "going on" not in capsys.readouterr().err
     train_sae(stored, 3, SETTINGS, seed=0, out=tmp_path / "fresh")
     assert contents(tmp_path / "sae") == contents(tmp_path / "fresh")
+
+
+def test_checkpoints_of_another_version_are_not_gone_on_with(stored, tmp_path, capsys, monkeypatch):
+    assert run_training(stored, tmp_path / "sae", last=3).returncode == -signal.SIGKILL
+    monkeypatch.setattr(_checkpoints, "version", lambda _: "another")
+    train_sae(stored, 3, SETTINGS, seed=0, out=tmp_path / "sae")
+    assert "going on" not in capsys.readouterr().err

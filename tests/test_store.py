@@ -10,6 +10,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import conceptshare.store as store_module
 from conceptshare.errors import NumericsError, StoreError
 from conceptshare.files import layer_name
 from conceptshare.store import (
@@ -296,3 +297,29 @@ def test_float16_refuses_what_does_not_fit_and_names_layer_and_sample(value, wor
         as_float16(values, "vit, layer 3", np.array([10, 10, 11, 12]))
     assert "vit, layer 3, sample 11: " in str(caught.value)
     assert words in str(caught.value)
+
+
+def test_what_another_version_left_is_not_gone_on_with(tmp_path, monkeypatch):
+    path = tmp_path / "resumed.zarr"
+
+    def begin(version):
+        monkeypatch.setattr(store_module, "version", lambda _: version)
+        found = []
+
+        def write(cut_off):
+            with new_store(path, "numbers", {}, resume=True) as group:
+                found.extend(group.array_keys())
+                save_array(group, "numbers", np.arange(3)) if not found else None
+                if cut_off:
+                    raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            write(cut_off=True)
+        return found, write
+
+    assert begin("1.0")[0] == []
+    assert begin("1.0")[0] == ["numbers"]
+    found, write = begin("1.1")
+    assert found == []
+    write(cut_off=False)
+    assert "1.1" not in (path / "zarr.json").read_text()

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ VERSIONS = {"activations": 3, "tokens": 2, "part": 2, "features": 4, "correlatio
 """Version of a kind's format, where it is not 1; what old readers would misread, or new ones need, raises it."""
 
 _ROOT = "zarr.json"
+_BEGUN = "begun_by"
 _EVERY_CHUNK: Any = {"write_empty_chunks": True}
 # The stages that make stores of a kind, where they are not named as the kind is.
 _STAGES = {"activations": "activations (or stream)", "tokens": "activations", "part": "activations"}
@@ -43,7 +45,8 @@ def new_store(path: Path, kind: str, spec: dict[str, Any], resume: bool = False)
         path: the store's final path.
         kind: the format, such as ``"activations"``.
         spec: what the store was made from, kept in its attributes.
-        resume: give what an attempt that was cut off left of the same store, where there is such; else an empty group.
+        resume: give what an attempt of this version that was cut off left of the same store, where there is such; else
+            an empty group.
 
     Raises:
         MadeMeanwhileError: where another process made the same store while this one waited for it.
@@ -56,15 +59,18 @@ def new_store(path: Path, kind: str, spec: dict[str, Any], resume: bool = False)
         "complete": False,
     }
     with written_aside(path, store_kind(kind), resume, json.dumps(described, sort_keys=True)) as partial:
-        group = _left_over(partial, described)
+        # Half of a store is not of one version, and half of another.
+        begun = described | {_BEGUN: version("conceptshare")}
+        group = _left_over(partial, begun)
         if group is None:
             remove(partial)
             group = zarr.open_group(partial, mode="w", zarr_format=3)
-            group.attrs.update(described)
+            group.attrs.update(begun)
         yield group
         provenance.record(partial)
         found = {name: fingerprint(partial / name, _tail(name)) for name in _files(partial)}
-        group.attrs.put(sealed({**group.attrs.asdict(), "files": found, "complete": True}))
+        whole = {key: value for key, value in group.attrs.asdict().items() if key != _BEGUN}
+        group.attrs.put(sealed({**whole, "files": found, "complete": True}))
 
 
 def _left_over(partial: Path, described: dict[str, Any]) -> zarr.Group | None:

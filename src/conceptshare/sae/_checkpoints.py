@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, key: dict[str, Any]) -> None:
         self._folder = folder
-        self.key = json.dumps(key | {"version": _VERSION}, sort_keys=True)
+        self.key = json.dumps(key | {"version": _VERSION, "begun_by": version("conceptshare")}, sort_keys=True)
         """What is trained."""
         if not self._ours():
             check_replaceable(folder, CHECKPOINTS)
