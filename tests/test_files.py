@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from conceptshare.errors import OutputError, StoreError
-from conceptshare.files import FILE, SAE, Kind, Unchanged, check_replaceable, written_aside
+from conceptshare.files import ACCOUNT, FILE, PARQUET, PNG, SAE, Kind, Unchanged, check_replaceable, written_aside
 
 FOLDER = Kind("a folder", "new|old|part|left over")
 
@@ -80,10 +80,11 @@ def test_the_remains_of_a_killed_attempt_are_cleared_away(tmp_path, as_folder):
         (remains / "left over").touch()
     else:
         remains.touch()
-    with written_aside(tmp_path / "result", FOLDER) as partial:
+    with written_aside(tmp_path / "result", FOLDER if as_folder else FILE) as partial:
         assert not partial.exists()
-        partial.mkdir()
-    assert names_in(tmp_path / "result") == []
+        partial.mkdir() if as_folder else partial.touch()
+    assert names_in(tmp_path) == ["result"]
+    assert not as_folder or names_in(tmp_path / "result") == []
 
 
 MAKE = """
@@ -309,3 +310,39 @@ def test_an_input_that_is_replaced_is_an_error_whatever_else_went_wrong(tmp_path
         make(replace=False, error=ValueError("something else"))
     make(replace=False)
     assert out.read_text() == "made"
+
+
+@pytest.mark.parametrize("aside", ["result.partial", "result.replaced.partial", ".result.lock"])
+@pytest.mark.parametrize("kind", [SAE, FILE])
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_has_the_name_of_an_unfinished_result_and_is_none_stays(tmp_path, aside, kind, resume):
+    for name in ("thesis", "letter", "link", "queue"):
+        folder = tmp_path / name
+        folder.mkdir()
+        somebodys(folder)
+        (folder / name).rename(folder / aside)
+        before = {path: path.lstat().st_ino for path in folder.rglob("*")}
+        if (name, kind) == ("letter", FILE) and aside != ".result.lock":
+            continue
+        with (
+            pytest.raises(OutputError, match=f"^{re.escape(str(folder / aside))}: .*; move it away"),
+            written_aside(folder / "result", kind, resume),
+        ):
+            pytest.fail("began")
+        assert {path: path.lstat().st_ino for path in folder.rglob("*")} == before
+        assert name != "letter" or (folder / aside).read_text() == "Dear"
+
+
+@pytest.mark.parametrize("kind", [PNG, PARQUET, ACCOUNT])
+def test_a_file_with_the_name_of_an_unfinished_one_that_begins_otherwise_stays(tmp_path, kind):
+    out = tmp_path / f"result{kind.suffix}"
+    partial = out.with_name(f"{out.name}.partial")
+    partial.write_text("Dear")
+    with pytest.raises(OutputError, match="another file"), written_aside(out, kind):
+        pytest.fail("began")
+    assert partial.read_text() == "Dear"
+    for cut_off in (kind.magic[:2], b"", kind.magic + b"more"):
+        partial.write_bytes(cut_off)
+        with pytest.raises(KeyError), written_aside(out, kind):
+            raise KeyError
+        assert names_in(tmp_path) == []

@@ -1,7 +1,7 @@
 """Files and folders of results: their names, and how one process at a time writes them aside and renames them.
 
 A result replaces nothing but a result of its own kind, or an empty file or folder. What else is there stays, and is an
-error before any work begins.
+error before any work begins. So it is where the result is written first, and with its lock.
 """
 
 import errno
@@ -50,13 +50,28 @@ class Kind(NamedTuple):
     """For a folder, a regular expression that matches the relative path of each file in it; None for a file."""
     suffix: str = ""
     """For a file, how its name ends."""
+    magic: bytes = b""
+    """For a file, how it begins, from the first byte that is written on."""
+    unfinished: str = ""
+    """For a folder, as ``files``, what else is in it while it is made; files that end in ``.partial`` always may be."""
     is_one: Callable[[Path], bool] = lambda _: True
     """Whether its content is that of a result; called for what is not empty and has the right names in it."""
 
 
 def _begins(path: Path, magic: bytes) -> bool:
+    """Whether a file begins so, as far as it goes."""
     with path.open("rb") as file:
-        return file.read(len(magic)) == magic
+        return magic.startswith(file.read(len(magic)))
+
+
+def _end_of(path: Path) -> bytes:
+    """The last KiB of a file, which may have a million rows before it; nothing if it is missing."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 1024))
+            return file.read()
+    except OSError:
+        return b""
 
 
 def _is_of_pages(script: Path) -> bool:
@@ -76,13 +91,20 @@ _SAE_FILES = r"(sae_weights\.safetensors|(cfg|metrics|manifest)\.json|(loss|dens
 FILE = Kind("a new result")
 """Replaces a file, or nothing."""
 CSV = Kind("a CSV file", suffix=".csv")
-PARQUET = Kind("a Parquet file", suffix=".parquet", is_one=lambda path: _begins(path, b"PAR1"))
-PNG = Kind("a PNG file", suffix=".png", is_one=lambda path: _begins(path, b"\x89PNG"))
-PDF = Kind("a PDF file", suffix=".pdf", is_one=lambda path: _begins(path, b"%PDF"))
-ACCOUNT = Kind("a provenance record", suffix=".json", is_one=lambda path: "conceptshare" in read_object(path))
+PARQUET = Kind("a Parquet file", suffix=".parquet", magic=b"PAR1")
+PNG = Kind("a PNG file", suffix=".png", magic=b"\x89PNG")
+PDF = Kind("a PDF file", suffix=".pdf", magic=b"%PDF")
+ACCOUNT = Kind(
+    "a provenance record", suffix=".json", magic=b"{", is_one=lambda path: "conceptshare" in read_object(path)
+)
 ACCOUNT_BESIDE = ACCOUNT._replace(suffix=f".{PROVENANCE}")
-ACCOUNT_PAGE = Kind("a provenance page", suffix=".html", is_one=lambda path: b"conceptshare" in path.read_bytes())
-WEIGHTS = Kind("a record of weights", suffix=".json", is_one=lambda path: "location" in read_object(path))
+ACCOUNT_PAGE = Kind(
+    "a provenance page",
+    suffix=".html",
+    magic=b"<!doctype html>",
+    is_one=lambda path: b"conceptshare" in path.read_bytes(),
+)
+WEIGHTS = Kind("a record of weights", suffix=".json", magic=b"{", is_one=lambda path: "location" in read_object(path))
 MODEL = Kind(
     "a model",
     r".*",
@@ -91,7 +113,8 @@ MODEL = Kind(
 DATASET = Kind(
     "a data set",
     r"samples\.arrow|manifest\.json",
-    is_one=lambda path: "content_hash" in read_object(path / "manifest.json"),
+    unfinished="as-read|dropped",
+    is_one=lambda path: b'"content_hash"' in _end_of(path / "manifest.json"),
 )
 SAE = Kind("an SAE", _SAE_FILES, is_one=lambda path: "d_sae" in read_object(path / "cfg.json"))
 SAES = Kind("a folder of SAEs", rf"layer-\d+/seed-\d+/{_SAE_FILES}")
@@ -103,6 +126,7 @@ SPARSIFY = Kind(
 CHECKPOINTS = Kind("a folder of checkpoints", r"of\.json|(partial|\d+)/(state|.+\.safetensors)")
 EXAMPLES = Kind("a folder of examples", r"(samples|layer-\d+)\.parquet|manifest\.json")
 MATRICES = Kind("a folder of matrices", r"(pooled|layer_mean|last|averages|table-3)\.(csv|md|tex)")
+LOCK = Kind("a lock", magic=b'{"who": ')
 SAE_FIGURES = Kind("a folder of figures of SAEs", r"[^/]+@\d+\.png")
 SAMPLE_PAGES = Kind("a folder of samples for pages", r"\d+\.js|\d+/\d+\.webp")
 MEMBER_PAGES = Kind("a folder of features for pages", r"layer-\d+\.js|layer-\d+/(maps-)?\d+\.js")
@@ -119,6 +143,7 @@ def store_kind(*names: str) -> Kind:
     return Kind(
         f"a store of {' or '.join(names)}",
         r"(.+/)?zarr\.json|.+/c(/\d+)*",
+        unfinished=r"progress\.npz",
         is_one=lambda path: (read_object(path / "zarr.json").get("attributes") or {}).get("kind") in names,
     )
 
@@ -149,6 +174,18 @@ def check_replaceable(path: Path, kind: Kind) -> None:
             )
 
 
+def _check_unfinished(path: Path, kind: Kind) -> None:
+    """Make sure that nothing is at ``path`` but what an attempt at a result of a kind left there.
+
+    Raises:
+        OutputError: where something else is.
+    """
+    names = rf"{kind.files}|{kind.unfinished}|(.+/)?[^/]+\.partial"
+    begun = kind._replace(files=kind.files and names, is_one=lambda _: True)
+    if os.path.lexists(path) and (found := _other_than(path, begun)):
+        raise OutputError(f"{path}: {found}, where {kind.what} is to be written first; move it away")
+
+
 def _other_than(path: Path, kind: Kind) -> str | None:
     """What is at ``path`` that is no result of a kind, in words; None where such a result is there, or nothing."""
     mode = path.lstat().st_mode
@@ -157,7 +194,8 @@ def _other_than(path: Path, kind: Kind) -> str | None:
     if kind.files is None:
         if not stat.S_ISREG(mode):
             return "a folder" if stat.S_ISDIR(mode) else "no regular file"
-        return None if not path.stat().st_size or kind.is_one(path) else "another file"
+        is_one = not path.stat().st_size or (_begins(path, kind.magic) and kind.is_one(path))
+        return None if is_one else "another file"
     if not stat.S_ISDIR(mode):
         return "a file"
     if path.is_mount():
@@ -204,7 +242,7 @@ def written_aside(path: Path, kind: Kind = FILE, resume: bool = False, key: str 
         key: everything that the result depends on, but for the library's code.
 
     Raises:
-        OutputError: where something is at ``path`` that is no result of that kind.
+        OutputError: where something is at ``path`` that is no result of that kind, or where it is written first.
         MadeMeanwhileError: where the process that this one had to wait for made it, with the same ``key``.
     """
     check_replaceable(path, kind)
@@ -220,6 +258,8 @@ def renamed(path: Path, kind: Kind = FILE, resume: bool = False) -> Iterator[Pat
     """As `written_aside`, where no other process can be making ``path``."""
     check_replaceable(path, kind)
     partial, replaced = (path.with_name(path.name + suffix) for suffix in (".partial", ".replaced.partial"))
+    for left in (partial, replaced):
+        _check_unfinished(left, kind)
     if not resume:
         remove(partial)
     remove(replaced)
@@ -279,7 +319,13 @@ class Lock:
         self._key: str | None = None
 
     def acquire(self) -> None:
-        """Wait until no other process makes the result, on any machine that sees the file system's locks."""
+        """Wait until no other process makes the result, on any machine that sees the file system's locks.
+
+        Raises:
+            OutputError: where something else has the lock's name.
+        """
+        with suppress(FileNotFoundError):  # released meanwhile
+            _check_unfinished(self._file, LOCK)
         waiting = False
         while not self._lock.is_locked:
             try:
