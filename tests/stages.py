@@ -3,7 +3,6 @@
 Processes are forked from a server that has imported the libraries once, so that each costs what its stage does.
 """
 
-import io
 import json
 import os
 import signal
@@ -11,11 +10,6 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from PIL import Image
 
 from conceptshare.catalog import DatasetSpec
 from tests.forks import FORKS
@@ -42,14 +36,9 @@ SETTINGS = json.dumps({"expansion": 4, "k": 3, "batch_samples": 8, "batch_captio
 def write_inputs(folder):
     """A table of noisy pictures and their words, and two encoders."""
     from tests import models  # not above: each process imports this file, and waits for what it imports
+    from tests.data import write_rows
 
-    rng, cells = np.random.default_rng(0), []
-    for pixels in rng.integers(0, 256, (SAMPLES, 24, 32, 3), dtype=np.uint8):
-        png = io.BytesIO()
-        Image.fromarray(pixels).save(png, "png")
-        cells.append(png.getvalue())
-    captions = [" ".join(rng.choice(models.WORDS, n)) for n in rng.integers(1, 9, SAMPLES)]
-    pq.write_table(pa.table({"image": cells, "caption": captions}), folder / "rows.parquet")
+    write_rows(folder / "rows.parquet", SAMPLES, models.WORDS)
     for make in (models.vit, models.bert):
         spec = make(folder / make.__name__).spec.model_copy(update={"batch_size": 5})
         (folder / f"{make.__name__}.entry").write_text(spec.model_dump_json(exclude_none=True))

@@ -1,17 +1,12 @@
 """Damaged, lost and exchanged results: the result of a whole study, or one line that says what to run again."""
 
-import io
 import itertools
 import os
 import re
 import shutil
 from functools import partial
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from conceptshare.activations import extract_activations
 from conceptshare.catalog import DatasetSpec
@@ -44,7 +39,7 @@ from conceptshare.tables import (
     write_table,
 )
 from tests import models
-from tests.data import contents
+from tests.data import contents, write_rows
 
 DAMAGES = 12
 """Of what each stage reads, tried one after another."""
@@ -56,13 +51,7 @@ WEIGHTS = "sae_weights.safetensors"
 
 
 def write_data(folder):
-    rng, cells = np.random.default_rng(0), []
-    for pixels in rng.integers(0, 256, (SAMPLES, 24, 32, 3), dtype=np.uint8):
-        png = io.BytesIO()
-        Image.fromarray(pixels).save(png, "png")
-        cells.append(png.getvalue())
-    captions = [" ".join(rng.choice(models.WORDS, n)) for n in rng.integers(1, 9, SAMPLES)]
-    pq.write_table(pa.table({"image": cells, "caption": captions}), folder / "rows.parquet")
+    write_rows(folder / "rows.parquet", SAMPLES, models.WORDS)
     make_dataset(DatasetSpec(source=str(folder / "rows.parquet")), folder / "data")
 
 

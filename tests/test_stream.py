@@ -1,18 +1,13 @@
 """SAEs that are trained while their encoder reads are those that are trained on stored tokens, to the byte."""
 
-import io
 import itertools
 import json
 import re
 import signal
 from functools import partial
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conceptshare.activations import TokenReader, extract_activations
@@ -27,7 +22,7 @@ from conceptshare.sae._checkpoints import PREEMPTED
 from conceptshare.store import open_store
 from conceptshare.study import SAESettings
 from tests import models
-from tests.data import contents
+from tests.data import contents, write_rows
 from tests.forks import run_forked
 
 SAMPLES = 47
@@ -39,13 +34,7 @@ SETTINGS = {"expansion": 2, "k": 3, "learning_rate": 1e-2, "batch_samples": 7, "
 @pytest.fixture(scope="module")
 def data_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    rng, cells = np.random.default_rng(0), []
-    for pixels in rng.integers(0, 256, (SAMPLES, 24, 32, 3), dtype=np.uint8):
-        png = io.BytesIO()
-        Image.fromarray(pixels).save(png, "png")
-        cells.append(png.getvalue())
-    captions = [" ".join(rng.choice(models.WORDS, n)) for n in rng.integers(1, 9, SAMPLES)]
-    pq.write_table(pa.table({"image": cells, "caption": captions}), folder / "rows.parquet")
+    write_rows(folder / "rows.parquet", SAMPLES, models.WORDS)
     make_dataset(DatasetSpec(source=str(folder / "rows.parquet")), folder / "made")
     return folder / "made"
 

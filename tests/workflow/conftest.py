@@ -34,6 +34,17 @@ WIDTH = 16
 WORDS = ["a", "red", "green", "blue", "square", "on", "white", "large", "small", "picture"]
 
 
+def change(*keys, to):
+    """A function that sets one key of a config."""
+
+    def apply(config):
+        for key in keys[:-1]:
+            config = config[key]
+        config[keys[-1]] = to
+
+    return apply
+
+
 class Project:
     """A clone with its own source, config and results.
 

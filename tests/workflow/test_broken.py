@@ -13,6 +13,8 @@ import pytest
 
 from tests.data import contents
 
+from .conftest import change
+
 SNAKEMAKE = Path(sys.executable).parent / "snakemake"
 
 
@@ -136,32 +138,21 @@ def test_results_that_cannot_be_written_are_one_message(new_study):
     assert list(results.iterdir()) == []
 
 
-def changed(*keys, to):
-    """A change of one key of a config."""
-
-    def change(config):
-        for key in keys[:-1]:
-            config = config[key]
-        config[keys[-1]] = to
-
-    return change
-
-
 CHANGES = [
-    (changed("datasets", "squares", "order_seed", to=3), "squares/data: made with order_seed: 0, not 3"),
+    (change("datasets", "squares", "order_seed", to=3), "squares/data: made with order_seed: 0, not 3"),
     (
-        changed("encoders", "viewer", "precision", to="bfloat16"),
+        change("encoders", "viewer", "precision", to="bfloat16"),
         "activations/viewer.zarr: made with precision: float32, not",
     ),
     (
-        changed("encoders", "reader", "model", to="./models/second-reader"),
+        change("encoders", "reader", "model", to="./models/second-reader"),
         "weights/reader.json: made with model: ./models/reader, not ./models/second-reader",
     ),
-    (changed("saes", "tiny", "k", to=5), "saes/tiny/reader: made with k: 4, not 5"),
-    (changed("correlations", "precision", to="bfloat16"), "reader@1.zarr: made with precision: float32, not bfloat16"),
-    (changed("names", to={"command": "true"}), "names/tiny/reader@0.parquet: made with names.command: , not true"),
+    (change("saes", "tiny", "k", to=5), "saes/tiny/reader: made with k: 4, not 5"),
+    (change("correlations", "precision", to="bfloat16"), "reader@1.zarr: made with precision: float32, not bfloat16"),
+    (change("names", to={"command": "true"}), "names/tiny/reader@0.parquet: made with names.command: , not true"),
     (
-        changed("analyses", "sharedness", "own", "pictured", to=2),
+        change("analyses", "sharedness", "own", "pictured", to=2),
         "studies/miniature: made with analyses.sharedness.own.pictured: 6, not 2",
     ),
 ]
@@ -171,19 +162,19 @@ def test_changed_settings_are_told_where_snakemake_cannot_know_of_them(study):
     """That is without its notes, and with notes of what another checkout has replaced since."""
     assert study.plan() == {}
     before, notes = study.config, study.folder / ".snakemake"
-    for change, _ in CHANGES:
+    for apply, _ in CHANGES:
         study.config = before
         config = study.config
-        change(config)
+        apply(config)
         study.config = config
         assert study.plan() != {}  # with its notes, it makes again what has changed
     shutil.rmtree(notes)
     study.config = before
     assert study.plan() == {}
-    for change, told in CHANGES:
+    for apply, told in CHANGES:
         study.config = before
         config = study.config
-        change(config)
+        apply(config)
         study.config = config
         refused = study.run("--cores", "1", "-n")
         assert refused.returncode == 1

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.data import contents
 
-from .conftest import LAYERS, write_dataset
+from .conftest import LAYERS, change, write_dataset
 
 TABLES = "results/studies/miniature/squares/tiny"
 
@@ -194,17 +194,6 @@ def test_a_study_tells_what_it_is_and_with_what_it_was_made(finished):
     assert arguments[:2] == ["sae", "train"]
     assert arguments[arguments.index("--seed") + 1] == "1"
     assert json.loads(arguments[arguments.index("--settings") + 1])["k"] == 4
-
-
-def change(*keys, to):
-    """A function that sets one key of a config."""
-
-    def apply(config):
-        for key in keys[:-1]:
-            config = config[key]
-        config[keys[-1]] = to
-
-    return apply
 
 
 @pytest.mark.parametrize(
