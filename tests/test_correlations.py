@@ -7,6 +7,7 @@ import operator
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pandas as pd
@@ -500,6 +501,20 @@ def test_what_was_cut_off_goes_on_after_its_last_step_and_ends_the_same(steps, m
         np.testing.assert_array_equal(values, getattr(found, name), err_msg=name)
     if memory_bytes == 2_000_000:
         assert (b[0].reads[1:] == 0).all()  # it was done with
+
+
+def test_a_failure_leaves_no_thread_that_reads_ahead(rng):
+    """Python may collect what is left of it while it starts another thread, and wait for itself."""
+    a, b = ([adversarial(name, 1500, 45, rng) for name in ("constant", "rare")] for _ in range(2))
+    before = set(threading.enumerate())
+
+    def keep(_):
+        raise KilledError
+
+    with pytest.raises(KilledError) as caught:
+        max_correlations(a, b, 100_000, keep=keep)
+    left = set(threading.enumerate()) - before
+    assert not [thread for thread in left if thread.name.startswith("ThreadPoolExecutor")], caught  # it holds the rest
 
 
 def shards(x, count):

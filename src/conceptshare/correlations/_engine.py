@@ -1,7 +1,8 @@
 """Best matches between the features of two encoders: one product for every pair of layers, both directions from it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from itertools import pairwise, product
 from typing import Any, NamedTuple, get_args
@@ -118,17 +119,17 @@ def max_correlations(
     size = plan.group or 1
     groups = [side_a.panels[first : first + size] for first in range(0, len(side_a.panels), size)]
     steps = list(product(groups, side_b.panels))
-    tiles = _Tiles(side_a, side_b, steps[done:], plan, N)
-    for step in progress(range(done, len(steps)), len(steps) - done, what, "blocks"):
-        for panel_a, panel_b, r in tiles.of_step():
-            columns_a, columns_b = side_a.columns(panel_a), side_b.columns(panel_b)
-            if len(columns_a) and len(columns_b):
-                best_ab.update(panel_b.layer, panel_a, columns_a, panel_b.first, columns_b, *_row_maxima(r))
-                best_ba.update(panel_a.layer, panel_b, columns_b, panel_a.first, columns_a, *_column_maxima(r))
-            if full and (panel_a.layer, panel_b.layer) in full:
-                _write_full(full[panel_a.layer, panel_b.layer], panel_a, panel_b, columns_a, columns_b, r)
-        if keep is not None:
-            keep(Kept(found(), step + 1, plan))
+    with closing(_Tiles(side_a, side_b, steps[done:], plan, N)) as tiles:
+        for step in progress(range(done, len(steps)), len(steps) - done, what, "blocks"):
+            for panel_a, panel_b, r in tiles.of_step():
+                columns_a, columns_b = side_a.columns(panel_a), side_b.columns(panel_b)
+                if len(columns_a) and len(columns_b):
+                    best_ab.update(panel_b.layer, panel_a, columns_a, panel_b.first, columns_b, *_row_maxima(r))
+                    best_ba.update(panel_a.layer, panel_b, columns_b, panel_a.first, columns_a, *_column_maxima(r))
+                if full and (panel_a.layer, panel_b.layer) in full:
+                    _write_full(full[panel_a.layer, panel_b.layer], panel_a, panel_b, columns_a, columns_b, r)
+            if keep is not None:
+                keep(Kept(found(), step + 1, plan))
     return found()
 
 
@@ -194,6 +195,10 @@ class _Tiles:
         self._group: list[Panel] = []
         self._kept: list[Block] = []
 
+    def close(self) -> None:
+        """End the thread that reads ahead: it would not survive being collected while Python starts another."""
+        self._read.close()
+
     def of_step(self) -> Iterator[tuple[Panel, Panel, Tensor]]:
         """The tiles of the next step."""
         group, panel_b = next(self._left)
@@ -228,7 +233,7 @@ class _Tiles:
                 yield from (partial(self._a.read, panel_a, 0) for panel_a in group)
 
 
-def _read_ahead(loads: Iterator[Callable[[], Any]]) -> Iterator[Any]:
+def _read_ahead(loads: Iterator[Callable[[], Any]]) -> Generator[Any, None, None]:
     """What each load gives, read while the one before is worked on."""
     with ThreadPoolExecutor(1) as pool:
         ahead = None
