@@ -25,18 +25,18 @@ from PIL import Image
 from torch import Tensor
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-from conceptshare import activations
-from conceptshare.activations import extract_activations, prepared
-from conceptshare.catalog import DatasetSpec, EncoderSpec
+from conceptshare.activations import extraction as activations
+from conceptshare.activations.extraction import extract_activations, prepared
+from conceptshare.config.catalog import DatasetSpec, EncoderSpec
+from conceptshare.config.study import SAESettings
 from conceptshare.correlations import Precision, max_correlations
-from conceptshare.dataset import Data, make_dataset
+from conceptshare.data.dataset import Data, make_dataset
 from conceptshare.device import default_device, log_device
 from conceptshare.encoders import load_encoder
-from conceptshare.files import layer_name
+from conceptshare.io.files import layer_name
+from conceptshare.io.store import RowWriter, new_array, new_store, save_array
 from conceptshare.sae import TopKSAE, _order, evaluate, train_sae
 from conceptshare.sae._trainer import Trainer
-from conceptshare.store import RowWriter, new_array, new_store, save_array
-from conceptshare.study import SAESettings
 
 TURNS = 7
 
@@ -275,7 +275,7 @@ def start_times() -> None:
     snakemake = str(Path(sys.executable).parent / "snakemake")
     for what, command in {
         "reading a study, without torch": [sys.executable, "-m", "conceptshare", "check"],
-        "starting a table": [sys.executable, "-c", "import conceptshare.cli, conceptshare.tables"],
+        "starting a table": [sys.executable, "-c", "import conceptshare.cli, conceptshare.analysis.tables"],
         "starting a figure": [sys.executable, "-c", "import conceptshare.cli, conceptshare.figures"],
         "planning the default study": [snakemake, "-n", "--quiet", "all"],
     }.items():

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
-from conceptshare.catalog import read_catalog
+from conceptshare.config.catalog import read_catalog
 
 SNAKEFILE = Path(__file__).parents[1] / "Snakefile"
 # Touching waits a tenth of a second for each of thousands of jobs.

@@ -19,14 +19,14 @@ import pyarrow.parquet as pq
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
-from conceptshare.catalog import DatasetSpec
-from conceptshare.dataset import Data, make_dataset
-from conceptshare.files import layer_name
+from conceptshare.config.catalog import DatasetSpec
+from conceptshare.config.study import as_member, pair_name
+from conceptshare.data.dataset import Data, make_dataset
+from conceptshare.io.files import layer_name
+from conceptshare.io.readers import CORRELATIONS, FEATURES
+from conceptshare.io.store import new_store, save_array
 from conceptshare.metrics import READINGS
 from conceptshare.pages import write_index, write_member, write_pair, write_samples
-from conceptshare.reading import CORRELATIONS, FEATURES
-from conceptshare.store import new_store, save_array
-from conceptshare.study import as_member, pair_name
 
 MEMBERS = [f"{kind}-{n}@0" for kind in ("image", "text") for n in range(5)]
 LAYERS, F, N = 2, 8192, 2000

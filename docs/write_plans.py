@@ -6,8 +6,8 @@ Run as `python docs/write_plans.py`.
 import re
 from pathlib import Path
 
-from conceptshare.plan import Plan, Rates, cost_cells, headline, make_plan
-from conceptshare.study import load_study
+from conceptshare.config.study import load_study
+from conceptshare.preflight.plan import Plan, Rates, cost_cells, headline, make_plan
 
 CLONE = Path(__file__).parents[1]
 CONFIGS = sorted((CLONE / "config").glob("*.yaml"))

@@ -16,11 +16,11 @@ import pytest
 import torch
 from hypothesis import settings
 
-from conceptshare.features import record_features
-from conceptshare.files import layer_name
+from conceptshare.io.files import layer_name
+from conceptshare.io.store import RowWriter, new_store, save_array
 from conceptshare.sae import TopKSAE, save_sae
-from conceptshare.store import RowWriter, new_store, save_array
-from tests.browser import browser, open_tab  # noqa: F401 - fixtures
+from conceptshare.sae.features import record_features
+from tests.helpers.browser import browser, open_tab  # noqa: F401 - fixtures
 
 # The same examples on every run: a failure on one machine is a failure on all.
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)

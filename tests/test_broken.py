@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from conceptshare import provenance
+from conceptshare.io import provenance
 from conceptshare.sae._checkpoints import PREEMPTED
-from tests.data import contents
-from tests.stages import SETTINGS, STAGES, Ended, arguments, make_all, run
+from tests.helpers.samples import contents
+from tests.helpers.stages import SETTINGS, STAGES, Ended, arguments, make_all, run
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conceptshare.catalog import EncoderSpec, complete, parse, read_catalog
+from conceptshare.config.catalog import EncoderSpec, complete, parse, read_catalog
 from conceptshare.encoders import load_encoder
 
 DEMO = Path(__file__).parents[1] / "demo"

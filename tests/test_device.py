@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from conceptshare import cli, device, provenance
+from conceptshare import cli, device
 from conceptshare.device import default_device, devices, find_driver, full_float32, log_device
-from conceptshare.errors import DeviceError
+from conceptshare.io import provenance
+from conceptshare.io.errors import DeviceError
 
 SMI = """
 | NVIDIA-SMI 535.104.05             Driver Version: 535.104.05   CUDA Version: 12.2     |

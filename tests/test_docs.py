@@ -18,10 +18,10 @@ import yaml
 from typer.testing import CliRunner
 
 from conceptshare.cli import app
+from conceptshare.config.study import SAESettings, build_study
 from conceptshare.sae import train_sae
-from conceptshare.study import SAESettings, build_study
-from tests.elsewhere import run_elsewhere
-from tests.forks import run_forked
+from tests.helpers.elsewhere import run_elsewhere
+from tests.helpers.forks import run_forked
 
 CLONE = Path(__file__).parents[1]
 

@@ -8,21 +8,21 @@ import zarr
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conceptshare import device
-from conceptshare.activations import extract_activations
-from conceptshare.catalog import DatasetSpec, EncoderSpec
+from conceptshare.activations.extraction import extract_activations
+from conceptshare.analysis.similarity import compare_stores
+from conceptshare.concepts.examples import record_examples
+from conceptshare.config.catalog import DatasetSpec, EncoderSpec
+from conceptshare.config.study import SAESettings
 from conceptshare.correlations import correlate_stores, correlation_sums, max_correlations
-from conceptshare.dataset import Data, make_dataset
+from conceptshare.data.dataset import Data, make_dataset
 from conceptshare.encoders import load_encoder
-from conceptshare.examples import record_examples
-from conceptshare.features import record_features
-from conceptshare.files import layer_name
+from conceptshare.io.files import layer_name
 from conceptshare.sae import train_sae, train_stream
 from conceptshare.sae._trainer import Trainer
-from conceptshare.similarity import compare_stores
-from conceptshare.study import SAESettings
-from tests import models
-from tests.data import contents
-from tests.stages import write_inputs
+from conceptshare.sae.features import record_features
+from tests.helpers import models
+from tests.helpers.samples import contents
+from tests.helpers.stages import write_inputs
 
 pytestmark = pytest.mark.gpu
 

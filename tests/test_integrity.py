@@ -8,24 +8,10 @@ from functools import partial
 
 import pytest
 
-from conceptshare.activations import extract_activations
-from conceptshare.catalog import DatasetSpec
-from conceptshare.correlations import correlate_stores
-from conceptshare.dataset import Data, make_dataset
-from conceptshare.encoders import load_encoder
-from conceptshare.errors import ConceptshareError
-from conceptshare.examples import record_examples
-from conceptshare.exchange import import_sae
-from conceptshare.features import record_features
-from conceptshare.figures._saes import _read_training
-from conceptshare.files import layer_name
-from conceptshare.formats import write_matrices
-from conceptshare.names import name_features
-from conceptshare.pages import write_member, write_pair
-from conceptshare.sae import train_sae
-from conceptshare.similarity import compare_stores
-from conceptshare.study import SAESettings
-from conceptshare.tables import (
+from conceptshare.activations.extraction import extract_activations
+from conceptshare.analysis.formats import write_matrices
+from conceptshare.analysis.similarity import compare_stores
+from conceptshare.analysis.tables import (
     GroupedMember,
     Stores,
     averages_table,
@@ -38,8 +24,22 @@ from conceptshare.tables import (
     sharedness_table,
     write_table,
 )
-from tests import models
-from tests.data import contents, write_rows
+from conceptshare.concepts.examples import record_examples
+from conceptshare.concepts.names import name_features
+from conceptshare.config.catalog import DatasetSpec
+from conceptshare.config.study import SAESettings
+from conceptshare.correlations import correlate_stores
+from conceptshare.data.dataset import Data, make_dataset
+from conceptshare.encoders import load_encoder
+from conceptshare.figures._saes import _read_training
+from conceptshare.io.errors import ConceptshareError
+from conceptshare.io.files import layer_name
+from conceptshare.pages import write_member, write_pair
+from conceptshare.sae import train_sae
+from conceptshare.sae.exchange import import_sae
+from conceptshare.sae.features import record_features
+from tests.helpers import models
+from tests.helpers.samples import contents, write_rows
 
 DAMAGES = 12
 """Of what each stage reads, tried one after another."""

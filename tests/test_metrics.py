@@ -14,7 +14,7 @@ from scipy.stats import false_discovery_control
 
 from conceptshare import metrics
 from conceptshare.correlations._influence import influence_weights
-from conceptshare.errors import NumericsError
+from conceptshare.io.errors import NumericsError
 
 correlation = st.floats(-1, 1, width=32)
 weight = st.floats(0, 1000, width=32)
@@ -489,7 +489,7 @@ def test_modality_averages_leave_out_an_encoder_with_itself():
 
 
 def read_paper(name):
-    with files("conceptshare").joinpath("paper", name).open(encoding="utf-8") as file:
+    with files("conceptshare.analysis").joinpath("paper", name).open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

@@ -18,17 +18,17 @@ import typer
 from PIL import Image
 from safetensors.torch import load_file
 
-from conceptshare.catalog import DatasetSpec
 from conceptshare.cli import app
+from conceptshare.config.catalog import DatasetSpec
+from conceptshare.config.study import build_study
 from conceptshare.correlations._store import _Progress
-from conceptshare.dataset import Data, make_dataset
+from conceptshare.data.dataset import Data, make_dataset
 from conceptshare.encoders import load_encoder
-from conceptshare.errors import DatasetError, EncoderError, OutputError, StoreError, StudyError
-from conceptshare.exchange import import_sae
+from conceptshare.io.errors import DatasetError, EncoderError, OutputError, StoreError, StudyError
 from conceptshare.sae import TopKSAE, load_sae, save_sae
-from conceptshare.study import build_study
-from tests import models
-from tests.data import contents
+from conceptshare.sae.exchange import import_sae
+from tests.helpers import models
+from tests.helpers.samples import contents
 
 
 class Payload:

@@ -11,11 +11,20 @@ import typer
 from filelock import FileLock
 from pydantic import Field, TypeAdapter, ValidationError
 
-from conceptshare import provenance
-from conceptshare.catalog import CATALOG, DatasetSpec, EncoderSpec, ModelSpec, complete, parse, parse_yaml, read_catalog
-from conceptshare.differences import differences, in_words
-from conceptshare.errors import ConceptshareError, MadeMeanwhileError, StoreError, StudyError, refusal
-from conceptshare.files import (
+from conceptshare.config.catalog import (
+    CATALOG,
+    DatasetSpec,
+    EncoderSpec,
+    ModelSpec,
+    complete,
+    parse,
+    parse_yaml,
+    read_catalog,
+)
+from conceptshare.config.study import PagesKey, PairSettings, SAESettings, SharednessGroups, load_study, study_of
+from conceptshare.io import provenance
+from conceptshare.io.errors import ConceptshareError, MadeMeanwhileError, StoreError, StudyError, refusal
+from conceptshare.io.files import (
     ACCOUNT,
     ACCOUNT_BESIDE,
     ACCOUNT_PAGE,
@@ -40,8 +49,8 @@ from conceptshare.files import (
     check_replaceable,
     store_kind,
 )
-from conceptshare.plan import Rates, make_plan, plan_as_json, plan_as_text
-from conceptshare.study import PagesKey, PairSettings, SAESettings, SharednessGroups, load_study, study_of
+from conceptshare.preflight.differences import differences, in_words
+from conceptshare.preflight.plan import Rates, make_plan, plan_as_json, plan_as_text
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -140,7 +149,7 @@ def check(
 def _try_encoders(encoders: dict[str, EncoderSpec]) -> None:
     """Load every encoder, and exit with 1 if one cannot be read, after all have been tried."""
     from conceptshare.encoders import try_encoder
-    from conceptshare.weights import locate
+    from conceptshare.encoders.weights import locate
 
     faults = 0
     for name, spec in encoders.items():
@@ -176,8 +185,8 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Check this machine, and say what is missing; exit with 1 where no run can do without it."""
-    from conceptshare.doctor import as_json as in_json
-    from conceptshare.doctor import as_text, examine
+    from conceptshare.preflight.doctor import as_json as in_json
+    from conceptshare.preflight.doctor import as_text, examine
 
     default = Path("config.yaml")
     findings = examine(config or (default if default.is_file() else None))
@@ -189,7 +198,7 @@ def doctor(
 @app.command()
 def dataset(dataset: Entry, out: Annotated[Path, _out(DATASET)]) -> None:
     """Read a data set, drop what is unusable and fix its order."""
-    from conceptshare.dataset import make_dataset
+    from conceptshare.data.dataset import make_dataset
 
     make_dataset(_spec(DatasetSpec, "datasets", dataset), out)
 
@@ -203,7 +212,7 @@ def weights(
     ] = True,
 ) -> None:
     """Find or fetch an encoder's files, see that they can be read, and record exactly which they are."""
-    from conceptshare.weights import fetch_weights
+    from conceptshare.encoders.weights import fetch_weights
 
     if not load:
         fetch_weights(_spec(ModelSpec, "encoders", encoder), out)
@@ -241,9 +250,9 @@ def activations(
     gpus: GPUs = None,
 ) -> None:
     """Record every layer of an encoder over a data set in one forward pass."""
-    from conceptshare.activations import extract_activations
-    from conceptshare.activations_parts import extract_part
-    from conceptshare.dataset import Data
+    from conceptshare.activations.extraction import extract_activations
+    from conceptshare.activations.parts import extract_part
+    from conceptshare.data.dataset import Data
     from conceptshare.encoders import load_encoder
 
     _use_threads(threads)
@@ -274,7 +283,7 @@ def join(
     tokens: Annotated[Path, _out_too(store_kind("tokens"), text="The store of all tokens to write.")],
 ) -> None:
     """Put the parts of an extraction together, which shares their files: the stores of one go."""
-    from conceptshare.activations_parts import join_parts
+    from conceptshare.activations.parts import join_parts
 
     join_parts(parts, out, tokens)
 
@@ -303,7 +312,7 @@ Folder = Annotated[Path, typer.Argument(help="The folder of an SAE.")]
 @sae_app.command("info")
 def sae_info(folder: Folder) -> None:
     """Say what an SAE is, how it was trained and how good it is."""
-    from conceptshare.sae_folder import describe_sae
+    from conceptshare.sae.folder import describe_sae
 
     typer.echo(describe_sae(folder))
 
@@ -315,7 +324,7 @@ def sae_export(
     out: Annotated[Path, _out(SPARSIFY)],
 ) -> None:
     """Write an SAE in the layout of another library."""
-    from conceptshare.exchange import export_to_sparsify
+    from conceptshare.sae.exchange import export_to_sparsify
 
     export_to_sparsify(folder, out)
 
@@ -323,7 +332,7 @@ def sae_export(
 @sae_app.command("import")
 def sae_import(folder: Folder, out: Annotated[Path, _out(SAE)]) -> None:
     """Write a TopK SAE of SAELens's or sparsify's in our layout."""
-    from conceptshare.exchange import import_sae
+    from conceptshare.sae.exchange import import_sae
 
     import_sae(folder, out)
 
@@ -347,7 +356,7 @@ def stream(
     gpus: GPUs = None,
 ) -> None:
     """Train an encoder's SAEs of all layers and seeds while it reads a data set, and store no tokens."""
-    from conceptshare.dataset import Data
+    from conceptshare.data.dataset import Data
     from conceptshare.encoders import load_encoder
     from conceptshare.sae import train_stream
 
@@ -368,7 +377,7 @@ def features(
     gpus: GPUs = None,
 ) -> None:
     """Record the SAE features of every sample's global token."""
-    from conceptshare.features import record_features
+    from conceptshare.sae.features import record_features
 
     _use_threads(threads)
     _use_gpus(gpus)
@@ -385,7 +394,7 @@ def names(
     ] = None,
 ) -> None:
     """Name features by the captions of the samples that they are strongest on."""
-    from conceptshare.names import name_features
+    from conceptshare.concepts.names import name_features
 
     name_features(features, data, out, command)
 
@@ -402,9 +411,9 @@ def examples(
     gpus: GPUs = None,
 ) -> None:
     """Find what shows a feature: weaker samples too, and where in the strongest ones it fires."""
-    from conceptshare.dataset import Data
+    from conceptshare.concepts.examples import record_examples
+    from conceptshare.data.dataset import Data
     from conceptshare.encoders import load_encoder
-    from conceptshare.examples import record_examples
 
     _use_gpus(gpus)
     loaded = load_encoder(_spec(EncoderSpec, "encoders", encoder), weights)
@@ -462,7 +471,7 @@ def similarity(
     gpus: GPUs = None,
 ) -> None:
     """Compare the global tokens of two encoders, for every pair of layers: CKA and mutual nearest neighbours."""
-    from conceptshare.similarity import compare_stores
+    from conceptshare.analysis.similarity import compare_stores
 
     _use_threads(threads)
     _use_gpus(gpus)
@@ -483,7 +492,7 @@ def wmppc(
     For each reading: the wMPPC with its 95% interval over samples (low, high), the floor that shuffled samples give,
     the MPPC, and how many of the features match better than with shuffled samples.
     """
-    from conceptshare.ask import wmppc_between
+    from conceptshare.analysis.ask import wmppc_between
 
     _use_threads(threads)
     table = wmppc_between(a, b, _bytes(memory_mb), precision)
@@ -507,8 +516,8 @@ def sharedness(
     threads: Threads = 1,
 ) -> None:
     """Rank an encoder's last-layer features by Comparative Sharedness, from features alone."""
-    from conceptshare.ask import sharedness_of
-    from conceptshare.tables import write_table
+    from conceptshare.analysis.ask import sharedness_of
+    from conceptshare.analysis.tables import write_table
 
     _use_threads(threads)
     table = sharedness_of(source, shared_with, not_shared_with)
@@ -554,7 +563,7 @@ def metrics_matrix(
     similarity: Similarity = None,
 ) -> None:
     """The wMPPC from every member to every other, with intervals, floors, ceilings and similarities."""
-    from conceptshare.tables import GroupedMember, Stores, matrix_table, write_table
+    from conceptshare.analysis.tables import GroupedMember, Stores, matrix_table, write_table
 
     example = '[["vit@0", "image", "vision", null], ["bert@0", "text", "language", "bert@1"]]'
     grouped = _json(members, "--members", Annotated[list[GroupedMember], Field(min_length=2)], example)
@@ -566,7 +575,7 @@ def metrics_averages(
     table: Annotated[Path, typer.Option(help="The matrix, as Parquet.")], correlations: Correlations, out: TableOut
 ) -> None:
     """The mean wMPPC from each modality to each, with its interval."""
-    from conceptshare.tables import Stores, averages_table, made_from, read_table, write_table
+    from conceptshare.analysis.tables import Stores, averages_table, made_from, read_table, write_table
 
     matrix = read_table(table, "matrix")
     made_from(table, matrix, "metrics")
@@ -585,9 +594,9 @@ def metrics_formats(
     size: Annotated[Literal["large", "base"], typer.Option(help="Which of the paper's encoders.")] = "large",
 ) -> None:
     """The matrix of each reading, and the averages, as CSV, Markdown and LaTeX."""
-    from conceptshare import paper
-    from conceptshare.formats import write_matrices
-    from conceptshare.tables import check_averages, read_table
+    from conceptshare.analysis import paper
+    from conceptshare.analysis.formats import write_matrices
+    from conceptshare.analysis.tables import check_averages, read_table
 
     matrix, means = read_table(table, "matrix"), read_table(averages, "averages")
     check_averages(averages, means, matrix)
@@ -604,8 +613,8 @@ def metrics_paper(
     agreement: Annotated[Path, _out_too(CSV, PARQUET, text="Where to write how well they agree.")],
 ) -> None:
     """A matrix beside the paper's numbers, cell by cell, and how well they agree."""
-    from conceptshare import paper
-    from conceptshare.tables import read_table, write_table
+    from conceptshare.analysis import paper
+    from conceptshare.analysis.tables import read_table, write_table
 
     cells = paper.compare(read_table(table, "matrix"), dataset, size)
     write_table(cells, out)
@@ -621,7 +630,7 @@ def metrics_layerwise(
     similarity: Similarity = None,
 ) -> None:
     """The wMPPC from every layer of one member to every layer of another."""
-    from conceptshare.tables import Stores, layerwise_table, write_table
+    from conceptshare.analysis.tables import Stores, layerwise_table, write_table
 
     write_table(layerwise_table(_pairs(pairs), Stores(features, correlations, similarity)), out)
 
@@ -635,7 +644,7 @@ def metrics_pair(
     out: TableOut,
 ) -> None:
     """Every feature of two members with its best match in the other."""
-    from conceptshare.tables import Stores, pair_table, write_table
+    from conceptshare.analysis.tables import Stores, pair_table, write_table
 
     write_table(pair_table(a, b, Stores(features, correlations)), out)
 
@@ -648,7 +657,7 @@ def metrics_sharedness(
     out: TableOut,
 ) -> None:
     """A member's features by Comparative Sharedness."""
-    from conceptshare.tables import Stores, sharedness_table, write_table
+    from conceptshare.analysis.tables import Stores, sharedness_table, write_table
 
     example = '{"source": "vit@0", "shared_with": ["bert@0"], "not_shared_with": ["dinov2@0"]}'
     groups = _json(analysis, "--analysis", SharednessGroups, example)
@@ -661,7 +670,7 @@ def metrics_overlaps(
     out: TableOut,
 ) -> None:
     """How many top features every two rankings of one source have in common."""
-    from conceptshare.tables import check_rankings, overlap_table, read_table, write_table
+    from conceptshare.analysis.tables import check_rankings, overlap_table, read_table, write_table
 
     found = {path: read_table(path, "ranking") for path in rankings}
     check_rankings(found)
@@ -673,7 +682,7 @@ def metrics_saes(
     members: Members, saes: Annotated[Path, typer.Option(help="The folder of SAEs.")], features: Features, out: TableOut
 ) -> None:
     """Size and quality of every SAE."""
-    from conceptshare.tables import Stores, sae_table, write_table
+    from conceptshare.analysis.tables import Stores, sae_table, write_table
 
     chosen = _json(members, "--members", Annotated[list[str], Field(min_length=1)], '["vit@0", "bert@0"]')
     write_table(sae_table(chosen, saes, Stores(features, features)), out)
@@ -685,8 +694,8 @@ Table = Annotated[Path, typer.Option(help="The table to draw, as Parquet or CSV.
 @figures_app.command("matrix")
 def figures_matrix(table: Table, out: FigureOut) -> None:
     """Annotated wMPPC matrices."""
+    from conceptshare.analysis.tables import read_table
     from conceptshare.figures import draw_matrix
-    from conceptshare.tables import read_table
 
     draw_matrix(read_table(table, "matrix"), out)
 
@@ -694,8 +703,8 @@ def figures_matrix(table: Table, out: FigureOut) -> None:
 @figures_app.command("averages")
 def figures_averages(table: Table, out: FigureOut) -> None:
     """Mean wMPPC from each modality to each."""
+    from conceptshare.analysis.tables import read_table
     from conceptshare.figures import draw_averages
-    from conceptshare.tables import read_table
 
     draw_averages(read_table(table, "averages"), out)
 
@@ -703,8 +712,8 @@ def figures_averages(table: Table, out: FigureOut) -> None:
 @figures_app.command("intervals")
 def figures_intervals(table: Table, out: FigureOut) -> None:
     """Each cell of a wMPPC matrix with its interval, floor and ceiling."""
+    from conceptshare.analysis.tables import read_table
     from conceptshare.figures import draw_intervals
-    from conceptshare.tables import read_table
 
     draw_intervals(read_table(table, "matrix"), out)
 
@@ -712,8 +721,8 @@ def figures_intervals(table: Table, out: FigureOut) -> None:
 @figures_app.command("similarity")
 def figures_similarity(table: Table, out: FigureOut) -> None:
     """CKA and mutual nearest neighbours beside wMPPC."""
+    from conceptshare.analysis.tables import read_table
     from conceptshare.figures import draw_similarity
-    from conceptshare.tables import read_table
 
     draw_similarity(read_table(table, "matrix"), out)
 
@@ -725,8 +734,8 @@ def figures_strength(
     out: FigureOut,
 ) -> None:
     """How strong each member's features are, and how that goes with their best correlations."""
+    from conceptshare.analysis.tables import read_direction, read_table
     from conceptshare.figures import draw_strength
-    from conceptshare.tables import read_direction, read_table
 
     cells = read_table(table, "matrix")[["source", "target"]].drop_duplicates().itertuples(index=False, name=None)
     draw_strength([(source, target, read_direction(pairs, source, target)) for source, target in cells], out)
@@ -735,8 +744,8 @@ def figures_strength(
 @figures_app.command("paper")
 def figures_paper(table: Table, out: FigureOut) -> None:
     """This study's wMPPC against the paper's."""
+    from conceptshare.analysis.tables import read_table
     from conceptshare.figures import draw_paper
-    from conceptshare.tables import read_table
 
     draw_paper(read_table(table, "paper"), out)
 
@@ -746,8 +755,8 @@ def figures_layerwise(
     table: Table, pairs: Annotated[str, typer.Option(help="JSON list of pairs of members.")], out: FigureOut
 ) -> None:
     """Layerwise heatmaps."""
+    from conceptshare.analysis.tables import read_table
     from conceptshare.figures import draw_layerwise
-    from conceptshare.tables import read_table
 
     chosen = _pairs(pairs)
     draw_layerwise(read_table(table, "layerwise"), chosen, out)
@@ -772,10 +781,10 @@ def figures_sharedness(
     names: Annotated[Path | None, typer.Option(help="The source's table of names.", show_default=False)] = None,
 ) -> None:
     """Grids of the top samples of a ranking's top features, or of features that are named."""
-    from conceptshare.dataset import Data
+    from conceptshare.analysis.tables import check_made_from, check_ranking, named_features, read_table
+    from conceptshare.data.dataset import Data
     from conceptshare.figures import draw_sharedness
-    from conceptshare.reading import check_samples, read_modality, read_statistics
-    from conceptshare.tables import check_made_from, check_ranking, named_features, read_table
+    from conceptshare.io.readers import check_samples, read_modality, read_statistics
 
     modality, statistics, shown = read_modality(features), read_statistics(features), Data(data)
     check_samples(features, data, shown.content_hash)
@@ -797,8 +806,8 @@ def figures_sharedness(
 @figures_app.command("scatter")
 def figures_scatter(table: Table, out: FigureOut) -> None:
     """Every feature of a ranking by how much either group shares it."""
+    from conceptshare.analysis.tables import read_table
     from conceptshare.figures import draw_sharedness_scatter
-    from conceptshare.tables import read_table
 
     draw_sharedness_scatter(read_table(table, "ranking"), out)
 
@@ -810,8 +819,8 @@ def figures_saes(
     out: Annotated[Path, _out(PNG, PDF, SAE_FIGURES)],
 ) -> None:
     """Loss curves, densities, FVU and dead latents of every SAE: an overview, and a folder beside it, by member."""
+    from conceptshare.analysis.tables import read_table
     from conceptshare.figures import draw_saes
-    from conceptshare.tables import read_table
 
     draw_saes(read_table(table, "saes"), saes, out)
 
@@ -827,7 +836,7 @@ def pages_samples(
     threads: Annotated[int, typer.Option(help="Threads that make thumbnails.", min=1)] = 1,
 ) -> None:
     """Thumbnails and captions of a data set."""
-    from conceptshare.dataset import Data
+    from conceptshare.data.dataset import Data
     from conceptshare.pages import write_samples
 
     write_samples(Data(data), place, out, threads)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from conceptshare.errors import DeviceError
-from conceptshare.progress import say
+from conceptshare.io.errors import DeviceError
+from conceptshare.io.progress import say
 
 DEVICE = "CONCEPTSHARE_DEVICE"
 """The environment variable that chooses: ``cpu``, or ``cuda``, which fails without a GPU. If it is unset, jobs compute

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from conceptshare.errors import NumericsError
+from conceptshare.io.errors import NumericsError
 
 Array = NDArray[np.float64]
 

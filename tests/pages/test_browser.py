@@ -13,7 +13,7 @@ import pytest
 from matplotlib import colormaps
 from playwright.sync_api import expect
 
-from tests.browser import SIZE, read_data
+from tests.helpers.browser import SIZE, read_data
 
 from .conftest import NARROW
 from .made_up import (

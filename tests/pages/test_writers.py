@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from conceptshare.analysis.tables import write_table
+from conceptshare.io.seals import read_manifest, seal
+from conceptshare.io.store import new_store, read_root, save_array
 from conceptshare.pages import write_member
-from conceptshare.seals import read_manifest, seal
-from conceptshare.store import new_store, read_root, save_array
-from conceptshare.tables import write_table
-from tests.browser import read_data
+from tests.helpers.browser import read_data
 
 FEATURES = 70  # two files of details
 PLACE = "data/set/sae/mine@0"

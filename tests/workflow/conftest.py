@@ -17,14 +17,14 @@ import yaml
 from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizerFast, ViTConfig, ViTImageProcessor, ViTModel
 
-from tests.forks import forked_python, run_forked
+from tests.helpers.forks import forked_python, run_forked
 
 CLONE = Path(__file__).parents[2]
 # The library is the clone's own, which may have been edited. Jobs run the Python that Snakemake runs in.
 SNAKEMAKE = """
 import sys
 from snakemake.cli import main
-from tests.forks import import_anew
+from tests.helpers.forks import import_anew
 import_anew("conceptshare")
 sys.executable, *arguments = sys.argv[1:]
 main(arguments)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data import contents
+from tests.helpers.samples import contents
 
 from .conftest import change
 

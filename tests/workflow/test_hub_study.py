@@ -9,9 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests import models
-from tests.forks import forked_python
-from tests.hub import environment, running
+from tests.helpers import models
+from tests.helpers.forks import forked_python
+from tests.helpers.hub import environment, running
 
 from .conftest import new_clone, write_dataset
 

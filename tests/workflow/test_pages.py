@@ -8,7 +8,7 @@ import pytest
 import zarr
 from playwright.sync_api import expect
 
-from tests.browser import read_data
+from tests.helpers.browser import read_data
 
 DEFAULT = Path(__file__).parents[2] / "results/studies/openclipart/pages"
 RESULTS = "results/studies/miniature"

@@ -324,7 +324,7 @@ def test_the_workflow_is_parsed_without_what_computes(new_study):
     result = new_study.start("python", "-X", "importtime", "-m", "snakemake", "-n")
     assert result.returncode == 0, result.stdout + result.stderr
     imported = set(re.findall(r"\| +([\w.]+)$", result.stderr, re.MULTILINE))
-    assert "conceptshare.study" in imported
+    assert "conceptshare.config.study" in imported
     assert not imported & {"torch", "transformers", "datasets", "zarr", "scipy", "matplotlib"}
 
 

@@ -11,7 +11,7 @@ import torch
 import zarr
 from safetensors.torch import load_file, save_file
 
-from tests.data import contents
+from tests.helpers.samples import contents
 
 from .conftest import LAYERS, change, write_dataset
 

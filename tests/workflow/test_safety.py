@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests import models
-from tests.hub import TOKEN, environment, running
+from tests.helpers import models
+from tests.helpers.hub import TOKEN, environment, running
 
 from .conftest import new_clone, write_dataset
 

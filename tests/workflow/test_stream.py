@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.data import contents
+from tests.helpers.samples import contents
 
 from .conftest import LAYERS, encoder_entry
 from .test_planning import CHANGED_STUDY, MATRIX, SAE_REPORT, SHOWN, SITE, TABLES_AND_FIGURES

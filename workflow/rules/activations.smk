@@ -4,7 +4,7 @@ rule activations:
     input:
         data=DATA,
         weights=rules.weights.output.record,
-        code=code("activations.py", "encoders/*.py"),
+        code=code("activations/extraction.py", "encoders/_*.py"),
     output:
         activations=directory("results/{dataset}/activations/{encoder}.zarr"),
         tokens=kept_or_temp(directory("results/{dataset}/tokens/{encoder}.zarr")),
@@ -32,7 +32,7 @@ rule activations_part:
     input:
         data=DATA,
         weights=rules.weights.output.record,
-        code=code("activations.py", "activations_parts.py", "encoders/*.py"),
+        code=code("activations/extraction.py", "activations/parts.py", "encoders/_*.py"),
     output:
         temp(directory("results/{dataset}/parts/{encoder}.{part}-of-{parts}.zarr")),
     log:
@@ -59,7 +59,7 @@ rule activations_part:
 rule activations_join:
     input:
         parts=parts_of,
-        code=code("activations.py", "activations_parts.py"),
+        code=code("activations/extraction.py", "activations/parts.py"),
     output:
         activations=directory("results/{dataset}/activations/{encoder}.zarr"),
         tokens=kept_or_temp(directory("results/{dataset}/tokens/{encoder}.zarr")),

@@ -12,11 +12,11 @@ from pathlib import Path
 from shlex import quote
 
 import conceptshare
-from conceptshare.catalog import is_path, local_path
-from conceptshare.differences import differences, in_words
-from conceptshare.errors import ConceptshareError, refusal
-from conceptshare.files import layer_name, read_object
-from conceptshare.study import Member, as_member, build_study, encoder_pairs, pair_name, sorted_pair
+from conceptshare.config.catalog import is_path, local_path
+from conceptshare.preflight.differences import differences, in_words
+from conceptshare.io.errors import ConceptshareError, refusal
+from conceptshare.io.files import layer_name, read_object
+from conceptshare.config.study import Member, as_member, build_study, encoder_pairs, pair_name, sorted_pair
 from snakemake.exceptions import WorkflowError
 from snakemake.io import contains_wildcard
 
@@ -137,7 +137,7 @@ def dataset_inputs(name):
     if not workflow.is_main_process and found.is_file():
         files, digest = json.loads(found.read_text())
         return [ancient(file) for file in files], digest
-    from conceptshare.rows import inputs  # which reads tables: only those who plan this job need that
+    from conceptshare.data.rows import inputs  # which reads tables: only those who plan this job need that
 
     try:
         files, digest = inputs(spec)

@@ -4,7 +4,7 @@ rule correlations:
     input:
         a="results/{dataset}/features/{sae}/{a}.zarr",
         b="results/{dataset}/features/{sae}/{b}.zarr",
-        code=code("blocks.py", "correlations/*.py"),
+        code=code("correlations/*.py"),
     output:
         directory("results/{dataset}/correlations/{sae}/{a}__{b}.zarr"),
     log:

@@ -6,7 +6,9 @@ localrules:
 rule dataset:
     input:
         source=lambda w: dataset_inputs(w.dataset)[0],
-        code=code("dataset.py", "download.py", "hub.py", "images.py", "rows.py", "sources.py"),
+        code=code(
+            "data/dataset.py", "data/download.py", "io/hub.py", "data/images.py", "data/rows.py", "data/sources.py"
+        ),
     output:
         samples="results/{dataset}/data/samples.arrow",
         manifest="results/{dataset}/data/manifest.json",

@@ -5,7 +5,7 @@ rule examples:
         saes=saes_of,
         weights=rules.weights.output.record,
         data=DATA,
-        code=code("examples.py", "encoders/*.py"),
+        code=code("concepts/examples.py", "encoders/_*.py"),
     output:
         directory("results/{dataset}/examples/{sae}/{encoder}@{seed}"),
     log:

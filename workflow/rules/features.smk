@@ -3,7 +3,7 @@ rule features:
     input:
         activations=activations_of,
         saes=saes_of,
-        code=code("features.py"),
+        code=code("sae/features.py"),
     output:
         directory("results/{dataset}/features/{sae}/{encoder}@{seed}.zarr"),
     log:

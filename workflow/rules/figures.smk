@@ -16,7 +16,7 @@ localrules:
 rule figures_matrix:
     input:
         table=rules.metrics_matrix.output.parquet,
-        code=code("figures/*.py", "formats.py"),
+        code=code("figures/*.py", "analysis/formats.py"),
     output:
         png=report(
             "results/studies/{study}/{dataset}/{sae}/matrices/{name}.png",
@@ -47,7 +47,7 @@ rule figures_matrix:
 rule figures_averages:
     input:
         table=rules.metrics_averages.output.parquet,
-        code=code("figures/*.py", "formats.py"),
+        code=code("figures/*.py", "analysis/formats.py"),
     output:
         png=report(
             "results/studies/{study}/{dataset}/{sae}/matrices/{name}.averages.png",
@@ -78,7 +78,7 @@ rule figures_averages:
 rule figures_intervals:
     input:
         table=rules.metrics_matrix.output.parquet,
-        code=code("figures/*.py", "formats.py"),
+        code=code("figures/*.py", "analysis/formats.py"),
     output:
         png=report(
             "results/studies/{study}/{dataset}/{sae}/matrices/{name}.intervals.png",
@@ -109,7 +109,7 @@ rule figures_intervals:
 rule figures_similarity:
     input:
         table=rules.metrics_matrix.output.parquet,
-        code=code("figures/*.py", "formats.py"),
+        code=code("figures/*.py", "analysis/formats.py"),
     output:
         png=report(
             "results/studies/{study}/{dataset}/{sae}/matrices/{name}.similarity.png",
@@ -140,7 +140,7 @@ rule figures_similarity:
 rule figures_paper:
     input:
         table=rules.metrics_paper.output.parquet,
-        code=code("figures/*.py", "formats.py"),
+        code=code("figures/*.py", "analysis/formats.py"),
     output:
         png=report(
             "results/studies/{study}/{dataset}/{sae}/matrices/{name}.paper.png",
@@ -172,7 +172,7 @@ rule figures_strength:
     input:
         table=rules.metrics_matrix.output.parquet,
         pairs=lambda w: pairs_of(STUDY.matrix_pairs(w.name), w),
-        code=code("figures/*.py", "formats.py"),
+        code=code("figures/*.py", "analysis/formats.py"),
     output:
         png=report(
             "results/studies/{study}/{dataset}/{sae}/matrices/{name}.strength.png",
@@ -205,7 +205,7 @@ rule figures_strength:
 rule figures_layerwise:
     input:
         table=rules.metrics_layerwise.output.parquet,
-        code=code("figures/*.py", "formats.py"),
+        code=code("figures/*.py", "analysis/formats.py"),
     output:
         png=report(
             "results/studies/{study}/{dataset}/{sae}/layerwise/{name}.png",
@@ -242,7 +242,7 @@ rule figures_sharedness:
         features=lambda w: features_of([STUDY.sharedness_source(w.name)], w),
         names=lambda w: names_of(STUDY.sharedness_source(w.name), w),
         data=DATA,
-        code=code("figures/*.py", "formats.py"),
+        code=code("figures/*.py", "analysis/formats.py"),
     output:
         png=report(
             "results/studies/{study}/{dataset}/{sae}/sharedness/{name}.png",
@@ -282,7 +282,7 @@ rule figures_top_samples:
         features=lambda w: features_of([STUDY.sharedness_source(w.name)], w),
         names=lambda w: names_of(STUDY.sharedness_source(w.name), w),
         data=DATA,
-        code=code("figures/*.py", "formats.py"),
+        code=code("figures/*.py", "analysis/formats.py"),
     output:
         png=report(
             "results/studies/{study}/{dataset}/{sae}/sharedness/{name}.top.png",
@@ -317,7 +317,7 @@ rule figures_top_samples:
 rule figures_scatter:
     input:
         table=rules.metrics_sharedness.output.parquet,
-        code=code("figures/*.py", "formats.py"),
+        code=code("figures/*.py", "analysis/formats.py"),
     output:
         png=report(
             "results/studies/{study}/{dataset}/{sae}/sharedness/{name}.scatter.png",
@@ -348,7 +348,7 @@ rule figures_scatter:
 rule figures_saes:
     input:
         table=rules.metrics_saes.output.parquet,
-        code=code("figures/*.py", "formats.py"),
+        code=code("figures/*.py", "analysis/formats.py"),
     output:
         png=report(
             "results/studies/{study}/{dataset}/{sae}/saes.png",

@@ -16,7 +16,7 @@ rule metrics_matrix:
         features=lambda w: features_of(matrix_members_with_ceilings(w.name), w),
         correlations=lambda w: correlations_of(STUDY.matrix_pairs(w.name) + STUDY.ceiling_pairs(w.name), w),
         similarity=lambda w: similarity_of(STUDY.matrix_pairs(w.name), w),
-        code=code("metrics.py", "reading.py", "tables.py"),
+        code=code("metrics.py", "io/readers.py", "analysis/tables.py"),
     output:
         csv=report(
             "results/studies/{study}/{dataset}/{sae}/matrices/{name}.csv",
@@ -54,7 +54,7 @@ rule metrics_averages:
     input:
         table=rules.metrics_matrix.output.parquet,
         correlations=lambda w: correlations_of(STUDY.matrix_pairs(w.name), w),
-        code=code("metrics.py", "reading.py", "tables.py"),
+        code=code("metrics.py", "io/readers.py", "analysis/tables.py"),
     output:
         csv=report(
             "results/studies/{study}/{dataset}/{sae}/matrices/{name}.averages.csv",
@@ -90,7 +90,7 @@ rule metrics_formats:
     input:
         table=rules.metrics_matrix.output.parquet,
         averages=rules.metrics_averages.output.parquet,
-        code=code("formats.py", "paper/*.py", "paper/*.csv"),
+        code=code("analysis/formats.py", "analysis/paper/*.py", "analysis/paper/*.csv"),
     output:
         report(
             directory("results/studies/{study}/{dataset}/{sae}/matrices/{name}"),
@@ -124,7 +124,7 @@ rule metrics_formats:
 rule metrics_paper:
     input:
         table=rules.metrics_matrix.output.parquet,
-        code=code("paper/*.py", "paper/*.csv"),
+        code=code("analysis/paper/*.py", "analysis/paper/*.csv"),
     output:
         csv=report(
             "results/studies/{study}/{dataset}/{sae}/matrices/{name}.paper.csv",
@@ -174,7 +174,7 @@ rule metrics_layerwise:
         features=lambda w: features_of({m for pair in STUDY.layerwise_pairs(w.name) for m in pair}, w),
         correlations=lambda w: correlations_of(STUDY.layerwise_pairs(w.name), w),
         similarity=lambda w: similarity_of(STUDY.layerwise_pairs(w.name), w),
-        code=code("metrics.py", "reading.py", "tables.py"),
+        code=code("metrics.py", "io/readers.py", "analysis/tables.py"),
     output:
         csv=report(
             "results/studies/{study}/{dataset}/{sae}/layerwise/{name}.csv",
@@ -215,7 +215,7 @@ rule metrics_pair:
             "results/{dataset}/features/{sae}/{b}.zarr",
         ],
         correlations=rules.correlations.output,
-        code=code("metrics.py", "reading.py", "tables.py"),
+        code=code("metrics.py", "io/readers.py", "analysis/tables.py"),
     output:
         multiext(
             "results/studies/{study}/{dataset}/{sae}/pairs/{a}__{b}",
@@ -242,7 +242,7 @@ rule metrics_sharedness:
     input:
         features=lambda w: features_of({m for pair in STUDY.sharedness_pairs(w.name) for m in pair}, w),
         correlations=lambda w: correlations_of(STUDY.sharedness_pairs(w.name), w),
-        code=code("metrics.py", "reading.py", "tables.py"),
+        code=code("metrics.py", "io/readers.py", "analysis/tables.py"),
     output:
         csv=report(
             "results/studies/{study}/{dataset}/{sae}/sharedness/{name}.csv",
@@ -281,7 +281,7 @@ rule metrics_overlaps:
             "results/studies/{{study}}/{{dataset}}/{{sae}}/sharedness/{name}.parquet",
             name=STUDY.overlapping(),
         ),
-        code=code("metrics.py", "reading.py", "tables.py"),
+        code=code("metrics.py", "io/readers.py", "analysis/tables.py"),
     output:
         csv=report(
             "results/studies/{study}/{dataset}/{sae}/overlaps.csv",
@@ -312,7 +312,7 @@ rule metrics_overlaps:
 rule metrics_saes:
     input:
         features=lambda w: features_of(STUDY.members(), w),
-        code=code("reading.py", "tables.py"),
+        code=code("io/readers.py", "analysis/tables.py"),
     output:
         csv=report(
             "results/studies/{study}/{dataset}/{sae}/saes.csv",

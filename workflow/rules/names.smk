@@ -3,7 +3,7 @@ rule names:
     input:
         features=rules.features.output,
         data=DATA,
-        code=code("names.py"),
+        code=code("concepts/names.py"),
     output:
         table="results/{dataset}/names/{sae}/{encoder}@{seed}.parquet",
         clearest=report(

@@ -32,7 +32,7 @@ rule pages_member:
         names="results/{dataset}/names/{sae}/{member}.parquet",
         pairs=lambda w: pairs_of(pairs_with(w.member), w),
         rankings=lambda w: rankings_of(w),
-        code=code("pages/_member.py", "pages/_script.py", "reading.py"),
+        code=code("pages/_member.py", "pages/_script.py", "io/readers.py"),
     output:
         directory("results/studies/{study}/pages/data/{dataset}/{sae}/{member}"),
     log:
@@ -57,7 +57,7 @@ rule pages_member:
 rule pages_pair:
     input:
         correlations=lambda w: correlations_of([(as_member(w.a), as_member(w.b))], w),
-        code=code("pages/_pair.py", "pages/_script.py", "reading.py"),
+        code=code("pages/_pair.py", "pages/_script.py", "io/readers.py"),
     output:
         directory("results/studies/{study}/pages/data/{dataset}/{sae}/pairs/{a}__{b}"),
     log:

@@ -2,7 +2,7 @@
 rule sae:
     input:
         tokens="results/{dataset}/tokens/{encoder}.zarr",
-        code=code("sae/*.py"),
+        code=code("sae/_*.py"),
     output:
         multiext(
             "results/{dataset}/saes/{sae}/{encoder}/layer-{layer}/seed-{seed}/",

@@ -3,7 +3,7 @@ rule similarity:
     input:
         a=lambda w: activations_of(w, "encoder_a"),
         b=lambda w: activations_of(w, "encoder_b"),
-        code=code("similarity.py"),
+        code=code("analysis/similarity.py"),
     output:
         csv=report(
             "results/{dataset}/similarity/{sae}/{encoder_a}__{encoder_b}.csv",

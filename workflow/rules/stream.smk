@@ -4,7 +4,7 @@ rule stream:
     input:
         data=DATA,
         weights=rules.weights.output.record,
-        code=code("activations.py", "encoders/*.py", "sae/*.py"),
+        code=code("activations/extraction.py", "encoders/_*.py", "sae/_*.py"),
     output:
         saes=directory("results/{dataset}/streams/{sae}/saes/{encoder}"),
         activations=directory("results/{dataset}/streams/{sae}/activations/{encoder}.zarr"),

@@ -8,7 +8,7 @@ rule weights:
     input:
         model=lambda w: local_files(STUDY.encoders[w.encoder].model),
         checkpoint=lambda w: local_files(STUDY.encoders[w.encoder].weights or ""),
-        code=code("weights.py", "hub.py"),
+        code=code("encoders/weights.py", "io/hub.py"),
     output:
         record="results/weights/{encoder}.json",
         provenance="results/weights/{encoder}.provenance.json",

@@ -15,11 +15,16 @@ Both directions are the row and the column maxima of one matrix, so one product 
 but for a tile: features are standardised and multiplied a panel at a time, as wide as a memory budget allows.
 """
 
-from conceptshare.blocks import Precision
-from conceptshare.correlations._engine import max_correlations
-from conceptshare.correlations._store import FeatureStore, check_pair, correlate_stores, judged
-from conceptshare.correlations._sums import CorrelationSums, correlation_sums
-from conceptshare.reading import MaxCorrelations
+from typing import TYPE_CHECKING
+
+from conceptshare._on_demand import on_demand
+
+if TYPE_CHECKING:
+    from conceptshare.correlations._engine import max_correlations
+    from conceptshare.correlations._store import FeatureStore, check_pair, correlate_stores, judged
+    from conceptshare.correlations._sums import CorrelationSums, correlation_sums
+    from conceptshare.correlations.blocks import Precision
+    from conceptshare.io.readers import MaxCorrelations
 
 __all__ = [
     "CorrelationSums",
@@ -32,3 +37,11 @@ __all__ = [
     "judged",
     "max_correlations",
 ]
+
+__getattr__ = on_demand(
+    __name__,
+    blocks=["Precision"],
+    _engine=["max_correlations"],
+    _store=["FeatureStore", "check_pair", "correlate_stores", "judged", "MaxCorrelations"],
+    _sums=["CorrelationSums", "correlation_sums"],
+)

@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from conceptshare.errors import NumericsError
-from conceptshare.store import StoredArray
+from conceptshare.io.errors import NumericsError
+from conceptshare.io.store import StoredArray
 
 _GIVE = "give dense NumPy, torch or Zarr arrays [samples, features], one for each layer"
 

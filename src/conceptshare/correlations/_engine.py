@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from conceptshare.blocks import MEMORY_BYTES, Blocks, Precision, plan_blocks
 from conceptshare.correlations._arrays import Array, as_layers, as_tensor, sample_count, sizes_of
 from conceptshare.correlations._standardise import (
     Block,
@@ -24,10 +23,11 @@ from conceptshare.correlations._standardise import (
     standardised,
     stretch,
 )
+from conceptshare.correlations.blocks import MEMORY_BYTES, Blocks, Precision, plan_blocks
 from conceptshare.device import default_device, full_float32
-from conceptshare.errors import NumericsError
-from conceptshare.progress import progress
-from conceptshare.reading import MaxCorrelations
+from conceptshare.io.errors import NumericsError
+from conceptshare.io.progress import progress
+from conceptshare.io.readers import MaxCorrelations
 
 # A rare feature is a little below its mean nearly everywhere. Added one by one in float32 to a sum near 1, as a product
 # of few columns adds them, 100,000 such samples are lost, and with them the third digit. Wide products add in blocks.

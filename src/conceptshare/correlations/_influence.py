@@ -11,9 +11,9 @@ from torch import Tensor
 
 from conceptshare.correlations._arrays import as_tensor, sizes_of
 from conceptshare.device import default_device, full_float32
+from conceptshare.io.progress import progress
+from conceptshare.io.readers import MaxCorrelations
 from conceptshare.metrics import READINGS
-from conceptshare.progress import progress
-from conceptshare.reading import MaxCorrelations
 
 _ROWS = 1024
 

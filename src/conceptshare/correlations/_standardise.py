@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from conceptshare.blocks import Precision
 from conceptshare.correlations._arrays import Array
-from conceptshare.errors import NumericsError
+from conceptshare.correlations.blocks import Precision
+from conceptshare.io.errors import NumericsError
 
 COARSE = 1 / 64
 """Largest sum of z^4 of a feature that bfloat16 may round.

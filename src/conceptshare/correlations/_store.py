@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import zarr
 
-from conceptshare.blocks import MEMORY_BYTES, Blocks, Precision
 from conceptshare.correlations._arrays import sample_count
 from conceptshare.correlations._engine import Full, Kept, max_correlations
 from conceptshare.correlations._influence import Encoder, influences
-from conceptshare.errors import StoreError
-from conceptshare.files import FILE, Unchanged, layer_name, renamed
-from conceptshare.reading import CORRELATIONS, FEATURES, FeatureArray, MaxCorrelations, PairCorrelations
-from conceptshare.store import gone_on_with, layer_array, new_array, new_store, open_store, save_array
+from conceptshare.correlations.blocks import MEMORY_BYTES, Blocks, Precision
+from conceptshare.io.errors import StoreError
+from conceptshare.io.files import FILE, Unchanged, layer_name, renamed
+from conceptshare.io.readers import CORRELATIONS, FEATURES, FeatureArray, MaxCorrelations, PairCorrelations
+from conceptshare.io.store import gone_on_with, layer_array, new_array, new_store, open_store, save_array
 
 FLOOR_FEATURES = 512
 """Features of each layer, the first ones, whose best matches among shuffled samples are sought: all of a wMPPC's floor

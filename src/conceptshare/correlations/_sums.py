@@ -10,7 +10,7 @@ from conceptshare.correlations._arrays import as_layers, as_tensor, sample_count
 from conceptshare.correlations._engine import Product
 from conceptshare.correlations._standardise import BlockMemory, Panel, standard_of, standardised
 from conceptshare.device import default_device, full_float32
-from conceptshare.errors import NumericsError
+from conceptshare.io.errors import NumericsError
 
 Array = NDArray[np.float64]
 

@@ -1,6 +1,17 @@
 """Encoders: load one from its specification and read the residual stream after each of its blocks."""
 
-from conceptshare.encoders._encoder import Activations, Batch, Encoder
-from conceptshare.encoders._load import load_encoder, try_encoder
+from typing import TYPE_CHECKING
+
+from conceptshare._on_demand import on_demand
+
+if TYPE_CHECKING:
+    from conceptshare.encoders._encoder import Activations, Batch, Encoder
+    from conceptshare.encoders._load import load_encoder, try_encoder
 
 __all__ = ["Activations", "Batch", "Encoder", "load_encoder", "try_encoder"]
+
+__getattr__ = on_demand(
+    __name__,
+    _encoder=["Activations", "Batch", "Encoder"],
+    _load=["load_encoder", "try_encoder"],
+)

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from conceptshare.catalog import EncoderSpec
+from conceptshare.config.catalog import EncoderSpec
 from conceptshare.device import full_float32
-from conceptshare.errors import EncoderError
-from conceptshare.progress import say
+from conceptshare.io.errors import EncoderError
+from conceptshare.io.progress import say
 
 Samples = Sequence[Image.Image] | Sequence[str]
 

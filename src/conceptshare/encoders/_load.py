@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from conceptshare.catalog import EncoderSpec
+from conceptshare.config.catalog import EncoderSpec
 from conceptshare.device import default_device
 from conceptshare.encoders._encoder import Encoder, check_reading, in_one_line
-from conceptshare.errors import ConceptshareError, EncoderError
-from conceptshare.progress import say
-from conceptshare.weights import check_record, fingerprint, locate, recorded_location
+from conceptshare.encoders.weights import check_record, fingerprint, locate, recorded_location
+from conceptshare.io.errors import ConceptshareError, EncoderError
+from conceptshare.io.progress import say
 
 # More than any published model has, by far.
 _MOST_LAYERS = 10_000

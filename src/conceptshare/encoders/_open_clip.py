@@ -9,7 +9,7 @@ import torch
 from tokenizers.models import BPE
 from torch import Tensor, nn
 
-from conceptshare.catalog import EncoderSpec
+from conceptshare.config.catalog import EncoderSpec
 from conceptshare.encoders._encoder import (
     Batch,
     Encoder,
@@ -19,7 +19,7 @@ from conceptshare.encoders._encoder import (
     has_class_token,
     stacked,
 )
-from conceptshare.errors import EncoderError
+from conceptshare.io.errors import EncoderError
 
 
 def load_open_clip(spec: EncoderSpec, location: Path, device: torch.device) -> Encoder:

@@ -8,7 +8,7 @@ import torch
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 
-from conceptshare.catalog import EncoderSpec
+from conceptshare.config.catalog import EncoderSpec
 from conceptshare.encoders._encoder import Batch, Encoder, Samples, find_blocks, has_class_token, stacked
 
 

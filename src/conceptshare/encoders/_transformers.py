@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoImagePro
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
-from conceptshare.catalog import EncoderSpec
+from conceptshare.config.catalog import EncoderSpec
 from conceptshare.device import full_float32
 from conceptshare.encoders._encoder import (
     Batch,
@@ -32,8 +32,8 @@ from conceptshare.encoders._encoder import (
     stacked,
 )
 from conceptshare.encoders._selective_scan import supply_selective_scan
-from conceptshare.errors import EncoderError
-from conceptshare.progress import say
+from conceptshare.io.errors import EncoderError
+from conceptshare.io.progress import say
 
 # Longest text in tokens if neither the study, the tokenizer nor the model sets a bound.
 _LONGEST_TEXT = 512

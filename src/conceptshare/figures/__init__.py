@@ -3,6 +3,7 @@
 Colours are perceptually uniform and readable by the colour-blind and in grey; the style is set in one place.
 """
 
+from conceptshare.analysis.formats import short_labels
 from conceptshare.figures._averages import draw_averages
 from conceptshare.figures._intervals import draw_intervals
 from conceptshare.figures._layerwise import draw_layerwise
@@ -14,7 +15,6 @@ from conceptshare.figures._sharedness import draw_sharedness
 from conceptshare.figures._similarity import draw_similarity
 from conceptshare.figures._strength import draw_strength
 from conceptshare.figures._style import save
-from conceptshare.formats import short_labels
 
 __all__ = [
     "draw_averages",

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from conceptshare.analysis.formats import short_labels
 from conceptshare.figures._style import MARKERS, PAGE, READING_TITLES, STYLE, save, say_nothing, text_width
-from conceptshare.formats import short_labels
 
 _ROW = 0.13
 """Height of a row, in inches."""

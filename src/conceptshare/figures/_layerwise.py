@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from conceptshare.errors import StudyError
+from conceptshare.config.study import as_member
 from conceptshare.figures._style import STYLE, heatmap, layer_ticks, save
-from conceptshare.study import as_member
+from conceptshare.io.errors import StudyError
 
 _PANEL = 2.15
 """About a panel with its labels, in inches: three are as wide as a page."""

@@ -10,8 +10,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from conceptshare.analysis.formats import short_labels
 from conceptshare.figures._style import PAGE, PLACED, READING_TITLES, STYLE, heatmap, save, text_width
-from conceptshare.formats import short_labels
 
 # All in inches.
 _WORD, _GAP, _TITLE, _BAR = 0.2, 0.14, 0.36, 0.66

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from conceptshare.analysis.paper import agreement, modality
 from conceptshare.figures._style import (
     BLUE,
     LIGHT_BLUE,
@@ -22,7 +23,6 @@ from conceptshare.figures._style import (
     save,
     say_nothing,
 )
-from conceptshare.paper import agreement, modality
 
 _DIRECTIONS: Any = {
     ("image", "image"): {"color": BLUE, "marker": "o"},
@@ -40,7 +40,7 @@ def draw_paper(cells: pd.DataFrame, out: Path) -> None:
     """Our wMPPC with its 95% interval against the paper's, a panel a reading, with the cells that are farthest off.
 
     Args:
-        cells: what `conceptshare.paper.compare` gives.
+        cells: what `conceptshare.analysis.paper.compare` gives.
         out: where the PNG goes; the PDF goes beside it.
     """
     directions = [(modality(a), modality(b)) for a, b in zip(cells.source, cells.target, strict=True)]

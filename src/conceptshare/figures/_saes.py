@@ -21,10 +21,10 @@ from matplotlib.ticker import (
 )
 from numpy.typing import NDArray
 
-from conceptshare.errors import StoreError
 from conceptshare.figures._style import COLOURS, PLACED, STYLE, fitted, layer_ticks, save
-from conceptshare.files import SAE_FIGURES, written_aside
-from conceptshare.sae_folder import REMEDY, sae_file, sae_of
+from conceptshare.io.errors import StoreError
+from conceptshare.io.files import SAE_FIGURES, written_aside
+from conceptshare.sae.folder import REMEDY, sae_file, sae_of
 
 
 class _Look(NamedTuple):

@@ -17,11 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from conceptshare.figures._style import PAGE, PLACED, STYLE, save, text_width
-from conceptshare.progress import say
+from conceptshare.io.progress import say
 
 if TYPE_CHECKING:  # other figures start without them
-    from conceptshare.dataset import Data
-    from conceptshare.reading import FeatureStatistics
+    from conceptshare.data.dataset import Data
+    from conceptshare.io.readers import FeatureStatistics
 
 # matplotlib's own font has no Chinese, Japanese, Korean or Indian letters; systems have these.
 _WIDE_FONTS = (

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from conceptshare.analysis.formats import short_labels
 from conceptshare.figures._style import BLUE, COLOURS, PLACED, STYLE, fitted, known, save, say_nothing
-from conceptshare.formats import short_labels
 from conceptshare.metrics import coefficient_of_variation, correlation
 
 _BINS = 40

@@ -14,7 +14,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patheffects import withStroke
 from numpy.typing import ArrayLike
 
-from conceptshare.files import PDF, PNG, written_aside
+from conceptshare.io.files import PDF, PNG, written_aside
 
 STYLE: Any = {
     "font.size": 9,

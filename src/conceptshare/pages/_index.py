@@ -8,11 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from conceptshare.dataset import Data
-from conceptshare.files import FILE, SITE, check_replaceable, renamed
+from conceptshare.analysis.tables import read_table
+from conceptshare.data.dataset import Data
+from conceptshare.io.files import FILE, SITE, check_replaceable, renamed
 from conceptshare.metrics import READINGS
 from conceptshare.pages._script import number, numbers, write_script
-from conceptshare.tables import read_table
 
 ASSETS = ("index.html", "style.css", "app.js")
 

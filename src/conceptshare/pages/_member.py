@@ -9,14 +9,14 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from conceptshare.files import MEMBER_PAGES, layer_name, written_aside
+from conceptshare.analysis.tables import check_features, check_made_from, check_ranking, read_table
+from conceptshare.config.study import as_member, pair_name
+from conceptshare.io.files import MEMBER_PAGES, layer_name, written_aside
+from conceptshare.io.progress import progress
+from conceptshare.io.readers import FEATURES, FeatureStatistics, read_statistics
+from conceptshare.io.seals import read_manifest, recorded_file
+from conceptshare.io.store import read_root
 from conceptshare.pages._script import number, numbers, write_script
-from conceptshare.progress import progress
-from conceptshare.reading import FEATURES, FeatureStatistics, read_statistics
-from conceptshare.seals import read_manifest, recorded_file
-from conceptshare.store import read_root
-from conceptshare.study import as_member, pair_name
-from conceptshare.tables import check_features, check_made_from, check_ranking, read_table
 
 CHUNK = 64
 """Features whose details are in one file."""

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from conceptshare.files import PAIR_PAGES, layer_name, written_aside
+from conceptshare.io.files import PAIR_PAGES, layer_name, written_aside
+from conceptshare.io.readers import read_correlations
 from conceptshare.pages._script import numbers, write_script
-from conceptshare.reading import read_correlations
 
 
 def write_pair(correlations: Path, source: str, target: str, place: str, out: Path) -> None:

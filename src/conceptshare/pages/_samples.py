@@ -3,12 +3,12 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from conceptshare.ahead import in_order
-from conceptshare.dataset import Data
-from conceptshare.errors import DatasetError
-from conceptshare.files import SAMPLE_PAGES, written_aside
+from conceptshare.data.dataset import Data
+from conceptshare.io.ahead import in_order
+from conceptshare.io.errors import DatasetError
+from conceptshare.io.files import SAMPLE_PAGES, written_aside
+from conceptshare.io.progress import progress, say
 from conceptshare.pages._script import write_script
-from conceptshare.progress import progress, say
 
 TOGETHER = 500
 """Samples whose captions are in one file, and their thumbnails in one folder."""

@@ -5,10 +5,15 @@ W_dec is [F, D]. Only the k largest latents of a token reach the decoder, so dec
 those alone; the one dense product of a step is x W_enc.
 """
 
-from conceptshare.sae._metrics import Quality, evaluate
-from conceptshare.sae._model import TopK, TopKSAE, load_sae, save_sae
-from conceptshare.sae._stream import train_stream
-from conceptshare.sae._train import train, train_sae
+from typing import TYPE_CHECKING
+
+from conceptshare._on_demand import on_demand
+
+if TYPE_CHECKING:
+    from conceptshare.sae._metrics import Quality, evaluate
+    from conceptshare.sae._model import TopK, TopKSAE, load_sae, save_sae
+    from conceptshare.sae._stream import train_stream
+    from conceptshare.sae._train import train, train_sae
 
 __all__ = [
     "Quality",
@@ -21,3 +26,11 @@ __all__ = [
     "train_sae",
     "train_stream",
 ]
+
+__getattr__ = on_demand(
+    __name__,
+    _metrics=["Quality", "evaluate"],
+    _model=["TopK", "TopKSAE", "load_sae", "save_sae"],
+    _stream=["train_stream"],
+    _train=["train", "train_sae"],
+)

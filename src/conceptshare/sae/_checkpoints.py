@@ -12,8 +12,8 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from conceptshare.files import CHECKPOINTS, check_replaceable, remove
-from conceptshare.progress import say
+from conceptshare.io.files import CHECKPOINTS, check_replaceable, remove
+from conceptshare.io.progress import say
 from conceptshare.sae._trainer import Trainer
 
 PREEMPTED = 75

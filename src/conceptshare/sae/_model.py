@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
-from conceptshare.errors import NumericsError, StoreError
-from conceptshare.sae_folder import ELSEWHERE, other_meaning, sae_file
-from conceptshare.seals import seal
+from conceptshare.io.errors import NumericsError, StoreError
+from conceptshare.io.seals import seal
+from conceptshare.sae.folder import ELSEWHERE, other_meaning, sae_file
 
 # The layout that this file writes was tried with this version of SAELens.
 _SAE_LENS_VERSION = "6.54.12"

@@ -11,21 +11,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from conceptshare.activations import KIND, GlobalTokens, describe, forward_pass
-from conceptshare.ahead import in_order
-from conceptshare.dataset import Data
+from conceptshare.activations.extraction import KIND, GlobalTokens, describe, forward_pass
+from conceptshare.config.study import SAESettings
+from conceptshare.data.dataset import Data
 from conceptshare.device import devices, full_float32
 from conceptshare.encoders import Encoder
-from conceptshare.errors import StudyError
-from conceptshare.files import SAES, layer_name, written_aside
-from conceptshare.progress import progress, say
+from conceptshare.io.ahead import in_order
+from conceptshare.io.errors import StudyError
+from conceptshare.io.files import SAES, layer_name, written_aside
+from conceptshare.io.progress import progress, say
+from conceptshare.io.store import gone_on_with, new_store
 from conceptshare.sae import _order
 from conceptshare.sae._checkpoints import Checkpoints
 from conceptshare.sae._metrics import Measured, Measuring, evaluate
 from conceptshare.sae._train import Origin, Report, descend, write_sae
 from conceptshare.sae._trainer import Trainer
-from conceptshare.store import gone_on_with, new_store
-from conceptshare.study import SAESettings
 
 Result = TypeVar("Result")
 TokensByLayer = dict[int, Tensor]

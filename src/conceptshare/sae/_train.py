@@ -16,19 +16,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from conceptshare import provenance
-from conceptshare.activations import TokenReader
-from conceptshare.ahead import in_order
+from conceptshare.activations.extraction import TokenReader
+from conceptshare.config.study import SAESettings
 from conceptshare.device import default_device, full_float32
-from conceptshare.errors import NumericsError, StoreError
-from conceptshare.files import SAE, Unchanged, written_aside
-from conceptshare.progress import progress, say
+from conceptshare.io import provenance
+from conceptshare.io.ahead import in_order
+from conceptshare.io.errors import NumericsError, StoreError
+from conceptshare.io.files import SAE, Unchanged, written_aside
+from conceptshare.io.progress import progress, say
 from conceptshare.sae import _order
 from conceptshare.sae._checkpoints import PREEMPTED, Checkpoints, asked_to_stop
 from conceptshare.sae._metrics import Measured, density_histogram, evaluate
 from conceptshare.sae._model import TopKSAE, save_sae
 from conceptshare.sae._trainer import Trainer
-from conceptshare.study import SAESettings
 
 _SECONDS_BETWEEN_CHECKPOINTS = 300.0
 # Batches read ahead of the one that is trained on.

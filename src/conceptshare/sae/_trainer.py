@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from conceptshare.config.study import SAESettings
 from conceptshare.sae._model import TopK, TopKSAE
-from conceptshare.study import SAESettings
 
 _STEPS_BETWEEN_LOOKS = 50
 

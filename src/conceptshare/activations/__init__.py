@@ -1,0 +1,1 @@
+"""Stage `activations`: the residual stream of every sample after each of an encoder's blocks."""

@@ -1,0 +1,167 @@
+"""Stage `activations` by several jobs: each records some of the shards, and a last one joins them.
+
+A part is a store with the shards that begin among the rows of its samples, under the names that they have in the
+finished stores, and with its samples' ``offsets`` and ``global_rows``. So that no shard is written by two, it goes on
+reading behind its last sample until the shard that it began is full, and leaves out what belongs to the shard that the
+part before it began. Parts begin where batches do: every number is the same to the bit as in one go.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conceptshare.activations import extraction
+from conceptshare.activations.extraction import (
+    KIND,
+    TOKENS,
+    Recorder,
+    Share,
+    describe,
+    kept_rows,
+    prepare,
+    record,
+    save_index,
+)
+from conceptshare.data.dataset import Data
+from conceptshare.encoders import Encoder
+from conceptshare.io.errors import StoreError, StudyError
+from conceptshare.io.files import Unchanged, layer_name
+from conceptshare.io.store import StoredArray, gone_on_with, new_rows, new_store, open_store, rows_of
+
+PART = "part"
+"""Kind of a store."""
+
+
+def extract_part(encoder: Encoder, data: Data, out: Path, part: int, parts: int, threads: int = 1) -> None:
+    """Record one part of an extraction in the store ``out``.
+
+    What is cut off goes on from its last finished shards when it is run again.
+
+    Args:
+        encoder: the encoder.
+        data: the samples.
+        out: the store to write.
+        part: which one, from 1.
+        parts: how many there are. Those beyond the number of batches are empty.
+        threads: threads that decode and prepare pictures.
+
+    Raises:
+        StudyError: where it cannot be known which rows a part's tokens are without reading all samples before it.
+        NumericsError: where an activation is not finite or does not fit float16; it names layer and sample.
+        EncoderError: where the encoder is not what its entry says.
+        StoreError: where what an earlier attempt left is damaged.
+    """
+    share = _share(encoder, data, part, parts)
+    described = {key: value for key, value in describe(encoder, data, "").items() if key != "name"}
+    described |= {"part": part, "parts": parts, "first": share.first, "stop": share.stop}
+    with new_store(out, PART, described, resume=True) as group:
+        store: Any = group
+        with gone_on_with(out):
+            recorder = Recorder(store, store, encoder.spec, len(data), share)
+        record(encoder, data, recorder, threads, out.stem)
+        if share.stop > share.first and store["offsets"][share.stop] != share.stop_row:
+            raise _of_no_fixed_size(out.stem)
+
+
+def join_parts(parts: Sequence[Path], out: Path, tokens: Path) -> None:
+    """Make the stores of an extraction of its parts, without reading a token: their shards are linked, or copied.
+
+    Args:
+        parts: the stores of all parts.
+        out: the store of global tokens to write.
+        tokens: the store of all tokens to write.
+
+    Raises:
+        StoreError: where a part is missing or not whole, or they are not of one extraction.
+    """
+    inputs = Unchanged(*parts)
+    opened: list[tuple[Path, Any]] = [(path, open_store(path, PART)) for path in parts]
+    opened.sort(key=lambda part: part[1].attrs["spec"]["part"])
+    specs = [dict(store.attrs["spec"]) for _, store in opened]
+    bounds = [(spec.pop("first"), spec.pop("stop"), spec.pop("part")) for spec in specs]
+    if [part for _, _, part in bounds] != list(range(1, specs[0]["parts"] + 1)) or specs != specs[:1] * len(specs):
+        raise StoreError(
+            f"{', '.join(map(str, parts))}: not all parts of one extraction; make every part from the same encoder and "
+            f"samples"
+        )
+    spans = [(path, store, first, stop) for (path, store), (first, stop, _) in zip(opened, bounds, strict=True)]
+    offsets = [StoredArray(store, "offsets", path)[first : stop + 1] for path, store, first, stop in spans]
+    offsets = [rows for rows in offsets if len(rows) > 1]
+    if any(one[-1] != next_one[0] for one, next_one in pairwise(offsets)):
+        raise StoreError(
+            f"{', '.join(map(str, parts))}: rows of tokens do not follow one another; make the parts again"
+        )
+    index = np.concatenate([[0], *(rows[1:] for rows in offsets)])
+    global_rows = [StoredArray(store, "global_rows", path)[first:stop] for path, store, first, stop in spans]
+    described = {"name": out.stem, **{key: value for key, value in specs[0].items() if key != "parts"}}
+    N, D = described["samples"], described["width"]
+    with new_store(out, KIND, described) as store, new_store(tokens, TOKENS, described) as token_store, inputs:
+        save_index(token_store, "offsets", index)
+        save_index(token_store, "global_rows", np.concatenate(global_rows))
+        for layer in map(layer_name, described["layers"]):
+            group, token_group = store.create_group(layer), token_store.create_group(layer)
+            new_rows(group, "global", N, D, np.float16, extraction.GLOBAL_SHARD_BYTES)
+            new_rows(token_group, "tokens", int(index[-1]), D, np.float16, extraction.SHARD_BYTES)
+            for path, _ in opened:
+                _link_all(path / layer / "global", group["global"])
+                _link_all(path / layer / "tokens", token_group["tokens"])
+
+
+def _share(encoder: Encoder, data: Data, part: int, parts: int) -> Share:
+    spec, N = encoder.spec, len(data)
+    batches = -(-N // spec.batch_size)
+    begin, until = ((n * batches) // parts for n in (part - 1, part))
+    first, stop = (min(batch * spec.batch_size, N) for batch in (begin, until))
+    in_batches = _rows_of_batches(encoder, data)
+    row = sum(islice(in_batches, begin))
+    stop_row = row + sum(islice(in_batches, until - begin))
+    rows = _of_shards_begun(row, stop_row, rows_of(spec.width, np.float16, extraction.SHARD_BYTES)[1])
+    samples = _of_shards_begun(first, stop, rows_of(spec.width, np.float16, extraction.GLOBAL_SHARD_BYTES)[1])
+    end, end_row = stop, stop_row
+    while end < N and ((rows and end_row < rows.stop) or (samples and end < samples.stop)):
+        end, end_row = min(end + spec.batch_size, N), end_row + next(in_batches)
+    return Share(first, stop, end, row, stop_row, rows, samples)
+
+
+def _of_shards_begun(first: int, stop: int, shard: int) -> range:
+    """The rows of the shards that begin at rows from ``first`` on and before ``stop``."""
+    return range(-(-first // shard) * shard, -(-stop // shard) * shard)
+
+
+def _rows_of_batches(encoder: Encoder, data: Data) -> Iterator[int]:
+    """How many rows of tokens each batch has, known without the model: captions are tokenised, pictures are alike."""
+    spec = encoder.spec
+    starts = range(0, len(data), spec.batch_size)
+    if spec.modality == "text":
+        for start in starts:
+            yield int(kept_rows(encoder.outline(prepare(encoder, data, start)), spec, start, spec.model).counts.sum())
+        return
+    one = encoder.prepare([data.image(0)])
+    if one.mask is not None:
+        raise _of_no_fixed_size(spec.model)
+    (rows,) = kept_rows(encoder.read(one), spec, 0, spec.model).counts
+    for start in starts:
+        yield int(rows) * (min(start + spec.batch_size, len(data)) - start)
+
+
+def _of_no_fixed_size(name: str) -> StudyError:
+    return StudyError(
+        f"{name}: its pictures have different numbers of tokens, so that a part cannot know where its own begin; leave "
+        f"parts at 1"
+    )
+
+
+def _link_all(source: Path, array: Any) -> None:
+    """Give every shard of an array in a part a second name in the whole, or a copy where links cannot be had."""
+    for file in (source / "c").rglob("*"):
+        if file.is_file():
+            place = Path(array.store.root) / array.path / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                place.hardlink_to(file)
+            except OSError:
+                shutil.copyfile(file, place)

@@ -1,0 +1,1 @@
+"""Stages `similarity` and `metrics`: a study's tables."""

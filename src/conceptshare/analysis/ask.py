@@ -1,0 +1,103 @@
+"""Answers from feature stores alone, without a study: wMPPC of two of them, Comparative Sharedness of some.
+
+Nothing is stored. The numbers are those of the stages `correlations` and `metrics` for the same stores.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from conceptshare import metrics
+from conceptshare.analysis.tables import active_counts, active_statistics, cells_of, ranking, side_by_side
+from conceptshare.correlations import FeatureStore, check_pair, judged, max_correlations
+from conceptshare.correlations.blocks import Precision
+from conceptshare.io.errors import StoreError
+
+COLUMNS = ("source", "target", "reading", "wmppc", "low", "high", "floor", "mppc", "features", "beyond_shuffled")
+"""Of `wmppc_between`."""
+
+
+def wmppc_between(a: Path, b: Path, memory_bytes: int | None = None, precision: Precision = "float32") -> pd.DataFrame:
+    """WMPPC between two feature stores, with what it is judged by: a row for each direction and reading.
+
+    Args:
+        a: a feature store.
+        b: another of the same samples.
+        memory_bytes: bound of the working memory, as of `max_correlations`.
+        precision: what standardised features are rounded to in the product.
+
+    Returns:
+        The columns `COLUMNS`, which are those of `tables.matrix_table`.
+
+    Raises:
+        StoreError: where a store is not whole or has no active feature, or they are not of the same samples.
+        NumericsError: where a feature is not finite.
+    """
+    stores, names = _stores([a, b]), _names([a, b])
+    statistics = {path: active_statistics(path) for path in (a, b)}
+    found = max_correlations(stores[a].arrays, stores[b].arrays, memory_bytes=memory_bytes, precision=precision)
+    rows = []
+    for source, target, of_source in ((a, b, found), (b, a, found.reverse())):
+        pair = judged(stores[source], stores[target], of_source, memory_bytes, precision)
+        cells = cells_of(pair, *side_by_side(statistics[source]), active_counts(statistics[target]))
+        ends = metrics.bootstrap_intervals([cell["wmppc"] for cell in cells], pair.influence)
+        for cell, (low, high) in zip(cells, ends, strict=True):
+            rows.append(cell | {"source": names[source], "target": names[target], "low": low, "high": high})
+    return pd.DataFrame(rows)[list(COLUMNS)]
+
+
+def sharedness_of(source: Path, shared_with: Sequence[Path], not_shared_with: Sequence[Path]) -> pd.DataFrame:
+    """The last-layer features of a store by Comparative Sharedness, with the columns of `tables.ranking`.
+
+    Only last layers are correlated.
+
+    Args:
+        source: the feature store whose features are ranked.
+        shared_with: the stores of the group G that should share them.
+        not_shared_with: those of the group H that should not.
+
+    Raises:
+        StoreError: where a store is not whole or has no active feature, they are not of the same samples, or one is
+            in both groups, or the source in a group.
+        NumericsError: where a feature is not finite.
+    """
+    groups = [*shared_with, *not_shared_with]
+    _check_groups(source, shared_with, not_shared_with)
+    stores, names = _stores([source, *groups]), _names([source, *groups])
+    statistics = {path: active_statistics(path) for path in (source, *groups)}[source]
+    last = max(statistics)
+    rho = {
+        names[path]: max_correlations(stores[source].arrays[-1], stores[path].arrays[-1]).rho_ab[0] for path in groups
+    }
+    named = ([names[path] for path in group] for group in (shared_with, not_shared_with))
+    return ranking(names[source], last, statistics[last], rho, *named)
+
+
+def _stores(paths: Iterable[Path]) -> dict[Path, FeatureStore]:
+    """Feature stores, which are of the same samples."""
+    stores = {path: FeatureStore(path) for path in paths}
+    first, *others = stores.values()
+    for store in others or [first]:
+        check_pair(first, store)
+    return stores
+
+
+def _names(paths: Sequence[Path]) -> dict[Path, str]:
+    """The members that stores are of, or their paths where two of them have one name."""
+    distinct = list(dict.fromkeys(paths))
+    stems = [path.stem for path in distinct]
+    return {path: path.stem if stems.count(path.stem) == 1 else str(path) for path in distinct}
+
+
+def _check_groups(source: Path, shared_with: Sequence[Path], not_shared_with: Sequence[Path]) -> None:
+    shared, unshared = ({path.resolve(): path for path in group} for group in (shared_with, not_shared_with))
+    if source.resolve() in shared | unshared:
+        raise StoreError(
+            f"{source}: the source is also in a group it is compared with, where every feature has a perfect match; "
+            f"leave it out there"
+        )
+    for place in shared.keys() & unshared.keys():
+        raise StoreError(
+            f"{shared[place]} is in both groups, and cannot share a feature and not share it; leave it out of one"
+        )

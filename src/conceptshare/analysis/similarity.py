@@ -1,0 +1,206 @@
+"""Stage `similarity`: how alike two encoders' activations are, layer by layer, without any SAE.
+
+`results/{dataset}/similarity/{sae}/{a}__{b}.csv` has a row for every pair of layers, of the linear CKA and the mutual
+nearest neighbours of their global tokens. Concepts that are shared should not be news where these are high as well.
+
+Samples are in shuffled order, so the first ones are a random part of the data set: CKA is over at most the first
+`CKA_SAMPLES`, neighbours over at most the first `NEIGHBOUR_SAMPLES`. The share of common neighbours depends on the
+number of samples, so only numbers over equally many compare.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from conceptshare.activations import extraction
+from conceptshare.analysis.tables import write_table
+from conceptshare.device import default_device
+from conceptshare.io import provenance
+from conceptshare.io.errors import NumericsError, StoreError
+from conceptshare.io.files import Unchanged
+from conceptshare.io.progress import progress
+from conceptshare.io.store import layer_array, open_store
+
+CKA_SAMPLES = 10_000
+"""How many samples linear CKA is over at most. Their float32 activations of all layers of one encoder are in memory."""
+NEIGHBOUR_SAMPLES = 4096
+"""How many samples neighbours are looked for among at most."""
+NEIGHBOURS = 10
+"""How many neighbours a sample has, as in Huh et al. (2024)."""
+
+_BLOCK_ROWS = 512
+# Cosines that differ by less are ties: rounding can tell two equal rows apart by about 1e-16.
+_COSINE_DECIMALS = 12
+
+Representation = NDArray[Any] | Tensor
+
+
+def linear_cka(x: Representation, y: Representation) -> float:
+    """Linear centred kernel alignment (Kornblith et al., 2019): ||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F), columns centred.
+
+    Columns are centred in float64, however far from zero they are, and kept as float32, whose products are float64: the
+    error is below 1e-6. For few samples and many dimensions CKA is high for unrelated representations too.
+
+    Args:
+        x: ``[n, D]``.
+        y: ``[n, D']`` of the same samples.
+
+    Returns:
+        From 0 to 1; NaN where one of them is the same for all samples.
+
+    Raises:
+        NumericsError: where sample counts differ, there is only one, or a value is not finite.
+    """
+    x, y = _same_samples(x, y, 2, "CKA needs at least 2")
+    return _cka(_centred(x), _centred(y))
+
+
+def mutual_knn(x: Representation, y: Representation, k: int = NEIGHBOURS) -> float:
+    """Mutual nearest neighbours (Huh et al., 2024): the share of a sample's k neighbours that are so in both.
+
+    Neighbours are those of the largest cosine. A sample is not its own neighbour, and of equally near ones the earlier
+    sample is the nearer. Unrelated representations share k / (n - 1) by chance. The authors' code clips the largest
+    values first, this does not.
+
+    Args:
+        x: ``[n, D]``.
+        y: ``[n, D']`` of the same samples.
+        k: how many neighbours a sample has.
+
+    Returns:
+        The mean over samples, from 0 to 1; NaN where one of them is the same for all samples, whose neighbours mean
+        nothing.
+
+    Raises:
+        NumericsError: where sample counts differ, there are fewer than k + 1, or a value is not finite.
+    """
+    x, y = _same_samples(x, y, k + 1, f"{k} neighbours need at least {k + 1}")
+    return _common(_neighbours(x, k), _neighbours(y, k))
+
+
+def compare_stores(path_a: Path, path_b: Path, out: Path) -> None:
+    """Compare every layer of one activation store with every layer of another; write ``out`` (.csv), and as Parquet.
+
+    Its columns are ``source_layer`` (of A), ``target_layer`` (of B), ``cka``, ``mutual_knn`` and ``samples``, which is
+    how many CKA is over. CKA is the same from B to A, and so are mutual neighbours. A layer that is the same for all
+    samples has neither: the fields are empty.
+
+    Args:
+        path_a: A's activations.
+        path_b: B's activations, of the same data set.
+        out: the file to write.
+
+    Raises:
+        StoreError: where a store is not whole, or they are not of the same samples in the same order.
+        NumericsError: where there are too few samples, or a layer has a value that is not finite.
+    """
+    inputs = Unchanged(path_a, path_b)
+    stores: list[Any] = [open_store(path, extraction.KIND) for path in (path_a, path_b)]
+    specs = [dict(store.attrs["spec"]) for store in stores]
+    if specs[0]["content_hash"] != specs[1]["content_hash"]:
+        raise StoreError(f"{path_a} and {path_b} are of different samples; make both from the same data set")
+    N = specs[0]["samples"]
+    if N <= NEIGHBOURS:
+        raise NumericsError(f"{path_a}: {N} samples, where {NEIGHBOURS} neighbours need at least {NEIGHBOURS + 1}")
+    (store_a, store_b), (layers_a, layers_b) = stores, [spec["layers"] for spec in specs]
+    what = f"similarity of {out.stem}"
+    of_a = {
+        layer: _layer(store_a, layer, path_a)
+        for layer in progress(layers_a, len(layers_a), f"{what}, layers of {path_a.stem}", "layers")
+    }
+    rows = []
+    for target_layer in progress(layers_b, len(layers_b), what, "layers"):
+        b = _layer(store_b, target_layer, path_b)
+        for source_layer, a in of_a.items():
+            cka, mutual = _cka(a.centred, b.centred), _common(a.neighbours, b.neighbours)
+            rows.append((source_layer, target_layer, cka, mutual, min(N, CKA_SAMPLES)))
+    columns = ["source_layer", "target_layer", "cka", "mutual_knn", "samples"]
+    table = pd.DataFrame(rows, columns=columns).sort_values(columns[:2])
+    table.attrs["activations"] = {
+        spec["name"]: store.attrs["digest"] for spec, store in zip(specs, stores, strict=True)
+    }
+    with inputs:
+        provenance.record(out)
+        write_table(table, out)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What every comparison with a layer needs of it."""
+
+    centred: Tensor
+    neighbours: Tensor | None
+
+
+def _layer(store: Any, layer: int, path: Path) -> _Layer:
+    x = _on_device(layer_array(store, layer, "global", path)[:CKA_SAMPLES], f"{path}, layer {layer}")
+    return _Layer(_centred(x), _neighbours(x[:NEIGHBOUR_SAMPLES], NEIGHBOURS))
+
+
+def _same_samples(x: Representation, y: Representation, least: int, need: str) -> tuple[Tensor, Tensor]:
+    if len(x) != len(y):
+        raise NumericsError(f"representations of {len(x)} and {len(y)} samples; they must be of the same samples")
+    if len(x) < least:
+        raise NumericsError(f"{len(x)} samples, where {need}")
+    return _on_device(x, "the first representation"), _on_device(y, "the second representation")
+
+
+def _on_device(x: Representation, what: str) -> Tensor:
+    values = torch.as_tensor(x).detach().to(default_device())
+    broken = ~values.isfinite().all(dim=1)
+    if broken.any():
+        raise NumericsError(f"{what}: sample {int(broken.nonzero()[0])} has a value that is not finite")
+    return values
+
+
+def _centred(x: Tensor) -> Tensor:
+    """``[n, D]`` float32, columns of mean 0, scaled so that ||X'X||_F is 1; NaN where x is the same for all samples."""
+    deviation = x.double()
+    # Less the first row, a column without variance is exactly zero, and a large mean takes no digits.
+    deviation = deviation - deviation[0]
+    deviation -= deviation.mean(dim=0)
+    # Fourth powers of very small or large numbers leave the range of float32.
+    deviation /= deviation.abs().max()
+    centred = deviation.float()
+    centred /= _product(centred, centred).norm().sqrt().float()
+    return centred
+
+
+def _cka(x: Tensor, y: Tensor) -> float:
+    return float(_product(x, y).square().sum())
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """``x.T @ y`` in float64.
+
+    In float32, a sample that is nearly all of the variance makes the sum near 1, in which 10,000 others are lost.
+    """
+    product = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=x.device)
+    for start in range(0, len(x), _BLOCK_ROWS):
+        product += x[start : start + _BLOCK_ROWS].double().T @ y[start : start + _BLOCK_ROWS].double()
+    return product
+
+
+def _neighbours(x: Tensor, k: int) -> Tensor | None:
+    """``[n, k]`` each sample's neighbours, the nearest first; None where x is the same for all samples."""
+    if (x == x[0]).all():
+        return None
+    unit = torch.nn.functional.normalize(x.double(), dim=1)
+    found = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    for start in range(0, len(x), _BLOCK_ROWS):
+        cosines = (unit[start : start + _BLOCK_ROWS] @ unit.T).round(decimals=_COSINE_DECIMALS)
+        cosines.diagonal(start).fill_(-torch.inf)
+        found[start : start + _BLOCK_ROWS] = cosines.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return found
+
+
+def _common(a: Tensor | None, b: Tensor | None) -> float:
+    """The share of neighbours ``a [n, k]`` that are also neighbours in ``b [n, k]``."""
+    if a is None or b is None:
+        return float("nan")
+    return float((a[:, :, None] == b[:, None, :]).any(dim=2).double().mean())

@@ -1,0 +1,815 @@
+"""Stage `metrics`: tidy tables from the correlation and feature stores of a study, as CSV and Parquet.
+
+One row a value, so that pandas, R or a spreadsheet can pivot them at will. The mathematics is in `metrics`.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from numpy.typing import NDArray
+from pandas.api.types import is_numeric_dtype
+
+from conceptshare import metrics
+from conceptshare.config.study import as_member, pair_name
+from conceptshare.io.errors import StoreError, StudyError
+from conceptshare.io.files import CSV, PARQUET, written_aside
+from conceptshare.io.parquet import read_parquet, write_parquet
+from conceptshare.io.readers import (
+    CORRELATIONS,
+    FEATURES,
+    FeatureStatistics,
+    PairCorrelations,
+    read_correlations,
+    read_spec,
+    read_statistics,
+)
+from conceptshare.io.store import read_root
+from conceptshare.sae.folder import REMEDY, sae_file, sae_of
+
+SIMILARITIES = ("cka", "mutual_knn")
+MATRIX_COLUMNS = (
+    *("source", "target", "source_modality", "target_modality", "source_kind", "target_kind", "reading"),
+    *("wmppc", "low", "high", "floor", "ceiling", "mppc", "features", "beyond_shuffled", "significant"),
+    *("strength_cv", "strength_rho", *SIMILARITIES),
+)
+
+_CELL = ("source", "target", "reading")
+_DIRECTION = ["reading", "source_modality", "target_modality"]
+_FEATURE = ("layer", "feature")
+_QUALITY = tuple(f"{measure}_{tokens}" for tokens in ("all", "global") for measure in ("fvu", "l0", "dead"))
+_COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "matrix": (_CELL, tuple(name for name in MATRIX_COLUMNS if name not in _CELL)),
+    "averages": (tuple(_DIRECTION), ("cells", "wmppc", "low", "high", "floor")),
+    "layerwise": (("source", "target", "source_layer", "target_layer"), ("wmppc", "floor")),
+    "ranking": (_FEATURE, ("rank", "top", "source", "delta", "strength", "density", "rho_g", "rho_h")),
+    "pairs": (("source", "target", *_FEATURE), ("strength", "rho", "match_layer", "match_feature")),
+    "overlaps": (("source", "first", "second"), ("top", "overlap", "expected", "log10_p")),
+    "saes": (("encoder", "seed", "layer"), ("latents", "steps", *_QUALITY)),
+    "paper": (_CELL, ("ours", "low", "high", "paper", "difference")),
+    "names": (_FEATURE, ("name", "candidate", "score", "auc", "source")),
+    "similarity": (("source_layer", "target_layer"), SIMILARITIES),
+}
+"""Columns of a kind of table that are read: those that tell its rows apart, and others."""
+_TEXTS = {
+    *("source", "target", "source_modality", "target_modality", "source_kind", "target_kind", "reading", "encoder"),
+    *("first", "second", "name", "candidate", "shared_with", "not_shared_with"),
+}
+"""Columns that hold no numbers."""
+_NEVER_BLANK = _TEXTS - {"name", "candidate"} | {"layer", "feature", "seed", "source_layer", "target_layer"}
+"""Columns that say what a row is of."""
+_MAYBE_EMPTY = ("averages",)
+"""Kinds of tables that may have no rows: members that are all of one encoder have no averages."""
+# Kinds of tables that are not of the stage `metrics`.
+_STAGES = ("names", "similarity")
+
+# Cells of a matrix whose intervals are taken at once: 120 MB of influences for 118,287 samples.
+_CELLS_AT_ONCE = 256
+
+
+class Stores(NamedTuple):
+    """Where the stores of one data set and SAE setting lie."""
+
+    features: Path
+    correlations: Path
+    similarity: Path | None = None
+    """The tables of the `similarity` stage; without them, what comes from them is NaN."""
+
+    def statistics(self, member: str) -> dict[int, FeatureStatistics]:
+        """A member's feature statistics by layer."""
+        return read_statistics(self.features / f"{member}.zarr")
+
+    def active(self, member: str) -> dict[int, FeatureStatistics]:
+        """The same, where some feature is active: see `active_statistics`."""
+        return active_statistics(self.features / f"{member}.zarr")
+
+    def digests(self, members: Iterable[str]) -> dict[str, str]:
+        """The digests of members' feature stores."""
+        return {member: _digest(self.features / f"{member}.zarr") for member in members}
+
+    def pair(self, source: str, target: str, features: Mapping[str, str] | None = None) -> PairCorrelations:
+        """The best matches of the source's features in the target.
+
+        Args:
+            source: a member.
+            target: another.
+            features: digests of the feature stores that they should be of, by member; those that lie here without it.
+
+        Raises:
+            StoreError: where the correlations are missing or damaged, or of other features.
+        """
+        path = self.correlations / f"{pair_name(as_member(source), as_member(target))}.zarr"
+        found, spec = read_correlations(path, source), read_spec(path, CORRELATIONS)
+        made_from = {spec[side]: spec[f"features_{side}"] for side in ("a", "b")}
+        wanted = self.digests(made_from) if features is None else {m: features[m] for m in made_from if m in features}
+        check_features(path, made_from, wanted, "correlations")
+        return found
+
+    def similar(self, source: str, target: str) -> dict[str, pd.DataFrame]:
+        """CKA and mutual kNN of two members' encoders: rows are the source's layers, columns the target's.
+
+        Empty for two seeds of one encoder, and where there is no folder of such tables.
+
+        Raises:
+            StoreError: where the encoders' table is missing, damaged, or of other activations than the features.
+        """
+        a, b = as_member(source).encoder, as_member(target).encoder
+        if self.similarity is None or a == b:
+            return {}
+        first, second = sorted((a, b))
+        path = self.similarity / f"{first}__{second}.parquet"
+        table = read_table(path, "similarity")
+        for member in (source, target):
+            made_from = read_spec(self.features / f"{member}.zarr", FEATURES)["made_from"]["activations"]
+            if table.attrs["activations"].get(as_member(member).encoder) != made_from:
+                raise StoreError(
+                    f"{path}: made from other activations than the features of {member}; delete it and run the "
+                    f"similarity stage again"
+                )
+        found = {
+            measure: table.pivot(index="source_layer", columns="target_layer", values=measure)
+            for measure in SIMILARITIES
+        }
+        return found if a == first else {measure: values.T for measure, values in found.items()}
+
+
+def _digest(features: Path) -> str:
+    """The digest of a feature store, read once as long as the store stays."""
+    return _digest_at(features, (features / "zarr.json").stat().st_mtime_ns if features.exists() else 0)
+
+
+@lru_cache(1024)
+def _digest_at(features: Path, _: int) -> str:
+    return str(read_root(features, FEATURES)["digest"])
+
+
+def check_features(path: Path, made_from: Mapping[str, str], wanted: Mapping[str, str], stage: str) -> None:
+    """Make sure that a result was made from some feature stores.
+
+    Args:
+        path: the result.
+        made_from: what it says: digests of feature stores, by member.
+        wanted: the digests of those that it should be made from.
+        stage: the stage that makes it.
+
+    Raises:
+        StoreError: where it was made from others.
+    """
+    other = next((member for member in wanted if made_from.get(member) != wanted[member]), None)
+    if other is not None and other not in made_from:
+        raise StoreError(
+            f"{path}: made from features of {', '.join(made_from)}, and not of {other}; give that of {other}"
+        )
+    if other is not None:
+        raise StoreError(
+            f"{path}: made from other features of {other} than are there now; delete it and run the {stage} stage again"
+        )
+
+
+def active_statistics(path: Path) -> dict[int, FeatureStatistics]:
+    """The statistics of each layer of a feature store, by layer, of which some feature is active.
+
+    Raises:
+        StoreError: where the store is not whole, or no sample activates any of its features.
+    """
+    found = read_statistics(path)
+    if not any((layer.density > 0).any() for layer in found.values()):
+        raise StoreError(
+            f"{path}: no sample activates any of its features, so there is nothing to compare; see what `conceptshare "
+            f"sae info` says of its SAEs, and train them with other settings"
+        )
+    return found
+
+
+def made_from(path: Path, table: pd.DataFrame, stage: str) -> Mapping[str, str]:
+    """The digests of the feature stores that a table was made from, by member.
+
+    Raises:
+        StoreError: if it does not say, as no CSV file does.
+    """
+    if "features" not in table.attrs:
+        raise StoreError(
+            f"{path}: does not say which features it was made from; give the Parquet file that the {stage} stage writes"
+        )
+    found: Mapping[str, str] = table.attrs["features"]
+    return found
+
+
+def check_made_from(path: Path, table: pd.DataFrame, features: Path, stage: str) -> None:
+    """Make sure that a table says that it was made from a feature store; arguments as above."""
+    check_features(path, made_from(path, table, stage), {features.stem: _digest(features)}, stage)
+
+
+def check_ranking(
+    path: Path, ranking: pd.DataFrame, features: Path, statistics: Mapping[int, FeatureStatistics]
+) -> None:
+    """Make sure that the features of a ranking are those of a feature store.
+
+    Args:
+        path: the ranking.
+        ranking: its table.
+        features: the feature store.
+        statistics: of its features, by layer.
+
+    Raises:
+        StoreError: if it ranks the features of another member, or was made from another store.
+    """
+    other = next((source for source in ranking.source if source != features.stem), None)
+    if other is not None:
+        raise StoreError(
+            f"{path}: ranks the features of {other}, and {features} is of {features.stem}; give {other}.zarr"
+        )
+    if "features" in ranking.attrs:
+        check_made_from(path, ranking, features, "metrics")
+    for layer, of_layer in ranking.groupby("layer"):
+        feature = of_layer.feature.to_numpy(np.int64)
+        if layer not in statistics or feature.max() >= len(statistics[layer].strength):
+            raise StoreError(
+                f"{path}: ranks features of layer {layer} that {features} does not have; give the store that the "
+                f"ranking was made from"
+            )
+        # A CSV file does not say what it was made from, but every ranking has its features' strengths and densities.
+        of = statistics[layer]
+        if not _is_as_written(of_layer[["strength", "density"]], np.stack([of.strength, of.density], 1)[feature]):
+            raise StoreError(
+                f"{path}: ranks other features of {features.stem} than those of {features}; give the store that the "
+                f"ranking was made from, or run the metrics stage again"
+            )
+
+
+def check_rankings(rankings: Mapping[Path, pd.DataFrame]) -> None:
+    """Make sure that rankings of one source rank the same features, by their strengths.
+
+    Raises:
+        StoreError: if two do not, as those of two studies.
+    """
+    first: dict[str, tuple[Path, pd.Series]] = {}
+    for path, ranking in rankings.items():
+        strength = ranking.set_index("feature").strength.sort_index()
+        other, of_other = first.setdefault(ranking.source[0], (path, strength))
+        if not (strength.index.equals(of_other.index) and _is_as_written(strength, of_other)):
+            raise StoreError(
+                f"{path}: ranks other features of {ranking.source[0]} than {other}; give rankings of one study, or run "
+                f"the metrics stage again"
+            )
+
+
+def check_averages(path: Path, averages: pd.DataFrame, matrix: pd.DataFrame) -> None:
+    """Make sure that modality averages are those of a matrix.
+
+    Raises:
+        StoreError: if they are not.
+    """
+    wanted = _averages(_averaged(matrix))
+    found = averages.set_index(_DIRECTION)[list(wanted.columns)].reindex(wanted.index)
+    if len(averages) != len(wanted) or not _is_as_written(found, wanted):
+        raise StoreError(f"{path}: no averages of this matrix; give those made from it, or run the metrics stage again")
+
+
+def _is_as_written(numbers: Any, exact: Any) -> bool:
+    """Whether numbers of a table are those that were written, to the digits that CSV files have."""
+    return np.allclose(numbers, exact, rtol=1e-5, atol=1e-12, equal_nan=True)
+
+
+class GroupedMember(NamedTuple):
+    """A member of a matrix with its group."""
+
+    member: str
+    modality: str
+    kind: str
+    ceiling: str | None = None
+    """The same encoder with another seed, where there is one."""
+
+
+def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFrame:
+    """WMPPC from every member to every other, with what it is to be judged by, for three readings.
+
+    The readings are ``pooled`` and ``layer_mean`` over all layers, and ``last``, the last recorded layers alone.
+
+    Columns beside those that name the cell:
+
+    - ``wmppc``, with ``low`` and ``high``, its 95% bootstrap interval over samples;
+    - ``floor``: the wMPPC where the target's samples are shuffled; ``ceiling``: the wMPPC from the source to the other
+      seed of its encoder, NaN where there is none;
+    - ``mppc``, and ``features``, the number that it is the mean of; ``beyond_shuffled``: how many of them match better
+      than with shuffled samples, at a false discovery rate of 5%, each among features that are active on about as many
+      samples; ``significant``: how many the chances of the paper's appendix B take for shared, at that rate by
+      Benjamini and Hochberg (NaN for 3 samples or less). Appendix B takes features to be independent and normal. They
+      are neither, and rare ones meet by chance, so that it counts too many: see `metrics.significance`. Features that
+      never vary are not tested;
+    - ``strength_cv``: the coefficient of variation of S; ``strength_rho``: the correlation of S with rho;
+    - ``cka``, ``mutual_knn``: of the encoders' global tokens; for ``last`` those of the last layers, for ``layer_mean``
+      the mean over the source's layers of the best layer of the target, for ``pooled`` those of the best two layers.
+
+    Raises:
+        StoreError: where a store is missing, or no feature of a member is active.
+    """
+    statistics = {entry.member: stores.active(entry.member) for entry in members}
+    rows: list[dict[str, Any]] = []
+    cells: list[dict[str, Any]] = []
+    influences: list[NDArray[np.float32]] = []
+    for source in members:
+        S, density = side_by_side(statistics[source.member])
+        ceilings = dict.fromkeys(metrics.READINGS, float("nan"))
+        if source.ceiling is not None:
+            stores.active(source.ceiling)
+            other = stores.pair(source.member, source.ceiling).found
+            ceilings = wmppc_readings(other.rho_ab, S, other.sizes_a)
+        for target in members:
+            if source == target:
+                continue
+            described = {
+                "source": source.member,
+                "target": target.member,
+                "source_modality": source.modality,
+                "target_modality": target.modality,
+                "source_kind": source.kind,
+                "target_kind": target.kind,
+            }
+            pair = stores.pair(source.member, target.member)
+            similar = stores.similar(source.member, target.member)
+            influences.append(pair.influence)
+            for cell in cells_of(pair, S, density, active_counts(statistics[target.member])):
+                reading = cell["reading"]
+                of_tokens = {measure: _similarity(similar.get(measure), reading) for measure in SIMILARITIES}
+                cells.append(described | cell | {"ceiling": ceilings[reading]} | of_tokens)
+        # Many together, as drawing the samples is what takes time, and not all, which might not fit memory.
+        if len(cells) >= _CELLS_AT_ONCE or source == members[-1]:
+            ends = metrics.bootstrap_intervals([cell["wmppc"] for cell in cells], np.concatenate(influences))
+            rows += [cell | {"low": low, "high": high} for cell, (low, high) in zip(cells, ends, strict=True)]
+            cells, influences = [], []
+    return _made_from(stores, statistics, pd.DataFrame(rows)[list(MATRIX_COLUMNS)])
+
+
+def _made_from(stores: Stores, members: Iterable[str], table: pd.DataFrame) -> pd.DataFrame:
+    """A table that says which feature stores it was made from."""
+    table.attrs["features"] = stores.digests(members)
+    return table
+
+
+def side_by_side(statistics: Mapping[int, FeatureStatistics]) -> tuple[metrics.Array, metrics.Array]:
+    """``[F]`` S and density of the features of all layers."""
+    S, density = zip(*((layer.strength, layer.density) for layer in statistics.values()), strict=True)
+    return np.concatenate(S), np.concatenate(density)
+
+
+def cells_of(
+    pair: PairCorrelations, S: metrics.Array, density: metrics.Array, active: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The values of a source and a target for each reading; ``active`` counts the target's active features by layer."""
+    rho, sizes = pair.found.rho_ab, pair.found.sizes_a
+    values = wmppc_readings(rho, S, sizes)
+    shuffled = _shuffled(sizes, pair.floor_sizes)
+    floors = wmppc_readings(pair.floor, S[shuffled], pair.floor_sizes)
+    cells = []
+    for reading in metrics.READINGS:
+        best, strength = _best(rho, sizes, reading), _best(S[None], sizes, reading)
+        varying = _best(pair.found.match_ab, sizes, reading) >= 0
+        candidates = active[-1] if reading == "last" else sum(active)
+        _, significant = _chances(best[varying], pair.samples, candidates)
+        cells.append(
+            {
+                "reading": reading,
+                "wmppc": values[reading],
+                "floor": floors[reading],
+                "mppc": metrics.mppc(best),
+                "features": len(best),
+                "beyond_shuffled": int(_beyond_shuffled(pair, density, reading).sum()),
+                "significant": significant.sum() if pair.samples > 3 else float("nan"),
+                "strength_cv": metrics.coefficient_of_variation(strength),
+                "strength_rho": metrics.correlation(strength, best),
+            }
+        )
+    return cells
+
+
+def _beyond_shuffled(pair: PairCorrelations, density: metrics.Array, reading: str) -> NDArray[np.bool_]:
+    """Which of a reading's features match better than with shuffled samples, among those that are about as dense."""
+    sizes, shuffled = pair.found.sizes_a, _shuffled(pair.found.sizes_a, pair.floor_sizes)
+    strata = metrics.strata(density * pair.samples)
+    best, match, stratum = (_best(of, sizes, reading) for of in (pair.found.rho_ab, pair.found.match_ab, strata[None]))
+    by_chance, match_by_chance, stratum_by_chance = (
+        _best(of, pair.floor_sizes, reading)
+        for of in (pair.floor, pair.found.match_ab[:, shuffled], strata[None, shuffled])
+    )
+    beyond = np.zeros(len(best), bool)
+    for n in np.unique(stratum):
+        alike, alike_by_chance = (match >= 0) & (stratum == n), (match_by_chance >= 0) & (stratum_by_chance == n)
+        beyond[alike] = metrics.beyond_shuffled(best[alike], by_chance[alike_by_chance])
+    return beyond
+
+
+def _best(values: NDArray[Any], sizes: NDArray[np.int64], reading: str) -> NDArray[Any]:
+    """The largest of ``[L_B, F]`` over the target's layers; of both sides' layers, ``last`` takes the last alone."""
+    best: NDArray[Any] = values[-1, -int(sizes[-1]) :] if reading == "last" else values.max(axis=0)
+    return best
+
+
+def _shuffled(sizes: NDArray[np.int64], floor_sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Which features, of all layers side by side, were correlated with shuffled samples: the first of each layer."""
+    starts = np.cumsum(sizes) - sizes
+    return np.concatenate([start + np.arange(size) for start, size in zip(starts, floor_sizes, strict=True)])
+
+
+def active_counts(statistics: Mapping[int, FeatureStatistics]) -> list[int]:
+    """How many features of each layer are active on any sample."""
+    return [int((layer.density > 0).sum()) for layer in statistics.values()]
+
+
+def _chances(rho: NDArray[Any], samples: int, candidates: int) -> tuple[metrics.Array, NDArray[np.bool_]]:
+    """log10 of each rho's chance by appendix B, and which are significant: NaN and none for 3 samples or less."""
+    if samples <= 3:
+        return np.full(len(rho), np.nan), np.zeros(len(rho), bool)
+    log10_p = metrics.significance(rho, samples, max(1, candidates))
+    return log10_p, metrics.benjamini_hochberg(log10_p)
+
+
+def _similarity(values: pd.DataFrame | None, reading: str) -> float:
+    """A measure ``[L_A, L_B]`` of two encoders as one number; a layer whose tokens never vary has none."""
+    if values is None:
+        return float("nan")
+    measure = values.to_numpy(np.float64)
+    if reading == "last":
+        return float(measure[-1, -1])
+    best = np.fmax.reduce(measure, axis=1)
+    best = best[~np.isnan(best)]
+    if not len(best):
+        return float("nan")
+    return float(best.max() if reading == "pooled" else best.mean())
+
+
+def wmppc_readings(rho: NDArray[Any], S: metrics.Array, sizes: NDArray[np.int64]) -> dict[str, float]:
+    """The wMPPC of each of `metrics.READINGS`; arguments as of `metrics.wmppc_layer_mean`."""
+    last = int(sizes[-1])
+    return {
+        "pooled": metrics.wmppc_pooled(rho, S),
+        "layer_mean": metrics.wmppc_layer_mean(rho, S, sizes),
+        "last": metrics.wmppc(rho[-1, -last:], S[-last:]),
+    }
+
+
+def averages_table(matrix: pd.DataFrame, stores: Stores) -> pd.DataFrame:
+    """Mean wMPPC from each modality to each (Table 3), by reading, with its 95% bootstrap interval and floor.
+
+    Every cell of a mean is resampled with the same samples: a sample's influence on the mean is the mean of its
+    influences on the cells. Two seeds of one encoder are no cell of a mean.
+
+    Args:
+        matrix: the table of `matrix_table`.
+        stores: where its correlations lie.
+    """
+    table = _averaged(matrix)
+    influences: dict[tuple[str, ...], metrics.Array] = {}
+    for pair, cells in table.groupby(["source", "target"]):
+        source, target = pair
+        influence = stores.pair(source, target, matrix.attrs.get("features", {})).influence
+        of_pair = dict(zip(metrics.READINGS, influence, strict=True))
+        for group in cells[_DIRECTION].itertuples(index=False, name=None):
+            influences[group] = influences.get(group, 0) + of_pair[group[0]].astype(np.float64)
+    averages = _averages(table)
+    averages = averages.reindex(sorted(influences, key=lambda group: (metrics.READINGS.index(group[0]), *group)))
+    means = [influences[group] / count for group, count in averages.cells.items()]
+    ends = metrics.bootstrap_intervals(averages.wmppc, np.stack(means)) if means else np.empty((0, 2))
+    averages.insert(2, "low", ends[:, 0])
+    averages.insert(3, "high", ends[:, 1])
+    averages = averages.reset_index()
+    averages.attrs = {"features": matrix.attrs.get("features", {})}
+    return averages
+
+
+def _averaged(matrix: pd.DataFrame) -> pd.DataFrame:
+    """The cells of a matrix that count in its averages."""
+    encoders = [matrix[side].map(lambda member: as_member(member).encoder) for side in ("source", "target")]
+    return matrix[matrix.wmppc.notna() & (encoders[0] != encoders[1])]
+
+
+def _averages(cells: pd.DataFrame) -> pd.DataFrame:
+    """How many cells there are of each reading and direction, and the means of their wMPPC and floors."""
+    return cells.groupby(_DIRECTION).agg(cells=("wmppc", "size"), wmppc=("wmppc", "mean"), floor=("floor", "mean"))
+
+
+def layerwise_table(pairs: Sequence[tuple[str, str]], stores: Stores) -> pd.DataFrame:
+    """WMPPC and MPPC from each layer of one member to each of another, in both directions.
+
+    ``floor`` is the wMPPC where the target's samples are shuffled; ``cka`` and ``mutual_knn`` are of the two
+    layers' global tokens, NaN for two seeds of one encoder.
+
+    Raises:
+        StoreError: where a store is missing, or no feature of a member is active.
+    """
+    rows = []
+    members = {member for pair in pairs for member in pair}
+    for a, b in pairs:
+        statistics = {member: stores.active(member) for member in (a, b)}
+        for source, target in ((a, b), (b, a)):
+            pair, similar = stores.pair(source, target), stores.similar(source, target)
+            ends, floor_ends = np.cumsum(pair.found.sizes_a), np.cumsum(pair.floor_sizes)
+            for layer, first, end, floor_first, floor_end in zip(
+                pair.layers_a, ends - pair.found.sizes_a, ends, floor_ends - pair.floor_sizes, floor_ends, strict=True
+            ):
+                S = statistics[source][layer].strength
+                for n, target_layer in enumerate(pair.layers_b):
+                    rho, by_chance = pair.found.rho_ab[n, first:end], pair.floor[n, floor_first:floor_end]
+                    rows.append(
+                        {
+                            "source": source,
+                            "target": target,
+                            "source_layer": layer,
+                            "target_layer": target_layer,
+                            "wmppc": metrics.wmppc(rho, S),
+                            "mppc": metrics.mppc(rho),
+                            "floor": metrics.wmppc(by_chance, S[: len(by_chance)]),
+                            **{
+                                measure: float(similar[measure].loc[layer, target_layer]) if similar else float("nan")
+                                for measure in SIMILARITIES
+                            },
+                        }
+                    )
+    return _made_from(stores, members, pd.DataFrame(rows))
+
+
+def pair_table(a: str, b: str, stores: Stores) -> pd.DataFrame:
+    """Every feature of two members with its best match in the other: the features of ``a``, then those of ``b``.
+
+    ``rho`` is the largest correlation with any feature of any layer of the target, ``match_feature`` of
+    ``match_layer``; both are -1, and rho is 0, for a feature that never varies. ``beyond_shuffled``: whether rho is
+    larger than with shuffled samples, as in `matrix_table`. ``log10_p``: the chance of so large a rho among unrelated
+    features by the paper's appendix B, NaN for a feature that never varies and for 3 samples or less. ``significant``:
+    whether Benjamini and Hochberg take it for shared by that chance, at a false discovery rate of 5% over the features
+    of one direction. That is too many: see `metrics.significance`.
+
+    Raises:
+        StoreError: where a store is missing, or no feature of a member is active.
+    """
+    statistics = {member: stores.active(member) for member in (a, b)}
+    tables = []
+    for source, target in ((a, b), (b, a)):
+        pair, of_source = stores.pair(source, target), statistics[source]
+        best = pair.found.rho_ab.argmax(axis=0)[None]
+        rho, match = (np.take_along_axis(of, best, 0)[0] for of in (pair.found.rho_ab, pair.found.match_ab))
+        varying = pair.found.match_ab.max(axis=0) >= 0
+        log10_p, significant = np.full(len(rho), np.nan), np.zeros(len(rho), bool)
+        log10_p[varying], significant[varying] = _chances(
+            rho[varying], pair.samples, sum(active_counts(statistics[target]))
+        )
+        sizes, (S, density) = pair.found.sizes_a, side_by_side(of_source)
+        tables.append(
+            pd.DataFrame(
+                {
+                    "source": source,
+                    "target": target,
+                    "layer": np.repeat(pair.layers_a, sizes),
+                    "feature": np.concatenate([np.arange(size) for size in sizes]),
+                    "strength": S,
+                    "density": density,
+                    "rho": rho,
+                    "match_layer": np.where(match < 0, -1, np.array(pair.layers_b)[best[0]]),
+                    "match_feature": match,
+                    "beyond_shuffled": _beyond_shuffled(pair, density, "pooled"),
+                    "log10_p": log10_p,
+                    "significant": significant,
+                }
+            )
+        )
+    return _made_from(stores, (a, b), pd.concat(tables, ignore_index=True))
+
+
+def read_direction(folder: Path, source: str, target: str) -> pd.DataFrame:
+    """The strengths and correlations of the source's features in a pair's table: ``source, target, strength, rho``."""
+    path = folder / f"{pair_name(as_member(source), as_member(target))}.parquet"
+    columns = ["source", "target", "strength", "rho"]
+    table = read_table(path, "pairs", columns, [("source", "==", source)])
+    return table.astype({"source": "category", "target": "category"})
+
+
+def sharedness_table(
+    source: str, shared_with: Sequence[str], not_shared_with: Sequence[str], stores: Stores
+) -> pd.DataFrame:
+    """The source's last-layer features by Comparative Sharedness, the most shared with G and least with H first.
+
+    A feature's rho with a member is its best match in that member's last layer.
+
+    Raises:
+        StoreError: where a store is missing, or no feature of a member is active.
+    """
+    statistics = stores.active(source)
+    for member in (*shared_with, *not_shared_with):
+        stores.active(member)
+    layer = max(statistics)
+    F = len(statistics[layer].strength)
+    rho = {member: stores.pair(source, member).found.rho_ab[-1, -F:] for member in [*shared_with, *not_shared_with]}
+    table = ranking(source, layer, statistics[layer], rho, shared_with, not_shared_with)
+    return _made_from(stores, (source, *shared_with, *not_shared_with), table)
+
+
+def ranking(
+    source: str,
+    layer: int,
+    statistics: FeatureStatistics,
+    rho: Mapping[str, NDArray[Any]],
+    shared_with: Sequence[str],
+    not_shared_with: Sequence[str],
+) -> pd.DataFrame:
+    """The F features of a layer by Comparative Sharedness; ``top`` marks the first 1%, as the paper reads them.
+
+    Ties keep the features' order. ``shared_with`` and ``not_shared_with`` hold the groups, members after a comma each.
+
+    Args:
+        source: the member they are of.
+        layer: the layer.
+        statistics: of that layer.
+        rho: ``[F]`` their best matches, by member of both groups.
+        shared_with: the group G.
+        not_shared_with: the group H.
+    """
+    F = len(statistics.strength)
+    rho = {member: values.astype(np.float64) for member, values in rho.items()}
+    g, h = (np.stack([rho[member] for member in group]) for group in (shared_with, not_shared_with))
+    table = pd.DataFrame(
+        {
+            "source": source,
+            "layer": layer,
+            "feature": np.arange(F),
+            "delta": metrics.comparative_sharedness(statistics.strength, g, h),
+            "strength": statistics.strength,
+            "density": statistics.density,
+            "rho_g": g.min(axis=0),
+            "rho_h": h.max(axis=0),
+            "shared_with": ", ".join(shared_with),
+            "not_shared_with": ", ".join(not_shared_with),
+            **{f"rho[{member}]": values for member, values in rho.items()},
+        }
+    )
+    table = table.sort_values("delta", ascending=False, kind="stable", ignore_index=True)
+    table.insert(0, "rank", np.arange(1, F + 1))
+    table.insert(1, "top", np.arange(F) < top_count(F))
+    return table
+
+
+def top_count(features: int) -> int:
+    """How many of so many ranked features are the top: 1%, at least one."""
+    return max(1, features // 100)
+
+
+def overlap_table(rankings: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """How many top features every two rankings of one source have in common, and how many they would have by chance.
+
+    ``expected`` is top^2 / F, and ``log10_p`` the chance of so many or more, by the hypergeometric distribution.
+
+    Args:
+        rankings: tables of `sharedness_table`, by name.
+    """
+    from scipy.stats import hypergeom  # slower to import than all that the other tables need
+
+    rows = []
+    for (first, a), (second, b) in combinations(sorted(rankings.items()), 2):
+        if a.source[0] != b.source[0]:
+            continue
+        F, top = len(a), int(a.top.sum())
+        overlap = metrics.overlap(a.feature.to_numpy(), b.feature.to_numpy(), top)
+        rows.append(
+            {
+                "source": a.source[0],
+                "first": first,
+                "second": second,
+                "top": top,
+                "overlap": overlap,
+                "expected": top**2 / F,
+                "log10_p": float(hypergeom.logsf(overlap - 1, F, top, top) / np.log(10)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def named_features(
+    ranking: pd.DataFrame, features: Sequence[int] = (), other: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """The rows of a ranking that are named: by their features, or as the top of another ranking of its source too.
+
+    Args:
+        ranking: a table of `sharedness_table`.
+        features: the features to keep; all without it.
+        other: another such table of the same features; those kept are the top of both.
+
+    Raises:
+        StudyError: if one of the features is not among the ranking's, or if no feature is at the top of both.
+    """
+    if other is not None:
+        ranking = ranking[ranking.top & ranking.feature.isin(other.feature[other.top])]
+        if ranking.empty:
+            raise StudyError("no feature is at the top of both rankings; leave the other one out, or name features")
+    unknown = sorted(set(features) - set(ranking.feature))
+    if unknown:
+        raise StudyError(f"feature {unknown[0]} is not among the {len(ranking)} of the ranking")
+    return ranking[ranking.feature.isin(features) | (not features)].reset_index(drop=True)
+
+
+def sae_table(members: Sequence[str], saes: Path, stores: Stores) -> pd.DataFrame:
+    """Size and quality of every SAE: FVU, L0 and dead latents over all tokens and over global tokens.
+
+    Raises:
+        StoreError: where an SAE's metrics are missing or unreadable.
+    """
+    rows = []
+    for text in members:
+        member = as_member(text)
+        digests = read_spec(stores.features / f"{text}.zarr", FEATURES)["made_from"]["saes"]
+        for layer, statistics in stores.statistics(text).items():
+            folder, record = sae_of(saes / member.encoder, layer, member.seed)
+            if record["digest"] != digests[str(layer)]:
+                raise StoreError(
+                    f"{folder}: not the SAE that the features of {text} are of; delete these and run the features "
+                    f"stage again"
+                )
+            try:
+                found = json.loads(sae_file(folder, "metrics.json", record).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise StoreError(f"{folder}: no readable metrics ({error}); {REMEDY}") from None
+            rows.append(
+                {
+                    "encoder": member.encoder,
+                    "seed": member.seed,
+                    "layer": layer,
+                    "latents": len(statistics.strength),
+                    "steps": found["steps"],
+                    **{f"{key}_all": found["all_tokens"][key] for key in ("fvu", "l0", "dead")},
+                    **{f"{key}_global": found["global_tokens"][key] for key in ("fvu", "l0", "dead")},
+                    "silent_features": int((statistics.density == 0).sum()),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def write_table(table: pd.DataFrame, out: Path) -> None:
+    """Write a table as CSV at ``out`` and as Parquet next to it, which says what the table's ``attrs`` do."""
+    said, table = table.attrs, table.copy(deep=False)
+    table.attrs = {}
+    with written_aside(out.with_suffix(".parquet"), PARQUET) as partial:
+        write_parquet(pa.Table.from_pandas(table, preserve_index=False), partial, out.stem, said)
+    with written_aside(out, CSV) as partial:
+        table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
+
+
+def read_table(
+    path: Path, kind: str, columns: Sequence[str] | None = None, filters: Sequence[tuple[str, str, Any]] | None = None
+) -> pd.DataFrame:
+    """A table of `write_table`, as Parquet, which is checked, or as CSV, of which nothing but its columns can be.
+
+    Args:
+        path: the table.
+        kind: what table it is, such as ``"matrix"``.
+        columns: of Parquet, those to read; all without it.
+        filters: of Parquet, the rows to read.
+
+    Returns:
+        The table; its ``attrs`` are what it says of itself.
+
+    Raises:
+        StoreError: where there is none, it is damaged, of another kind, or lacks rows.
+    """
+    stage = kind if kind in _STAGES else "metrics"
+    if path.suffix == ".csv":
+        try:
+            # A text is as it is written: an encoder may be called NA, or 007.
+            table = pd.read_csv(path, dtype=dict.fromkeys(_TEXTS, str), keep_default_na=False, na_values=[""])
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise StoreError(f"{path}: no such table; run the {stage} stage") from None
+        except (OSError, ValueError) as error:
+            said = " ".join(str(error).split())
+            raise StoreError(f"{path}: no readable table ({said}); delete it and run the {stage} stage again") from None
+    else:
+        found, record = read_parquet(path, stage, columns, filters)
+        table = found.to_pandas()
+        table.attrs = record
+    fault = _fault(table, kind, columns)
+    if fault is not None:
+        raise StoreError(f"{path}: {fault}; name another, or move it away and run the {stage} stage")
+    return table
+
+
+def _fault(table: pd.DataFrame, kind: str, columns: Sequence[str] | None) -> str | None:
+    """What keeps a table from being one of its kind, of which some columns were read, or all; None if nothing does."""
+    keys, others = _COLUMNS[kind]
+    read = columns or (*keys, *others)
+    missing = next((name for name in read if name not in table.columns), None)
+    if missing is not None:
+        return f"no table of the kind {kind}, without a column {missing}"
+    if table.empty:
+        return None if kind in _MAYBE_EMPTY else f"a table of the kind {kind} without rows"
+    wordy = next((name for name in read if name not in _TEXTS and not is_numeric_dtype(table[name])), None)
+    if wordy is not None:
+        return f"no table of the kind {kind}, with something else than numbers in its column {wordy}"
+    if columns is not None:
+        return None
+    blank = next((name for name in (*keys, *others) if name in _NEVER_BLANK and table[name].isna().any()), None)
+    if blank is not None:
+        return f"no table of the kind {kind}, with an empty cell in its column {blank}"
+    if table.duplicated(list(keys)).any():
+        return f"no table of the kind {kind}, with two rows of one {', '.join(keys)}"
+    return None

@@ -1,0 +1,1 @@
+"""Stages `names` and `examples`: what a feature stands for."""

@@ -1,0 +1,523 @@
+"""Stage `names`: what a feature stands for, in words of the captions of the samples that it is strongest on.
+
+`names_features` writes a table with a row a feature. Samples of even number name, those of odd number are held out to
+measure names on: the data set's order was drawn by chance, so both halves are like the whole. A name is found by the
+log-odds of Monroe, Colaresi and Quinn (2008) and has to hold on the held-out captions; else there is no clear name.
+"""
+
+import json
+import re
+import shlex
+import subprocess
+import tempfile
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+from scipy.stats import norm, rankdata
+from sklearn.feature_extraction.text import CountVectorizer
+
+from conceptshare.data.dataset import Data
+from conceptshare.io import provenance
+from conceptshare.io.errors import StudyError
+from conceptshare.io.files import CSV, PARQUET, Unchanged, written_aside
+from conceptshare.io.parquet import write_parquet
+from conceptshare.io.progress import progress, say
+from conceptshare.io.readers import (
+    FEATURES,
+    FeatureArray,
+    FeatureStatistics,
+    check_samples,
+    read_features,
+    read_statistics,
+)
+from conceptshare.io.store import open_store
+
+ERROR_RATE = 0.05
+"""The chance that a feature without meaning passes the threshold by any word of the vocabulary, at most."""
+LEAST_SAMPLES = 5
+"""How many samples of the naming half have to activate a feature for it to be named."""
+LEAST_CAPTIONS = 3
+"""How many captions of the naming half have a word of the vocabulary. Rarer ones cannot pass, and would only raise the
+threshold for all others."""
+MOST_TOP_SAMPLES = 50
+"""How many samples of the naming half a feature is named by, at most: see `top_count`."""
+SHOWN = 9
+"""A name has to be in the captions of a third of so many samples, the strongest ones, which are what people look at."""
+MEASURED_SAMPLES = 2**17
+"""Names are measured on the held-out ones of the first samples, of so many at most: their values are in memory."""
+MOST_WORDS = 3
+"""How many words a name has, each one word or two neighbours."""
+CLEAREST = 20
+"""How many names of each layer are listed to be read."""
+
+_SCHEMA = pa.schema(
+    [
+        *(("layer", pa.int32()), ("feature", pa.int32()), ("name", pa.string()), ("candidate", pa.string())),
+        *((measure, pa.float64()) for measure in ("score", "auc", "auc_low", "auc_active")),
+        *(("held_out", pa.int32()), ("density", pa.float64()), ("source", pa.string())),
+    ]
+)
+_LISTED = ["layer", "feature", "name", "auc", "auc_low", "score", "held_out", "density"]
+# Features that are read at once: whole chunks of a feature store.
+_COLUMNS = 512
+# Values that are ranked at once, at some 50 bytes each.
+_RANKED = 2**22
+# Words are counted by their hash first, in as many bins. A word whose bin has fewer than `LEAST_CAPTIONS` is rare.
+_BINS = 2**27
+# Where a caption's words are no neighbours any more: punctuation, but for apostrophes and the hyphens within words.
+_BREAKS = re.compile(r"[^\w\s'’-]+|\s-+\s")
+_EVIDENCE = 20
+_LONGEST_NAME = 80
+_Z = float(norm.isf(0.025))
+
+_Names = dict[tuple[int, int], str | None]
+"""Names that a command gave, by layer and feature."""
+
+
+@dataclass(frozen=True)
+class _Words:
+    """The vocabulary, and which captions have which of its words."""
+
+    vocabulary: list[str]
+    """``[V]`` sorted."""
+    naming: csr_array
+    """``[n, V]`` 1 where the caption of sample 2i has the word."""
+    held_out: csr_array
+    """``[m, V]`` 1 where that of sample 2i + 1 has it, of the samples that names are measured on."""
+    split: Callable[[str], list[str]]
+    """The words of a text, and its pairs of neighbours."""
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Where each word is in the vocabulary."""
+        return {word: place for place, word in enumerate(self.vocabulary)}
+
+    @property
+    def threshold(self) -> float:
+        """What z has to exceed: a normal deviate's chance to do so is that of any of V to do so at `ERROR_RATE`."""
+        return float(norm.isf(ERROR_RATE / max(1, len(self.vocabulary))))
+
+
+class _Candidate(NamedTuple):
+    """What a feature may be called."""
+
+    text: str | None
+    words: list[int]
+    """Where they are in the vocabulary."""
+    score: float
+    """z of the best of them."""
+    passed: bool
+    """Whether the held-out captions decide."""
+    source: str
+
+
+_NONE = _Candidate(None, [], float("nan"), False, "captions")
+
+
+class _Measures(NamedTuple):
+    """How well captions with any of a name's words go with its feature on held-out samples, ``[F]`` each."""
+
+    auc: NDArray[np.float64]
+    auc_low: NDArray[np.float64]
+    auc_active: NDArray[np.float64]
+    held_out: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer of a feature store."""
+
+    number: int
+    statistics: FeatureStatistics
+    values: FeatureArray
+    """``[N, F]``"""
+
+    def top(self, block: slice) -> list[NDArray[np.int32]]:
+        """The top samples of the naming half of each feature of a block, as numbers within it, strongest first."""
+        return [row[(row >= 0) & (row % 2 == 0)] // 2 for row in self.statistics.top_samples[block]]
+
+    def blocks(self) -> list[slice]:
+        """The features that are read at once."""
+        return [slice(start, start + _COLUMNS) for start in range(0, self.values.shape[1], _COLUMNS)]
+
+
+def name_features(features: Path, data: Path, out: Path, command: str | None = None) -> None:
+    """Name every feature of every layer of a feature store from captions; write the table ``out`` (.parquet).
+
+    Columns: ``layer``, ``feature``; ``name``, null where there is no clear one; ``candidate``, the best words found,
+    null where there is nothing to find any by; ``score``, z of the best of them; ``auc``, ``auc_low`` and
+    ``auc_active`` on the held-out half; ``held_out``, how many captions of it have any of the words; ``density``;
+    and ``source``, ``captions`` or ``command``.
+
+    A name is clear where z exceeds `ERROR_RATE` after Bonferroni over the vocabulary, the 95% interval of the held-out
+    AUC is above 0.5, and a third of the `SHOWN` strongest samples have any of its words. The `CLEAREST` of each layer,
+    those with the highest ``auc_low``, are also written to ``{name}.clearest.csv`` beside the table, clearest first.
+
+    Args:
+        features: the feature store.
+        data: the folder of its data set.
+        out: the table to write.
+        command: a command line that reads each feature's evidence as JSON lines and prints names as JSON lines, which
+            take the place of the candidates. Only the held-out captions then decide. Features with fewer than
+            `LEAST_SAMPLES` samples to judge by are not asked for.
+
+    Raises:
+        StoreError: where the store is not whole, or of other samples than the data set's.
+        DatasetError: where the data set cannot be read.
+        StudyError: where the command fails, or does not print a name for each feature.
+    """
+    inputs = Unchanged(features, data)
+    store: Any = open_store(features, FEATURES)
+    spec: Any = store.attrs["spec"]
+    samples = Data(data)
+    check_samples(features, data, samples.content_hash)
+    words = _read_words(samples)
+    stored = read_features(features)
+    layers = [_Layer(layer, statistics, stored[layer]) for layer, statistics in read_statistics(features).items()]
+    member = f"{spec['name']}@{spec['seed']}"
+    names = None if command is None else _ask(command, member, layers, words, samples)
+    blocks = [(layer, block) for layer in layers for block in layer.blocks()]
+    rows: list[tuple[Any, ...]] = []
+    for layer, block in progress(blocks, len(blocks), f"names of {member}", "blocks"):
+        rows += _rows(layer, block, words, samples, names)
+    table = pa.Table.from_pylist([dict(zip(_SCHEMA.names, row, strict=True)) for row in rows], _SCHEMA)
+    with written_aside(out, PARQUET) as partial, inputs:
+        write_parquet(table, partial, out.stem, {"features": {member: store.attrs["digest"]}})
+        with written_aside(out.with_name(f"{out.stem}.clearest.csv"), CSV) as listed:
+            _clearest(table.to_pandas()).to_csv(listed, index=False, float_format="%.6g", lineterminator="\n")
+        provenance.record(out)
+    clear = len(rows) - table["name"].null_count
+    say(
+        f"names of {member}: {clear:,} of {len(rows):,} features have a clear one; of {len(words.vocabulary):,} words, "
+        f"z above {words.threshold:.2f}"
+    )
+
+
+def top_count(samples: int) -> int:
+    """How many samples of the naming half a feature is named by: its strongest 5%, at least 5 and at most 50.
+
+    In a small data set more would be ordinary samples, and their words not those of the strongest. Fewer would leave
+    words that many captions have no chance to pass.
+    """
+    return min(MOST_TOP_SAMPLES, max(LEAST_SAMPLES, samples // 40))
+
+
+def log_odds(top: csr_array, words: csr_array) -> csr_array:
+    """How much more common words are in the top samples of each feature than in the rest, as z of the log-odds.
+
+    Monroe, Colaresi and Quinn (2008), "Fightin' Words", with an informative Dirichlet prior: where y is the count of a
+    word, n that of all words, and ``a_w = a_0 y_w / n`` the prior, of the whole naming half,
+
+        delta_w = log((y_w + a_w) / (n + a_0 - y_w - a_w)), of the top samples less the same of the rest
+        z_w = delta_w / sqrt(1 / (y_w(top) + a_w) + 1 / (y_w(rest) + a_w))
+
+    Here ``a_0`` is the number of words V, one count for each on average, so that it weighs the same in vocabularies of
+    any size. Without a prior, a word that no other caption has would have infinite odds; with a much weaker one, a
+    variance that hides it, and with a much stronger one, no odds at all.
+
+    Args:
+        top: ``[F, n]`` 1 where a sample is among the feature's top ones.
+        words: ``[n, V]`` 1 where its caption has the word.
+
+    Returns:
+        ``[F, V]`` float64, with values where a top sample has the word, as elsewhere z is below 0. None at all for a
+        vocabulary of one word, whose odds are infinite everywhere.
+    """
+    V = words.shape[1]
+    if V < 2:
+        return csr_array((top.shape[0], V))
+    y_top = _counts(top, words)
+    y_all = words.sum(axis=0, dtype=np.float64)
+    n_all = y_all.sum()
+    n_top = np.repeat(y_top.sum(axis=1), np.diff(y_top.indptr))
+    prior = V * y_all[y_top.indices] / n_all
+    in_top = y_top.data + prior
+    in_rest = y_all[y_top.indices] - y_top.data + prior
+    delta = np.log(in_top / (n_top + V - in_top)) - np.log(in_rest / (n_all - n_top + V - in_rest))
+    z = delta / np.sqrt(1 / in_top + 1 / in_rest)
+    return csr_array((z, y_top.indices, y_top.indptr), shape=y_top.shape)
+
+
+def lower_end(
+    auc: NDArray[np.float64], positives: NDArray[np.int64], negatives: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """The lower end of an AUC's 95% interval: the smallest theta with ``auc - theta <= 1.96 SE(theta)``.
+
+    SE is that of Hanley and McNeil (1982), taken at theta and not at the AUC (a score interval, as in Newcombe 2006,
+    part 2): at an AUC of 1 it would be 0, and one caption that happens to be on top would be certain.
+
+        SE^2 = (theta (1 - theta) + (p - 1) (Q1 - theta^2) + (q - 1) (Q2 - theta^2)) / (p q)
+        Q1 = theta / (2 - theta), Q2 = 2 theta^2 / (1 + theta), of p positives and q negatives
+
+    Args:
+        auc: ``[F]``
+        positives: ``[F]`` p.
+        negatives: ``[F]`` q.
+
+    Returns:
+        ``[F]``, NaN where the AUC is.
+    """
+    p, q = positives.astype(np.float64), negatives.astype(np.float64)
+    low, high = np.zeros_like(auc), auc.copy()
+    # Each step halves what is between them: after 60 that is below a float64's precision.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for _ in range(60):
+            theta = (low + high) / 2
+            of_positives, of_negatives = theta / (2 - theta) - theta**2, 2 * theta**2 / (1 + theta) - theta**2
+            variance = (theta * (1 - theta) + (p - 1) * of_positives + (q - 1) * of_negatives) / (p * q)
+            outside = auc - theta > _Z * np.sqrt(variance)
+            low, high = np.where(outside, theta, low), np.where(outside, high, theta)
+    return np.where(np.isnan(auc), np.nan, low)
+
+
+def _clearest(table: pd.DataFrame) -> pd.DataFrame:
+    """The clearest names of each layer, as people read them."""
+    order = table[table.name.notna()].sort_values(["layer", "auc_low"], ascending=[True, False], kind="stable")
+    return order.groupby("layer").head(CLEAREST)[_LISTED]
+
+
+def _counts(top: csr_array, words: csr_array) -> csr_array:
+    """``[F, V]`` how many of each feature's top samples have each word; see `log_odds`."""
+    used = np.unique(top.indices)
+    # Of these samples alone, as a product makes a copy of both sides.
+    found = csr_array(top[:, used].astype(np.float64) @ words[used].astype(np.float64))
+    found.sort_indices()
+    return found
+
+
+def _read_words(data: Data) -> _Words:
+    pairs = CountVectorizer(stop_words="english", ngram_range=(1, 2)).build_analyzer()
+
+    def split(text: str) -> list[str]:
+        # Letters with accents are one character, of which those of two would be no word.
+        clauses = _BREAKS.split(unicodedata.normalize("NFC", text))
+        return [word for clause in clauses for word in pairs(clause)]
+
+    naming, held_out = range(0, len(data), 2), range(1, min(len(data), MEASURED_SAMPLES), 2)
+    bins = bytearray(_BINS)
+    for row in naming:
+        for place in {crc32(word.encode()) % _BINS for word in split(data.caption(row))}:
+            bins[place] = min(bins[place] + 1, LEAST_CAPTIONS)
+
+    def common(text: str) -> list[str]:
+        return [word for word in split(text) if bins[crc32(word.encode()) % _BINS] == LEAST_CAPTIONS]
+
+    counter = CountVectorizer(analyzer=common, binary=True, min_df=LEAST_CAPTIONS, dtype=np.int32)
+    try:
+        found = csr_array(counter.fit_transform(map(data.caption, naming)))
+    except ValueError:  # no word is in so many captions
+        return _Words([], csr_array((len(naming), 0)), csr_array((len(held_out), 0)), split)
+    measured = csr_array(counter.transform(map(data.caption, held_out)))
+    return _Words(counter.get_feature_names_out().tolist(), found, measured, split)
+
+
+def _candidates(layer: _Layer, block: slice, words: _Words, names: _Names | None = None) -> list[_Candidate]:
+    """What each feature of a block may be called: what the command named it, where it did, or by its captions."""
+    count = top_count(layer.values.shape[0])
+    rows = [row[:count] if len(row) >= LEAST_SAMPLES else row[:0] for row in layer.top(block)]
+    indices, ends = np.concatenate(rows), np.cumsum([0, *map(len, rows)])
+    top = csr_array((np.ones(len(indices)), indices, ends), shape=(len(rows), words.naming.shape[0]))
+    found = log_odds(top, words.naming)
+    counts = _counts(top, words.naming)
+    candidates = []
+    for feature, (start, stop) in enumerate(pairwise(found.indptr.tolist()), block.start):
+        places, z = found.indices[start:stop], found.data[start:stop]
+        if names is not None and (layer.number, feature) in names:
+            candidates.append(_named(names[layer.number, feature], places, z, words))
+        else:
+            candidates.append(_candidate(places, z, counts.data[start:stop], words))
+    return candidates
+
+
+def _candidate(
+    places: NDArray[np.int32], z: NDArray[np.float64], counts: NDArray[np.float64], words: _Words
+) -> _Candidate:
+    """The best words of one feature, given those that its top captions have and how many of these do."""
+    order = np.lexsort((places, -z))
+    order = order[z[order] > 0]
+    if not len(order):
+        return _NONE
+    passing = order[z[order] > words.threshold]
+    of_word = {words.vocabulary[places[i]]: i for i in passing}
+    # In half the captions with "card" or more, it is a "playing card", which says more.
+    inside = {
+        word
+        for pair, i in of_word.items()
+        if " " in pair
+        for word in pair.split()
+        if word in of_word and 2 * counts[i] >= counts[of_word[word]]
+    }
+    chosen: dict[str, int] = {}
+    said: set[str] = set()
+    for word, i in of_word.items():
+        if word not in inside and said.isdisjoint(word.split()) and len(chosen) < MOST_WORDS:
+            chosen[word] = i
+            said.update(word.split())
+    best = list(chosen.values()) or [order[0]]
+    return _Candidate(
+        ", ".join(words.vocabulary[places[i]] for i in best),
+        [int(places[i]) for i in best],
+        float(z[best].max()),
+        bool(chosen),
+        "captions",
+    )
+
+
+def _named(text: str | None, places: NDArray[np.int32], z: NDArray[np.float64], words: _Words) -> _Candidate:
+    """A name that the command gave, with z of the best of its words that top captions have."""
+    said = sorted({words.index[word] for word in words.split(text or "") if word in words.index})
+    of_said = z[np.isin(places, said)]
+    score = float(of_said.max()) if len(of_said) else float("nan")
+    return _Candidate(text, said, score, True, "command")
+
+
+def _rows(layer: _Layer, block: slice, words: _Words, data: Data, names: _Names | None) -> Iterator[tuple[Any, ...]]:
+    """The rows of the table for a block of features."""
+    candidates = _candidates(layer, block, words, names)
+    measured = _measures(layer.values, block, candidates, words.held_out)
+    density, tops = layer.statistics.density[block].tolist(), layer.statistics.top_samples[block]
+    for i, candidate in enumerate(candidates):
+        auc, low, active, captions = (values[i].item() for values in measured)
+        clear = candidate.passed and low > 0.5 and _is_shown(candidate, tops[i], words, data)
+        yield (
+            *(layer.number, block.start + i, candidate.text if clear else None, candidate.text, candidate.score),
+            *(auc, low, active, captions, density[i], candidate.source),
+        )
+
+
+def _is_shown(candidate: _Candidate, top: NDArray[np.int32], words: _Words, data: Data) -> bool:
+    """Whether a third of the strongest samples have any of a candidate's words; a command may have chosen others."""
+    strongest = top[top >= 0][:SHOWN].tolist()
+    said = {words.vocabulary[place] for place in candidate.words}
+    having = sum(not said.isdisjoint(words.split(data.caption(sample))) for sample in strongest)
+    return candidate.source == "command" or 3 * having >= len(strongest)
+
+
+def _measures(stored: FeatureArray, block: slice, candidates: Sequence[_Candidate], held_out: csr_array) -> _Measures:
+    """The measures of a block of features; NaN where there is nothing to compare."""
+    (m, V), F = held_out.shape, len(candidates)
+    counts = np.array([len(each.words) for each in candidates])
+    places = [place for each in candidates for place in each.words]
+    chosen = csr_array((np.ones(len(places), np.int32), places, [0, *np.cumsum(counts)]), shape=(F, V))
+    hits = csr_array(chosen @ held_out.T)
+    positives = np.diff(hits.indptr).astype(np.int64)
+    rank_sums, active, active_hits = np.zeros(F), np.zeros(F), np.zeros(F)
+    found = np.flatnonzero(positives)
+    at_once = max(1, _RANKED // m)
+    if len(places):
+        values = stored[:MEASURED_SAMPLES, block][1::2]
+        active = (values > 0).sum(axis=0)
+    for columns in (found[start : start + at_once] for start in range(0, len(found), at_once)):
+        ranks = rankdata(values[:, columns], axis=0)
+        for column, rank in zip(columns, ranks.T, strict=True):
+            rows = hits.indices[hits.indptr[column] : hits.indptr[column + 1]]
+            # Whole and half ranks, which floats add exactly in any order.
+            rank_sums[column] = rank[rows].sum()
+            active_hits[column] = (values[rows, column] > 0).sum()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        auc = (rank_sums - positives * (positives + 1) / 2) / (positives * (m - positives))
+        auc_active = (1 + active_hits / active - (positives - active_hits) / (m - active)) / 2
+    auc_active[counts == 0] = np.nan
+    return _Measures(auc, lower_end(auc, positives, m - positives), auc_active, positives)
+
+
+def _ask(command: str, member: str, layers: Sequence[_Layer], words: _Words, data: Data) -> _Names:
+    """What a command calls each feature that has enough top samples, by layer and feature; see `name_features`.
+
+    Args:
+        command: the command line.
+        member: the member's name.
+        layers: its layers.
+        words: the vocabulary.
+        data: the samples.
+
+    Raises:
+        StudyError: where the command fails, or does not print a name for each.
+    """
+    with tempfile.TemporaryFile() as evidence:
+        asked = set()
+        blocks = [(layer, block) for layer in layers for block in layer.blocks()]
+        for layer, block in progress(blocks, len(blocks), f"evidence of {member}", "blocks"):
+            for feature, line in _evidence(layer, block, words, data):
+                asked.add((layer.number, feature))
+                evidence.write(
+                    json.dumps({"member": member, "layer": layer.number, "feature": feature} | line).encode()
+                )
+                evidence.write(b"\n")
+        evidence.seek(0)
+        say(f"names of {member}: asking the command for {len(asked):,}")
+        try:
+            done = subprocess.run(shlex.split(command), stdin=evidence, capture_output=True, check=False)
+        except (OSError, ValueError, IndexError) as error:  # not there, quotes that do not close, nothing but blanks
+            raise StudyError(f"{command!r} cannot be run ({error}); mend the command that names features") from None
+    said = done.stderr.decode(errors="replace").strip().splitlines()
+
+    def wrong(what: str) -> StudyError:
+        last = f"; its last line on standard error: {said[-1].strip()}" if said else ""
+        return StudyError(
+            f"{command!r}, which is to name the features of {member}, {what}{last}; mend it and run again"
+        )
+
+    if done.returncode != 0:
+        raise wrong(f"ended with {done.returncode}")
+    names: _Names = {}
+    for number, reply in enumerate(done.stdout.splitlines(), 1):
+        if not reply.strip():
+            continue
+        try:
+            told = json.loads(reply)
+            place, name = (told["layer"], told["feature"]), told["name"]
+            if not isinstance(name, str | None) or place not in asked:
+                raise ValueError("not a text or null as the name of a feature that it was asked for")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            shown = reply[:80].decode(errors="replace")
+            raise wrong(f"printed {shown!r} as line {number} ({type(error).__name__}: {error})") from None
+        names[place] = _clean(name or "")
+    if missing := sorted(asked - names.keys()):
+        first = f"the first of them {missing[0][1]} of layer {missing[0][0]}"
+        raise wrong(f"left out {len(missing)} of {len(asked)} features, {first}")
+    return names
+
+
+def _evidence(layer: _Layer, block: slice, words: _Words, data: Data) -> Iterator[tuple[int, dict[str, Any]]]:
+    """What a command is told of each feature of a block that has enough top samples.
+
+    The ``others`` are drawn from the samples that do not activate it or, where those are too few, do so least.
+    """
+    tops = layer.top(block)
+    if all(len(top) < LEAST_SAMPLES for top in tops):
+        return
+    values = layer.values[:MEASURED_SAMPLES, block][::2]
+    for i, (top, candidate) in enumerate(zip(tops, _candidates(layer, block, words), strict=True)):
+        if len(top) < LEAST_SAMPLES:
+            continue
+        feature = block.start + i
+        order = np.random.default_rng([layer.number, feature]).permutation(len(values))
+        order = order[np.argsort(values[order, i], kind="stable")]
+        others = order[~np.isin(order, top)][:_EVIDENCE]
+        yield (
+            feature,
+            {
+                "candidate": candidate.text,
+                "top": [data.caption(2 * row) for row in top[:_EVIDENCE].tolist()],
+                "others": [data.caption(2 * row) for row in others.tolist()],
+            },
+        )
+
+
+def _clean(name: str) -> str | None:
+    """A name on one line, without what is not seen, such as control characters; None for an empty one."""
+    line = " ".join(name.split())
+    shown = "".join(letter for letter in line if unicodedata.category(letter) not in ("Cc", "Cf", "Cs"))
+    return shown[:_LONGEST_NAME].strip() or None

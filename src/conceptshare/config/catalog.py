@@ -1,0 +1,494 @@
+"""The specifications of data sets and encoders, and the catalog that holds the known ones.
+
+Models and data are data: `workflow/catalog/*.yaml` holds one entry a name. A study may override keys of
+an entry, derive a variant from one by ``base``, or describe an encoder of its own in full.
+"""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from conceptshare.io.errors import StudyError
+
+CATALOG = Path(__file__).parents[3] / "workflow" / "catalog"
+"""The catalog of the clone that this package is installed from."""
+
+# A name becomes part of paths such as a@0__b@1.zarr, so it can hold neither "@" nor "__" nor "/".
+NAME = re.compile(r"[A-Za-z0-9]+([._-][A-Za-z0-9]+)*")
+# Twice, with seeds and endings, in the name of a file, which most disks bound to 255 bytes.
+LONGEST_NAME = 80
+
+# Bounds of a config file, its aliases written out: far more than any study has, and little enough to be read at once.
+_MOST_BYTES = 10 * 2**20
+_MOST_VALUES = 1_000_000
+_DEEPEST = 20
+# Letters of a wrong value that an error shows.
+_LONGEST_SHOWN = 200
+
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+"""A count that has no tighter bound of its own."""
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+"""A seed, as NumPy and torch take it."""
+
+
+def _as_name(value: str) -> str:
+    if not isinstance(value, str) or not NAME.fullmatch(value):
+        raise ValueError(f"{value!r} is not a name: use letters, digits, and single '.', '_' or '-' between them")
+    if len(value) > LONGEST_NAME:
+        raise ValueError(f"{value!r} has {len(value)} letters, where a name has {LONGEST_NAME} at most; shorten it")
+    return value
+
+
+Name = Annotated[str, BeforeValidator(_as_name)]
+
+
+class Spec(BaseModel):
+    """Base of every part of a study: unknown keys are errors, numbers are finite, values do not change once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse ``yes``, ``no``, ``on`` and ``off`` where a number is due: YAML reads them as true and false."""
+        wanted = cls.model_fields[str(info.field_name)].annotation
+        if wanted is not bool and any(isinstance(item, bool) for item in _leaves(value)):
+            raise ValueError(
+                "YAML reads yes, no, on, off, true and false as truth values; write a number, or quote text"
+            )
+        return value
+
+
+class Download(Spec):
+    """How images are downloaded, where a data set holds their addresses."""
+
+    parallel: int = Field(default=32, ge=1, le=1000)
+    """Requests under way at once."""
+    timeout: float = Field(default=10, gt=0, le=86400)
+    """Seconds to wait for a connection, and for each part of an answer. A try as a whole, redirects and all, gets six
+    times that."""
+    attempts: int = Field(default=3, ge=1, le=100)
+    """Tries an address gets where it fails for a reason that may pass, with growing pauses between them."""
+    max_mb: float = Field(default=20, gt=0, le=10**6)
+    """Largest file in MB, as sent and as unpacked; a larger one is not read to its end."""
+    allow_private: bool = False
+    """Whether loopback, private and other machines that are not on the public internet may be asked."""
+
+
+class DatasetSpec(Spec):
+    """A data set of image-caption pairs."""
+
+    source: str
+    """A hub id, or a path to a Parquet, CSV, TSV, JSON, JSON lines or Arrow file or a folder of them, to a folder in
+    the `imagefolder` layout or a zip of one, or to a WebDataset tar file or a folder of them. A path that exists is
+    preferred to a hub id of the same text."""
+    revision: str | None = None
+    """The hub revision. Without one, the newest, which the manifest then records."""
+    configuration: str | None = None
+    """The configuration to read, where the data set's README.md declares several."""
+    split: str | None = None
+    """The split to read; ``all`` reads every file. Without one, ``train`` where the data set declares splits (in its
+    README.md, by shards such as ``train-00000-of-00002`` or by folders named as splits), and else every file."""
+    image: str = "image"
+    """The column of images: the bytes of image files, or paths relative to the table. The columns of a WebDataset are
+    its members' extensions; alternatives are written as ``jpg;png;webp``, and a sample's first is taken."""
+    image_url: str | None = None
+    """The column of image addresses (http or https), which are downloaded; ``image`` is then not read. What was
+    downloaded stays in `results/{dataset}/downloads/`."""
+    caption: str = "caption"
+    """The column of captions: text, or lists of texts."""
+    several_captions: Literal["first", "joined", "sampled"] = "first"
+    """Of a row with a list of captions: its first, all of them joined by spaces, or one drawn by chance. Empty ones
+    do not count."""
+    caption_seed: Seed = 0
+    """Seed of ``several_captions: sampled``."""
+    id: str | None = None
+    """The column of unique sample ids (``__key__`` in a WebDataset). Without one, the row number."""
+    limit: int | None = Field(default=None, ge=1, le=10**12)
+    """Read the first so many rows only."""
+    order_seed: Seed = 0
+    """Seed of the order of samples, in which every encoder reads them and every SAE learns from them."""
+    max_dropped: float = Field(default=0.01, ge=0, le=1)
+    """Largest share of rows that may be unusable; more is an error."""
+    max_pixels: int = Field(default=100_000_000, ge=1, le=10**12)
+    """Largest image in pixels; a larger one is dropped before it is decoded."""
+    max_mb: float = Field(default=200, gt=0, le=10**6)
+    """Largest image, caption or row of text in MB; a larger image is dropped before it is read. What is downloaded has
+    a bound of its own, ``download.max_mb``."""
+    download: Download = Download()
+    """How the images at ``image_url`` are downloaded."""
+    samples: int | None = Field(default=None, ge=2, le=10**12)
+    """How many samples there are, for estimates of size and time only."""
+    note: str = ""
+    """Free text for readers; nothing depends on it."""
+
+
+class ModelSpec(Spec, extra="ignore"):
+    """Where an encoder's files come from: the part of its entry that finding them needs."""
+
+    library: Literal["transformers", "open_clip", "timm"]
+    """The library that loads it."""
+    model: str
+    """A hub id or the library's own model name; a path to a folder; ``package:NAME/FOLDER`` for a folder inside an
+    installed Python package; or ``script:FILE.py`` for a script that writes the folder it is given as its argument. A
+    folder that exists is preferred to a hub id of the same text."""
+    weights: str | None = None
+    """open_clip only: the pretrained tag, or a path to a checkpoint."""
+    revision: str | None = None
+    """The hub revision. Without one, the newest, which the `weights` stage then records."""
+    remote_code: bool = False
+    """transformers only: whether to fetch and run the Python code that comes with the model."""
+
+    def model_key(self) -> str:
+        """What an encoder's files depend on, as canonical JSON."""
+        return canonical(self, set(ModelSpec.model_fields))
+
+
+class EncoderSpec(ModelSpec, extra="forbid"):
+    """An encoder: where it comes from, what it reads, and which of its activations are recorded."""
+
+    modality: Literal["image", "text"]
+    """What it reads."""
+    kind: Literal["vlm", "vision", "language"]
+    """What it was trained on: pairs, images or text."""
+    layers: int = Field(ge=1, le=1000)
+    """How many blocks the encoder has; checked when it is loaded."""
+    width: int = Field(ge=1, le=10**6)
+    """Width of its residual stream; checked when it is loaded."""
+    global_token: Literal["first", "eot", "last", "mean", "reference"]
+    """What stands for the whole sample: the first token, the end-of-text token, the last position, or the mean of the
+    unpadded tokens. The last position is padding only in models that were trained to read it there (SigLIP); of others
+    it is the last token. ``reference`` is what the paper's published code reads: position 0, with SAEs trained on
+    padding too, and captions of SigLIP2 in the case they are written in."""
+    use_layers: Literal["all", "last"] | list[int] = "all"
+    """Which layers to record, counted from 0."""
+    image_size: int | None = Field(default=None, ge=1, le=100_000)
+    """Side in pixels at which images are fed, cropped in the proportion of the model's own processor. Without it, the
+    model's own."""
+    context_length: int | None = Field(default=None, ge=1, le=10**8)
+    """Longest text in tokens; longer ones are cut. Without it, the model's own length: the smaller of its tokenizer's
+    and its positions, or 512 if neither has a bound, which the log then says."""
+    blocks: str | None = None
+    """Dotted path of the module list that holds the blocks, where the longest run of like blocks is not it."""
+    batch_size: int = Field(default=32, ge=1, le=10**6)
+    """Samples a forward pass."""
+    parts: int = Field(default=1, ge=1, le=1000)
+    """How many jobs share its forward pass over a data set, each a range of the samples. The stores are those of one
+    job to the bit; another number makes them again. Not for pictures of different numbers of tokens, nor for
+    ``stream: true``."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the forward pass computes in; the 16-bit ones by autocast, with the weights kept in float32."""
+    max_tokens: Positive | None = None
+    """Keep so many training tokens a sample, the global one among them, drawn by chance. Without it, all."""
+    token_seed: Seed = 0
+    """Seed of the draw of ``max_tokens``."""
+    seeds: list[Seed] = Field(default=[0], min_length=1, max_length=100)
+    """Seeds of the SAEs trained on it."""
+    tokens: Positive | None = None
+    """Tokens of a usual sample, padding left out. For estimates of size and time only."""
+    gflops: float | None = Field(default=None, gt=0, le=10**9)
+    """GFLOPs of a sample's forward pass, where layers, width and tokens do not tell. For estimates only."""
+    trained_on: str = ""
+    """What it was trained on, for readers; nothing depends on it."""
+    note: str = ""
+    """Free text for readers; nothing depends on it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.layer_numbers():
+            raise ValueError("use_layers is empty: name at least one layer, or say 'all' or 'last'")
+        absent = [layer for layer in self.layer_numbers() if not 0 <= layer < self.layers]
+        if absent:
+            raise ValueError(
+                f"use_layers names layer {absent[0]}, which the encoder lacks: it has layers 0 to {self.layers - 1}"
+            )
+        if self.weights is not None and self.library != "open_clip":
+            raise ValueError(f"weights is for library: open_clip; {self.library} takes its weights from model")
+        if self.remote_code and self.library != "transformers":
+            raise ValueError(f"remote_code is for library: transformers; {self.library} runs no code of a model's")
+        if self.modality == "text" and self.image_size is not None:
+            raise ValueError("image_size is for image encoders; leave it out")
+        if self.modality == "image" and self.context_length is not None:
+            raise ValueError("context_length is for text encoders; leave it out")
+        if (self.library, self.modality) == ("timm", "text"):
+            raise ValueError("timm's models read images; set modality or library")
+        if (self.modality, self.kind) in {("image", "language"), ("text", "vision")}:
+            raise ValueError(f"a {self.kind} encoder does not read {self.modality}s; set modality or kind")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds names a seed twice: {self.seeds}")
+        return self
+
+    def layer_numbers(self) -> list[int]:
+        """The recorded layers, ascending."""
+        if self.use_layers == "all":
+            return list(range(self.layers))
+        if self.use_layers == "last":
+            return [self.layers - 1]
+        return sorted(set(self.use_layers))
+
+    def activations_key(self) -> str:
+        """What the `weights` and `activations` stages depend on, as canonical JSON."""
+        return canonical(self, set(type(self).model_fields) - TOLD_ONLY - {"seeds", "parts"})
+
+
+TOLD_ONLY = {"samples", "tokens", "gflops", "trained_on", "note"}
+"""Keys that tell a reader or an estimate something, and change no result."""
+
+
+def canonical(spec: BaseModel, keys: set[str] | None = None) -> str:
+    """The given keys of ``spec`` that are not at their default, as JSON with sorted keys.
+
+    Snakemake compares parameters as strings; a default left out means that a later version can add a key
+    without making old results stale.
+    """
+    return json.dumps(spec.model_dump(mode="json", include=keys, exclude_defaults=True), sort_keys=True)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """A value, or the values in a list of lists."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def is_path(text: str, base: Path = Path()) -> bool:
+    """Whether a source or model is a path and not a name in a hub or library.
+
+    A path starts with ``.``, ``/`` or ``~``, has more parts than any hub id, or exists below ``base``.
+    """
+    if text.startswith((".", "/", "~")):
+        return True
+    if not text or ":" in text:  # hf-hub:OWNER/NAME, package:NAME/FOLDER
+        return False
+    # Path.exists would raise for a text that is too long for any file system.
+    return text.count("/") > 1 or os.path.exists(base / text)  # noqa: PTH110
+
+
+def local_path(text: str, base: Path = Path()) -> Path | None:
+    """The file or folder that a model or source is read from, if it is a path or a script of the user's."""
+    if text.startswith("script:"):
+        return Path(text.removeprefix("script:")).expanduser()
+    return Path(text).expanduser() if is_path(text, base) else None
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A safe loader that refuses a key written twice, of which YAML would keep the second without a word."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # a number of 5,000 digits, or the 31st of June
+            message = str(error).partition(";")[0]
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from None
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is written twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        StudyError: where the file is missing, is too large, is not YAML, says a key twice, or holds something else than
+            a mapping.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        text = content.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise StudyError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path}: not a readable text file: {error}") from None
+    if len(content) > _MOST_BYTES:
+        raise StudyError(f"{path}: larger than {_MOST_BYTES >> 20} MiB; a config file is a few lines of YAML")
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, origin: str) -> dict[str, Any]:
+    """The mapping that a YAML text holds, where its aliases do not make it absurdly large.
+
+    Raises:
+        StudyError: naming ``origin``, where it is not YAML, says a key twice, is nested too deeply, has too many
+            values, or holds something else than a mapping.
+    """
+    loader = None
+    try:
+        loader = _UniqueKeys(text)  # which refuses control characters
+        node = loader.get_single_node()
+        content = None
+        if node is not None:
+            _count_values(node, {}, _DEEPEST)
+            content = loader.construct_document(node)
+    except RecursionError:
+        raise StudyError(f"{origin}: {_TOO_DEEP}") from None
+    except yaml.YAMLError as error:
+        raise StudyError(f"{origin}: not valid YAML: {_yaml_fault(error)}") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise StudyError(f"{origin}: expected a mapping of keys to values, found {type(content).__name__}")
+    return content
+
+
+def _yaml_fault(error: yaml.YAMLError) -> str:
+    """What is wrong, and in which line, in one line."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else " ".join(str(error).split())
+
+
+_TOO_DEEP = f"nested more than {_DEEPEST} levels deep, or an alias that refers to itself; write it flatter"
+
+
+def _count_values(node: yaml.Node, counts: dict[int, int], levels: int) -> int:
+    """How many values a YAML node holds with its aliases written out, counting each node once.
+
+    Raises:
+        yaml.YAMLError: where there are more than `_MOST_VALUES`, or more levels than ``levels``.
+    """
+    if levels == 0:
+        raise yaml.YAMLError(_TOO_DEEP)
+    if id(node) not in counts:
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in parts for part in pair]
+        counts[id(node)] = 1 + sum(_count_values(part, counts, levels - 1) for part in parts)
+        if counts[id(node)] > _MOST_VALUES:
+            raise yaml.YAMLError(f"more than {_MOST_VALUES:,} values once its aliases are written out; use fewer")
+    return counts[id(node)]
+
+
+def read_catalog(what: Literal["datasets", "encoders"], catalog: Path = CATALOG) -> dict[str, dict[str, Any]]:
+    """The catalog's entries by name, with their paths, written relative to the clone, made relative to here."""
+    entries = read_yaml(catalog / f"{what}.yaml")
+    root = catalog.parent.parent
+    for entry in entries.values():
+        for key in ("source", "model", "weights"):
+            if isinstance(entry.get(key), str):
+                entry[key] = _from_here(entry[key], root)
+    return entries
+
+
+# Without it, an entry that is not in the catalog is a slip of the pen and not a description.
+_ESSENTIAL = {"datasets": "source", "encoders": "model"}
+
+
+def complete(name: str, given: dict[str, Any] | None, entries: dict[str, dict[str, Any]], what: str) -> dict[str, Any]:
+    """An entry of a study: the catalog's entry of that name, or of its ``base``, with the study's keys over it.
+
+    Raises:
+        StudyError: where ``base`` is unknown, or the name is and nothing describes it.
+    """
+    if given is not None and not isinstance(given, dict):
+        raise StudyError(f"{what}.{name}: expected keys and values (or nothing), found {_shown(given)}")
+    if not isinstance(name, str):
+        raise StudyError(f"{what}.{name}: a name is text; put it into quotes")
+    overrides = dict(given or {})
+    base = overrides.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise StudyError(f"{what}.{name}.base: expected a name in the catalog, found {_shown(base)}")
+    if base is not None and base not in entries:
+        raise StudyError(f"{what}.{name}.base: {_unknown(base, entries, what)}")
+    if base is None and name not in entries and _ESSENTIAL[what] not in overrides:
+        raise StudyError(f"{what}.{name}: {_unknown(name, entries, what)}; or describe it here, see config/README.md")
+    return {**entries.get(base or name, {}), **overrides}
+
+
+def parse(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
+    """Validate ``values``, with every fault told as one line ``where.key: what is wrong``.
+
+    Raises:
+        StudyError: where a key is unknown or missing, or a value is wrong.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise StudyError("\n".join(_explain(fault, model, where) for fault in error.errors())) from None
+
+
+def suggest(wrong: str, known: list[str]) -> str:
+    """The known name nearest to a wrong one, as a question, or the list of those there are."""
+    near = difflib.get_close_matches(wrong, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(known)) or 'none'}"
+
+
+def _unknown(name: str, entries: dict[str, dict[str, Any]], what: str) -> str:
+    return f"{name!r} is not in the catalog of {what}; {suggest(name, list(entries))}"
+
+
+def _from_here(text: str, root: Path) -> str:
+    """A catalog's path as seen from the working directory, so that a study keeps no absolute path of its own."""
+    path = local_path(text, root)
+    if path is None or path.is_absolute():
+        return text
+    relative = Path(os.path.relpath(root / path)).as_posix()
+    if text.startswith("script:"):
+        return f"script:{relative}"
+    return relative if relative.startswith("..") else f"./{relative}"
+
+
+def _explain(fault: Any, model: type[BaseModel], where: str) -> str:
+    place = ".".join([where, *(str(part) for part in fault["loc"])]).strip(".")
+    if fault["type"] == "extra_forbidden":
+        known = _fields_at(model, fault["loc"][:-1])
+        return f"{place}: unknown key; {suggest(str(fault['loc'][-1]), known)}"
+    if fault["type"] == "missing":
+        return f"{place}: missing; it has no default"
+    message = fault["msg"].removeprefix("Value error, ")
+    # A fault of the whole names its own place, and the whole is too much to show.
+    return (
+        f"{place}: {message} (found {_shown(fault['input'])})"
+        if fault["loc"]
+        else f"{place}: {message}".removeprefix(": ")
+    )
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a number of very many digits"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+
+def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """The keys of the part of ``model`` at a location, following model-valued fields and mappings of models."""
+    current: Any = model
+    for part in location:
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            current = _plain(current.model_fields[part].annotation)
+        else:
+            current = _plain(get_args(current)[-1])
+    return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
+
+
+def _plain(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation

@@ -1,0 +1,563 @@
+"""Stage `dataset`: read image-caption pairs once, drop what no encoder could read, and shuffle the others once for all.
+
+`results/{dataset}/data/` holds `samples.arrow`, an Arrow IPC file with the columns ``id`` (string), ``image`` (binary,
+the bytes of the source's file) and ``caption`` (string) and their checksums, and `manifest.json`. Row i of every later
+array is sample i. A sample that one encoder could not read is dropped here, for all, and listed in the manifest.
+
+Samples are shuffled here and not where SAEs are trained: encoders then read, and SAEs learn, in one order from the
+first row to the last, whether tokens are stored in between or not.
+
+Where a data set holds the addresses of its images, they are downloaded into `results/{dataset}/downloads/`.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import stat
+import textwrap
+from array import array
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+from zlib import crc32
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image, UnidentifiedImageError
+
+from conceptshare.config.catalog import TOLD_ONLY, DatasetSpec, canonical
+from conceptshare.data.download import HOPELESS, Downloads, Failure, UnusableError
+from conceptshare.data.images import decode, formats
+from conceptshare.data.rows import Unusable, columns_of, cut, hash_of, image_path, read_rows, too_large
+from conceptshare.data.sources import Source, locate
+from conceptshare.io import provenance
+from conceptshare.io.ahead import in_order
+from conceptshare.io.errors import DatasetError
+from conceptshare.io.files import DATASET, written_aside
+from conceptshare.io.progress import progress, say
+from conceptshare.io.seals import is_text_whole, seal_text
+
+MAX_RATIO = 100
+"""Largest ratio of an image's sides. Models resize one side to some 200 pixels: of a narrower image, the other side
+would then have tens of thousands of pixels, or none."""
+
+_SCHEMA = pa.schema(
+    [
+        *(("id", pa.string()), ("image", pa.binary()), ("caption", pa.string())),
+        *(("text_crc32", pa.uint32()), ("image_crc32", pa.uint32())),
+    ]
+)
+_REMEDY = "delete the folder and run the dataset stage again"
+_ELSEWHERE = "name a folder that the dataset stage made"
+_BATCH_ROWS = 256
+_LONGEST_ID = 200  # characters of a dropped row's id, and of its address, in a manifest
+_LONGEST_ADDRESS = 8000
+_BASE64 = re.compile(r"(data:[^,]{0,100},)?[A-Za-z0-9+/_\s-]{50,}={0,2}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One usable row of a source."""
+
+    id: str
+    image: bytes
+    caption: str
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """One unusable row of a source, and why."""
+
+    row: int
+    id: str
+    reason: str
+    address: str | None = None
+    """Where its image was to be downloaded from."""
+
+
+class _UnusableRowError(Exception):
+    """A row that cannot become a sample, and why."""
+
+
+class Data:
+    """The samples of a data set, in their one order, read lazily from `results/{dataset}/data/`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        try:
+            manifest = (folder / "manifest.json").read_bytes()
+            if not is_text_whole(manifest):
+                raise ValueError("manifest.json is not as this version wrote it")
+            self.manifest: dict[str, Any] = json.loads(manifest)
+            with pa.memory_map(str(folder / "samples.arrow")) as source:
+                self._table: pa.Table = pa.ipc.open_file(source).read_all()
+            if not self._table.schema.equals(_SCHEMA):
+                raise ValueError("other columns than a data set's")
+            checksums = _checksums_digest(self._table.to_batches())
+        except (OSError, ValueError, pa.ArrowException) as error:
+            said = " ".join(str(error).split())
+            remedy = _REMEDY if (folder / "samples.arrow").exists() or DATASET.is_one(folder) else _ELSEWHERE
+            raise DatasetError(f"{folder}: no readable data set there ({said}); {remedy}") from None
+        if checksums != self.manifest["checksums"]:
+            raise DatasetError(f"{folder}: samples.arrow is damaged, or not of this manifest.json; {_REMEDY}")
+        self._starts = np.cumsum([0, *(len(chunk) for chunk in self._table["id"].chunks)])
+        self._sound: set[tuple[str, int]] = set()
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of all ids, image bytes and captions, in order."""
+        return str(self.manifest["content_hash"])
+
+    def ids(self) -> list[str]:
+        """All sample ids."""
+        return [self._text(row)[0] for row in range(len(self))]
+
+    def caption(self, row: int) -> str:
+        """The caption of a sample."""
+        return self._text(row)[1]
+
+    def image(self, row: int) -> Image.Image:
+        """The picture of a sample, as RGB on white."""
+        image = self._cell("image", row)
+        if crc32(image) != self._cell("image_crc32", row):
+            raise self._damaged(row)
+        try:
+            return decode(image)
+        except Exception as error:  # PIL's decoders raise many types; each of these images could be decoded once
+            raise DatasetError(
+                f"{self._folder}: the image of sample {row} cannot be decoded here ({type(error).__name__}: {error}); "
+                f"run with the same version of Pillow as the dataset stage"
+            ) from error
+
+    def _text(self, row: int) -> tuple[str, str]:
+        """The id and the caption of a sample."""
+        texts: tuple[str, str] = self._cell("id", row), self._cell("caption", row)
+        if _text_crc32(*texts) != self._cell("text_crc32", row):
+            raise self._damaged(row)
+        return texts
+
+    def _cell(self, column: str, row: int) -> Any:
+        """A value of a sample. Arrow trusts the places that a file says values have: each batch is looked at first."""
+        n = int(np.searchsorted(self._starts, row, side="right")) - 1
+        chunk = self._table[column].chunk(n)
+        if (column, n) not in self._sound:
+            try:
+                chunk.validate(full=True)
+            except pa.ArrowException:
+                raise self._damaged(row) from None
+            self._sound.add((column, n))
+        return chunk[row - int(self._starts[n])].as_py()
+
+    def _damaged(self, row: int) -> DatasetError:
+        return DatasetError(f"{self._folder}: sample {row} in samples.arrow is damaged; {_REMEDY}")
+
+
+def make_dataset(spec: DatasetSpec, out: Path) -> None:
+    """Read a source and write `samples.arrow` and `manifest.json` into the folder ``out``.
+
+    Images that are downloaded are kept in the folder `downloads` beside ``out``.
+
+    Raises:
+        DatasetError: where the source cannot be read, lacks a column, has too few usable rows, has the same id
+            twice, loses more than ``spec.max_dropped`` of its rows, or where no image can be downloaded.
+        HubError: where the source is neither on this machine nor to be fetched from the hub.
+    """
+    source = locate(spec)
+    for line in source.not_read.lines():
+        say(f"{spec.source}: {line}")
+    noted_so_far = len(source.not_read.counts)
+    with written_aside(out, DATASET) as folder:
+        folder.mkdir()
+        samples, dropped = _AsRead(folder / "as-read"), _DroppedRows(folder / "dropped")
+        with samples, dropped, closing(_outcomes(spec, source, out.parent / "downloads")) as outcomes:
+            for outcome in progress(outcomes, spec.limit, f"rows of {spec.source}", "rows"):
+                if isinstance(outcome, Dropped):
+                    dropped.add(outcome)
+                    continue
+                samples.add(outcome)
+                if spec.id is not None and len(samples) & (len(samples) - 1) == 0:  # at powers of two
+                    samples.check_ids(spec)
+            if spec.id is not None:
+                samples.check_ids(spec)
+            _check_share(spec, len(samples), dropped)
+            content_hash, checksums = samples.shuffle(folder / "samples.arrow", spec.order_seed)
+        manifest = {
+            "settings": json.loads(canonical(spec, set(DatasetSpec.model_fields) - TOLD_ONLY)),
+            "source": spec.source,
+            "revision": source.revision,
+            **({} if source.configuration is None else {"configuration": source.configuration}),
+            "split": source.split,
+            "columns": columns_of(spec),
+            "several_captions": spec.several_captions,
+            "caption_seed": spec.caption_seed,
+            "order_seed": spec.order_seed,
+            "rows_read": len(samples) + dropped.count,
+            "rows": len(samples),
+            **({"not_read": source.not_read.entries()} if source.not_read.counts else {}),
+            "dropped": [],
+            "content_hash": content_hash,
+            "checksums": checksums,
+        }
+        dropped.write_into(manifest, folder / "manifest.json")
+        seal_text(folder / "manifest.json")
+        samples.path.unlink()
+        dropped.path.unlink()
+        provenance.record(folder)
+    for line in source.not_read.lines()[noted_so_far:]:
+        say(f"{spec.source}: {line}")
+    say(f"{spec.source}: {manifest['rows']:,} samples, {dropped.count} dropped")
+
+
+class _AsRead:
+    """The samples in the order of their source, in a file; of each, memory holds its place and a hash of its id."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._places = array("Q", [0])
+        self._ids = array("Q")
+
+    def __enter__(self) -> Self:
+        self._file = self.path.open("w+b")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def add(self, sample: Sample) -> None:
+        """Append a sample: its id, image and caption, each after its length."""
+        parts = (sample.id.encode(), sample.image, sample.caption.encode())
+        size = self._file.write(b"".join(len(part).to_bytes(8, "little") + part for part in parts))
+        self._places.append(self._places[-1] + size)
+        self._ids.append(hash_of(sample.id))
+
+    def check_ids(self, spec: DatasetSpec) -> None:
+        """Make sure that no two samples have the same id."""
+        hashes = np.array(self._ids)
+        order = np.argsort(hashes, kind="stable")
+        same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+        self._file.flush()
+        for one, other in zip(order[same].tolist(), order[same + 1].tolist(), strict=True):
+            id_ = _unpacked(self._record(one)).id
+            if id_ == _unpacked(self._record(other)).id:  # and not two ids with one hash
+                raise DatasetError(f"{spec.source}: the id {cut(id_)!r} occurs twice; name a column of unique ids")
+
+    def shuffle(self, out: Path, seed: int) -> tuple[str, str]:
+        """Write the samples to ``out`` in the order that a seed draws.
+
+        Returns:
+            their content hash, and a digest of the checksums.
+        """
+        self._file.flush()
+        digest, checksums = hashlib.sha256(), hashlib.sha256()
+        order = np.random.default_rng(seed).permutation(len(self))
+        with pa.ipc.new_file(str(out), _SCHEMA) as writer:
+            for start in range(0, len(order), _BATCH_ROWS):
+                records = [self._record(row) for row in order[start : start + _BATCH_ROWS].tolist()]
+                for record in records:
+                    digest.update(record)
+                batch = _to_arrow([_unpacked(record) for record in records])
+                _add_checksums(checksums, batch)
+                writer.write(batch)
+        return digest.hexdigest(), checksums.hexdigest()
+
+    def _record(self, row: int) -> bytes:
+        start, end = self._places[row], self._places[row + 1]
+        self._file.seek(start)
+        return self._file.read(end - start)
+
+
+def _unpacked(record: bytes) -> Sample:
+    parts, place = [], 0
+    for _ in range(3):
+        end = place + 8 + int.from_bytes(record[place : place + 8], "little")
+        parts.append(record[place + 8 : end])
+        place = end
+    return Sample(parts[0].decode(), parts[1], parts[2].decode())
+
+
+class _DroppedRows:
+    """The dropped rows, as the manifest lists them, in a file; memory holds the first few."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.count = 0
+        self.first: list[Dropped] = []
+
+    def __enter__(self) -> Self:
+        self._file = self.path.open("w", encoding="utf-8", errors="backslashreplace")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, row: Dropped) -> None:
+        r"""Append a row. A lone surrogate in its id or address becomes \udcXX, as JSON too would write it."""
+        self.first += [row] if self.count < 3 else []
+        entry = {key: value for key, value in asdict(row).items() if value is not None}
+        text = textwrap.indent(json.dumps(entry, indent=1, ensure_ascii=False), "  ")
+        self._file.write(f",\n{text}" if self.count else f"\n{text}")
+        self.count += 1
+
+    def write_into(self, manifest: dict[str, Any], path: Path) -> None:
+        """Write a manifest with the dropped rows in place of its empty list of them."""
+        before, empty, after = json.dumps(manifest, indent=1, ensure_ascii=False).partition('"dropped": []')
+        with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            if not self.count:
+                file.write(before + empty + after)
+                return
+            file.write(before + '"dropped": [')
+            with self.path.open(encoding="utf-8") as rows:
+                shutil.copyfileobj(rows, file)
+            file.write("\n ]" + after)
+
+
+def _check_image(image: bytes, max_pixels: int) -> None:
+    """Make sure that every encoder can read an image.
+
+    Raises:
+        UnusableError: where one could not.
+    """
+    try:
+        width, height = decode(image, max_pixels).size
+    except Image.DecompressionBombError as error:
+        raise UnusableError(f"image is too large ({error})", max_pixels=max_pixels) from None
+    except UnidentifiedImageError:  # whose message names an object in memory, another on every run
+        raise UnusableError("image cannot be decoded (no file of a kind that is read here)") from None
+    except Exception as error:  # PIL's decoders raise many types; whatever it is, the sample is unusable
+        raise UnusableError(f"image cannot be decoded ({type(error).__name__}: {error})") from None
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise UnusableError(f"image of {width} x {height} pixels is too narrow; sides may differ {MAX_RATIO} fold")
+
+
+def _outcomes(spec: DatasetSpec, source: Source, downloads: Path) -> Generator[Sample | Dropped, None, None]:
+    """Each row of the source in order, as a sample or as dropped; a bounded number of rows is worked on ahead."""
+    formats()  # finds PIL's plugins, which several threads had better not do at once
+    cores = provenance.cores()
+    rows = enumerate(read_rows(spec, source))
+    with ThreadPoolExecutor(cores, "decode") as pool:
+        if spec.image_url is not None:
+            yield from _downloaded(spec, rows, downloads, pool)
+        else:
+            yield from in_order((pool.submit(_outcome, spec, source, *row).result for row in rows), 4 * cores)
+
+
+def _downloaded(
+    spec: DatasetSpec, rows: Iterable[tuple[int, tuple[Path, dict[str, Any]]]], folder: Path, pool: ThreadPoolExecutor
+) -> Iterator[Sample | Dropped]:
+    """Each row in order, with its image from the address in a column."""
+
+    def check(image: bytes) -> None:
+        _check_image(image, spec.max_pixels)
+
+    # Far enough ahead that one address that is tried for a minute does not idle the others; rows are small.
+    ahead = 256 * spec.download.parallel
+    settings = {"max_pixels": spec.max_pixels}
+    with Downloads(folder, spec.download, check, pool, settings, spec.source) as downloads:
+        started = (_start_download(spec, number, row, downloads) for number, (_, row) in rows)
+        for outcome in in_order(started, ahead):
+            if downloads.counts.unreachable >= HOPELESS:
+                _check_connection(spec, downloads)
+            yield outcome
+        _check_connection(spec, downloads)
+        say(downloads.report())
+
+
+def _check_connection(spec: DatasetSpec, downloads: Downloads) -> None:
+    if downloads.all_unreachable():
+        raise DatasetError(
+            f"{spec.source}: none of the {downloads.counts.unreachable} image addresses asked could be reached, the "
+            f"last for this reason: {downloads.last_failure}. Check this machine's connection to the internet and run "
+            "again; nothing was noted as dead"
+        )
+
+
+def _start_download(
+    spec: DatasetSpec, number: int, row: dict[str, Any], downloads: Downloads
+) -> Callable[[], Sample | Dropped]:
+    """Ask for a row's image; what is returned waits for it."""
+    try:
+        _check_read(row)
+        id_, caption = _id(spec, number, row), _caption(spec, number, row)
+        address = _address(row["image_url"])
+    except _UnusableRowError as error:
+        dropped = Dropped(number, _shown_id(spec, number, row), str(error))
+        return lambda: dropped
+    future = downloads.fetch(address)
+
+    def finish() -> Sample | Dropped:
+        found = future.result()
+        if isinstance(found, Failure):
+            return Dropped(number, cut(id_, _LONGEST_ID), found.reason, cut(address, _LONGEST_ID * 5))
+        return Sample(id_, found.read_bytes(), caption)
+
+    return finish
+
+
+def _outcome(spec: DatasetSpec, source: Source, number: int, place: tuple[Path, dict[str, Any]]) -> Sample | Dropped:
+    folder, row = place
+    try:
+        _check_read(row)
+        id_, caption = _id(spec, number, row), _caption(spec, number, row)
+        image = _image_bytes(row["image"], folder, source, int(spec.max_mb * 1e6))
+        _check_image(image, spec.max_pixels)
+    except (_UnusableRowError, UnusableError) as error:
+        return Dropped(number, _shown_id(spec, number, row), str(error))
+    return Sample(id_, image, caption)
+
+
+def _check_read(row: dict[str, Any]) -> None:
+    for key, cell in row.items():
+        if isinstance(cell, Unusable):
+            raise _UnusableRowError(f"{key} cannot be read ({cell.reason})")
+
+
+def _id(spec: DatasetSpec, number: int, row: dict[str, Any]) -> str:
+    if spec.id is None:
+        return f"{number:08d}"
+    if row["id"] is None or row["id"] == "":
+        raise _UnusableRowError("no id")
+    return _encodable("id", str(row["id"]))
+
+
+def _shown_id(spec: DatasetSpec, number: int, row: dict[str, Any]) -> str:
+    """The id of a dropped row, be it usable or not."""
+    return f"{number:08d}" if spec.id is None else cut(str(row["id"]), _LONGEST_ID)
+
+
+def _caption(spec: DatasetSpec, number: int, row: dict[str, Any]) -> str:
+    """The caption of a row, by the policy on several ones.
+
+    A draw depends on seed and row number alone: rows that are dropped, or left out by ``limit``, change no other.
+    """
+    captions = _texts(row["caption"])
+    if not captions:
+        raise _UnusableRowError("no caption")
+    if spec.several_captions == "joined":
+        return _encodable("caption", " ".join(caption.strip() for caption in captions) if captions[1:] else captions[0])
+    if spec.several_captions == "sampled":
+        draw = int(np.random.default_rng([spec.caption_seed, number]).integers(len(captions)))
+        return _encodable("caption", captions[draw])
+    return _encodable("caption", captions[0])
+
+
+def _texts(cell: Any) -> list[str]:
+    """The texts in a caption cell that are not blank."""
+    if isinstance(cell, pa.Scalar | pa.Array):
+        cell = cell.as_py() if isinstance(cell, pa.Scalar) else cell.to_pylist()
+    if isinstance(cell, np.ndarray | np.generic):
+        cell = cell.tolist()
+    items = cell if isinstance(cell, list | tuple) else [cell]
+    for item in items:
+        if item is not None and not isinstance(item, str):
+            raise _UnusableRowError(f"caption is {type(item).__name__}, not text")
+    return [item for item in items if item is not None and item.strip()]
+
+
+def _encodable(what: str, text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _UnusableRowError(f"{what} cannot be encoded as UTF-8 ({error.reason} at {error.start})") from None
+    return text
+
+
+def _address(cell: Any) -> str:
+    if cell is None or (isinstance(cell, str) and not cell.strip()):
+        raise _UnusableRowError("no image address")
+    if not isinstance(cell, str):
+        raise _UnusableRowError(f"image address is {type(cell).__name__}, not text")
+    if len(cell) > _LONGEST_ADDRESS:
+        raise _UnusableRowError(f"image address of {len(cell):,} letters: {cut(cell)}")
+    return cell.strip()
+
+
+def _image_bytes(value: Any, folder: Path, source: Source, longest: int) -> bytes:
+    """The bytes of an image cell: an encoded image, bytes, or the path of a regular file.
+
+    Raises:
+        _UnusableRowError: where there is none, no such file, or more than ``longest`` bytes.
+    """
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, bytes):
+        if len(value) > longest:
+            raise _UnusableRowError(f"image cannot be read ({too_large(len(value), longest)})")
+        return value
+    if not isinstance(value, str):
+        reason = "no image" if value is None else f"{type(value).__name__} is not an image"
+        raise _UnusableRowError(f"image cannot be decoded ({reason})")
+    try:
+        path = Path(image_path(value, folder, source))
+        if source.revision is not None and not path.is_relative_to(source.folder):
+            raise _UnusableRowError(f"image's path leads out of the data set: {cut(value, _LONGEST_ID)}")
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a device may never end, and a pipe never begin
+            raise _UnusableRowError(f"image cannot be read (no regular file: {cut(value, _LONGEST_ID)})")
+        if found.st_size > longest:
+            raise _UnusableRowError(f"image cannot be read ({too_large(found.st_size, longest)})")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise _UnusableRowError(_why_unreadable(value, error)) from None
+
+
+def _why_unreadable(cell: str, error: OSError | ValueError) -> str:
+    if cell.startswith(("http://", "https://")):
+        return f"image cannot be read ({cut(cell)} is an address; name its column in image_url)"
+    if _BASE64.fullmatch(cell[:4096].rstrip()):
+        return f"image cannot be read ({len(cell):,} letters that look like base64, {cut(cell)}; decode them to bytes)"
+    said = error.strerror if isinstance(error, OSError) else str(error)
+    return f"image cannot be read ({type(error).__name__}: {said}: {cut(cell, _LONGEST_ID)!r})"
+
+
+def _check_share(spec: DatasetSpec, samples: int, dropped: _DroppedRows) -> None:
+    rows = samples + dropped.count
+    reasons = "; ".join(f"row {row.row} ({cut(row.id)}): {row.reason}" for row in dropped.first)
+    if rows and dropped.count / rows > spec.max_dropped:
+        again = ", or run again, which asks only for what failed for a reason that may pass" if spec.image_url else ""
+        raise DatasetError(
+            f"{spec.source}: {dropped.count} of {rows} rows are unusable, more than max_dropped = "
+            f"{spec.max_dropped:g} allows: {reasons}. Correct them or raise max_dropped{again}"
+        )
+    if samples < 2:
+        why = f" (dropped: {reasons})" if dropped.count else ""
+        raise DatasetError(f"{spec.source}: {samples} usable rows; correlations need at least 2{why}")
+
+
+def _to_arrow(batch: list[Sample]) -> pa.RecordBatch:
+    return pa.record_batch(
+        [
+            pa.array([sample.id for sample in batch], pa.string()),
+            pa.array([sample.image for sample in batch], pa.binary()),
+            pa.array([sample.caption for sample in batch], pa.string()),
+            pa.array([_text_crc32(sample.id, sample.caption) for sample in batch], pa.uint32()),
+            pa.array([crc32(sample.image) for sample in batch], pa.uint32()),
+        ],
+        schema=_SCHEMA,
+    )
+
+
+def _text_crc32(id_: str, caption: str) -> int:
+    return crc32(caption.encode(), crc32(id_.encode()))
+
+
+def _checksums_digest(batches: Iterable[pa.RecordBatch]) -> str:
+    """SHA-256 of the checksums of all samples, in order, which ties a manifest to its samples."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        _add_checksums(digest, batch)
+    return digest.hexdigest()
+
+
+def _add_checksums(digest: Any, batch: pa.RecordBatch) -> None:
+    for name in ("text_crc32", "image_crc32"):
+        digest.update(batch[name].to_numpy(zero_copy_only=False).astype("<u4").tobytes())

@@ -1,0 +1,593 @@
+"""The rows of a data set's files, with the columns that its entry names and no others; images are not decoded.
+
+The cells of CSV and TSV files are text, as they are written. Each file is read as a stream: memory does not grow with
+the number of rows.
+"""
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+import mmap
+import os
+import posixpath
+import re
+import stat
+import tarfile
+import zipfile
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, TextIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+
+from conceptshare.config.catalog import DatasetSpec
+from conceptshare.data.images import suffixes
+from conceptshare.data.sources import METADATA, Source, files_below, form, locate, printable
+from conceptshare.io.errors import ConceptshareError, DatasetError, refusal
+
+LISTED = 5000
+"""Most images of a data set that are inputs of Snakemake one by one."""
+
+_BRACES = {"{", "}"}
+_BATCH_BYTES = 2**23
+_LONGEST_PATH = 4096
+_BUFFER = 2**20
+_LONGEST_HEADER = 2**20  # of a tar's member: long names and extended headers, which tarfile reads as a whole
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks
+
+# A WebDataset's member is KEY.COLUMN, split at the first dot of its file name.
+_MEMBER = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)")
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """In place of a cell that was not read, the reason."""
+
+    reason: str
+
+
+def columns_of(spec: DatasetSpec) -> dict[str, str | None]:
+    """The column of each key that names one."""
+    image = {"image": spec.image} if spec.image_url is None else {"image_url": spec.image_url}
+    return {"id": spec.id, **image, "caption": spec.caption}
+
+
+def read_rows(spec: DatasetSpec, source: Source) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Each row of a source in order: the folder of its table, and its cells by key (``id``, ``image``, ...).
+
+    Files of an image folder that no row names are added to ``source.not_read`` at the end.
+
+    Raises:
+        DatasetError: where a file cannot be read, or lacks a column.
+    """
+    columns = {key: column for key, column in columns_of(spec).items() if column is not None}
+    yield from itertools.islice(_rows(spec, source, columns), spec.limit)
+
+
+def inputs(spec: DatasetSpec) -> tuple[list[str], str]:
+    """The files of a local data set, for Snakemake: those that are listed one by one, and a digest of its images.
+
+    Images are those below an image folder, or those that a table names and that are there. Up to LISTED of them are
+    listed, and the digest is empty. Of more, or of names that Snakemake cannot hold, paths, sizes and times are in the
+    digest: Snakemake takes milliseconds for each file that is listed.
+
+    Raises:
+        DatasetError: where they cannot be listed.
+    """
+    source = locate(spec)
+    files = [str(file) for file in [*source.files, source.folder / "README.md"] if file.is_file()]
+    if spec.image_url is not None or source.kind == "tars":
+        return files, ""
+    digest = hashlib.sha256()
+    images: set[str] = set()
+    listed = True
+    for path in _images_below(source) if source.kind == "images" else _named_images(spec, source):
+        try:
+            found = os.stat(path)  # noqa: PTH116 - Path takes five times as long, and there may be millions
+        except (OSError, ValueError):
+            continue
+        if stat.S_ISREG(found.st_mode):
+            digest.update(os.fsencode(f"{path}\n{found.st_size}\n{found.st_mtime_ns}\n"))
+            if listed:
+                images.add(path)
+                listed = len(images) <= LISTED and path.isprintable() and not _BRACES.intersection(path)
+    return ([*files, *sorted(images)], "") if listed else (files, digest.hexdigest())
+
+
+def _images_below(source: Source) -> list[str]:
+    endings = tuple(suffixes())
+    names = sorted(name for name in files_below(source.folder) if name.lower().endswith(endings))
+    return [f"{source.folder}/{name}" for name in names]
+
+
+def _named_images(spec: DatasetSpec, source: Source) -> Iterator[str]:
+    """The paths that tables name as images."""
+    for folder, row in itertools.islice(_rows(spec, source, {"image": spec.image}, paths_only=True), spec.limit):
+        cell = row["image"].get("path") if isinstance(row["image"], dict) else row["image"]
+        if isinstance(cell, str) and len(cell) < _LONGEST_PATH:
+            yield image_path(cell, folder, source)
+
+
+def count_rows(spec: DatasetSpec) -> int | None:
+    """How many rows a local data set has, where reading its tables tells; None of tars and zips."""
+    source = locate(spec)
+    if source.kind == "tars" or any(form(file.name) == "zip" for file in source.files):
+        return None
+    return sum(1 for _ in _rows(spec, source, {}))
+
+
+def image_path(cell: str, folder: Path, source: Source) -> str:
+    """The file at a path relative to its table's folder, or, where none is there, to the folder of the data set."""
+    path = os.path.normpath(os.path.join(folder, cell))  # noqa: PTH118 - see inputs
+    if source.kind == "tables" and folder != source.folder and not os.path.exists(path):  # noqa: PTH110
+        other = os.path.normpath(os.path.join(source.folder, cell))  # noqa: PTH118
+        return other if os.path.exists(other) else path  # noqa: PTH110
+    return path
+
+
+def cut(text: str, length: int = 60) -> str:
+    """The beginning of a text of any length, for a message."""
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def too_large(size: int, longest: int) -> str:
+    """Why a file or member is not read."""
+    return f"{size / 1e6:,.1f} MB, more than max_mb = {longest / 1e6:g}"
+
+
+def _rows(
+    spec: DatasetSpec, source: Source, columns: dict[str, str], paths_only: bool = False
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    if source.kind == "images" and "image" in columns:
+        columns = columns | {"image": _in_metadata(columns["image"])}
+    longest = int(spec.max_mb * 1e6)
+    met = _Met(columns, "members' extensions" if source.kind == "tars" else "columns")
+    seen = array("Q")
+    for file in source.files:
+        where = source.name if len(source.files) == 1 else f"{source.name}: {_relative(file, source)}"
+        with _faults_of(where, source):
+            if source.kind == "tars":
+                yield from ((file.parent, row) for row in _tar_rows(file, columns, where, met, longest))
+            elif form(file.name) == "zip":
+                yield from ((file.parent, row) for row in _zip_rows(file, columns, where, met, longest, source))
+            else:
+                # Opened by Python, as Arrow takes no names that are not UTF-8.
+                with file.open("rb") as stream:
+                    kind, packing, separator = form(file.name) or "", file.suffix.lower(), source.separator
+                    table = _Table(stream, kind, packing, where, longest, separator)
+                    for row in _table_rows(table, columns, met, paths_only):
+                        if source.kind == "images" and isinstance(row.get("image"), str):
+                            seen.append(hash_of(os.path.normpath(file.parent / row["image"])))
+                        yield file.parent, row
+    met.check(source.name)
+    if source.kind == "images" and "image" in columns:
+        _note_images_without_row(source, np.array(seen))
+
+
+def _relative(file: Path, source: Source) -> str:
+    return printable(file.relative_to(source.folder).as_posix())
+
+
+def _in_metadata(column: str) -> str:
+    """The column of an image folder's metadata that the images of a column are named in."""
+    if column.endswith("file_name"):
+        return column
+    return "file_name" if column == "image" else f"{column}_file_name"
+
+
+def hash_of(text: str) -> int:
+    """A hash of 64 bits, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def _note_images_without_row(source: Source, seen: "np.ndarray[Any, Any]") -> None:
+    """Report the images below the folders of the metadata that no row names."""
+    places = {file.parent for file in source.files if form(file.name) != "zip"}
+    seen.sort()
+    images = suffixes()
+    for name in files_below(source.folder) if places else ():
+        path = source.folder / name
+        if path.suffix.lower() in images and not places.isdisjoint(path.parents):
+            hashed = hash_of(os.path.normpath(path))
+            place = np.searchsorted(seen, np.uint64(hashed))
+            if place == len(seen) or int(seen[place]) != hashed:
+                source.not_read.add("image without a row", name)
+
+
+@contextmanager
+def _faults_of(where: str, source: Source) -> Iterator[None]:
+    """Name the file in whatever its format's reader raises."""
+    try:
+        yield
+    except ConceptshareError:
+        raise
+    except Exception as error:  # the readers raise whatever their file formats raise
+        if refusal(error) is not None and not isinstance(error, FileNotFoundError):
+            raise
+        hint = "check the file" if source.revision is None else "check the data set's files, split and revision"
+        said = " ".join(str(error).split())[:300]
+        raise DatasetError(f"{where}: cannot be read ({type(error).__name__}: {said}); {hint}") from error
+
+
+class _Met:
+    """The columns that rows have had so far, for formats whose rows need not have all of them."""
+
+    def __init__(self, columns: dict[str, str], what: str) -> None:
+        self._columns = columns
+        self._there: set[str] = set()
+        self._what = what
+
+    def add(self, names: Iterable[str]) -> None:
+        self._there.update(names)
+
+    def check(self, where: str) -> None:
+        """Fail where a column was in no row at all."""
+        for key, column in self._columns.items():
+            wanted = column.lower().split(";") if self._what != "columns" else [column]
+            if self._there and column != "__key__" and self._there.isdisjoint(wanted):
+                raise _no_column(where, key, column, sorted(self._there), self._what)
+
+
+def _no_column(where: str, key: str, column: str, there: Iterable[str], what: str = "columns") -> DatasetError:
+    shown = ", ".join(map(cut, itertools.islice(there, 50)))
+    remedy = f"set {key} to one of them"
+    if key == "image" and column.endswith("file_name"):
+        remedy = "give that name to the one with the paths of images"
+    return DatasetError(f"{where}: no column {column!r}; the {what} are {shown}: {remedy}")
+
+
+def _check_columns(where: str, columns: dict[str, str], there: list[str]) -> None:
+    for key, column in columns.items():
+        if column not in there:
+            raise _no_column(where, key, column, there)
+        if there.count(column) > 1:
+            raise DatasetError(f"{where}: {there.count(column)} columns are called {column!r}; rename all but one")
+
+
+# Tables
+
+
+@dataclass(frozen=True)
+class _Table:
+    """An open file with a table."""
+
+    stream: IO[bytes]
+    form: str
+    suffix: str
+    where: str
+    longest: int
+    """Most characters of a row of text."""
+    separator: str | None = None
+
+
+def _table_rows(table: _Table, columns: dict[str, str], met: _Met, paths_only: bool) -> Iterator[dict[str, Any]]:
+    match table.form:
+        case "parquet":
+            yield from _parquet_rows(table, columns, paths_only)
+        case "arrow":
+            yield from _arrow_rows(table, columns, paths_only)
+        case "csv" | "tsv":
+            yield from _csv_rows(table, columns)
+        case _:
+            objects = _json_lines(table) if table.form == "jsonl" else _json_objects(table, columns)
+            for cells in objects:
+                met.add(cells)
+                yield {key: cells.get(column) for key, column in columns.items()}
+
+
+def _parquet_rows(table: _Table, columns: dict[str, str], paths_only: bool) -> Iterator[dict[str, Any]]:
+    # Without buffering ahead, a row group is read page by page; a group of images may be larger than memory.
+    file = pq.ParquetFile(table.stream, pre_buffer=False, buffer_size=_BUFFER)
+    _check_columns(table.where, columns, file.schema_arrow.names)
+    wanted = list(dict.fromkeys(columns.values()))
+    if paths_only:  # and none of the images that may be in the table itself
+        wanted = [name for column in wanted for name in _path_of(file.schema_arrow.field(column))]
+        if not wanted:
+            return
+    size = sum(file.metadata.row_group(n).total_byte_size for n in range(file.num_row_groups))
+    rows = max(1, min(1024, _BATCH_BYTES * file.metadata.num_rows // max(1, size)))
+    for batch in file.iter_batches(rows, columns=wanted):
+        yield from _cells(batch, columns)
+
+
+def _path_of(column: pa.Field) -> list[str]:
+    """What of a column of images may hold paths."""
+    if pa.types.is_struct(column.type):
+        return [f"{column.name}.path"] if column.type.get_field_index("path") >= 0 else []
+    return [] if "binary" in str(column.type) else [column.name]
+
+
+def _arrow_rows(table: _Table, columns: dict[str, str], paths_only: bool) -> Iterator[dict[str, Any]]:
+    whole = pa.py_buffer(mmap.mmap(table.stream.fileno(), 0, access=mmap.ACCESS_READ))
+    try:
+        reader: Any = pa.ipc.open_stream(whole)
+        batches = iter(reader)
+    except pa.ArrowInvalid:
+        reader = pa.ipc.open_file(whole)
+        batches = (reader.get_batch(n) for n in range(reader.num_record_batches))
+    _check_columns(table.where, columns, reader.schema.names)
+    if paths_only and not all(_path_of(reader.schema.field(column)) for column in columns.values()):
+        return
+    for batch in batches:
+        rows = max(1, _BATCH_BYTES * batch.num_rows // max(1, batch.nbytes))
+        for start in range(0, batch.num_rows, rows):
+            yield from _cells(batch.slice(start, rows), columns)
+
+
+def _cells(batch: pa.RecordBatch, columns: dict[str, str]) -> Iterator[dict[str, Any]]:
+    lists = {key: batch.column(column).to_pylist() for key, column in columns.items()}
+    for row in range(batch.num_rows):
+        yield {key: cells[row] for key, cells in lists.items()}
+
+
+@contextmanager
+def _text(table: _Table) -> Iterator[TextIO]:
+    """The text of a file, unpacked, without its byte order mark; bytes that are no UTF-8 become surrogates."""
+    stream: Any = table.stream
+    if packing := {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}.get(table.suffix):
+        stream = io.BufferedReader(pa.CompressedInputStream(stream, packing))
+    encoding = "utf-16" if stream.peek(2)[:2] in _UTF_16 else "utf-8-sig"
+    with io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline="") as text:
+        yield text
+
+
+def _lines(text: TextIO, table: _Table) -> Iterator[str]:
+    while line := text.readline(table.longest + 1):
+        if len(line) > table.longest:
+            raise _too_long(table)
+        yield line
+
+
+def _csv_rows(table: _Table, columns: dict[str, str]) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(table.longest)
+    separator = table.separator or ("\t" if table.form == "tsv" else ",")
+    with _text(table) as text:
+        reader = csv.reader(_lines(text, table), delimiter=separator, strict=True)
+        try:
+            header = next(reader, None)
+            if header is None:
+                raise DatasetError(f"{table.where}: the file is empty")
+            if len(header) == 1 and (other := next((c for c in ";\t|" if c in header[0]), None)):
+                raise DatasetError(
+                    f"{table.where}: its cells are separated by {other!r} and not by {separator!r}; save it with "
+                    "commas, or with tabs as a .tsv file"
+                )
+            _check_columns(table.where, columns, header)
+            places = {key: header.index(column) for key, column in columns.items()}
+            for row in reader:
+                if row and len(row) != len(header):
+                    raise DatasetError(
+                        f"{table.where}: line {reader.line_num} has {len(row)} cells, the header {len(header)}; "
+                        f"{_of_cells(len(row) - len(header), separator)}"
+                    )
+                if row:
+                    yield {key: row[n] for key, n in places.items()}
+        except csv.Error as error:
+            raise DatasetError(
+                f"{table.where}: line {reader.line_num} is not valid CSV ({error}); correct it"
+            ) from None
+
+
+def _of_cells(more: int, separator: str) -> str:
+    """What to do about a row that has more or fewer cells than the header."""
+    if more > 0:
+        return f"put cells that hold a {separator!r} into quotes, and leave out separators at the end of the line"
+    return f"complete the line, with a {separator!r} before each empty cell, too"
+
+
+def _json_lines(table: _Table) -> Iterator[dict[str, Any]]:
+    """The parser of Arrow gives a file up where a text holds a lone surrogate, or where a column changes its type."""
+    with _text(table) as text:
+        for number, line in enumerate(_lines(text, table), 1):
+            if not line.strip():
+                continue
+            try:
+                cells = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DatasetError(f"{table.where}: line {number} is not valid JSON ({error}); correct it") from None
+            if not isinstance(cells, dict):
+                raise DatasetError(f"{table.where}: line {number} holds no object of columns and cells; correct it")
+            yield cells
+
+
+def _json_objects(table: _Table, columns: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """The rows of a JSON file: a list of objects, objects one after another, or one object of lists."""
+    first: dict[str, Any] | None = None
+    for number, value in enumerate(_json_values(table)):
+        if not isinstance(value, dict):
+            raise DatasetError(f"{table.where}: item {number} is no object of columns and cells; correct it")
+        if number == 0:
+            first = value
+            continue
+        if first is not None:
+            yield first
+            first = None
+        yield value
+    lists = [] if first is None else [first.get(column) for column in columns.values()]
+    if first is not None and lists and all(isinstance(cells, list) for cells in lists):
+        if len({len(cells) for cells in lists if cells is not None}) > 1:
+            raise DatasetError(f"{table.where}: its lists are not of one length; correct them")
+        for row in zip(*lists, strict=True):
+            yield dict(zip(columns.values(), row, strict=True))
+    elif first is not None:
+        yield first
+
+
+def _json_values(table: _Table) -> Iterator[Any]:
+    """The items of a JSON file's list, or its values one after another, without reading the whole file."""
+    decoder = json.JSONDecoder()
+    with _text(table) as text:
+        rest, place = text.read(_BUFFER).lstrip(), 0
+        blanks = re.compile(r"[\s,\]]*" if rest.startswith("[") else r"\s*")
+        rest = rest.removeprefix("[")
+        while True:
+            place = blanks.match(rest, place).end()  # type: ignore[union-attr]
+            try:
+                value, place = decoder.raw_decode(rest, place)
+                yield value
+            except (ValueError, RecursionError) as error:
+                rest, place = rest[place:], 0
+                if len(rest) > table.longest:
+                    raise _too_long(table) from None
+                more = text.read(max(_BUFFER, len(rest)))
+                if not more and rest:
+                    raise DatasetError(
+                        f"{table.where}: not valid JSON ({error.__class__.__name__} at {cut(rest)!r}); correct it"
+                    ) from None
+                if not more:
+                    return
+                rest += more
+
+
+def _too_long(table: _Table) -> DatasetError:
+    return DatasetError(f"{table.where}: a row has more than max_mb = {table.longest / 1e6:g} MB of text; raise max_mb")
+
+
+# Archives
+
+
+class _Member(tarfile.TarInfo):
+    """A member of a tar, whose header neither ends the tar where it is damaged, nor fills the memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Member":
+        """Read a header of 512 bytes."""
+        try:
+            member = super().frombuf(buf, encoding, errors)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"damaged header: {error}") from None
+        if member.type in _HEADERS and member.size > _LONGEST_HEADER:
+            raise tarfile.ReadError(f"an extended header of {member.size:,} bytes")
+        return member
+
+
+_HEADERS = {
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+}
+
+
+def _tar_rows(file: Path, columns: dict[str, str], where: str, met: _Met, longest: int) -> Iterator[dict[str, Any]]:
+    """The samples of a WebDataset tar; None where a sample lacks a column.
+
+    Nothing is unpacked onto the disk, whatever the members' names.
+    """
+    wanted = {name for column in columns.values() for name in column.lower().split(";")}
+    keys, lacking = array("Q"), {}
+    for sample, members in itertools.groupby(_tar_members(file, wanted, longest), key=lambda member: member[0]):
+        cells: dict[str, bytes | Unusable | None] = {}
+        for _, name, content in members:
+            if name in cells:
+                raise DatasetError(f"{where}: the sample {cut(sample)!r} has two members {name!r}; rename one")
+            cells[name] = content
+        met.add(cells)
+        row: dict[str, Any] = {}
+        for key, column in columns.items():
+            name = next((name for name in column.lower().split(";") if name in cells), "")
+            cell = cells.get(name)
+            row[key] = sample if column == "__key__" else cell if key == "image" else _text_of(name, cell)
+        keys.append(hash_of(sample))
+        if None in row.values():
+            lacking[keys[-1]] = sample
+        yield row
+    _check_together(where, np.array(keys), lacking)
+
+
+def _check_together(where: str, keys: "np.ndarray[Any, Any]", lacking: dict[int, str]) -> None:
+    """Fail where samples that lack a member come more than once."""
+    names, counts = np.unique(keys[np.isin(keys, np.array([*lacking], np.uint64))], return_counts=True)
+    if (counts > 1).any():
+        sample = lacking[int(names[counts > 1][0])]
+        raise DatasetError(
+            f"{where}: the members of a sample do not stand together, such as those of {cut(sample)!r}; make the tar "
+            "again with its members in order, as by tar --sort=name"
+        )
+
+
+def _tar_members(file: Path, wanted: set[str], longest: int) -> Iterator[tuple[str, str, bytes | Unusable | None]]:
+    """Sample, column and content of each member that is a file, in order; contents of the wanted columns only."""
+    with tarfile.open(file, tarinfo=_Member) as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # which would keep every header
+            match = _MEMBER.fullmatch(member.name)
+            if match is None or not member.isfile():
+                continue
+            column = match[2].lower()
+            content: bytes | Unusable | None = None
+            if column in wanted and member.size > longest:
+                content = Unusable(too_large(member.size, longest))
+            elif column in wanted:
+                content = tar.extractfile(member).read()  # type: ignore[union-attr]
+            yield match[1], column, content
+        if tar.fileobj.read(_BUFFER).strip(b"\0"):
+            raise DatasetError(f"{file}: there is more after the end of the tar; join tars by tar -A, and not by cat")
+
+
+def _text_of(name: str, content: bytes | Unusable | None) -> Any:
+    """A member that is no image: JSON as what it holds, the rest as text; as it is where it is neither.
+
+    The line break that ends a text file is no part of its text.
+    """
+    if not isinstance(content, bytes):
+        return content
+    try:
+        if name.split(".")[-1] == "json":
+            return json.loads(content)
+        text = content.decode("utf-16" if content[:2] in _UTF_16 else "utf-8-sig")
+        return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
+    except (ValueError, RecursionError):
+        return content
+
+
+def _zip_rows(
+    file: Path, columns: dict[str, str], where: str, met: _Met, longest: int, source: Source
+) -> Iterator[dict[str, Any]]:
+    """The rows of the metadata in a zip of images, with the bytes of the images. Nothing is unpacked onto the disk."""
+    with zipfile.ZipFile(file) as packed:
+        members = {
+            info.filename: info for info in packed.infolist() if not info.is_dir() and not _hidden(info.filename)
+        }
+        tables = sorted(name for name in members if posixpath.basename(name) in METADATA)
+        if not tables:
+            raise DatasetError(
+                f"{where}: a zip without a metadata.csv, .jsonl or .parquet; unpack it, and name the folder"
+            )
+        left = {name for name in members if posixpath.splitext(name.lower())[1] in suffixes()}
+        for name in tables:
+            with packed.open(name) as stream:
+                table = _Table(stream, form(name) or "", "", f"{where}: {printable(name)}", longest)
+                for row in _table_rows(table, columns, met, paths_only=False):
+                    if isinstance(row.get("image"), str):
+                        image = posixpath.normpath(posixpath.join(posixpath.dirname(name), row["image"]))
+                        left.discard(image)
+                        row["image"] = _unzipped(packed, members.get(image), row["image"], longest)
+                    yield row
+        for name in sorted(left) if "image" in columns else ():
+            source.not_read.add("image without a row", f"{_relative(file, source)}/{name}")
+
+
+def _hidden(name: str) -> bool:
+    *folders, file = name.split("/")
+    return file.startswith(".") or any(folder.startswith((".", "__")) for folder in folders)
+
+
+def _unzipped(packed: zipfile.ZipFile, info: zipfile.ZipInfo | None, name: str, longest: int) -> bytes | Unusable:
+    if info is None:
+        return Unusable(f"no {cut(name)!r} in the zip")
+    if info.file_size > longest:
+        return Unusable(too_large(info.file_size, longest))
+    try:
+        with packed.open(info) as stream:
+            content = stream.read(longest + 1)  # its size is only what the zip says
+    except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        return Unusable(f"{type(error).__name__}: {cut(str(error))}")
+    return content if len(content) <= longest else Unusable(too_large(len(content), longest))

@@ -1,0 +1,155 @@
+"""Results that were made with other settings than a study asks for.
+
+Snakemake makes a result again if its settings changed, by what it noted in `.snakemake` when it made it. Without those
+notes, or with results that were copied there, it takes what lies in the results' folder. But results carry their
+settings.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from shlex import quote
+from typing import Any, NamedTuple
+
+from conceptshare.config.catalog import ModelSpec, Spec
+from conceptshare.config.study import PairSettings, Study, pair_name
+from conceptshare.io.files import PROVENANCE, layer_name, read_object
+from conceptshare.io.provenance import shown
+
+_LISTED = 100
+
+
+class Difference(NamedTuple):
+    """A result that carries another setting than the study asks for."""
+
+    result: Path
+    """What to delete to have it made again."""
+    file: Path
+    """The output that Snakemake notes it by."""
+    key: str
+    """The parameter that Snakemake notes for what the study asks for."""
+    setting: str
+    found: Any
+    wanted: Any
+
+
+def differences(study: Study, results: Path) -> Iterator[Difference]:
+    """The results of a study that are there and carry other settings than it asks for.
+
+    Args:
+        study: the study.
+        results: the folder of all results.
+    """
+    for encoder, spec in study.encoders.items():
+        record = results / "weights" / f"{encoder}.json"
+        found, wanted = read_object(record).get("settings"), json.loads(spec.model_key())
+        yield from _compared(record, record, spec.activations_key(), ModelSpec, found, wanted)
+    for dataset in study.datasets:
+        folder = results / dataset
+        data, key = folder / "data", study.dataset_key(dataset)
+        found = read_object(data / "manifest.json").get("settings")
+        yield from _compared(data, data / "samples.arrow", key, type(study.datasets[dataset]), found, json.loads(key))
+        places = [folder / "streams" / sae for sae in study.saes] if study.stream else [folder]
+        for encoder, spec in study.encoders.items():
+            key = spec.activations_key()
+            for place in places:
+                store = place / "activations" / f"{encoder}.zarr"
+                yield from _compared(store, store, key, type(spec), _spec(store).get("encoder"), json.loads(key))
+        for sae in study.saes:
+            yield from _of_saes(study, sae, folder)
+            yield from _of_correlations(study, folder / "correlations" / sae)
+            yield from _of_names(study, folder / "names" / sae)
+    yield from _of_analyses(study, results)
+
+
+def _of_saes(study: Study, sae: str, folder: Path) -> Iterator[Difference]:
+    settings, key = study.saes[sae], study.sae_key(sae)
+    for encoder, spec in study.encoders.items():
+        place = folder / "streams" / sae / "saes" / encoder if study.stream else folder / "saes" / sae / encoder
+        for layer in spec.layer_numbers():
+            for seed in spec.seeds:
+                one = place / layer_name(layer) / f"seed-{seed}"
+                found = read_object(one / "metrics.json").get("settings")
+                file = place if study.stream else one / "cfg.json"
+                yield from _compared(place, file, key, type(settings), found, settings.model_dump(mode="json"))
+
+
+def _of_correlations(study: Study, folder: Path) -> Iterator[Difference]:
+    for first, second in study.pairs():
+        store, key = folder / f"{pair_name(first, second)}.zarr", study.correlations_key(first, second)
+        found = {name: value for name, value in _spec(store).items() if name in PairSettings.model_fields}
+        if found:
+            yield from _compared(store, store, key, PairSettings, found, json.loads(key))
+
+
+def _of_names(study: Study, folder: Path) -> Iterator[Difference]:
+    wanted = shown(study.names.command or "")
+    for member in study.members():
+        file = folder / f"{member}.parquet"
+        given = read_object(file.with_suffix(f".{PROVENANCE}")).get("job", {}).get("arguments")
+        if given:
+            found = given[given.index("--command") + 1] if "--command" in given else ""
+            key = f"--command {quote(study.names.command)}" if study.names.command else ""
+            yield from _compared(file, file, key, None, {"names.command": found}, {"names.command": wanted})
+
+
+def _of_analyses(study: Study, results: Path) -> Iterator[Difference]:
+    """Differences of the tables and figures, which carry no settings: those of the study's own record, then."""
+    folder = results / "studies" / study.study
+    file, key = folder / PROVENANCE, study.study_key()
+    recorded, wanted = read_object(file).get("study"), json.loads(key)
+    if not isinstance(recorded, dict):
+        return
+    for kind, entries in wanted["analyses"].items():
+        for name, entry in entries.items():
+            found = recorded["analyses"][kind].get(name)
+            model = type(getattr(study.analyses, kind)[name])
+            for one in _compared(folder, file, key, model, found, entry):
+                yield one._replace(setting=f"analyses.{kind}.{name}.{one.setting}")
+    if any(matrix.members is None for matrix in study.analyses.matrices.values()):
+        first = [
+            {f"{name}@{spec['seeds'][0]}" for name, spec in asked["encoders"].items()} for asked in (recorded, wanted)
+        ]
+        for member in sorted(first[0] - first[1]):  # what is added has files of its own, which Snakemake sees
+            yield Difference(folder, file, key, "encoders", member, "without it")
+
+
+def _compared(
+    result: Path, file: Path, key: str, model: type[Spec] | None, found: Any, wanted: dict[str, Any]
+) -> Iterator[Difference]:
+    """The first setting, if any, that differs; a key that is left out has its default."""
+    if not isinstance(found, dict):
+        return
+    fields = model.model_fields if model is not None else {}
+    for name in sorted({*found, *wanted}):
+        default = fields[name].get_default(call_default_factory=True) if name in fields else None
+        values = found.get(name, default), wanted.get(name, default)
+        if json.dumps(values[0], default=str) != json.dumps(values[1], default=str):
+            yield Difference(result, file, key, name, *values)
+            return
+
+
+def _spec(store: Path) -> Mapping[str, Any]:
+    spec: Mapping[str, Any] = read_object(store / "zarr.json").get("attributes", {}).get("spec", {})
+    return spec
+
+
+def in_words(found: Iterable[Difference]) -> str:
+    """Lines that name results, their settings and those asked for, and what to do; nothing where there are none."""
+    by_folder: dict[Path, dict[Path, Difference]] = {}
+    for one in found:
+        by_folder.setdefault(one.result.parent, {}).setdefault(one.result, one)
+    lines = []
+    for folder, results in by_folder.items():
+        listed = results if len(results) <= _LISTED else {folder: next(iter(results.values()))}
+        lines += [
+            f"{path}: made with {one.setting}: {_plain(one.found)}, not {_plain(one.wanted)}"
+            for path, one in listed.items()
+        ]
+    if lines:
+        lines.append("delete these and run again, which makes again what depends on them; or restore the settings")
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,0 +1,567 @@
+"""What a study will cost, reckoned from the study alone: jobs, disk, arithmetic, memory and hours on one GPU.
+
+It follows what each stage does, and runs none: no torch, no model, and of data only the rows of tables. Sizes are
+those of the arrays; of them, features, half of which are zero, are compressed to about half.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from conceptshare.config.catalog import DatasetSpec, EncoderSpec, is_path, local_path
+from conceptshare.config.study import CorrelationSettings, SAESettings, Study, encoder_pairs
+from conceptshare.correlations.blocks import plan_blocks
+from conceptshare.io.errors import StudyError
+
+RESULTS = Path("results")
+"""Where data sets that are already made lie."""
+
+# What the stages keep to themselves; tests hold these equal to theirs.
+IN_MEMORY_BYTES = 2**30
+CHUNK_BYTES = 2**18
+SHARD_BYTES = 2**25
+FEATURE_ROWS = 1024
+FEATURE_COLUMNS = 512
+TOP_SAMPLES = 100
+EVALUATED_SAMPLES = 4096
+FLOOR_FEATURES = 512
+SHOWN_SAMPLES = 9
+WEAKER_SAMPLES = 12
+HISTOGRAM_BINS = 20
+CKA_SAMPLES = 10_000
+NEIGHBOUR_SAMPLES = 4096
+
+GPU_MEMORY_BYTES = 64 * 10**9
+"""What correlations may take where the study gives no bound: four fifths of a GPU with 80 GB."""
+
+# A photograph as COCO has them, where the data set is neither made nor a file on this machine.
+_SAMPLE_BYTES = 160_000
+# Side of pictures and of patches, and length of captions, where an entry says nothing of its tokens.
+_IMAGE_SIZE, _PATCH = 224, 14
+_CAPTION_TOKENS = 16
+# Python with torch and a library of models, before it has loaded anything.
+_PROCESS_BYTES = 1_000_000_000
+# A thumbnail of a photograph, with its caption.
+_THUMBNAIL_BYTES = 5_000
+# What a site says of a sample of a feature, of a bar of its histogram, and of its best match in a member.
+_SHOWN_BYTES, _BAR_BYTES, _MATCH_BYTES = 16, 4, 16
+# What Python takes for the activations of a feature in a sample, beside themselves.
+_FIRES_BYTES = 400
+# A pair of layers in a table of similarities.
+_SIMILARITY_BYTES = 32
+# Sums, products and roots of Adam for a parameter and step.
+_ADAM_FLOPS = 12
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast the machine is, on the average of a whole stage."""
+
+    tflops: float = 15
+    """Of the GPU, in 10^12 float32 operations a second; the default is about what an A100 sustains."""
+    disk_mb_per_s: float = 500
+    """Of reading and of writing, in 10^6 bytes a second."""
+    cpu_gflops: float = 200
+    """Of the cores of one job, in 10^9 float32 operations a second, for what runs on them also where there is a GPU."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one job costs, or all jobs of a rule."""
+
+    written: float = 0
+    """Bytes that stay on disk."""
+    read: float = 0
+    """Bytes read, as often as they are."""
+    flops: float = 0
+    """Floating-point operations on the GPU, or in its place."""
+    cpu_flops: float = 0
+    """Floating-point operations on the CPU, whether there is a GPU or not."""
+    memory: float = 0
+    """Peak memory of the largest job in bytes, the GPU's part in it."""
+
+    def hours(self, rates: Rates) -> float:
+        """Hours on one GPU, where nothing goes on at the same time."""
+        computing = self.flops / (rates.tflops * 1e12) + self.cpu_flops / (rates.cpu_gflops * 1e9)
+        return (computing + (self.read + self.written) / (rates.disk_mb_per_s * 1e6)) / 3600
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study costs."""
+
+    study: str
+    samples: dict[str, int]
+    """How many samples each data set has."""
+    guessed: list[str]
+    """Encoders whose entry does not say how many tokens a sample has."""
+    jobs: dict[str, int]
+    """Jobs of each rule, in the workflow's order, for a results folder that has none of them."""
+    costs: dict[str, Cost]
+    """What all jobs of a rule cost; what has no entry takes seconds."""
+    rates: Rates
+
+    def total(self) -> Cost:
+        """The whole study."""
+        return _sum(self.costs.values())
+
+
+def make_plan(study: Study, rates: Rates, samples: int | None = None, results: Path = RESULTS) -> Plan:
+    """Reckon what a study costs, as if nothing of it were made.
+
+    Args:
+        study: the study.
+        rates: how fast the machine is.
+        samples: so many samples a data set, whatever it has.
+        results: where data sets that are already made lie, whose true size is then taken.
+
+    Raises:
+        StudyError: where nothing tells how many samples a data set has.
+        DatasetError: where a table whose rows are to be counted cannot be read.
+    """
+    counts = {name: samples or _samples(name, spec, results) for name, spec in study.datasets.items()}
+    rules: tuple[str, ...] = ("dataset", "activations", "activations_part", "sae", "stream", "features")
+    rules += ("correlations", "similarity", "examples", "pages_samples", "pages_member")
+    parts: dict[str, list[Cost]] = {rule: [] for rule in rules}
+    members, pairs, comparisons = study.members(), study.pairs(), study.comparisons()
+    needed = {member.encoder: study.encoders[member.encoder] for member in members}
+    for name, N in counts.items() if members else ():
+        data_bytes = _data_bytes(name, study.datasets[name], N, results)
+        copies = 1 if study.datasets[name].image_url is None else 2  # what is downloaded stays
+        parts["dataset"].append(Cost(written=copies * data_bytes, read=data_bytes, memory=_PROCESS_BYTES))
+        parts["pages_samples"].append(Cost(written=N * _THUMBNAIL_BYTES, read=data_bytes, memory=_PROCESS_BYTES))
+        if not study.stream:
+            for spec in needed.values():
+                rule = "activations" if spec.parts == 1 else "activations_part"
+                parts[rule].append(activations_cost(spec, N, data_bytes))
+        for settings in study.saes.values():
+            if study.stream:
+                parts["stream"] += [
+                    stream_cost(spec, settings, N, len(spec.seeds), data_bytes) for spec in needed.values()
+                ]
+            for member in members:
+                spec = needed[member.encoder]
+                if not study.stream:
+                    parts["sae"] += [sae_cost(spec, settings, N)] * len(spec.layer_numbers())
+                parts["features"].append(features_cost(spec, settings, N))
+                parts["examples"].append(examples_cost(spec, settings, N, data_bytes))
+                parts["pages_member"].append(member_pages_cost(spec, settings, len(comparisons[member])))
+            parts["correlations"] += [
+                correlations_cost(needed[a.encoder], needed[b.encoder], settings, N, study.correlations)
+                for a, b in pairs
+            ]
+            parts["similarity"] += [similarity_cost(needed[a], needed[b], N) for a, b in study.similarity_pairs()]
+    return Plan(
+        study=study.study,
+        samples=counts,
+        guessed=[study.name_in_config(name) for name, spec in needed.items() if spec.tokens is None],
+        jobs=count_jobs(study),
+        costs={rule: _sum(costs) for rule, costs in parts.items() if costs},
+        rates=rates,
+    )
+
+
+def count_jobs(study: Study) -> dict[str, int]:
+    """Jobs of each rule that Snakemake plans for a results folder that has none of them."""
+    members = study.members()
+    encoders = {member.encoder for member in members}
+    parted = [study.encoders[name].parts for name in encoders if study.encoders[name].parts > 1]
+    layers = sum(len(study.encoders[member.encoder].layer_numbers()) for member in members)
+    datasets = len(study.datasets) if members else 0
+    settings = datasets * len(study.saes)
+    jobs = {
+        "dataset": datasets,
+        "weights": len(encoders),
+        "activations": 0 if study.stream else datasets * (len(encoders) - len(parted)),
+        "activations_part": datasets * sum(parted),
+        "activations_join": datasets * len(parted),
+        "sae": 0 if study.stream else settings * layers,
+        "stream": settings * len(encoders) if study.stream else 0,
+        "features": settings * len(members),
+        "correlations": settings * len(study.pairs()),
+        "similarity": settings * len(study.similarity_pairs()),
+        "names": settings * len(members),
+        "examples": settings * len(members),
+    }
+    matrices = len(study.analyses.matrices)
+    of_several_encoders = sum(bool(encoder_pairs(study.matrix_pairs(name))) for name in study.analyses.matrices)
+    on_the_papers_data = sum(len(study.paper_datasets(name)) for name in study.analyses.matrices)
+    layerwise, sharedness = len(study.analyses.layerwise), len(study.analyses.sharedness)
+    jobs |= {
+        "metrics_matrix": settings * matrices,
+        "metrics_averages": settings * matrices,
+        "metrics_formats": settings * matrices,
+        "metrics_paper": len(study.saes) * on_the_papers_data,
+        "metrics_layerwise": settings * layerwise,
+        "metrics_pair": settings * len(study.pairs()),
+        "metrics_sharedness": settings * sharedness,
+        "metrics_overlaps": settings * bool(study.overlapping()),
+        "metrics_saes": settings,
+        "figures_matrix": settings * matrices,
+        "figures_averages": settings * of_several_encoders,
+        "figures_intervals": settings * matrices,
+        "figures_similarity": settings * of_several_encoders,
+        "figures_strength": settings * matrices,
+        "figures_paper": len(study.saes) * on_the_papers_data,
+        "figures_layerwise": settings * layerwise,
+        "figures_sharedness": settings * sharedness,
+        "figures_top_samples": settings * sharedness,
+        "figures_scatter": settings * sharedness,
+        "figures_saes": settings,
+        "pages_samples": datasets,
+        "pages_member": settings * len(members),
+        "pages_pair": settings * len(study.directed_pairs()),
+        "pages_index": int(bool(members)),
+        "provenance": 1,
+    }
+    return {rule: count for rule, count in jobs.items() if count} | {"all": 1}
+
+
+def activations_cost(spec: EncoderSpec, N: int, data_bytes: float = 0) -> Cost:
+    """One forward pass over N samples, whose tokens are stored."""
+    kept = len(spec.layer_numbers())
+    a_layer = [tokens_bytes(spec, N), global_bytes(spec, N)]
+    pending = kept * min(SHARD_BYTES, tokens_bytes(spec, N))
+    return Cost(
+        written=kept * sum(a_layer) + 8 * (2 * N + 1),
+        read=data_bytes if spec.modality == "image" else 0,
+        flops=N * forward_flops(spec),
+        memory=_PROCESS_BYTES + pending + _forward_bytes(spec),
+    )
+
+
+def forward_flops(spec: EncoderSpec) -> float:
+    """Operations of a sample's forward pass: 24 L T D^2 + 4 L T^2 D, or what the entry says."""
+    D, T = spec.width, positions(spec)
+    return 24 * spec.layers * T * D**2 + 4 * spec.layers * T**2 * D if spec.gflops is None else spec.gflops * 1e9
+
+
+def _forward_bytes(spec: EncoderSpec) -> int:
+    """The model, activations of one batch in float32, and of those that wait to be used in float16."""
+    batch = spec.batch_size * positions(spec) * spec.width * len(spec.layer_numbers())
+    return 4 * 12 * spec.layers * spec.width**2 + (4 + 4 * 2) * batch
+
+
+def sae_cost(spec: EncoderSpec, settings: SAESettings, N: int) -> Cost:
+    """Training on one layer's stored tokens."""
+    F = settings.expansion * spec.width
+    size = tokens_bytes(spec, N)
+    in_memory = size <= IN_MEMORY_BYTES
+    samples = settings.epochs * (N - settings.held_out_samples(N)) + measured(N, settings)
+    return Cost(
+        written=4 * (sae_parameters(spec, settings) + F),
+        read=size
+        if in_memory
+        else samples * _sample_read(spec, settings.samples_a_step(spec.modality))
+        + measured(N, settings) * chunk_bytes(spec),
+        flops=training_flops(spec, settings, N),
+        memory=_PROCESS_BYTES + in_memory * size + _optimised_bytes(spec, settings) + _latents_bytes(spec, settings),
+    )
+
+
+def training_flops(spec: EncoderSpec, settings: SAESettings, N: int) -> float:
+    """Operations of an SAE's training: for a token x W_enc, 2 D F, and five products over k latents, 2 k D each.
+
+    Those five are decoding, its gradients for weights and latents, and the encoder's for inputs and weights.
+    """
+    D, F, k = spec.width, settings.expansion * spec.width, settings.k
+    trained, tokens = N - settings.held_out_samples(N), stored_tokens(spec)
+    steps = settings.epochs * -(-trained // settings.samples_a_step(spec.modality))
+    return (
+        settings.epochs * trained * tokens * (2 * D * F + 10 * k * D)
+        + steps * sae_parameters(spec, settings) * _ADAM_FLOPS
+        + measured(N, settings) * (tokens + 1) * (2 * D * F + 2 * k * D)
+    )
+
+
+def stream_cost(spec: EncoderSpec, settings: SAESettings, N: int, seeds: int, data_bytes: float = 0) -> Cost:
+    """A forward pass an epoch, and one more over what is held out or measured, with all SAEs of an encoder."""
+    kept, F = len(spec.layer_numbers()), settings.expansion * spec.width
+    last = settings.held_out_samples(N) or measured(N, settings)
+    passes = (settings.epochs * (N - settings.held_out_samples(N)) + last) / N
+    saes = kept * seeds
+    return Cost(
+        written=kept * global_bytes(spec, N) + saes * 4 * (sae_parameters(spec, settings) + F),
+        read=passes * data_bytes if spec.modality == "image" else 0,
+        flops=passes * N * forward_flops(spec) + saes * training_flops(spec, settings, N),
+        memory=_PROCESS_BYTES
+        + _forward_bytes(spec)
+        + saes * _optimised_bytes(spec, settings)
+        + _latents_bytes(spec, settings),
+    )
+
+
+def sae_parameters(spec: EncoderSpec, settings: SAESettings) -> int:
+    """Numbers that an SAE learns: W_enc, W_dec and b_dec."""
+    return 2 * spec.width * settings.expansion * spec.width + spec.width
+
+
+def measured(N: int, settings: SAESettings) -> int:
+    """Samples that metrics are taken over."""
+    return min(settings.held_out_samples(N) or N, EVALUATED_SAMPLES)
+
+
+def _optimised_bytes(spec: EncoderSpec, settings: SAESettings) -> int:
+    """Weights, gradients and both moments of an SAE."""
+    return 4 * 4 * sae_parameters(spec, settings)
+
+
+def _latents_bytes(spec: EncoderSpec, settings: SAESettings) -> int:
+    """Latents of one batch before and after ReLU, and their order."""
+    tokens = max(settings.samples_a_step(spec.modality), 32) * stored_tokens(spec)
+    return 4 * 3 * tokens * settings.expansion * spec.width
+
+
+def features_cost(spec: EncoderSpec, settings: SAESettings, N: int) -> Cost:
+    """Features of N global tokens in every layer, with their statistics and top samples; 2 N D F on the CPU."""
+    D, F, kept = spec.width, settings.expansion * spec.width, len(spec.layer_numbers())
+    sae = 4 * (2 * D * F + D + F)
+    rows = min(FEATURE_ROWS, N)
+    # A block of rows in float32, as computed, shifted and stored, and in float16, and values with their samples and
+    # order where top samples are merged.
+    working = F * (14 * rows + 16 * (rows + min(TOP_SAMPLES, N)))
+    return Cost(
+        written=kept * (features_bytes(F, N) + F * (28 + 8 * min(TOP_SAMPLES, N))),
+        read=kept * (2 * global_bytes(spec, N) + sae),
+        # A GPU multiplies, twice, in seconds: this stands for what the CPU does with the products.
+        cpu_flops=kept * N * 2 * D * F,
+        memory=_PROCESS_BYTES + 2 * sae + working,
+    )
+
+
+def examples_cost(spec: EncoderSpec, settings: SAESettings, N: int, data_bytes: float = 0) -> Cost:
+    """Another forward pass over the strongest samples of all features, and where each fires there: 2 D a token."""
+    D, F, kept = spec.width, settings.expansion * spec.width, len(spec.layer_numbers())
+    shown = min(N, kept * F * SHOWN_SAMPLES)
+    fires = kept * F * SHOWN_SAMPLES * usual_tokens(spec)
+    saes = kept * 4 * sae_parameters(spec, settings)
+    return Cost(
+        written=fires + kept * F * (12 * SHOWN_SAMPLES + 8 * WEAKER_SAMPLES + 4 * HISTOGRAM_BINS),
+        read=kept * features_bytes(F, N) + saes + (data_bytes * shown / N if spec.modality == "image" else 0),
+        flops=shown * forward_flops(spec) + 2 * D * fires,
+        memory=_PROCESS_BYTES + _forward_bytes(spec) + saes + fires + kept * F * SHOWN_SAMPLES * _FIRES_BYTES,
+    )
+
+
+def member_pages_cost(spec: EncoderSpec, settings: SAESettings, others: int) -> Cost:
+    """What a site holds of a member's features: their samples, where they fire, and best matches in other members."""
+    F, kept = settings.expansion * spec.width, len(spec.layer_numbers())
+    cell = 4 / 3 if spec.modality == "image" else 8  # in base64, or a number and a piece of text
+    samples = SHOWN_SAMPLES * (cell * usual_tokens(spec) + _SHOWN_BYTES) + WEAKER_SAMPLES * _SHOWN_BYTES
+    return Cost(
+        written=kept * F * (samples + HISTOGRAM_BINS * _BAR_BYTES + others * _MATCH_BYTES),
+        read=kept * F * SHOWN_SAMPLES * usual_tokens(spec),
+        memory=_PROCESS_BYTES + F * SHOWN_SAMPLES * (usual_tokens(spec) + _FIRES_BYTES),
+    )
+
+
+def correlations_cost(
+    a: EncoderSpec, b: EncoderSpec, settings: SAESettings, N: int, correlations: CorrelationSettings | None = None
+) -> Cost:
+    """Best matches of two members: 2 N F_a F_b over all pairs of layers, once for both directions.
+
+    Twice more of the first features of each layer with shuffled samples, and twice a pass for the influences. Each
+    member is read once for each, and more often for the matches where its features do not fit the memory budget.
+    """
+    correlations = correlations or CorrelationSettings()
+    budget = (correlations.memory_mb or 0) * 2**20 or GPU_MEMORY_BYTES
+    sizes = [[settings.expansion * spec.width] * len(spec.layer_numbers()) for spec in (a, b)]
+    first = [[min(F, FLOOR_FEATURES) for F in side] for side in sizes]
+    read, flops, memory = 2.0 * sum(_panels_read(F, F, N) for side in sizes for F in side), 0, 0
+    for one, other in ((sizes[0], sizes[1]), (first[0], sizes[1]), (first[1], sizes[0])):
+        blocks = plan_blocks(N, one, other, 2, budget, correlations.precision)
+        read += sum(blocks.times_a * _panels_read(F, blocks.width, N) for F in one)
+        read += sum(blocks.times_b * _panels_read(F, blocks.width, N) for F in other)
+        flops += 2 * N * sum(one) * sum(other)
+        memory = max(memory, blocks.bytes)
+    rhos = [len(sizes[1]) * sum(sizes[0]), len(sizes[0]) * sum(sizes[1])]
+    floors = [len(sizes[1]) * sum(first[0]), len(sizes[0]) * sum(first[1])]
+    return Cost(
+        written=8 * sum(rhos) + 4 * sum(floors) + 2 * 3 * 4 * N,
+        read=read,
+        flops=flops,
+        memory=_PROCESS_BYTES + memory,
+    )
+
+
+def similarity_cost(a: EncoderSpec, b: EncoderSpec, N: int) -> Cost:
+    """CKA and neighbours of the global tokens of two encoders, over the first samples; A's layers are all in memory.
+
+    CKA has 2 n D_a D_b operations for a pair of layers and 2 n D^2 for each layer, neighbours 2 m^2 D for a layer.
+    """
+    n, m = min(N, CKA_SAMPLES), min(N, NEIGHBOUR_SAMPLES)
+    widths = [spec.width for spec in (a, b) for _ in spec.layer_numbers()]
+    pairs = len(a.layer_numbers()) * len(b.layer_numbers())
+    return Cost(
+        written=_SIMILARITY_BYTES * pairs,
+        read=n * 2 * sum(widths),
+        flops=2 * n * (pairs * a.width * b.width + sum(D**2 for D in widths)) + 2 * m**2 * sum(widths),
+        memory=_PROCESS_BYTES + 4 * n * len(a.layer_numbers()) * a.width + 3 * 8 * n * max(widths),
+    )
+
+
+def positions(spec: EncoderSpec) -> int:
+    """Positions of a sample in a forward pass, padding included where the model always sees all of it."""
+    if spec.modality == "text" and spec.context_length is not None and _padded(spec):
+        return spec.context_length
+    return usual_tokens(spec)
+
+
+def usual_tokens(spec: EncoderSpec) -> int:
+    """Tokens of a usual sample, padding left out: what the entry says, or a guess."""
+    if spec.tokens is not None:
+        return spec.tokens
+    if spec.modality == "image":
+        return ((spec.image_size or _IMAGE_SIZE) // _PATCH) ** 2 + 1
+    return min(_CAPTION_TOKENS, spec.context_length or _CAPTION_TOKENS)
+
+
+def stored_tokens(spec: EncoderSpec) -> int:
+    """Training tokens of a sample: all of its own, the padding too for ``reference``, and a mean beside them."""
+    tokens = positions(spec) if spec.global_token == "reference" else usual_tokens(spec)
+    tokens += spec.global_token in {"mean", "last"}
+    return tokens if spec.max_tokens is None else min(tokens, spec.max_tokens)
+
+
+def tokens_bytes(spec: EncoderSpec, N: int) -> int:
+    """Bytes of one layer's training tokens, in float16."""
+    return N * stored_tokens(spec) * spec.width * 2
+
+
+def global_bytes(spec: EncoderSpec, N: int) -> int:
+    """Bytes of one layer's global tokens, in float16."""
+    return N * spec.width * 2
+
+
+def chunk_bytes(spec: EncoderSpec) -> int:
+    """Bytes of one chunk of tokens, which is what is read for one of them."""
+    row = 2 * spec.width
+    return max(1, CHUNK_BYTES // row) * row
+
+
+def features_bytes(F: int, N: int) -> int:
+    """Bytes of one layer's F features, in float16."""
+    return N * F * 2
+
+
+def headline(plan: Plan) -> str:
+    """The estimate in one line."""
+    total = plan.total()
+    disk, memory, hours = format_bytes(total.written), format_bytes(total.memory), _hours(total.hours(plan.rates))
+    return f"{disk} of disk, {memory} of memory, {hours} hours on one GPU"
+
+
+def plan_as_json(plan: Plan) -> str:
+    """The estimate for machines: bytes, operations and hours, by rule and in all."""
+    costs = {rule: asdict(cost) | {"hours": cost.hours(plan.rates)} for rule, cost in plan.costs.items()}
+    total = plan.total()
+    return json.dumps(asdict(plan) | {"costs": costs, "total": asdict(total) | {"hours": total.hours(plan.rates)}})
+
+
+def plan_as_text(plan: Plan) -> str:
+    """The estimate as a table, with what it assumes below."""
+    rows = [["rule", "jobs", "disk", "read", "FLOP", "memory", "hours"]]
+    for rule, count in plan.jobs.items():
+        rows.append([rule, f"{count:,}", *cost_cells(plan.costs.get(rule), plan.rates)])
+    rows.append(["total", f"{sum(plan.jobs.values()):,}", *cost_cells(plan.total(), plan.rates)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join([f"study {plan.study}", "", *lines, "", *_assumptions(plan)])
+
+
+def cost_cells(cost: Cost | None, rates: Rates) -> list[str]:
+    """A cost for people: disk, read, FLOP, memory and hours."""
+    if cost is None:
+        return ["-"] * 5
+    flops = cost.flops + cost.cpu_flops
+    return [
+        format_bytes(cost.written),
+        format_bytes(cost.read),
+        f"{flops:.2e}" if flops else "-",
+        format_bytes(cost.memory),
+        _hours(cost.hours(rates)),
+    ]
+
+
+def _assumptions(plan: Plan) -> list[str]:
+    samples = ", ".join(f"{name} {count:,}" for name, count in plan.samples.items())
+    rates = plan.rates
+    lines = [
+        f"Samples: {samples}.",
+        f"Rates: {rates.tflops:g} TFLOP/s on the GPU (--tflops), {rates.disk_mb_per_s:g} MB/s from and to disk",
+        f"(--disk-mb-per-s), {rates.cpu_gflops:g} GFLOP/s on the CPU (--cpu-gflops), where features are computed.",
+        "Hours: one job after another on one GPU, computing and reading in turns.",
+        "Disk: before compression; models in the hub's cache not counted. Memory: of the largest job, the GPU's in it.",
+        "Correlations: memory as in correlations.memory_mb, or 64 GB of a GPU.",
+        "Nothing is taken as done, and nothing as still in the file cache. Names, tables and figures take seconds.",
+    ]
+    if plan.guessed:
+        lines.append(f"Tokens of a sample guessed, for want of `tokens` in the entry: {', '.join(plan.guessed)}.")
+    return lines
+
+
+def format_bytes(count: float) -> str:
+    """A number of bytes for people, in three digits and powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB" if count < 99.5 else f"{count:,.0f} TB"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 9.5 else f"{hours:.1f}" if hours >= 0.05 else "<0.1"
+
+
+def _padded(spec: EncoderSpec) -> bool:
+    return spec.library == "open_clip" or spec.global_token == "last"
+
+
+def _samples(name: str, spec: DatasetSpec, results: Path) -> int:
+    manifest = results / name / "data" / "manifest.json"
+    if manifest.is_file():
+        return int(json.loads(manifest.read_text(encoding="utf-8"))["rows"])
+    known = [count for count in (spec.samples, spec.limit) if count is not None]
+    if not known and is_path(spec.source):
+        from conceptshare.data.rows import count_rows
+
+        known = [count for count in [count_rows(spec)] if count is not None]
+    if not known:
+        raise StudyError(f"datasets.{name}: nothing says how many samples it has; give --samples, or set samples")
+    return min(known)
+
+
+def _data_bytes(name: str, spec: DatasetSpec, N: int, results: Path) -> float:
+    made = results / name / "data" / "samples.arrow"
+    path = made if made.is_file() else local_path(spec.source)
+    if path is not None and path.is_file() and spec.limit is None:
+        return path.stat().st_size
+    return N * _SAMPLE_BYTES
+
+
+def _sample_read(spec: EncoderSpec, at_once: int) -> float:
+    """Bytes of the chunks that a sample's tokens lie in, of a layer too large for memory, so many samples at once."""
+    rows = chunk_bytes(spec) // (2 * spec.width)
+    return (1 + (at_once * stored_tokens(spec) - 1) / rows) * chunk_bytes(spec) / at_once
+
+
+def _panels_read(F: int, width: int, N: int) -> int:
+    """Bytes of the chunks that all panels of a layer's F features lie in: those on a border are read twice."""
+    chunk = min(FEATURE_COLUMNS, F)
+    chunks = sum(-(-min(first + width, F) // chunk) - first // chunk for first in range(0, F, width))
+    return chunks * chunk * N * 2
+
+
+def _sum(costs: Iterable[Cost]) -> Cost:
+    costs = list(costs)
+    return Cost(
+        written=sum(cost.written for cost in costs),
+        read=sum(cost.read for cost in costs),
+        flops=sum(cost.flops for cost in costs),
+        cpu_flops=sum(cost.cpu_flops for cost in costs),
+        memory=max((cost.memory for cost in costs), default=0),
+    )

@@ -1,0 +1,154 @@
+"""What the folder of an SAE says, read without torch, so that `conceptshare sae info` answers at once."""
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from conceptshare.io.errors import StoreError
+from conceptshare.io.files import layer_name
+from conceptshare.io.seals import MANIFEST, read_manifest, recorded_file
+
+REMEDY = "delete it, or the folder of all the encoder's SAEs where they were streamed, and run the sae stage again"
+"""What to do about the folder of an SAE that is damaged."""
+ELSEWHERE = "name a folder that the sae stage or `conceptshare sae import` wrote"
+"""What to do about a folder that holds no SAE."""
+
+_KEY, _STAGE = "spec", "sae"
+
+# What SAELens's keys must say for the weights to mean what they mean here. But for the first, these are its defaults.
+_MEANING: dict[str, Any] = {
+    "architecture": "topk",
+    "apply_b_dec_to_input": True,
+    "rescale_acts_by_decoder_norm": False,
+    "normalize_activations": "none",
+    "reshape_activations": "none",
+}
+_QUALITY = {
+    "tokens": ("tokens", ",d"),
+    "fvu": ("FVU", ".4f"),
+    "explained_variance": ("explained variance", ".4f"),
+    "cosine": ("cosine", ".4f"),
+    "l2_ratio": ("L2 ratio", ".4f"),
+    "l0": ("L0", ".1f"),
+    "dead": ("dead latents", ".1%"),
+}
+_LABEL, _COLUMN, _LINE = 20, 16, 100
+
+
+def sae_of(saes: Path, layer: int, seed: int) -> tuple[Path, dict[str, Any]]:
+    """The folder of an SAE among those of an encoder's layers and seeds, and what it says of itself.
+
+    That is its ``spec``, the fingerprints of its ``files``, and the ``digest``. The spec holds ``layer``, ``seed``,
+    ``settings`` and ``made_from``, the spec of the activations that it was trained on; it is empty for an SAE from
+    elsewhere.
+
+    Args:
+        saes: the folder with `layer-NN/seed-S/` for each layer and seed.
+        layer: the layer.
+        seed: S.
+
+    Raises:
+        StoreError: where it says nothing, was changed, or says that it is of another layer or seed.
+    """
+    folder = saes / layer_name(layer) / f"seed-{seed}"
+    record = read_manifest(
+        folder, _KEY, _STAGE, f"{REMEDY}, or bring an SAE of another library here with `conceptshare sae import`"
+    )
+    for key, wanted in (("layer", layer), ("seed", seed)):
+        found = record["spec"].get(key, wanted)
+        if found != wanted:
+            raise StoreError(f"{folder}: an SAE of {key} {found}, where one of {key} {wanted} is needed; {REMEDY}")
+    return folder, record
+
+
+def sae_file(folder: Path, name: str, record: dict[str, Any] | None = None) -> Path:
+    """A file of an SAE, once it is seen to be as the folder's record says; without one, if the folder has one.
+
+    Raises:
+        StoreError: where it is not.
+    """
+    if record is None:
+        if not (folder / MANIFEST).exists():
+            return folder / name
+        record = read_manifest(folder, _KEY, _STAGE, REMEDY)
+    return recorded_file(folder, name, record, REMEDY)
+
+
+def other_meaning(config: dict[str, Any]) -> dict[str, Any]:
+    """The keys of SAELens's `cfg.json` that give the weights another meaning than they have here."""
+    said = _MEANING | {"architecture": None} | config
+    return {key: said[key] for key, expected in _MEANING.items() if said[key] != expected}
+
+
+def describe_sae(folder: Path | str) -> str:
+    """What an SAE is, how it was trained and how good it is, in aligned lines.
+
+    Raises:
+        StoreError: where the folder holds no TopK SAE.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads(sae_file(folder, "cfg.json").read_text(encoding="utf-8"))
+        lines = _size(folder, config)
+        if (folder / "metrics.json").is_file():
+            lines += _training(json.loads(sae_file(folder, "metrics.json").read_text(encoding="utf-8")))
+        if (folder / "loss.csv").is_file():
+            losses = sae_file(folder, "loss.csv").read_text(encoding="utf-8")
+            lines.append(_line("last loss", losses.split(",")[-1].strip()))
+    except StoreError:
+        raise
+    except Exception as error:  # a damaged file fails in as many ways as there are bytes in it
+        raise StoreError(f"{folder}: no readable SAE there ({type(error).__name__}: {error}); {ELSEWHERE}") from error
+    return "\n".join(lines)
+
+
+def _size(folder: Path, config: dict[str, Any]) -> list[str]:
+    metadata = config.get("metadata", {})
+    D, F, k = config["d_in"], config["d_sae"], config["k"]
+    lines = [
+        _line("encoder", metadata.get("model_name", "unknown")),
+        _line("layer", str(metadata.get("hook_name", "unknown")).removeprefix("layer ")),
+        _line("D", f"{D:,}"),
+        _line("F", f"{F:,}"),
+        _line("k", f"{k:,}"),
+        _line("expansion", f"{F / D:g}"),
+        _line("encoder bias", "yes" if _has_encoder_bias(sae_file(folder, "sae_weights.safetensors")) else "no"),
+        _line("size on disk", f"{sum(path.stat().st_size for path in folder.iterdir()) / 1e6:,.1f} MB"),
+    ]
+    if other := other_meaning(config):
+        lines.append(_line("to be imported", ", ".join(f"{key}: {value}" for key, value in other.items())))
+    return lines
+
+
+def _has_encoder_bias(weights: Path) -> bool:
+    """Whether any encoder bias is not 0, of whatever type it is."""
+    with weights.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        start, end = json.loads(file.read(length))["b_enc"]["data_offsets"]
+        file.seek(8 + length + start)
+        return any(file.read(end - start))
+
+
+def _training(metrics: dict[str, Any]) -> list[str]:
+    settings = ", ".join(f"{key}: {_plain(value)}" for key, value in metrics["settings"].items())
+    wrapped = textwrap.wrap(settings.replace(": ", ":\u00a0"), _LINE - _LABEL, break_on_hyphens=False)
+    lines = [_line("" if i else "settings", line.replace("\u00a0", " ")) for i, line in enumerate(wrapped)]
+    lines.append(_line("steps", f"{metrics['steps']:,}"))
+    if "measured_on" in metrics:
+        lines.append(_line("measured on", metrics["measured_on"]))
+    lines.append(_line("", f"{'all tokens':<{_COLUMN}}global tokens"))
+    both = metrics["all_tokens"], metrics["global_tokens"]
+    for key, (label, form) in _QUALITY.items():
+        if key in both[0]:
+            found = [format(quality[key], form) for quality in both]
+            lines.append(_line(label, f"{found[0]:<{_COLUMN}}{found[1]}"))
+    return lines
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _line(label: str, value: str) -> str:
+    return f"{label:<{_LABEL}}{value}"

@@ -1,0 +1,828 @@
+"""Tables from real stores, against wMPPC and Comparative Sharedness worked out from the features themselves."""
+
+import json
+import re
+import shutil
+from itertools import combinations
+from math import comb
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import zarr
+from scipy.stats import false_discovery_control, norm, variation
+from typer.testing import CliRunner
+
+from conceptshare import metrics
+from conceptshare.analysis import paper, tables
+from conceptshare.analysis.tables import (
+    GroupedMember,
+    Stores,
+    averages_table,
+    check_made_from,
+    check_ranking,
+    layerwise_table,
+    matrix_table,
+    overlap_table,
+    pair_table,
+    read_direction,
+    read_table,
+    sae_table,
+    sharedness_table,
+    write_table,
+)
+from conceptshare.cli import app
+from conceptshare.config.study import as_member, pair_name
+from conceptshare.correlations import _store, correlate_stores
+from conceptshare.io.errors import StoreError
+from conceptshare.io.seals import seal
+from conceptshare.io.store import open_store
+
+MEMBERS = [
+    GroupedMember("vit@0", "image", "vision", "vit@7"),
+    GroupedMember("clip-text@0", "text", "vlm"),
+    GroupedMember("bert@1", "text", "language"),
+]
+WIDTHS = {"vit@0": 6, "clip-text@0": 8, "bert@1": 5, "vit@7": 7}
+FLOOR_FEATURES = 4
+SIMILARITIES = {"bert__vit": 0.1, "bert__clip-text": 0.2, "clip-text__vit": 0.3}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, write_features_from):
+    """Stores of four members with two layers each, every pair of them, and the features in them."""
+    folder, rng = tmp_path_factory.mktemp("made"), np.random.default_rng(0)
+    features = {}
+    common = rng.lognormal(0, 1, (60, 4))
+    for member, width in WIDTHS.items():
+        features[member] = {}
+        for layer in (1, 3):
+            x = rng.lognormal(0, 1, (60, width)) * (rng.random((60, width)) < 0.5)
+            x[:, :4] = 0.7 * common[:, rng.permutation(4)] + rng.random() * x[:, :4]
+            x[:, -1] = 0  # never active
+            features[member][layer] = x.astype(np.float16).astype(np.float64)
+        write_features_from(folder / "made", folder / "features", member, features[member])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_store, "FLOOR_FEATURES", FLOOR_FEATURES)
+        correlate(stores_in(folder), WIDTHS)
+    (folder / "similarity").mkdir()
+    for name, first in SIMILARITIES.items():
+        layers = [(1, 1), (1, 3), (3, 1), (3, 3)]
+        rows = [(*pair, first + n / 100, first + n / 1000, 60) for n, pair in enumerate(layers)]
+        columns = ["source_layer", "target_layer", "cka", "mutual_knn", "samples"]
+        table = pd.DataFrame(rows, columns=columns)
+        members = [next(member for member in WIDTHS if member.startswith(encoder)) for encoder in name.split("__")]
+        table.attrs["activations"] = {as_member(member).encoder: activations_of(folder, member) for member in members}
+        write_table(table, folder / f"similarity/{name}.csv")
+    return folder, features
+
+
+def activations_of(folder, member):
+    """The digest of the activations that a member's features are of."""
+    return open_store(folder / f"features/{member}.zarr", "features").attrs["spec"]["made_from"]["activations"]
+
+
+@pytest.fixture
+def study(made, tmp_path):
+    """A copy of these stores, to change, and the features in them."""
+    folder, features = made
+    shutil.copytree(folder, tmp_path / "stores")
+    return stores_in(tmp_path / "stores"), features
+
+
+def stores_in(folder):
+    return Stores(folder / "features", folder / "correlations", folder / "similarity")
+
+
+def correlate(stores, members):
+    """Make the correlation store of every two members."""
+    for pair in combinations(sorted(as_member(member) for member in members), 2):
+        paths = [stores.features / f"{member}.zarr" for member in pair]
+        correlate_stores(*paths, stores.correlations / f"{pair_name(*pair)}.zarr")
+
+
+def rho(x, y):
+    """Largest correlation of each feature of x with one of y; 0 for a constant one."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r = np.corrcoef(x, y, rowvar=False)[: x.shape[1], x.shape[1] :]
+    r = np.where(np.isnan(r), -np.inf, r).max(1)
+    return np.where(np.isinf(r), 0, r)
+
+
+def weighted(r, S):
+    return (r * S).sum() / S.sum()
+
+
+def test_matrix_table(study):
+    stores, features = study
+    table = matrix_table(MEMBERS, stores)
+    assert len(table) == 3 * 2 * 3
+    assert (table.source != table.target).all()
+    for source, *_ in MEMBERS:
+        for target, *_ in MEMBERS:
+            if source == target:
+                continue
+            a, b = features[source], features[target]
+            best = {n: np.max([rho(x, y) for y in b.values()], axis=0) for n, x in a.items()}
+            S = {n: x.sum(0) for n, x in a.items()}
+            pooled = np.concatenate(list(best.values()))
+            last = rho(a[3], b[3])
+            expected = {
+                "pooled": (weighted(pooled, np.concatenate(list(S.values()))), pooled.mean()),
+                "layer_mean": (np.mean([weighted(best[n], S[n]) for n in a]), pooled.mean()),
+                "last": (weighted(last, S[3]), last.mean()),
+            }
+            cells = table[(table.source == source) & (table.target == target)].set_index("reading")
+            assert set(cells.index) == set(expected)
+            for reading, (wmppc, mppc) in expected.items():
+                assert cells.wmppc[reading] == pytest.approx(wmppc, abs=1e-5), (source, target, reading)
+                assert cells.mppc[reading] == pytest.approx(mppc, abs=1e-5), (source, target, reading)
+
+
+def test_matrix_table_tells_the_group_of_source_and_target(study):
+    table = matrix_table(MEMBERS, study[0])
+    groups = {member: (modality, kind) for member, modality, kind, _ in MEMBERS}
+    for row in table.itertuples():
+        assert (row.source_modality, row.source_kind) == groups[row.source]
+        assert (row.target_modality, row.target_kind) == groups[row.target]
+
+
+READINGS = ("pooled", "layer_mean", "last")
+
+
+def by_reading(best, last, S):
+    """The wMPPC of each reading, from the best correlations over all layers and those of the last layers, by layer."""
+    return {
+        "pooled": weighted(np.concatenate(best), np.concatenate(S)),
+        "layer_mean": np.mean([weighted(r, s) for r, s in zip(best, S, strict=True)]),
+        "last": weighted(last, S[-1]),
+    }
+
+
+def cells_of(table):
+    return [((row.source, row.target, row.reading), row) for row in table.itertuples()]
+
+
+def stored(stores, source, target, name):
+    """An array of a pair's store, for the direction from the source."""
+    a, b = as_member(source), as_member(target)
+    store = zarr.open_group(stores.correlations / f"{pair_name(a, b)}.zarr", mode="r")
+    direction = {"floor": "ab" if a < b else "ba", "influence": "ab" if a < b else "ba"}[name]
+    return store[f"{name}_{direction}"][:].astype(np.float64)
+
+
+def test_a_matrixs_floor_is_the_wmppc_of_the_features_that_met_shuffled_samples(study):
+    stores, features = study
+    for (source, target, reading), row in cells_of(matrix_table(MEMBERS, stores)):
+        floor = stored(stores, source, target, "floor")
+        assert floor.shape == (2, 2 * FLOOR_FEATURES)
+        S = [x.sum(0)[:FLOOR_FEATURES] for x in features[source].values()]
+        best = np.split(floor.max(axis=0), 2)
+        expected = by_reading(best, floor[1, FLOOR_FEATURES:], S)[reading]
+        assert row.floor == pytest.approx(expected, abs=1e-6), (source, target, reading)
+
+
+def test_a_matrixs_ceiling_is_the_wmppc_to_the_other_seed_of_the_source(study):
+    stores, features = study
+    a, b = features["vit@0"], features["vit@7"]
+    best = [np.max([rho(x, y) for y in b.values()], axis=0) for x in a.values()]
+    expected = by_reading(best, rho(a[3], b[3]), [x.sum(0) for x in a.values()])
+    for (source, _, reading), row in cells_of(matrix_table(MEMBERS, stores)):
+        if source == "vit@0":
+            assert row.ceiling == pytest.approx(expected[reading], abs=1e-5)
+        else:
+            assert np.isnan(row.ceiling)
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 256])
+def test_a_matrixs_intervals_are_those_of_the_samples_influences(study, monkeypatch, at_once):
+    monkeypatch.setattr(tables, "_CELLS_AT_ONCE", at_once)
+    stores, _ = study
+    for (source, target, reading), row in cells_of(matrix_table(MEMBERS, stores)):
+        influence = stored(stores, source, target, "influence")[READINGS.index(reading)]
+        expected = metrics.bootstrap_interval(row.wmppc, influence)
+        assert (row.low, row.high) == pytest.approx(expected, abs=1e-5)
+        assert row.low < row.wmppc < row.high
+
+
+def test_a_matrix_counts_the_features_that_appendix_b_takes_as_shared_and_those_beyond_shuffled_samples(study):
+    stores, features = study
+    counts = []
+    for (source, target, reading), row in cells_of(matrix_table(MEMBERS, stores)):
+        a, b = features[source], features[target]
+        layers = [3] if reading == "last" else [1, 3]
+        x, y = (np.concatenate([of[n] for n in layers], axis=1) for of in (a, b))
+        assert row.features == x.shape[1]
+        best = rho(x, y)
+        assert row.strength_cv == pytest.approx(variation(x.sum(0)), rel=1e-6)
+        assert row.strength_rho == pytest.approx(np.corrcoef(x.sum(0), best)[0, 1], abs=1e-4)
+        varying, candidates = x.any(0), y.any(0).sum()
+        p = 1 - norm.cdf(np.arctanh(best[varying]) * np.sqrt(60 - 3)) ** candidates
+        assert row.significant == (false_discovery_control(p) <= 0.05).sum()
+        floor = stored(stores, source, target, "floor")
+        floor = floor[-1, FLOOR_FEATURES:] if reading == "last" else floor.max(axis=0)
+        shuffled = np.concatenate([a[n][:, :FLOOR_FEATURES].any(0) for n in layers])
+        first = np.concatenate([a[n][:, :FLOOR_FEATURES] for n in layers], axis=1)
+        beyond = 0
+        for low, high in ((1, 15), (16, 60)):
+            ours, by_chance = (((z > 0).sum(0) >= low) & ((z > 0).sum(0) <= high) for z in (x, first))
+            beyond += metrics.beyond_shuffled(best[varying & ours], floor[shuffled & by_chance]).sum()
+        assert row.beyond_shuffled == beyond
+        counts.append((row.significant, len(best) - varying.sum()))
+    assert len({significant for significant, _ in counts}) > 1
+    assert min(constant for _, constant in counts) > 0
+
+
+def test_features_that_never_vary_are_not_tested_and_those_of_the_target_are_no_candidates(
+    tmp_path, write_features, rng
+):
+    """Of many features with all correlations from none to perfect, the borders tell what was counted."""
+    N, mixed = 100, np.linspace(0, 0.6, 60)
+    common = rng.random((N, 60))
+    a, b = np.zeros((2, 2, N, 100))
+    for layer in range(2):
+        a[layer][:, :60] = rng.random((N, 60)) * (1 - mixed) + common * mixed
+    b[0][:, :] = rng.random((N, 100))
+    b[1][:, 20:80] = common
+    for member, x in (("a@0", a), ("b@0", b)):
+        write_features(tmp_path, member, dict(enumerate(x)))
+    stores = Stores(tmp_path, tmp_path)
+    correlate(stores, ["a@0", "b@0"])
+    members = [GroupedMember(member, "image", "vision") for member in ("a@0", "b@0")]
+    table = matrix_table(members, stores).set_index(["source", "reading"])
+    a, b = (np.float64(np.float16(x)) for x in (a, b))
+    floor = stored(stores, "a@0", "b@0", "floor")
+    for reading, candidates in (("pooled", 160), ("last", 60)):
+        x, y = (np.concatenate(of, axis=1) if reading == "pooled" else of[1] for of in (a, b))
+        best, varying = rho(x, y), x.any(0)
+        p = 1 - norm.cdf(np.arctanh(best) * np.sqrt(N - 3)) ** candidates
+        significant = (false_discovery_control(p[varying]) <= 0.05).sum()
+        assert table.significant["a@0", reading] == significant
+        others = 1 - norm.cdf(np.arctanh(best[varying]) * np.sqrt(N - 3)) ** 200
+        assert significant > (false_discovery_control(p) <= 0.05).sum()
+        assert significant > (false_discovery_control(others) <= 0.05).sum()
+        by_chance = floor.max(axis=0) if reading == "pooled" else floor[1, 100:]
+        beyond = metrics.beyond_shuffled(best[varying], by_chance[varying]).sum()
+        assert table.beyond_shuffled["a@0", reading] == beyond
+        assert 0 < beyond < metrics.beyond_shuffled(best[varying], by_chance).sum()
+    pairs = pair_table("a@0", "b@0", stores)
+    beyond = pairs[pairs.beyond_shuffled & (pairs.source == "a@0")]
+    assert len(beyond) == table.beyond_shuffled["a@0", "pooled"]
+    assert beyond.rho.min() > pairs[~pairs.beyond_shuffled & (pairs.source == "a@0")].rho.max()
+
+
+def test_a_matrix_takes_the_best_layers_of_the_encoders_own_similarities(study):
+    stores, _ = study
+    table = matrix_table(MEMBERS, stores).set_index(["source", "target", "reading"])
+    # By layers of the first and the second name: (1, 1) 0, (1, 3) 1, (3, 1) 2, (3, 3) 3.
+    steps = {"last": 3, "pooled": 3}
+    for name, first in SIMILARITIES.items():
+        a, b = (next(m for m in WIDTHS if m.startswith(part)) for part in name.split("__"))
+        for source, target in ((a, b), (b, a)):
+            # The best target layer of each source layer: 1 and 3 from the first name, 2 and 3 from the second.
+            for reading, step in (steps | {"layer_mean": 2 if source == a else 2.5}).items():
+                cell = table.loc[source, target, reading]
+                assert cell.cka == pytest.approx(first + step / 100)
+                assert cell.mutual_knn == pytest.approx(first + step / 1000)
+
+
+def test_layers_whose_tokens_never_vary_have_no_similarity_and_count_for_none(study):
+    stores, _ = study
+    table = read_table(stores.similarity / "bert__vit.parquet", "similarity")
+    table.loc[table.source_layer == 3, "cka"] = np.nan
+    write_table(table, stores.similarity / "bert__vit.csv")
+    found = matrix_table(MEMBERS, stores).set_index(["source", "target", "reading"]).cka
+    assert found["bert@1", "vit@0", "pooled"] == found["bert@1", "vit@0", "layer_mean"] == pytest.approx(0.11)
+    assert found["vit@0", "bert@1", "layer_mean"] == pytest.approx((0.1 + 0.11) / 2)
+    assert np.isnan(found["vit@0", "bert@1", "last"])
+
+
+def test_without_similarities_and_between_two_seeds_of_one_encoder_there_are_none(study):
+    stores, _ = study
+    alone = matrix_table(MEMBERS[:2], stores._replace(similarity=None))
+    assert alone[["cka", "mutual_knn"]].isna().all(axis=None)
+    seeds = [GroupedMember("vit@0", "image", "vision"), GroupedMember("vit@7", "image", "vision")]
+    assert matrix_table(seeds, stores)[["cka", "mutual_knn"]].isna().all(axis=None)
+
+
+def test_correlations_and_similarities_of_other_features_are_refused(study, write_features_from, rng):
+    stores, _ = study
+    shutil.rmtree(stores.features / "vit@0.zarr")
+    other = {layer: rng.random((60, 6)) for layer in (1, 3)}
+    write_features_from(stores.features.parent / "again", stores.features, "vit@0", other)
+    for table in (
+        lambda: matrix_table(MEMBERS[:2], stores._replace(similarity=None)),
+        lambda: layerwise_table([("bert@1", "vit@0")], stores),
+        lambda: pair_table("bert@1", "vit@0", stores),
+        lambda: sharedness_table("bert@1", ["vit@0"], ["clip-text@0"], stores),
+    ):
+        with pytest.raises(StoreError, match=r"zarr: made from other features of vit@0 .* correlations stage again"):
+            table()
+    with pytest.raises(StoreError, match=r"vit\.parquet: made from other activations .*run the similarity stage again"):
+        stores.similar("bert@1", "vit@0")
+
+
+def test_averages_are_of_the_correlations_that_the_matrix_is_of(study):
+    stores, _ = study
+    matrix = matrix_table(MEMBERS, stores)
+    matrix.attrs["features"] = matrix.attrs["features"] | {"vit@0": "others"}
+    with pytest.raises(StoreError, match="made from other features of vit@0"):
+        averages_table(matrix, stores)
+
+
+def test_a_missing_table_of_similarities_is_named(study):
+    stores, _ = study
+    (stores.similarity / "bert__vit.parquet").unlink()
+    with pytest.raises(StoreError, match=r"bert__vit\.parquet: no such table; run the similarity stage"):
+        matrix_table(MEMBERS, stores)
+
+
+def test_a_matrix_has_the_columns_that_the_formats_page_lists(study):
+    assert list(matrix_table(MEMBERS, study[0]).columns) == [
+        *("source", "target", "source_modality", "target_modality", "source_kind", "target_kind", "reading"),
+        *("wmppc", "low", "high", "floor", "ceiling", "mppc", "features", "beyond_shuffled", "significant"),
+        *("strength_cv", "strength_rho", "cka", "mutual_knn"),
+    ]
+
+
+def test_three_samples_tell_no_significance(tmp_path, write_features, rng):
+    for member in ("a@0", "b@0"):
+        write_features(tmp_path, member, {0: rng.random((3, 4))})
+    stores = Stores(tmp_path, tmp_path)
+    correlate(stores, ["a@0", "b@0"])
+    members = [GroupedMember(member, "image", "vision") for member in ("a@0", "b@0")]
+    assert matrix_table(members, stores).significant.isna().all()
+    pairs = pair_table("a@0", "b@0", stores)
+    assert pairs.log10_p.isna().all()
+    assert not pairs.significant.any()
+
+
+def test_a_member_without_an_active_feature_is_named_by_every_table(study, write_features):
+    stores, _ = study
+    write_features(stores.features, "silent@0", {n: np.zeros((60, 5)) for n in (1, 3)})
+    silent = GroupedMember("silent@0", "text", "language")
+    attempts = [
+        lambda: matrix_table([*MEMBERS, silent], stores),
+        lambda: matrix_table([MEMBERS[0]._replace(ceiling="silent@0"), MEMBERS[1]], stores),
+        lambda: layerwise_table([("vit@0", "silent@0")], stores),
+        lambda: pair_table("silent@0", "vit@0", stores),
+        lambda: sharedness_table("vit@0", ["clip-text@0"], ["silent@0"], stores),
+        lambda: sharedness_table("silent@0", ["clip-text@0"], ["vit@0"], stores),
+    ]
+    for table in attempts:
+        with pytest.raises(StoreError, match=r"silent@0\.zarr: no sample activates any of its features"):
+            table()
+
+
+def test_averages_are_the_means_of_the_cells_of_two_modalities(study):
+    stores, _ = study
+    matrix = matrix_table(MEMBERS, stores)
+    table = averages_table(matrix, stores)
+    assert list(table.columns) == [
+        *("reading", "source_modality", "target_modality", "cells", "wmppc", "low", "high", "floor")
+    ]
+    directions = [("image", "text"), ("text", "image"), ("text", "text")]
+    keys = [(reading, *direction) for reading in READINGS for direction in directions]
+    assert list(table[["reading", "source_modality", "target_modality"]].itertuples(index=False, name=None)) == keys
+    assert table.cells.tolist() == [2, 2, 2] * 3
+    modality = {member: of for member, of, *_ in MEMBERS}
+    for row in table.itertuples():
+        cells = [
+            cell
+            for (source, target, reading), cell in cells_of(matrix)
+            if (reading, modality[source], modality[target]) == (row.reading, row.source_modality, row.target_modality)
+        ]
+        assert row.wmppc == pytest.approx(np.mean([cell.wmppc for cell in cells]))
+        assert row.floor == pytest.approx(np.mean([cell.floor for cell in cells]))
+        n = READINGS.index(row.reading)
+        influence = np.mean([stored(stores, cell.source, cell.target, "influence")[n] for cell in cells], axis=0)
+        assert (row.low, row.high) == pytest.approx(metrics.bootstrap_interval(row.wmppc, influence), abs=1e-5)
+
+
+def test_averages_leave_out_two_seeds_of_one_encoder(study):
+    stores = study[0]._replace(similarity=None)  # whose tables are of the activations of one of the two
+    seeds = [GroupedMember("vit@0", "image", "vision"), GroupedMember("vit@7", "image", "vision")]
+    three = averages_table(matrix_table([*seeds, MEMBERS[1]], stores), stores)
+    assert set(three.source_modality + three.target_modality) == {"imagetext", "textimage"}
+    two = averages_table(matrix_table(seeds, stores), stores)
+    assert len(two) == 0
+    assert list(two.columns) == list(three.columns)
+
+
+def test_layerwise_table_has_both_directions_of_every_pair_of_layers(study):
+    stores, features = study
+    table = layerwise_table([("vit@0", "clip-text@0"), ("bert@1", "vit@0")], stores)
+    assert len(table) == 2 * 2 * 4
+    for row in table.itertuples():
+        x, y = features[row.source][row.source_layer], features[row.target][row.target_layer]
+        assert row.wmppc == pytest.approx(weighted(rho(x, y), x.sum(0)), abs=1e-5)
+        assert row.mppc == pytest.approx(rho(x, y).mean(), abs=1e-5)
+        floor = stored(stores, row.source, row.target, "floor")[[1, 3].index(row.target_layer)]
+        floor = floor.reshape(2, FLOOR_FEATURES)[[1, 3].index(row.source_layer)]
+        assert row.floor == pytest.approx(weighted(floor, x.sum(0)[:FLOOR_FEATURES]), abs=1e-6)
+        first, second = sorted(as_member(member).encoder for member in (row.source, row.target))
+        layers = (row.source_layer, row.target_layer)
+        forward = row.source.startswith(first)
+        step = [(1, 1), (1, 3), (3, 1), (3, 3)].index(layers if forward else layers[::-1])
+        assert row.cka == pytest.approx(SIMILARITIES[f"{first}__{second}"] + step / 100)
+        assert row.mutual_knn == pytest.approx(SIMILARITIES[f"{first}__{second}"] + step / 1000)
+    found = set(table[["source", "target"]].itertuples(index=False, name=None))
+    assert found == {("vit@0", "clip-text@0"), ("clip-text@0", "vit@0"), ("bert@1", "vit@0"), ("vit@0", "bert@1")}
+
+
+def test_two_seeds_of_one_encoder_have_layers_without_similarity(study):
+    table = layerwise_table([("vit@0", "vit@7")], study[0])
+    assert table[["cka", "mutual_knn"]].isna().all(axis=None)
+    assert table.wmppc.notna().all()
+
+
+def test_a_pairs_table_has_every_feature_with_its_best_match_in_both_directions(study):
+    stores, features = study
+    table = pair_table("clip-text@0", "vit@0", stores)
+    assert list(table.columns) == [
+        *("source", "target", "layer", "feature", "strength", "density", "rho"),
+        *("match_layer", "match_feature", "beyond_shuffled", "log10_p", "significant"),
+    ]
+    assert table.source.tolist() == ["clip-text@0"] * 16 + ["vit@0"] * 12
+    for source, rows in table.groupby("source"):
+        (target,) = set(rows.target)
+        a, b = features[source], features[target]
+        place = [(layer, feature) for layer, x in a.items() for feature in range(x.shape[1])]
+        assert list(zip(rows.layer, rows.feature, strict=True)) == place
+        x, y = (np.concatenate(list(of.values()), axis=1) for of in (a, b))
+        varying = x.any(0)
+        np.testing.assert_allclose(rows.strength, x.sum(0), rtol=1e-6)
+        np.testing.assert_allclose(rows.density, (x > 0).mean(0))
+        np.testing.assert_allclose(rows.rho, rho(x, y), atol=1e-5)
+        for row in rows.itertuples():
+            if (a[row.layer][:, row.feature] > 0).any():
+                match = b[row.match_layer][:, row.match_feature]
+                r = np.corrcoef(a[row.layer][:, row.feature], match)[0, 1]
+                assert row.rho == pytest.approx(r, abs=1e-5)
+            else:
+                assert (row.match_layer, row.match_feature, row.rho) == (-1, -1, 0)
+        p = 1 - norm.cdf(np.arctanh(rho(x, y)[varying]) * np.sqrt(60 - 3)) ** y.any(0).sum()
+        np.testing.assert_allclose(10 ** rows.log10_p[varying], p, rtol=1e-4, atol=1e-9)
+        assert rows.log10_p[~varying].isna().all()
+        assert rows.significant[varying].tolist() == (false_discovery_control(p) <= 0.05).tolist()
+        assert not rows.significant[~varying].any()
+        assert 0 < rows.significant.sum() < varying.sum()
+
+
+def test_a_direction_of_a_pairs_table_is_read_by_its_source(study, tmp_path):
+    table = pair_table("clip-text@0", "vit@0", study[0])
+    write_table(table, tmp_path / "clip-text@0__vit@0.csv")
+    for source, target in (("vit@0", "clip-text@0"), ("clip-text@0", "vit@0")):
+        expected = table[table.source == source][["source", "target", "strength", "rho"]].reset_index(drop=True)
+        found = read_direction(tmp_path, source, target)
+        pd.testing.assert_frame_equal(found, expected, check_dtype=False, check_categorical=False)
+
+
+def test_sharedness_table_ranks_last_layer_features(study):
+    stores, features = study
+    table = sharedness_table("clip-text@0", ["bert@1"], ["vit@0"], stores)
+    x = features["clip-text@0"][3]
+    g, h, S = rho(x, features["bert@1"][3]), rho(x, features["vit@0"][3]), x.sum(0)
+    delta = S * (g**2 - h**2)
+    order = np.argsort(-delta, kind="stable")
+    assert table["rank"].tolist() == list(range(1, 9))
+    assert table.feature.tolist() == order.tolist()
+    assert table.top.tolist() == [True] + [False] * 7
+    assert (table.source == "clip-text@0").all()
+    assert (table.layer == 3).all()
+    assert (table.shared_with == "bert@1").all()
+    assert (table.not_shared_with == "vit@0").all()
+    expected = {"delta": delta, "strength": S, "density": (x > 0).mean(0), "rho_g": g, "rho_h": h}
+    expected |= {"rho[bert@1]": g, "rho[vit@0]": h}
+    for column, values in expected.items():
+        np.testing.assert_allclose(table[column], values[order], rtol=1e-4, atol=1e-4, err_msg=column)
+
+
+def test_sharedness_table_takes_the_least_over_g_and_the_largest_over_h(study):
+    stores, features = study
+    x = features["vit@0"][3]
+    r = {member: rho(x, features[member][3]) for member in ("bert@1", "clip-text@0")}
+    both = sharedness_table("vit@0", ["bert@1", "clip-text@0"], ["bert@1"], stores).set_index("feature").sort_index()
+    np.testing.assert_allclose(both.rho_g, np.minimum(*r.values()), atol=1e-5)
+    both = sharedness_table("vit@0", ["bert@1"], ["bert@1", "clip-text@0"], stores).set_index("feature").sort_index()
+    np.testing.assert_allclose(both.rho_h, np.maximum(*r.values()), atol=1e-5)
+
+
+def test_features_that_tie_keep_their_order_and_one_in_a_hundred_is_top(tmp_path, write_features, rng):
+    x = np.zeros((10, 250))  # so many that an unstable sort would mix them
+    x[0, 17] = 5
+    for member, features in (("a@0", x), ("b@0", x), ("c@0", rng.random((10, 3)))):
+        write_features(tmp_path, member, {0: features})
+    for other in ("b@0", "c@0"):
+        correlate_stores(tmp_path / "a@0.zarr", tmp_path / f"{other}.zarr", tmp_path / f"a@0__{other}.zarr")
+    table = sharedness_table("a@0", ["b@0"], ["c@0"], Stores(tmp_path, tmp_path))
+    assert table.feature.tolist() == [17, *range(17), *range(18, 250)]
+    assert table["rank"][table.top].tolist() == [1, 2]
+
+
+def some_ranking(source, order, top):
+    return pd.DataFrame({"source": source, "feature": order, "top": np.arange(len(order)) < top})
+
+
+def test_overlaps_are_those_of_every_two_rankings_of_one_source(rng):
+    orders = [rng.permutation(40) for _ in range(3)]
+    rankings = {name: some_ranking("vit@0", order, 9) for name, order in zip("cab", orders, strict=True)}
+    rankings["other"] = some_ranking("bert@0", orders[0], 9)
+    table = overlap_table(rankings)
+    assert list(table.columns) == ["source", "first", "second", "top", "overlap", "expected", "log10_p"]
+    assert list(zip(table["first"], table.second, strict=True)) == [("a", "b"), ("a", "c"), ("b", "c")]
+    for row in table.itertuples():
+        a, b = (set(rankings[name].feature[:9]) for name in (row.first, row.second))
+        assert (row.source, row.top, row.overlap) == ("vit@0", 9, len(a & b))
+        assert row.expected == pytest.approx(9 * 9 / 40)
+        # The chance that 9 of 40 hold so many or more of 9 others.
+        p = sum(comb(9, n) * comb(31, 9 - n) for n in range(len(a & b), 10)) / comb(40, 9)
+        assert row.log10_p == pytest.approx(np.log10(p))
+
+
+def test_the_same_ranking_twice_overlaps_wholly_by_a_chance_that_does_not_underflow():
+    F, top = 8192, 81
+    order = np.arange(F)
+    (row,) = overlap_table({n: some_ranking("a@0", order, top) for n in "xy"}).itertuples()
+    assert row.overlap == top
+    assert row.log10_p == pytest.approx(-np.log10(float(comb(F, top))), rel=1e-6)
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+
+
+def test_commands_write_the_tables_and_figures_of_a_matrix(study, tmp_path):
+    stores, _ = study
+    places = ["--features", stores.features, "--correlations", stores.correlations]
+    out = tmp_path / "study"
+    matrix, averages = out / "all.csv", out / "all.averages.csv"
+    run(
+        "metrics",
+        "matrix",
+        "--members",
+        json.dumps(MEMBERS),
+        *places,
+        "--similarity",
+        stores.similarity,
+        "--out",
+        matrix,
+    )
+    expected = matrix_table(MEMBERS, stores)
+    pd.testing.assert_frame_equal(pd.read_parquet(matrix.with_suffix(".parquet")), expected)
+    tables = ["--table", matrix.with_suffix(".parquet")]
+    run("metrics", "averages", *tables, "--correlations", stores.correlations, "--out", averages)
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(averages.with_suffix(".parquet")), averages_table(expected, stores), check_dtype=False
+    )
+    run("metrics", "formats", *tables, "--averages", averages.with_suffix(".parquet"), "--out", out / "all")
+    assert {path.name for path in (out / "all").iterdir()} == {
+        f"{stem}.{suffix}" for stem in (*READINGS, "averages") for suffix in ("csv", "md", "tex")
+    }
+    for a, b in (("bert@1", "clip-text@0"), ("bert@1", "vit@0"), ("clip-text@0", "vit@0")):
+        run("metrics", "pair", a, b, *places, "--out", out / f"pairs/{a}__{b}.csv")
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(out / "pairs/bert@1__vit@0.parquet"), pair_table("bert@1", "vit@0", stores)
+    )
+    run("figures", "averages", "--table", averages, "--out", out / "averages.png")
+    for part in ("matrix", "intervals", "similarity"):
+        run("figures", part, "--table", matrix, "--out", out / f"{part}.png")
+    run("figures", "strength", "--table", matrix, "--pairs", out / "pairs", "--out", out / "strength.png")
+    for part in ("averages", "matrix", "intervals", "similarity", "strength"):
+        assert (out / f"{part}.png").stat().st_size > (out / f"{part}.pdf").stat().st_size / 100 > 0
+
+
+def test_commands_compare_a_matrix_with_the_papers(study, tmp_path):
+    table = matrix_table(MEMBERS, study[0])
+    for member, name in (("vit@0", "vit-base@0"), ("clip-text@0", "clip-text-base@0"), ("bert@1", "bert-base@1")):
+        table = table.replace(member, name)
+    write_table(table, tmp_path / "all.csv")
+    cells, agreement = tmp_path / "all.paper.csv", tmp_path / "all.paper-agreement.csv"
+    study_of = ["--table", tmp_path / "all.parquet", "--dataset", "coco", "--size", "base"]
+    run("metrics", "paper", *study_of, "--out", cells, "--agreement", agreement)
+    expected = paper.compare(table, "coco", "base")
+    pd.testing.assert_frame_equal(pd.read_parquet(cells.with_suffix(".parquet")), expected)
+    assert set(expected.source) == set(expected.target) == {"vit", "clip-text", "bert"}
+    assert set(expected.reading) == {"layer_mean", "last"}
+    pd.testing.assert_frame_equal(pd.read_parquet(agreement.with_suffix(".parquet")), paper.agreement(expected))
+    run("figures", "paper", "--table", cells, "--out", tmp_path / "all.paper.png")
+    assert (tmp_path / "all.paper.png").stat().st_size > 0
+    assert (tmp_path / "all.paper.pdf").stat().st_size > 0
+
+
+def test_commands_tell_the_overlap_of_rankings_that_lie_in_files(study, tmp_path):
+    stores, _ = study
+    rankings = {"text": (["bert@1"], ["vit@7"]), "image": (["vit@7"], ["bert@1"])}
+    for name, groups in rankings.items():
+        write_table(sharedness_table("vit@0", *groups, stores), tmp_path / f"{name}.csv")
+    run("metrics", "overlaps", *(tmp_path / f"{name}.parquet" for name in rankings), "--out", tmp_path / "overlaps.csv")
+    found = pd.read_parquet(tmp_path / "overlaps.parquet")
+    tables = {name: sharedness_table("vit@0", *groups, stores) for name, groups in rankings.items()}
+    pd.testing.assert_frame_equal(found, overlap_table(tables), check_dtype=False)
+    assert found[["first", "second"]].to_numpy().tolist() == [["image", "text"]]
+
+
+def test_a_matrix_of_two_seeds_of_one_encoder_has_all_files_but_those_of_several_encoders(study, tmp_path):
+    stores, _ = study
+    seeds = [GroupedMember("vit@0", "image", "vision", "vit@7"), GroupedMember("vit@7", "image", "vision", "vit@0")]
+    matrix = matrix_table(seeds, stores)
+    np.testing.assert_allclose(matrix.ceiling, matrix.wmppc)
+    write_table(matrix, tmp_path / "all.csv")
+    averages = ["--table", tmp_path / "all.parquet", "--correlations", stores.correlations]
+    run("metrics", "averages", *averages, "--out", tmp_path / "all.averages.csv")
+    empty = ["--averages", tmp_path / "all.averages.parquet", "--out", tmp_path / "all"]
+    run("metrics", "formats", "--table", tmp_path / "all.parquet", *empty)
+    run("figures", "intervals", "--table", tmp_path / "all.csv", "--out", tmp_path / "intervals.png")
+
+
+@pytest.fixture
+def saes(tmp_path, study):
+    shutil.copytree(tmp_path / "stores" / "made" / "vit@0", tmp_path / "saes" / "vit")
+    return tmp_path / "saes"
+
+
+def test_sae_table(study, saes):
+    stores, features = study
+    table = sae_table(["vit@0"], saes, stores)
+    assert table.layer.tolist() == [1, 3]
+    first, last = table.to_dict("records")
+    silent = int((features["vit@0"][3] > 0).any(0).sum())
+    assert last == {
+        "encoder": "vit",
+        "seed": 0,
+        "layer": 3,
+        "latents": 6,
+        "steps": 30,
+        "fvu_all": pytest.approx(0.3),
+        "l0_all": 4.5,
+        "dead_all": 0.25,
+        "fvu_global": pytest.approx(0.6),
+        "l0_global": 3.5,
+        "dead_global": 0.75,
+        "silent_features": 6 - silent,
+    }
+    assert last["silent_features"] >= 1
+    assert first["steps"] == 10
+
+
+def test_an_sae_that_the_features_are_not_of_is_refused(study, saes):
+    folder = saes / "vit" / "layer-03" / "seed-0"
+    seal(folder, {"spec": {"trained": "again"}})
+    with pytest.raises(StoreError, match=r"layer-03/seed-0: not the SAE that the features of vit@0 are of"):
+        sae_table(["vit@0"], saes, study[0])
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_missing_or_damaged_metrics_of_an_sae_are_named(study, saes, content):
+    path = saes / "vit" / "layer-03" / "seed-0" / "metrics.json"
+    path.unlink()
+    if content:
+        path.write_text(content)
+    with pytest.raises(StoreError, match=r"layer-03/seed-0: metrics\.json .* run the sae stage again"):
+        sae_table(["vit@0"], saes, study[0])
+
+
+def test_a_missing_pair_is_named(study):
+    stores, _ = study
+    with pytest.raises(StoreError, match=r"absent@0__vit@0\.zarr: no correlations store"):
+        stores.pair("vit@0", "absent@0")
+
+
+def test_csv_and_parquet_hold_the_same_table(study, tmp_path):
+    tables = {
+        "matrix": matrix_table(MEMBERS, study[0]),
+        "layerwise": layerwise_table([("vit@0", "bert@1")], study[0]),
+        "sharedness": sharedness_table("vit@0", ["bert@1"], ["clip-text@0"], study[0]),
+        "pair": pair_table("vit@0", "bert@1", study[0]),
+    }
+    tables["matrix"].loc[2, "wmppc"] = np.nan
+    for name, table in tables.items():
+        write_table(table, tmp_path / "out" / f"{name}.csv")
+        from_csv, from_parquet = (
+            pd.read_csv(tmp_path / "out" / f"{name}.csv"),
+            pd.read_parquet(tmp_path / "out" / f"{name}.parquet"),
+        )
+        pd.testing.assert_frame_equal(from_parquet, table)
+        pd.testing.assert_frame_equal(from_csv, table, rtol=1e-5, atol=1e-9, check_dtype=False)
+        assert list(from_csv.columns) == list(table.columns)
+    assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".csv"] * 4 + [".parquet"] * 4
+
+
+def test_writing_again_gives_the_same_bytes(study, tmp_path):
+    table = matrix_table(MEMBERS, study[0])
+    written = []
+    for name in ("one", "two"):
+        write_table(table, tmp_path / name / "matrix.csv")
+        written.append([(tmp_path / name / f"matrix.{kind}").read_bytes() for kind in ("csv", "parquet")])
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize(("text", "encoder", "seed"), [("vit@0", "vit", 0), ("clip-vit.l-14@12", "clip-vit.l-14", 12)])
+def test_members_are_read_from_their_names(text, encoder, seed):
+    assert as_member(text) == (encoder, seed)
+    assert str(as_member(text)) == text
+
+
+@pytest.fixture
+def written(study, saes, tmp_path):
+    """Every table that a command reads, as CSV, and the commands that do."""
+    stores, folder = study[0], tmp_path / "tables"
+    matrix, groups = matrix_table(MEMBERS, stores), (["bert@1"], ["clip-text@0"])
+    names = {"vit@0": "vit-base@0", "clip-text@0": "clip-text-base@0", "bert@1": "bert-base@1"}
+    made = {
+        "matrix": matrix,
+        "averages": averages_table(matrix, stores),
+        "layerwise": layerwise_table([("vit@0", "bert@1")], stores),
+        "ranking": sharedness_table("vit@0", *groups, stores),
+        "saes": sae_table(["vit@0"], saes, stores),
+        "paper": paper.compare(matrix.replace(names), "coco", "base"),
+    }
+    for name, table in made.items():
+        write_table(table, folder / f"{name}.csv")
+    return made, folder
+
+
+COMMANDS = [
+    "figures matrix --table matrix",
+    "figures intervals --table matrix",
+    "figures similarity --table matrix",
+    "figures strength --table matrix --pairs .",
+    "metrics formats --table matrix --averages averages",
+    "metrics formats --averages averages --table matrix",
+    "metrics averages --table matrix --correlations .",
+    "metrics paper --table matrix --dataset coco --size base --agreement agreement.csv",
+    "figures averages --table averages",
+    'figures layerwise --table layerwise --pairs [["vit@0","bert@1"]]',
+    "figures scatter --table ranking",
+    "metrics overlaps ranking",
+    "figures saes --table saes --saes .",
+    "figures paper --table paper",
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_table_that_is_none_of_its_kind_is_one_line_whoever_reads_it(command, written, monkeypatch):
+    made, folder = written
+    monkeypatch.chdir(folder)
+    _, _, *given = command.split()
+    words = [*command.split()[:2], *(f"{word}.csv" if word in made else word for word in given)]
+    name = next(word for word in given if word in made)
+    table, number = made[name], {"layerwise": "wmppc", "ranking": "delta", "saes": "fvu_all", "paper": "ours"}
+    column = number.get(name, "wmppc")
+    faults = {
+        "no rows": table[:0] if name != "averages" else table.rename(columns={"low": "lower"}),
+        "renamed": table.rename(columns={column: "value"}),
+        "twice": pd.concat([table, table]),
+        "words": table.assign(**{column: "much"}),
+        "not named": table.assign(**{table.columns[2]: np.nan}),
+    }
+    out = {"figures": "out.png", "metrics": "out.csv"}[words[0]] if words[1] != "formats" else "out"
+    for fault, broken in faults.items():
+        broken.to_csv(f"{name}.csv", index=False)
+        error = CliRunner().invoke(app, [*words, "--out", out]).exception
+        assert isinstance(error, StoreError), (fault, error)
+        assert re.fullmatch(rf"{name}\.csv: .*; name another, or .* run the metrics stage( again)?", str(error)), fault
+        assert not Path(out).exists()
+
+
+def test_tables_of_two_studies_are_not_read_together(written, study, monkeypatch):
+    """A CSV file does not say what it was made from: what is in it shows."""
+    made, folder = written
+    monkeypatch.chdir(folder)
+    ranking = made["ranking"].copy()
+    ranking.loc[2, "strength"] *= 1.001
+    ranking.to_csv("other.csv", index=False)
+    made["averages"].assign(wmppc=made["averages"].wmppc * 1.001).to_csv("averages.csv", index=False)
+    names = made["ranking"][["layer", "feature"]].assign(name="cat", candidate="cat", score=1, auc=1, source="captions")
+    names.to_csv("names.csv", index=False)
+
+    def said(command):
+        words = [*command.split(), "--out", "out" if "formats" in command else "out.csv"]
+        error = CliRunner().invoke(app, words).exception
+        assert isinstance(error, StoreError), error
+        return str(error)
+
+    assert re.match(
+        r"other\.csv: ranks other features .* than ranking\.csv;", said("metrics overlaps ranking.csv other.csv")
+    )
+    formats = "metrics formats --table matrix.csv --averages averages.csv"
+    assert said(formats).startswith("averages.csv: no averages of this matrix; ")
+    correlations = f"--correlations {study[0].correlations}"
+    assert said(f"metrics averages --table matrix.csv {correlations}").startswith("matrix.csv: does not say which")
+    store = study[0].features / "vit@0.zarr"
+    with pytest.raises(StoreError, match=r"^other\.csv: ranks other features of vit@0 than those of .*vit@0\.zarr;"):
+        check_ranking(Path("other.csv"), read_table(Path("other.csv"), "ranking"), store, study[0].statistics("vit@0"))
+    check_ranking(Path("a.csv"), read_table(Path("ranking.csv"), "ranking"), store, study[0].statistics("vit@0"))
+    with pytest.raises(StoreError, match=r"^names\.csv: does not say which features"):
+        check_made_from(Path("names.csv"), read_table(Path("names.csv"), "names"), store, "names")
+
+
+def test_texts_of_a_csv_table_are_as_they_are_written(tmp_path):
+    rows = {"encoder": ["NA", "007"], "seed": [0, 1], "layer": [0, 0], "latents": 4, "steps": 2}
+    numbers = {f"{name}_{tokens}": [0.5, np.nan] for name in ("fvu", "l0", "dead") for tokens in ("all", "global")}
+    write_table(pd.DataFrame(rows | numbers), tmp_path / "saes.csv")
+    read = [read_table(tmp_path / f"saes.{suffix}", "saes") for suffix in ("csv", "parquet")]
+    assert read[0].encoder.tolist() == ["NA", "007"]
+    pd.testing.assert_frame_equal(*read, check_dtype=False)

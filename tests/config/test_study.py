@@ -1,0 +1,945 @@
+"""What a study may say, what its errors tell, and what its jobs are keyed by."""
+
+import json
+import random
+import re
+from itertools import combinations
+from pathlib import Path
+
+import open_clip
+import pytest
+import yaml
+from pydantic import TypeAdapter
+
+from conceptshare.analysis.tables import GroupedMember
+from conceptshare.config.catalog import EncoderSpec, local_path, read_catalog
+from conceptshare.config.study import Member, PagesKey, build_study, load_study, pair_name, paper_encoders
+from conceptshare.io.errors import StudyError
+
+ROOT = Path(__file__).parents[2]
+
+DATASETS = {"coco": {"source": "hub/coco", "id": "key"}, "laion": {"source": "hub/laion"}}
+ENCODERS = {
+    "vit": {"modality": "image", "kind": "vision"},
+    "dinov2": {"modality": "image", "kind": "vision"},
+    "clip-image": {"modality": "image", "kind": "vlm"},
+    "clip-text": {"modality": "text", "kind": "vlm"},
+    "bert": {"modality": "text", "kind": "language"},
+}
+
+
+@pytest.fixture
+def catalog(tmp_path):
+    folder = tmp_path / "workflow" / "catalog"
+    folder.mkdir(parents=True)
+    common = {"library": "transformers", "model": "hub/model", "layers": 12, "width": 768, "global_token": "first"}
+    encoders = {name: {**common, **entry} for name, entry in ENCODERS.items()}
+    (folder / "encoders.yaml").write_text(yaml.safe_dump(encoders))
+    (folder / "datasets.yaml").write_text(yaml.safe_dump(DATASETS))
+    return folder
+
+
+def config(**changes):
+    return {
+        "study": "test",
+        "datasets": {"coco": None},
+        "encoders": {name: {"seeds": [0, 1]} if name == "vit" else None for name in ENCODERS},
+        "saes": {"paper": None},
+    } | changes
+
+
+@pytest.fixture
+def build(catalog):
+    def built(**changes):
+        return build_study(config(**changes), "study.yaml", catalog)
+
+    return built
+
+
+@pytest.fixture
+def fault(build):
+    """The message of the error that a configuration gives."""
+
+    def message(**changes):
+        with pytest.raises(StudyError) as caught:
+            build(**changes)
+        return str(caught.value)
+
+    return message
+
+
+def test_the_default_study_is_sound(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = load_study("config.yaml")
+    assert study.pairs()
+
+
+def test_a_study_is_completed_from_the_catalog(build):
+    study = build(encoders={"vit": {"batch_size": 7}}, saes={"paper": {"k": 16}})
+    assert study.encoders["vit"].width == 768
+    assert study.encoders["vit"].batch_size == 7
+    assert study.datasets["coco"].source == "hub/coco"
+    assert study.saes["paper"].k == 16
+    assert study.saes["paper"].expansion == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "place", "suggestion"),
+    [
+        ({"analysis": {}}, "analysis", "analyses"),
+        ({"datasets": {"coco": {"captoin": "x"}}}, "datasets.coco.captoin", "caption"),
+        ({"encoders": {"vit": {"seed": [1]}}}, "encoders.vit.seed", "seeds"),
+        ({"saes": {"paper": {"expantion": 4}}}, "saes.paper.expantion", "expansion"),
+        ({"analyses": {"matrix": {}}}, "analyses.matrix", "matrices"),
+        ({"analyses": {"matrices": {"m": {"member": []}}}}, "analyses.matrices.m.member", "members"),
+        ({"correlations": {"precison": "float32"}}, "correlations.precison", "precision"),
+        ({"analyses": {"matrices": {"m": {"papers": "large"}}}}, "analyses.matrices.m.papers", "paper"),
+        (
+            {"analyses": {"layerwise": {"l": {"pairs": [["vit", "bert"]], "pair": 1}}}},
+            "analyses.layerwise.l.pair",
+            "pairs",
+        ),
+        (
+            {
+                "analyses": {
+                    "sharedness": {
+                        "s": {"source": "vit", "shared_with": ["bert"], "not_shared_with": ["dinov2"], "picture": 3}
+                    }
+                }
+            },
+            "analyses.sharedness.s.picture",
+            "pictured",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_unknown_key_is_named_by_its_path_with_the_nearest_known_one(fault, changes, place, suggestion):
+    assert fault(**changes) == f"study.yaml: {place}: unknown key; did you mean {suggestion!r}?"
+
+
+def test_a_missing_key_is_named(fault, build, catalog):
+    given = config()
+    del given["saes"]
+    with pytest.raises(StudyError, match=r"^study\.yaml: saes: missing"):
+        build_study(given, "study.yaml", catalog)
+    own = {"mine": {"model": "hub/mine", "library": "transformers", "modality": "text", "kind": "language"}}
+    lines = fault(encoders=own).splitlines()
+    assert {line.split(": ")[1] for line in lines} == {
+        f"encoders.mine.{k}" for k in ("layers", "width", "global_token")
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"encoders": {"vitt": None}}, "encoders.vitt: 'vitt' is not in the catalog of encoders; did you mean 'vit'?"),
+        (
+            {"encoders": {"x": {"base": "brt"}}},
+            "encoders.x.base: 'brt' is not in the catalog of encoders; did you mean",
+        ),
+        ({"datasets": {"coko": None}}, "datasets.coko: 'coko' is not in the catalog of datasets; did you mean 'coco'?"),
+        ({"datasets": {"zzz": None}}, "there are: coco, laion"),
+    ],
+)
+def test_an_unknown_name_suggests_the_nearest_or_lists_those_there_are(fault, changes, words):
+    assert words in fault(**changes)
+
+
+def analyses_naming(text):
+    """Every place of a study that can name a member, with one that names ``text``."""
+    return {
+        "matrices.a.members": {"matrices": {"a": {"members": ["vit", text]}}},
+        "layerwise.a.pairs": {"layerwise": {"a": {"pairs": [["vit", text]]}}},
+        "sharedness.a.source": {
+            "sharedness": {"a": {"source": text, "shared_with": ["vit"], "not_shared_with": ["vit"]}}
+        },
+        "sharedness.a.shared_with": {
+            "sharedness": {"a": {"source": "vit", "shared_with": [text], "not_shared_with": ["bert"]}}
+        },
+        "sharedness.a.not_shared_with": {
+            "sharedness": {"a": {"source": "vit", "shared_with": ["bert"], "not_shared_with": [text]}}
+        },
+    }
+
+
+PAIR = {"layerwise": {"l": {"pairs": [["vit@1", "bert"]]}}}
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (["vit@1", 3, "brt", 5], "'brt': the study has no encoder 'brt'; did you mean 'bert'?"),
+        (["vit@7", 3, "bert", 5], "'vit@7': vit has the seeds [0, 1]; add '7' to encoders.vit.seeds"),
+        (
+            ["vit@1", 12, "bert", 5],
+            "['vit@1', 12, 'bert', 5]: layer 12 of vit@1 is not recorded; its layers are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, "
+            "10, 11",
+        ),
+        (["bert", 5, "vit@1", 12], "['bert', 5, 'vit@1', 12]: layer 12 of vit@1 is not recorded; its layers are 0, 1,"),
+        (
+            ["vit", 3, "bert", 5],
+            "['vit', 3, 'bert', 5]: no analysis compares vit with bert; name a pair that one does, or add an analysis",
+        ),
+        (["bert", 3, "bert", 5], "['bert', 3, 'bert', 5]: no analysis compares bert with bert; name a pair"),
+    ],
+    ids=["encoder", "seed", "layer", "layer of the second", "pair", "itself"],
+)
+def test_a_whole_matrix_that_cannot_be_stored_is_refused(fault, entry, message):
+    found = fault(correlations={"full": [["vit@1", 0, "bert", 0], entry]}, analyses=PAIR)
+    assert found.startswith(f"study.yaml: correlations.full: {message}")
+
+
+def test_a_whole_matrix_of_layers_that_are_not_recorded_is_refused(fault):
+    encoders = {"vit": {"seeds": [0, 1], "use_layers": [3, 7]}, "bert": None}
+    message = fault(correlations={"full": [["vit@1", 4, "bert", 0]]}, encoders=encoders, analyses=PAIR)
+    assert "layer 4 of vit@1 is not recorded; its layers are 3, 7" in message
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"precision": "float16"}, "precision"),
+        ({"memory_mb": 0}, "memory_mb"),
+        ({"full": [["vit", 3]]}, "full.0"),
+        ({"full": [["vit", "x", "bert", 1]]}, "full.0.1"),
+    ],
+)
+def test_correlation_settings_that_cannot_be_are_refused(fault, values, key):
+    assert fault(correlations=values, analyses=PAIR).startswith(f"study.yaml: correlations.{key}")
+
+
+def test_correlations_are_keyed_by_their_precision_and_their_own_whole_matrices_in_sorted_order(build):
+    full = [["vit@1", 3, "bert", 5], ["bert@0", 5, "vit@1", 3], ["bert", 0, "vit@1", 11], ["vit@0", 1, "vit@1", 2]]
+    analyses = {"layerwise": {"l": {"pairs": [["vit@1", "bert"], ["vit@1", "vit@0"], ["vit@0", "bert"]]}}}
+    bert, vit0, vit1 = Member("bert", 0), Member("vit", 0), Member("vit", 1)
+    plain = build(analyses=analyses, correlations={"memory_mb": 77, "precision": "float32"})
+    assert plain.correlations_key(bert, vit1) == build(analyses=analyses).correlations_key(vit1, bert) == "{}"
+    study = build(analyses=analyses, correlations={"full": full})
+    assert study.correlations_key(bert, vit1) == study.correlations_key(vit1, bert) == '{"full": [[0, 11], [5, 3]]}'
+    assert study.correlations_key(vit0, vit1) == '{"full": [[1, 2]]}'
+    assert study.correlations_key(bert, vit0) == "{}"
+    rounded = build(analyses=analyses, correlations={"full": list(reversed(full)), "precision": "bfloat16"})
+    assert rounded.correlations_key(bert, vit1) == '{"full": [[0, 11], [5, 3]], "precision": "bfloat16"}'
+    assert rounded.correlations_key(bert, vit0) == '{"precision": "bfloat16"}'
+
+
+@pytest.mark.parametrize("place", analyses_naming(""))
+def test_an_analysis_that_names_an_absent_encoder_suggests_the_nearest(fault, place):
+    message = fault(analyses=analyses_naming("dinov1")[place])
+    assert f"analyses.{place}: 'dinov1': the study has no encoder 'dinov1'; did you mean 'dinov2'?" in message
+
+
+@pytest.mark.parametrize("place", analyses_naming(""))
+@pytest.mark.parametrize("seed", ["7", "x", "-1"])
+def test_an_analysis_that_names_an_absent_seed_says_which_there_are(fault, place, seed):
+    message = fault(analyses=analyses_naming(f"bert@{seed}")[place])
+    assert f"analyses.{place}: 'bert@{seed}': bert has the seeds [0]" in message
+
+
+@pytest.mark.parametrize(
+    "analyses", [analyses_naming("dinov1")["matrices.a.members"], {"layerwise": {"a": {"pairs": [["vit", "vit"]]}}}]
+)
+def test_an_error_is_a_line_that_names_the_key_and_not_the_whole_study(fault, analyses):
+    message = fault(analyses=analyses)
+    assert message.startswith("study.yaml: analyses.")
+    assert "hub/model" not in message
+    assert len(message) < 300
+
+
+@pytest.mark.parametrize("layers", [[12], [-1], [0, 3, 99]])
+def test_a_layer_the_encoder_lacks_is_refused(fault, layers):
+    message = fault(encoders={"vit": {"use_layers": layers}})
+    assert message.startswith("study.yaml: encoders.vit")
+    assert "it has layers 0 to 11" in message
+
+
+def test_no_layers_at_all_are_refused(fault):
+    assert "use_layers is empty" in fault(encoders={"vit": {"use_layers": []}})
+
+
+def test_layers_can_be_all_the_last_or_a_list(build):
+    encoders = {
+        "vit": None,
+        "bert": {"use_layers": "last"},
+        "dinov2": {"use_layers": [5, 1, 5]},
+    }
+    study = build(encoders=encoders)
+    assert study.encoders["vit"].layer_numbers() == list(range(12))
+    assert study.encoders["bert"].layer_numbers() == [11]
+    assert study.encoders["dinov2"].layer_numbers() == [1, 5]
+
+
+def test_a_seed_named_twice_is_refused(fault):
+    assert "seeds names a seed twice: [0, 1, 0]" in fault(encoders={"vit": {"seeds": [0, 1, 0]}})
+
+
+@pytest.mark.parametrize("seeds", [[], [-1], ["a"], 3])
+def test_seeds_that_cannot_be_are_refused(fault, seeds):
+    assert "encoders.vit.seeds" in fault(encoders={"vit": {"seeds": seeds}})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"k": 0}, {"expansion": 0}, {"learning_rate": 0}, {"epochs": 0}, {"batch_samples": 0}, {"k": "many"}),
+        *({"k": 1.5}, {"k": True}, {"learning_rate": True}, {"expansion": 10**15}, {"epochs": 10**12}),
+        *({"learning_rate": float("inf")}, {"clip_norm": float("inf")}, {"held_out": float("nan")}, {"k": 10**5000}),
+    ],
+)
+def test_sae_settings_that_cannot_be_are_refused(fault, values):
+    (key,) = values
+    assert fault(saes={"paper": values}).startswith(f"study.yaml: saes.paper.{key}: ")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"layers": 10**9}, {"parts": 10**7}, {"width": 10**12}, {"image_size": 10**9}, {"batch_size": 10**12}),
+        *({"layers": True}, {"use_layers": [False]}, {"seeds": [True]}, {"seeds": [2**64]}, {"revision": False}),
+    ],
+)
+def test_encoders_that_cannot_be_are_refused(fault, values):
+    (key,) = values
+    message = fault(encoders={"vit": values})
+    assert message.startswith(f"study.yaml: encoders.vit.{key}")
+    assert len(message) < 400
+
+
+def test_a_number_of_latents_that_int32_does_not_hold_is_refused(fault):
+    assert "saes.paper.expansion: 9000 gives vit" in fault(
+        saes={"paper": {"expansion": 9000}}, encoders={"vit": {"width": 300_000}}
+    )
+
+
+def test_a_long_wrong_value_is_shown_in_part(fault):
+    assert len(fault(encoders={"vit": {"layers": "x" * 10**6}})) < 400
+
+
+@pytest.mark.parametrize("name", ["weights", "studies", "logs", "Logs", "pages", "README.md"])
+def test_a_data_set_has_a_folder_of_its_own(fault, name):
+    assert f"datasets.{name}: results/ has something else of that name" in fault(datasets={name: {"source": "hub/x"}})
+
+
+def test_names_that_are_too_long_together_are_refused(build, fault):
+    """Slurm's logs lie in a folder whose name joins all names of a job."""
+    matrices = {"matrices": {"all": None}}
+    encoders = {letter * 70: {"base": "vit"} for letter in "ab"}
+    build(encoders=encoders, analyses=matrices)
+    message = fault(
+        encoders=encoders, analyses=matrices, datasets={"d" * 80: {"source": "hub/x"}}, saes={"s" * 50: None}
+    )
+    assert "letters together" in message
+    assert "shorten one" in message
+    assert "letters together" in fault(
+        datasets={"d" * 80: {"source": "hub/x"}},
+        saes={"s" * 80: None},
+        analyses={"matrices": {"m" * 80: None}},
+        study="t" * 80,
+    )
+
+
+def test_a_learning_rate_that_yaml_reads_as_text_is_a_number_all_the_same(build):
+    assert yaml.safe_load("5e-5") == "5e-5"
+    assert build(saes={"paper": {"learning_rate": "5e-5"}}).saes["paper"].learning_rate == 5e-5
+
+
+def test_base_derives_a_variant_and_overrides_it(build):
+    study = build(encoders={"vit": None, "vit-mean": {"base": "vit", "global_token": "mean"}})
+    assert study.encoders["vit"].global_token == "first"
+    variant = study.encoders["vit-mean"]
+    assert (variant.global_token, variant.model, variant.width) == ("mean", "hub/model", 768)
+    assert variant.activations_key() != study.encoders["vit"].activations_key()
+
+
+def test_an_encoder_can_be_described_in_full(build):
+    entry = {
+        "library": "transformers",
+        "model": "hub/mine",
+        "modality": "text",
+        "kind": "language",
+        "layers": 2,
+        "width": 8,
+        "global_token": "mean",
+    }
+    assert build(encoders={"mine": entry}).encoders["mine"].layers == 2
+
+
+@pytest.mark.parametrize(
+    ("modality", "kind", "sound"),
+    [("image", "language", False), ("text", "vision", False), ("image", "vlm", True), ("text", "vlm", True)],
+)
+def test_what_an_encoder_reads_must_suit_what_it_was_trained_on(build, modality, kind, sound):
+    entry = {"base": "vit", "modality": modality, "kind": kind}
+    if sound:
+        build(encoders={"mine": entry})
+    else:
+        with pytest.raises(StudyError, match=rf"a {kind} encoder does not read {modality}s"):
+            build(encoders={"mine": entry})
+
+
+def test_a_study_is_told_apart_by_all_that_results_depend_on_and_nothing_else(build):
+    encoders = {"vit": None, "bert": {"seeds": [0, 1]}}
+    key = build(encoders=encoders).study_key()
+    assert json.loads(key)["encoders"]["bert"]["seeds"] == [0, 1]
+    assert json.loads(key)["saes"] != {}
+    assert build(encoders=dict(reversed(encoders.items()))).study_key() == key
+    assert build(encoders=encoders | {"vit": {"note": "a note", "trained_on": "x", "tokens": 3}}).study_key() == key
+    for changed in ({"batch_size": 7}, {"seeds": [2]}):
+        assert build(encoders=encoders | {"vit": changed}).study_key() != key
+
+
+def test_a_layerwise_pair_with_itself_is_refused(fault, build):
+    message = fault(analyses={"layerwise": {"a": {"pairs": [["vit", "vit@0"]]}}})
+    assert "analyses.layerwise.a: vit is paired with itself" in message
+    build(analyses={"layerwise": {"a": {"pairs": [["vit@0", "vit@1"]]}}})
+
+
+@pytest.mark.parametrize("group", ["shared_with", "not_shared_with"])
+def test_a_sharedness_source_in_its_own_group_is_refused(fault, build, group):
+    analysis = {"source": "vit", "shared_with": ["bert"], "not_shared_with": ["dinov2"]}
+    assert "analyses.sharedness.a: the source vit is also in a group" in fault(
+        analyses={"sharedness": {"a": analysis | {group: ["clip-text", "vit@0"]}}}
+    )
+    build(analyses={"sharedness": {"a": analysis | {group: ["clip-text", "vit@1"]}}})
+
+
+@pytest.mark.parametrize("name", ["vit", "vit@0"])
+def test_a_sharedness_member_in_both_groups_is_refused_by_its_name(fault, name):
+    """Its rho would count for and against each feature."""
+    analysis = {"source": "bert", "shared_with": ["clip-text", "vit@0"], "not_shared_with": ["dinov2", name]}
+    message = fault(analyses={"sharedness": {"a": analysis}})
+    assert message.startswith("study.yaml: analyses.sharedness.a: vit@0 is in both groups")
+
+
+def test_two_seeds_of_one_encoder_can_be_in_the_two_groups(build):
+    analysis = {"source": "bert", "shared_with": ["vit@1"], "not_shared_with": ["vit@0"]}
+    assert build(analyses={"sharedness": {"a": analysis}}).pairs()
+
+
+@pytest.mark.parametrize(("k", "sound"), [(1536, True), (1537, False)])
+def test_more_latents_kept_than_there_are_is_an_error_that_names_the_sae_setting_and_the_encoder(
+    build, fault, k, sound
+):
+    changes = {
+        "encoders": {"vit": None, "narrow": {"base": "vit", "width": 192}},
+        "saes": {"paper": None, "wide": {"k": k}},
+    }
+    if sound:
+        build(**changes)
+    else:
+        message = fault(**changes)
+        assert message.startswith("study.yaml: saes.wide.k: ")
+        assert "1537 is more than the 1536 latents" in message
+        assert "narrow" in message
+
+
+@pytest.mark.parametrize("place", analyses_naming(""))
+def test_an_empty_seed_is_refused_and_not_taken_for_the_first(fault, place):
+    message = fault(analyses=analyses_naming("bert@")[place])
+    assert f"analyses.{place}: 'bert@': no seed after '@'; write bert, or bert@0" in message
+
+
+PRESET = {
+    "encoders": {"clip-text": {"global_token": "eot"}, "vit": {"seeds": [0, 1]}, "bert": None},
+    "analyses": {
+        "matrices": {"all": None, "few": {"members": ["vit@1", "clip-text"]}},
+        "layerwise": {"l": {"pairs": [["vit", "vit@1"]]}},
+        "sharedness": {"s": {"source": "vit", "shared_with": ["clip-text@0"], "not_shared_with": ["bert"]}},
+    },
+}
+
+
+def test_the_reference_preset_reads_position_0_of_every_encoder_under_a_name_of_its_own(build):
+    own, reference = build(**PRESET), build(preset="reference", **PRESET)
+    assert build(preset="own", **PRESET) == own
+    assert list(own.encoders) == ["clip-text", "vit", "bert"]
+    assert list(reference.encoders) == ["clip-text.reference", "vit.reference", "bert.reference"]
+    assert {spec.global_token for spec in reference.encoders.values()} == {"reference"}
+    assert [spec.global_token for spec in own.encoders.values()] == ["eot", "first", "first"]
+    for name, spec in own.encoders.items():
+        changed = reference.encoders[f"{name}.reference"]
+        assert changed.model == spec.model
+        assert changed.activations_key() != spec.activations_key()
+
+
+def test_analyses_name_encoders_alike_under_either_preset(build):
+    def renamed(members):
+        return [Member(f"{encoder}.reference", seed) for encoder, seed in members]
+
+    own, reference = build(**PRESET), build(preset="reference", **PRESET)
+    assert reference.members() == renamed(own.members())
+    assert reference.pairs() == [tuple(renamed(pair)) for pair in own.pairs()]
+    for name in PRESET["analyses"]["matrices"]:
+        assert reference.matrix_members(name) == renamed(own.matrix_members(name))
+    assert json.loads(reference.sharedness_key("s"))["source"] == "vit.reference@0"
+
+
+def test_an_analysis_can_name_an_encoder_as_paths_and_tables_do(build):
+    suffixed = {"layerwise": {"l": {"pairs": [["vit.reference@1", "bert.reference"]]}}}
+    plain = {"layerwise": {"l": {"pairs": [["vit@1", "bert"]]}}}
+    given = {"preset": "reference", "encoders": PRESET["encoders"]}
+    assert build(analyses=suffixed, **given).pairs() == build(analyses=plain, **given).pairs()
+
+
+def test_under_the_reference_preset_the_configs_own_names_come_first(build):
+    encoders = {"vit": None, "vit.reference": {"base": "vit", "image_size": 98}}
+    study = build(preset="reference", encoders=encoders)
+    assert study.encoders[study.member("vit.reference").encoder].image_size == 98
+    assert study.encoders[study.member("vit").encoder].image_size is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"encoders": {"vit": {"width": 0}}}, "encoders.vit.width: "),
+        ({"encoders": {"vit": {"model": "/absent"}}}, "encoders.vit.model: /absent does not exist"),
+        ({"saes": {"wide": {"k": 9999}}}, "latents that vit has"),
+        (
+            {"analyses": {"matrices": {"m": {"members": ["vit", "bart"]}}}},
+            "'bart': the study has no encoder 'bart'; did you mean 'bert'?",
+        ),
+        ({"analyses": {"matrices": {"m": {"members": ["vit", "bert@7"]}}}}, "add '7' to encoders.bert.seeds"),
+        ({"analyses": {"matrices": {"m": {"members": ["vit", "bert.reference@7"]}}}}, "add '7' to encoders.bert.seeds"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_under_the_reference_preset_errors_name_the_configs_own_names(fault, changes, words):
+    given = {"encoders": {"vit": None, "bert": None}} | changes
+    assert words in fault(preset="reference", **given)
+
+
+def test_an_unknown_preset_is_refused(fault):
+    assert fault(preset="papers").startswith("study.yaml: preset: ")
+
+
+@pytest.mark.parametrize("members", [[], ["vit"], ["vit", "vit@0"]])
+def test_a_matrix_of_fewer_than_two_members_is_refused(fault, members):
+    """There would be nothing to correlate, and the job that draws the matrix would fail."""
+    assert "analyses.matrices.a" in fault(analyses={"matrices": {"a": {"members": members}}})
+
+
+@pytest.mark.parametrize("name", ["a@b", "a__b", "a/b", "", "-a", "a b", ".", "..", "a.", "ä"])
+@pytest.mark.parametrize("place", ["study", "datasets", "encoders", "saes", "matrices", "layerwise", "sharedness"])
+def test_a_name_that_would_break_a_path_is_refused(fault, place, name):
+    sound = {
+        "datasets": {"source": "hub/x"},
+        "encoders": {"base": "vit"},
+        "saes": None,
+        "matrices": None,
+        "layerwise": {"pairs": [["vit", "bert"]]},
+        "sharedness": {"source": "vit", "shared_with": ["bert"], "not_shared_with": ["dinov2"]},
+    }
+    if place == "study":
+        message = fault(study=name)
+    elif place in ("datasets", "encoders", "saes"):
+        message = fault(**{place: {name: sound[place]}})
+    else:
+        message = fault(analyses={place: {name: sound[place]}})
+    assert f"{name!r} is not a name" in message
+
+
+@pytest.mark.parametrize("name", ["vit-l-14", "CLIP_ViT.L14", "a", "7b"])
+def test_names_as_models_have_them_are_sound(build, name):
+    assert name in build(encoders={name: {"base": "vit"}}).encoders
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"encoders": {1: None}},
+        {"datasets": {True: None}},
+        {"encoders": {"x": {"base": 5}}},
+        {"encoders": {"x": {"base": ["vit"]}}},
+        {"saes": {3: None}},
+        {"encoders": {"vit": 3}},
+        {"encoders": ["vit"]},
+        {"datasets": None},
+        {"saes": {}},
+        {"analyses": [1]},
+        {"study": None},
+    ],
+    ids=str,
+)
+def test_values_of_the_wrong_kind_are_errors_of_the_study(fault, changes):
+    """YAML reads ``1:`` as a number and ``on:`` as true; whatever it reads, the user gets a message."""
+    place = next(iter(changes))
+    assert f"study.yaml: {place}" in fault(**changes)
+
+
+def test_a_missing_path_is_refused(fault, build, tmp_path):
+    assert "datasets.mine.source: ./absent.csv does not exist" in fault(datasets={"mine": {"source": "./absent.csv"}})
+    assert "encoders.vit.model: /absent does not exist" in fault(encoders={"vit": {"model": "/absent"}})
+    assert "script:absent.py does not exist" in fault(encoders={"vit": {"model": "script:absent.py"}})
+    (tmp_path / "there.csv").touch()
+    build(datasets={"mine": {"source": str(tmp_path / "there.csv")}})
+
+
+def test_paths_of_the_catalog_are_relative_to_the_clone(catalog, tmp_path, monkeypatch):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "pairs.csv").touch()
+    (catalog / "datasets.yaml").write_text("pairs: {source: ./demo/pairs.csv}")
+    (tmp_path / "elsewhere").mkdir()
+    for here in (tmp_path, tmp_path / "elsewhere"):
+        monkeypatch.chdir(here)
+        study = build_study(config(datasets={"pairs": None}), "study.yaml", catalog)
+        assert Path(study.datasets["pairs"].source).resolve() == tmp_path / "demo" / "pairs.csv"
+
+
+def aliases(form, first="[x]"):
+    """A short YAML text whose aliases, written out, hold 10^9 values and more."""
+    lines = [f"a0: &a0 {first}"]
+    for n in range(1, 40):
+        lines.append(f"a{n}: &a{n} " + form.format(f"*a{n - 1}, *a{n - 1}" if "0" not in form else f"*a{n - 1}"))
+    return "\n".join(lines).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "no such file"),
+        (b"a: [", "not valid YAML: line 1"),
+        (b"study: a\0b", "not valid YAML: .*special characters are not allowed"),
+        (b"a: " + b"[" * 5000 + b"]" * 5000, "nested more than"),
+        (b"a: &a [*a]", "nested more than"),
+        (b"a: " + b"9" * 5000, "not valid YAML: line 1, column 4"),
+        (b"a: 2026-02-31", "not valid YAML: line 1, column 4"),
+        (aliases("[{}]"), "more than 1,000,000 values"),
+        (aliases("{{a: {0}, b: {0}}}"), "more than 1,000,000 values"),
+        (aliases("{{<<: [{}]}}", "{a: 1}"), "more than 1,000,000 values"),
+        (b"# " + b"x" * 11 * 2**20, "larger than 10 MiB"),
+        (b"- a", "expected a mapping"),
+        (b"", "study: missing"),
+        (b"study: \xff\xfe", ""),
+        (b"? [a, b]\n: 1", ""),
+    ],
+)
+def test_a_file_that_is_no_study_is_named(tmp_path, catalog, content, words):
+    path = tmp_path / "mine.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(StudyError, match=rf"mine\.yaml: .*{words}"):
+        load_study(path, catalog)
+
+
+def test_a_folder_is_no_study(tmp_path, catalog):
+    with pytest.raises(StudyError, match=str(tmp_path)):
+        load_study(tmp_path, catalog)
+
+
+def test_a_key_written_twice_is_refused(tmp_path, catalog):
+    """YAML's reader would keep the second and forget the first without a word."""
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config()) + "saes:\n  other:\n")
+    with pytest.raises(StudyError, match=r"mine\.yaml: .*saes"):
+        load_study(tmp_path / "mine.yaml", catalog)
+
+
+ANALYSES = {
+    "matrices": {"all": None, "few": {"members": ["vit@1", "bert", "clip-image"]}},
+    "layerwise": {"seeds": {"pairs": [["vit@1", "vit@0"], ["bert", "dinov2"]]}},
+    "sharedness": {
+        "seen": {"source": "vit@1", "shared_with": ["clip-text", "bert"], "not_shared_with": ["dinov2"]},
+    },
+}
+
+
+def shuffled(value, order):
+    """The same mapping with its keys, at every level, in another order."""
+    if not isinstance(value, dict):
+        return value
+    keys = list(value)
+    order.shuffle(keys)
+    return {key: shuffled(value[key], order) for key in keys}
+
+
+def keys_of(study):
+    """Everything that a workflow passes to its jobs."""
+    return {
+        "members": study.members_key(),
+        "pairs": study.pairs(),
+        "matrices": {name: study.matrix_key(name) for name in study.analyses.matrices},
+        "layerwise": {name: study.layerwise_key(name) for name in study.analyses.layerwise},
+        "sharedness": {name: study.sharedness_key(name) for name in study.analyses.sharedness},
+        "correlations": [study.correlations_key(*pair) for pair in study.pairs()],
+        "similarity": study.similarity_pairs(),
+        "overlapping": study.overlapping(),
+        "saes": {name: study.sae_key(name) for name in study.saes},
+        "datasets": {name: study.dataset_key(name) for name in study.datasets},
+        "activations": {name: spec.activations_key() for name, spec in study.encoders.items()},
+    }
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_order_of_the_config_changes_neither_pairs_nor_keys(catalog, seed):
+    full = [["vit@1", 3, "bert", 5], ["bert", 0, "vit@1", 2], ["dinov2", 4, "vit", 1]]
+    given = config(analyses=ANALYSES, datasets={"coco": {"limit": 10}, "laion": None}, correlations={"full": full})
+    expected = keys_of(build_study(given, "study.yaml", catalog))
+    other = shuffled(given, random.Random(seed))
+    other["correlations"]["full"].reverse()
+    other["analyses"]["matrices"]["few"]["members"].reverse()
+    other["analyses"]["sharedness"]["seen"]["shared_with"].reverse()
+    assert keys_of(build_study(other, "study.yaml", catalog)) == expected
+
+
+def test_pairs_are_those_the_analyses_need_each_sorted_and_once(build):
+    first_seeds = [Member(name, 0) for name in ENCODERS]
+    needed = {tuple(sorted(pair)) for pair in combinations(first_seeds, 2)}
+    vit1 = Member("vit", 1)
+    others = [Member("bert", 0), Member("clip-image", 0), Member("vit", 0), Member("clip-text", 0), Member("dinov2", 0)]
+    needed |= {tuple(sorted((vit1, other))) for other in others}
+    found = build(analyses=ANALYSES).pairs()
+    assert set(found) == needed
+    assert found == sorted(found)
+    assert len(found) == len(needed)
+    members = {member for pair in needed for member in pair}
+    partners = {m: sorted(other for pair in needed if m in pair for other in pair if other != m) for m in members}
+    assert build(analyses=ANALYSES).comparisons() == partners
+
+
+def test_a_members_ceiling_is_the_first_other_seed_of_its_encoder(build):
+    study = build(encoders={"vit": {"seeds": [7, 3, 5]}, "bert": None})
+    assert study.ceiling_of(Member("vit", 7)) == Member("vit", 3)
+    assert study.ceiling_of(Member("vit", 3)) == Member("vit", 7)
+    assert study.ceiling_of(Member("vit", 5)) == Member("vit", 7)
+    assert study.ceiling_of(Member("bert", 0)) is None
+
+
+def test_a_matrix_needs_the_ceilings_of_its_members_and_other_analyses_none(build):
+    encoders = {"vit": {"seeds": [0, 1, 2]}, "bert": None, "dinov2": {"seeds": [4, 3]}}
+    matrix = build(encoders=encoders, analyses={"matrices": {"m": {"members": ["vit@2", "bert", "dinov2"]}}})
+    assert matrix.ceiling_pairs("m") == [
+        (Member("dinov2", 3), Member("dinov2", 4)),
+        (Member("vit", 0), Member("vit", 2)),
+    ]
+    assert set(matrix.ceiling_pairs("m")) <= set(matrix.pairs())
+    assert [str(member) for member in matrix.members()] == ["bert@0", "dinov2@3", "dinov2@4", "vit@0", "vit@2"]
+    assert len(matrix.pairs()) == 3 + 2
+    assert json.loads(matrix.matrix_key("m")) == [
+        ["dinov2@4", "image", "vision", "dinov2@3"],
+        ["vit@2", "image", "vision", "vit@0"],
+        ["bert@0", "text", "language", None],
+    ]
+    layerwise = build(encoders=encoders, analyses={"layerwise": {"l": {"pairs": [["vit", "bert"]]}}})
+    assert layerwise.pairs() == [(Member("bert", 0), Member("vit", 0))]
+
+
+def test_similarity_is_between_the_different_encoders_of_matrices_and_layerwise_analyses(build):
+    analyses = {
+        "matrices": {"m": {"members": ["vit@0", "vit@1", "dinov2"]}},
+        "layerwise": {"l": {"pairs": [["vit@1", "vit@0"], ["vit", "bert"], ["bert", "vit@1"]]}},
+        "sharedness": {"s": {"source": "bert", "shared_with": ["clip-text"], "not_shared_with": ["dinov2"]}},
+    }
+    assert build(analyses=analyses).similarity_pairs() == [("bert", "vit"), ("dinov2", "vit")]
+    assert build(analyses={"sharedness": analyses["sharedness"]}).similarity_pairs() == []
+
+
+def test_rankings_overlap_where_they_have_the_same_source(build):
+    def ranking(source):
+        return {"source": source, "shared_with": ["clip-text"], "not_shared_with": ["dinov2"]}
+
+    rankings = {"z": ranking("vit"), "one": ranking("vit@1"), "a": ranking("vit@0"), "b": ranking("bert")}
+    assert build(analyses={"sharedness": rankings}).overlapping() == ["a", "z"]
+    del rankings["a"]
+    assert build(analyses={"sharedness": rankings}).overlapping() == []
+
+
+PAPER_ENCODERS = {"bert-large": {"base": "bert"}, "dinov2-large": {"base": "dinov2"}, "bert-base": {"base": "bert"}}
+
+
+def test_a_matrix_is_compared_with_the_paper_on_the_papers_data_sets(build):
+    def datasets(size, names=("coco", "laion")):
+        members = ["bert-large", "dinov2-large"] if size != "base" else ["bert-base", "dinov2-base"]
+        encoders = PAPER_ENCODERS | {"dinov2-base": {"base": "dinov2"}}
+        study = build(
+            encoders=encoders,
+            datasets=dict.fromkeys(names),
+            analyses={"matrices": {"m": {"members": members, **({"paper": size} if size else {})}}},
+        )
+        return study.paper_datasets("m")
+
+    assert datasets("large") == ["coco", "laion"]
+    assert datasets("base") == ["coco"]
+    assert datasets(None) == []
+
+
+def test_the_papers_data_sets_and_encoders_are_those_of_its_numbers():
+    for size, expected in {"large": ("coco", "laion", "flowers"), "base": ("coco",)}.items():
+        assert tuple(data for data, of_size in paper_encoders() if of_size == size) == expected
+    assert len(paper_encoders()["coco", "large"]) == 11
+    assert "mambavision" not in paper_encoders()["coco", "base"]
+
+
+@pytest.mark.parametrize(
+    ("size", "datasets", "message"),
+    [
+        (
+            "base",
+            ["laion"],
+            "the paper has base encoders on coco, and none of them is a data set of this study; add one",
+        ),
+        (
+            "base",
+            ["coco"],
+            "fewer than two members are among the paper's base encoders on coco, which are clip-image-base, ",
+        ),
+    ],
+)
+def test_a_comparison_with_numbers_that_the_paper_lacks_is_refused(fault, size, datasets, message):
+    analyses = {"matrices": {"m": {"paper": size}}}
+    found = fault(encoders=PAPER_ENCODERS, datasets=dict.fromkeys(datasets), analyses=analyses)
+    assert found.startswith(f"study.yaml: analyses.matrices.m.paper: {message}")
+
+
+def test_a_size_that_the_paper_lacks_is_refused(fault):
+    assert fault(analyses={"matrices": {"m": {"paper": "huge"}}}).startswith("study.yaml: analyses.matrices.m.paper: ")
+
+
+def test_under_the_reference_preset_the_papers_encoders_are_known_by_their_own_names(build):
+    analyses = {"matrices": {"m": {"paper": "large"}}}
+    study = build(preset="reference", encoders=PAPER_ENCODERS, analyses=analyses)
+    assert study.paper_datasets("m") == ["coco"]
+
+
+@pytest.mark.parametrize("part", ["averages", "intervals", "similarity", "strength", "paper", "paper-agreement"])
+def test_a_matrix_whose_files_would_be_another_ones_is_refused(fault, build, part):
+    message = fault(analyses={"matrices": {"all": None, f"all.{part}": None}})
+    assert f"analyses.matrices.all.{part}: the file of that name holds the {part} of all" in message
+    build(analyses={"matrices": {f"all.{part}": None}})
+
+
+def test_members_are_those_the_analyses_need(build):
+    study = build(analyses={"layerwise": {"a": {"pairs": [["vit@1", "bert"]]}}})
+    assert study.members() == [Member("bert", 0), Member("vit", 1)]
+    assert build().members() == []
+
+
+def test_without_a_seed_a_member_is_of_the_encoders_first(build):
+    pairs = {"layerwise": {"l": {"pairs": [["vit", "bert"]]}}}
+    study = build(encoders={"vit": {"seeds": [7, 3]}, "bert": None}, analyses=pairs)
+    assert study.pairs() == [(Member("bert", 0), Member("vit", 7))]
+    assert study.member("vit@3") == Member("vit", 3)
+
+
+def test_a_matrix_is_grouped_as_the_papers_tables(build):
+    members = build(analyses=ANALYSES).matrix_members("all")
+    assert [str(member) for member in members] == ["clip-image@0", "dinov2@0", "vit@0", "clip-text@0", "bert@0"]
+
+
+def test_a_pair_has_one_name_whichever_way_round():
+    a, b = Member("vit", 0), Member("bert", 10)
+    assert pair_name(a, b) == pair_name(b, a) == "bert@10__vit@0"
+    assert pair_name(Member("vit", 10), Member("vit", 9)) == "vit@9__vit@10"
+
+
+def test_keys_leave_out_defaults_and_what_the_stage_does_not_depend_on(build):
+    plain = build(encoders={"vit": None})
+    same = build(
+        encoders={"vit": {"seeds": [3, 4], "note": "mine", "batch_size": 32, "use_layers": "all", "parts": 3}},
+        saes={"paper": {"k": 32, "learning_rate": 5e-5}},
+        datasets={"coco": {"note": "a note", "samples": 118_287, "max_dropped": 0.01}},
+    )
+    assert plain.sae_key("paper") == same.sae_key("paper") == "{}"
+    assert plain.dataset_key("coco") == same.dataset_key("coco") == '{"id": "key", "source": "hub/coco"}'
+    assert plain.encoders["vit"].activations_key() == same.encoders["vit"].activations_key()
+    assert not {"weights", "revision", "seeds", "note"} & json.loads(same.encoders["vit"].activations_key()).keys()
+
+
+def test_a_stream_is_no_extraction_of_parts(build):
+    assert build(encoders={"vit": {"parts": 2}}).parted_encoders() == ["vit"]
+    with pytest.raises(
+        StudyError, match=r"encoders\.vit\.parts: a stream is one job.*; leave parts out, or set stream"
+    ):
+        build(encoders={"vit": {"parts": 2}}, stream=True)
+
+
+@pytest.mark.parametrize(
+    "change", [{"batch_size": 8}, {"use_layers": "last"}, {"global_token": "mean"}, {"image_size": 98}]
+)
+def test_what_activations_depend_on_is_in_their_key(build, change):
+    plain, changed = build(encoders={"vit": None}), build(encoders={"vit": change})
+    assert plain.encoders["vit"].activations_key() != changed.encoders["vit"].activations_key()
+
+
+def test_keys_have_the_shapes_that_the_command_line_reads(build):
+    study = build(analyses=ANALYSES)
+    key = study.pages_key()
+    assert json.loads(PagesKey.model_validate_json(key).model_dump_json()) == json.loads(key)
+    for name in study.analyses.matrices:
+        key = study.matrix_key(name)
+        assert [list(entry) for entry in TypeAdapter(list[GroupedMember]).validate_json(key)] == json.loads(key)
+
+
+def test_keys_are_json_with_sorted_keys(build):
+    study = build(analyses=ANALYSES, saes={"small": {"k": 4, "expansion": 2, "epochs": 3}})
+    for text in (study.sae_key("small"), study.dataset_key("coco"), study.sharedness_key("seen")):
+        assert text == json.dumps(json.loads(text), sort_keys=True)
+    assert json.loads(study.sae_key("small")) == {"k": 4, "expansion": 2, "epochs": 3}
+    assert json.loads(study.sharedness_key("seen")) == {
+        "source": "vit@1",
+        "shared_with": ["bert@0", "clip-text@0"],
+        "not_shared_with": ["dinov2@0"],
+    }
+    assert json.loads(study.layerwise_key("seeds")) == [["vit@1", "vit@0"], ["bert@0", "dinov2@0"]]
+    assert ["clip-text@0", "text", "vlm", None] in json.loads(study.matrix_key("all"))
+
+
+PAPER = {
+    "clip-image-base": ("open_clip", "ViT-B-32-quickgelu", "image", 12, 768, "first"),
+    "clip-text-base": ("open_clip", "ViT-B-32-quickgelu", "text", 12, 512, "eot"),
+    "clip-image-large": ("open_clip", "ViT-L-14-quickgelu", "image", 24, 1024, "first"),
+    "clip-text-large": ("open_clip", "ViT-L-14-quickgelu", "text", 12, 768, "eot"),
+    "dfn-image-base": ("open_clip", "hf-hub:apple/DFN2B-CLIP-ViT-B-16", "image", 12, 768, "first"),
+    "dfn-text-base": ("open_clip", "hf-hub:apple/DFN2B-CLIP-ViT-B-16", "text", 12, 512, "eot"),
+    "dfn-image-large": ("open_clip", "hf-hub:apple/DFN2B-CLIP-ViT-L-14", "image", 24, 1024, "first"),
+    "dfn-text-large": ("open_clip", "hf-hub:apple/DFN2B-CLIP-ViT-L-14", "text", 12, 768, "eot"),
+    "siglip2-image-base": ("transformers", "google/siglip2-base-patch16-224", "image", 12, 768, "mean"),
+    "siglip2-text-base": ("transformers", "google/siglip2-base-patch16-224", "text", 12, 768, "last"),
+    "siglip2-image-large": ("transformers", "google/siglip2-large-patch16-384", "image", 24, 1024, "mean"),
+    "siglip2-text-large": ("transformers", "google/siglip2-large-patch16-384", "text", 24, 1024, "last"),
+    "dinov2-base": ("transformers", "facebook/dinov2-base", "image", 12, 768, "first"),
+    "dinov2-large": ("transformers", "facebook/dinov2-large", "image", 24, 1024, "first"),
+    "vit-base": ("transformers", "google/vit-base-patch16-224", "image", 12, 768, "first"),
+    "vit-large": ("transformers", "google/vit-large-patch16-384", "image", 24, 1024, "first"),
+    "mambavision-base": ("transformers", "nvidia/MambaVision-B-1K", "image", 4, 1024, "mean"),
+    "mambavision-large": ("transformers", "nvidia/MambaVision-L-1K", "image", 4, 1568, "mean"),
+    "bert-base": ("transformers", "bert-base-uncased", "text", 12, 768, "first"),
+    "bert-large": ("transformers", "bert-large-uncased", "text", 24, 1024, "first"),
+    "deberta-base": ("transformers", "microsoft/deberta-base", "text", 12, 768, "first"),
+    "deberta-large": ("transformers", "microsoft/deberta-large", "text", 24, 1024, "first"),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_catalog_holds_each_encoder_of_the_paper_with_what_a_reader_asks(name):
+    entry = EncoderSpec(**read_catalog("encoders")[name])
+    found = (entry.library, entry.model, entry.modality, entry.layers, entry.width, entry.global_token)
+    assert found == PAPER[name]
+    assert entry.trained_on
+    assert entry.tokens
+    assert (entry.image_size if entry.modality == "image" else entry.context_length) is not None
+    assert entry.revision is None or re.fullmatch("[0-9a-f]{40}", entry.revision)
+    assert entry.remote_code == name.startswith("mambavision")
+
+
+@pytest.mark.parametrize("name", [name for name, row in PAPER.items() if row[0] == "open_clip"])
+def test_sizes_of_the_catalogs_open_clip_encoders_are_open_clips_own(name):
+    entry = EncoderSpec(**read_catalog("encoders")[name])
+    known = {"hf-hub:apple/DFN2B-CLIP-ViT-B-16": "ViT-B-16", "hf-hub:apple/DFN2B-CLIP-ViT-L-14": "ViT-L-14"}
+    config = open_clip.get_model_config(known.get(entry.model, entry.model))
+    tower = config["vision_cfg" if entry.modality == "image" else "text_cfg"]
+    assert (entry.layers, entry.width) == (tower["layers"], tower["width"])
+    if entry.modality == "image":
+        assert entry.image_size == tower["image_size"]
+        assert entry.tokens == (tower["image_size"] // tower["patch_size"]) ** 2 + 1
+    else:
+        assert entry.context_length == tower["context_length"]
+    assert entry.weights is None or entry.weights in open_clip.list_pretrained_tags_by_model(entry.model)
+
+
+def test_a_path_needs_no_dot_before_it_if_it_is_there_or_has_more_parts_than_a_hub_id(fault, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert local_path("models/vit") is None
+    (tmp_path / "models/vit").mkdir(parents=True)
+    assert local_path("models/vit") == Path("models/vit")
+    assert "encoders.vit.model: models/vit/tiny does not exist" in fault(encoders={"vit": {"model": "models/vit/tiny"}})
+    for text in ("", "hf-hub:owner/name", "package:name/folder/inner", "x" * 5000):
+        assert local_path(text) is None

@@ -1,0 +1,1278 @@
+"""Figures: files that can be read and show something, the same bytes from the same data, and no data too odd."""
+
+import io
+import json
+import re
+import warnings
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+from scipy import stats
+from typer.testing import CliRunner
+
+from conceptshare.analysis.paper import compare
+from conceptshare.analysis.tables import write_table
+from conceptshare.cli import app
+from conceptshare.config.catalog import DatasetSpec
+from conceptshare.data.dataset import Data, make_dataset
+from conceptshare.figures import (
+    draw_averages,
+    draw_intervals,
+    draw_layerwise,
+    draw_matrix,
+    draw_paper,
+    draw_saes,
+    draw_sharedness,
+    draw_sharedness_scatter,
+    draw_similarity,
+    draw_strength,
+)
+from conceptshare.io.errors import StoreError, StudyError
+from conceptshare.io.readers import FeatureStatistics, read_statistics
+from conceptshare.io.seals import seal
+from conceptshare.io.store import read_root
+
+READINGS = ("pooled", "layer_mean", "last")
+TITLES = {
+    "pooled": "All layers, pooled (Eq. 6)",
+    "layer_mean": "All layers, mean over layers",
+    "last": "Last layer",
+}
+CAPTIONS = [
+    "a cat that costs $5, not $x_{2$",
+    "ein schöner Käfer über dem Fluß",
+    "кошка сидит на окне",
+    "<b>bold</b> & <i>not</i> \\frac{1}{2} {x} %s",
+    "a caption so long that it cannot be shown whole, since it goes on and on about many things",
+    "Averyveryverylongwordwithoutanyspacesthatcannotbebrokenanywhereatall",
+    "tab\tand\nnewline",
+    "_under_ ^hat^ #hash $",
+]
+
+
+NOT_WRITTEN = b""
+
+
+@pytest.fixture(autouse=True)
+def drawn(request, monkeypatch):
+    """The figures that are saved, in that order, to look into.
+
+    Files take longest: PDFs are written for tests that ask for `pdf` alone, and PNGs but for those with `unsaved`.
+    """
+    figures, save = [], Figure.savefig
+    asked = request.fixturenames
+
+    def savefig(figure, path, **options):
+        kind = options.get("format", "png")
+        if kind == "png":
+            figures.append(figure)
+        if "pdf" in asked if kind == "pdf" else "unsaved" not in asked:
+            save(figure, path, **options)
+        else:
+            Path(path).write_bytes(NOT_WRITTEN)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
+
+
+@pytest.fixture
+def pdf():
+    """Have PDFs written."""
+
+
+@pytest.fixture
+def unsaved():
+    """Have no PNGs written."""
+
+
+def read(out):
+    """The PNG at ``out`` as an array, once it and the PDF beside it are seen to be whole."""
+    with Image.open(out) as picture:
+        assert picture.format == "PNG"
+        pixels = np.asarray(picture.convert("RGB"))
+    pdf = out.with_suffix(".pdf").read_bytes()
+    if pdf != NOT_WRITTEN:
+        assert pdf.startswith(b"%PDF-")
+        assert pdf.rstrip().endswith(b"%%EOF")
+        assert len(pdf) > 3000
+    files = [path.name for path in out.parent.iterdir() if path.is_file()]
+    assert sorted(files) == sorted([out.name, out.with_suffix(".pdf").name])
+    return pixels
+
+
+def colours(pixels):
+    return len(np.unique(pixels @ np.array([1, 2**8, 2**16])))
+
+
+def check(draw, folder, colours_at_least=60):
+    """Draw to a file, which is then readable, of some size, and not empty or cut off."""
+    draw(folder / "figure.png")
+    pixels = read(folder / "figure.png")
+    assert min(pixels.shape[:2]) >= 300
+    assert colours(pixels) >= colours_at_least
+    assert (pixels[0] == 255).all()
+    assert (pixels[:, -1] == 255).all()
+    return pixels
+
+
+def check_twice(draw, tmp_path, colours_at_least=60):
+    """The same, and equal to the byte when it is drawn again."""
+    pixels = check(draw, tmp_path / "one", colours_at_least)
+    draw(tmp_path / "two" / "figure.png")
+    written = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()]
+    assert len(written) >= 2
+    for name in written:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    return pixels
+
+
+def coloured(pixels):
+    """The colours, other than greys, that fill at least 0.3 % of the picture each."""
+    found, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
+    return found[(np.ptp(found.astype(int), axis=1) > 30) & (counts > 0.003 * counts.sum())]
+
+
+def filled_colours(pixels):
+    return len(coloured(pixels))
+
+
+def box(pixels, where):
+    """The part of a picture that just holds all the places ``where``."""
+    rows, columns = np.flatnonzero(where.any(axis=1)), np.flatnonzero(where.any(axis=0))
+    return pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def matrix(members, rng):
+    rows = [
+        {
+            "source": source,
+            "target": target,
+            "source_modality": kinds[0],
+            "target_modality": "image",
+            "source_kind": kinds[1],
+            "target_kind": "vlm",
+            "reading": reading,
+            "wmppc": rng.uniform(0.1, 0.6),
+            "mppc": 0.1,
+        }
+        for source, kinds in members.items()
+        for target in members
+        if source != target
+        for reading in READINGS
+    ]
+    return pd.DataFrame(rows)
+
+
+FOUR = {
+    "clip-image@0": ("image", "vlm"),
+    "dinov2-small@0": ("image", "vision"),
+    "dinov2-small@1": ("image", "vision"),
+    "minilm@0": ("text", "language"),
+}
+
+
+def test_matrix(tmp_path, rng, pdf):
+    table = matrix(FOUR, rng)
+    pixels = check_twice(lambda out: draw_matrix(table, out), tmp_path)
+    assert pixels.shape[1] > 2 * pixels.shape[0]  # three panels side by side
+
+
+def test_matrix_without_a_target_leaves_its_cells_empty(tmp_path, rng, drawn, unsaved):
+    table = matrix(FOUR, rng)
+    draw_matrix(table[table.target != next(iter(FOUR))], tmp_path / "figure.png")
+    first = np.ma.getmaskarray(np.ma.masked_invalid(drawn[0].axes[0].images[0].get_array()))
+    assert first[:, 0].all()
+    assert first.sum() == 2 * len(FOUR) - 1
+
+
+@pytest.mark.parametrize("missing", ["some", "all"])
+def test_matrix_with_cells_that_are_nan(tmp_path, rng, missing):
+    table = matrix(FOUR, rng)
+    table.loc[table.index[:3] if missing == "some" else table.index, "wmppc"] = np.nan
+    pixels = check(lambda out: draw_matrix(table, out), tmp_path / "drawn")
+    assert (filled_colours(pixels) >= 10) == (missing == "some")
+    if missing == "all":
+        grey = (np.ptp(pixels, axis=2) == 0) & (abs(pixels[..., 0].astype(int) - 230) <= 1)
+        assert grey.mean() > 0.2
+        cells = pixels[np.ix_(grey.mean(axis=1) > 0.2, grey.mean(axis=0) > 0.2)]
+        assert cells.min() > 200  # nothing is written on a cell without a value
+
+
+def test_a_matrix_of_two_members_shows_its_values(tmp_path, rng):
+    """Cells have the colours of their values: with other values, other pixels."""
+    table = matrix(dict(list(FOUR.items())[:2]), rng)
+    pictures = [
+        check(lambda out, values=values: draw_matrix(table.assign(wmppc=values), out), tmp_path / str(n))
+        for n, values in enumerate((table.wmppc, table.wmppc[::-1].to_numpy()))
+    ]
+    assert pictures[0].shape == pictures[1].shape
+    cells = [(pictures[0] == colour).all(axis=2) for colour in coloured(pictures[0])]
+    assert len(cells) == 6
+    for cell in cells:
+        assert 0.9 < box(cell, cell).mean() < 1  # a number is written on it
+    assert (pictures[0] != pictures[1]).any(axis=2).mean() > 0.1
+
+
+GROUPS = [("image", "vlm"), ("image", "vision"), ("text", "vlm"), ("text", "language")]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "annotated"),
+    [((2,), True), ((1, 1, 1, 1), True), ((3, 3), True), ((3, 3, 3, 2), True), ((6, 6, 6, 4), False)],
+)
+def test_a_matrix_is_read_on_a_page_and_names_its_groups(tmp_path, rng, drawn, unsaved, sizes, annotated):
+    groups = dict(zip(GROUPS, sizes, strict=False))
+    members = {f"{a}-{kind}-encoder@{n}": (a, kind) for (a, kind), size in groups.items() for n in range(size)}
+    table = matrix(members, rng)
+    draw_matrix(table, tmp_path / "figure.png")
+    assert_readable(drawn[0])
+    assert drawn[0].get_figwidth() <= 7.21
+    panels = [ax for ax in drawn[0].axes if ax.images]
+    assert [ax.get_title().replace("\n", " ") for ax in panels] == list(TITLES.values())
+    edges = np.cumsum(sizes)
+    for ax, reading in zip(panels, READINGS, strict=True):
+        shown = {(round(t.get_position()[1]), round(t.get_position()[0])): t.get_text() for t in numbers_on(ax)}
+        cells = table[table.reading == reading].set_index(["source", "target"]).wmppc
+        expected = {
+            (i, j): f"{cells[a, b]:.2f}" for i, a in enumerate(members) for j, b in enumerate(members) if a != b
+        }
+        assert shown == (expected if annotated else {})
+        lines = [line for line in ax.lines if line.get_color() == "white"]
+        rows = {line.get_ydata()[0]: line.get_linewidth() for line in lines if len(set(line.get_ydata())) == 1}
+        assert set(rows) == {end - 0.5 for end in edges[:-1]}
+        assert len(lines) == 2 * len(rows)
+        if len(sizes) == 4:
+            assert rows[edges[1] - 0.5] > rows[edges[0] - 0.5] == rows[edges[2] - 0.5]
+    named = {text.get_text(): pytest.approx(text.xy[1]) for text in panels[0].texts if not text.get_text()[0].isdigit()}
+    starts = [0, *edges[:-1]]
+    assert named == {
+        " ".join(group): (start + end - 1) / 2 for group, start, end in zip(groups, starts, edges, strict=True)
+    }
+
+
+def numbers_on(ax):
+    return [text for text in ax.texts if text.get_text()[0].isdigit()]
+
+
+def layerwise(pairs, rows, columns):
+    return pd.DataFrame(
+        [
+            {
+                "source": a,
+                "target": b,
+                "source_layer": i,
+                "target_layer": j,
+                "wmppc": 0.9 * np.exp(-abs(i / rows - j / columns)),
+                "mppc": 0.1,
+            }
+            for a, b in pairs
+            for i in range(rows)
+            for j in range(columns)
+        ]
+    )
+
+
+PAIRS = [
+    ("vit@0", "vit@1"),
+    ("siglip2-image-large@0", "siglip2-image-large@1"),
+    ("siglip2-image-large@0", "mambavision-large@0"),
+    ("bert@0", "bert@1"),
+    ("bert@0", "clip-text@0"),
+]
+
+
+@pytest.mark.parametrize(("count", "rows", "columns"), [(2, 24, 24), (3, 2, 2), (4, 3, 3), (5, 2, 3)])
+def test_layerwise(tmp_path, drawn, count, rows, columns):
+    pairs = PAIRS[:count]
+    pixels = check(lambda out: draw_layerwise(layerwise(pairs, rows, columns), pairs, out), tmp_path / "drawn")
+    assert colours(pixels) > 100
+    assert_readable(drawn[0])
+    images = [ax.images[0] for ax in drawn[0].axes if ax.images]
+    assert len(images) == count
+    assert len({(image.norm.vmin, image.norm.vmax) for image in images}) == 1
+
+
+def test_layerwise_of_one_pair_is_the_same_twice(tmp_path, pdf):
+    pixels = check_twice(lambda out: draw_layerwise(layerwise(PAIRS[:1], 6, 4), PAIRS[:1], out), tmp_path)
+    assert filled_colours(pixels) >= 5
+
+
+def test_layerwise_draws_the_pairs_asked_for_alone(tmp_path):
+    """The table has both directions; a panel is the one that the pair names."""
+    table = layerwise(PAIRS[:1], 4, 4)
+    back = table.rename(columns={"source": "target", "target": "source"}).assign(wmppc=0.01)
+    for name, rows in (("forth", table), ("both", pd.concat([back, table]))):
+        draw_layerwise(rows, PAIRS[:1], tmp_path / name / "figure.png")
+    assert (tmp_path / "forth" / "figure.png").read_bytes() == (tmp_path / "both" / "figure.png").read_bytes()
+
+
+def test_layerwise_names_a_pair_that_is_not_in_the_table_and_those_that_are(tmp_path):
+    table = layerwise(PAIRS[:2], 2, 2)
+    said = f'no pair ["deit@0", "gpt@0"]; give pairs that it has: {json.dumps(PAIRS[0])}, {json.dumps(PAIRS[1])}'
+    with pytest.raises(StudyError, match=re.escape(said)):
+        draw_layerwise(table, [PAIRS[0], ("deit@0", "gpt@0")], tmp_path / "figure.png")
+
+
+@pytest.mark.parametrize(("missing", "shown"), [(slice(0, 4), True), (slice(0, 25), True), (slice(0, 50), False)])
+def test_layerwise_with_cells_that_are_nan(tmp_path, missing, shown):
+    """The scale comes from the values that there are: what is not missing keeps its colours."""
+    table = layerwise(PAIRS[:2], 5, 5)
+    table.loc[table.index[missing], "wmppc"] = np.nan
+    pixels = check(lambda out: draw_layerwise(table, PAIRS[:2], out), tmp_path / "drawn")
+    assert (filled_colours(pixels) >= 4) == shown
+
+
+def test_layerwise_where_everything_is_zero(tmp_path):
+    table = layerwise(PAIRS[:1], 3, 3).assign(wmppc=0.0)
+    check(lambda out: draw_layerwise(table, PAIRS[:1], out), tmp_path / "drawn")
+
+
+@pytest.fixture
+def data(tmp_path):
+    images = []
+    for n in range(len(CAPTIONS)):
+        buffer = io.BytesIO()
+        size = [(64, 48), (1, 1), (400, 20), (20, 400)][n % 4]
+        noise = np.random.default_rng(n).integers(0, 256, (size[1], size[0], 3), np.uint8)
+        Image.fromarray(noise).save(buffer, "PNG")
+        images.append(buffer.getvalue())
+    pq.write_table(pa.table({"image": images, "caption": CAPTIONS}), tmp_path / "pairs.parquet")
+    make_dataset(DatasetSpec(source=str(tmp_path / "pairs.parquet")), tmp_path / "data")
+    return Data(tmp_path / "data")
+
+
+def ranking(count=4):
+    return pd.DataFrame(
+        {
+            "rank": np.arange(1, count + 1),
+            "source": "clip_image@0",
+            "layer": 3,
+            "feature": np.arange(count)[::-1],
+            "delta": np.linspace(30, -3, count),
+            "strength": 10.0,
+            "density": 0.125,
+            "rho_g": np.linspace(0.9, 0.1, count),
+            "rho_h": 0.05,
+        }
+    )
+
+
+def ranking_of(store, count=8):
+    """The same of the features of a store."""
+    table, of = ranking(count), read_statistics(store)[3]
+    return table.assign(strength=of.strength[table.feature], density=of.density[table.feature])
+
+
+def statistics(count=4):
+    top = np.full((count, 10), -1, np.int32)
+    top[3] = [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
+    top[2, :2] = [5, 6]
+    top[0, :1] = [7]
+    return {3: FeatureStatistics(*np.ones((3, count)), top)}
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_sharedness_with_captions_that_are_markup_or_other_scripts(tmp_path, data, drawn, pdf):
+    def draw(out):
+        draw_sharedness(ranking(), statistics(), data, 3, out)
+
+    check_twice(draw, tmp_path, colours_at_least=1000)
+    assert_readable(drawn[0])
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_sharedness_of_one_feature_that_was_never_active(tmp_path, data, drawn):
+    table = ranking().query("feature == 1").reset_index(drop=True)
+    draw_sharedness(table, statistics(), data, 6, tmp_path / "one" / "figure.png")
+    assert colours(read(tmp_path / "one" / "figure.png")) > 20
+    assert "active on no sample" in written_on(drawn[0])
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_sharedness_says_of_no_other_feature_that_it_was_never_active(tmp_path, data, drawn, unsaved):
+    draw_sharedness(ranking(), statistics(), data, 4, tmp_path / "all" / "figure.png")
+    assert written_on(drawn[0]).count("active on no sample") == 1
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize(("samples", "side", "shown"), [(9, 3, 8), (100, 10, 8), (4, 2, 4)])
+def test_pictures_are_in_a_square_grid_the_strongest_first_and_keep_their_aspect(
+    tmp_path, data, drawn, unsaved, samples, side, shown
+):
+    order = [3, 0, 2, 1, 7, 6, 5, 4]
+    kept = {3: FeatureStatistics(*np.ones((3, 1)), np.array([[*order, *[-1] * 92]], np.int32))}
+    draw_sharedness(ranking(1).assign(feature=0), kept, data, 1, tmp_path / "figure.png", samples)
+    pictures = [image for ax in drawn[0].axes for image in ax.images]
+    assert len(pictures) == shown
+    cells = []
+    for image, sample in zip(pictures, order, strict=False):
+        left, right, foot, head = image.get_extent()
+        width, height = data.image(sample).size
+        assert (right - left) / (foot - head) == pytest.approx(width / height)
+        assert max(right - left, foot - head) == pytest.approx(0.66)
+        cells.append((foot, (left + right) / 2))
+    centres = sorted({round(x, 6) for _, x in cells})
+    assert len(centres) == min(side, shown)
+    assert [round(x, 6) for _, x in cells] == [centres[n % side] for n in range(shown)]
+    assert_apart([image.get_window_extent().extents for image in pictures])
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_more_features_are_more_grids_and_no_more_than_the_ranking_has(tmp_path, data, drawn, unsaved):
+    for count, pictured in ((4, 3), (4, 4), (2, 4)):
+        draw_sharedness(ranking(count), statistics(), data, pictured, tmp_path / "figure.png")
+    headings = [
+        [words for words in written_on(figure) if words.startswith("#") and "feature" in words] for figure in drawn
+    ]
+    every = [f"#{n}  layer 3, feature {feature}" for n, feature in enumerate([3, 2, 1, 0], 1)]
+    assert headings == [every[:3], every, ["#1  layer 3, feature 1", "#2  layer 3, feature 0"]]
+    assert "$\\Delta$ 30, $\\rho_G$ 0.90, $\\rho_H$ 0.05" in written_on(drawn[0])
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("members", [["bert@0"], [f"{'a-member-of-a-long-name' * 3}-{n}@0" for n in range(9)]])
+def test_features_of_a_ranking_have_their_names_and_the_groups(tmp_path, data, drawn, unsaved, members):
+    names = pd.DataFrame({"layer": [2, 3, 3, 3], "feature": [3, 3, 2, 1]})
+    names = names.assign(name=["other", "flag, $x_1$", None, None], candidate=["other", "flag, $x_1$", "cat", None])
+    table = ranking(3).assign(feature=[3, 2, 1], shared_with=", ".join(members), not_shared_with="dinov2@0")
+    draw_sharedness(table, statistics(), data, 3, tmp_path / "figure.png", names=names)
+    assert_readable(drawn[0])
+    colour = {text.get_text(): text.get_color() for text, _ in visible_texts(drawn[0])}
+    assert (colour["flag, $x_1$"], colour["perhaps cat"], colour["no clear name"]) == ("black", "0.45", "0.45")
+    written = written_on(drawn[0])
+    assert "more than with (H): dinov2@0" in written
+    assert written[1].startswith(f"shared with (G): {members[0]}")
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_named_features_and_those_at_the_top_of_two_rankings_are_drawn_by_one_command(
+    tmp_path, data, drawn, unsaved, write_features, rng
+):
+    """The paper's Figure 2 shows features of two rankings, its Figures 3 and 4 features that people chose."""
+    x = {3: rng.random((len(CAPTIONS), 8))}
+    store = write_features(tmp_path, "clip_image@0", x, content_hash=data.content_hash)
+    table = ranking_of(store).assign(top=np.arange(8) < 4)
+    other = table.set_index("feature").loc[[5, 3, 6, 2, 7, 4, 1, 0]].reset_index()
+    for name, written in (("a", table), ("b", other), ("c", other.assign(source="bert@0")), ("d", table[::-1])):
+        write_table(written.reset_index(drop=True).assign(top=np.arange(8) < 4), tmp_path / f"{name}.csv")
+
+    def draw(*options):
+        places = ["--table", tmp_path / "a.parquet", "--features", store, "--data", tmp_path / "data"]
+        command = ["figures", "sharedness", *places, "--out", tmp_path / "drawn.png", *options]
+        result = CliRunner().invoke(app, [str(word) for word in command])
+        if result.exception:
+            return str(result.exception)
+        written = written_on(drawn.pop())
+        headings = [words for words in written if words.startswith("#") and "feature" in words]
+        assert written.count("no clear name") == len(headings) * ("--names" in options)
+        return [int(words.split("feature ")[1].split()[0]) for words in headings]
+
+    assert draw() == [7, 6, 5, 4, 3, 2]
+    made = ["names", "--features", store, "--data", tmp_path / "data", "--out", tmp_path / "names.parquet"]
+    assert CliRunner().invoke(app, [str(word) for word in made]).exit_code == 0
+    assert draw("--names", tmp_path / "names.parquet") == [7, 6, 5, 4, 3, 2]
+    assert draw("--feature", 0, "--feature", 6, "--samples", 100) == [6, 0]
+    assert draw("--also-top-of", tmp_path / "b.parquet") == [6, 5]
+    assert draw("--also-top-of", tmp_path / "b.parquet", "--feature", 5) == [5]
+    assert "feature 8 is not among the 8" in draw("--feature", 8)
+    assert "c.parquet: ranks the features of bert@0, and" in draw("--also-top-of", tmp_path / "c.parquet")
+    assert "no feature is at the top of both" in draw("--also-top-of", tmp_path / "d.parquet")
+
+
+def test_a_ranking_is_drawn_of_its_own_features_and_samples_alone(tmp_path, data, write_features_from, rng):
+    x = rng.random((len(CAPTIONS), 8))
+
+    def store(folder, member, layers, content_hash=data.content_hash):
+        made = tmp_path / folder
+        return write_features_from(made, made / "features", member, layers, content_hash)
+
+    own, bert = store("own", "clip_image@0", {3: x}), store("bert", "bert@0", {3: x})
+    shuffled = store("shuffled", "clip_image@0", {3: x}, "another order")
+    lacking = [store("layer", "clip_image@0", {2: x}), store("narrow", "clip_image@0", {3: x[:, :7]})]
+    places = {"--table": tmp_path / "a.csv", "--features": own, "--data": tmp_path / "data"}
+    table = ranking_of(own).assign(top=True)
+    table.attrs["features"] = {path.stem: read_root(path, "features")["digest"] for path in (own, bert)}
+    write_table(table, tmp_path / "a.csv")
+
+    def refused(**options):
+        given = {**places, **{f"--{name}": path for name, path in options.items()}, "--out": tmp_path / "drawn.png"}
+        words = [str(word) for option in given.items() for word in option]
+        error = CliRunner().invoke(app, ["figures", "sharedness", *words]).exception
+        assert isinstance(error, StoreError)
+        return str(error)
+
+    for suffix in ("csv", "parquet"):
+        said = f"a.{suffix}: ranks the features of clip_image@0, and {bert} is of bert@0; give clip_image@0.zarr"
+        assert said in refused(features=bert, table=tmp_path / f"a.{suffix}")
+    assert "are of different samples" in refused(features=shuffled)
+    for other in lacking:
+        assert f"a.csv: ranks features of layer 3 that {other} does not have" in refused(features=other)
+    names = ["names", "--features", bert, "--data", tmp_path / "data", "--out", tmp_path / "names.parquet"]
+    assert CliRunner().invoke(app, [str(word) for word in names]).exit_code == 0
+    said = refused(names=tmp_path / "names.parquet")
+    assert "names.parquet: made from features of bert@0, and not of clip_image@0; give that of clip_image@0" in said
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("samples", [9, 100])
+def test_a_text_encoders_samples_are_captions_each_within_its_card(tmp_path, data, drawn, unsaved, samples):
+    order = (list(range(8)) * 13)[:100]
+    kept = {3: FeatureStatistics(*np.ones((3, 4)), np.array([order] * 4, np.int32))}
+    draw_sharedness(ranking(), kept, data, 1, tmp_path / "figure.png", samples, "text")
+    assert_readable(drawn[0])
+    (ax,) = drawn[0].axes
+    assert not ax.images
+    cards = [card.get_window_extent() for card in ax.patches if card.get_visible()]
+    assert len(cards) == samples
+    assert_apart([card.extents for card in cards])
+    found = [[] for _ in cards]
+    for text, box in visible_texts(drawn[0]):
+        for n, card in enumerate(cards):
+            if card.x0 <= box.x0 < card.x1 and card.y0 < (box.y0 + box.y1) / 2 <= card.y1:
+                assert box.x1 <= card.x1
+                found[n].append(text.get_text())
+    for lines, sample in zip(found, order[:samples], strict=True):
+        whole, words = "".join(data.caption(sample).split()), "".join("".join(lines).split())
+        assert words == whole or (words.endswith("…") and len(words) > 60 and whole.startswith(words[:-1]))
+
+
+def font_with(letter, family, folder):
+    """A font that has one letter, a square."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 900), (900, 900), (900, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    square = pen.glyph()
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder([".notdef", "letter"])
+    font.setupCharacterMap({ord(letter): "letter"})
+    font.setupGlyf({".notdef": square, "letter": square})
+    font.setupHorizontalMetrics({".notdef": (1000, 0), "letter": (1000, 0)})
+    font.setupHorizontalHeader(ascent=900, descent=-100)
+    font.setupNameTable({"familyName": family, "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(folder / "font.ttf")
+    return folder / "font.ttf"
+
+
+def test_a_long_word_is_cut_after_as_few_measurements_as_a_short_one_and_what_is_not_seen_left_out(monkeypatch):
+    from conceptshare.figures import _sharedness
+
+    measured = []
+    monkeypatch.setattr(_sharedness, "text_width", lambda line, *_: measured.append(line) or len(line))
+    assert _sharedness._wrapped("x" * 100_000, 10, 2, 6) == "xxxxxxxxxx\nxxxxxxxxx…"
+    assert len(measured) < 50
+    assert _sharedness._wrapped("a\ufeff b\x01c\u200d", 10, 2, 6) == "a b c"
+
+
+@pytest.mark.parametrize("value", np.linspace(0, 1, 21))
+def test_numbers_on_cells_have_contrast(value):
+    from conceptshare.figures._style import COLOURS, letters_on
+
+    image = Figure().subplots().imshow([[0, 1]], cmap=COLOURS)
+
+    def luminance(colour):
+        return np.dot(
+            [((c + 0.055) / 1.055) ** 2.4 if c > 0.04045 else c / 12.92 for c in colour[:3]], [0.2126, 0.7152, 0.0722]
+        )
+
+    lighter, darker = sorted((luminance(image.cmap(value)), float(letters_on(image, value) == "white")), reverse=True)
+    assert (lighter + 0.05) / (darker + 0.05) > 4.5
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_caption_in_another_script_is_drawn_with_a_font_that_the_system_has(tmp_path, monkeypatch, capsys, installed):
+    fonts = font_manager.fontManager
+    known = {name for name in fonts.get_font_names() if "CJK" not in name and "Gothic" not in name}
+    monkeypatch.setattr(fonts, "ttflist", [font for font in fonts.ttflist if font.name in known])
+    if installed:
+        fonts.addfont(font_with("猫", "Noto Sans CJK JP", tmp_path))
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 48), "red").save(buffer, "PNG")
+    pq.write_table(pa.table({"image": [buffer.getvalue()] * 2, "caption": ["a 猫"] * 2}), tmp_path / "cat.parquet")
+    make_dataset(DatasetSpec(source=str(tmp_path / "cat.parquet")), tmp_path / "cat")
+    shown = {3: FeatureStatistics(*np.ones((3, 1)), np.array([[0]], np.int32))}
+    table = ranking().query("feature == 0").reset_index(drop=True)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        draw_sharedness(table, shown, Data(tmp_path / "cat"), 1, tmp_path / "one" / "figure.png")
+    assert not said
+    line = "no font here has 猫, drawn as boxes; install one that has, such as Noto Sans CJK, delete "
+    lines = [line_ for line_ in capsys.readouterr().err.splitlines() if "font" in line_]
+    assert [line in line_ for line_ in lines] == [True] * (not installed)
+
+
+def test_a_sample_is_one_picture_with_its_caption_below(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 48), "red").save(buffer, "PNG")
+    rows = {"image": [buffer.getvalue()] * 2, "caption": ["a red picture of nothing at all"] * 2}
+    pq.write_table(pa.table(rows), tmp_path / "red.parquet")
+    make_dataset(DatasetSpec(source=str(tmp_path / "red.parquet")), tmp_path / "red")
+    table = ranking().query("feature == 0").reset_index(drop=True)
+    shown = {3: FeatureStatistics(*np.ones((3, 1)), np.array([[0, -1, -1]], np.int32))}
+    draw_sharedness(table, shown, Data(tmp_path / "red"), 1, tmp_path / "one" / "figure.png")
+    pixels = read(tmp_path / "one" / "figure.png")
+    red = (pixels == [255, 0, 0]).all(axis=2)
+    picture = box(pixels, red)
+    assert picture.shape[1] / picture.shape[0] == pytest.approx(64 / 48, rel=0.05)
+    assert picture[..., 0].min() > 200  # no black letters on it
+
+
+def scattered(features, rng, silent=0):
+    """A ranking of features between two groups, of which the last were never active."""
+    strength, h = rng.lognormal(4, 1, features), rng.beta(2, 6, features)
+    g = np.clip(0.6 * h + rng.beta(2, 8, features), 0, 0.97)
+    for values in (strength, g, h):
+        values[features - silent :] = 0
+    table = pd.DataFrame({"source": "siglip2-image-large@0", "layer": 23, "rho_g": g, "rho_h": h})
+    delta = strength * (g**2 - h**2)
+    table = table.assign(delta=delta).sort_values("delta", ascending=False, ignore_index=True)
+    return table.assign(rank=np.arange(1, features + 1), top=np.arange(features) < max(1, features // 100))
+
+
+@pytest.mark.parametrize(("features", "silent"), [(60, 0), (512, 12), (8192, 900)])
+def test_the_scatter_shows_each_feature_and_marks_and_counts_the_top(tmp_path, rng, drawn, unsaved, features, silent):
+    table = scattered(features, rng, silent)
+    draw_sharedness_scatter(table, tmp_path / "figure.png")
+    assert_readable(drawn[0])
+    ax = drawn[0].axes[0]
+    every, top = ax.collections
+    assert sorted(map(tuple, every.get_offsets())) == sorted(zip(table.rho_h, table.rho_g, strict=True))
+    first = table.head(max(1, features // 100))
+    np.testing.assert_array_equal(top.get_offsets(), first[["rho_h", "rho_g"]])
+    assert len(top.get_paths()[0].vertices) != len(every.get_paths()[0].vertices)  # another form
+    assert np.ptp(top.get_facecolor()[0][:3]) > 0.5  # and a colour, where others are grey
+    assert np.ptp(every.get_cmap()(np.linspace(0, 1, 9))[:, :3], axis=1).max() < 0.01
+    assert ax.get_xlim() == ax.get_ylim()
+    assert ax.get_aspect() == 1
+    (diagonal,) = ax.lines
+    assert diagonal.get_slope() == 1
+    assert diagonal.get_xy1() == (0, 0)
+    numbered = {text.get_text(): text.xy for text in ax.texts if text.get_text().isdigit()}
+    assert numbered == {str(n): (row.rho_h, row.rho_g) for n, row in enumerate(first[:5].itertuples(), 1)}
+    more, less = (table.rho_g > table.rho_h).sum(), (table.rho_g < table.rho_h).sum()
+    counts = f"{more:,} with $\\rho_G > \\rho_H$, {less:,} with $\\rho_G < \\rho_H$"
+    assert counts + (f", {silent} with both equal" if silent else "") in written_on(drawn[0])
+    assert f"siglip2-image-large@0, layer 23: {features:,} features" in written_on(drawn[0])
+    assert f"top 1% by $\\Delta$: {len(first)}" in written_on(drawn[0])
+
+
+def test_the_scatters_points_are_darker_where_more_are(tmp_path, rng, drawn, unsaved):
+    draw_sharedness_scatter(scattered(3000, rng, 200), tmp_path / "figure.png")
+    ax = drawn[0].axes[0]
+    points = ax.collections[0]
+    x, y = points.get_offsets().T
+    shown = np.asarray(points.get_array())
+    edges = np.linspace(*ax.get_xlim(), 41)
+    counts = np.histogram2d(x, y, (edges, edges))[0]
+    np.testing.assert_array_equal(shown, counts[np.digitize(x, edges) - 1, np.digitize(y, edges) - 1])
+    assert (np.diff(shown) >= 0).all()  # where they overlap, the darkest are above
+    greys = points.get_cmap()(points.norm(np.array([1, 200])))[:, 0]
+    assert greys[0] > greys[1] + 0.3
+    assert points.norm.vmax == shown[(x > 0) | (y > 0)].max()  # without those of no activity
+
+
+def test_the_scatter_is_the_same_twice(tmp_path, rng, pdf):
+    table = scattered(512, rng)
+    check_twice(lambda out: draw_sharedness_scatter(table, out), tmp_path, colours_at_least=30)
+
+
+def test_the_scatter_of_features_none_of_which_is_active(tmp_path, rng):
+    table = scattered(50, rng, 50)
+    check(lambda out: draw_sharedness_scatter(table, out), tmp_path / "drawn", colours_at_least=20)
+
+
+KINDS = ("all", "global")
+MEMBERS = {("vit", 0): (0, 2, 5), ("vit", 1): (0, 2, 5), ("mini_lm", 4): (0, 2, 5)}
+
+
+def make_saes(folder, members=MEMBERS, steps=60, latents=512):
+    """A table of SAEs, and the folder of their loss curves and densities, with numbers that differ between all."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for (encoder, seed), layers in members.items():
+        for layer in layers:
+            sae = folder / encoder / f"layer-{layer:02d}" / f"seed-{seed}"
+            sae.mkdir(parents=True)
+            curve = 10.0 ** (layer / 3) * (np.exp(-np.arange(steps) / (steps / 8 + layer)) + 0.1 + 0.05 * seed)
+            noisy = curve * rng.uniform(0.8, 1.2, steps)
+            pd.DataFrame({"step": range(steps), "loss": noisy}).to_csv(sae / "loss.csv", index=False)
+            row = {"encoder": encoder, "seed": seed, "layer": layer, "latents": latents, "steps": steps}
+            densities = []
+            for tokens, share in zip(KINDS, (0.02, 0.6), strict=True):
+                never = int(share * latents) + layer
+                alive, edges = np.histogram(rng.normal(-2.6, 0.6, latents - never), np.arange(-6, 0.25, 0.25))
+                alive[0] += latents - never - alive.sum()
+                densities += [(tokens, "never", -np.inf, never)]
+                densities += [(tokens, "bin", *values) for values in zip(edges, alive, strict=False)]
+                row |= {f"fvu_{tokens}": rng.uniform(0.1, 3), f"l0_{tokens}": rng.uniform(8, 40)}
+                row[f"dead_{tokens}"] = never / latents
+            columns = ["tokens", "kind", "log10_density", "latents"]
+            pd.DataFrame(densities, columns=columns).to_csv(sae / "density.csv", index=False)
+            seal(sae, {"spec": {"layer": layer, "seed": seed}})
+            rows.append(row)
+    return pd.DataFrame(rows), folder
+
+
+@pytest.fixture
+def saes(tmp_path):
+    """Two encoders, one of two seeds, of three layers each."""
+    return make_saes(tmp_path / "saes")
+
+
+def written_on(figure):
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def panels(figure, ylabel):
+    return [ax for ax in figure.axes if ax.get_ylabel() == ylabel]
+
+
+def cells(figure):
+    """Of a member's figure: by layer, its panels of loss and density."""
+    losses, densities = panels(figure, "loss / first loss"), panels(figure, "latents")
+    return {ax.get_title(loc="left"): (ax, density) for ax, density in zip(losses, densities, strict=True)}
+
+
+def stored(folder, encoder, seed, layer, name):
+    return pd.read_csv(folder / encoder / f"layer-{layer:02d}" / f"seed-{seed}" / name)
+
+
+def visible_texts(figure):
+    """All that is written on a figure, with where it is."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    ticks, shown = set(), []
+    bars = [bar for ax in figure.axes for bar in ax.child_axes]
+    for axis in (axis for ax in [*figure.axes, *bars] for axis in (ax.xaxis, ax.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        for tick in axis.get_major_ticks():
+            ticks |= {tick.label1, tick.label2}
+            if axis.get_visible() and low <= tick.get_loc() <= high:
+                shown += [tick.label1, tick.label2]
+    others = [text for text in figure.findobj(Text) if text not in ticks]
+    return [
+        (text, Text.get_window_extent(text, renderer))  # without the line of an annotation
+        for text in [*shown, *others]
+        if text.get_visible() and text.get_text().strip()
+    ]
+
+
+def assert_readable(figure):
+    """Nothing is written over anything else, nor beyond the figure's edge."""
+    texts = visible_texts(figure)
+    assert len(texts) > 10
+    edge = figure.bbox
+    for text, box in texts:
+        assert edge.x0 <= box.x0, text
+        assert box.x1 <= edge.x1, text
+        assert edge.y0 <= box.y0, text
+        assert box.y1 <= edge.y1, text
+    # What holds slanted words holds much else.
+    straight = [(text, box.extents) for text, box in texts if text.get_rotation() % 90 == 0]
+    assert_apart([box for _, box in straight], [text for text, _ in straight])
+
+
+def assert_apart(boxes, names=None):
+    """No two boxes, ``[N, 4]`` as x0, y0, x1 and y1, have anything in common."""
+    x0, y0, x1, y1 = np.asarray(boxes).T[:, :, None]
+    over = (np.minimum(x1, x1.T) > np.maximum(x0, x0.T)) & (np.minimum(y1, y1.T) > np.maximum(y0, y0.T))
+    found = [(first, second) for first, second in np.argwhere(over) if first < second]
+    assert not found, [(names[first], names[second]) if names else (first, second) for first, second in found]
+
+
+def test_saes_are_an_overview_and_a_figure_for_each_member(tmp_path, saes, pdf):
+    table, folder = saes
+    check_twice(lambda out: draw_saes(table, folder, out), tmp_path)
+    members = tmp_path / "one" / "figure"
+    assert {path.name for path in members.iterdir()} == {"vit@0.png", "vit@1.png", "mini_lm@4.png"}
+    for path in members.iterdir():
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        assert min(pixels.shape[:2]) >= 200
+        assert colours(pixels) >= 60
+
+
+def test_a_member_that_is_gone_leaves_no_figure(tmp_path, saes, unsaved):
+    table, folder = saes
+    out = tmp_path / "drawn" / "saes.png"
+    draw_saes(table, folder, out)
+    draw_saes(table.query("encoder == 'vit'"), folder, out)
+    assert {path.name for path in out.parent.iterdir()} == {"saes.png", "saes.pdf", "saes"}
+    assert {path.name for path in (out.parent / "saes").iterdir()} == {"vit@0.png", "vit@1.png"}
+
+
+def test_the_overview_shows_the_tables_numbers_and_each_curve_from_its_start(tmp_path, saes, drawn, unsaved):
+    table, folder = saes
+    draw_saes(table, folder, tmp_path / "drawn" / "saes.png")
+    for label, column in (("FVU", "fvu"), ("dead latents", "dead")):
+        for ax, encoder in zip(panels(drawn[0], label), ("vit", "mini_lm"), strict=True):
+            lines = {tuple(line.get_ydata()) for line in ax.lines if list(line.get_xdata()) == [0, 2, 5]}
+            expected = {
+                tuple(of_seed[f"{column}_{tokens}"])
+                for _, of_seed in table[table.encoder == encoder].groupby("seed")
+                for tokens in KINDS
+            }
+            assert lines == expected
+    for ax, (encoder, count) in zip(panels(drawn[0], "loss / first loss"), (("vit", 6), ("mini_lm", 3)), strict=True):
+        assert ax.get_title(loc="left") == encoder
+        assert ax.get_yscale() == "log"
+        assert len(ax.lines) == count
+        assert len({line.get_color().tobytes() for line in ax.lines}) == 3  # a colour a layer
+        for line in ax.lines:
+            assert line.get_ydata()[0] == pytest.approx(1)
+            assert list(line.get_xdata()[[0, -1]]) == [0, 59]
+    assert_readable(drawn[0])
+
+
+def test_a_members_figure_shows_curves_densities_and_numbers_of_its_layers(tmp_path, saes, drawn, unsaved):
+    table, folder = saes
+    draw_saes(table, folder, tmp_path / "drawn" / "saes.png")
+    figures = {name: figure for figure in drawn[1:] for name in written_on(figure) if "@" in name}
+    assert set(figures) == {"vit@0", "vit@1", "mini_lm@4"}
+    for row in table.itertuples():
+        found = cells(figures[f"{row.encoder}@{row.seed}"])
+        assert set(found) == {"layer 0", "layer 2", "layer 5"}
+        loss, density = found[f"layer {row.layer}"]
+        losses = stored(folder, row.encoder, row.seed, row.layer, "loss.csv").loss
+        raw, smooth = (line.get_ydata() for line in loss.lines)
+        np.testing.assert_allclose(raw, losses / losses[0])
+        assert np.abs(np.diff(np.log(smooth))).mean() < 0.6 * np.abs(np.diff(np.log(raw))).mean()
+        assert loss.get_yscale() == "log"
+        bins = stored(folder, row.encoder, row.seed, row.layer, "density.csv")
+        numbers = [text.get_text() for text in density.texts]
+        for tokens, stairs, words in zip(KINDS, density.patches, numbers, strict=True):
+            of_tokens = bins[bins.tokens == tokens]
+            values, edges, _ = stairs.get_data()
+            assert list(values) == list(of_tokens[of_tokens.kind == "bin"].latents)
+            np.testing.assert_allclose(edges, np.arange(-6, 0.25, 0.25))
+            never = of_tokens[of_tokens.kind == "never"].latents.item()
+            fvu, l0 = getattr(row, f"fvu_{tokens}"), getattr(row, f"l0_{tokens}")
+            assert words == f"FVU {fvu:.3g}, L0 {l0:.3g}, dead {100 * never / 512:.1f}%: {never} of 512"
+
+
+@pytest.mark.parametrize(
+    ("layers", "steps", "latents"),
+    [(1, 2, 64), (1, 1, 64), (6, 60, 8192), (7, 3, 64), (24, 2000, 8192)],
+)
+def test_figures_of_saes_are_readable_whatever_their_number(tmp_path, drawn, layers, steps, latents, unsaved):
+    members = {("an-encoder-with-a-name-that-is-much-too-long", 0): range(layers), ("b", 1): range(layers)}
+    table, folder = make_saes(tmp_path / "saes", members, steps, latents)
+    draw_saes(table, folder, tmp_path / "drawn" / "saes.png")
+    for figure in drawn:
+        assert_readable(figure)
+        for ax in panels(figure, "loss / first loss"):
+            low, high = ax.get_ylim()
+            assert sum(low <= tick <= high for tick in ax.get_yticks()) >= 2
+    for figure in drawn[1:]:
+        assert set(cells(figure)) == {f"layer {layer}" for layer in range(layers)}
+        columns = {ax.get_position().x0 for ax in panels(figure, "latents")}
+        assert len(columns) == (1 if layers <= 6 else 2)
+
+
+def test_a_long_training_is_few_points_that_keep_its_extremes(tmp_path, drawn, unsaved):
+    table, folder = make_saes(tmp_path / "saes", {("vit", 0): [3]}, steps=100_000)
+    draw_saes(table, folder, tmp_path / "drawn" / "saes.png")
+    losses = stored(folder, "vit", 0, 3, "loss.csv").loss.to_numpy()
+    shares = losses / losses[0]
+    (raw, smooth), curve = cells(drawn[1])["layer 3"][0].lines, 10 * (np.exp(-np.arange(100_000) / 12503) + 0.1)
+    assert len(raw.get_ydata()) <= 1000
+    assert len(smooth.get_ydata()) <= 500
+    assert raw.get_ydata().max() == pytest.approx(shares.max())
+    assert raw.get_ydata().min() == pytest.approx(shares.min())
+    assert list(smooth.get_xdata()[[0, -1]]) == [0, 99_999]
+    past = smooth.get_xdata() > 2000
+    np.testing.assert_allclose(
+        smooth.get_ydata()[past], curve[smooth.get_xdata()[past].astype(int)] / losses[0], rtol=0.03
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1.0, 1e15])
+def test_overview_of_saes_whose_fvu_spans_orders_of_magnitude(tmp_path, saes, drawn, scale, unsaved):
+    table, folder = saes
+    draw_saes(table.assign(fvu_global=table.fvu_global * scale), folder, tmp_path / "drawn" / "saes.png")
+    assert_readable(drawn[0])
+    low, high = panels(drawn[0], "FVU")[0].get_ylim()
+    assert 2 <= sum(low <= tick <= high for tick in panels(drawn[0], "FVU")[0].get_yticks()) <= 9
+
+
+def test_saes_with_fvu_that_is_nan_and_with_none_active(tmp_path, drawn):
+    table, folder = make_saes(tmp_path / "saes", {("vit", 0): [2]})
+    path = folder / "vit" / "layer-02" / "seed-0" / "density.csv"
+    densities = pd.read_csv(path)
+    densities["latents"] = np.where(densities.kind == "never", 512, 0)
+    densities.to_csv(path, index=False)
+    seal(path.parent, {"spec": {}})
+    table = table.assign(fvu_all=np.nan, fvu_global=np.nan, dead_all=1.0, dead_global=1.0)
+    check(lambda out: draw_saes(table, folder, out), tmp_path / "drawn")
+    assert "undefined" in written_on(drawn[0])
+    numbers = [text for text in written_on(drawn[1]) if text.startswith("FVU")]
+    assert len(numbers) == 2
+    assert all("FVU undefined" in text and "100.0%: 512 of 512" in text for text in numbers)
+    for figure in drawn:
+        assert_readable(figure)
+
+
+def test_saes_whose_loss_is_zero_from_the_start(tmp_path):
+    """A logarithmic axis has no place for it: the panels are empty."""
+    table, folder = make_saes(tmp_path / "saes", {("vit", 0): [0, 2]})
+    for path in folder.rglob("loss.csv"):
+        pd.read_csv(path).assign(loss=0.0).to_csv(path, index=False)
+        seal(path.parent, {"spec": {}})
+    check(lambda out: draw_saes(table, folder, out), tmp_path / "drawn", colours_at_least=30)
+
+
+@pytest.mark.parametrize("name", ["loss.csv", "density.csv"])
+@pytest.mark.parametrize("content", [None, "", "step,loss\n", "step,loss,tokens,kind,log10_density,latents\n"])
+def test_saes_without_a_curve_or_densities_are_an_error_that_names_the_file(tmp_path, saes, name, content):
+    table, folder = saes
+    path = folder / "vit" / "layer-02" / "seed-1" / name
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(StoreError, match=f"layer-02/seed-1: {name} (is missing|has .* bytes, not).*run the sae stage"):
+        draw_saes(table, folder, tmp_path / "drawn" / "saes.png")
+    assert not (tmp_path / "drawn").exists()
+
+
+ELEVEN = {
+    "clip-image-large@0": "image",
+    "siglip2-image-large@0": "image",
+    "dfn-image-large@0": "image",
+    "dinov2-large@0": "image",
+    "vit-large@0": "image",
+    "mambavision-large@0": "image",
+    "clip-text-large@0": "text",
+    "siglip2-text-large@0": "text",
+    "dfn-text-large@0": "text",
+    "bert-large@0": "text",
+    "deberta-large@0": "text",
+}
+SOME = {
+    "two": {"vit@0": "image", "vit@1": "image"},
+    "four": {"clip-image@0": "image", "dinov2@0": "image", "clip-text@0": "text", "minilm@3": "text"},
+    "eleven": ELEVEN,
+}
+
+
+def full_matrix(members, rng):
+    """A matrix table with intervals, floors and, for every second source, a ceiling."""
+    rows = [
+        {"source": a, "target": b, "source_modality": members[a], "target_modality": members[b], "reading": reading}
+        for a in members
+        for b in members
+        if a != b
+        for reading in READINGS
+    ]
+    table = pd.DataFrame(rows)
+    table["wmppc"] = rng.uniform(0.15, 0.6, len(table))
+    table["low"] = table.wmppc - rng.uniform(0.001, 0.03, len(table))
+    table["high"] = table.wmppc + rng.uniform(0.001, 0.03, len(table))
+    table["floor"] = rng.uniform(0.03, 0.08, len(table))
+    table["ceiling"] = np.where(table.source.isin(list(members)[::2]), rng.uniform(0.6, 0.7, len(table)), np.nan)
+    for measure in ("cka", "mutual_knn"):
+        table[measure] = np.clip(table.wmppc + rng.normal(0, 0.1, len(table)), 0, 1)
+    return table
+
+
+def by_title(figure):
+    """Panels by the first line of their title."""
+    return {ax.get_title().splitlines()[0]: ax for ax in figure.axes if ax.get_title()}
+
+
+def marked(ax, marker):
+    """What lines with a marker show, as x by y, without what is NaN."""
+    lines = [line for line in ax.lines if line.get_marker() == marker]
+    points = [point for line in lines for point in zip(line.get_ydata(), line.get_xdata(), strict=True)]
+    return {int(y): float(x) for y, x in points if np.isfinite(x)}
+
+
+@pytest.mark.parametrize("members", SOME.values(), ids=SOME)
+def test_intervals_show_each_cell_with_its_interval_its_floor_and_its_ceiling(tmp_path, rng, drawn, members):
+    table = full_matrix(members, rng)
+    check(lambda out: draw_intervals(table, out), tmp_path / "drawn")
+    assert_readable(drawn[0])
+    panels = by_title(drawn[0])
+    assert list(panels) == list(TITLES.values())
+    names = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
+    label = {member: member if "vit" in member and len(members) == 2 else member.split("@")[0] for member in members}
+    expected, rows = [], {}
+    for a in members:
+        expected.append(f"from {label[a]}")
+        for b in members:
+            if a != b:
+                rows[a, b] = len(expected)
+                expected.append(label[b])
+    assert names == expected
+    for reading, title in TITLES.items():
+        of = table[table.reading == reading].set_index(["source", "target"])
+        ax = panels[title]
+        assert marked(ax, "x") == {y: of.floor[cell] for cell, y in rows.items()}
+        assert marked(ax, "|") == {y: of.ceiling[cell] for cell, y in rows.items() if np.isfinite(of.ceiling[cell])}
+        for modality, marker in (("image", "o"), ("text", "s")):
+            to = {y: of.wmppc[cell] for cell, y in rows.items() if members[cell[1]] == modality}
+            assert marked(ax, marker) == to
+        bars = {int(y): (x, end) for bars in ax.collections for (x, y), (end, _) in bars.get_segments()}
+        assert bars == {y: (of.low[cell], of.high[cell]) for cell, y in rows.items()}
+        assert ax.get_xlim()[1] > table[["high", "ceiling"]].max(axis=None)
+        assert ax.get_ylim()[0] > len(expected) - 1 > 0 > ax.get_ylim()[1]  # the first row is above
+
+
+def test_intervals_are_the_same_twice(tmp_path, rng, pdf):
+    table = full_matrix(SOME["four"], rng)
+    check_twice(lambda out: draw_intervals(table, out), tmp_path)
+
+
+def test_intervals_without_values_or_without_ceilings(tmp_path, rng, drawn):
+    table = full_matrix(SOME["four"], rng).assign(ceiling=np.nan)
+    check(lambda out: draw_intervals(table, out), tmp_path / "one")
+    empty = table.assign(**dict.fromkeys(["wmppc", "low", "high", "floor"], np.nan))
+    check(lambda out: draw_intervals(empty, out), tmp_path / "two", colours_at_least=30)
+    assert not any("other seed" in text for figure in drawn for text in written_on(figure))
+    assert [written_on(figure).count("no values") for figure in drawn] == [0, 3]
+
+
+def modality_averages(rng, modalities=("image", "text")):
+    rows = [
+        {"reading": reading, "source_modality": a, "target_modality": b, "cells": 5}
+        for reading in READINGS
+        for a in modalities
+        for b in modalities
+    ]
+    numbers = rng.uniform(0.1, 0.6, len(rows))
+    return pd.DataFrame(rows).assign(wmppc=numbers, low=numbers - 0.01, high=numbers + 0.02, floor=0.05)
+
+
+@pytest.mark.parametrize("modalities", [("image", "text"), ("text",)])
+def test_averages_are_written_on_their_cells(tmp_path, rng, drawn, modalities, pdf):
+    averages = modality_averages(rng, modalities)
+    check_twice(lambda out: draw_averages(averages, out), tmp_path)
+    assert_readable(drawn[0])
+    panels = by_title(drawn[0])
+    for reading, title in TITLES.items():
+        of = averages[averages.reading == reading].set_index(["source_modality", "target_modality"])
+        written = {}
+        for text in panels[title].texts:
+            row, column = round(text.get_position()[1]), round(text.get_position()[0])
+            written.setdefault((modalities[row], modalities[column]), []).append(text.get_text())
+        assert written == {
+            cell: [f"{row.wmppc:.3f}", f"{row.low:.3f} to {row.high:.3f}"] for cell, row in of.iterrows()
+        }
+        (image,) = panels[title].images
+        np.testing.assert_array_equal(image.get_array().ravel(), of.wmppc)
+
+
+@pytest.mark.parametrize("missing", [1, 12])
+def test_averages_that_are_missing_are_grey_and_without_a_number(tmp_path, rng, drawn, missing):
+    averages = modality_averages(rng)
+    averages.loc[averages.index[:missing], ["wmppc", "low", "high"]] = np.nan
+    check(lambda out: draw_averages(averages, out), tmp_path / "drawn")
+    assert sum(" to " in text for text in written_on(drawn[0])) == 12 - missing
+    assert "nan" not in " ".join(written_on(drawn[0]))
+
+
+def test_averages_of_one_encoder_are_none(tmp_path, rng, drawn):
+    averages = modality_averages(rng)[:0]
+    draw_averages(averages, tmp_path / "drawn" / "figure.png")
+    read(tmp_path / "drawn" / "figure.png")
+    assert written_on(drawn[0]).count("nothing to average") == 3
+    assert not any(ax.images for ax in drawn[0].axes)
+
+
+@pytest.mark.parametrize("members", [SOME["four"], ELEVEN], ids=["four", "eleven"])
+def test_similarity_shows_each_cell_and_scipys_rank_correlations(tmp_path, rng, drawn, members, pdf):
+    table = full_matrix(members, rng)
+    table.loc[table.index[::7], "cka"] = np.nan
+    table.loc[table.index[1::9], "wmppc"] = np.nan
+    check_twice(lambda out: draw_similarity(table, out), tmp_path)
+    assert_readable(drawn[0])
+    panels = by_title(drawn[0])
+    for measure, title in (("cka", "Linear CKA"), ("mutual_knn", "Mutual kNN")):
+        known = table[table.reading != "pooled"].dropna(subset=["wmppc", measure])
+        ranks = []
+        for reading, name, points in zip(
+            ("layer_mean", "last"), ("mean over layers", "last layer"), panels[title].collections, strict=True
+        ):
+            of = known[known.reading == reading]
+            np.testing.assert_array_equal(points.get_offsets(), of[["wmppc", measure]])
+            ranks.append(f"{name} {stats.spearmanr(of.wmppc, of[measure]).statistic:.2f}")
+        assert panels[title].get_title() == f"{title}\nSpearman: {', '.join(ranks)}"
+        (low, high), (bottom, top) = panels[title].get_xlim(), panels[title].get_ylim()
+        assert low <= 0 < known.wmppc.max() < high
+        assert bottom <= 0 < known[measure].max() < top
+
+
+def test_similarity_of_two_seeds_has_nothing_to_compare(tmp_path, rng, drawn):
+    table = full_matrix(SOME["two"], rng).assign(cka=np.nan)
+    check(lambda out: draw_similarity(table, out), tmp_path / "drawn")
+    assert written_on(drawn[0]).count("nothing to compare") == 1  # CKA alone is missing
+    assert any(text.startswith("Mutual kNN\nSpearman") for text in written_on(drawn[0]))
+
+
+def features(source, targets, rng, count=3000, silent=200):
+    """Pairs of one source: strengths that are the same in each, and rho that grows with them."""
+    strength = 10 ** rng.normal(2, 0.6, count)
+    strength[rng.permutation(count)[:silent]] = 0
+    pairs = []
+    for target in targets:
+        rho = np.clip(0.2 + 0.1 * np.log10(strength + 1) + rng.normal(0, 0.1, count), 0, 1)
+        table = pd.DataFrame({"source": source, "target": target, "strength": strength, "rho": rho * (strength > 0)})
+        back = table.rename(columns={"source": "target", "target": "source"}).assign(strength=1e9, rho=0.9)
+        pairs.append((source, target, pd.concat([back, table])))
+    return pairs
+
+
+def strength_pairs(members, rng, targets):
+    return [pair for a in members for pair in features(a, [b for b in members if b != a][:targets], rng)]
+
+
+@pytest.mark.parametrize(
+    ("members", "targets"), [(SOME["two"], 9), (SOME["four"], 9), (ELEVEN, 1), (dict(list(ELEVEN.items())[3:9]), 9)]
+)
+def test_strength_shows_each_sources_distribution_and_each_pairs_correlation(tmp_path, rng, drawn, members, targets):
+    pairs = strength_pairs(members, rng, targets)
+    check(lambda out: draw_strength(pairs, out), tmp_path / "drawn")
+    assert_readable(drawn[0])
+    tables = {(a, b): table[table.source == a] for a, b, table in pairs}
+    short = {member: member if len(members) == 2 else member.split("@")[0] for member in members}
+    left = {ax.get_title(loc="left"): ax for ax in drawn[0].axes if ax.patches}
+    assert list(left) == [short[member] for member in members]
+    for member in members:
+        strength = next(table for (a, _), table in tables.items() if a == member).strength
+        (stairs,), ax = left[short[member]].patches, left[short[member]]
+        counts, edges, _ = stairs.get_data()
+        np.testing.assert_array_equal(counts, np.histogram(np.log10(strength[strength > 0]), edges)[0])
+        assert counts.sum() == 2800
+        cv = np.std(strength) / np.mean(strength)
+        assert [text.get_text() for text in ax.texts] == [f"CV {cv:.2f}, 200 of 3,000 silent"]
+    right = [ax for ax in drawn[0].axes if ax.images]
+    assert len(right) == len(pairs)
+    for ax, (a, b) in zip(right, tables, strict=True):
+        table = tables[a, b]
+        assert ax.get_title(loc="left") == f"to {short[b]}\nr {np.corrcoef(table.strength, table.rho)[0, 1]:.2f}"
+        (image,) = ax.images
+        active, (low, high, bottom, top) = table[table.strength > 0], image.get_extent()
+        ends = [(low, high), (bottom, top)]
+        expected = np.histogram2d(np.log10(active.strength), active.rho, image.get_array().shape[::-1], ends)[0]
+        np.testing.assert_array_equal(image.get_array().filled(0).T, expected)
+        assert image.get_array().sum() == 2800
+        assert image.norm is right[0].images[0].norm  # one colour scale
+
+
+def test_strength_is_the_same_twice(tmp_path, rng, pdf):
+    pairs = strength_pairs(SOME["two"], rng, 1)
+    check_twice(lambda out: draw_strength(pairs, out), tmp_path)
+
+
+def test_strength_of_a_source_whose_features_were_never_active(tmp_path, rng, drawn):
+    pairs = strength_pairs(SOME["four"], rng, 2)
+    silent = [(a, b, table.assign(strength=0.0, rho=0.0)) for a, b, table in pairs]
+    for n, some in enumerate((pairs[:2] + silent[2:], silent)):
+        check(lambda out, some=some: draw_strength(some, out), tmp_path / str(n))
+        assert_readable(drawn[n])
+    assert [written_on(figure).count("no feature is active") for figure in drawn] == [9, 12]
+    assert "CV undefined, 3,000 of 3,000 silent" in written_on(drawn[1])
+    assert any(text.endswith("r undefined") for text in written_on(drawn[1]))
+
+
+def compared(rng, members=ELEVEN):
+    """Cells of the paper's large encoders on COCO, near the paper's numbers."""
+    cells = compare(full_matrix(members, rng), "coco", "large")
+    ours = cells.paper + rng.normal(0, 0.03, len(cells))
+    return cells.assign(ours=ours, low=ours - 0.01, high=ours + 0.02, difference=ours - cells.paper)
+
+
+def test_our_numbers_are_drawn_against_the_papers(tmp_path, rng, drawn, pdf):
+    cells = compared(rng)
+    check_twice(lambda out: draw_paper(cells, out), tmp_path)
+    assert_readable(drawn[0])
+    panels = by_title(drawn[0])
+    assert list(panels) == [TITLES["layer_mean"], TITLES["last"]]
+    for reading in ("layer_mean", "last"):
+        of, ax = cells[cells.reading == reading], panels[TITLES[reading]]
+        points = [
+            tuple(point) for found in ax.collections if len(found.get_offsets()) > 1 for point in found.get_offsets()
+        ]
+        assert sorted(points) == sorted(zip(of.paper, of.ours, strict=True))
+        ends = [
+            (x, y, end)
+            for bars in ax.collections
+            if hasattr(bars, "get_segments")
+            for (x, y), (_, end) in bars.get_segments()
+        ]
+        assert sorted(ends) == sorted(zip(of.paper, of.low, of.high, strict=True))
+        spearman, pearson = (f(of.ours, of.paper).statistic for f in (stats.spearmanr, stats.pearsonr))
+        far = (of.ours - of.paper).abs().mean()
+        assert ax.get_title().splitlines()[1:] == [
+            f"Spearman {spearman:.2f}, Pearson {pearson:.2f}",
+            f"mean absolute difference {far:.3f}",
+        ]
+        assert ax.get_xlim() == ax.get_ylim()
+        worst = of.loc[of.difference.abs().nlargest(4).index]
+        named = next(text.get_text() for text in ax.texts if text.get_text().startswith("farthest")).splitlines()[1:]
+        assert named == [
+            f"{n}  {cell.source} to {cell.target}: {cell.ours:.3f}, paper {cell.paper:.3f}"
+            for n, cell in enumerate(worst.itertuples(), 1)
+        ]
+        numbered = {text.get_text(): text.xy for text in ax.texts if text.get_text() in "1234"}
+        assert numbered == {str(n): (cell.paper, cell.ours) for n, cell in enumerate(worst.itertuples(), 1)}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_numbers_beside_the_farthest_points_are_readable_however_close_those_are(tmp_path, seed, drawn):
+    cells = compared(np.random.default_rng(seed))
+    closest = cells[cells.reading == "last"].nlargest(4, "paper").index
+    cells.loc[closest, ["ours", "difference"]] = np.array([[0.02, -0.3]]) + 0.002 * np.arange(4)[:, None]
+    draw_paper(cells, tmp_path / "figure.png")
+    assert_readable(drawn[0])
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_few_of_the_papers_cells(tmp_path, rng, drawn, count):
+    cells = compared(rng, dict(list(ELEVEN.items())[:count]))
+    check(lambda out: draw_paper(cells, out), tmp_path / "drawn")
+    assert_readable(drawn[0])
+    assert "image to image" in written_on(drawn[0])
+    assert "text to image" not in written_on(drawn[0])
+
+
+def test_cells_of_the_paper_without_a_number_of_ours(tmp_path, rng, drawn):
+    cells = compared(rng)
+    missing = cells.reading == "last"
+    cells.loc[missing, ["ours", "low", "high", "difference"]] = np.nan
+    check(lambda out: draw_paper(cells, out), tmp_path / "drawn")
+    assert_readable(drawn[0])
+    assert written_on(drawn[0]).count("nothing to compare") == 1
+    assert any(text.startswith("Last layer\nSpearman undefined") for text in written_on(drawn[0]))
+
+
+LONG = [f"{'a-member-of-a-long-name-' * 3}{n}@0" for n in range(4)]
+
+
+def test_long_names_are_written_over_nothing(tmp_path, rng, drawn, unsaved):
+    out = tmp_path / "long" / "figure.png"
+    pairs = list(pairwise(LONG))
+    draw_layerwise(layerwise(pairs, 6, 6), pairs, out)
+    draw_intervals(full_matrix(dict.fromkeys(LONG, "image"), rng), out)
+    draw_matrix(matrix(dict.fromkeys(LONG, ("image", "vision")), rng), out)
+    draw_strength(strength_pairs(LONG, rng, 3), out)
+    assert len(drawn) == 4
+    for figure in drawn:
+        assert_readable(figure)
+    titles = [ax.get_title(loc="left").splitlines()[0] for ax in drawn[3].axes if ax.images]
+    assert len(set(titles)) == 4
+    assert {title[-2:] for title in titles} == {f"-{n}" for n in range(4)}

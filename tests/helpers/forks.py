@@ -1,0 +1,141 @@
+"""Runs code in processes of their own, which start at once: forks of one that has imported what is slow to import."""
+
+import json
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import sys
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import CompletedProcess
+from tempfile import TemporaryDirectory
+from threading import Thread
+
+FORKS = multiprocessing.get_context("forkserver")
+# torch._dynamo is what an optimiser imports when it is made.
+FORKS.set_forkserver_preload(
+    [
+        "datasets",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.backends.backend_pdf",
+        "snakemake.cli",
+        "torch._dynamo",
+        "transformers.models.bert.modeling_bert",
+        "transformers.models.siglip.modeling_siglip",
+        "transformers.models.vit.image_processing_vit",
+        "transformers.models.vit.modeling_vit",
+        *("conceptshare.cli", "conceptshare.encoders._transformers", "conceptshare.encoders.weights"),
+        *(f"conceptshare.sae.{name}" for name in ("_stream", "features")),
+        *(f"conceptshare.{name}" for name in ("correlations._store", "figures", "pages")),
+        *(f"conceptshare.analysis.{name}" for name in ("formats", "similarity", "tables")),
+        *(f"conceptshare.concepts.{name}" for name in ("examples", "names")),
+    ]
+)
+# Hands over what it was started with, and ends as that ended: 137 if it was killed.
+_CLIENT = """
+import json, os, socket, sys
+
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect(sys.argv[1])
+    job = json.dumps([sys.argv[2:], os.getcwd(), dict(os.environ)]).encode()
+    socket.send_fds(server, [len(job).to_bytes(4, "big")], [0, 1, 2])
+    server.sendall(job)
+    ended = server.recv(1)
+os._exit(ended[0] if ended else 137)
+"""
+
+
+def run_forked(code, *arguments, folder=".", environment=None):
+    """Run code with command-line arguments in a folder, as ``python -c`` does, and tell how it ended."""
+    with TemporaryDirectory() as said:
+        output, errors = Path(said, "output"), Path(said, "errors")
+        job = (code, [str(argument) for argument in arguments], folder, environment or {}, output, errors)
+        process = FORKS.Process(target=_run, args=job)
+        process.start()
+        process.join()
+        return CompletedProcess(code, process.exitcode, output.read_text(), errors.read_text())
+
+
+def _run(code, arguments, folder, environment, output, errors):
+    for stream, path in ((sys.stdout, output), (sys.stderr, errors)):
+        with path.open("w") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    sys.argv[1:] = arguments
+    os.chdir(folder)
+    os.environ.update(environment)
+    exec(code, {"__name__": "__main__"})
+
+
+@contextmanager
+def forked_python():
+    """A program ``python`` whose ``-m`` runs a module in such a process, for programs that start many."""
+    with TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as jobs:
+        client, python, address = (Path(folder, name) for name in ("client.py", "python", "jobs"))
+        client.write_text(_CLIENT)
+        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -SEs "{client}" "{address}" "$@"\n')
+        python.chmod(0o755)
+        jobs.bind(str(address))
+        jobs.listen()
+        Thread(target=_accept, args=(jobs, str(python)), daemon=True).start()
+        yield python
+        jobs.shutdown(socket.SHUT_RDWR)
+
+
+def _accept(jobs, python):
+    while True:
+        try:
+            job, _ = jobs.accept()
+        except OSError:  # shut down
+            return
+        with job:
+            FORKS.Process(target=_answer, args=(job, python)).start()
+
+
+def _answer(job, python):
+    """Say how a job ended. That it is killed, the end of the connection says."""
+    ended = 1
+    try:
+        _run_module(job, python)
+        ended = 0
+    except SystemExit as end:
+        ended = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    job.sendall(bytes([ended]))
+
+
+def _end_with(client):
+    """End this process if its client is killed."""
+    client.recv(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _run_module(job, python):
+    length, streams, _, _ = socket.recv_fds(job, 4, 3)
+    with job.makefile("rb") as file:
+        (flag, module, *arguments), folder, environment = json.loads(file.read(int.from_bytes(length, "big")))
+    assert flag == "-m"
+    Thread(target=_end_with, args=(job,), daemon=True).start()
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    sys.stdin = open(0)  # noqa: SIM115 - multiprocessing had closed it
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    import_anew("conceptshare")
+    if module != "conceptshare":  # but Snakemake, whose jobs run what it runs in
+        sys.executable = python
+    sys.argv[1:] = arguments
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def import_anew(package):
+    """Take a package from where ``PYTHONPATH`` says, which may be another copy than the one imported before."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        del sys.modules[name]
+    sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)

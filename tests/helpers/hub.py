@@ -1,0 +1,278 @@
+"""A model hub on this machine: what the hub's own client asks for, over HTTP, with the failures that tests want."""
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import huggingface_hub
+from huggingface_hub import constants
+
+TOKEN = "hf_a_token_that_is_nowhere_to_be_written"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request that the hub received."""
+
+    method: str
+    path: str
+    range: str | None
+    token: str | None
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.path}"
+
+
+@dataclass
+class Repository:
+    """Its files by commit, and its branches and tags."""
+
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    revisions: dict[str, str] = field(default_factory=dict)
+    gated: bool = False
+
+
+@dataclass
+class Trouble:
+    """What goes wrong with the next so many requests that ``where`` is part of."""
+
+    kind: str
+    where: str
+    times: int
+    number: int
+    """A status, or the bytes of a body that are sent before it stops."""
+
+
+class Hub:
+    """A running hub. `log` holds every request for a repository, `strangers` every other."""
+
+    def __init__(self) -> None:
+        self.log: list[Request] = []
+        self.strangers: list[Request] = []
+        self.over = threading.Event()
+        self.held = threading.Event()
+        """Set once a body is held."""
+        self.outwaited = False
+        """Whether a client waited for as long as this hub did not answer."""
+        self._names: dict[str, str] = {}
+        self._repositories: dict[tuple[str, str], Repository] = {}
+        self._troubles: list[Trouble] = []
+        self._lock = threading.Lock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def add(self, repository: str, files: Path | dict[str, bytes], kind: str = "model", revision: str = "main") -> str:
+        """Let a branch or tag of a repository hold these files; give its commit."""
+        if isinstance(files, Path):
+            files = {
+                path.relative_to(files).as_posix(): path.read_bytes() for path in files.rglob("*") if path.is_file()
+            }
+        listing = [f"{name} {hashlib.sha1(content).hexdigest()}" for name, content in sorted(files.items())]
+        commit = hashlib.sha1("\n".join([repository, *listing]).encode()).hexdigest()
+        known = self._repositories.setdefault((kind, repository), Repository())
+        known.commits[commit] = files
+        known.revisions[revision] = commit
+        return commit
+
+    def rename(self, old: str, new: str) -> None:
+        """Send those who ask for a model by an old name to its new one."""
+        self._names[old] = new
+
+    def gate(self, repository: str, kind: str = "model") -> None:
+        """Give the files to nobody, as to those who have not accepted a licence."""
+        self._repositories[kind, repository].gated = True
+
+    def fail(self, status: int, times: int, where: str = "") -> None:
+        """Answer the next requests with a status."""
+        self._troubles.append(Trouble("fail", where, times, status))
+
+    def cut(self, after: int, where: str, times: int = 1) -> None:
+        """Lose the connection in the middle of the next bodies."""
+        self._troubles.append(Trouble("cut", where, times, after))
+
+    def shorten(self, to: int, where: str) -> None:
+        """Answer the next request with the beginning of the file, as if that were all."""
+        self._troubles.append(Trouble("shorten", where, 1, to))
+
+    def hold(self, after: int, where: str) -> None:
+        """Send no more of the next body than its beginning, and keep the connection."""
+        self._troubles.append(Trouble("hold", where, 1, after))
+
+    def ignore(self, where: str, times: int = 1) -> None:
+        """Do not answer the next requests at all."""
+        self._troubles.append(Trouble("ignore", where, times, 0))
+
+    def stop(self) -> None:
+        """Be unreachable."""
+        self.over.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def asked(self, method: str, part: str = "") -> list[Request]:
+        """The requests of a method whose path holds ``part``."""
+        return [request for request in self.log if request.method == method and part in request.path]
+
+    def trouble(self, request: Request) -> Trouble | None:
+        """What is to go wrong with a request."""
+        if request.path == "/api/agent-harnesses":
+            self.strangers.append(request)  # the client asks this once a day, to tell by whom it is used
+            return None
+        with self._lock:
+            self.log.append(request)
+            for trouble in self._troubles:
+                if trouble.times > 0 and trouble.where in str(request):
+                    trouble.times -= 1
+                    return trouble
+        return None
+
+    def answer(self, request: Request) -> "Answer":
+        """What the hub says to a request that nothing goes wrong with."""
+        parts = unquote(request.path).strip("/").split("/")
+        if parts[0] == "api":
+            kind, rest = parts[1].removesuffix("s"), parts[2:]
+        else:
+            kind, rest = ("dataset", parts[1:]) if parts[0] == "datasets" else ("model", parts)
+        words = [n for n, word in enumerate(rest) if word in ("revision", "tree", "resolve")]
+        end = words[0] if words else len(rest)
+        name = "/".join(rest[:end])
+        if name in self._names:
+            return Answer(307, {"Location": request.path.replace(name, self._names[name], 1)})
+        repository = self._repositories.get((kind, name))
+        if repository is None:
+            return Answer(404 if request.token else 401, {"X-Error-Code": "RepoNotFound"})
+        revision, path = ("main", "") if not words else (rest[end + 1], "/".join(rest[end + 2 :]))
+        commit = repository.revisions.get(revision, revision)
+        if commit not in repository.commits:
+            return Answer(404, {"X-Error-Code": "RevisionNotFound"})
+        files = repository.commits[commit]
+        if parts[0] != "api":
+            return _file(repository, commit, files, path, request)
+        if words and rest[end] == "tree":
+            return _json([{"type": "file", "path": name, "size": len(x), "oid": _tag(x)} for name, x in files.items()])
+        return _json({"id": name, "sha": commit, "siblings": [{"rfilename": name} for name in files]})
+
+
+@dataclass
+class Answer:
+    """A response."""
+
+    status: int
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+
+def _failure(status: int, bearer: str) -> Answer:
+    """A failure that repeats the secret it was asked with, as careless servers do."""
+    said = f"refused to {bearer}"
+    return Answer(status, {"X-Error-Message": said}, json.dumps({"error": said}).encode())
+
+
+def _json(content: Any) -> Answer:
+    return Answer(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
+
+
+def _tag(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _file(repository: Repository, commit: str, files: dict[str, bytes], path: str, request: Request) -> Answer:
+    if repository.gated:
+        return Answer(403 if request.token else 401, {"X-Error-Code": "GatedRepo"})
+    if path not in files:
+        return Answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+    content = files[path]
+    headers = {"ETag": f'"{_tag(content)}"', "X-Repo-Commit": commit, "X-Linked-Size": str(len(content))}
+    if request.range is None:
+        return Answer(200, headers, content)
+    start = int(request.range.removeprefix("bytes=").rstrip("-"))
+    headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+    return Answer(206, headers, content[start:])
+
+
+def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            self._respond()
+
+        def do_GET(self) -> None:
+            self._respond()
+
+        def log_message(self, *args: Any) -> None:
+            """Say nothing."""
+
+        def _respond(self) -> None:
+            if hub.over.is_set():
+                self.close_connection = True
+                return
+            bearer = self.headers["Authorization"]
+            token = bearer.removeprefix("Bearer ") if bearer else None
+            request = Request(self.command, urlsplit(self.path).path, self.headers["Range"], token)
+            trouble = hub.trouble(request)
+            if trouble is not None and trouble.kind == "ignore":
+                hub.outwaited |= not hub.over.wait(20)
+                self.close_connection = True
+                return
+            if trouble is not None and trouble.kind == "fail":
+                answer = _failure(trouble.number, bearer or "")
+            else:
+                answer = hub.answer(request)
+            if trouble is not None and trouble.kind == "shorten":
+                answer.body, trouble = answer.body[: trouble.number], None
+            self.send_response(answer.status)
+            for name, value in {**answer.headers, "Content-Length": str(len(answer.body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "HEAD":
+                return
+            if trouble is None or trouble.kind == "fail":
+                self.wfile.write(answer.body)
+                return
+            self.wfile.write(answer.body[: trouble.number])
+            self.wfile.flush()
+            if trouble.kind == "hold":
+                hub.held.set()
+                hub.over.wait(60)
+            self.close_connection = True
+
+    return Handler
+
+
+@contextmanager
+def running() -> Iterator[Hub]:
+    """A hub for as long as the block runs."""
+    hub = Hub()
+    try:
+        yield hub
+    finally:
+        if not hub.over.is_set():
+            hub.stop()
+
+
+def use(monkeypatch: Any, endpoint: str, cache: Path) -> None:
+    """Let the hub's client in this process ask ``endpoint``, with no token and another cache."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("conceptshare.io.hub._PAUSES", (0.01, 0.02))
+    huggingface_hub.close_session()
+
+
+def environment(endpoint: str, cache: Path, **more: str) -> dict[str, str]:
+    """The environment of a process that asks ``endpoint``."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    return {**own, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), **more}

@@ -1,0 +1,169 @@
+"""Every stage at the command line, on tiny inputs, in a process of its own that can be stopped, starved or robbed.
+
+Processes are forked from a server that has imported the libraries once, so that each costs what its stage does.
+"""
+
+import json
+import os
+import signal
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from conceptshare.config.catalog import DatasetSpec
+from tests.helpers.forks import FORKS
+
+STAGES = {
+    "dataset": ["data"],
+    "weights": ["vit.json"],
+    "activations": ["activations/vit.zarr", "tokens/vit.zarr"],
+    "sae": ["saes/vit/layer-01/seed-0"],
+    "stream": ["streams/bert", "streams/bert.zarr"],
+    "features": ["features/bert@0.zarr"],
+    "correlations": ["correlations/bert@0__bert@1.zarr"],
+    "similarity": ["similarity/bert__vit.csv", "similarity/bert__vit.parquet"],
+    "metrics": ["tables/all.csv", "tables/all.parquet"],
+    "formats": ["tables/all"],
+    "figures": ["tables/saes.png", "tables/saes.pdf", "tables/saes"],
+}
+"""What each makes, in the order in which they need one another."""
+
+SAMPLES = 40
+SETTINGS = json.dumps({"expansion": 4, "k": 3, "batch_samples": 8, "batch_captions": 8, "learning_rate": 1e-2})
+
+
+def write_inputs(folder):
+    """A table of noisy pictures and their words, and two encoders."""
+    from tests.helpers import models  # not above: each process imports this file, and waits for what it imports
+    from tests.helpers.samples import write_rows
+
+    write_rows(folder / "rows.parquet", SAMPLES, models.WORDS)
+    for make in (models.vit, models.bert):
+        spec = make(folder / make.__name__).spec.model_copy(update={"batch_size": 5})
+        (folder / f"{make.__name__}.entry").write_text(spec.model_dump_json(exclude_none=True))
+
+
+def arguments(stage, made, out):
+    """The command line of a stage that reads the results in ``made`` and writes those of its own into ``out``."""
+
+    def entry(encoder):
+        return ["--encoder", (made / f"{encoder}.entry").read_text()]
+
+    def reads(encoder):
+        return [*entry(encoder), "--weights", made / f"{encoder}.json", "--data", made / "data"]
+
+    stores = ["--features", made / "features", "--correlations", made / "correlations"]
+    members = json.dumps([["bert@0", "text", "language", "bert@1"], ["bert@1", "text", "language", "bert@0"]])
+    source = DatasetSpec(source=str(made / "rows.parquet")).model_dump_json(exclude_none=True)
+    bert = made / "streams" / "bert"
+    given = {
+        "dataset": ["dataset", "--dataset", source],
+        "weights": ["weights", *entry("vit")],
+        "activations": ["activations", *reads("vit")],
+        "sae": ["sae", "train", "--tokens", made / "tokens/vit.zarr", "--layer", 1, "--settings", SETTINGS],
+        "stream": ["stream", *reads("bert"), "--settings", SETTINGS, "--seed", 0, "--seed", 1],
+        "features": ["features", "--activations", f"{bert}.zarr", "--saes", bert],
+        "correlations": ["correlations", *(made / f"features/bert@{n}.zarr" for n in (0, 1)), "--full", "0:2"],
+        "similarity": ["similarity", f"{bert}.zarr", made / "activations/vit.zarr"],
+        "metrics": ["metrics", "matrix", "--members", members, *stores],
+        "formats": [
+            "metrics",
+            "formats",
+            "--table",
+            made / "tables/all.parquet",
+            "--averages",
+            made / "tables/a.parquet",
+        ],
+        "figures": ["figures", "saes", "--table", made / "tables/members.parquet", "--saes", made / "streams"],
+    }
+    places = [out / name for name in STAGES[stage]]
+    options = {"stream": ["--saes", "--activations"], "activations": ["--out", "--tokens"]}.get(stage, ["--out"])
+    wanted = [text for option in zip(options, places, strict=False) for text in option]
+    return [*map(str, [*given[stage], *wanted])]
+
+
+def make_all(made):
+    """Run every stage once, undisturbed."""
+    write_inputs(made)
+    for stage in STAGES:
+        _done(run(arguments(stage, made, made), made))
+        if stage == "weights":
+            given = ["weights", "--encoder", (made / "bert.entry").read_text(), "--out", made / "bert.json"]
+            _done(run(given, made))
+        if stage == "features":
+            given = arguments("features", made, made)
+            given[given.index("--out") + 1] = made / "features/bert@1.zarr"
+            _done(run([*given, "--seed", 1], made))
+        if stage == "metrics":
+            given = ["--table", made / "tables/all.parquet", "--correlations", made / "correlations"]
+            _done(run(["metrics", "averages", *given, "--out", made / "tables/a.csv"], made))
+            given = ["--members", '["bert@0", "bert@1"]', "--saes", made / "streams", "--features", made / "features"]
+            _done(run(["metrics", "saes", *given, "--out", made / "tables/members.csv"], made))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended."""
+
+    status: int
+    """Its exit status, or the negative number of the signal that ended it."""
+    said: str
+    touched: int
+    """How often it opened a file to write, made, renamed or removed one in the watched folder."""
+
+
+def run(arguments, watched, at=0, sent=signal.SIGKILL, before=None):
+    """Run the command line in a process of its own.
+
+    Args:
+        arguments: of the command line.
+        watched: the folder that it writes into.
+        at: the process sends itself a signal when it is about to touch that folder for so many times; 0 for never.
+        sent: which.
+        before: called in the process first.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        said, touched = Path(folder) / "said", Path(folder) / "touched"
+        touched.touch()
+        job = (list(map(str, arguments)), str(watched), at, sent, before, said, touched)
+        process = FORKS.Process(target=_conceptshare, args=job)
+        process.start()
+        process.join()
+        return Ended(process.exitcode, said.read_text(), touched.stat().st_size)
+
+
+def _conceptshare(arguments, watched, at, sent, before, said, touched):
+    import torch
+
+    from conceptshare import cli
+    from conceptshare.sae import _train
+
+    for stream in (1, 2):
+        os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+    torch.set_num_threads(1)
+    _train._SECONDS_BETWEEN_CHECKPOINTS = 0
+    sys.argv = ["conceptshare", *arguments]
+    if before is not None:
+        before()
+    count = os.open(touched, os.O_WRONLY | os.O_APPEND)
+    done = 0
+
+    def watch(event, details):
+        nonlocal done
+        if event == "open":
+            touches = details[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        else:
+            touches = event in {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
+        if touches and isinstance(details[0], str | os.PathLike) and os.fspath(details[0]).startswith(watched):
+            done += 1
+            os.write(count, b".")
+            if done == at:
+                os.kill(os.getpid(), sent)
+
+    sys.addaudithook(watch)
+    cli.main()
+
+
+def _done(ended):
+    assert ended.status == 0, ended.said

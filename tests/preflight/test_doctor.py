@@ -1,0 +1,293 @@
+"""What the doctor finds, on this machine as it is and on what is broken on purpose."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from snakemake_executor_plugin_slurm import ExecutorSettings
+
+from conceptshare.config.study import load_study
+from conceptshare.preflight import doctor
+from conceptshare.preflight.plan import Rates, format_bytes, make_plan
+from tests.helpers.hub import TOKEN, use
+
+CLONE = Path(__file__).parents[2]
+
+
+def command(*arguments, cwd=CLONE, **surroundings):
+    """The doctor in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "conceptshare", "doctor", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(CLONE / "src"), **surroundings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def by_name(findings):
+    return {finding.name: finding for finding in findings}
+
+
+@pytest.fixture(autouse=True)
+def _in_the_clone(monkeypatch):
+    monkeypatch.chdir(CLONE)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A function that lets the hub be at an address, and says what is found there."""
+
+    def ask(endpoint):
+        use(monkeypatch, endpoint, tmp_path / "cache")
+        (finding,) = doctor._hub()
+        return finding
+
+    return ask
+
+
+def test_this_machine_has_what_a_run_needs_and_says_it_in_a_line_a_check():
+    found = command(HF_HUB_OFFLINE="1")
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert found.stderr == ""
+    lines = found.stdout.splitlines()
+    assert {line.split()[0] for line in lines} <= {"ok", "warning"}
+    for name in ("Python", "packages", "torch", "GPU", "results", "hub cache", "hub", "Snakemake", "Slurm", "conda"):
+        assert any(line[9:].startswith(name) for line in lines), name
+    assert "config.yaml: openclipart is sound" in found.stdout
+    assert "offline by choice" in found.stdout
+
+
+def test_machines_get_json_and_nobody_gets_the_token(tmp_path):
+    found = command("--json", cwd=tmp_path, HF_HUB_OFFLINE="1", HF_TOKEN=TOKEN)
+    checks = {check["name"]: check for check in json.loads(found.stdout)}
+    assert checks["hub"] == {
+        "name": "hub",
+        "status": "ok",
+        "found": "offline by choice (HF_HUB_OFFLINE); a token is set",
+        "remedy": "",
+    }
+    assert "study" not in checks  # there is no config.yaml
+    assert TOKEN not in found.stdout + found.stderr
+
+
+def test_a_broken_study_is_missing(tmp_path):
+    (tmp_path / "study.yaml").write_text("study: a b\n")
+    found = command("--config", "study.yaml", cwd=tmp_path, HF_HUB_OFFLINE="1")
+    assert found.returncode == 1
+    assert "missing  study" in found.stdout
+    assert "study.yaml: study: 'a b' is not a name" in found.stdout
+    assert "Traceback" not in found.stderr
+
+
+def test_a_study_that_the_disk_cannot_hold_is_a_warning_with_both_sizes(monkeypatch):
+    assert by_name(doctor._study(CLONE / "config.yaml", Path("results")))["disk"].status == "ok"
+    large = CLONE / "config" / "coco-large.yaml"
+    needed = make_plan(load_study(large), Rates()).total().written
+    for free, status in ((needed + 1, "ok"), (needed - 1, "warning")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        disk = by_name(doctor._study(large, Path("results")))["disk"]
+        assert disk.status == status
+        assert disk.found.count(format_bytes(needed)) == 2
+
+
+class Answering(BaseHTTPRequestHandler):
+    """A hub's front page."""
+
+    status = 200
+
+    def do_HEAD(self):
+        self.send_response(self.status)
+        self.end_headers()
+
+    def log_message(self, *args):
+        """Say nothing."""
+
+
+@pytest.mark.parametrize(("status", "expected"), [(200, "ok"), (401, "ok"), (404, "ok"), (405, "ok"), (503, "warning")])
+def test_a_hub_that_answers_is_there(hub, status, expected):
+    handler = type("Handler", (Answering,), {"status": status})
+    with HTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        finding = hub(f"http://127.0.0.1:{server.server_port}")
+    assert finding.status == expected
+    assert f"http://127.0.0.1:{server.server_port} answers" in finding.found
+
+
+def test_a_hub_that_refuses_is_a_warning_with_its_address(hub):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    finding = hub(endpoint)
+    assert finding.status == "warning"
+    assert f"{endpoint} cannot be reached" in finding.found
+    assert "HF_ENDPOINT" in finding.remedy
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(hub, monkeypatch):
+    monkeypatch.setattr(doctor, "_REQUEST", 0.2)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        finding = hub(f"http://127.0.0.1:{silent.getsockname()[1]}")
+    assert finding.status == "warning"
+    assert "timed out" in finding.found
+
+
+def test_an_endpoint_that_is_no_address_is_a_warning(hub):
+    finding = hub("not an address")
+    assert finding.status == "warning"
+    assert "not an address cannot be reached (unknown url type" in finding.found
+
+
+def test_a_token_in_a_file_is_told_of_and_not_told(hub, tmp_path):
+    with HTTPServer(("127.0.0.1", 0), Answering) as server:
+        for content, words in (("", "no token is set"), (TOKEN, "; a token is set")):
+            threading.Thread(target=server.handle_request, daemon=True).start()
+            (tmp_path / "cache").mkdir(exist_ok=True)
+            (tmp_path / "cache" / "token").write_text(content)
+            finding = hub(f"http://127.0.0.1:{server.server_port}")
+            assert words in finding.found
+            assert TOKEN not in str(finding)
+
+
+def test_what_does_not_end_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(doctor, "_CHECK", 0.1)
+    over = threading.Event()
+    (finding,) = doctor._start("Slurm", lambda: [over.wait()])()
+    over.set()
+    assert finding.status == "warning"
+    assert finding.found.startswith("no answer")
+
+
+def test_what_raises_is_a_warning_that_says_what(monkeypatch):
+    def broken():
+        raise ZeroDivisionError("by\nnought")
+
+    (finding,) = doctor._start("GPU", broken)()
+    assert finding == ("GPU", "warning", "could not be checked (ZeroDivisionError: by nought)", "")
+
+
+def test_results_that_cannot_be_written_are_missing_and_a_cache_a_warning(tmp_path):
+    for name, status in (("results", "missing"), ("hub cache", "warning")):
+        finding = doctor._disk(name, Path("/proc/no-such-folder"), status)
+        assert finding.status == status
+        assert "/proc/no-such-folder: cannot be written to" in finding.found
+        assert finding.remedy
+    (tmp_path / "results").write_text("a file")
+    assert doctor._disk("results", tmp_path / "results", "missing").status == "missing"
+
+
+def test_a_folder_that_can_be_written_keeps_nothing_of_the_check(tmp_path):
+    finding = doctor._disk("results", tmp_path / "results" / "not there yet", "missing")
+    assert finding.status == "ok"
+    assert "locks work" in finding.found
+    assert list(tmp_path.iterdir()) == []
+
+
+def programs(folder, **scripts):
+    """A PATH with these shell scripts alone."""
+    folder.mkdir()
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    return str(folder)
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A function that puts a cluster's programs on PATH, and says what is found."""
+
+    def ask(**scripts):
+        monkeypatch.setenv("PATH", programs(tmp_path / "bin", **scripts))
+        return by_name(doctor._slurm())
+
+    return ask
+
+
+UP = {
+    "sbatch": "",
+    "squeue": "",
+    "scontrol": "echo 'Slurmctld(primary) at head is UP'",
+    "sinfo": "echo 'gpu* 4 nodes, GPUs gpu:a100:8'; echo 'cpu 10 nodes, GPUs (null)'",
+    "sacct": "echo 17",
+}
+
+
+def test_no_slurm_is_no_fault(slurm):
+    assert slurm()["Slurm"].status == "ok"
+
+
+def test_a_cluster_is_told_with_its_partitions_and_accounting(slurm):
+    found = slurm(**UP)
+    assert found["Slurm"] == ("Slurm", "ok", "gpu* 4 nodes, GPUs gpu:a100:8; cpu 10 nodes, GPUs (null)", "")
+    assert found["accounting"].status == "ok"
+
+
+def test_a_cluster_without_accounting_says_which_command_the_profile_is_to_use(slurm):
+    found = slurm(**UP | {"sacct": "echo 'Slurm accounting storage is disabled' >&2; exit 1"})
+    assert found["accounting"].status == "warning"
+    assert "slurm-status-command: squeue" in found["accounting"].remedy
+
+
+def test_a_controller_that_does_not_answer_is_a_warning_with_its_words(slurm):
+    found = slurm(**UP | {"scontrol": "echo 'Slurmctld(primary) at head is DOWN'"})["Slurm"]
+    assert found.status == "warning"
+    assert "at head is DOWN" in found.found
+
+
+def test_a_program_that_hangs_is_not_waited_for(slurm, monkeypatch):
+    monkeypatch.setattr(doctor, "_REQUEST", 0.2)
+    assert slurm(**UP | {"scontrol": "exec /bin/sleep 20"})["Slurm"].status == "warning"
+
+
+def test_a_program_that_lacks_is_named(slurm):
+    found = slurm(**{name: script for name, script in UP.items() if name != "squeue"})["Slurm"]
+    assert (found.status, found.found) == ("warning", "sbatch is on PATH, but no squeue")
+
+
+@pytest.mark.parametrize(
+    ("requirement", "found"),
+    [("no-such-package>=1", "not installed"), ("numpy>=99", "where >=99 is needed"), ("numpy<1; extra == 'x'", None)],
+)
+def test_packages_that_lack_or_are_of_another_version_are_missing_with_the_command(monkeypatch, requirement, found):
+    monkeypatch.setattr("importlib.metadata.requires", lambda _: ["numpy>=2", requirement])
+    (finding,) = doctor._packages()
+    if found is None:
+        assert (finding.status, finding.found) == ("ok", "all 1 in the declared ranges")
+        return
+    assert finding.status == "missing"
+    assert found in finding.found
+    assert finding.remedy == f"pip install '{requirement}'"
+
+
+def test_a_gpu_that_torch_does_not_see_is_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("PATH", programs(tmp_path / "without"))
+    assert by_name(doctor._torch())["GPU"].status == "ok"
+    monkeypatch.setenv("PATH", programs(tmp_path / "with", **{"nvidia-smi": ""}))
+    assert by_name(doctor._torch())["GPU"].status == "warning"
+
+
+def test_a_gpu_that_was_asked_for_and_cannot_be_used_is_missing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("SLURM_JOB_GPUS", "3")
+    gpu = by_name(doctor._torch())["GPU"]
+    assert gpu.status == "missing"
+    assert "SLURM_JOB_GPUS=3" in gpu.found
+    monkeypatch.setenv("CONCEPTSHARE_DEVICE", "cpu")
+    assert by_name(doctor._torch())["GPU"][1:3] == ("ok", "CONCEPTSHARE_DEVICE=cpu; the CPU is used")
+
+
+def test_the_status_command_is_one_that_snakemake_knows():
+    assert "status_command" in ExecutorSettings.__dataclass_fields__

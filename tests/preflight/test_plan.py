@@ -1,0 +1,634 @@
+"""What a study is said to cost, against Snakemake, the stages themselves and the design's numbers."""
+
+import csv
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from conceptshare import analysis, correlations, sae
+from conceptshare.activations import extraction
+from conceptshare.analysis import similarity
+from conceptshare.cli import app
+from conceptshare.concepts import examples
+from conceptshare.config.catalog import EncoderSpec
+from conceptshare.config.study import CorrelationSettings, SAESettings, build_study, load_study
+from conceptshare.io import readers, store
+from conceptshare.io.errors import StudyError
+from conceptshare.io.store import open_store
+from conceptshare.preflight import plan
+from conceptshare.preflight.plan import Rates, count_jobs, make_plan
+from conceptshare.sae import features
+from tests.workflow.conftest import CLONE, Project
+
+COCO = 118_287
+PAPER = SAESettings()
+CONFIGS = ["config.yaml", *sorted(f"config/{path.name}" for path in (CLONE / "config").glob("*.yaml"))]
+# The tables of the paper that each study holds all cells of.
+TABLES = {
+    "coco-large": {"6", "7", "8", "9"},
+    "coco-base": {"10", "11", "12", "13"},
+    "laion-large": {"14", "15", "16", "17"},
+    "flowers-large": {"18", "19", "20", "21"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_the_clone(monkeypatch):
+    monkeypatch.chdir(CLONE)
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A results folder in which nothing is made."""
+    return tmp_path / "results"
+
+
+def encoder(**changes):
+    described = {
+        "library": "transformers",
+        "model": "hub/x",
+        "modality": "image",
+        "kind": "vision",
+        "layers": 2,
+        "width": 64,
+        "global_token": "first",
+        "tokens": 17,
+    }
+    return EncoderSpec(**(described | changes))
+
+
+def study_of(**changes):
+    given = {
+        "study": "test",
+        "datasets": {"openclipart": None},
+        "encoders": {"minilm": {"seeds": [0, 1]}, "dinov2-small": {"use_layers": "last"}, "tiny-clip-text": None},
+        "saes": {"small": {"k": 4}, "paper": None},
+        "analyses": {"matrices": {"all": None}, "layerwise": {"seeds": {"pairs": [["minilm@0", "minilm@1"]]}}},
+    }
+    return given | changes
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, CLONE / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_study_has_the_jobs_that_snakemake_plans_for_it(config):
+    """``--forceall`` plans as for a results folder that holds nothing."""
+    planned = Project(CLONE).plan("--forceall", "--configfile", config)
+    assert count_jobs(load_study(config)) == planned
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"preset": "reference"},
+        {"analyses": {}},
+        {"datasets": {"openclipart": None, "first": {"base": "openclipart", "limit": 5}}},
+        {"analyses": {"layerwise": {"a": {"pairs": [["minilm", "dinov2-small"]]}}}},
+        {
+            "analyses": {
+                "sharedness": {
+                    "s": {"source": "minilm", "shared_with": ["minilm@1"], "not_shared_with": ["tiny-clip-text"]}
+                }
+            }
+        },
+        {"analyses": {"matrices": {"seeds": {"members": ["minilm@0", "minilm@1"]}}}},
+    ],
+    ids=["several", "reference", "nothing", "two data sets", "an encoder too many", "sharedness alone", "seeds alone"],
+)
+def test_studies_of_every_shape_have_the_jobs_that_snakemake_plans_for_them(tmp_path, changes):
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study_of(**changes)))
+    assert count_jobs(load_study(path)) == Project(CLONE).plan("--forceall", "--configfile", str(path))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_rule_that_has_a_cost_has_jobs_and_costs_come_in_the_workflows_order(config, elsewhere):
+    found = make_plan(load_study(config), Rates(), results=elsewhere)
+    assert [rule for rule in found.jobs if rule in found.costs] == list(found.costs)
+
+
+def test_large_clip_on_coco_has_the_sizes_that_the_design_names(elsewhere):
+    study = load_study("config/coco-large.yaml")
+    clip = study.encoders["clip-image-large"]
+    assert plan.tokens_bytes(clip, COCO) == pytest.approx(62e9, rel=0.01)
+    assert plan.global_bytes(clip, COCO) == pytest.approx(0.24e9, rel=0.01)
+    assert plan.features_bytes(8 * 1024, COCO) == pytest.approx(1.9e9, rel=0.03)
+    assert make_plan(study, Rates(), results=elsewhere).samples == {"coco": COCO}
+
+
+def test_a_pair_of_large_encoders_on_coco_has_the_products_that_the_design_names():
+    large = encoder(layers=24, width=1024)
+    cost = plan.correlations_cost(large, large, PAPER, COCO)
+    assert cost.flops == pytest.approx(9.14e15 * (1 + 2 * 512 / 8192), rel=1e-3)  # with the shuffled ones
+
+
+def test_a_forward_pass_has_the_operations_of_a_transformers_blocks():
+    spec = encoder()
+    block = torch.nn.TransformerEncoderLayer(64, nhead=2, dim_feedforward=4 * 64, batch_first=True)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+        block(torch.randn(1, 17, 64))
+    assert plan.activations_cost(spec, N=5).flops == 5 * spec.layers * counted.get_total_flops()
+
+
+def test_an_entry_that_tells_its_operations_is_believed():
+    assert plan.activations_cost(encoder(gflops=30), N=7).flops == 7 * 30e9
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [
+        ({}, 17),
+        ({"global_token": "mean"}, 18),
+        ({"max_tokens": 5}, 5),
+        ({"max_tokens": 500}, 17),
+        ({"use_layers": "last"}, 17),
+        ({"modality": "text", "kind": "vlm", "library": "open_clip", "context_length": 77}, 17),
+        (
+            {
+                "modality": "text",
+                "kind": "vlm",
+                "library": "open_clip",
+                "context_length": 77,
+                "global_token": "reference",
+            },
+            77,
+        ),
+        ({"tokens": None, "image_size": 98}, 50),
+        ({"tokens": None, "modality": "text", "kind": "language"}, 16),
+    ],
+    ids=str,
+)
+def test_training_tokens_are_those_that_the_activations_stage_keeps(changes, tokens):
+    spec = encoder(**changes)
+    cost = plan.activations_cost(spec, N=3)
+    assert cost.written == len(spec.layer_numbers()) * 3 * (tokens + 1) * 64 * 2 + 8 * (3 + 4)
+
+
+def test_text_towers_that_always_see_their_padding_compute_it():
+    def of(**changes):
+        text = {"modality": "text", "kind": "vlm", "tokens": 14, "context_length": 77}
+        return plan.activations_cost(encoder(**(text | changes)), N=1).flops
+
+    assert of(library="open_clip") == of(global_token="last") == of(tokens=77) > of()
+
+
+def test_parts_of_a_forward_pass_are_jobs_and_cost_what_one_does(elsewhere):
+    def plan_with(**entry):
+        study = build_study(study_of(encoders={"minilm": entry, "dinov2-small": None}), "test")
+        return make_plan(study, Rates(), results=elsewhere)
+
+    whole, parted = plan_with(seeds=[0, 1]), plan_with(seeds=[0, 1], parts=4)
+    jobs = {"activations": 1, "activations_part": 4, "activations_join": 1}
+    assert whole.jobs == whole.jobs | {"activations": 2}
+    assert parted.jobs == whole.jobs | jobs
+    assert parted.total() == whole.total()
+
+
+def test_what_stages_keep_to_themselves_is_reckoned_with_as_it_is():
+    assert plan.IN_MEMORY_BYTES == extraction._IN_MEMORY_BYTES
+    assert plan.SHARD_BYTES == extraction.SHARD_BYTES
+    assert plan.CHUNK_BYTES == store._CHUNK_BYTES
+    assert (plan.FEATURE_ROWS, plan.FEATURE_COLUMNS) == (features._ROWS, features._COLUMNS)
+    assert plan.TOP_SAMPLES == features._TOP_SAMPLES
+    assert (plan.SHOWN_SAMPLES, plan.HISTOGRAM_BINS) == (examples.TOP, examples.BINS)
+    assert len(examples.QUANTILES) * examples.NEAR == plan.WEAKER_SAMPLES
+    assert plan.EVALUATED_SAMPLES == sae._order._EVALUATED_SAMPLES
+    assert (plan.CKA_SAMPLES, plan.NEIGHBOUR_SAMPLES) == (similarity.CKA_SAMPLES, similarity.NEIGHBOUR_SAMPLES)
+    assert plan.FLOOR_FEATURES == correlations._store.FLOOR_FEATURES
+
+
+class Counted:
+    """A layer of features that counts the bytes of the chunks that are read of it."""
+
+    def __init__(self, array, chunk):
+        self.array, self.shape, self.chunk, self.read = array, array.shape, chunk, 0
+
+    def __getitem__(self, place):
+        place = place if isinstance(place, tuple) else (place, slice(None))
+        rows, columns = (at.indices(size) for at, size in zip(place, self.shape, strict=True))
+        touched = {column // self.chunk for column in range(columns[0], columns[1])}
+        self.read += len(touched) * self.chunk * (rows[1] - rows[0]) * 2
+        return self.array[place]
+
+
+@pytest.mark.parametrize("megabytes", [2, 4])
+def test_correlations_read_what_they_are_said_to(rng, tmp_path, write_features, monkeypatch, megabytes):
+    """Chunks are as wide as those of the features stage; 300 features have one, and 700 have two."""
+    N, chunk, layers = 2000, 512, []
+    a, b = encoder(layers=2, width=300), encoder(layers=3, width=700)
+    settings, bound = SAESettings(expansion=1, k=1), CorrelationSettings(memory_mb=megabytes)
+    paths = [
+        write_features(tmp_path, name, {n: rng.random((N, spec.width)) for n in range(spec.layers)})
+        for name, spec in (("a@0", a), ("b@0", b))
+    ]
+    opened = correlations._store.FeatureStore.__init__
+
+    def counting(self, path):
+        opened(self, path)
+        self.arrays = [Counted(array, min(chunk, array.shape[1])) for array in self.arrays]
+        layers.extend(self.arrays)
+
+    monkeypatch.setattr(correlations._store.FeatureStore, "__init__", counting)
+    with FlopCounterMode(display=False) as counted:
+        correlations.correlate_stores(*paths, tmp_path / "a@0__b@0.zarr", megabytes * 2**20)
+    cost = plan.correlations_cost(a, b, settings, N, bound)
+    seen = 3 * 2 * 512 * 2  # the types of values, of one layer of each side, in each of three products
+    assert cost.read == pytest.approx(sum(layer.read for layer in layers) - seen, rel=0.15)
+    assert counted.get_total_flops() == pytest.approx(cost.flops, rel=0.02)  # and those of the influences
+    store = open_store(tmp_path / "a@0__b@0.zarr", readers.CORRELATIONS)
+    assert cost.written == pytest.approx(sum(store[name].nbytes for name in store.array_keys()), abs=200)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(257, 1024), (14, 768), (1, 64)])
+@pytest.mark.parametrize("at_once", [1, 16])
+def test_reading_samples_reads_the_chunks_that_they_lie_in(tokens, width, at_once):
+    rows, together = 2**18 // (2 * width), at_once * tokens
+    starts = np.arange(20_000) * together
+    chunks = (starts + together - 1) // rows - starts // rows + 1
+    expected = chunks.mean() * rows * 2 * width / at_once
+    assert plan._sample_read(encoder(tokens=tokens, width=width), at_once) == pytest.approx(expected, rel=0.01)
+
+
+def test_an_sae_takes_the_bytes_it_is_said_to(tmp_path):
+    spec, settings = encoder(width=32), SAESettings(expansion=4, k=3)
+    sae.save_sae(sae.TopKSAE(32, 128, 3, torch.Generator()), tmp_path, "x", "layer 0")
+    weights = (tmp_path / "sae_weights.safetensors").stat().st_size
+    assert plan.sae_cost(spec, settings, N=10).written == pytest.approx(weights, abs=500)
+
+
+def test_training_an_sae_has_the_operations_of_its_products():
+    spec, settings = encoder(width=32, tokens=5), SAESettings(expansion=4, k=3, epochs=2, batch_samples=4)
+    model = sae.TopKSAE(32, 128, 3, torch.Generator())
+    with FlopCounterMode(display=False) as counted:
+        model(torch.randn(5, 32))
+    dense = counted.get_total_flops()
+    sparse = 5 * 2 * 5 * 3 * 32
+    steps = 2 * 3
+    training = 2 * 10 * (dense + sparse) + steps * 12 * (2 * 32 * 128 + 32)
+    measuring = 10 * (5 + 1) * (2 * 32 * 128 + 2 * 3 * 32)  # all tokens, and the global ones
+    assert plan.sae_cost(spec, settings, N=10).flops == training + measuring
+
+
+def test_an_sae_reads_a_layer_once_where_it_fits_memory_and_else_its_chunks_each_epoch(monkeypatch):
+    spec = encoder(tokens=5, width=32)
+    once, thrice = (SAESettings(expansion=4, k=3, epochs=epochs) for epochs in (1, 3))
+    N, size = 10, 10 * 5 * 32 * 2
+    small = plan.sae_cost(spec, thrice, N)
+    assert small.read == size
+    assert plan.sae_cost(spec, once, N).read == small.read
+    monkeypatch.setattr(plan, "IN_MEMORY_BYTES", size - 1)
+    large = plan.sae_cost(spec, thrice, N)
+    each_pass = N * plan._sample_read(spec, once.batch_samples)
+    chunk = 2**18  # of each global token, once more
+    assert large.read == pytest.approx((3 + 1) * each_pass + 10 * chunk)  # all samples are evaluated too
+    assert plan.sae_cost(spec, once, N).read == pytest.approx((1 + 1) * each_pass + 10 * chunk)
+    assert small.memory - large.memory == size
+
+
+@pytest.mark.parametrize(("held_out", "reads"), [(0.2, 2 * 8 + 2), (0, 2 * 10 + 10)])
+def test_a_stream_costs_its_passes_and_the_trainings_of_all_layers_and_seeds(held_out, reads):
+    """Each epoch reads what is trained on, and what is held out, or all where nothing is, is read once more."""
+    spec = encoder(width=32, tokens=5)
+    settings = SAESettings(expansion=4, k=3, epochs=2, batch_samples=4, held_out=held_out)
+    one = plan.sae_cost(spec, settings, N=10)
+    found = plan.stream_cost(spec, settings, N=10, seeds=3, data_bytes=1000)
+    assert found.flops == pytest.approx(reads * plan.forward_flops(spec) + 2 * 3 * one.flops)
+    assert found.read == pytest.approx(reads / 10 * 1000)
+    assert found.written == 2 * 10 * 32 * 2 + 2 * 3 * one.written
+
+
+def test_large_clip_on_coco_streams_without_the_tokens_that_the_design_names():
+    spec = load_study("config/coco-large.yaml").encoders["clip-image-large"]
+    stored = plan.activations_cost(spec, COCO).written + 24 * plan.sae_cost(spec, PAPER, COCO).written
+    found = plan.stream_cost(spec, PAPER, COCO, seeds=1)
+    assert stored - found.written == pytest.approx(24 * COCO * 257 * 1024 * 2, rel=1e-3)
+    assert found.written < 10e9
+    # Weights, gradients and moments of 24 SAEs, the model, a batch and its latents: it fits one GPU.
+    assert 24 * 4 * 4 * 2 * 8192 * 1024 < found.memory < 16e9
+
+
+def test_features_take_the_bytes_of_the_arrays_that_are_recorded(tmp_path, rng, write_features):
+    spec, settings = encoder(layers=2, width=8), SAESettings(expansion=1, k=1)
+    path = write_features(tmp_path, "x@0", {layer: rng.random((5, 8)) for layer in range(2)})
+    recorded = store.open_store(path, readers.FEATURES)
+    arrays = [array for name in recorded.group_keys() for _, array in recorded[name].arrays()]
+    cost = plan.features_cost(spec, settings, N=5)
+    assert cost.written == sum(array.nbytes for array in arrays)
+    assert cost.cpu_flops == 2 * 5 * 2 * 8 * 8
+
+
+def test_similarity_has_the_operations_and_reads_the_bytes_that_it_is_said_to(
+    tmp_path, rng, monkeypatch, write_activations
+):
+    specs = encoder(layers=2, width=6), encoder(layers=3, width=8)
+    for module, names in (
+        (plan, ("CKA_SAMPLES", "NEIGHBOUR_SAMPLES")),
+        (similarity, ("CKA_SAMPLES", "NEIGHBOUR_SAMPLES")),
+    ):
+        for name, samples in zip(names, (30, 20), strict=True):
+            monkeypatch.setattr(module, name, samples)
+    paths = [
+        write_activations(
+            tmp_path / f"{name}.zarr",
+            {layer: list(rng.standard_normal((40, 1, spec.width))) for layer in range(spec.layers)},
+        )
+        for name, spec in zip("ab", specs, strict=True)
+    ]
+    with FlopCounterMode(display=False) as counted:
+        similarity.compare_stores(*paths, tmp_path / "a__b.csv")
+    cost = plan.similarity_cost(*specs, N=40)
+    assert cost.flops == counted.get_total_flops()
+    assert cost.read == 30 * 2 * (2 * 6 + 3 * 8)
+    assert cost.written == pytest.approx((tmp_path / "a__b.csv").stat().st_size, rel=0.4)
+
+
+def test_examples_cost_another_pass_and_the_features_where_they_fire():
+    spec, settings = encoder(layers=2, width=8, tokens=5), SAESettings(expansion=2, k=3)
+    cost = plan.examples_cost(spec, settings, N=100, data_bytes=1000)
+    fires = 2 * 16 * examples.TOP * 5
+    assert cost.flops == plan.activations_cost(spec, N=100).flops + fires * 2 * 8
+    assert cost.read == 1000 + 2 * 100 * 16 * 2 + 2 * 4 * (2 * 8 * 16 + 8)
+    shorter = plan.examples_cost(spec.model_copy(update={"tokens": 4}), settings, N=100)
+    assert cost.written - shorter.written == 2 * 16 * examples.TOP
+    most = 2 * 16 * examples.TOP
+    many = plan.examples_cost(spec, settings, N=10 * most, data_bytes=1000)
+    assert many.flops == plan.activations_cost(spec, N=most).flops + fires * 2 * 8
+    assert many.read == 100 + 2 * 10 * most * 16 * 2 + 2 * 4 * (2 * 8 * 16 + 8)
+
+
+@pytest.mark.parametrize("stage", ["activations", "sae", "stream", "features", "similarity", "examples"])
+def test_the_memory_that_rules_ask_for_is_enough_for_every_study_of_the_paper(stage, elsewhere):
+    rule = (CLONE / "workflow" / "rules" / f"{stage}.smk").read_text(encoding="utf-8")
+    given, *_ = re.findall(r"mem_mb=grown\((.*)\),\n", rule)
+    for config in CONFIGS:
+        asked = eval(given, {"STUDY": load_study(config)}) * 1e6
+        for stream in (True, False):
+            study = load_study(config).model_copy(update={"stream": stream})
+            costs = make_plan(study, Rates(), results=elsewhere).costs
+            assert stage not in costs or costs[stage].memory < asked, config
+
+
+def test_the_memory_that_correlations_ask_for_is_enough_beside_a_gpu():
+    """What is read and read ahead, of a large layer on COCO, and what influences take; the rest is the GPU's."""
+    rule = (CLONE / "workflow" / "rules" / "correlations.smk").read_text(encoding="utf-8")
+    (given,) = re.findall(r"mem_mb=grown\((.*)\),\n", rule)
+    asked = eval(given, {"STUDY": load_study("config/coco-large.yaml")}) * 1e6
+    assert asked > plan._PROCESS_BYTES + 2 * plan.features_bytes(8192, COCO) + 2**30
+
+
+def test_the_time_that_the_rule_asks_for_is_enough_for_the_largest_pair():
+    rule = (CLONE / "workflow" / "rules" / "correlations.smk").read_text(encoding="utf-8")
+    (asked,) = re.findall(r"runtime=grown\((.*)\),\n", rule)
+    large = load_study("config/coco-large.yaml").encoders["clip-image-large"]
+    hours = plan.correlations_cost(large, large, PAPER, COCO).hours(Rates())
+    assert hours < int(asked) / 60
+    guide = (CLONE / "docs" / "reproducing-the-paper.md").read_text(encoding="utf-8")
+    assert f"by this estimate up to {60 * hours:.0f} minutes" in guide
+
+
+def sizes(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_sizes_of_the_default_study_are_those_of_its_stores():
+    """Activations are not compressed, but SAEs have logs beside them; of features, up to two thirds are saved."""
+    made, study = CLONE / "results" / "openclipart", load_study()
+    stores = {path.stem: path for path in made.glob("streams/small/activations/*.zarr")}
+    if set(stores) != set(study.encoders):
+        pytest.skip("the default study has no results here")
+    N = make_plan(study, Rates()).samples["openclipart"]
+    settings = study.saes["small"]
+    for name, path in stores.items():
+        spec = study.encoders[name]
+        written = sizes(path) + sizes(made / "streams" / "small" / "saes" / name)
+        assert written / plan.stream_cost(spec, settings, N, len(spec.seeds)).written == pytest.approx(1, abs=0.08)
+        for recorded in (made / "features" / "small").glob(f"{name}@*.zarr"):
+            assert 0.3 < sizes(recorded) / plan.features_cost(spec, settings, N).written < 1.01, recorded
+        for recorded in (made / "examples" / "small").glob(f"{name}@*"):
+            assert 0.2 < sizes(recorded) / plan.examples_cost(spec, settings, N).written < 1.01, recorded
+    for member in study.members():
+        cost = plan.member_pages_cost(study.encoders[member.encoder], settings, len(study.comparisons()[member]))
+        shown = CLONE / "results/studies/openclipart/pages/data/openclipart/small" / str(member)
+        assert 0.2 < sizes(shown) / cost.written < 1.01, member
+
+
+def test_the_true_count_of_a_data_set_that_is_made_is_taken(elsewhere):
+    study = build_study(study_of(), "test")
+    assert make_plan(study, Rates(), results=elsewhere).samples == {"openclipart": 1888}
+    folder = elsewhere / "openclipart" / "data"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text('{"rows": 77}')
+    (folder / "samples.arrow").write_bytes(b"x" * 1234)
+    found = make_plan(study, Rates(), results=elsewhere)
+    assert found.samples == {"openclipart": 77}
+    assert found.costs["dataset"].written == 1234
+    assert make_plan(study, Rates(), samples=500, results=elsewhere).samples == {"openclipart": 500}
+
+
+def test_pictures_that_are_downloaded_are_on_disk_twice(elsewhere):
+    def written(**entry):
+        datasets = {"mine": {"source": "hub/mine", "samples": 100, **entry}}
+        study = build_study(study_of(datasets=datasets), "test")
+        return make_plan(study, Rates(), results=elsewhere).costs["dataset"].written
+
+    assert written(image_url="url") == 2 * written() == 2 * 100 * 160_000
+
+
+def test_a_data_set_of_unknown_size_is_an_error_that_says_what_to_give(elsewhere):
+    def plan_with(**entry):
+        datasets = {"mine": {"source": "hub/mine", **entry}}
+        return make_plan(build_study(study_of(datasets=datasets), "test"), Rates(), results=elsewhere)
+
+    with pytest.raises(StudyError, match=r"datasets\.mine: nothing says how many samples it has; give --samples"):
+        plan_with()
+    assert plan_with(limit=40).samples == plan_with(limit=40, samples=50).samples == {"mine": 40}
+    assert plan_with(limit=60, samples=50).samples == {"mine": 50}
+
+
+def test_the_rows_of_a_local_table_are_counted(elsewhere, tmp_path):
+    (tmp_path / "mine.csv").write_text('image,caption\n1.png,"two\nlines"\n2.png,NA\n3.png,c\n')
+    datasets = {"mine": {"source": str(tmp_path / "mine.csv")}}
+    assert make_plan(build_study(study_of(datasets=datasets), "test"), Rates(), results=elsewhere).samples == {
+        "mine": 3
+    }
+
+
+def test_hours_are_operations_and_bytes_over_their_rates():
+    cost = plan.Cost(written=1e9, read=2e9, flops=30e12, cpu_flops=400e9)
+    assert cost.hours(Rates(tflops=15, disk_mb_per_s=500, cpu_gflops=200)) == pytest.approx((2 + 2 + 6) / 3600)
+
+
+def test_the_whole_is_the_sum_of_its_rules_and_needs_the_memory_of_the_largest_job(elsewhere):
+    found = make_plan(load_study("config/coco-base.yaml"), Rates(), results=elsewhere)
+    for field in ("written", "read", "flops", "cpu_flops"):
+        assert getattr(found.total(), field) == pytest.approx(sum(getattr(c, field) for c in found.costs.values()))
+    assert found.total().memory == max(cost.memory for cost in found.costs.values())
+
+
+def test_padding_makes_the_reference_preset_cost_more(elsewhere):
+    changes = {"encoders": {"clip-text-large": None, "dinov2-large": None}, "analyses": {"matrices": {"m": None}}}
+    own, reference = (
+        make_plan(build_study(study_of(preset=preset, **changes), "test"), Rates(), results=elsewhere)
+        for preset in ("own", "reference")
+    )
+    assert reference.jobs == own.jobs
+    more = reference.costs["activations"].written - own.costs["activations"].written
+    assert more == 12 * 1888 * (77 - 14) * 768 * 2
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def test_the_command_prints_an_aligned_table_with_what_it_assumes_below():
+    output = run("--config", "config/coco-large.yaml", "--samples", "1000", "--tflops", "50").output
+    head, table, below = output.split("\n\n", 2)
+    assert head == "study coco-large"
+    lines = table.splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].split() == ["rule", "jobs", "disk", "read", "FLOP", "memory", "hours"]
+    jobs = count_jobs(load_study("config/coco-large.yaml"))
+    assert [line.split()[:2] for line in lines[1:-1]] == [[rule, str(count)] for rule, count in jobs.items()]
+    assert lines[-1].split()[:2] == ["total", str(sum(jobs.values()))]
+    for said in ("coco 1,000", "50 TFLOP/s", "500 MB/s", "200 GFLOP/s"):
+        assert said in below
+    assert "guessed" not in below
+
+
+def test_the_command_says_of_which_encoders_it_guesses_the_tokens(tmp_path):
+    config = yaml.safe_load((CLONE / "config.yaml").read_text())
+    config["encoders"]["minilm"] = {"tokens": None}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert (
+        "guessed, for want of `tokens` in the entry: minilm." in run("--config", str(tmp_path / "config.yaml")).output
+    )
+    assert "guessed" not in run().output
+
+
+def test_the_command_speaks_json():
+    found = json.loads(run("--config", "config/coco-base.yaml", "--json").output)
+    assert found["study"] == "coco-base"
+    assert found["jobs"]["stream"] == 10
+    assert found["total"]["written"] == pytest.approx(sum(cost["written"] for cost in found["costs"].values()))
+    assert found["total"]["hours"] == pytest.approx(sum(cost["hours"] for cost in found["costs"].values()))
+    fast = json.loads(run("--config", "config/coco-base.yaml", "--json", "--disk-mb-per-s", "1e9").output)
+    assert fast["total"]["hours"] < found["total"]["hours"]
+    assert fast["total"]["read"] == found["total"]["read"]
+
+
+def test_a_plan_needs_no_torch():
+    code = "import sys, conceptshare.cli, conceptshare.preflight.plan; print('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(CLONE / "src")}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"), [(0, "0 B"), (999, "999 B"), (62_258e6, "62.3 GB"), (999.9e9, "1.0 TB"), (2614e12, "2,614 TB")]
+)
+def test_sizes_are_shown_in_the_unit_that_suits_them(size, shown):
+    assert plan.format_bytes(size) == shown
+
+
+@pytest.mark.parametrize("study", TABLES)
+def test_a_study_of_the_papers_tables_compares_the_encoders_that_are_in_them(study):
+    with (Path(analysis.__file__).parent / "paper" / "wmppc.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["table"] in TABLES[study]]
+    (dataset,), (size,) = {row["dataset"] for row in rows}, {row["size"] for row in rows}
+    found = load_study(f"config/{study}.yaml")
+    assert found.study == study
+    assert list(found.datasets) == [dataset]
+    assert set(found.encoders) == {f"{row[side]}-{size}" for row in rows for side in ("source", "target")}
+    assert found.encoders == {member.encoder: found.encoders[member.encoder] for member in found.members()}
+    everywhere = {row["source"] for row in rows if row["layers"] == "all"}
+    for name, spec in found.encoders.items():
+        assert spec.use_layers == ("all" if name.removesuffix(f"-{size}") in everywhere else "last")
+    (matrix,) = (name for name, analysis in found.analyses.matrices.items() if analysis.paper)
+    assert found.paper_datasets(matrix) == [dataset]
+    assert found.analyses.matrices[matrix].paper == size
+    assert {member.encoder for member in found.matrix_members(matrix)} == set(found.encoders)
+    assert found.sae_key("paper") == "{}"
+
+
+def test_every_table_of_the_paper_belongs_to_one_study():
+    with (Path(analysis.__file__).parent / "paper" / "wmppc.csv").open(encoding="utf-8") as file:
+        tables = {row["table"] for row in csv.DictReader(file)}
+    assert sorted(table for held in TABLES.values() for table in held) == sorted(tables)
+
+
+@pytest.mark.parametrize(("config", "size"), [("config/figure1.yaml", "large"), ("config.yaml", None)])
+def test_figure_1_is_two_seeds_of_each_encoder_of_a_clip(config, size):
+    study = load_study(config)
+    image, text = (f"clip-{of}-{size}" if size else f"tiny-clip-{of}" for of in ("image", "text"))
+    pairs = [(str(a), str(b)) for a, b in study.layerwise_pairs("layers")]
+    assert pairs == [(f"{encoder}@0", f"{encoder}@1") for encoder in (image, text)]
+
+
+def test_the_studies_of_figure_1_and_of_the_typology_share_what_coco_large_makes():
+    large = load_study("config/coco-large.yaml")
+    for name in ("figure1", "typology"):
+        study = load_study(f"config/{name}.yaml")
+        for encoder_name, spec in study.encoders.items():
+            assert spec.activations_key() == large.encoders[encoder_name].activations_key()
+            # A stream trains all seeds of its encoder, so other seeds would train them again.
+            assert spec.seeds == large.encoders[encoder_name].seeds
+        assert study.dataset_key("coco") == large.dataset_key("coco")
+        assert study.sae_key("paper") == large.sae_key("paper")
+
+
+@pytest.mark.parametrize("config", CONFIGS[1:])
+def test_a_config_says_what_its_study_costs(config):
+    text = (CLONE / config).read_text(encoding="utf-8")
+    plans = script("write_plans")
+    assert text == plans.with_headline(text, plans.plan_of(CLONE / config)), "run python docs/write_plans.py"
+    assert "\n# conceptshare plan: " in text
+    assert load_study(config).study == Path(config).stem
+
+
+def test_the_guides_table_of_costs_is_what_the_program_says():
+    guide = CLONE / "docs" / "reproducing-the-paper.md"
+    text = guide.read_text(encoding="utf-8")
+    assert text == script("write_plans").with_costs(text), "run python docs/write_plans.py"
+    for config in CONFIGS[1:]:
+        assert text.count(f"](../{config})") >= 1
+
+
+def test_the_guide_names_every_table_and_figure_of_the_paper():
+    text = (CLONE / "docs" / "reproducing-the-paper.md").read_text(encoding="utf-8")
+    for number in range(1, 23):
+        assert f"Table {number}" in text
+    for number in range(1, 5):
+        assert f"Figure {number}" in text
+
+
+@pytest.mark.parametrize("document", ["docs/reproducing-the-paper.md", "config/README.md"])
+def test_every_link_of_the_guide_leads_somewhere(document):
+    path = CLONE / document
+    targets = [part.split(")")[0] for part in path.read_text(encoding="utf-8").split("](")[1:]]
+    assert targets
+    for target in targets:
+        assert target.startswith("https://") or (path.parent / target.split("#")[0]).exists(), target
+
+
+def test_every_study_of_the_folder_is_in_its_readme():
+    text = (CLONE / "config" / "README.md").read_text(encoding="utf-8")
+    for config in CONFIGS[1:]:
+        assert f"]({Path(config).name})" in text

@@ -1,0 +1,650 @@
+"""Folders from and for other libraries, against those libraries' real code; and what `sae info` says."""
+
+import json
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from conceptshare.cli import app
+from conceptshare.io import seals
+from conceptshare.io.errors import StoreError
+from conceptshare.sae import TopKSAE, load_sae, save_sae
+from conceptshare.sae.exchange import export_to_sparsify, import_sae
+from conceptshare.sae.folder import describe_sae
+from tests.helpers.elsewhere import run_elsewhere
+
+D, F, K = 8, 24, 4
+# Two libraries' products of float32 differ by rounding alone; latents and reconstructions are of size 1 to 20.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def some_sae():
+    """An SAE none of whose parameters is zero, with decoder rows of many lengths."""
+    generator = torch.Generator().manual_seed(0)
+    sae = TopKSAE(D, F, K, generator)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.normal_(generator=generator)
+    return sae
+
+
+def tokens():
+    return torch.randn(200, D, generator=torch.Generator().manual_seed(1)) + 1
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    """An SAE's folder as `save_sae` writes it."""
+    (tmp_path / "own").mkdir()
+    save_sae(some_sae(), tmp_path / "own", "vit", "layer 3")
+    return tmp_path / "own"
+
+
+@pytest.fixture
+def own(sealed):
+    """The same as SAELens writes it, and as tests change it: with nothing to compare its files with."""
+    (sealed / "manifest.json").unlink()
+    return sealed
+
+
+def contents(folder):
+    """The files that other libraries read."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors", "manifest.json"])
+def test_a_changed_byte_of_a_sealed_folder_is_one_line_that_names_the_file(sealed, tmp_path, name, rng):
+    whole = (sealed / name).read_bytes()
+    uses = (
+        load_sae,
+        describe_sae,
+        partial(import_sae, out=tmp_path / "out"),
+        partial(export_to_sparsify, out=tmp_path),
+    )
+    for place in rng.choice(len(whole), 20, replace=False):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << rng.integers(8)
+        (sealed / name).write_bytes(changed)
+        for use in uses:
+            with pytest.raises(StoreError, match=rf"^{sealed}: {name} [^\n]*run the sae stage again$"):
+                use(sealed)
+    (sealed / name).write_bytes(whole)
+    load_sae(sealed)
+
+
+def edit(folder, **keys):
+    config = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps({**config, **keys}))
+
+
+def edit_tensors(folder, **tensors):
+    (path,) = folder.glob("*.safetensors")
+    save_file({name: x.contiguous() for name, x in {**load_file(path), **tensors}.items()}, path)
+
+
+@torch.no_grad()
+def latents_and_reconstruction(folder, x):
+    """``[T, F]`` latents after TopK and ``[T, D]`` reconstructions."""
+    sae = load_sae(folder)
+    top = sae.top_k(x)
+    return {"latents": torch.zeros(len(x), F).scatter(1, top.indices, top.values), "reconstruction": sae.decode(top)}
+
+
+def assert_same(found, expected, **tolerance):
+    assert expected["latents"].count_nonzero() > 100 * K
+    for name in ("latents", "reconstruction"):
+        torch.testing.assert_close(found[name], expected[name], **(tolerance or CLOSE), msg=lambda m, n=name: n + m)
+
+
+# --- SAELens ---
+
+SAE_LENS = """
+from pathlib import Path
+import torch
+from safetensors.torch import load_file, save_file
+from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+
+folder = Path(sys.argv[1])
+x = load_file(folder / "x.safetensors")["x"]
+
+def record(sae, name):
+    with torch.no_grad():
+        save_file({"latents": sae.encode(x), "reconstruction": sae(x)}, folder / f"{name}.safetensors")
+
+def filled(sae):
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return sae
+
+record(SAE.load_from_disk(folder / "own"), "own")
+size = {"d_in": 8, "d_sae": 24}
+variants = {
+    "plain": {},
+    "not-subtracted": {"apply_b_dec_to_input": False},
+    "rescaled": {"rescale_acts_by_decoder_norm": True},
+    "both": {"apply_b_dec_to_input": False, "rescale_acts_by_decoder_norm": True},
+    "bfloat16": {"dtype": "bfloat16"},
+    "layer_norm": {"normalize_activations": "layer_norm"},
+    "constant_norm_rescale": {"normalize_activations": "constant_norm_rescale"},
+    "expected_average_only_in": {"normalize_activations": "expected_average_only_in"},
+    "covariance_whitening": {"normalize_activations": "covariance_whitening"},
+}
+for name, keys in variants.items():
+    sae = filled(TopKSAE(TopKSAEConfig(**size, k=4, **keys)))
+    sae.cfg.metadata.model_name, sae.cfg.metadata.hook_name = "gpt2", "blocks.5.hook_resid_post"
+    sae.save_model(folder / name)
+    record(sae.to(dtype=torch.float32), name)
+sae = TopKSAE(TopKSAEConfig(**size, k=4, reshape_activations="hook_z"))
+sae.save_model(folder / "hook_z")
+for name, rescaled in (("training", True), ("training-plain", False)):
+    sae = filled(TopKTrainingSAE(TopKTrainingSAEConfig(**size, k=4, rescale_acts_by_decoder_norm=rescaled)))
+    sae.save_model(folder / name)
+    sae.save_inference_model(folder / f"{name}-inference")
+    record(sae, name)
+    record(SAE.load_from_disk(folder / f"{name}-inference"), f"{name}-inference")
+filled(StandardSAE(StandardSAEConfig(**size))).save_model(folder / "standard")
+filled(JumpReLUSAE(JumpReLUSAEConfig(**size))).save_model(folder / "jumprelu")
+"""
+
+
+@pytest.fixture(scope="module")
+def sae_lens(tmp_path_factory):
+    """Folders that SAELens saved, and beside each what it computes; the same for a folder of ours."""
+    folder = tmp_path_factory.mktemp("sae-lens")
+    (folder / "own").mkdir()
+    save_sae(some_sae(), folder / "own", "vit", "layer 3")
+    save_file({"x": tokens()}, folder / "x.safetensors")
+    run_elsewhere(["sae_lens", "transformer_lens"], SAE_LENS, folder)
+    return folder
+
+
+@pytest.mark.xdist_group("sae_lens")
+def test_sae_lens_reads_our_folder_as_we_do(sae_lens):
+    expected = load_file(sae_lens / "own.safetensors")
+    assert_same(latents_and_reconstruction(sae_lens / "own", tokens()), expected)
+
+
+@pytest.mark.xdist_group("sae_lens")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain",
+        "not-subtracted",
+        "rescaled",
+        "both",
+        "bfloat16",
+        "training",
+        "training-inference",
+        "training-plain",
+        "training-plain-inference",
+    ],
+)
+def test_what_sae_lens_saved_computes_the_same_when_imported(sae_lens, tmp_path, name):
+    import_sae(sae_lens / name, tmp_path / "imported")
+    expected = load_file(sae_lens / f"{name}.safetensors")
+    assert_same(latents_and_reconstruction(tmp_path / "imported", tokens()), expected)
+    assert all(x.dtype == torch.float32 for x in load_file(tmp_path / "imported" / "sae_weights.safetensors").values())
+
+
+@pytest.mark.xdist_group("sae_lens")
+def test_an_import_says_where_the_sae_is_from(sae_lens, tmp_path):
+    import_sae(sae_lens / "rescaled", tmp_path / "imported")
+    lines = describe_sae(tmp_path / "imported").splitlines()
+    assert lines[:2] == ["encoder             gpt2", "layer               blocks.5.hook_resid_post"]
+    assert not any(line.startswith("to be imported") for line in lines)
+    assert "to be imported      rescale_acts_by_decoder_norm: True" in describe_sae(sae_lens / "rescaled")
+
+
+@pytest.mark.xdist_group("sae_lens")
+@pytest.mark.parametrize("name", ["plain", "bfloat16", "training-plain", "training-plain-inference"])
+def test_what_sae_lens_saved_is_loaded_as_it_is_where_it_means_the_same(sae_lens, name):
+    expected = load_file(sae_lens / f"{name}.safetensors")
+    assert_same(latents_and_reconstruction(sae_lens / name, tokens()), expected)
+
+
+@pytest.mark.xdist_group("sae_lens")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("layer_norm", "normalize_activations = 'layer_norm'"),
+        ("constant_norm_rescale", "normalize_activations = 'constant_norm_rescale'"),
+        ("expected_average_only_in", "normalize_activations = 'expected_average_only_in'"),
+        ("covariance_whitening", "normalize_activations = 'covariance_whitening'"),
+        ("hook_z", "reshape_activations = 'hook_z'"),
+        ("standard", "architecture = 'standard'"),
+        ("jumprelu", "architecture = 'jumprelu'"),
+    ],
+)
+def test_what_sae_lens_computes_otherwise_is_refused(sae_lens, tmp_path, name, said):
+    with pytest.raises(StoreError, match=f"{name}: {said}, which our SAEs do not compute; only SAELens's TopK SAEs"):
+        import_sae(sae_lens / name, tmp_path / "imported")
+    with pytest.raises(StoreError, match=f"{name}: cfg.json says {said}, .*`conceptshare sae import .*{name} --out"):
+        load_sae(sae_lens / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.xdist_group("sae_lens")
+@pytest.mark.parametrize("name", ["not-subtracted", "rescaled", "both", "training", "training-inference"])
+def test_what_must_be_folded_first_is_not_loaded(sae_lens, name):
+    with pytest.raises(StoreError, match=rf"{name}: cfg.json says .*`conceptshare sae import .*{name} --out FOLDER`"):
+        load_sae(sae_lens / name)
+
+
+# --- sparsify ---
+
+SPARSIFY = """
+from pathlib import Path
+import torch
+from safetensors.torch import load_file, save_file
+from sparsify import SparseCoder, SparseCoderConfig
+
+folder = Path(sys.argv[1])
+x = load_file(folder / "x.safetensors")["x"]
+
+def record(sae, name):
+    with torch.no_grad():
+        values, indices, _ = sae.encode(x)
+        latents = torch.zeros(len(x), sae.num_latents).scatter(1, indices, values)
+        # With multi_topk, forward gives the reconstruction from four times as many latents, for its loss.
+        reconstruction = sae.decode(values, indices) if sae.cfg.multi_topk else sae(x).sae_out
+        save_file({"latents": latents, "reconstruction": reconstruction}, folder / f"{name}.safetensors")
+
+record(SparseCoder.load_from_disk(folder / "exported"), "exported")
+variants = {
+    "layers.5": {},
+    "by-expansion": {"num_latents": 0, "expansion_factor": 3},
+    "multi_topk": {"multi_topk": True},
+    "bfloat16": {},
+    "groupmax": {"activation": "groupmax"},
+    "transcode": {"transcode": True},
+    "skip_connection": {"skip_connection": True},
+}
+generator = torch.Generator().manual_seed(2)
+for name, keys in variants.items():
+    sae = SparseCoder(8, SparseCoderConfig(**{"k": 4, "num_latents": 24, **keys}))
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    if name == "bfloat16":
+        sae = sae.bfloat16()
+    sae.save_to_disk(folder / name)
+    record(sae.float(), name)
+"""
+
+
+@pytest.fixture(scope="module")
+def sparsify(tmp_path_factory):
+    """Folders that sparsify saved, and beside each what it computes; the same for an export of ours."""
+    folder = tmp_path_factory.mktemp("sparsify")
+    (folder / "own").mkdir()
+    save_sae(some_sae(), folder / "own", "vit", "layer 3")
+    export_to_sparsify(folder / "own", folder / "exported")
+    save_file({"x": tokens()}, folder / "x.safetensors")
+    run_elsewhere(["sparsify", "simple_parsing", "natsort"], SPARSIFY, folder)
+    return folder
+
+
+@pytest.mark.xdist_group("sparsify")
+def test_sparsify_reads_our_export_as_we_read_ours(sparsify):
+    assert_same(latents_and_reconstruction(sparsify / "own", tokens()), load_file(sparsify / "exported.safetensors"))
+
+
+@pytest.mark.xdist_group("sparsify")
+@pytest.mark.parametrize("name", ["layers.5", "by-expansion", "multi_topk", "bfloat16"])
+def test_what_sparsify_saved_computes_the_same_when_imported(sparsify, tmp_path, name):
+    import_sae(sparsify / name, tmp_path / "imported")
+    expected = load_file(sparsify / f"{name}.safetensors")
+    assert_same(latents_and_reconstruction(tmp_path / "imported", tokens()), expected)
+    assert f"layer               {name}" in describe_sae(tmp_path / "imported")
+
+
+@pytest.mark.xdist_group("sparsify")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("groupmax", "activation = 'groupmax'"),
+        ("transcode", "transcode = True"),
+        ("skip_connection", "skip_connection = True"),
+    ],
+)
+def test_what_sparsify_computes_otherwise_is_refused(sparsify, tmp_path, name, said):
+    with pytest.raises(
+        StoreError,
+        match=f"{name}: {said}, which our SAEs do not compute; only sparsify's TopK SAEs, without transcoding",
+    ):
+        import_sae(sparsify / name, tmp_path / "imported")
+    assert not list(tmp_path.iterdir())
+
+
+# --- our own code ---
+
+
+def test_an_export_comes_back_as_the_same_bytes(own, tmp_path):
+    export_to_sparsify(own, tmp_path / "exported")
+    assert set(contents(tmp_path / "exported")) == {"cfg.json", "sae.safetensors"}
+    import_sae(tmp_path / "exported", tmp_path / "imported")
+    assert contents(tmp_path / "imported") == contents(own)
+    before, after = (latents_and_reconstruction(folder, tokens()) for folder in (own, tmp_path / "imported"))
+    assert_same(before, after, rtol=0, atol=0)
+
+
+def test_an_import_of_our_own_folder_changes_nothing(own, tmp_path):
+    import_sae(own, tmp_path / "imported")
+    assert contents(tmp_path / "imported") == contents(own)
+
+
+def test_an_export_takes_any_number_of_latents(tmp_path):
+    """Also where F is no multiple of D."""
+    (tmp_path / "own").mkdir()
+    save_sae(TopKSAE(D, 19, K, torch.Generator().manual_seed(0)), tmp_path / "own", "vit", "layer 3")
+    export_to_sparsify(tmp_path / "own", tmp_path / "exported")
+    config = json.loads((tmp_path / "exported" / "cfg.json").read_text())
+    assert (config["num_latents"], config["d_in"], config["k"]) == (19, D, K)
+    import_sae(tmp_path / "exported", tmp_path / "imported")
+    assert contents(tmp_path / "imported") == contents(tmp_path / "own")
+
+
+def make_sparsify(own, tmp_path):
+    export_to_sparsify(own, tmp_path / "sparsify")
+    return tmp_path / "sparsify"
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"architecture": "standard"}, r"architecture = 'standard'"),
+        ({"architecture": None}, r"architecture = None"),
+        ({"apply_b_dec_to_input": False}, r"apply_b_dec_to_input = False"),
+        ({"rescale_acts_by_decoder_norm": True}, r"rescale_acts_by_decoder_norm = True"),
+        ({"normalize_activations": "layer_norm"}, r"normalize_activations = 'layer_norm'"),
+        ({"reshape_activations": "hook_z"}, r"reshape_activations = 'hook_z'"),
+    ],
+)
+def test_load_sae_refuses_weights_of_another_meaning(own, keys, said):
+    edit(own, **keys)
+    with pytest.raises(StoreError, match=rf"own: cfg.json says {said}, .*`conceptshare sae import .*own --out FOLDER`"):
+        load_sae(own)
+
+
+def test_load_sae_takes_absent_keys_for_their_defaults_but_not_an_absent_architecture(own):
+    config = json.loads((own / "cfg.json").read_text())
+    needed = {key: config[key] for key in ("architecture", "d_in", "d_sae", "k")}
+    (own / "cfg.json").write_text(json.dumps(needed))
+    load_sae(own)
+    needed.pop("architecture")
+    (own / "cfg.json").write_text(json.dumps(needed))
+    with pytest.raises(StoreError, match="architecture = None"):
+        load_sae(own)
+
+
+@pytest.mark.parametrize(
+    "tensors", [{"scaling_factor": torch.full((F,), 2.0)}, {"b_dec": torch.ones(1)}, {"b_enc": torch.ones(1)}]
+)
+def test_load_sae_refuses_tensors_that_it_does_not_know_or_that_are_of_another_shape(own, tensors):
+    edit_tensors(own, **tensors)
+    with pytest.raises(StoreError, match=f"own: no readable SAE there .*{next(iter(tensors))}"):
+        load_sae(own)
+
+
+def test_import_drops_a_scaling_factor_of_ones_and_refuses_another(own, tmp_path):
+    before = contents(own)
+    edit_tensors(own, scaling_factor=torch.ones(F))
+    import_sae(own, tmp_path / "imported")
+    assert contents(tmp_path / "imported") == before
+    edit_tensors(own, scaling_factor=torch.full((F,), 2.0))
+    with pytest.raises(StoreError, match="own: scaling_factor = 'not 1'"):
+        import_sae(own, tmp_path / "other")
+
+
+def test_import_refuses_a_decoder_row_of_length_0_that_sae_lens_divides_by(own, tmp_path):
+    edit(own, rescale_acts_by_decoder_norm=True)
+    W_dec = load_file(own / "sae_weights.safetensors")["W_dec"]
+    W_dec[[3, 5]] = 0
+    edit_tensors(own, W_dec=W_dec)
+    with pytest.raises(StoreError, match=r"own: cfg.json has rescale_acts_by_decoder_norm, and 2 decoder rows"):
+        import_sae(own, tmp_path / "imported")
+
+
+def test_import_refuses_a_folder_of_sae_lens_before_version_6(own, tmp_path):
+    edit(own, activation_fn_str="topk", activation_fn_kwargs={"k": 4})
+    with pytest.raises(StoreError, match=r"own: cfg.json is of SAELens before version 6; load it with a newer one"):
+        import_sae(own, tmp_path / "imported")
+
+
+def test_import_refuses_signed_latents_of_older_versions_of_sparsify(own, tmp_path):
+    folder = make_sparsify(own, tmp_path)
+    edit(folder, signed=True)
+    with pytest.raises(StoreError, match="sparsify: signed = True, which our SAEs do not compute"):
+        import_sae(folder, tmp_path / "imported")
+
+
+def without_weights(folder):
+    next(folder.glob("*.safetensors")).unlink()
+
+
+def without_config(folder):
+    (folder / "cfg.json").unlink()
+
+
+def cut_weights(folder):
+    path = next(folder.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def without_k(folder):
+    config = json.loads((folder / "cfg.json").read_text())
+    config.pop("k")
+    (folder / "cfg.json").write_text(json.dumps(config))
+
+
+def of_another_width(folder):
+    edit(folder, d_in=D + 1)
+
+
+def with_a_short_bias(folder):
+    edit_tensors(folder, b_dec=torch.ones(1))
+
+
+def with_a_strange_tensor(folder):
+    edit_tensors(folder, log_scale=torch.ones(F))
+
+
+@pytest.mark.parametrize("library", ["SAELens", "sparsify"])
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (without_weights, "neither sae_weights.safetensors"),
+        (without_config, "hold no SAE that fits together .*cfg.json.*; fetch or save the folder again"),
+        (cut_weights, "hold no SAE that fits together"),
+        (without_k, "hold no SAE that fits together .*'k'"),
+        (of_another_width, "hold no SAE that fits together"),
+        (with_a_short_bias, "hold no SAE that fits together .*b_dec"),
+        (with_a_strange_tensor, "hold no SAE that fits together .*log_scale"),
+    ],
+)
+def test_import_refuses_a_damaged_folder(own, tmp_path, library, break_it, said):
+    folder = own if library == "SAELens" else make_sparsify(own, tmp_path)
+    break_it(folder)
+    with pytest.raises(StoreError, match=rf"(?s){folder.name}: .*{said}"):
+        import_sae(folder, tmp_path / "imported")
+    assert not list(tmp_path.glob("imported*"))
+
+
+def test_nothing_is_overwritten(own, tmp_path):
+    (tmp_path / "there").mkdir()
+    for write in (export_to_sparsify, import_sae):
+        with pytest.raises(StoreError, match=r"there: exists already; name another folder"):
+            write(own, tmp_path / "there")
+        with pytest.raises(StoreError, match=r"own: exists already"):
+            write(own, own)
+    assert not list((tmp_path / "there").iterdir())
+
+
+def test_an_export_of_no_sae_is_refused(tmp_path):
+    with pytest.raises(StoreError, match=r"nowhere: no readable SAE there"):
+        export_to_sparsify(tmp_path / "nowhere", tmp_path / "exported")
+
+
+# --- what an SAE is ---
+
+METRICS = {
+    "all_tokens": {
+        "tokens": 22523,
+        "fvu": 0.31066,
+        "explained_variance": 0.68934,
+        "cosine": 0.93217,
+        "l2_ratio": 0.90001,
+        "l0": 16.0,
+        "dead": 0.0013,
+    },
+    "global_tokens": {
+        "tokens": 1888,
+        "fvu": 0.67025,
+        "explained_variance": 0.32975,
+        "cosine": 0.81,
+        "l2_ratio": 0.7,
+        "l0": 15.96,
+        "dead": 0.78125,
+    },
+    "measured_on": "held-out samples",
+    "steps": 12354,
+    "settings": {"preset": "paper", "expansion": 3, "k": 4, "learning_rate": None, "encoder_bias": True}
+    | {f"setting_{i}": 0.5 for i in range(4)},
+}
+DESCRIBED = """\
+encoder             vit
+layer               3
+D                   8
+F                   24
+k                   4
+expansion           3
+encoder bias        yes
+size on disk        0.0 MB
+settings            preset: paper, expansion: 3, k: 4, learning_rate: null, encoder_bias: true,
+                    setting_0: 0.5, setting_1: 0.5, setting_2: 0.5, setting_3: 0.5
+steps               12,354
+measured on         held-out samples
+                    all tokens      global tokens
+tokens              22,523          1,888
+FVU                 0.3107          0.6703
+explained variance  0.6893          0.3297
+cosine              0.9322          0.8100
+L2 ratio            0.9000          0.7000
+L0                  16.0            16.0
+dead latents        0.1%            78.1%
+last loss           0.25"""
+
+
+@pytest.fixture
+def measured(own):
+    (own / "metrics.json").write_text(json.dumps(METRICS))
+    (own / "loss.csv").write_text("step,loss\n0,1.5\n1,0.25\n")
+    return own
+
+
+def test_an_sae_is_described(measured):
+    assert describe_sae(measured) == DESCRIBED
+
+
+def test_a_description_of_an_sae_from_elsewhere_has_no_training(own):
+    assert describe_sae(own) == "\n".join(DESCRIBED.splitlines()[:8])
+
+
+def test_a_description_leaves_out_what_older_versions_did_not_measure(measured):
+    older = {key: value for key, value in METRICS.items() if key != "measured_on"}
+    for tokens_of in ("all_tokens", "global_tokens"):
+        older[tokens_of] = {key: METRICS[tokens_of][key] for key in ("tokens", "fvu", "l0", "dead")}
+    (measured / "metrics.json").write_text(json.dumps(older))
+    gone = ("measured on", "explained", "cosine", "L2")
+    assert describe_sae(measured).splitlines() == [s for s in DESCRIBED.splitlines() if not s.startswith(gone)]
+
+
+def test_size_and_bias_are_of_the_files(tmp_path):
+    sae = TopKSAE(64, 512, 4, torch.Generator().manual_seed(0))
+    save_sae(sae, tmp_path, "vit", "layer 3")
+    (tmp_path / "more").write_bytes(bytes(2_000_000))
+    lines = describe_sae(tmp_path).splitlines()
+    assert "encoder bias        no" in lines
+    assert "size on disk        2.3 MB" in lines
+    with torch.no_grad():
+        sae.b_enc[-1] = 1e-30
+    save_sae(sae, tmp_path, "vit", "layer 3")
+    assert "encoder bias        yes" in describe_sae(tmp_path)
+
+
+@pytest.mark.parametrize("broken", ["cfg.json", "sae_weights.safetensors", "metrics.json", "loss.csv"])
+def test_a_folder_without_a_readable_sae_is_not_described(measured, broken):
+    (measured / broken).write_bytes(b"\xff")
+    with pytest.raises(StoreError, match=r"own: no readable SAE there .*name a folder that the sae stage"):
+        describe_sae(measured)
+
+
+def test_info_of_a_folder_without_an_sae_is_one_message(tmp_path):
+    command = [sys.executable, "-m", "conceptshare", "sae", "info", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.startswith(f"error: {tmp_path}: no readable SAE there")
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "record", ['{"content_hash": "of a data set"}', seals.sealed({"files": {}, "features": {}}), None]
+)
+@pytest.mark.parametrize("read", [describe_sae, load_sae])
+def test_of_a_folder_that_is_no_sae_nothing_is_said_to_be_deleted(tmp_path, record, read):
+    if record is not None:
+        (tmp_path / "manifest.json").write_text(record if isinstance(record, str) else json.dumps(record))
+    with pytest.raises(StoreError, match=r"; name (a|another) folder") as refused:
+        read(tmp_path)
+    assert "delete" not in str(refused.value)
+
+
+def test_info_needs_no_torch(measured):
+    code = "import sys; from typer.testing import CliRunner; from conceptshare.cli import app; " + (
+        "result = CliRunner().invoke(app, ['sae', 'info', sys.argv[1]]); print(result.output, 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(measured)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == f"{DESCRIBED}\n False\n"
+
+
+# --- the command line ---
+
+
+def command(*arguments):
+    result = CliRunner().invoke(app, ["sae", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_command_line_trains_describes_exports_and_imports(tmp_path, write_tokens, rng):
+    store = write_tokens(tmp_path / "vit.zarr", {3: [rng.standard_normal((5, D)) for _ in range(40)]})
+    settings = '{"expansion": 3, "k": 4, "encoder_bias": true}'
+    command("train", "--tokens", store, "--layer", 3, "--settings", settings, "--out", tmp_path / "sae")
+    assert command("info", tmp_path / "sae") == describe_sae(tmp_path / "sae") + "\n"
+    described = describe_sae(tmp_path / "sae").splitlines()
+    metrics = json.loads((tmp_path / "sae" / "metrics.json").read_text())
+    assert described[:6] == [*DESCRIBED.splitlines()[:6]]
+    assert (
+        f"FVU                 {metrics['all_tokens']['fvu']:<16.4f}{metrics['global_tokens']['fvu']:.4f}" in described
+    )
+    losses = np.loadtxt(tmp_path / "sae" / "loss.csv", delimiter=",", skiprows=1)
+    assert float(described[-1].removeprefix("last loss ")) == losses[-1, 1]
+    command("export", tmp_path / "sae", "--to", "sparsify", "--out", tmp_path / "exported")
+    command("import", tmp_path / "exported", "--out", tmp_path / "imported")
+    for file in ("cfg.json", "sae_weights.safetensors"):
+        assert (tmp_path / "imported" / file).read_bytes() == (tmp_path / "sae" / file).read_bytes()
+
+
+def test_the_command_line_knows_no_other_layout(own, tmp_path):
+    result = CliRunner().invoke(app, ["sae", "export", str(own), "--to", "other", "--out", str(tmp_path / "exported")])
+    assert result.exit_code == 2
+    assert "'other' is not one of 'sparsify'" in result.output

@@ -1,0 +1,301 @@
+"""The recorded features and statistics, against NumPy over the same float16 activations."""
+
+import shutil
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from conceptshare.correlations import correlate_stores
+from conceptshare.io.errors import NumericsError, StoreError
+from conceptshare.io.files import layer_name
+from conceptshare.io.readers import read_features, read_statistics
+from conceptshare.io.store import open_store
+from conceptshare.sae import TopKSAE, load_sae, save_sae
+from conceptshare.sae.exchange import import_sae
+from conceptshare.sae.features import record_features
+from conceptshare.sae.folder import sae_of
+
+# More rows and columns than are encoded, or stored in a chunk, at once.
+SAMPLES, D, F = 1100, 6, 600
+
+
+def write_sae(saes, layer, seed, W_enc, b_dec, **spec):
+    folder = saes / layer_name(layer) / f"seed-{seed}"
+    folder.mkdir(parents=True)
+    sae = TopKSAE(*W_enc.shape, k=2)
+    with torch.no_grad():
+        sae.W_enc_T.copy_(torch.from_numpy(W_enc.T))
+        sae.W_dec.copy_(torch.from_numpy(W_enc.T))
+        sae.b_dec.copy_(torch.from_numpy(b_dec))
+    save_sae(sae, folder, "vit", f"layer {layer}", {"layer": layer, "seed": seed, **spec})
+
+
+@pytest.fixture
+def stage(tmp_path, write_activations, rng):
+    """Two layers of activations and their SAEs, in multiples of 1/8 on which float32 arithmetic is exact."""
+    tokens, weights = {}, {}
+    for layer in (0, 2):
+        x = rng.integers(-40, 40, (SAMPLES, 2, D)) / 8
+        W_enc, b_dec = rng.integers(-8, 8, (D, F)) / 8, rng.integers(-8, 8, D) / 8
+        W_enc[:, :10] = 0  # features that are never active
+        W_enc[:, 10:20] = np.array([1, 0, 0, 0, 0, 0])[:, None]  # of few values, so with many ties
+        W_enc[:, 20:30] = np.array([1e-3] * D)[:, None] * np.arange(10)  # inexact
+        x[:, 0, 1] = np.where(rng.random(SAMPLES) < 0.9, -50, x[:, 0, 1])
+        W_enc[:, 30:40] = np.array([0, 1, 0, 0, 0, 0])[:, None]  # active on few
+        tokens[layer], weights[layer] = x, (W_enc.astype(np.float32), b_dec.astype(np.float32))
+        write_sae(tmp_path / "saes", layer, 7, *weights[layer])
+    store = write_activations(tmp_path / "vit.zarr", {layer: list(x) for layer, x in tokens.items()})
+    return store, tokens, weights
+
+
+@pytest.fixture
+def recorded(stage, tmp_path):
+    store, tokens, weights = stage
+    record_features(store, tmp_path / "saes", 7, tmp_path / "vit@7.zarr")
+    return open_store(tmp_path / "vit@7.zarr", "features"), tokens, weights
+
+
+def restored(group):
+    """In float64: what is stored, the offset added."""
+    return group["features"][:].astype(np.float64) + group["offset"][:].astype(np.float64)
+
+
+def test_features_are_those_of_the_global_token_before_top_k_and_after_relu(recorded):
+    store, tokens, weights = recorded
+    for layer in (0, 2):
+        W_enc, b_dec = (w.astype(np.float64) for w in weights[layer])
+        x = tokens[layer][:, 0].astype(np.float16).astype(np.float64)
+        expected = np.maximum((x - b_dec) @ W_enc, 0)
+        group = store[layer_name(layer)]
+        assert (group["features"].dtype, group["offset"].dtype) == (np.float16, np.float32)
+        plain = group["offset"][:] == 0
+        plain[20:30] = False  # inexact
+        assert plain[:20].all()
+        assert plain.sum() < F - 10
+        np.testing.assert_array_equal(group["features"][:][:, plain], expected[:, plain].astype(np.float16))
+        rounding = 2**-11 * np.abs(expected - group["offset"][:].astype(np.float64)).max()
+        np.testing.assert_allclose(restored(group), expected, rtol=1e-5, atol=rounding)
+        assert (expected[:, 40:] > 0).sum(1).min() > 2  # more than k, which would be all that TopK leaves
+
+
+def test_statistics_are_those_of_the_stored_features(recorded):
+    store, _, _ = recorded
+    for layer in (0, 2):
+        group = store[layer_name(layer)]
+        f = restored(group)
+        np.testing.assert_allclose(group["strength"][:], f.sum(0), rtol=1e-12)
+        np.testing.assert_array_equal(group["density"][:], (f > 0).mean(0))
+        np.testing.assert_allclose(group["deviation"][:], f.astype(np.float64).std(0), rtol=1e-9, atol=1e-12)
+        assert (group["deviation"][:][(f == f[0]).all(0)] == 0).all()
+        assert group["strength"].dtype == group["density"].dtype == np.float64
+        assert (group["density"][:10] == 0).all()
+
+
+def test_top_samples_are_the_strongest_and_of_equals_the_earlier(recorded):
+    store, _, _ = recorded
+    for layer in (0, 2):
+        group = store[layer_name(layer)]
+        f = restored(group)
+        order = np.argsort(-f, axis=0, kind="stable")[:100]
+        values = np.take_along_axis(f, order, axis=0)
+        np.testing.assert_array_equal(group["top_values"][:], values.T)
+        np.testing.assert_array_equal(group["top_samples"][:], np.where(values > 0, order, -1).T)
+        assert group["top_samples"].dtype == np.int32
+        # The example has what the claims are about.
+        assert (np.diff(values[:, 10:20], axis=0) == 0).any()
+        few = group["top_samples"][30:40]
+        assert (few == -1).any()
+        assert (few >= 0).any()
+        assert few.max() >= 1024  # in the second block
+
+
+def test_statistics_are_read_back_by_layer(recorded, tmp_path):
+    store, _, _ = recorded
+    statistics = read_statistics(tmp_path / "vit@7.zarr")
+    assert list(statistics) == [0, 2]
+    for layer, found in statistics.items():
+        for name in ("strength", "density", "top_samples"):
+            np.testing.assert_array_equal(getattr(found, name), store[layer_name(layer)][name][:])
+
+
+def test_the_spec_says_what_the_features_are_of(recorded, tmp_path):
+    spec = recorded[0].attrs["spec"]
+    assert {**spec, "encoder": None} == {
+        "name": "vit",
+        "encoder": None,
+        "content_hash": "the same samples",
+        "samples": SAMPLES,
+        "layers": [0, 2],
+        "seed": 7,
+        "weights": None,
+        "made_from": {
+            "activations": open_store(tmp_path / "vit.zarr", "activations").attrs["digest"],
+            "saes": {str(layer): sae_of(tmp_path / "saes", layer, 7)[1]["digest"] for layer in (0, 2)},
+        },
+    }
+
+
+def test_fewer_samples_than_top_samples(tmp_path, write_features):
+    x = np.array([[0, 1, 2], [0, 3, 2], [0, 0, 2]])
+    write_features(tmp_path, "vit@0", {0: x})
+    group = open_store(tmp_path / "vit@0.zarr", "features")["layer-00"]
+    assert group["top_samples"][:].tolist() == [[-1, -1, -1], [1, 0, -1], [0, 1, 2]]
+    assert group["top_values"][:].tolist() == [[0, 0, 0], [3, 1, 0], [2, 2, 2]]
+
+
+def nothing_written(tmp_path):
+    return not [path for path in tmp_path.iterdir() if path.name.startswith("vit@")]
+
+
+def test_a_missing_sae_is_named_and_nothing_is_written(stage, tmp_path):
+    with pytest.raises(StoreError, match=r"saes/layer-00/seed-8: no such folder; run the sae stage"):
+        record_features(stage[0], tmp_path / "saes", 8, tmp_path / "vit@8.zarr")
+    assert nothing_written(tmp_path)
+
+
+def test_an_sae_of_another_width_is_refused_and_nothing_is_written(stage, tmp_path):
+    for layer in (0, 2):
+        write_sae(tmp_path / "saes", layer, 9, np.zeros((D + 1, F), np.float32), np.zeros(D + 1, np.float32))
+    with pytest.raises(StoreError, match=r"layer-00/seed-9: an SAE for width 7, where the activations have 6"):
+        record_features(stage[0], tmp_path / "saes", 9, tmp_path / "vit@9.zarr")
+    assert nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("layer-00/seed-7", "layer-02/seed-7"), ("layer-02/seed-7", "layer-02/seed-8")],
+    ids=["layers", "seeds"],
+)
+def test_saes_that_were_exchanged_are_noticed(stage, tmp_path, one, other):
+    store, _, weights = stage
+    write_sae(tmp_path / "saes", 2, 8, weights[2][0] * 2, weights[2][1])
+    for name, place in ((one, "aside"), (other, one), ("aside", other)):
+        (tmp_path / "saes" / name).rename(tmp_path / "saes" / place)
+    with pytest.raises(
+        StoreError, match=rf"{one}: an SAE of (layer 2|seed 8), where one of .* run the sae stage again"
+    ):
+        record_features(store, tmp_path / "saes", 7, tmp_path / "vit@7.zarr")
+    assert nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("weights", r"layer-02/seed-7: an SAE trained on other activations \(weights is 'others', not None\)"),
+        ("settings", r"layer-02/seed-7: an SAE trained with other settings \(k is 3, not 2\)"),
+    ],
+)
+def test_an_sae_of_other_activations_or_settings_is_refused(stage, tmp_path, key, message):
+    store, _, weights = stage
+    spec = {"made_from": open_store(store, "activations").attrs["spec"] | {"weights": None}, "settings": {"k": 2}}
+    shutil.rmtree(tmp_path / "saes")
+    write_sae(tmp_path / "saes", 0, 7, *weights[0], **spec)
+    other = {"weights": {"made_from": spec["made_from"] | {"weights": "others"}}, "settings": {"settings": {"k": 3}}}
+    write_sae(tmp_path / "saes", 2, 7, *weights[2], **(spec | other[key]))
+    with pytest.raises(StoreError, match=message):
+        record_features(store, tmp_path / "saes", 7, tmp_path / "vit@7.zarr")
+
+
+def test_an_sae_from_elsewhere_is_taken_once_it_is_imported(stage, tmp_path):
+    store, *_ = stage
+    folder = tmp_path / "saes" / "layer-02" / "seed-7"
+    (folder / "manifest.json").unlink()
+    with pytest.raises(StoreError, match=r"seed-7: manifest\.json is missing; .* `conceptshare sae import`"):
+        record_features(store, tmp_path / "saes", 7, tmp_path / "vit@7.zarr")
+    folder.rename(tmp_path / "elsewhere")
+    import_sae(tmp_path / "elsewhere", folder)
+    record_features(store, tmp_path / "saes", 7, tmp_path / "vit@7.zarr")
+
+
+def test_missing_activations_are_named(tmp_path):
+    with pytest.raises(StoreError, match=r"vit\.zarr: no activations store"):
+        record_features(tmp_path / "vit.zarr", tmp_path / "saes", 0, tmp_path / "vit@0.zarr")
+
+
+def test_a_feature_beyond_float16_names_layer_and_sample_and_nothing_is_written(tmp_path, write_activations):
+    x = np.zeros((1100, 1, 2))
+    x[1050, 0] = 300
+    store = write_activations(tmp_path / "vit.zarr", {4: list(x)})
+    write_sae(tmp_path / "saes", 4, 0, np.full((2, 3), 200, np.float32), np.zeros(2, np.float32))
+    with pytest.raises(NumericsError, match=r"vit@0, layer 4, sample 1050: 1\.2e\+05 is beyond float16's 65504"):
+        record_features(store, tmp_path / "saes", 0, tmp_path / "vit@0.zarr")
+    assert nothing_written(tmp_path)
+
+
+def float32_features(sae, x):
+    """As the stage computes them, before they are rounded."""
+    with torch.no_grad():
+        return sae.encode(torch.from_numpy(x.astype(np.float16).astype(np.float32))).numpy()
+
+
+@pytest.fixture
+def near_constant(tmp_path, write_activations, rng):
+    """Layers of which float16 alone would keep little; and their features in float32."""
+    D, F, N = 32, 48, 1500
+    base, noise = rng.uniform(0.5, 2, D), rng.standard_normal((N, D))
+    ordinary = base + noise
+    rare = np.tile(base, (N, 1))
+    rare[1234] = base + 3
+    off = base + noise / 500
+    off[::40] = -4
+    few = np.tile(base, (N, 1))
+    few[:, :3] += rng.integers(0, 3, (N, 3)) / 250  # 27 different tokens
+    faint = np.tile(base, (N, 1))
+    faint[:, 0] = noise[:, 0] / 1e4
+    layers = dict(enumerate([ordinary, base + noise / 250, rare, off, few, faint]))
+    features = {}
+    for layer, x in layers.items():
+        W_enc = (rng.standard_normal((D, F)) / 6 + 0.1).astype(np.float32)
+        write_sae(tmp_path / "saes", layer, 0, W_enc, np.zeros(D, np.float32))
+        features[layer] = float32_features(load_sae(tmp_path / "saes" / layer_name(layer) / "seed-0"), x)
+    store = write_activations(tmp_path / "bert.zarr", {layer: list(x[:, None]) for layer, x in layers.items()})
+    record_features(store, tmp_path / "saes", 0, tmp_path / "bert@0.zarr")
+    return tmp_path / "bert@0.zarr", features
+
+
+def test_correlations_of_nearly_constant_features_are_those_in_float32(near_constant, tmp_path):
+    path, features = near_constant
+    deviations = {layer: f.astype(np.float64).std(axis=0) for layer, f in features.items()}
+    errors = {}
+    for layer, f in features.items():
+        moved = f.astype(np.float64).mean(axis=0) / np.where((f > 0).all(axis=0), 2**24, 2**11)
+        with np.errstate(divide="ignore"):
+            errors[layer] = 2**-10 * np.hypot(1, moved / deviations[layer]) + 2**-25 / deviations[layer]
+    correlate_stores(path, path, tmp_path / "found.zarr", full=list(product(features, features)))
+    found = open_store(tmp_path / "found.zarr", "correlations")["full"]
+    for a, b in product(features, features):
+        varying = np.ix_(deviations[a] > 0, deviations[b] > 0)
+        with np.errstate(invalid="ignore"):
+            r = np.corrcoef(features[a].T, features[b].T, dtype=np.float64)
+        expected = r[: len(deviations[a]), len(deviations[a]) :][varying]
+        error = np.abs(found[f"{layer_name(a)}__{layer_name(b)}"][:][varying] - expected)
+        assert (error <= (errors[a][:, None] + errors[b])[varying] + 1e-5).all()
+        assert error.max() < 3e-4
+    # Rounded as they are, some would be off by more than a tenth.
+    with np.errstate(invalid="ignore"):
+        r = np.corrcoef(features[4].T, features[4].astype(np.float16).T, dtype=np.float64)
+    assert np.nanmin(r[48:, :48].diagonal()) < 0.9
+
+
+def test_a_feature_is_above_zero_where_its_activation_is(near_constant):
+    path, features = near_constant
+    statistics = read_statistics(path)
+    for layer, stored in read_features(path).items():
+        f = features[layer]
+        np.testing.assert_array_equal(stored[:] > 0, f > 0)
+        np.testing.assert_array_equal(statistics[layer].density, (f > 0).mean(0))
+        assert (np.abs(stored[:] - f) <= 2**-10 * np.abs(f - stored.offset) + 2**-24 * (1 + f)).all()
+        np.testing.assert_allclose(statistics[layer].strength, f.sum(0, dtype=np.float64), rtol=2**-11)
+        np.testing.assert_allclose(stored[3:7, 5:9], stored[:][3:7, 5:9], rtol=0)
+    assert ((features[3] == 0).any(0) & (read_features(path)[3].offset > 0)).any()
+
+
+def test_a_token_that_is_the_same_for_all_samples_has_constant_features(tmp_path, write_activations, rng):
+    # The last block has one sample, and a product of one row adds up in another order than one of many.
+    x = np.tile(rng.standard_normal(384), (1025, 1, 1))
+    store = write_activations(tmp_path / "clip.zarr", {0: list(x)})
+    write_sae(tmp_path / "saes", 0, 0, rng.standard_normal((384, 600)).astype(np.float32), np.zeros(384, np.float32))
+    record_features(store, tmp_path / "saes", 0, tmp_path / "clip@0.zarr")
+    assert (read_statistics(tmp_path / "clip@0.zarr")[0].deviation == 0).all()

@@ -1,0 +1,325 @@
+"""SAEs that are trained while their encoder reads are those that are trained on stored tokens, to the byte."""
+
+import itertools
+import json
+import re
+import signal
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conceptshare.activations.extraction import TokenReader, extract_activations
+from conceptshare.config.catalog import DatasetSpec, EncoderSpec
+from conceptshare.config.study import SAESettings
+from conceptshare.data.dataset import Data, make_dataset
+from conceptshare.encoders import load_encoder
+from conceptshare.io.errors import NumericsError, StoreError, StudyError
+from conceptshare.io.files import layer_name
+from conceptshare.io.store import open_store
+from conceptshare.sae import _order, train_sae, train_stream
+from conceptshare.sae._checkpoints import PREEMPTED
+from conceptshare.sae.features import record_features
+from tests.helpers import models
+from tests.helpers.forks import run_forked
+from tests.helpers.samples import contents, write_rows
+
+SAMPLES = 47
+BLOCK = 5
+SEEDS = [0, 3]
+SETTINGS = {"expansion": 2, "k": 3, "learning_rate": 1e-2, "batch_samples": 7, "batch_captions": 7}
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_rows(folder / "rows.parquet", SAMPLES, models.WORDS)
+    make_dataset(DatasetSpec(source=str(folder / "rows.parquet")), folder / "made")
+    return folder / "made"
+
+
+@pytest.fixture(scope="module")
+def encoder_of(tmp_path_factory):
+    """An encoder of a family, made once."""
+    made = {}
+
+    def get(make, **values):
+        if make not in made:
+            made[make] = make(tmp_path_factory.mktemp("models") / make.__name__).spec
+        return load_encoder(EncoderSpec(**{**made[make].model_dump(), "batch_size": BLOCK, **values}))
+
+    return get
+
+
+def stored(encoder, data, settings, folder, seeds=SEEDS):
+    """By the stages `activations` and `sae`."""
+    extract_activations(encoder, data, folder / "tiny.zarr", folder / "tokens" / "tiny.zarr")
+    for layer, seed in itertools.product(encoder.spec.layer_numbers(), seeds):
+        out = folder / "tiny" / layer_name(layer) / f"seed-{seed}"
+        train_sae(folder / "tokens" / "tiny.zarr", layer, settings, seed, out)
+    return folder
+
+
+def streamed(encoder, data, settings, folder, seeds=SEEDS, **how):
+    train_stream(encoder, data, settings, seeds, folder / "tiny", folder / "tiny.zarr", **how)
+    return folder
+
+
+def assert_the_same(one, other):
+    saes = contents(one / "tiny")
+    assert saes == contents(other / "tiny")
+    assert len(saes) == 6 * len(list((one / "tiny").glob("*/*")))
+    assert contents(one / "tiny.zarr") == contents(other / "tiny.zarr")
+    assert open_store(one / "tiny.zarr", "activations").attrs["spec"]["samples"] == SAMPLES
+
+
+FAMILIES = [models.bert, models.clip_text, models.siglip_text, models.vit, models.mambavision, models.timm_convnext]
+
+
+@pytest.mark.parametrize("make", FAMILIES, ids=lambda make: make.__name__)
+def test_every_file_is_the_same_for_encoders_of_every_kind(make, encoder_of, data_folder, tmp_path):
+    settings = SAESettings(**SETTINGS, epochs=2, held_out=0.2)
+    encoder, data = encoder_of(make), Data(data_folder)
+    streamed(encoder, data, settings, tmp_path / "streamed", workers=2)
+    assert_the_same(stored(encoder, data, settings, tmp_path / "stored"), tmp_path / "streamed")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"epochs": 3},
+        {"held_out": 0.5, "epochs": 2},
+        {"batch_captions": 1},
+        {"batch_captions": 100},
+        {"preset": "gao", "dead_after": 30, "epochs": 4},
+        {"scale_inputs": True, "encoder_bias": True, "clip_norm": 1e-3, "warmup_steps": 3, "decay_share": 0.5},
+        {"precision": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_every_file_is_the_same_with_every_option(options, encoder_of, data_folder, tmp_path):
+    settings = SAESettings(**{**SETTINGS, **options})
+    encoder, data = encoder_of(models.bert), Data(data_folder)
+    streamed(encoder, data, settings, tmp_path / "streamed")
+    assert_the_same(stored(encoder, data, settings, tmp_path / "stored"), tmp_path / "streamed")
+
+
+@pytest.mark.parametrize(
+    "values", [{"max_tokens": 2}, {"use_layers": "last"}, {"batch_size": 64}, {"batch_size": 1}], ids=str
+)
+def test_every_file_is_the_same_with_every_choice_of_layers_and_tokens(values, encoder_of, data_folder, tmp_path):
+    settings = SAESettings(**SETTINGS, epochs=2)
+    encoder, data = encoder_of(models.bert, **values), Data(data_folder)
+    streamed(encoder, data, settings, tmp_path / "streamed", seeds=[1])
+    assert_the_same(stored(encoder, data, settings, tmp_path / "stored", seeds=[1]), tmp_path / "streamed")
+
+
+@pytest.mark.parametrize(("held_out", "epochs", "passes"), [(0.2, 1, 1.0), (0.0, 1, 2.0), (0.2, 3, 2.6)])
+def test_each_epoch_is_one_forward_pass_and_what_is_held_out_is_read_once(
+    held_out, epochs, passes, encoder_of, data_folder, tmp_path, monkeypatch
+):
+    encoder, read = encoder_of(models.bert), []
+    monkeypatch.setattr(Data, "caption", lambda self, row, caption=Data.caption: read.append(row) or caption(self, row))
+    settings = SAESettings(**SETTINGS, held_out=held_out, epochs=epochs)
+    streamed(encoder, Data(data_folder), settings, tmp_path)
+    # A block with samples of both kinds is read for each.
+    assert passes * SAMPLES <= len(read) <= passes * SAMPLES + (epochs + 1) * BLOCK
+    assert set(read) == set(range(SAMPLES))
+
+
+def test_what_is_held_out_and_not_measured_is_read_for_its_global_tokens(
+    encoder_of, data_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(_order, "_EVALUATED_SAMPLES", 6)
+    encoder, data, settings = encoder_of(models.bert), Data(data_folder), SAESettings(**SETTINGS, held_out=0.5)
+    streamed(encoder, data, settings, tmp_path / "streamed")
+    assert_the_same(stored(encoder, data, settings, tmp_path / "stored"), tmp_path / "streamed")
+
+
+def test_features_need_nothing_but_what_a_stream_leaves(encoder_of, data_folder, tmp_path):
+    encoder, data, settings = encoder_of(models.bert), Data(data_folder), SAESettings(**SETTINGS)
+    for make in (stored, streamed):
+        folder = make(encoder, data, settings, tmp_path / make.__name__)
+        record_features(folder / "tiny.zarr", folder / "tiny", 3, folder / "tiny@3.zarr")
+    assert contents(tmp_path / "stored" / "tiny@3.zarr") == contents(tmp_path / "streamed" / "tiny@3.zarr")
+    with pytest.raises(StoreError, match=r"tiny.zarr: a store of 'activations', where one of 'tokens' is needed"):
+        TokenReader.open(tmp_path / "streamed" / "tiny.zarr", 0)
+
+
+STREAM = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from conceptshare.config.catalog import EncoderSpec
+from conceptshare.data.dataset import Data
+from conceptshare.encoders import load_encoder
+from conceptshare.sae import _stream, _train, train_stream
+from conceptshare.config.study import SAESettings
+
+torch.set_num_threads(1)
+spec, settings = EncoderSpec.model_validate_json(sys.argv[1]), SAESettings.model_validate_json(sys.argv[2])
+data, folder, seeds = Data(Path(sys.argv[3])), Path(sys.argv[4]), [0, 3]
+sent, last = signal.Signals(int(sys.argv[5])), int(sys.argv[6])
+_train._SECONDS_BETWEEN_CHECKPOINTS = 0
+calls = 0
+
+def counted(method):
+    def call(*arguments):
+        global calls
+        calls += 1
+        if calls == last:
+            os.kill(os.getpid(), sent)
+        return method(*arguments)
+    return call
+
+# Each sample that is kept, each step of the team, each state that is written, each SAE that is measured.
+_stream._Team.train_on = counted(_stream._Team.train_on)
+_stream._Team.measure_on = counted(_stream._Team.measure_on)
+_stream.GlobalTokens.append = counted(_stream.GlobalTokens.append)
+_stream.GlobalTokens.flush = counted(_stream.GlobalTokens.flush)
+_train.Trainer.state = counted(_train.Trainer.state)
+_stream.write_sae = counted(_stream.write_sae)
+train_stream(load_encoder(spec), data, settings, seeds, folder / "tiny", folder / "tiny.zarr")
+"""
+
+
+def run_stream(encoder, data_folder, settings, folder, sent=signal.SIGKILL, last=0):
+    """Stream in a process of its own, which sends itself a signal at some moment, counted from its start."""
+    spec, chosen = encoder.spec.model_dump_json(), settings.model_dump_json()
+    return run_forked(STREAM, spec, chosen, data_folder, folder, int(sent), last)
+
+
+def test_a_stream_that_is_killed_at_any_moment_goes_on_and_ends_with_the_same_bytes(encoder_of, data_folder, tmp_path):
+    encoder, settings = encoder_of(models.bert), SAESettings(**SETTINGS, epochs=2, held_out=0.2)
+    streamed(encoder, Data(data_folder), settings, tmp_path / "whole")
+    # Before the first checkpoint, while one is written, and in both epochs.
+    for last in (4, 17, 40, 30):
+        killed = run_stream(encoder, data_folder, settings, tmp_path / "killed", last=last)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert not (tmp_path / "killed" / "tiny").exists()
+        assert not (tmp_path / "killed" / "tiny.zarr").exists()
+    finished = run_stream(encoder, data_folder, settings, tmp_path / "killed")
+    assert finished.returncode == 0, finished.stderr
+    assert "tiny: going on at step" in finished.stderr
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_a_stream_that_is_asked_to_stop_saves_and_exits_with_a_code_of_its_own(
+    encoder_of, data_folder, tmp_path, monkeypatch
+):
+    encoder, settings, read = encoder_of(models.bert), SAESettings(**SETTINGS, epochs=2, held_out=0.2), []
+    streamed(encoder, Data(data_folder), settings, tmp_path / "whole")
+    stopped = run_stream(encoder, data_folder, settings, tmp_path / "stopped", signal.SIGTERM, last=30)
+    assert stopped.returncode == PREEMPTED
+    assert "tiny: asked to stop at step" in stopped.stderr
+    assert not (tmp_path / "stopped" / "tiny").exists()
+    step = int(re.search(r"asked to stop at step (\d+) of 12;", stopped.stderr)[1])
+    assert 0 < step < 6
+    monkeypatch.setattr(Data, "caption", lambda self, row, caption=Data.caption: read.append(row) or caption(self, row))
+    streamed(encoder, Data(data_folder), settings, tmp_path / "stopped")
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+    # What the first epoch had left, the second, and what is held out: not what was read before.
+    assert len(read) <= (38 - 7 * step) + 38 + 9 + 4 * BLOCK
+
+
+def test_a_torn_state_of_one_sae_takes_all_to_the_checkpoint_before(encoder_of, data_folder, tmp_path, capsys):
+    encoder, settings = encoder_of(models.bert), SAESettings(**SETTINGS, epochs=2)
+    streamed(encoder, Data(data_folder), settings, tmp_path / "whole")
+    assert run_stream(encoder, data_folder, settings, tmp_path / "torn", last=70).returncode == -signal.SIGKILL
+    newest = max(path for path in (tmp_path / "torn" / "tiny.checkpoints").iterdir() if path.name.isdecimal())
+    state = sorted(newest.glob("*.safetensors"))[1]
+    state.write_bytes(state.read_bytes()[:-1] + b"x")
+    capsys.readouterr()
+    streamed(encoder, Data(data_folder), settings, tmp_path / "torn")
+    said = capsys.readouterr().err
+    assert f"{newest}: not whole; using the checkpoint before it" in said
+    assert f"tiny: going on at step {int(newest.name) - 1} of 14" in said
+    assert contents(tmp_path / "torn") == contents(tmp_path / "whole")
+
+
+def lose_a_chunk(store):
+    (store / "layer-01/global/c/0/0").unlink()
+
+
+def cut_a_chunk(store):
+    chunk = store / "layer-01/global/c/0/0"
+    chunk.write_bytes(chunk.read_bytes()[:50])
+
+
+def cut_an_arrays_metadata(store):
+    metadata = store / "layer-01/global/zarr.json"
+    metadata.write_text(metadata.read_text()[:50])
+
+
+@pytest.mark.parametrize("damage", [lose_a_chunk, cut_a_chunk, cut_an_arrays_metadata])
+def test_a_damaged_unfinished_store_is_an_error_and_then_made_again(damage, encoder_of, data_folder, tmp_path):
+    encoder, settings = encoder_of(models.bert), SAESettings(**SETTINGS, held_out=0.2)
+    streamed(encoder, Data(data_folder), settings, tmp_path / "whole")
+    assert run_stream(encoder, data_folder, settings, tmp_path / "k", last=40).returncode == -signal.SIGKILL
+    damage(tmp_path / "k" / "tiny.zarr.partial")
+    with pytest.raises(StoreError, match=r"tiny.zarr: what an earlier attempt left of it is damaged .* run again"):
+        streamed(encoder, Data(data_folder), settings, tmp_path / "k")
+    streamed(encoder, Data(data_folder), settings, tmp_path / "k")
+    assert contents(tmp_path / "k") == contents(tmp_path / "whole")
+
+
+def test_precisions_that_would_change_the_encoder_too_are_refused(encoder_of, data_folder, tmp_path):
+    with pytest.raises(StudyError, match=r"precision: tf32 would also round the products of the encoder"):
+        streamed(encoder_of(models.bert), Data(data_folder), SAESettings(precision="tf32"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoints_of_other_settings_are_not_gone_on_with(encoder_of, data_folder, tmp_path, capsys):
+    encoder, settings = encoder_of(models.bert), SAESettings(**SETTINGS)
+    other = settings.model_copy(update={"learning_rate": 1e-3})
+    assert run_stream(encoder, data_folder, other, tmp_path / "new", last=40).returncode == -signal.SIGKILL
+    streamed(encoder, Data(data_folder), settings, tmp_path / "new")
+    assert "going on" not in capsys.readouterr().err
+    streamed(encoder, Data(data_folder), settings, tmp_path / "fresh")
+    assert contents(tmp_path / "new") == contents(tmp_path / "fresh")
+
+
+def test_an_activation_that_is_not_finite_is_an_error_that_leaves_nothing(encoder_of, data_folder, tmp_path):
+    spec = models.bert(tmp_path / "model").spec
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["encoder.layer.1.output.LayerNorm.bias"][0] = torch.nan
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    broken = load_encoder(spec)
+    with pytest.raises(NumericsError, match=r"tiny, layer 1, sample 0: a value that is not finite"):
+        streamed(broken, Data(data_folder), SAESettings(**SETTINGS), tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_training_that_diverges_is_an_error_that_names_layer_and_seed(encoder_of, data_folder, tmp_path):
+    settings = SAESettings(**SETTINGS).model_copy(update={"learning_rate": 1e30})  # more than a study may say
+    with pytest.raises(NumericsError, match=r"tiny layer 0 seed 0: the loss is not finite from step \d on"):
+        streamed(encoder_of(models.bert), Data(data_folder), settings, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_command_line_streams(encoder_of, data_folder, tmp_path):
+    spec = encoder_of(models.bert).spec
+    cli = partial(run_forked, "from conceptshare.cli import main; main()")
+    text = json.dumps(json.loads(spec.model_dump_json(exclude_none=True)))
+    assert cli("weights", "--encoder", text, "--out", tmp_path / "weights.json").returncode == 0
+    options = [
+        "--data",
+        data_folder,
+        "--settings",
+        json.dumps(SETTINGS),
+        "--seed",
+        "0",
+        "--seed",
+        "3",
+        "--workers",
+        "2",
+    ]
+    where = ["--saes", tmp_path / "tiny", "--activations", tmp_path / "tiny.zarr"]
+    whole = cli("stream", "--encoder", text, "--weights", tmp_path / "weights.json", *options, *where)
+    assert whole.returncode == 0, whole.stderr
+    refused = cli("stream", "--seed", "a", *where)
+    assert refused.returncode == 2
+    assert "Traceback" not in refused.stderr
+    assert sorted(path.name for path in (tmp_path / "tiny").glob("*/*")) == sorted(["seed-0", "seed-3"] * spec.layers)
