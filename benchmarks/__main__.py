@@ -33,7 +33,7 @@ from conceptshare.correlations import Precision, max_correlations
 from conceptshare.data.dataset import Data, make_dataset
 from conceptshare.device import default_device, log_device
 from conceptshare.encoders import load_encoder
-from conceptshare.io.files import layer_name
+from conceptshare.io.layout import layer_name
 from conceptshare.io.store import RowWriter, new_array, new_store, save_array
 from conceptshare.sae import TopKSAE, _order, evaluate, train_sae
 from conceptshare.sae._trainer import Trainer

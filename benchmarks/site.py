@@ -22,7 +22,7 @@ from playwright.sync_api import Browser, sync_playwright
 from conceptshare.config.catalog import DatasetSpec
 from conceptshare.config.study import as_member, pair_name
 from conceptshare.data.dataset import Data, make_dataset
-from conceptshare.io.files import layer_name
+from conceptshare.io.layout import layer_name
 from conceptshare.io.readers import CORRELATIONS, FEATURES
 from conceptshare.io.store import new_store, save_array
 from conceptshare.metrics import READINGS

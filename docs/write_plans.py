@@ -27,11 +27,11 @@ def with_headline(text: str, plan: Plan) -> str:
 
 def with_costs(text: str) -> str:
     """The guide's text with its table of costs replaced."""
-    rows = ["| study | jobs | disk | read | FLOP | memory | hours |", "|---|---:|---:|---:|---:|---:|---:|"]
+    rows = ["| study | disk | read | FLOP | memory | hours |", "|---|---:|---:|---:|---:|---:|"]
     for config in CONFIGS:
         plan = plan_of(config)
-        cells = [f"{sum(plan.jobs.values()):,}", *cost_cells(plan.total(), plan.rates)]
-        rows.append(f"| [{plan.study}](../config/{config.name}) | {' | '.join(cells)} |")
+        cells = " | ".join(cost_cells(plan.total(), plan.rates))
+        rows.append(f"| [{plan.study}](../config/{config.name}) | {cells} |")
     table = "\n".join(rows)
     return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{table}\n\n{END}", text, flags=re.DOTALL)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from conceptshare.io.files import layer_name
+from conceptshare.io.layout import layer_name
 from conceptshare.io.store import RowWriter, new_store, save_array
 from conceptshare.sae import TopKSAE, save_sae
 from conceptshare.sae.features import record_features

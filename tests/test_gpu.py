@@ -16,7 +16,7 @@ from conceptshare.config.study import SAESettings
 from conceptshare.correlations import correlate_stores, correlation_sums, max_correlations
 from conceptshare.data.dataset import Data, make_dataset
 from conceptshare.encoders import load_encoder
-from conceptshare.io.files import layer_name
+from conceptshare.io.layout import layer_name
 from conceptshare.sae import train_sae, train_stream
 from conceptshare.sae._trainer import Trainer
 from conceptshare.sae.features import record_features

@@ -12,7 +12,6 @@ from conceptshare.activations.extraction import extract_activations
 from conceptshare.analysis.formats import write_matrices
 from conceptshare.analysis.similarity import compare_stores
 from conceptshare.analysis.tables import (
-    GroupedMember,
     Stores,
     averages_table,
     layerwise_table,
@@ -27,13 +26,13 @@ from conceptshare.analysis.tables import (
 from conceptshare.concepts.examples import record_examples
 from conceptshare.concepts.names import name_features
 from conceptshare.config.catalog import DatasetSpec
-from conceptshare.config.study import SAESettings
+from conceptshare.config.study import GroupedMember, Member, SAESettings
 from conceptshare.correlations import correlate_stores
 from conceptshare.data.dataset import Data, make_dataset
 from conceptshare.encoders import load_encoder
 from conceptshare.figures._saes import _read_training
 from conceptshare.io.errors import ConceptshareError
-from conceptshare.io.files import layer_name
+from conceptshare.io.layout import layer_name
 from conceptshare.pages import write_member, write_pair
 from conceptshare.sae import train_sae
 from conceptshare.sae.exchange import import_sae
@@ -101,11 +100,11 @@ class Stages:
         write_table(layerwise_table([("bert@0", "vit@0")], stores), out / "layers.csv")
         write_table(pair_table("bert@0", "vit@0", stores), out / "bert@0__vit@0.csv")
         write_table(sharedness_table("vit@0", ["vit@1"], ["bert@0"], stores), out / "shared.csv")
-        write_table(sae_table(["vit@0"], study / "saes", stores), out / "saes.csv")
+        write_table(sae_table([Member("vit", 0)], study / "saes", study / "features"), out / "saes.csv")
 
     def averages(self, study, out):
-        stores = Stores(study / "correlations", study / "correlations")
-        write_table(averages_table(read_table(study / "tables" / "all.parquet", "matrix"), stores), out / "a.csv")
+        matrix = read_table(study / "tables" / "all.parquet", "matrix")
+        write_table(averages_table(matrix, study / "correlations"), out / "a.csv")
 
     def formats(self, study, out):
         tables = (read_table(study / "tables" / f"{n}.parquet", k) for n, k in (("all", "matrix"), ("a", "averages")))

@@ -10,10 +10,12 @@ import pytest
 import zarr
 
 from conceptshare.analysis.ask import COLUMNS, sharedness_of, wmppc_between
-from conceptshare.analysis.tables import GroupedMember, Stores, matrix_table, sharedness_table, write_table
+from conceptshare.analysis.tables import Stores, matrix_table, sharedness_table, write_table
 from conceptshare.cli import main
+from conceptshare.config.study import GroupedMember
 from conceptshare.correlations import correlate_stores
 from conceptshare.io.store import StoredArray, new_store
+from tests.helpers.studies import study_file
 
 WIDTHS = {"vit@0": 6, "clip-text@0": 8, "bert@1": 5}
 N = 60
@@ -232,39 +234,26 @@ def test_a_path_where_nothing_is_is_one_line(run, stores):
 
 
 @pytest.mark.parametrize(
-    ("command", "option", "text", "place"),
-    [
-        (["metrics", "matrix"], "--members", "{", ""),
-        (["metrics", "matrix"], "--members", '[["deit@0", "image"], ["gpt@0", "text"]]', "[0][2]"),
-        (["metrics", "matrix"], "--members", '[["deit@0", "image", "vision"]]', ""),
-        (["metrics", "layerwise"], "--pairs", '[["a@0"]]', "[0][1]"),
-        (["figures", "layerwise", "--table", "none.csv"], "--pairs", "nope", ""),
-        (["figures", "layerwise", "--table", "none.csv"], "--pairs", "[]", ""),
-        (["metrics", "saes", "--saes", "none"], "--members", "deit@0", ""),
-        (["metrics", "sharedness"], "--analysis", "nope", ""),
-        (["metrics", "sharedness"], "--analysis", '{"source": "gpt@0"}', "['shared_with']"),
-        (["pages", "index", "--results", "none"], "--study", "nope", ""),
-        (["pages", "index", "--results", "none"], "--study", '{"study": "x"}', "['datasets']"),
-    ],
+    "command", [["metrics", "matrix"], ["metrics", "layerwise"], ["metrics", "sharedness"], ["figures", "layerwise"]]
 )
-def test_an_option_that_is_no_json_or_of_another_shape_is_one_line_with_an_example(
-    run, tmp_path, command, option, text, place
-):
-    if command[0] == "metrics":
-        command = [*command, "--features", "none", *(["--correlations", "none"] if "--saes" not in command else [])]
-    out = tmp_path / {"metrics": "out.csv", "figures": "out.png", "pages": "out"}[command[0]]
-    status, _, errors = run(*command, "--out", out, option, text)
-    assert status == 1
-    assert errors.startswith(f"error: {option}{place}: ")
-    assert re.search(r"; give JSON such as [\[{]", errors)
-    assert errors.count("\n") == 1
+def test_an_analysis_that_the_study_does_not_have_is_one_line(run, tmp_path, command):
+    study = study_file(tmp_path / "study.json", [("deit@0", "image", "vision"), ("gpt@0", "text", "language")])
+    places = ["--features", "none", "--correlations", "none"] if command[0] == "metrics" else ["--table", "none.csv"]
+    out = tmp_path / ("out.csv" if command[0] == "metrics" else "out.png")
+    status, _, errors = run(*command, "absent", "--study", study, *places, "--out", out)
+    assert (status, errors.count("\n")) == (1, 1)
+    assert "the study has no 'absent'" in errors or "none.csv" in errors
 
 
-def test_a_member_without_a_seed_is_one_line(run, tmp_path):
-    places = ["--features", "none", "--correlations", "none", "--out", tmp_path / "out.csv"]
-    for member in ("deit", "deit@x"):
-        status, _, errors = run("metrics", "layerwise", "--pairs", f'[["{member}", "gpt@0"]]', *places)
-        assert (status, errors.count("\n")) == (1, 1)
+def test_a_study_that_is_not_there_or_none_is_one_line(run, tmp_path):
+    (tmp_path / "other.json").write_text('{"study": "x"}')
+    for name, said in (("absent.json", "no such file"), ("other.json", "datasets")):
+        status, _, errors = run(
+            "pages", "index", "--results", "none", "--study", tmp_path / name, "--out", tmp_path / "o"
+        )
+        assert status == 1
+        assert said in errors
+        assert "Traceback" not in errors
 
 
 def test_of_a_table_of_another_kind_nothing_is_said_to_be_deleted(run, tmp_path):

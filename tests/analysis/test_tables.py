@@ -1,6 +1,5 @@
 """Tables from real stores, against wMPPC and Comparative Sharedness worked out from the features themselves."""
 
-import json
 import re
 import shutil
 from itertools import combinations
@@ -17,7 +16,6 @@ from typer.testing import CliRunner
 from conceptshare import metrics
 from conceptshare.analysis import paper, tables
 from conceptshare.analysis.tables import (
-    GroupedMember,
     Stores,
     averages_table,
     check_made_from,
@@ -33,17 +31,19 @@ from conceptshare.analysis.tables import (
     write_table,
 )
 from conceptshare.cli import app
-from conceptshare.config.study import as_member, pair_name
+from conceptshare.config.study import GroupedMember, Member, as_member, pair_name
 from conceptshare.correlations import _store, correlate_stores
 from conceptshare.io.errors import StoreError
 from conceptshare.io.seals import seal
 from conceptshare.io.store import open_store
+from tests.helpers.studies import study_file
 
 MEMBERS = [
     GroupedMember("vit@0", "image", "vision", "vit@7"),
     GroupedMember("clip-text@0", "text", "vlm"),
     GroupedMember("bert@1", "text", "language"),
 ]
+SECOND_SEED = GroupedMember("vit@7", "image", "vision")
 WIDTHS = {"vit@0": 6, "clip-text@0": 8, "bert@1": 5, "vit@7": 7}
 FLOOR_FEATURES = 4
 SIMILARITIES = {"bert__vit": 0.1, "bert__clip-text": 0.2, "clip-text__vit": 0.3}
@@ -328,7 +328,7 @@ def test_averages_are_of_the_correlations_that_the_matrix_is_of(study):
     matrix = matrix_table(MEMBERS, stores)
     matrix.attrs["features"] = matrix.attrs["features"] | {"vit@0": "others"}
     with pytest.raises(StoreError, match="made from other features of vit@0"):
-        averages_table(matrix, stores)
+        averages_table(matrix, stores.correlations)
 
 
 def test_a_missing_table_of_similarities_is_named(study):
@@ -378,7 +378,7 @@ def test_a_member_without_an_active_feature_is_named_by_every_table(study, write
 def test_averages_are_the_means_of_the_cells_of_two_modalities(study):
     stores, _ = study
     matrix = matrix_table(MEMBERS, stores)
-    table = averages_table(matrix, stores)
+    table = averages_table(matrix, stores.correlations)
     assert list(table.columns) == [
         *("reading", "source_modality", "target_modality", "cells", "wmppc", "low", "high", "floor")
     ]
@@ -403,9 +403,9 @@ def test_averages_are_the_means_of_the_cells_of_two_modalities(study):
 def test_averages_leave_out_two_seeds_of_one_encoder(study):
     stores = study[0]._replace(similarity=None)  # whose tables are of the activations of one of the two
     seeds = [GroupedMember("vit@0", "image", "vision"), GroupedMember("vit@7", "image", "vision")]
-    three = averages_table(matrix_table([*seeds, MEMBERS[1]], stores), stores)
+    three = averages_table(matrix_table([*seeds, MEMBERS[1]], stores), stores.correlations)
     assert set(three.source_modality + three.target_modality) == {"imagetext", "textimage"}
-    two = averages_table(matrix_table(seeds, stores), stores)
+    two = averages_table(matrix_table(seeds, stores), stores.correlations)
     assert len(two) == 0
     assert list(two.columns) == list(three.columns)
 
@@ -557,13 +557,17 @@ def run(*arguments):
 def test_commands_write_the_tables_and_figures_of_a_matrix(study, tmp_path):
     stores, _ = study
     places = ["--features", stores.features, "--correlations", stores.correlations]
+    study_json = study_file(
+        tmp_path / "study.json", [(*m[:3],) for m in (*MEMBERS, SECOND_SEED)], matrices={"all": None}
+    )
     out = tmp_path / "study"
     matrix, averages = out / "all.csv", out / "all.averages.csv"
     run(
         "metrics",
         "matrix",
-        "--members",
-        json.dumps(MEMBERS),
+        "all",
+        "--study",
+        study_json,
         *places,
         "--similarity",
         stores.similarity,
@@ -575,7 +579,9 @@ def test_commands_write_the_tables_and_figures_of_a_matrix(study, tmp_path):
     tables = ["--table", matrix.with_suffix(".parquet")]
     run("metrics", "averages", *tables, "--correlations", stores.correlations, "--out", averages)
     pd.testing.assert_frame_equal(
-        pd.read_parquet(averages.with_suffix(".parquet")), averages_table(expected, stores), check_dtype=False
+        pd.read_parquet(averages.with_suffix(".parquet")),
+        averages_table(expected, stores.correlations),
+        check_dtype=False,
     )
     run("metrics", "formats", *tables, "--averages", averages.with_suffix(".parquet"), "--out", out / "all")
     assert {path.name for path in (out / "all").iterdir()} == {
@@ -601,7 +607,8 @@ def test_commands_compare_a_matrix_with_the_papers(study, tmp_path):
     write_table(table, tmp_path / "all.csv")
     cells, agreement = tmp_path / "all.paper.csv", tmp_path / "all.paper-agreement.csv"
     study_of = ["--table", tmp_path / "all.parquet", "--dataset", "coco", "--size", "base"]
-    run("metrics", "paper", *study_of, "--out", cells, "--agreement", agreement)
+    run("metrics", "paper", *study_of, "--out", cells)
+    run("metrics", "agreement", "--table", cells.with_suffix(".parquet"), "--out", agreement)
     expected = paper.compare(table, "coco", "base")
     pd.testing.assert_frame_equal(pd.read_parquet(cells.with_suffix(".parquet")), expected)
     assert set(expected.source) == set(expected.target) == {"vit", "clip-text", "bert"}
@@ -645,7 +652,7 @@ def saes(tmp_path, study):
 
 def test_sae_table(study, saes):
     stores, features = study
-    table = sae_table(["vit@0"], saes, stores)
+    table = sae_table([Member("vit", 0)], saes, stores.features)
     assert table.layer.tolist() == [1, 3]
     first, last = table.to_dict("records")
     silent = int((features["vit@0"][3] > 0).any(0).sum())
@@ -671,7 +678,7 @@ def test_an_sae_that_the_features_are_not_of_is_refused(study, saes):
     folder = saes / "vit" / "layer-03" / "seed-0"
     seal(folder, {"spec": {"trained": "again"}})
     with pytest.raises(StoreError, match=r"layer-03/seed-0: not the SAE that the features of vit@0 are of"):
-        sae_table(["vit@0"], saes, study[0])
+        sae_table([Member("vit", 0)], saes, study[0].features)
 
 
 @pytest.mark.parametrize("content", [None, "{"])
@@ -681,13 +688,14 @@ def test_missing_or_damaged_metrics_of_an_sae_are_named(study, saes, content):
     if content:
         path.write_text(content)
     with pytest.raises(StoreError, match=r"layer-03/seed-0: metrics\.json .* run the sae stage again"):
-        sae_table(["vit@0"], saes, study[0])
+        sae_table([Member("vit", 0)], saes, study[0].features)
 
 
 def test_a_missing_pair_is_named(study):
     stores, _ = study
-    with pytest.raises(StoreError, match=r"absent@0__vit@0\.zarr: no correlations store"):
-        stores.pair("vit@0", "absent@0")
+    shutil.rmtree(stores.correlations / "bert@1__vit@0.zarr")
+    with pytest.raises(StoreError, match=r"bert@1__vit@0\.zarr: no correlations store"):
+        stores.pair("vit@0", "bert@1")
 
 
 def test_csv_and_parquet_hold_the_same_table(study, tmp_path):
@@ -733,14 +741,16 @@ def written(study, saes, tmp_path):
     names = {"vit@0": "vit-base@0", "clip-text@0": "clip-text-base@0", "bert@1": "bert-base@1"}
     made = {
         "matrix": matrix,
-        "averages": averages_table(matrix, stores),
+        "averages": averages_table(matrix, stores.correlations),
         "layerwise": layerwise_table([("vit@0", "bert@1")], stores),
         "ranking": sharedness_table("vit@0", *groups, stores),
-        "saes": sae_table(["vit@0"], saes, stores),
+        "saes": sae_table([Member("vit", 0)], saes, stores.features),
         "paper": paper.compare(matrix.replace(names), "coco", "base"),
     }
     for name, table in made.items():
         write_table(table, folder / f"{name}.csv")
+    members = [(*member[:3],) for member in MEMBERS]
+    study_file(folder / "study.json", members, layerwise={"two": {"pairs": [["vit@0", "bert@1"]]}})
     return made, folder
 
 
@@ -752,9 +762,10 @@ COMMANDS = [
     "metrics formats --table matrix --averages averages",
     "metrics formats --averages averages --table matrix",
     "metrics averages --table matrix --correlations .",
-    "metrics paper --table matrix --dataset coco --size base --agreement agreement.csv",
+    "metrics paper --table matrix --dataset coco --size base",
+    "metrics agreement --table paper",
     "figures averages --table averages",
-    'figures layerwise --table layerwise --pairs [["vit@0","bert@1"]]',
+    "figures layerwise two --study study.json --table layerwise",
     "figures scatter --table ranking",
     "metrics overlaps ranking",
     "figures saes --table saes --saes .",
@@ -813,8 +824,10 @@ def test_tables_of_two_studies_are_not_read_together(written, study, monkeypatch
     assert said(f"metrics averages --table matrix.csv {correlations}").startswith("matrix.csv: does not say which")
     store = study[0].features / "vit@0.zarr"
     with pytest.raises(StoreError, match=r"^other\.csv: ranks other features of vit@0 than those of .*vit@0\.zarr;"):
-        check_ranking(Path("other.csv"), read_table(Path("other.csv"), "ranking"), store, study[0].statistics("vit@0"))
-    check_ranking(Path("a.csv"), read_table(Path("ranking.csv"), "ranking"), store, study[0].statistics("vit@0"))
+        check_ranking(
+            Path("other.csv"), read_table(Path("other.csv"), "sharedness"), store, study[0].statistics("vit@0")
+        )
+    check_ranking(Path("a.csv"), read_table(Path("ranking.csv"), "sharedness"), store, study[0].statistics("vit@0"))
     with pytest.raises(StoreError, match=r"^names\.csv: does not say which features"):
         check_made_from(Path("names.csv"), read_table(Path("names.csv"), "names"), store, "names")
 

@@ -18,7 +18,7 @@ from conceptshare.config.catalog import DatasetSpec
 from conceptshare.data.dataset import Data, make_dataset
 from conceptshare.encoders import load_encoder
 from conceptshare.io.errors import StoreError
-from conceptshare.io.files import layer_name
+from conceptshare.io.layout import layer_name
 from conceptshare.io.store import open_store
 from conceptshare.sae import TopKSAE, save_sae
 from conceptshare.sae.features import record_features

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from conceptshare.config.catalog import DatasetSpec
 from tests.helpers.forks import FORKS
+from tests.helpers.studies import study_file
 
 STAGES = {
     "dataset": ["data"],
@@ -54,7 +55,6 @@ def arguments(stage, made, out):
         return [*entry(encoder), "--weights", made / f"{encoder}.json", "--data", made / "data"]
 
     stores = ["--features", made / "features", "--correlations", made / "correlations"]
-    members = json.dumps([["bert@0", "text", "language", "bert@1"], ["bert@1", "text", "language", "bert@0"]])
     source = DatasetSpec(source=str(made / "rows.parquet")).model_dump_json(exclude_none=True)
     bert = made / "streams" / "bert"
     given = {
@@ -66,7 +66,7 @@ def arguments(stage, made, out):
         "features": ["features", "--activations", f"{bert}.zarr", "--saes", bert],
         "correlations": ["correlations", *(made / f"features/bert@{n}.zarr" for n in (0, 1)), "--full", "0:2"],
         "similarity": ["similarity", f"{bert}.zarr", made / "activations/vit.zarr"],
-        "metrics": ["metrics", "matrix", "--members", members, *stores],
+        "metrics": ["metrics", "matrix", "all", "--study", made / "study.json", *stores],
         "formats": [
             "metrics",
             "formats",
@@ -86,6 +86,8 @@ def arguments(stage, made, out):
 def make_all(made):
     """Run every stage once, undisturbed."""
     write_inputs(made)
+    members = [("bert@0", "text", "language"), ("bert@1", "text", "language")]
+    study_file(made / "study.json", members, matrices={"all": {"members": ["bert@0", "bert@1"]}})
     for stage in STAGES:
         _done(run(arguments(stage, made, made), made))
         if stage == "weights":
@@ -98,7 +100,7 @@ def make_all(made):
         if stage == "metrics":
             given = ["--table", made / "tables/all.parquet", "--correlations", made / "correlations"]
             _done(run(["metrics", "averages", *given, "--out", made / "tables/a.csv"], made))
-            given = ["--members", '["bert@0", "bert@1"]', "--saes", made / "streams", "--features", made / "features"]
+            given = ["--study", made / "study.json", "--saes", made / "streams", "--features", made / "features"]
             _done(run(["metrics", "saes", *given, "--out", made / "tables/members.csv"], made))
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import conceptshare.io.store as store_module
 from conceptshare.io.errors import NumericsError, StoreError
-from conceptshare.io.files import layer_name
+from conceptshare.io.layout import layer_name
 from conceptshare.io.store import (
     RowWriter,
     StoredArray,

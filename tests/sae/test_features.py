@@ -9,7 +9,7 @@ import torch
 
 from conceptshare.correlations import correlate_stores
 from conceptshare.io.errors import NumericsError, StoreError
-from conceptshare.io.files import layer_name
+from conceptshare.io.layout import layer_name
 from conceptshare.io.readers import read_features, read_statistics
 from conceptshare.io.store import open_store
 from conceptshare.sae import TopKSAE, load_sae, save_sae

@@ -16,7 +16,7 @@ from conceptshare.config.study import SAESettings
 from conceptshare.data.dataset import Data, make_dataset
 from conceptshare.encoders import load_encoder
 from conceptshare.io.errors import NumericsError, StoreError, StudyError
-from conceptshare.io.files import layer_name
+from conceptshare.io.layout import layer_name
 from conceptshare.io.store import open_store
 from conceptshare.sae import _order, train_sae, train_stream
 from conceptshare.sae._checkpoints import PREEMPTED

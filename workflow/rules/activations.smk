@@ -6,10 +6,10 @@ rule activations:
         weights=rules.weights.output.record,
         code=code("activations/extraction.py", "encoders/_*.py"),
     output:
-        activations=directory("results/{dataset}/activations/{encoder}.zarr"),
-        tokens=kept_or_temp(directory("results/{dataset}/tokens/{encoder}.zarr")),
+        activations=directory(layout.ACTIVATIONS),
+        tokens=kept_or_temp(directory(layout.TOKENS)),
     log:
-        "results/logs/{dataset}/activations/{encoder}.log",
+        layout.log(layout.ACTIVATIONS),
     wildcard_constraints:
         encoder=one_of(STUDY.encoders.keys() - STUDY.parted_encoders()),
     conda:
@@ -34,9 +34,9 @@ rule activations_part:
         weights=rules.weights.output.record,
         code=code("activations/extraction.py", "activations/parts.py", "encoders/_*.py"),
     output:
-        temp(directory("results/{dataset}/parts/{encoder}.{part}-of-{parts}.zarr")),
+        temp(directory(layout.PARTS)),
     log:
-        "results/logs/{dataset}/parts/{encoder}.{part}-of-{parts}.log",
+        layout.log(layout.PARTS),
     wildcard_constraints:
         part=r"\d+",
         parts=r"\d+",
@@ -61,10 +61,10 @@ rule activations_join:
         parts=parts_of,
         code=code("activations/extraction.py", "activations/parts.py"),
     output:
-        activations=directory("results/{dataset}/activations/{encoder}.zarr"),
-        tokens=kept_or_temp(directory("results/{dataset}/tokens/{encoder}.zarr")),
+        activations=directory(layout.ACTIVATIONS),
+        tokens=kept_or_temp(directory(layout.TOKENS)),
     log:
-        "results/logs/{dataset}/activations/{encoder}.log",
+        layout.log(layout.ACTIVATIONS),
     wildcard_constraints:
         encoder=one_of(STUDY.parted_encoders()),
     conda:

@@ -15,8 +15,10 @@ import conceptshare
 from conceptshare.config.catalog import is_path, local_path
 from conceptshare.preflight.differences import differences, in_words
 from conceptshare.io.errors import ConceptshareError, refusal
-from conceptshare.io.files import layer_name, read_object
-from conceptshare.config.study import Member, as_member, build_study, encoder_pairs, pair_name, sorted_pair
+from conceptshare.io.files import read_object
+from conceptshare.config import products
+from conceptshare.config.study import Member, as_member, build_study, encoder_pairs, sorted_pair, write_study
+from conceptshare.io import layout
 from snakemake.exceptions import WorkflowError
 from snakemake.io import contains_wildcard
 
@@ -42,6 +44,15 @@ except ConceptshareError as error:
 
 # Worked out once: it takes all pairs, and each member's pages ask for theirs.
 COMPARISONS = STUDY.comparisons()
+
+# Each data set with each SAE setting: every analysis is done for all of them.
+SETTINGS = [(dataset, sae) for dataset in STUDY.datasets for sae in STUDY.saes]
+
+# The study as commands read it. What they make depends on a part of it, which is among the parameters of their rules.
+STUDY_JSON = ancient(layout.STUDY)
+
+# The SAEs of an encoder, whether stored tokens or a stream trains them.
+SAES = layout.STREAMED_SAES if STUDY.stream else layout.SAES
 
 
 def record_of(kind, file):
@@ -81,7 +92,7 @@ def remove_left_over():
     if all(job.rule.name != "all" for job in jobs):
         return
     made = {Path(file) for job in jobs for file in job.output}
-    study = Path("results/studies", STUDY.study)
+    study = layout.path(layout.STUDY_FOLDER, study=STUDY.study)
     files = [path for path in study.rglob("*") if path.is_file() and made.isdisjoint({path, *path.parents})]
     ours = {path for path in files if any(record_of("metadata", place).exists() for place in (path, *path.parents))}
     for path in ours:
@@ -170,25 +181,29 @@ def environment_of(wildcards):
     return "../../envs/mambavision.yaml" if own else "../../envs/conceptshare.yaml"
 
 
+def filled(pattern, wildcards, **others):
+    """A path of a layout's pattern."""
+    return pattern.format(**{**wildcards, **others})
+
+
 def saes_folder(wildcards):
     """The folder that an SAE setting's encoders lie in."""
-    results = f"results/{wildcards.dataset}"
-    return f"{results}/streams/{wildcards.sae}/saes" if STUDY.stream else f"{results}/saes/{wildcards.sae}"
+    return str(Path(filled(SAES, wildcards, encoder="encoder")).parent)
 
 
 def saes_of(wildcards):
     """The SAEs of a member: of all its layers, or the folder that a stream makes of them."""
-    folder = f"{saes_folder(wildcards)}/{wildcards.encoder}"
+    folder = filled(SAES, wildcards)
     if STUDY.stream:
         return [folder]
     layers = STUDY.encoders[wildcards.encoder].layer_numbers()
-    return [f"{folder}/{layer_name(layer)}/seed-{wildcards.seed}/sae_weights.safetensors" for layer in layers]
+    return [f"{folder}/{layout.sae_place(layer, wildcards.seed)}/sae_weights.safetensors" for layer in layers]
 
 
 def activations_of(wildcards, encoder="encoder"):
     """The store with the global tokens of the encoder that a wildcard names."""
-    streams = f"streams/{wildcards.sae}/" if STUDY.stream else ""
-    return f"results/{wildcards.dataset}/{streams}activations/{wildcards[encoder]}.zarr"
+    pattern = layout.STREAMED_ACTIVATIONS if STUDY.stream else layout.ACTIVATIONS
+    return filled(pattern, wildcards, encoder=wildcards[encoder])
 
 
 def one_of(names):
@@ -199,8 +214,7 @@ def one_of(names):
 def parts_of(wildcards):
     """The parts of an encoder's forward pass."""
     parts = STUDY.encoders[wildcards.encoder].parts
-    folder = f"results/{wildcards.dataset}/parts"
-    return [f"{folder}/{wildcards.encoder}.{part}-of-{parts}.zarr" for part in range(1, parts + 1)]
+    return [filled(layout.PARTS, wildcards, part=part, parts=parts) for part in range(1, parts + 1)]
 
 
 def kept_or_temp(tokens):
@@ -215,17 +229,17 @@ def folder_of(files):
 
 def features_of(members, wildcards):
     """The feature stores of members."""
-    return [f"results/{wildcards.dataset}/features/{wildcards.sae}/{member}.zarr" for member in sorted(members)]
+    return [filled(layout.FEATURES, wildcards, member=member) for member in sorted(members)]
 
 
 def names_of(member, wildcards):
     """A member's table of names."""
-    return f"results/{wildcards.dataset}/names/{wildcards.sae}/{member}.parquet"
+    return filled(layout.NAMES, wildcards, member=member)
 
 
 def correlations_of(pairs, wildcards):
     """The correlation stores of pairs of members."""
-    return [f"results/{wildcards.dataset}/correlations/{wildcards.sae}/{pair_name(a, b)}.zarr" for a, b in pairs]
+    return [filled(layout.CORRELATIONS, wildcards, a=a, b=b) for a, b in (sorted_pair(*pair) for pair in pairs)]
 
 
 def correlations_key(wildcards):
@@ -244,14 +258,12 @@ def correlations_memory(wildcards):
 
 def pairs_of(pairs, wildcards):
     """The tables of the features of pairs of members."""
-    folder = f"results/studies/{wildcards.study}/{wildcards.dataset}/{wildcards.sae}/pairs"
-    return [f"{folder}/{pair_name(a, b)}.parquet" for a, b in pairs]
+    return [filled(layout.PAIR, wildcards, a=a, b=b) for a, b in (sorted_pair(*pair) for pair in pairs)]
 
 
 def similarity_of(pairs, wildcards):
     """The tables of similarity of the encoders in pairs of members; two seeds of one encoder have none."""
-    folder = f"results/{wildcards.dataset}/similarity/{wildcards.sae}"
-    return [f"{folder}/{a}__{b}.parquet" for a, b in encoder_pairs(pairs)]
+    return [filled(layout.SIMILARITY, wildcards, encoder_a=a, encoder_b=b) for a, b in encoder_pairs(pairs)]
 
 
 def similarity_option(wildcards, input):
@@ -259,19 +271,27 @@ def similarity_option(wildcards, input):
     return f"--similarity {folder_of(input.similarity)}" if input.similarity else ""
 
 
-def matrix_members_with_ceilings(name):
-    """The members of a matrix, and the other seeds of their encoders that tell its ceilings."""
-    return {member for pair in STUDY.ceiling_pairs(name) for member in pair} | set(STUDY.matrix_members(name))
+def members_of(pairs):
+    """The members of pairs."""
+    return {member for pair in pairs for member in pair}
 
 
-def matrix_files(name, dataset):
-    """The tables and figures of a matrix."""
-    suffixes = [".csv", ".png", ".averages.csv", ".intervals.png", ".strength.png", ""]
-    if encoder_pairs(STUDY.matrix_pairs(name)):
-        suffixes += [".averages.png", ".similarity.png"]
-    if dataset in STUDY.paper_datasets(name):
-        suffixes += [".paper.csv", ".paper.png"]
-    return [f"matrices/{name}{suffix}" for suffix in suffixes]
+def product_file(product, ending):
+    """The file of a table or figure, with wildcards."""
+    return f"{layout.ANALYSES}/{product.file}.{ending}"
+
+
+def report_entry(product, kind):
+    """Where a table or figure stands in the report."""
+    category, label, named = {
+        "matrices": ("wMPPC matrices", "analysis", "{name}"),
+        "layerwise": ("Layerwise heatmaps", "analysis", "{name}"),
+        "sharedness": ("Comparative Sharedness", "analysis", "{name}"),
+        "overlaps": ("Comparative Sharedness", "analysis", "all rankings"),
+        "saes": ("SAE training", "encoder", "all"),
+    }[product.file.partition("/")[0]]
+    labels = {label: named, "shows": product.shows, "data set": "{dataset}", "SAEs": "{sae}", "type": kind}
+    return {"category": category, "subcategory": "{dataset}, SAEs {sae}", "labels": labels}
 
 
 def paper_option(wildcards):
@@ -292,39 +312,39 @@ def pairs_with(member):
 
 
 def compared_with(member):
-    """The members that a member is compared with, as JSON."""
-    return json.dumps([str(other) for other in COMPARISONS[as_member(member)]])
+    """The members that a member is compared with."""
+    return ", ".join(map(str, COMPARISONS[as_member(member)]))
+
+
+def ranking_file(wildcards, name):
+    """A ranking, as Parquet."""
+    return filled(product_file(products.table("sharedness"), "parquet"), wildcards, name=name)
 
 
 def rankings_of(wildcards):
     """The rankings of a member's features."""
-    folder = f"results/studies/{wildcards.study}/{wildcards.dataset}/{wildcards.sae}/sharedness"
-    return [f"{folder}/{name}.parquet" for name in STUDY.rankings_of(as_member(wildcards.member))]
+    return [ranking_file(wildcards, name) for name in STUDY.rankings_of(as_member(wildcards.member))]
 
 
-def pages_tables(wildcards):
-    """The tables that the frame of the pages shows."""
-    files = [f"matrices/{name}.parquet" for name in STUDY.analyses.matrices]
-    files += [f"layerwise/{name}.parquet" for name in STUDY.analyses.layerwise]
-    files += [f"sharedness/{name}.parquet" for name in STUDY.analyses.sharedness]
-    files += ["overlaps.parquet"] if STUDY.overlapping() else []
-    folder = f"results/studies/{wildcards.study}"
-    return [f"{folder}/{dataset}/{sae}/{file}" for dataset in STUDY.datasets for sae in STUDY.saes for file in files]
+def products_of(dataset, sae, *tables):
+    """The tables and figures for a data set and an SAE setting: paths without an ending, or of the tables named."""
+    folder = layout.ANALYSES.format(study=STUDY.study, dataset=dataset, sae=sae)
+    made = [(product, f"{folder}/{file}") for product, file in STUDY.products(dataset)]
+    if tables:
+        return [f"{path}.parquet" for product, path in made if product in map(products.table, tables)]
+    return [f"{path}.{'csv' if isinstance(product, products.Table) else 'png'}" for product, path in made]
 
 
 def pages():
     """Everything that the site of the study's features is made of."""
-    site = f"results/studies/{STUDY.study}/pages"
-    found = [f"{site}/index.html", *(f"{site}/samples/{dataset}" for dataset in STUDY.datasets)]
-    for dataset in STUDY.datasets:
-        for sae in STUDY.saes:
-            data = f"{site}/data/{dataset}/{sae}"
-            found += [f"{data}/{member}" for member in STUDY.members()]
-            found += [f"{data}/pairs/{a}__{b}" for a, b in STUDY.directed_pairs()]
+    study = {"study": STUDY.study}
+    found = [layout.PAGES.format(**study) + "/index.html"]
+    found += [layout.PAGES_OF_SAMPLES.format(**study, dataset=dataset) for dataset in STUDY.datasets]
+    for dataset, sae in SETTINGS:
+        place = study | {"dataset": dataset, "sae": sae}
+        found += [layout.PAGES_OF_MEMBER.format(**place, member=member) for member in STUDY.members()]
+        found += [layout.PAGES_OF_PAIR.format(**place, a=a, b=b) for a, b in STUDY.directed_pairs()]
     return found
-
-
-RANKING_FILES = ("csv", "png", "top.png", "scatter.png")
 
 
 def analysis_names():
@@ -336,12 +356,9 @@ def analysis_names():
 def study_results():
     """Every table, figure and page of the study."""
     results = pages() if STUDY.members() else []
-    for dataset in STUDY.datasets:
-        files = [file for name in STUDY.analyses.matrices for file in matrix_files(name, dataset)]
-        files += [f"layerwise/{name}.{suffix}" for name in STUDY.analyses.layerwise for suffix in ("csv", "png")]
-        files += [f"sharedness/{name}.{suffix}" for name in STUDY.analyses.sharedness for suffix in RANKING_FILES]
-        files += [f"pairs/{pair_name(a, b)}.csv" for a, b in STUDY.pairs()]
-        files += ["overlaps.csv"] if STUDY.overlapping() else []
-        files += ["saes.csv", "saes.png"] if STUDY.members() else []
-        results += [f"results/studies/{STUDY.study}/{dataset}/{sae}/{file}" for sae in STUDY.saes for file in files]
+    for dataset, sae in SETTINGS:
+        place = {"study": STUDY.study, "dataset": dataset, "sae": sae}
+        results += products_of(dataset, sae)
+        results += [f"{layout.ANALYSES.format(**place)}/matrices/{name}" for name in STUDY.analyses.matrices]
+        results += [layout.PAIR.format(**place, a=a, b=b) for a, b in STUDY.pairs()]
     return results

@@ -2,13 +2,13 @@
 # of layers: thousands of jobs plan in seconds, and each loads its stores once.
 rule correlations:
     input:
-        a="results/{dataset}/features/{sae}/{a}.zarr",
-        b="results/{dataset}/features/{sae}/{b}.zarr",
+        a=layout.FEATURES.replace("{member}", "{a}"),
+        b=layout.FEATURES.replace("{member}", "{b}"),
         code=code("correlations/*.py"),
     output:
-        directory("results/{dataset}/correlations/{sae}/{a}__{b}.zarr"),
+        directory(layout.CORRELATIONS),
     log:
-        "results/logs/{dataset}/correlations/{sae}/{a}__{b}.log",
+        layout.log(layout.CORRELATIONS),
     conda:
         "../../envs/conceptshare.yaml"
     threads: 1

@@ -10,11 +10,11 @@ rule dataset:
             "data/dataset.py", "data/download.py", "io/hub.py", "data/images.py", "data/rows.py", "data/sources.py"
         ),
     output:
-        samples="results/{dataset}/data/samples.arrow",
-        manifest="results/{dataset}/data/manifest.json",
-        provenance="results/{dataset}/data/provenance.json",
+        samples=f"{layout.DATA}/samples.arrow",
+        manifest=f"{layout.DATA}/manifest.json",
+        provenance=f"{layout.DATA}/provenance.json",
     log:
-        "results/logs/{dataset}/dataset.log",
+        layout.log(layout.DATA),
     conda:
         "../../envs/conceptshare.yaml"
     threads: 1

@@ -7,9 +7,9 @@ rule examples:
         data=DATA,
         code=code("concepts/examples.py", "encoders/_*.py"),
     output:
-        directory("results/{dataset}/examples/{sae}/{encoder}@{seed}"),
+        directory(layout.EXAMPLES.replace("{member}", layout.MEMBER)),
     log:
-        "results/logs/{dataset}/examples/{sae}/{encoder}@{seed}.log",
+        layout.log(layout.EXAMPLES.replace("{member}", layout.MEMBER)),
     conda:
         environment_of
     threads: 1
@@ -19,7 +19,7 @@ rule examples:
         runtime=grown(240),
     params:
         spec=lambda w: STUDY.encoders[w.encoder].activations_key(),
-        saes=lambda w: f"{saes_folder(w)}/{w.encoder}",
+        saes=lambda w: filled(SAES, w),
         data=lambda w, input: folder_of(input.data),
     shell:
         "python -m conceptshare examples --encoder {params.spec:q} --weights {input.weights:q} --data {params.data:q}"

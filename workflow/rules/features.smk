@@ -5,9 +5,9 @@ rule features:
         saes=saes_of,
         code=code("sae/features.py"),
     output:
-        directory("results/{dataset}/features/{sae}/{encoder}@{seed}.zarr"),
+        directory(layout.FEATURES.replace("{member}", layout.MEMBER)),
     log:
-        "results/logs/{dataset}/features/{sae}/{encoder}@{seed}.log",
+        layout.log(layout.FEATURES.replace("{member}", layout.MEMBER)),
     conda:
         "../../envs/conceptshare.yaml"
     threads: 1
@@ -16,7 +16,7 @@ rule features:
         mem_mb=grown(8000),
         runtime=grown(120),
     params:
-        saes=lambda w: f"{saes_folder(w)}/{w.encoder}",
+        saes=lambda w: filled(SAES, w),
     shell:
         "python -m conceptshare features --activations {input.activations:q} --saes {params.saes:q}"
         " --seed {wildcards.seed} --threads {threads} --out {output:q} --gpus {resources.gpu} > {log:q} 2>&1"

@@ -5,9 +5,9 @@ rule names:
         data=DATA,
         code=code("concepts/names.py"),
     output:
-        table="results/{dataset}/names/{sae}/{encoder}@{seed}.parquet",
+        table=layout.NAMES.replace("{member}", layout.MEMBER),
         clearest=report(
-            "results/{dataset}/names/{sae}/{encoder}@{seed}.clearest.csv",
+            layout.NAMES.replace("{member}", layout.MEMBER).replace(".parquet", ".clearest.csv"),
             caption="../report/names_table.rst",
             category="Names of features",
             subcategory="{dataset}, SAEs {sae}",
@@ -19,9 +19,9 @@ rule names:
                 "type": "table",
             },
         ),
-        provenance="results/{dataset}/names/{sae}/{encoder}@{seed}.provenance.json",
+        provenance=layout.NAMES.replace("{member}", layout.MEMBER).replace(".parquet", ".provenance.json"),
     log:
-        "results/logs/{dataset}/names/{sae}/{encoder}@{seed}.log",
+        layout.log(layout.NAMES.replace("{member}", layout.MEMBER)),
     conda:
         "../../envs/conceptshare.yaml"
     threads: 1

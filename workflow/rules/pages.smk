@@ -8,9 +8,9 @@ rule pages_samples:
         data=DATA,
         code=code("pages/_samples.py", "pages/_script.py"),
     output:
-        directory("results/studies/{study}/pages/samples/{dataset}"),
+        directory(layout.PAGES_OF_SAMPLES),
     log:
-        "results/logs/studies/{study}/pages/samples/{dataset}.log",
+        layout.log(layout.PAGES_OF_SAMPLES),
     conda:
         "../../envs/conceptshare.yaml"
     threads: 1
@@ -27,16 +27,17 @@ rule pages_samples:
 
 rule pages_member:
     input:
-        features="results/{dataset}/features/{sae}/{member}.zarr",
-        examples="results/{dataset}/examples/{sae}/{member}",
-        names="results/{dataset}/names/{sae}/{member}.parquet",
+        features=layout.FEATURES,
+        examples=layout.EXAMPLES,
+        names=layout.NAMES,
+        study=STUDY_JSON,
         pairs=lambda w: pairs_of(pairs_with(w.member), w),
         rankings=lambda w: rankings_of(w),
         code=code("pages/_member.py", "pages/_script.py", "io/readers.py"),
     output:
-        directory("results/studies/{study}/pages/data/{dataset}/{sae}/{member}"),
+        directory(layout.PAGES_OF_MEMBER),
     log:
-        "results/logs/studies/{study}/pages/{dataset}/{sae}/{member}.log",
+        layout.log(layout.PAGES_OF_MEMBER),
     conda:
         "../../envs/conceptshare.yaml"
     threads: 1
@@ -50,7 +51,7 @@ rule pages_member:
         place=lambda w: f"data/{w.dataset}/{w.sae}/{w.member}",
     shell:
         "python -m conceptshare pages member --features {input.features:q} --examples {input.examples:q}"
-        " --names {input.names:q} --pairs {params.pairs:q} --compared-with {params.others:q} {params.rankings}"
+        " --names {input.names:q} --pairs {params.pairs:q} --study {input.study:q} {params.rankings}"
         " --place {params.place:q} --out {output:q} > {log:q} 2>&1"
 
 
@@ -59,9 +60,9 @@ rule pages_pair:
         correlations=lambda w: correlations_of([(as_member(w.a), as_member(w.b))], w),
         code=code("pages/_pair.py", "pages/_script.py", "io/readers.py"),
     output:
-        directory("results/studies/{study}/pages/data/{dataset}/{sae}/pairs/{a}__{b}"),
+        directory(layout.PAGES_OF_PAIR),
     log:
-        "results/logs/studies/{study}/pages/{dataset}/{sae}/{a}__{b}.log",
+        layout.log(layout.PAGES_OF_PAIR),
     conda:
         "../../envs/conceptshare.yaml"
     threads: 1
@@ -77,13 +78,16 @@ rule pages_pair:
 
 rule pages_index:
     input:
-        tables=pages_tables,
+        study=STUDY_JSON,
+        tables=[
+            file for place in SETTINGS for file in products_of(*place, "matrix", "layerwise", "sharedness", "overlaps")
+        ],
         data=expand(DATA, dataset=STUDY.datasets),
         code=code("pages/_index.py", "pages/_script.py", "pages/assets/*"),
     output:
-        multiext("results/studies/{study}/pages/", "index.html", "style.css", "app.js", "study.js"),
+        multiext(f"{layout.PAGES}/", "index.html", "style.css", "app.js", "study.js"),
     log:
-        "results/logs/studies/{study}/pages/index.log",
+        layout.log(f"{layout.PAGES}/index"),
     conda:
         "../../envs/conceptshare.yaml"
     threads: 1
@@ -92,7 +96,7 @@ rule pages_index:
         runtime=grown(30),
     params:
         study=STUDY.pages_key(),
-        out=lambda w: f"results/studies/{w.study}/pages",
+        out=lambda w: layout.PAGES.format(study=w.study),
     shell:
-        "python -m conceptshare pages index --study {params.study:q} --results results --out {params.out:q}"
+        "python -m conceptshare pages index --study {input.study:q} --results results --out {params.out:q}"
         " > {log:q} 2>&1"

@@ -1,15 +1,32 @@
+# The study, completed from the catalog, as commands read it. Each names the part of it that it depends on among its
+# parameters, so that the file is made again with any change, and what is made from it only with its own.
+rule study:
+    output:
+        layout.STUDY,
+    log:
+        layout.log(layout.STUDY),
+    localrule: True
+    conda:
+        "../../envs/conceptshare.yaml"
+    threads: 1
+    resources:
+        mem_mb=grown(2000),
+        runtime=grown(30),
+    params:
+        study=STUDY.study_key(),
+    run:
+        write_study(STUDY, Path(output[0]))
+
+
 # The study that the tables and figures in a folder are of, with the versions and the machine that it was started with.
 # It is written last, so that it never tells of results that are still to be made.
-localrules:
-    provenance,
-
-
 rule provenance:
     input:
         study_results(),
+        study=STUDY_JSON,
     output:
         json=report(
-            "results/studies/{study}/provenance.json",
+            layout.PROVENANCE,
             caption="../report/provenance.rst",
             category="The study",
             labels={
@@ -19,7 +36,7 @@ rule provenance:
             },
         ),
         page=report(
-            "results/studies/{study}/provenance.html",
+            layout.PROVENANCE.replace(".json", ".html"),
             caption="../report/provenance.rst",
             category="The study",
             labels={
@@ -29,7 +46,8 @@ rule provenance:
             },
         ),
     log:
-        "results/logs/studies/{study}/provenance.log",
+        layout.log(layout.PROVENANCE),
+    localrule: True
     conda:
         "../../envs/conceptshare.yaml"
     threads: 1
@@ -39,4 +57,4 @@ rule provenance:
     params:
         study=STUDY.study_key(),
     shell:
-        "python -m conceptshare provenance --out {output.json:q} <<< {params.study:q} > {log:q} 2>&1"
+        "python -m conceptshare provenance --study {input.study:q} --out {output.json:q} > {log:q} 2>&1"

@@ -1,11 +1,11 @@
 # One sparse autoencoder for each layer and seed.
 rule sae:
     input:
-        tokens="results/{dataset}/tokens/{encoder}.zarr",
+        tokens=layout.TOKENS,
         code=code("sae/_*.py"),
     output:
         multiext(
-            "results/{dataset}/saes/{sae}/{encoder}/layer-{layer}/seed-{seed}/",
+            f"{layout.SAES}/{layout.SAE}/",
             weights="sae_weights.safetensors",
             config="cfg.json",
             metrics="metrics.json",
@@ -15,7 +15,7 @@ rule sae:
             provenance="provenance.json",
         ),
     log:
-        "results/logs/{dataset}/saes/{sae}/{encoder}/layer-{layer}/seed-{seed}.log",
+        layout.log(f"{layout.SAES}/{layout.SAE}"),
     conda:
         "../../envs/conceptshare.yaml"
     threads: 1

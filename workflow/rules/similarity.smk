@@ -6,7 +6,7 @@ rule similarity:
         code=code("analysis/similarity.py"),
     output:
         csv=report(
-            "results/{dataset}/similarity/{sae}/{encoder_a}__{encoder_b}.csv",
+            layout.SIMILARITY.replace(".parquet", ".csv"),
             caption="../report/similarity_table.rst",
             category="Similarity of activations",
             subcategory="{dataset}, SAEs {sae}",
@@ -18,10 +18,10 @@ rule similarity:
                 "type": "table",
             },
         ),
-        parquet="results/{dataset}/similarity/{sae}/{encoder_a}__{encoder_b}.parquet",
-        provenance="results/{dataset}/similarity/{sae}/{encoder_a}__{encoder_b}.provenance.json",
+        parquet=layout.SIMILARITY,
+        provenance=layout.SIMILARITY.replace(".parquet", ".provenance.json"),
     log:
-        "results/logs/{dataset}/similarity/{sae}/{encoder_a}__{encoder_b}.log",
+        layout.log(layout.SIMILARITY),
     conda:
         "../../envs/conceptshare.yaml"
     threads: 1

@@ -6,10 +6,10 @@ rule stream:
         weights=rules.weights.output.record,
         code=code("activations/extraction.py", "encoders/_*.py", "sae/_*.py"),
     output:
-        saes=directory("results/{dataset}/streams/{sae}/saes/{encoder}"),
-        activations=directory("results/{dataset}/streams/{sae}/activations/{encoder}.zarr"),
+        saes=directory(layout.STREAMED_SAES),
+        activations=directory(layout.STREAMED_ACTIVATIONS),
     log:
-        "results/logs/{dataset}/streams/{sae}/{encoder}.log",
+        layout.log(layout.STREAMED_SAES),
     conda:
         environment_of
     threads: 1

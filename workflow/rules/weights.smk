@@ -10,10 +10,10 @@ rule weights:
         checkpoint=lambda w: local_files(STUDY.encoders[w.encoder].weights or ""),
         code=code("encoders/weights.py", "io/hub.py"),
     output:
-        record="results/weights/{encoder}.json",
-        provenance="results/weights/{encoder}.provenance.json",
+        record=layout.WEIGHTS,
+        provenance=layout.WEIGHTS.replace(".json", ".provenance.json"),
     log:
-        "results/logs/weights/{encoder}.log",
+        layout.log(layout.WEIGHTS),
     conda:
         environment_of
     threads: 1

@@ -27,7 +27,7 @@ from conceptshare.data.dataset import Data
 from conceptshare.encoders import Activations, Batch, Encoder
 from conceptshare.io.ahead import in_order
 from conceptshare.io.errors import EncoderError
-from conceptshare.io.files import layer_name
+from conceptshare.io.layout import layer_name
 from conceptshare.io.progress import progress, say
 from conceptshare.io.store import (
     RowWriter,

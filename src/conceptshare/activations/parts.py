@@ -29,7 +29,8 @@ from conceptshare.activations.extraction import (
 from conceptshare.data.dataset import Data
 from conceptshare.encoders import Encoder
 from conceptshare.io.errors import StoreError, StudyError
-from conceptshare.io.files import Unchanged, layer_name
+from conceptshare.io.files import Unchanged
+from conceptshare.io.layout import layer_name
 from conceptshare.io.store import StoredArray, gone_on_with, new_rows, new_store, open_store, rows_of
 
 PART = "part"

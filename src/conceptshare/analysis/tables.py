@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pandas.api.types import is_numeric_dtype
 
 from conceptshare import metrics
-from conceptshare.config.study import as_member, pair_name
+from conceptshare.config.study import GroupedMember, Member, as_member, pair_name
 from conceptshare.io.errors import StoreError, StudyError
 from conceptshare.io.files import CSV, PARQUET, written_aside
 from conceptshare.io.parquet import read_parquet, write_parquet
@@ -48,7 +48,7 @@ _COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "matrix": (_CELL, tuple(name for name in MATRIX_COLUMNS if name not in _CELL)),
     "averages": (tuple(_DIRECTION), ("cells", "wmppc", "low", "high", "floor")),
     "layerwise": (("source", "target", "source_layer", "target_layer"), ("wmppc", "floor")),
-    "ranking": (_FEATURE, ("rank", "top", "source", "delta", "strength", "density", "rho_g", "rho_h")),
+    "sharedness": (_FEATURE, ("rank", "top", "source", "delta", "strength", "density", "rho_g", "rho_h")),
     "pairs": (("source", "target", *_FEATURE), ("strength", "rho", "match_layer", "match_feature")),
     "overlaps": (("source", "first", "second"), ("top", "overlap", "expected", "log10_p")),
     "saes": (("encoder", "seed", "layer"), ("latents", "steps", *_QUALITY)),
@@ -93,23 +93,9 @@ class Stores(NamedTuple):
         """The digests of members' feature stores."""
         return {member: _digest(self.features / f"{member}.zarr") for member in members}
 
-    def pair(self, source: str, target: str, features: Mapping[str, str] | None = None) -> PairCorrelations:
-        """The best matches of the source's features in the target.
-
-        Args:
-            source: a member.
-            target: another.
-            features: digests of the feature stores that they should be of, by member; those that lie here without it.
-
-        Raises:
-            StoreError: where the correlations are missing or damaged, or of other features.
-        """
-        path = self.correlations / f"{pair_name(as_member(source), as_member(target))}.zarr"
-        found, spec = read_correlations(path, source), read_spec(path, CORRELATIONS)
-        made_from = {spec[side]: spec[f"features_{side}"] for side in ("a", "b")}
-        wanted = self.digests(made_from) if features is None else {m: features[m] for m in made_from if m in features}
-        check_features(path, made_from, wanted, "correlations")
-        return found
+    def pair(self, source: str, target: str) -> PairCorrelations:
+        """The best matches of the source's features in the target; see `read_pair`."""
+        return read_pair(self.correlations, source, target, self.digests((source, target)))
 
     def similar(self, source: str, target: str) -> dict[str, pd.DataFrame]:
         """CKA and mutual kNN of two members' encoders: rows are the source's layers, columns the target's.
@@ -137,6 +123,26 @@ class Stores(NamedTuple):
             for measure in SIMILARITIES
         }
         return found if a == first else {measure: values.T for measure, values in found.items()}
+
+
+def read_pair(correlations: Path, source: str, target: str, features: Mapping[str, str]) -> PairCorrelations:
+    """The best matches of the source's features in the target.
+
+    Args:
+        correlations: the folder of correlation stores.
+        source: a member.
+        target: another.
+        features: digests of the feature stores that they should be of, by member; of those left out, any will do.
+
+    Raises:
+        StoreError: if the correlations are missing or damaged, or of other features.
+    """
+    path = correlations / f"{pair_name(as_member(source), as_member(target))}.zarr"
+    found, spec = read_correlations(path, source), read_spec(path, CORRELATIONS)
+    made_from = {spec[side]: spec[f"features_{side}"] for side in ("a", "b")}
+    wanted = {member: features[member] for member in made_from if member in features}
+    check_features(path, made_from, wanted, "correlations")
+    return found
 
 
 def _digest(features: Path) -> str:
@@ -275,16 +281,6 @@ def check_averages(path: Path, averages: pd.DataFrame, matrix: pd.DataFrame) -> 
 def _is_as_written(numbers: Any, exact: Any) -> bool:
     """Whether numbers of a table are those that were written, to the digits that CSV files have."""
     return np.allclose(numbers, exact, rtol=1e-5, atol=1e-12, equal_nan=True)
-
-
-class GroupedMember(NamedTuple):
-    """A member of a matrix with its group."""
-
-    member: str
-    modality: str
-    kind: str
-    ceiling: str | None = None
-    """The same encoder with another seed, where there is one."""
 
 
 def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFrame:
@@ -454,7 +450,7 @@ def wmppc_readings(rho: NDArray[Any], S: metrics.Array, sizes: NDArray[np.int64]
     }
 
 
-def averages_table(matrix: pd.DataFrame, stores: Stores) -> pd.DataFrame:
+def averages_table(matrix: pd.DataFrame, correlations: Path) -> pd.DataFrame:
     """Mean wMPPC from each modality to each (Table 3), by reading, with its 95% bootstrap interval and floor.
 
     Every cell of a mean is resampled with the same samples: a sample's influence on the mean is the mean of its
@@ -462,13 +458,13 @@ def averages_table(matrix: pd.DataFrame, stores: Stores) -> pd.DataFrame:
 
     Args:
         matrix: the table of `matrix_table`.
-        stores: where its correlations lie.
+        correlations: the folder of its correlation stores.
     """
     table = _averaged(matrix)
     influences: dict[tuple[str, ...], metrics.Array] = {}
     for pair, cells in table.groupby(["source", "target"]):
         source, target = pair
-        influence = stores.pair(source, target, matrix.attrs.get("features", {})).influence
+        influence = read_pair(correlations, source, target, matrix.attrs.get("features", {})).influence
         of_pair = dict(zip(metrics.READINGS, influence, strict=True))
         for group in cells[_DIRECTION].itertuples(index=False, name=None):
             influences[group] = influences.get(group, 0) + of_pair[group[0]].astype(np.float64)
@@ -531,7 +527,7 @@ def layerwise_table(pairs: Sequence[tuple[str, str]], stores: Stores) -> pd.Data
                             },
                         }
                     )
-    return _made_from(stores, members, pd.DataFrame(rows))
+    return _made_from(stores, sorted(members), pd.DataFrame(rows))
 
 
 def pair_table(a: str, b: str, stores: Stores) -> pd.DataFrame:
@@ -710,21 +706,21 @@ def named_features(
     return ranking[ranking.feature.isin(features) | (not features)].reset_index(drop=True)
 
 
-def sae_table(members: Sequence[str], saes: Path, stores: Stores) -> pd.DataFrame:
+def sae_table(members: Sequence[Member], saes: Path, features: Path) -> pd.DataFrame:
     """Size and quality of every SAE: FVU, L0 and dead latents over all tokens and over global tokens.
 
     Raises:
         StoreError: where an SAE's metrics are missing or unreadable.
     """
     rows = []
-    for text in members:
-        member = as_member(text)
-        digests = read_spec(stores.features / f"{text}.zarr", FEATURES)["made_from"]["saes"]
-        for layer, statistics in stores.statistics(text).items():
+    for member in members:
+        store = features / f"{member}.zarr"
+        digests = read_spec(store, FEATURES)["made_from"]["saes"]
+        for layer, statistics in read_statistics(store).items():
             folder, record = sae_of(saes / member.encoder, layer, member.seed)
             if record["digest"] != digests[str(layer)]:
                 raise StoreError(
-                    f"{folder}: not the SAE that the features of {text} are of; delete these and run the features "
+                    f"{folder}: not the SAE that the features of {member} are of; delete these and run the features "
                     f"stage again"
                 )
             try:

@@ -32,7 +32,8 @@ from conceptshare.encoders import Batch, Encoder
 from conceptshare.io import provenance
 from conceptshare.io.ahead import in_order
 from conceptshare.io.errors import StoreError
-from conceptshare.io.files import EXAMPLES, Unchanged, layer_name, written_aside
+from conceptshare.io.files import EXAMPLES, Unchanged, written_aside
+from conceptshare.io.layout import layer_name
 from conceptshare.io.progress import progress
 from conceptshare.io.readers import FEATURES, read_features
 from conceptshare.io.seals import seal

@@ -6,7 +6,7 @@ pairs of members that its analyses need; the workflow makes those and nothing el
 
 import csv
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -30,16 +30,12 @@ from conceptshare.config.catalog import (
     read_yaml,
     suggest,
 )
+from conceptshare.config.products import FIGURES, TABLES, Figure, Table, taken_by
 from conceptshare.io.errors import StudyError
+from conceptshare.io.files import STUDY, written_aside
 
 # Groups of a matrix, in the order of the paper's tables: what reads images first, then what reads text.
 _GROUPS = [("image", "vlm"), ("image", "vision"), ("text", "vlm"), ("text", "language")]
-
-# What stands after the name of a matrix in the names of the files that go with it.
-_MATRIX_PARTS = ("averages", "intervals", "similarity", "strength", "paper", "paper-agreement")
-
-# The same for a ranking.
-_RANKING_PARTS = ("top", "scatter")
 
 # What `results/` and a study's folder hold next to the folders of data sets, in lower case, as some disks have it.
 _NOT_DATASETS = {"weights", "studies", "logs", "readme.md", "pages", "provenance.json", "provenance.html", "report.zip"}
@@ -65,6 +61,16 @@ class Member(NamedTuple):
 
 
 Pair = tuple[Member, Member]
+
+
+class GroupedMember(NamedTuple):
+    """A member of a matrix with its group."""
+
+    member: str
+    modality: str
+    kind: str
+    ceiling: str | None = None
+    """The same encoder with another seed, if it has one."""
 
 
 class SAESettings(Spec):
@@ -177,8 +183,8 @@ class Layerwise(Spec):
     """Pairs of members: rows first, then columns."""
 
 
-class SharednessGroups(Spec):
-    """The member whose features Comparative Sharedness ranks, and the two groups it is compared with."""
+class Sharedness(Spec):
+    """Comparative Sharedness (Eq. 7 and 8): last-layer features of one member that one group shares, another not."""
 
     source: str
     """The member whose features are ranked."""
@@ -186,26 +192,8 @@ class SharednessGroups(Spec):
     """The group G that should share them."""
     not_shared_with: list[str] = Field(min_length=1)
     """The group H that should not."""
-
-
-class Sharedness(SharednessGroups):
-    """Comparative Sharedness (Eq. 7 and 8): last-layer features of one member that one group shares, another not."""
-
     pictured: int = Field(default=6, ge=1, le=1000)
     """How many of the top features the picture grid shows."""
-
-
-class PagesKey(Spec):
-    """What the frame of the pages depends on besides tables."""
-
-    study: str
-    datasets: list[str]
-    saes: list[str]
-    members: list[dict[str, Any]]
-    matrices: dict[str, list[str]]
-    layerwise: dict[str, list[tuple[str, str]]]
-    sharedness: dict[str, SharednessGroups]
-    overlapping: bool
 
 
 def _or_empty(value: Any) -> Any:
@@ -283,12 +271,6 @@ class Study(Spec):
                 raise ValueError(f"analyses.matrices.{name}: a matrix needs two members at least; name more, or none")
             if matrix.paper:
                 self._check_paper(name, matrix.paper)
-            for part in _MATRIX_PARTS:
-                if f"{name}.{part}" in self.analyses.matrices:
-                    raise ValueError(
-                        f"analyses.matrices.{name}.{part}: the file of that name holds the {part} of {name}; choose "
-                        f"another name"
-                    )
         for name, layerwise in self.analyses.layerwise.items():
             for a, b in layerwise.pairs:
                 if self.member(a) == self.member(b):
@@ -297,12 +279,6 @@ class Study(Spec):
                         f"match; pair two seeds or two encoders"
                     )
         for name, analysis in self.analyses.sharedness.items():
-            for part in _RANKING_PARTS:
-                if f"{name}.{part}" in self.analyses.sharedness:
-                    raise ValueError(
-                        f"analyses.sharedness.{name}.{part}: the file of that name holds the {part} of {name}; choose "
-                        f"another name"
-                    )
             if self.member(analysis.source) in self._group(analysis):
                 raise ValueError(
                     f"analyses.sharedness.{name}: the source {analysis.source} is also in a group it is compared "
@@ -314,6 +290,13 @@ class Study(Spec):
                     f"analyses.sharedness.{name}: {min(both)} is in both groups, and cannot share a feature and not "
                     f"share it; leave it out of one"
                 )
+        for kind, analyses in self.analyses:
+            for name in analyses:
+                taken = taken_by(kind, name) & analyses.keys()
+                if taken:
+                    raise ValueError(
+                        f"analyses.{kind}.{min(taken)}: a file of {name} has that name; choose another name"
+                    )
         self._check_full()
         self._check_paths()
         for encoder, spec in self.encoders.items():
@@ -430,7 +413,7 @@ class Study(Spec):
 
     def matrix_members(self, name: str) -> list[Member]:
         """A matrix's members, grouped by modality and kind, then by name: the config's order changes nothing."""
-        named = self.analyses.matrices[name].members
+        named = self._analysis("matrices", name).members
         members = {self.member(text) for text in (self.encoders if named is None else named)}
         return sorted(members, key=self._rank)
 
@@ -459,11 +442,24 @@ class Study(Spec):
 
     def layerwise_pairs(self, name: str) -> list[Pair]:
         """The pairs of a layerwise analysis, in its order."""
-        return [(self.member(a), self.member(b)) for a, b in self.analyses.layerwise[name].pairs]
+        return [(self.member(a), self.member(b)) for a, b in self._analysis("layerwise", name).pairs]
+
+    def layerwise_names(self, name: str) -> list[tuple[str, str]]:
+        """The pairs of a layerwise analysis, in its order, as text."""
+        return [(str(a), str(b)) for a, b in self.layerwise_pairs(name)]
 
     def sharedness_source(self, name: str) -> Member:
         """The member whose features a Comparative Sharedness analysis ranks."""
         return self.member(self.analyses.sharedness[name].source)
+
+    def sharedness_names(self, name: str) -> tuple[str, list[str], list[str]]:
+        """The source of a ranking, and its groups, each sorted, as text."""
+        analysis = self._analysis("sharedness", name)
+        shared, not_shared = (
+            sorted(str(self.member(text)) for text in group)
+            for group in (analysis.shared_with, analysis.not_shared_with)
+        )
+        return str(self.member(analysis.source)), shared, not_shared
 
     def sharedness_pairs(self, name: str) -> list[Pair]:
         """The pairs that a Comparative Sharedness analysis needs: its source with each of both groups."""
@@ -511,6 +507,28 @@ class Study(Spec):
         alone = [member for name in self.analyses.matrices for member in self.matrix_members(name)]
         return sorted({*alone, *(member for pair in self.pairs() for member in pair)})
 
+    def grouped_members(self, matrix: str) -> list["GroupedMember"]:
+        """The members of a matrix with their groups and other seeds."""
+        members = [(member, self.ceiling_of(member)) for member in self.matrix_members(matrix)]
+        return [GroupedMember(str(m), *_GROUPS[self._rank(m)[0]], other and str(other)) for m, other in members]
+
+    def makes(self, product: Table | Figure, dataset: str, analysis: str) -> bool:
+        """Whether a table or figure is made for a data set and an analysis, as its `products.When` says."""
+        if product.when == "encoders":
+            return bool(encoder_pairs(self.matrix_pairs(analysis)))
+        if product.when == "paper":
+            return dataset in self.paper_datasets(analysis)
+        return product.when == "always" or bool(self.overlapping())
+
+    def products(self, dataset: str) -> Iterator[tuple[Table | Figure, str]]:
+        """The tables and figures for a data set and an SAE setting, each with its file without an ending."""
+        for product in (*TABLES, *FIGURES):
+            folder, _, rest = product.file.partition("/")
+            analyses = getattr(self.analyses, folder) if rest else [""] * bool(self.members())
+            for name in analyses:
+                if self.makes(product, dataset, name):
+                    yield product, product.file.format(name=name)
+
     def members_key(self) -> str:
         """All needed members, as canonical JSON."""
         return _json([str(member) for member in self.members()])
@@ -528,44 +546,38 @@ class Study(Spec):
 
     def matrix_key(self, name: str) -> str:
         """What a matrix depends on beside its inputs, as canonical JSON: its members, their groups and other seeds."""
-        members = [(m, self.ceiling_of(m)) for m in self.matrix_members(name)]
-        return _json([[str(m), *_GROUPS[self._rank(m)[0]], other and str(other)] for m, other in members])
+        return _json(self.grouped_members(name))
 
     def layerwise_key(self, name: str) -> str:
         """What a layerwise analysis depends on beside its inputs, as canonical JSON: its pairs in order."""
-        return _json([[str(a), str(b)] for a, b in self.layerwise_pairs(name)])
+        return _json(self.layerwise_names(name))
 
     def sharedness_key(self, name: str) -> str:
         """What a ranking depends on beside its inputs, as canonical JSON: its source and its groups."""
-        analysis = self.analyses.sharedness[name]
-        return _json(
-            {
-                "source": str(self.member(analysis.source)),
-                "shared_with": sorted(str(self.member(text)) for text in analysis.shared_with),
-                "not_shared_with": sorted(str(self.member(text)) for text in analysis.not_shared_with),
-            }
-        )
+        return _json(dict(zip(("source", "shared_with", "not_shared_with"), self.sharedness_names(name), strict=True)))
 
     def pages_key(self) -> str:
-        """A `PagesKey`, as canonical JSON."""
-        return _json(
-            {
-                "study": self.study,
-                "datasets": sorted(self.datasets),
-                "saes": sorted(self.saes),
-                "members": [self._told(member) for member in sorted(self.members(), key=self._rank)],
-                "matrices": {n: [str(m) for m in self.matrix_members(n)] for n in self.analyses.matrices},
-                "layerwise": {n: json.loads(self.layerwise_key(n)) for n in self.analyses.layerwise},
-                "sharedness": {n: json.loads(self.sharedness_key(n)) for n in self.analyses.sharedness},
-                "overlapping": bool(self.overlapping()),
-            }
-        )
+        """What the frame of the pages depends on besides tables, as canonical JSON."""
+        return _json(self.shown_on_pages())
 
-    def _told(self, member: Member) -> dict[str, Any]:
+    def shown_on_pages(self) -> dict[str, Any]:
+        """What the frame of the pages shows besides tables: the study's parts, members and analyses."""
+        return {
+            "study": self.study,
+            "datasets": sorted(self.datasets),
+            "saes": sorted(self.saes),
+            "members": [self._described(member) for member in sorted(self.members(), key=self._rank)],
+            "matrices": {n: [str(m) for m in self.matrix_members(n)] for n in self.analyses.matrices},
+            "layerwise": {n: json.loads(self.layerwise_key(n)) for n in self.analyses.layerwise},
+            "sharedness": {n: json.loads(self.sharedness_key(n)) for n in self.analyses.sharedness},
+            "overlapping": bool(self.overlapping()),
+        }
+
+    def _described(self, member: Member) -> dict[str, Any]:
         spec = self.encoders[member.encoder]
         features = {name: settings.expansion * spec.width for name, settings in self.saes.items()}
-        told = {"name": str(member), "encoder": member.encoder, "seed": member.seed, "layers": spec.layer_numbers()}
-        return told | {"modality": spec.modality, "kind": spec.kind, "features": features}
+        named = {"name": str(member), "encoder": member.encoder, "seed": member.seed, "layers": spec.layer_numbers()}
+        return named | {"modality": spec.modality, "kind": spec.kind, "features": features}
 
     def correlations_key(self, a: Member, b: Member) -> str:
         """What the correlations of a pair depend on beside its features, as canonical JSON.
@@ -592,6 +604,12 @@ class Study(Spec):
         told = {"encoders": {"__all__": TOLD_ONLY}, "datasets": {"__all__": TOLD_ONLY}}
         return _json(self.model_dump(mode="json", exclude=told))
 
+    def _analysis(self, kind: str, name: str) -> Any:
+        analyses = getattr(self.analyses, kind)
+        if name not in analyses:
+            raise StudyError(f"analyses.{kind}: the study has no {name!r}; {suggest(name, list(analyses))}")
+        return analyses[name]
+
     def _rank(self, member: Member) -> tuple[int, Member]:
         spec = self.encoders[member.encoder]
         return _GROUPS.index((spec.modality, spec.kind)), member
@@ -617,11 +635,13 @@ class Study(Spec):
 
 
 def load_study(path: Path | str = "config.yaml", catalog: Path = CATALOG) -> Study:
-    """Read a study and check it.
+    """Read a study, and check it: a config file, or the ``study.json`` among its results, which is complete.
 
     Raises:
         StudyError: naming the file, the key and the remedy.
     """
+    if Path(path).suffix == ".json":
+        return study_of(read_yaml(Path(path)))
     return build_study(read_yaml(Path(path)), origin=str(path), catalog=catalog)
 
 
@@ -650,10 +670,15 @@ def build_study(config: dict[str, Any], origin: str, catalog: Path = CATALOG) ->
     return study
 
 
-def study_of(key: str) -> Study:
+def write_study(study: Study, out: Path) -> None:
+    """Write a study, completed by the catalog, as JSON that `load_study` reads on any machine."""
+    with written_aside(out, STUDY) as partial:
+        partial.write_text(json.dumps(json.loads(study.study_key()), indent=1) + "\n", encoding="utf-8")
+
+
+def study_of(given: dict[str, Any]) -> Study:
     """The study that `Study.study_key` is of."""
-    given = json.loads(key)
-    if given["preset"] == "reference":
+    if given.get("preset") == "reference":
         given["encoders"] = {name.removesuffix(_REFERENCE_SUFFIX): spec for name, spec in given["encoders"].items()}
     study: Study = parse(Study, given, "")
     return study

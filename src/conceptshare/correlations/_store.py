@@ -12,7 +12,8 @@ from conceptshare.correlations._engine import Full, Kept, max_correlations
 from conceptshare.correlations._influence import Encoder, influences
 from conceptshare.correlations.blocks import MEMORY_BYTES, Blocks, Precision
 from conceptshare.io.errors import StoreError
-from conceptshare.io.files import FILE, Unchanged, layer_name, renamed
+from conceptshare.io.files import FILE, Unchanged, renamed
+from conceptshare.io.layout import layer_name
 from conceptshare.io.readers import CORRELATIONS, FEATURES, FeatureArray, MaxCorrelations, PairCorrelations
 from conceptshare.io.store import gone_on_with, layer_array, new_array, new_store, open_store, save_array
 

@@ -36,11 +36,6 @@ _NO_SYNC = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.E
 _SYNCS_AT_ONCE = 16
 
 
-def layer_name(layer: int) -> str:
-    """The name of a layer's group or folder: ``layer-03``."""
-    return f"layer-{layer:02d}"
-
-
 class Kind(NamedTuple):
     """A kind of result, and how one is told from anything else that has its name."""
 
@@ -103,6 +98,12 @@ ACCOUNT_PAGE = Kind(
     suffix=".html",
     magic=b"<!doctype html>",
     is_one=lambda path: b"conceptshare" in path.read_bytes(),
+)
+STUDY = Kind(
+    "a resolved study",
+    suffix=".json",
+    magic=b"{",
+    is_one=lambda path: {"study", "encoders", "analyses"} <= read_object(path).keys(),
 )
 WEIGHTS = Kind("a record of weights", suffix=".json", magic=b"{", is_one=lambda path: "location" in read_object(path))
 MODEL = Kind(

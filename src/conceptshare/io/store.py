@@ -22,7 +22,8 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from conceptshare.io import provenance
 from conceptshare.io.errors import ConceptshareError, NumericsError, StoreError, refusal
-from conceptshare.io.files import layer_name, remove, store_kind, written_aside
+from conceptshare.io.files import remove, store_kind, written_aside
+from conceptshare.io.layout import layer_name
 from conceptshare.io.seals import change, fingerprint, is_whole, sealed
 
 VERSIONS = {"activations": 3, "tokens": 2, "part": 2, "features": 4, "correlations": 3}

@@ -10,6 +10,7 @@ import pandas as pd
 
 from conceptshare.analysis.tables import read_table
 from conceptshare.data.dataset import Data
+from conceptshare.io import layout
 from conceptshare.io.files import FILE, SITE, check_replaceable, renamed
 from conceptshare.metrics import READINGS
 from conceptshare.pages._script import number, numbers, write_script
@@ -21,7 +22,7 @@ def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
     """Write the page, its style and code, and `study.js`.
 
     Args:
-        study: `Study.pages_key` as a mapping.
+        study: what `Study.shown_on_pages` gives.
         results: the folder of all results.
         out: the site's folder.
 
@@ -35,11 +36,15 @@ def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
             with renamed(out / name, FILE) as partial:
                 shutil.copyfile(assets / name, partial)
     told: dict[str, Any] = {name: study[name] for name in ("study", "saes", "members")}
-    told["datasets"] = [{"name": name, "samples": len(Data(results / name / "data"))} for name in study["datasets"]]
+    told["datasets"] = [
+        {"name": name, "samples": len(Data(layout.path(layout.DATA, results, dataset=name)))}
+        for name in study["datasets"]
+    ]
     told |= {"version": version("conceptshare"), "matrices": [], "layerwise": [], "sharedness": [], "overlaps": []}
     for dataset in study["datasets"]:
         for sae in study["saes"]:
-            place, where = results / "studies" / study["study"] / dataset / sae, {"dataset": dataset, "sae": sae}
+            where = {"dataset": dataset, "sae": sae}
+            place = layout.path(layout.ANALYSES, results, study=study["study"], **where)
             for name, members in study["matrices"].items():
                 table = read_table(place / "matrices" / f"{name}.parquet", "matrix")
                 told["matrices"].append(
@@ -55,7 +60,7 @@ def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
                 table = read_table(place / "layerwise" / f"{name}.parquet", "layerwise")
                 told["layerwise"].append({**where, "name": name, "pairs": [_heatmap(table, a, b) for a, b in pairs]})
             for name, analysis in study["sharedness"].items():
-                table = read_table(place / "sharedness" / f"{name}.parquet", "ranking")
+                table = read_table(place / "sharedness" / f"{name}.parquet", "sharedness")
                 told["sharedness"].append({**where, "name": name, **analysis, **_ranking(table)})
             if study["overlapping"]:
                 told["overlaps"] += [

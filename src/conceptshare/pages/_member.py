@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 
 from conceptshare.analysis.tables import check_features, check_made_from, check_ranking, read_table
 from conceptshare.config.study import as_member, pair_name
-from conceptshare.io.files import MEMBER_PAGES, layer_name, written_aside
+from conceptshare.io.files import MEMBER_PAGES, written_aside
+from conceptshare.io.layout import layer_name
 from conceptshare.io.progress import progress
 from conceptshare.io.readers import FEATURES, FeatureStatistics, read_statistics
 from conceptshare.io.seals import read_manifest, recorded_file
@@ -53,7 +54,7 @@ def write_member(
     check_made_from(names, named, features, "names")
     check_features(examples, shown["features"], {member: str(read_root(features, FEATURES)["digest"])}, "examples")
     best = {other: _matches(pairs, features, other) for other in others}
-    ranked = {name: read_table(path, "ranking") for name, path in rankings.items()}
+    ranked = {name: read_table(path, "sharedness") for name, path in rankings.items()}
     for name, ranking in ranked.items():
         check_ranking(rankings[name], ranking, features, statistics)
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from conceptshare.io.files import PAIR_PAGES, layer_name, written_aside
+from conceptshare.io.files import PAIR_PAGES, written_aside
+from conceptshare.io.layout import layer_name
 from conceptshare.io.readers import read_correlations
 from conceptshare.pages._script import numbers, write_script
 

@@ -6,14 +6,17 @@ settings.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
 from conceptshare.config.catalog import ModelSpec, Spec
-from conceptshare.config.study import PairSettings, Study, pair_name
-from conceptshare.io.files import PROVENANCE, layer_name, read_object
+from conceptshare.config.study import PairSettings, Study
+from conceptshare.io import layout
+from conceptshare.io.files import PROVENANCE, read_object
+from conceptshare.io.layout import path, sae_place
 from conceptshare.io.provenance import shown
 
 _LISTED = 100
@@ -41,51 +44,52 @@ def differences(study: Study, results: Path) -> Iterator[Difference]:
         results: the folder of all results.
     """
     for encoder, spec in study.encoders.items():
-        record = results / "weights" / f"{encoder}.json"
+        record = path(layout.WEIGHTS, results, encoder=encoder)
         found, wanted = read_object(record).get("settings"), json.loads(spec.model_key())
         yield from _compared(record, record, spec.activations_key(), ModelSpec, found, wanted)
-    for dataset in study.datasets:
-        folder = results / dataset
-        data, key = folder / "data", study.dataset_key(dataset)
+    pattern = layout.STREAMED_ACTIVATIONS if study.stream else layout.ACTIVATIONS
+    for dataset, of_dataset in study.datasets.items():
+        data, key = path(layout.DATA, results, dataset=dataset), study.dataset_key(dataset)
         found = read_object(data / "manifest.json").get("settings")
-        yield from _compared(data, data / "samples.arrow", key, type(study.datasets[dataset]), found, json.loads(key))
-        places = [folder / "streams" / sae for sae in study.saes] if study.stream else [folder]
+        yield from _compared(data, data / "samples.arrow", key, type(of_dataset), found, json.loads(key))
         for encoder, spec in study.encoders.items():
             key = spec.activations_key()
-            for place in places:
-                store = place / "activations" / f"{encoder}.zarr"
+            for store in {
+                path(pattern, results, dataset=dataset, sae=sae, encoder=encoder): None for sae in study.saes
+            }:
                 yield from _compared(store, store, key, type(spec), _spec(store).get("encoder"), json.loads(key))
         for sae in study.saes:
-            yield from _of_saes(study, sae, folder)
-            yield from _of_correlations(study, folder / "correlations" / sae)
-            yield from _of_names(study, folder / "names" / sae)
+            at = partial(path, results=results, dataset=dataset, sae=sae)
+            yield from _of_saes(study, sae, at)
+            yield from _of_correlations(study, at)
+            yield from _of_names(study, at)
     yield from _of_analyses(study, results)
 
 
-def _of_saes(study: Study, sae: str, folder: Path) -> Iterator[Difference]:
+def _of_saes(study: Study, sae: str, at: Callable[..., Path]) -> Iterator[Difference]:
     settings, key = study.saes[sae], study.sae_key(sae)
     for encoder, spec in study.encoders.items():
-        place = folder / "streams" / sae / "saes" / encoder if study.stream else folder / "saes" / sae / encoder
+        place = at(layout.STREAMED_SAES if study.stream else layout.SAES, encoder=encoder)
         for layer in spec.layer_numbers():
             for seed in spec.seeds:
-                one = place / layer_name(layer) / f"seed-{seed}"
+                one = place / sae_place(layer, seed)
                 found = read_object(one / "metrics.json").get("settings")
                 file = place if study.stream else one / "cfg.json"
                 yield from _compared(place, file, key, type(settings), found, settings.model_dump(mode="json"))
 
 
-def _of_correlations(study: Study, folder: Path) -> Iterator[Difference]:
+def _of_correlations(study: Study, at: Callable[..., Path]) -> Iterator[Difference]:
     for first, second in study.pairs():
-        store, key = folder / f"{pair_name(first, second)}.zarr", study.correlations_key(first, second)
+        store, key = at(layout.CORRELATIONS, a=first, b=second), study.correlations_key(first, second)
         found = {name: value for name, value in _spec(store).items() if name in PairSettings.model_fields}
         if found:
             yield from _compared(store, store, key, PairSettings, found, json.loads(key))
 
 
-def _of_names(study: Study, folder: Path) -> Iterator[Difference]:
+def _of_names(study: Study, at: Callable[..., Path]) -> Iterator[Difference]:
     wanted = shown(study.names.command or "")
     for member in study.members():
-        file = folder / f"{member}.parquet"
+        file = at(layout.NAMES, member=member)
         given = read_object(file.with_suffix(f".{PROVENANCE}")).get("job", {}).get("arguments")
         if given:
             found = given[given.index("--command") + 1] if "--command" in given else ""
@@ -95,7 +99,7 @@ def _of_names(study: Study, folder: Path) -> Iterator[Difference]:
 
 def _of_analyses(study: Study, results: Path) -> Iterator[Difference]:
     """Differences of the tables and figures, which carry no settings: those of the study's own record, then."""
-    folder = results / "studies" / study.study
+    folder = path(layout.STUDY_FOLDER, results, study=study.study)
     file, key = folder / PROVENANCE, study.study_key()
     recorded, wanted = read_object(file).get("study"), json.loads(key)
     if not isinstance(recorded, dict):

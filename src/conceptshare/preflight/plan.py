@@ -1,4 +1,4 @@
-"""What a study will cost, reckoned from the study alone: jobs, disk, arithmetic, memory and hours on one GPU.
+"""What a study will cost, reckoned from the study alone: disk, arithmetic, memory and hours on one GPU.
 
 It follows what each stage does, and runs none: no torch, no model, and of data only the rows of tables. Sizes are
 those of the arrays; of them, features, half of which are zero, are compressed to about half.
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from conceptshare.config.catalog import DatasetSpec, EncoderSpec, is_path, local_path
-from conceptshare.config.study import CorrelationSettings, SAESettings, Study, encoder_pairs
+from conceptshare.config.study import CorrelationSettings, SAESettings, Study
 from conceptshare.correlations.blocks import plan_blocks
 from conceptshare.io.errors import StudyError
 
@@ -97,9 +97,9 @@ class Plan:
     guessed: list[str]
     """Encoders whose entry does not say how many tokens a sample has."""
     jobs: dict[str, int]
-    """Jobs of each rule, in the workflow's order, for a results folder that has none of them."""
+    """Jobs of each rule that takes more than seconds, in the workflow's order, as if nothing were made."""
     costs: dict[str, Cost]
-    """What all jobs of a rule cost; what has no entry takes seconds."""
+    """What all jobs of such a rule cost."""
     rates: Rates
 
     def total(self) -> Cost:
@@ -152,70 +152,17 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
                 for a, b in pairs
             ]
             parts["similarity"] += [similarity_cost(needed[a], needed[b], N) for a, b in study.similarity_pairs()]
+    jobs = {rule: len(costs) for rule, costs in parts.items() if costs}
+    if "activations_part" in jobs:  # one cost is that of an encoder's parts together
+        jobs["activations_part"] = len(counts) * sum(spec.parts for spec in needed.values() if spec.parts > 1)
     return Plan(
         study=study.study,
         samples=counts,
         guessed=[study.name_in_config(name) for name, spec in needed.items() if spec.tokens is None],
-        jobs=count_jobs(study),
+        jobs=jobs,
         costs={rule: _sum(costs) for rule, costs in parts.items() if costs},
         rates=rates,
     )
-
-
-def count_jobs(study: Study) -> dict[str, int]:
-    """Jobs of each rule that Snakemake plans for a results folder that has none of them."""
-    members = study.members()
-    encoders = {member.encoder for member in members}
-    parted = [study.encoders[name].parts for name in encoders if study.encoders[name].parts > 1]
-    layers = sum(len(study.encoders[member.encoder].layer_numbers()) for member in members)
-    datasets = len(study.datasets) if members else 0
-    settings = datasets * len(study.saes)
-    jobs = {
-        "dataset": datasets,
-        "weights": len(encoders),
-        "activations": 0 if study.stream else datasets * (len(encoders) - len(parted)),
-        "activations_part": datasets * sum(parted),
-        "activations_join": datasets * len(parted),
-        "sae": 0 if study.stream else settings * layers,
-        "stream": settings * len(encoders) if study.stream else 0,
-        "features": settings * len(members),
-        "correlations": settings * len(study.pairs()),
-        "similarity": settings * len(study.similarity_pairs()),
-        "names": settings * len(members),
-        "examples": settings * len(members),
-    }
-    matrices = len(study.analyses.matrices)
-    of_several_encoders = sum(bool(encoder_pairs(study.matrix_pairs(name))) for name in study.analyses.matrices)
-    on_the_papers_data = sum(len(study.paper_datasets(name)) for name in study.analyses.matrices)
-    layerwise, sharedness = len(study.analyses.layerwise), len(study.analyses.sharedness)
-    jobs |= {
-        "metrics_matrix": settings * matrices,
-        "metrics_averages": settings * matrices,
-        "metrics_formats": settings * matrices,
-        "metrics_paper": len(study.saes) * on_the_papers_data,
-        "metrics_layerwise": settings * layerwise,
-        "metrics_pair": settings * len(study.pairs()),
-        "metrics_sharedness": settings * sharedness,
-        "metrics_overlaps": settings * bool(study.overlapping()),
-        "metrics_saes": settings,
-        "figures_matrix": settings * matrices,
-        "figures_averages": settings * of_several_encoders,
-        "figures_intervals": settings * matrices,
-        "figures_similarity": settings * of_several_encoders,
-        "figures_strength": settings * matrices,
-        "figures_paper": len(study.saes) * on_the_papers_data,
-        "figures_layerwise": settings * layerwise,
-        "figures_sharedness": settings * sharedness,
-        "figures_top_samples": settings * sharedness,
-        "figures_scatter": settings * sharedness,
-        "figures_saes": settings,
-        "pages_samples": datasets,
-        "pages_member": settings * len(members),
-        "pages_pair": settings * len(study.directed_pairs()),
-        "pages_index": int(bool(members)),
-        "provenance": 1,
-    }
-    return {rule: count for rule, count in jobs.items() if count} | {"all": 1}
 
 
 def activations_cost(spec: EncoderSpec, N: int, data_bytes: float = 0) -> Cost:
@@ -463,8 +410,8 @@ def plan_as_text(plan: Plan) -> str:
     """The estimate as a table, with what it assumes below."""
     rows = [["rule", "jobs", "disk", "read", "FLOP", "memory", "hours"]]
     for rule, count in plan.jobs.items():
-        rows.append([rule, f"{count:,}", *cost_cells(plan.costs.get(rule), plan.rates)])
-    rows.append(["total", f"{sum(plan.jobs.values()):,}", *cost_cells(plan.total(), plan.rates)])
+        rows.append([rule, f"{count:,}", *cost_cells(plan.costs[rule], plan.rates)])
+    rows.append(["total", "", *cost_cells(plan.total(), plan.rates)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
@@ -473,10 +420,8 @@ def plan_as_text(plan: Plan) -> str:
     return "\n".join([f"study {plan.study}", "", *lines, "", *_assumptions(plan)])
 
 
-def cost_cells(cost: Cost | None, rates: Rates) -> list[str]:
+def cost_cells(cost: Cost, rates: Rates) -> list[str]:
     """A cost for people: disk, read, FLOP, memory and hours."""
-    if cost is None:
-        return ["-"] * 5
     flops = cost.flops + cost.cpu_flops
     return [
         format_bytes(cost.written),
@@ -497,7 +442,8 @@ def _assumptions(plan: Plan) -> list[str]:
         "Hours: one job after another on one GPU, computing and reading in turns.",
         "Disk: before compression; models in the hub's cache not counted. Memory: of the largest job, the GPU's in it.",
         "Correlations: memory as in correlations.memory_mb, or 64 GB of a GPU.",
-        "Nothing is taken as done, and nothing as still in the file cache. Names, tables and figures take seconds.",
+        "Nothing is taken as done, and nothing as still in the file cache. Other rules take seconds; `snakemake -n`",
+        "counts their jobs, and those that are left.",
     ]
     if plan.guessed:
         lines.append(f"Tokens of a sample guessed, for want of `tokens` in the entry: {', '.join(plan.guessed)}.")

@@ -18,7 +18,8 @@ from conceptshare.device import devices, full_float32
 from conceptshare.encoders import Encoder
 from conceptshare.io.ahead import in_order
 from conceptshare.io.errors import StudyError
-from conceptshare.io.files import SAES, layer_name, written_aside
+from conceptshare.io.files import SAES, written_aside
+from conceptshare.io.layout import layer_name, sae_place
 from conceptshare.io.progress import progress, say
 from conceptshare.io.store import gone_on_with, new_store
 from conceptshare.sae import _order
@@ -88,7 +89,7 @@ def train_stream(
         held_out = settings.held_out_samples(N) > 0
         for origin, trainer in team.by_origin.items():
             report = Report(origin, all_tokens[origin], global_tokens[origin], held_out)
-            place = folder / layer_name(origin.layer) / f"seed-{origin.seed}"
+            place = folder / sae_place(origin.layer, origin.seed)
             write_sae(place, trainer.sae, trainer.losses.cpu().numpy(), settings, report, described)
         reader.close()
     checkpoints.remove()

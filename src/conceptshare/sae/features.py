@@ -26,7 +26,8 @@ from torch import Tensor
 from conceptshare.activations import extraction
 from conceptshare.device import default_device, full_float32
 from conceptshare.io.errors import StoreError
-from conceptshare.io.files import Unchanged, layer_name
+from conceptshare.io.files import Unchanged
+from conceptshare.io.layout import layer_name
 from conceptshare.io.progress import progress
 from conceptshare.io.readers import FEATURES
 from conceptshare.io.store import as_float16, layer_array, new_array, new_store, open_store, save_array

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from conceptshare.io.errors import StoreError
-from conceptshare.io.files import layer_name
+from conceptshare.io.layout import sae_place
 from conceptshare.io.seals import MANIFEST, read_manifest, recorded_file
 
 REMEDY = "delete it, or the folder of all the encoder's SAEs where they were streamed, and run the sae stage again"
@@ -51,7 +51,7 @@ def sae_of(saes: Path, layer: int, seed: int) -> tuple[Path, dict[str, Any]]:
     Raises:
         StoreError: where it says nothing, was changed, or says that it is of another layer or seed.
     """
-    folder = saes / layer_name(layer) / f"seed-{seed}"
+    folder = saes / sae_place(layer, seed)
     record = read_manifest(
         folder, _KEY, _STAGE, f"{REMEDY}, or bring an SAE of another library here with `conceptshare sae import`"
     )

@@ -1,0 +1,50 @@
+"""The command line: one subcommand per stage. The workflow's rules call these, and so can anyone without Snakemake."""
+
+import os
+import sys
+from typing import NoReturn
+
+import typer
+
+from conceptshare.cli import comparing, concepts, encoders, figures, pages, saes, study, tables
+from conceptshare.io import provenance
+from conceptshare.io.errors import ConceptshareError, MadeMeanwhileError, refusal
+
+app = typer.Typer(
+    help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+for _commands in (study, encoders, saes, concepts, comparing):
+    app.add_typer(_commands.app)
+app.add_typer(tables.app, name="metrics")
+app.add_typer(figures.app, name="figures")
+app.add_typer(pages.app, name="pages")
+
+# The commands that may ask a hub; compute nodes often have no internet, and what a run reads is on record by then.
+_FETCHING = {"check", "dataset", "weights", "doctor"}
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+@app.callback()
+def _start(context: typer.Context) -> None:
+    provenance.begin(sys.argv[1:])
+    # The libraries read these when they are imported, which each command does for itself.
+    if context.invoked_subcommand not in _FETCHING:
+        os.environ.update(_OFFLINE)
+
+
+def main() -> NoReturn:
+    """Run the command line; an error of the user's is one message, and not a traceback."""
+    try:
+        app(standalone_mode=True)
+    except MadeMeanwhileError as message:
+        print(message, file=sys.stderr)
+    except ConceptshareError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        refused = refusal(error)
+        if refused is None:
+            raise
+        print(f"error: {refused}", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(0)

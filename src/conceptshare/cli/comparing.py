@@ -1,0 +1,124 @@
+"""Commands that compare encoders by their features or activations."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from conceptshare.cli.options import GPUs, Threads, in_bytes, out_option, use_gpus, use_threads
+from conceptshare.config.catalog import parse, parse_yaml
+from conceptshare.config.study import PairSettings
+from conceptshare.io.errors import StudyError
+from conceptshare.io.files import ACCOUNT_BESIDE, CSV, PARQUET, store_kind
+
+app = typer.Typer()
+
+Precision = Annotated[
+    Literal["float32", "bfloat16"],
+    typer.Option(help="What features are rounded to in the product; bfloat16 errs by less than 2e-3."),
+]
+MemoryMB = Annotated[
+    int | None,
+    typer.Option(
+        help="Bound of the working memory, in MB: 1024 on a CPU, and most of what a GPU has free.",
+        min=1,
+        show_default=False,
+    ),
+]
+
+
+@app.command()
+def correlations(
+    a: Annotated[Path, typer.Argument(help="A feature store.")],
+    b: Annotated[Path, typer.Argument(help="Another of the same samples.")],
+    out: Annotated[Path, out_option(store_kind("correlations"))],
+    precision: Precision = "float32",
+    full: Annotated[
+        list[str],
+        typer.Option(help="LAYER_A:LAYER_B, whose whole matrix is stored; more than one by giving it again."),
+    ] = [],  # noqa: B006 - typer copies it
+    settings: Annotated[str, typer.Option(help="Both as keys and values, in JSON; they go before the options.")] = "{}",
+    memory_mb: MemoryMB = None,
+    threads: Threads = 1,
+    gpus: GPUs = None,
+) -> None:
+    """Find each feature's best match in the other encoder, for every pair of layers, in both directions."""
+    from conceptshare.correlations import correlate_stores
+
+    use_threads(threads)
+    use_gpus(gpus)
+    for entry in full:
+        if not re.fullmatch(r"\d+:\d+", entry):
+            raise StudyError(f"--full {entry}: write LAYER_A:LAYER_B, such as 3:5")
+    given = {"precision": precision, "full": [entry.split(":") for entry in full]}
+    chosen = parse(PairSettings, given | parse_yaml(settings, "--settings"), "settings")
+    correlate_stores(a, b, out, in_bytes(memory_mb), chosen.precision, chosen.full)
+
+
+@app.command()
+def similarity(
+    a: Annotated[Path, typer.Argument(help="An activation store.")],
+    b: Annotated[Path, typer.Argument(help="Another of the same samples.")],
+    out: Annotated[Path, out_option(CSV, PARQUET, ACCOUNT_BESIDE)],
+    threads: Threads = 1,
+    gpus: GPUs = None,
+) -> None:
+    """Compare the global tokens of two encoders, for every pair of layers: CKA and mutual nearest neighbours."""
+    from conceptshare.analysis.similarity import compare_stores
+
+    use_threads(threads)
+    use_gpus(gpus)
+    compare_stores(a, b, out)
+
+
+@app.command()
+def wmppc(
+    a: Annotated[Path, typer.Argument(help="A feature store.")],
+    b: Annotated[Path, typer.Argument(help="Another of the same samples.")],
+    memory_mb: MemoryMB = None,
+    precision: Precision = "float32",
+    threads: Threads = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Say how much two encoders share, in both directions, from their features alone.
+
+    For each reading: the wMPPC with its 95% interval over samples (low, high), the floor that shuffled samples give,
+    the MPPC, and how many of the features match better than with shuffled samples.
+    """
+    from conceptshare.analysis.ask import wmppc_between
+
+    use_threads(threads)
+    table = wmppc_between(a, b, in_bytes(memory_mb), precision)
+    typer.echo(table.to_json(orient="records") if as_json else table.to_string(index=False, float_format="%.4f"))
+
+
+@app.command()
+def sharedness(
+    source: Annotated[Path, typer.Option(help="The feature store whose features are ranked.")],
+    shared_with: Annotated[
+        list[Path], typer.Option(help="A store that should share them; more than one by giving it again.")
+    ],
+    not_shared_with: Annotated[
+        list[Path], typer.Option(help="A store that should not; more than one by giving it again.")
+    ],
+    top: Annotated[
+        int | None,
+        typer.Option(help="How many features to print: 1% without it.", min=1, show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, out_option(CSV, PARQUET, text="Where to write all of them, as CSV and Parquet.")
+    ] = None,
+    threads: Threads = 1,
+) -> None:
+    """Rank an encoder's last-layer features by Comparative Sharedness, from features alone."""
+    from conceptshare.analysis.ask import sharedness_of
+    from conceptshare.analysis.tables import write_table
+
+    use_threads(threads)
+    table = sharedness_of(source, shared_with, not_shared_with)
+    if out is not None:
+        write_table(table, out)
+    shown = table.head(top) if top else table[table.top]
+    columns = ["rank", "feature", "delta", "strength", "density", "rho_g", "rho_h"]
+    typer.echo(shown[columns].to_string(index=False, float_format="%.4g"))

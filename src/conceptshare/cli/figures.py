@@ -1,0 +1,112 @@
+"""Commands that draw a study's figures from its tables: `conceptshare figures`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from conceptshare.cli.options import DataFolder, FigureOut, StudyFile, out_option
+from conceptshare.config.products import FIGURES, Figure
+from conceptshare.config.study import load_study
+from conceptshare.io.files import PDF, PNG, SAE_FIGURES
+
+app = typer.Typer(help="Figures of a study, from its tables.", no_args_is_help=True)
+
+Table = Annotated[Path, typer.Option(help="The table to draw, as Parquet or CSV.")]
+
+
+def _add_command(figure: Figure) -> None:
+    """The command of a figure that is drawn from a table alone."""
+
+    @app.command(figure.name, help=figure.help)
+    def draw(table: Table, out: FigureOut) -> None:
+        from conceptshare.analysis.tables import read_table
+
+        figure.draw(read_table(table, figure.table), out)
+
+
+for _figure in FIGURES:
+    if not _figure.inputs:
+        _add_command(_figure)
+
+
+@app.command("strength")
+def strength(
+    table: Annotated[Path, typer.Option(help="The matrix, as Parquet or CSV, for the order of its cells.")],
+    pairs: Annotated[Path, typer.Option(help="The folder of the tables of pairs.")],
+    out: FigureOut,
+) -> None:
+    """How strong each member's features are, and how that goes with their best correlations."""
+    from conceptshare.analysis.tables import read_direction, read_table
+    from conceptshare.figures import draw_strength
+
+    cells = read_table(table, "matrix")[["source", "target"]].drop_duplicates().itertuples(index=False, name=None)
+    draw_strength([(source, target, read_direction(pairs, source, target)) for source, target in cells], out)
+
+
+@app.command("layerwise")
+def layerwise(
+    analysis: Annotated[str, typer.Argument(help="The analysis, by its name in the study.", show_default=False)],
+    table: Table,
+    study: StudyFile,
+    out: FigureOut,
+) -> None:
+    """Layerwise heatmaps."""
+    from conceptshare.analysis.tables import read_table
+    from conceptshare.figures import draw_layerwise
+
+    draw_layerwise(read_table(table, "layerwise"), load_study(study).layerwise_names(analysis), out)
+
+
+@app.command("sharedness")
+def sharedness(
+    table: Table,
+    features: Annotated[Path, typer.Option(help="The source's feature store.")],
+    data: DataFolder,
+    out: FigureOut,
+    pictured: Annotated[int, typer.Option(help="How many of the ranking's first features to show.", min=1)] = 6,
+    samples: Annotated[int, typer.Option(help="How many samples of each, at most.", min=1)] = 9,
+    feature: Annotated[
+        list[int] | None,
+        typer.Option(help="A feature to show in place of the first ones (repeatable).", min=0, show_default=False),
+    ] = None,
+    also_top_of: Annotated[
+        Path | None,
+        typer.Option(help="Another ranking, to show all features in the first 1% of both.", show_default=False),
+    ] = None,
+    names: Annotated[Path | None, typer.Option(help="The source's table of names.", show_default=False)] = None,
+) -> None:
+    """Grids of the top samples of a ranking's top features, or of features that are named."""
+    from conceptshare.analysis.tables import check_made_from, check_ranking, named_features, read_table
+    from conceptshare.data.dataset import Data
+    from conceptshare.figures import draw_sharedness
+    from conceptshare.io.readers import check_samples, read_modality, read_statistics
+
+    modality, statistics, shown = read_modality(features), read_statistics(features), Data(data)
+    check_samples(features, data, shown.content_hash)
+    ranking = read_table(table, "sharedness")
+    check_ranking(table, ranking, features, statistics)
+    other = None
+    if also_top_of is not None:
+        other = read_table(also_top_of, "sharedness")
+        check_ranking(also_top_of, other, features, statistics)
+    ranking = named_features(ranking, feature or [], other)
+    if feature or also_top_of:
+        pictured = len(ranking)
+    called = None if names is None else read_table(names, "names")
+    if names is not None and called is not None:
+        check_made_from(names, called, features, "names")
+    draw_sharedness(ranking, statistics, shown, pictured, out, samples, modality, called)
+
+
+@app.command("saes")
+def saes(
+    table: Table,
+    saes: Annotated[Path, typer.Option(help="The folder of SAEs.")],
+    out: Annotated[Path, out_option(PNG, PDF, SAE_FIGURES)],
+) -> None:
+    """Loss curves, densities, FVU and dead latents of every SAE: an overview, and a folder beside it, by member."""
+    from conceptshare.analysis.tables import read_table
+    from conceptshare.figures import draw_saes
+
+    draw_saes(read_table(table, "saes"), saes, out)

@@ -1,0 +1,93 @@
+"""Options that several commands have, and what they do first."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from conceptshare.config.catalog import CATALOG, complete, parse, parse_yaml, read_catalog
+from conceptshare.io.files import CSV, PARQUET, PDF, PNG, Kind, alone, check_replaceable
+
+
+def out_option(kind: Kind, *beside: Kind, text: str = "What to write.") -> Any:
+    """The option that names what a command makes, which nothing else makes from the command's beginning on.
+
+    Args:
+        kind: what is made.
+        beside: what is made with it, under the same name with another suffix.
+        text: the option's help.
+    """
+
+    def begin(context: typer.Context, path: Path | None) -> Path | None:
+        if path is not None:
+            _check(path, kind, *beside)
+            if path.parent.is_dir():  # else nobody is at it
+                context.with_resource(alone(path))
+        return path
+
+    return typer.Option(help=text, callback=begin, show_default=False)
+
+
+def further_out(*kinds: Kind, text: str) -> Any:
+    """The option that names what else a command makes."""
+
+    def begin(path: Path | None) -> Path | None:
+        if path is not None:
+            _check(path, *kinds)
+        return path
+
+    return typer.Option(help=text, callback=begin, show_default=False)
+
+
+def _check(path: Path, *kinds: Kind) -> None:
+    for n, kind in enumerate(kinds):
+        check_replaceable(path.with_suffix(kind.suffix) if n else path, kind)
+
+
+Entry = Annotated[str, typer.Option(help="A name in the catalog, or keys and values as JSON.")]
+Weights = Annotated[Path, typer.Option(help="The record of the weights stage.")]
+DataFolder = Annotated[Path, typer.Option(help="The folder of the dataset stage.")]
+FeatureStore = Annotated[Path, typer.Option(help="The member's feature store.")]
+TableOut = Annotated[Path, out_option(CSV, PARQUET)]
+FigureOut = Annotated[Path, out_option(PNG, PDF)]
+Threads = Annotated[int, typer.Option(help="CPU threads; the last digits of results depend on it.", min=1)]
+GPUs = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus", help="GPUs that the job asked its scheduler for; 0: compute on the CPU.", show_default=False
+    ),
+]
+StudyFile = Annotated[
+    Path, typer.Option("--study", help="A study: its config file, or the study.json among its results.")
+]
+
+
+def entry(model: type[Any], what: Any, text: str) -> Any:
+    """A specification from its name in the catalog, or from JSON, which may name a ``base`` in the catalog."""
+    if text.lstrip().startswith("{"):
+        values = parse_yaml(text, what)
+        entries = read_catalog(what, CATALOG) if "base" in values else {}
+        return parse(model, complete("", values, entries, what), what)
+    return parse(model, complete(text, None, read_catalog(what, CATALOG), what), f"{what}.{text}")
+
+
+def in_bytes(megabytes: int | None) -> int | None:
+    """So many MiB in bytes."""
+    return None if megabytes is None else megabytes * 2**20
+
+
+def use_threads(threads: int) -> None:
+    """Let torch compute on so many CPU threads."""
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def use_gpus(gpus: int | None) -> None:
+    """Let a job compute on the device that `conceptshare.device` chooses, or on the CPU for 0 GPUs, and log it."""
+    from conceptshare.device import DEVICE, log_device
+
+    if gpus == 0:
+        os.environ[DEVICE] = "cpu"
+    log_device()

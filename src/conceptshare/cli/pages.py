@@ -1,0 +1,75 @@
+"""Commands that write the site of a study's features: `conceptshare pages`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from conceptshare.cli.options import DataFolder, FeatureStore, StudyFile, out_option
+from conceptshare.config.study import as_member, load_study
+from conceptshare.io.files import MEMBER_PAGES, PAIR_PAGES, SAMPLE_PAGES, SITE
+
+app = typer.Typer(help="A site of a study's features.", no_args_is_help=True)
+
+Place = Annotated[str, typer.Option(help="Where in the site this lies.")]
+
+
+@app.command("samples")
+def samples(
+    data: DataFolder,
+    place: Place,
+    out: Annotated[Path, out_option(SAMPLE_PAGES)],
+    threads: Annotated[int, typer.Option(help="Threads that make thumbnails.", min=1)] = 1,
+) -> None:
+    """Thumbnails and captions of a data set."""
+    from conceptshare.data.dataset import Data
+    from conceptshare.pages import write_samples
+
+    write_samples(Data(data), place, out, threads)
+
+
+@app.command("member")
+def member(
+    features: FeatureStore,
+    examples: Annotated[Path, typer.Option(help="Its folder of examples.")],
+    names: Annotated[Path, typer.Option(help="Its table of names.")],
+    pairs: Annotated[Path, typer.Option(help="The folder of the tables of pairs.")],
+    study: StudyFile,
+    place: Place,
+    out: Annotated[Path, out_option(MEMBER_PAGES)],
+    rankings: Annotated[
+        list[Path] | None, typer.Option("--ranking", help="A ranking of its features, as Parquet.", show_default=False)
+    ] = None,
+) -> None:
+    """Every feature of a member."""
+    from conceptshare.pages import write_member
+
+    ranked = {path.stem: path for path in rankings or []}
+    others = [str(other) for other in load_study(study).comparisons()[as_member(features.stem)]]
+    write_member(features, examples, names, pairs, others, ranked, place, out)
+
+
+@app.command("pair")
+def pair(
+    correlations: Annotated[Path, typer.Option(help="The pair's store.")],
+    source: Annotated[str, typer.Option(help="A member.")],
+    target: Annotated[str, typer.Option(help="The other.")],
+    place: Place,
+    out: Annotated[Path, out_option(PAIR_PAGES)],
+) -> None:
+    """Every feature of a member with its best match in each layer of another."""
+    from conceptshare.pages import write_pair
+
+    write_pair(correlations, source, target, place, out)
+
+
+@app.command("index")
+def index(
+    study: StudyFile,
+    results: Annotated[Path, typer.Option(help="The folder of all results.")],
+    out: Annotated[Path, out_option(SITE)],
+) -> None:
+    """The page itself, and what it shows first."""
+    from conceptshare.pages import write_index
+
+    write_index(load_study(study).shown_on_pages(), results, out)

@@ -1,0 +1,161 @@
+"""Commands that write a study's tables from its stores: `conceptshare metrics`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from conceptshare.cli.options import StudyFile, TableOut, out_option
+from conceptshare.config.study import load_study
+from conceptshare.io.files import MATRICES
+
+app = typer.Typer(help="Tables of a study, from its stores.", no_args_is_help=True)
+
+Features = Annotated[Path, typer.Option(help="The folder of feature stores.")]
+Correlations = Annotated[Path, typer.Option(help="The folder of correlation stores.")]
+Similarity = Annotated[
+    Path | None,
+    typer.Option(help="The folder of the similarity stage; without it, its columns are empty.", show_default=False),
+]
+Matrix = Annotated[Path, typer.Option("--table", help="The matrix, as Parquet.")]
+Analysis = Annotated[str, typer.Argument(help="The analysis, by its name in the study.", show_default=False)]
+
+
+@app.command()
+def matrix(
+    analysis: Analysis,
+    study: StudyFile,
+    features: Features,
+    correlations: Correlations,
+    out: TableOut,
+    similarity: Similarity = None,
+) -> None:
+    """The wMPPC from every member to every other, with intervals, floors, ceilings and similarities."""
+    from conceptshare.analysis.tables import Stores, matrix_table, write_table
+
+    members = load_study(study).grouped_members(analysis)
+    write_table(matrix_table(members, Stores(features, correlations, similarity)), out)
+
+
+@app.command()
+def averages(table: Matrix, correlations: Correlations, out: TableOut) -> None:
+    """The mean wMPPC from each modality to each, with its interval."""
+    from conceptshare.analysis.tables import averages_table, made_from, read_table, write_table
+
+    matrix = read_table(table, "matrix")
+    made_from(table, matrix, "metrics")
+    write_table(averages_table(matrix, correlations), out)
+
+
+@app.command()
+def formats(
+    table: Matrix,
+    averages: Annotated[Path, typer.Option(help="Its modality averages, as Parquet.")],
+    out: Annotated[Path, out_option(MATRICES, text="The folder to write.")],
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="The paper's name of the data set, to write its Table 3 too.", show_default=False),
+    ] = None,
+    size: Annotated[Literal["large", "base"], typer.Option(help="Which of the paper's encoders.")] = "large",
+) -> None:
+    """The matrix of each reading, and the averages, as CSV, Markdown and LaTeX."""
+    from conceptshare.analysis import paper
+    from conceptshare.analysis.formats import write_matrices
+    from conceptshare.analysis.tables import check_averages, read_table
+
+    matrix, means = read_table(table, "matrix"), read_table(averages, "averages")
+    check_averages(averages, means, matrix)
+    table_3 = None if dataset is None else paper.table_3(matrix, dataset, size)
+    write_matrices(matrix, means, out, table_3)
+
+
+@app.command()
+def paper(
+    table: Matrix,
+    dataset: Annotated[str, typer.Option(help="The data set, as the paper has it.")],
+    size: Annotated[Literal["large", "base"], typer.Option(help="The size of the encoders.")],
+    out: TableOut,
+) -> None:
+    """A matrix next to the paper's numbers, cell by cell."""
+    from conceptshare.analysis import paper
+    from conceptshare.analysis.tables import read_table, write_table
+
+    write_table(paper.compare(read_table(table, "matrix"), dataset, size), out)
+
+
+@app.command()
+def agreement(
+    table: Annotated[Path, typer.Option(help="What `metrics paper` wrote, as Parquet.")], out: TableOut
+) -> None:
+    """How well a matrix agrees with the paper's numbers."""
+    from conceptshare.analysis import paper
+    from conceptshare.analysis.tables import read_table, write_table
+
+    write_table(paper.agreement(read_table(table, "paper")), out)
+
+
+@app.command()
+def layerwise(
+    analysis: Analysis,
+    study: StudyFile,
+    features: Features,
+    correlations: Correlations,
+    out: TableOut,
+    similarity: Similarity = None,
+) -> None:
+    """The wMPPC from every layer of one member to every layer of another."""
+    from conceptshare.analysis.tables import Stores, layerwise_table, write_table
+
+    pairs = load_study(study).layerwise_names(analysis)
+    write_table(layerwise_table(pairs, Stores(features, correlations, similarity)), out)
+
+
+@app.command()
+def pair(
+    a: Annotated[str, typer.Argument(help="A member.")],
+    b: Annotated[str, typer.Argument(help="Another.")],
+    features: Features,
+    correlations: Correlations,
+    out: TableOut,
+) -> None:
+    """Every feature of two members with its best match in the other."""
+    from conceptshare.analysis.tables import Stores, pair_table, write_table
+
+    write_table(pair_table(a, b, Stores(features, correlations)), out)
+
+
+@app.command()
+def sharedness(
+    analysis: Analysis, study: StudyFile, features: Features, correlations: Correlations, out: TableOut
+) -> None:
+    """A member's features by Comparative Sharedness."""
+    from conceptshare.analysis.tables import Stores, sharedness_table, write_table
+
+    groups = load_study(study).sharedness_names(analysis)
+    write_table(sharedness_table(*groups, Stores(features, correlations)), out)
+
+
+@app.command()
+def overlaps(
+    rankings: Annotated[list[Path], typer.Argument(help="Rankings by Comparative Sharedness, as Parquet.")],
+    out: TableOut,
+) -> None:
+    """How many top features every two rankings of one source have in common."""
+    from conceptshare.analysis.tables import check_rankings, overlap_table, read_table, write_table
+
+    found = {path: read_table(path, "sharedness") for path in rankings}
+    check_rankings(found)
+    write_table(overlap_table({path.stem: table for path, table in found.items()}), out)
+
+
+@app.command()
+def saes(
+    study: StudyFile,
+    features: Features,
+    saes: Annotated[Path, typer.Option(help="The folder of SAEs.")],
+    out: TableOut,
+) -> None:
+    """Size and quality of every SAE."""
+    from conceptshare.analysis.tables import sae_table, write_table
+
+    write_table(sae_table(load_study(study).members(), saes, features), out)

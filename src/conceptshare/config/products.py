@@ -1,0 +1,173 @@
+"""The tables and figures of a study: a line each.
+
+From a line follow its command, its rule, its files, its place in the report, and the names that no other analysis may
+have. The report's caption is `workflow/report/NAME.rst` for a figure, and `NAME_table.rst` for a table.
+"""
+
+from importlib import import_module
+from typing import Any, Literal, NamedTuple
+
+When = Literal["always", "encoders", "paper", "overlapping"]
+"""When it is made: always, for a matrix of different encoders, for one that is compared with the paper, or for a study
+with two rankings of one source."""
+
+
+class Table(NamedTuple):
+    """A table, which `conceptshare metrics NAME` writes as CSV and Parquet."""
+
+    name: str
+    file: str
+    """Its file without an ending, in the folder of a data set and an SAE setting; ``{name}`` is an analysis."""
+    shows: str
+    """Its label in the report."""
+    inputs: tuple[str, ...]
+    """What it is made from, by the names of its command's options."""
+    table: str = ""
+    """The table that it is made from, if any."""
+    when: When = "always"
+
+
+class Figure(NamedTuple):
+    """A figure, which `conceptshare figures COMMAND` draws from a table, as PNG and PDF."""
+
+    name: str
+    table: str
+    """The table that it is drawn from."""
+    file: str
+    """As for `Table`."""
+    shows: str
+    """Its label in the report."""
+    function: str
+    """What draws it, given a table and the path of the PNG: a module of `conceptshare.figures` and a function."""
+    help: str
+    """What its command says of it."""
+    inputs: tuple[str, ...] = ()
+    """What it is drawn from besides, by the names of its command's options."""
+    when: When = "always"
+    command: str = ""
+    """Its command, if that is another figure's with options of its own."""
+    memory_mb: int = 2000
+
+    def draw(self, *arguments: Any) -> None:
+        """Draw it; modules of figures import Matplotlib, so that they are imported when they draw."""
+        module, _, function = self.function.partition(":")
+        getattr(import_module(f"conceptshare.figures.{module}"), function)(*arguments)
+
+
+_STORES = ("study", "features", "correlations")
+
+TABLES = (
+    Table("matrix", "matrices/{name}", "wMPPC", (*_STORES, "similarity")),
+    Table("averages", "matrices/{name}.averages", "averages by modality", ("correlations",), "matrix"),
+    Table("paper", "matrices/{name}.paper", "compared with the paper", ("published",), "matrix", "paper"),
+    Table("agreement", "matrices/{name}.paper-agreement", "agreement with the paper", (), "paper", "paper"),
+    Table("layerwise", "layerwise/{name}", "all cells", (*_STORES, "similarity")),
+    Table("sharedness", "sharedness/{name}", "ranking", _STORES),
+    Table("overlaps", "overlaps", "overlaps of rankings", ("rankings",), when="overlapping"),
+    Table("saes", "saes", "quality", ("study", "features", "saes")),
+)
+
+FIGURES = (
+    Figure("matrix", "matrix", "matrices/{name}", "wMPPC", "_matrix:draw_matrix", "Annotated wMPPC matrices."),
+    Figure(
+        "averages",
+        "averages",
+        "matrices/{name}.averages",
+        "averages by modality",
+        "_averages:draw_averages",
+        "Mean wMPPC from each modality to each.",
+        when="encoders",
+    ),
+    Figure(
+        "intervals",
+        "matrix",
+        "matrices/{name}.intervals",
+        "intervals",
+        "_intervals:draw_intervals",
+        "Each cell of a wMPPC matrix with its interval, floor and ceiling.",
+    ),
+    Figure(
+        "similarity",
+        "matrix",
+        "matrices/{name}.similarity",
+        "similarity",
+        "_similarity:draw_similarity",
+        "CKA and mutual nearest neighbours next to wMPPC.",
+        when="encoders",
+    ),
+    Figure(
+        "strength",
+        "matrix",
+        "matrices/{name}.strength",
+        "strength of features",
+        "_strength:draw_strength",
+        "How strong each member's features are, and how that goes with their best correlations.",
+        ("pairs",),
+        memory_mb=4000,
+    ),
+    Figure(
+        "paper",
+        "paper",
+        "matrices/{name}.paper",
+        "compared with the paper",
+        "_paper:draw_paper",
+        "This study's wMPPC against the paper's.",
+        when="paper",
+    ),
+    Figure(
+        "layerwise",
+        "layerwise",
+        "layerwise/{name}",
+        "heatmaps",
+        "_layerwise:draw_layerwise",
+        "Layerwise heatmaps.",
+        ("study",),
+    ),
+    Figure(
+        "sharedness",
+        "sharedness",
+        "sharedness/{name}",
+        "top features",
+        "_sharedness:draw_sharedness",
+        "Grids of the top samples of a ranking's top features, or of features that are named.",
+        ("features", "names", "data", "shown"),
+    ),
+    Figure(
+        "top_samples",
+        "sharedness",
+        "sharedness/{name}.top",
+        "first feature",
+        "_sharedness:draw_sharedness",
+        "The first feature of a ranking, as the paper's Figure 4 shows one.",
+        ("features", "names", "data", "first"),
+        command="sharedness",
+    ),
+    Figure(
+        "scatter",
+        "sharedness",
+        "sharedness/{name}.scatter",
+        "all features",
+        "_scatter:draw_sharedness_scatter",
+        "Every feature of a ranking by how much either group shares it.",
+    ),
+    Figure(
+        "saes",
+        "saes",
+        "saes",
+        "training and quality",
+        "_saes:draw_saes",
+        "Loss curves, densities, FVU and dead latents of every SAE: an overview, and a folder of a figure per member.",
+        ("saes",),
+    ),
+)
+
+
+def table(name: str) -> Table:
+    """The table of a name."""
+    return next(one for one in TABLES if one.name == name)
+
+
+def taken_by(folder: str, name: str) -> set[str]:
+    """The names that the files of an analysis take, and that no other analysis in its folder can have."""
+    files = {one.file for one in (*TABLES, *FIGURES) if one.file.startswith(f"{folder}/{{name}}.")}
+    return {file.removeprefix(f"{folder}/").format(name=name) for file in files}

@@ -1,0 +1,58 @@
+"""Where results lie: every path below `results/`, spelled once. Rules, pages, checks and docs take them from here.
+
+Paths hold Snakemake's wildcards. A member is an encoder with the seed of its SAEs, and so are the two of a pair.
+"""
+
+from pathlib import Path
+
+MEMBER = "{encoder}@{seed}"
+
+WEIGHTS = "results/weights/{encoder}.json"
+DATA = "results/{dataset}/data"
+PARTS = "results/{dataset}/parts/{encoder}.{part}-of-{parts}.zarr"
+ACTIVATIONS = "results/{dataset}/activations/{encoder}.zarr"
+TOKENS = "results/{dataset}/tokens/{encoder}.zarr"
+SAES = "results/{dataset}/saes/{sae}/{encoder}"
+STREAMED_SAES = "results/{dataset}/streams/{sae}/saes/{encoder}"
+STREAMED_ACTIVATIONS = "results/{dataset}/streams/{sae}/activations/{encoder}.zarr"
+SAE = "layer-{layer}/seed-{seed}"
+"""An SAE in a folder of SAEs; layers have two digits at least."""
+FEATURES = "results/{dataset}/features/{sae}/{member}.zarr"
+NAMES = "results/{dataset}/names/{sae}/{member}.parquet"
+EXAMPLES = "results/{dataset}/examples/{sae}/{member}"
+CORRELATIONS = "results/{dataset}/correlations/{sae}/{a}__{b}.zarr"
+SIMILARITY = "results/{dataset}/similarity/{sae}/{encoder_a}__{encoder_b}.parquet"
+
+STUDY_FOLDER = "results/studies/{study}"
+STUDY = f"{STUDY_FOLDER}/study.json"
+PROVENANCE = f"{STUDY_FOLDER}/provenance.json"
+ANALYSES = f"{STUDY_FOLDER}/{{dataset}}/{{sae}}"
+PAIR = f"{ANALYSES}/pairs/{{a}}__{{b}}.parquet"
+PAGES = f"{STUDY_FOLDER}/pages"
+PAGES_OF_SAMPLES = f"{PAGES}/samples/{{dataset}}"
+PAGES_OF_MEMBER = f"{PAGES}/data/{{dataset}}/{{sae}}/{{member}}"
+PAGES_OF_PAIR = f"{PAGES}/data/{{dataset}}/{{sae}}/pairs/{{a}}__{{b}}"
+
+
+def layer_name(layer: int) -> str:
+    """The name of a layer's group or folder: ``layer-03``."""
+    return f"layer-{layer:02d}"
+
+
+def sae_place(layer: int, seed: int) -> str:
+    """Where an SAE lies in a folder of SAEs: ``layer-03/seed-0``."""
+    return SAE.replace("layer-{layer}", layer_name(layer)).format(seed=seed)
+
+
+def path(pattern: str, results: Path = Path("results"), **wildcards: object) -> Path:
+    """The place of one result: a pattern with its wildcards filled in, below the folder of all results."""
+    return results / pattern.removeprefix("results/").format(**wildcards)
+
+
+def log(pattern: str, what: str = "") -> str:
+    """The log of the job that makes a result; ``what`` tells it from the log of another job for the same name."""
+    place = Path(pattern.replace("results/", "results/logs/", 1))
+    name = (
+        place.name.removesuffix(place.suffix) if place.suffix in {".zarr", ".parquet", ".json", ".csv"} else place.name
+    )
+    return str(place.with_name(f"{name}{what and '.' + what}.log"))

@@ -1,0 +1,108 @@
+# What the tables and figures of `conceptshare.config.products` are made from, and by which arguments of their commands.
+
+
+# The pairs of members whose correlations a table is made from.
+TABLE_PAIRS = {
+    "matrix": lambda w: STUDY.matrix_pairs(w.name) + STUDY.ceiling_pairs(w.name),
+    "averages": lambda w: STUDY.matrix_pairs(w.name),
+    "layerwise": lambda w: STUDY.layerwise_pairs(w.name),
+    "sharedness": lambda w: STUDY.sharedness_pairs(w.name),
+    "saes": lambda w: [(member, member) for member in STUDY.members()],
+}
+
+# What a table depends on of the study.
+TABLE_KEYS = {
+    "matrix": lambda w: STUDY.matrix_key(w.name),
+    "layerwise": lambda w: STUDY.layerwise_key(w.name),
+    "sharedness": lambda w: STUDY.sharedness_key(w.name),
+    "saes": lambda w: STUDY.members_key(),
+}
+
+
+def table_inputs(table):
+    """The files that a table is made from, by the names of its command's options."""
+    pairs = TABLE_PAIRS.get(table.name)
+    files = {
+        "study": STUDY_JSON,
+        "features": lambda w: features_of(members_of(pairs(w)), w),
+        "correlations": lambda w: correlations_of(pairs(w), w),
+        "similarity": lambda w: similarity_of(pairs(w), w),
+        "rankings": lambda w: [ranking_file(w, name) for name in STUDY.overlapping()],
+    }
+    found = {"table": product_file(products.table(table.table), "parquet")} if table.table else {}
+    return found | {name: files[name] for name in table.inputs if name in files}
+
+
+def table_command(table):
+    """The arguments of a table's command but for where it writes."""
+    options = {
+        "study": lambda w, files: f"--study {quote(files.study)}",
+        "features": lambda w, files: f"--features {folder_of(files.features)}",
+        "correlations": lambda w, files: f"--correlations {folder_of(files.correlations)}",
+        "similarity": lambda w, files: similarity_option(w, files),
+        "rankings": lambda w, files: " ".join(map(quote, files.rankings)),
+        "saes": lambda w, files: f"--saes {saes_folder(w)}",
+        "published": lambda w, files: f"--dataset {w.dataset} --size {STUDY.analyses.matrices[w.name].paper}",
+    }
+
+    def arguments(wildcards, input):
+        analysis = [wildcards.name] if "study" in table.inputs and "{name}" in table.file else []
+        source = [f"--table {quote(input.table)}"] if table.table else []
+        return " ".join([table.name, *analysis, *source, *(options[name](wildcards, input) for name in table.inputs)])
+
+    return arguments
+
+
+def figure_inputs(figure):
+    """The files that a figure is drawn from, by the names of its command's options."""
+    files = {
+        "study": STUDY_JSON,
+        "pairs": lambda w: pairs_of(STUDY.matrix_pairs(w.name), w),
+        "features": lambda w: features_of([STUDY.sharedness_source(w.name)], w),
+        "names": lambda w: names_of(STUDY.sharedness_source(w.name), w),
+        "data": DATA,
+    }
+    found = {"table": product_file(products.table(figure.table), "parquet")}
+    return found | {name: files[name] for name in figure.inputs if name in files}
+
+
+def figure_command(figure):
+    """The arguments of a figure's command but for where it writes."""
+    options = {
+        "study": lambda w, files: f"--study {quote(files.study)}",
+        "pairs": lambda w, files: f"--pairs {folder_of(files.pairs)}",
+        "features": lambda w, files: f"--features {quote(str(files.features))}",
+        "names": lambda w, files: f"--names {quote(files.names)}",
+        "data": lambda w, files: f"--data {folder_of(files.data)}",
+        "shown": lambda w, files: f"--pictured {STUDY.analyses.sharedness[w.name].pictured}",
+        "first": lambda w, files: "--pictured 1 --samples 100",
+        "saes": lambda w, files: f"--saes {saes_folder(w)}",
+    }
+
+    def arguments(wildcards, input):
+        analysis = [wildcards.name] if "study" in figure.inputs else []
+        given = [options[name](wildcards, input) for name in figure.inputs]
+        return " ".join([figure.command or figure.name, *analysis, f"--table {quote(input.table)}", *given])
+
+    return arguments
+
+
+# What a figure writes besides.
+FURTHER_FIGURES = {
+    "saes": {
+        "members": report(
+            directory(f"{layout.ANALYSES}/saes"),
+            patterns=["{member}.png"],
+            caption="../report/saes_member.rst",
+            category="SAE training",
+            subcategory="{dataset}, SAEs {sae}",
+            labels={
+                "encoder": "{member}",
+                "shows": "each layer",
+                "data set": "{dataset}",
+                "SAEs": "{sae}",
+                "type": "figure",
+            },
+        )
+    }
+}
