@@ -200,10 +200,10 @@ class Counted:
         return self.array[place]
 
 
-@pytest.mark.parametrize("megabytes", [2, 4])
+@pytest.mark.parametrize("megabytes", [1, 2])
 def test_correlations_read_what_they_are_said_to(rng, tmp_path, write_features, monkeypatch, megabytes):
     """Chunks are as wide as those of the features stage; 300 features have one, and 700 have two."""
-    N, chunk, layers = 2000, 512, []
+    N, chunk, layers = 1000, 512, []
     a, b = encoder(layers=2, width=300), encoder(layers=3, width=700)
     settings, bound = SAESettings(expansion=1, k=1), CorrelationSettings(memory_mb=megabytes)
     paths = [

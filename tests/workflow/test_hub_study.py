@@ -32,7 +32,7 @@ KEYS = {"library", "modality", "kind", "layers", "width", "global_token", "block
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A study's clone after its run, the requests that the hub had, and how many of them before any extraction."""
+    """A study's clone after its run, the hub, and how many requests it had before any extraction."""
     project = new_clone(tmp_path_factory.mktemp("hub") / "clone")
     made = tmp_path_factory.mktemp("repositories")
     write_dataset(made / "squares.parquet")
@@ -71,14 +71,14 @@ def finished(tmp_path_factory):
 
         fetched = run("--until", "dataset", "weights")
         assert fetched.returncode == 0, fetched.stdout + fetched.stderr
-        before = len(hub.log)
+        before = len(hub.log), len(hub.strangers)
         # Jobs that read encoders run as users run them, for what the hub is asked; the others never read of a hub.
         extracted = run("--until", "activations")
         assert extracted.returncode == 0, extracted.stdout + extracted.stderr
         with forked_python() as project.python:
             rest = project.run("--cores", "2", "--until", "metrics_layerwise")
         assert rest.returncode == 0, rest.stdout + rest.stderr
-        return project, hub.log, before, commit
+        return project, hub, before, commit
 
 
 def test_encoders_of_every_library_and_with_code_of_their_own_come_into_one_table(finished):
@@ -89,14 +89,14 @@ def test_encoders_of_every_library_and_with_code_of_their_own_come_into_one_tabl
 
 
 def test_the_hub_is_asked_for_data_and_weights_and_for_nothing_after(finished):
-    _, log, before, _ = finished
-    assert before > 0
-    assert len(log) == before
+    _, hub, before, _ = finished
+    assert before[0] > 0
+    assert (len(hub.log), len(hub.strangers)) == before
 
 
 def test_only_models_that_may_run_code_of_their_own_are_fetched_with_it(finished):
-    _, log, _, _ = finished
-    code = {request.path.split("/")[2] for request in log if request.path.endswith(".py")}
+    _, hub, _, _ = finished
+    code = {request.path.split("/")[2] for request in hub.log if request.path.endswith(".py")}
     assert code == {"scanner"}
 
 
