@@ -48,9 +48,6 @@ COMPARISONS = STUDY.comparisons()
 # Each data set with each SAE setting: every analysis is done for all of them.
 SETTINGS = [(dataset, sae) for dataset in STUDY.datasets for sae in STUDY.saes]
 
-# The study as commands read it. What they make depends on a part of it, which is among the parameters of their rules.
-STUDY_JSON = ancient(layout.STUDY)
-
 # The SAEs of an encoder, whether stored tokens or a stream trains them.
 SAES = layout.STREAMED_SAES if STUDY.stream else layout.SAES
 
@@ -168,6 +165,15 @@ def as_inputs(files):
         if file != file.encode(errors="replace").decode():
             raise WorkflowError(f"{ascii(file)}: Snakemake cannot hold this name, which is not UTF-8; give it another")
     return files
+
+
+def study_file(wildcards):
+    """The study as commands read it, written when a run starts.
+
+    It is no input of theirs, as any change of the study would make all of them again. The part of the study that one
+    depends on is a parameter of its rule.
+    """
+    return filled(layout.STUDY, wildcards)
 
 
 def grown(megabytes_or_minutes):
@@ -338,7 +344,7 @@ def products_of(dataset, sae, *tables):
 def pages():
     """Everything that the site of the study's features is made of."""
     study = {"study": STUDY.study}
-    found = [layout.PAGES.format(**study) + "/index.html"]
+    found = [f"{layout.PAGES}/index.html".format(**study)]
     found += [layout.PAGES_OF_SAMPLES.format(**study, dataset=dataset) for dataset in STUDY.datasets]
     for dataset, sae in SETTINGS:
         place = study | {"dataset": dataset, "sae": sae}

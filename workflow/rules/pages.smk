@@ -30,7 +30,6 @@ rule pages_member:
         features=layout.FEATURES,
         examples=layout.EXAMPLES,
         names=layout.NAMES,
-        study=STUDY_JSON,
         pairs=lambda w: pairs_of(pairs_with(w.member), w),
         rankings=lambda w: rankings_of(w),
         code=code("pages/_member.py", "pages/_script.py", "io/readers.py"),
@@ -47,11 +46,12 @@ rule pages_member:
     params:
         pairs=lambda w, input: folder_of(input.pairs),
         others=lambda w: compared_with(w.member),
+        study=study_file,
         rankings=lambda w, input: " ".join(f"--ranking {quote(path)}" for path in input.rankings),
         place=lambda w: f"data/{w.dataset}/{w.sae}/{w.member}",
     shell:
         "python -m conceptshare pages member --features {input.features:q} --examples {input.examples:q}"
-        " --names {input.names:q} --pairs {params.pairs:q} --study {input.study:q} {params.rankings}"
+        " --names {input.names:q} --pairs {params.pairs:q} --study {params.study:q} {params.rankings}"
         " --place {params.place:q} --out {output:q} > {log:q} 2>&1"
 
 
@@ -78,7 +78,6 @@ rule pages_pair:
 
 rule pages_index:
     input:
-        study=STUDY_JSON,
         tables=[
             file for place in SETTINGS for file in products_of(*place, "matrix", "layerwise", "sharedness", "overlaps")
         ],
@@ -95,8 +94,9 @@ rule pages_index:
         mem_mb=grown(4000),
         runtime=grown(30),
     params:
-        study=STUDY.pages_key(),
+        key=STUDY.pages_key(),
+        study=study_file,
         out=lambda w: layout.PAGES.format(study=w.study),
     shell:
-        "python -m conceptshare pages index --study {input.study:q} --results results --out {params.out:q}"
+        "python -m conceptshare pages index --study {params.study:q} --results results --out {params.out:q}"
         " > {log:q} 2>&1"

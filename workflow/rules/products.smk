@@ -23,7 +23,6 @@ def table_inputs(table):
     """The files that a table is made from, by the names of its command's options."""
     pairs = TABLE_PAIRS.get(table.name)
     files = {
-        "study": STUDY_JSON,
         "features": lambda w: features_of(members_of(pairs(w)), w),
         "correlations": lambda w: correlations_of(pairs(w), w),
         "similarity": lambda w: similarity_of(pairs(w), w),
@@ -36,7 +35,7 @@ def table_inputs(table):
 def table_command(table):
     """The arguments of a table's command but for where it writes."""
     options = {
-        "study": lambda w, files: f"--study {quote(files.study)}",
+        "study": lambda w, files: f"--study {quote(study_file(w))}",
         "features": lambda w, files: f"--features {folder_of(files.features)}",
         "correlations": lambda w, files: f"--correlations {folder_of(files.correlations)}",
         "similarity": lambda w, files: similarity_option(w, files),
@@ -56,7 +55,6 @@ def table_command(table):
 def figure_inputs(figure):
     """The files that a figure is drawn from, by the names of its command's options."""
     files = {
-        "study": STUDY_JSON,
         "pairs": lambda w: pairs_of(STUDY.matrix_pairs(w.name), w),
         "features": lambda w: features_of([STUDY.sharedness_source(w.name)], w),
         "names": lambda w: names_of(STUDY.sharedness_source(w.name), w),
@@ -69,7 +67,7 @@ def figure_inputs(figure):
 def figure_command(figure):
     """The arguments of a figure's command but for where it writes."""
     options = {
-        "study": lambda w, files: f"--study {quote(files.study)}",
+        "study": lambda w, files: f"--study {quote(study_file(w))}",
         "pairs": lambda w, files: f"--pairs {folder_of(files.pairs)}",
         "features": lambda w, files: f"--features {quote(str(files.features))}",
         "names": lambda w, files: f"--names {quote(files.names)}",
