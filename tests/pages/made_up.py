@@ -2,14 +2,13 @@
 
 import base64
 import json
-import shutil
 import zlib
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-ASSETS = Path(__file__).parents[2] / "src" / "conceptshare" / "pages" / "assets"
+from conceptshare.pages._index import write_frame
+
 DATASET, SAE = "shapes", "small"
 LAYERS = [0, 3, 5]
 FEATURES = 130
@@ -217,7 +216,7 @@ def write_site(folder, seed=0):
         The study, as in ``study.js``.
     """
     rng = np.random.default_rng(seed)
-    shutil.copytree(ASSETS, folder)
+    write_frame(folder)
     captions = write_samples(rng, folder)
     strength, rho_g = rng.gamma(1, 100, FEATURES), rng.beta(3, 2, FEATURES)
     rankings = [
@@ -302,7 +301,7 @@ def write_large_site(folder, features=8192, others=9, seed=1):
     Members have names of up to 70 letters.
     """
     rng = np.random.default_rng(seed)
-    shutil.copytree(ASSETS, folder)
+    write_frame(folder)
     captions = write_samples(rng, folder)
     names = [f"member{'-of-a-long-name' * (number % 5)}-{number}@0" for number in range(others + 1)]
     study = {"study": "large", "version": "0.1.0", "commit": None, "datasets": [{"name": DATASET, "samples": SAMPLES}]}

@@ -225,7 +225,7 @@ def test_swapped_settings_of_two_encoders_are_seen(study):
         ("figures/_style.py", {job: n for job, n in TABLES_AND_FIGURES.items() if job.startswith("figures")}),
         ("metrics.py", {job: n for job, n in TABLES_AND_FIGURES.items() if job not in SAE_REPORT} | SITE),
         ("similarity.py", {"similarity": 1, **MATRIX, "pages_index": 1}),
-        ("pages/assets/app.js", {"pages_index": 1}),
+        ("pages/assets/app/page.js", {"pages_index": 1}),
         ("names.py", {"names": 3, "pages_member": 3, "figures_sharedness": 2, "figures_top_samples": 2}),
         (
             "correlations/_engine.py",

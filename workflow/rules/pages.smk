@@ -82,7 +82,7 @@ rule pages_index:
             file for place in SETTINGS for file in products_of(*place, "matrix", "layerwise", "sharedness", "overlaps")
         ],
         data=expand(DATA, dataset=STUDY.datasets),
-        code=code("pages/_index.py", "pages/_script.py", "pages/assets/*"),
+        code=code("pages/_index.py", "pages/_script.py", "pages/assets/*.*", "pages/assets/app/*"),
     output:
         multiext(f"{layout.PAGES}/", "index.html", "style.css", "app.js", "study.js"),
     log:

@@ -1,8 +1,7 @@
 """The site's frame: its page, and what it shows first."""
 
-import shutil
 from importlib.metadata import version
-from importlib.resources import as_file, files
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,26 @@ from conceptshare.io.files import FILE, SITE, check_replaceable, renamed
 from conceptshare.metrics import READINGS
 from conceptshare.pages._script import number, numbers, write_script
 
-ASSETS = ("index.html", "style.css", "app.js")
+_ASSETS = files("conceptshare.pages") / "assets"
+# Joined into one script in this order: a page opened from a folder cannot load modules.
+_APP = ("data", "elements", "tables", "samples", "heatmaps", "overview", "layers", "feature", "ranking", "page")
+
+
+def write_frame(out: Path) -> None:
+    """Write the page, its style, and its code as one script.
+
+    Args:
+        out: the site's folder.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    code = [(_ASSETS / "app" / f"{name}.js").read_text("utf-8") for name in _APP]
+    for name, text in {
+        "index.html": (_ASSETS / "index.html").read_text("utf-8"),
+        "style.css": (_ASSETS / "style.css").read_text("utf-8"),
+        "app.js": "\n".join(['"use strict";\n', "(() => {", *code, "})();\n"]),
+    }.items():
+        with renamed(out / name, FILE) as partial:
+            partial.write_text(text, "utf-8", newline="\n")
 
 
 def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
@@ -30,11 +48,7 @@ def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
         StoreError: where a table is missing or damaged.
     """
     check_replaceable(out, SITE)
-    out.mkdir(parents=True, exist_ok=True)
-    with as_file(files("conceptshare.pages") / "assets") as assets:
-        for name in ASSETS:
-            with renamed(out / name, FILE) as partial:
-                shutil.copyfile(assets / name, partial)
+    write_frame(out)
     told: dict[str, Any] = {name: study[name] for name in ("study", "saes", "members")}
     told["datasets"] = [
         {"name": name, "samples": len(Data(layout.path(layout.DATA, results, dataset=name)))}

@@ -1,0 +1,112 @@
+// Heatmaps and their colours.
+
+const VIRIDIS = "440154481a6c472f7d41448739568c31688e2a788e23888e1f988b22a88435b77954c5687ad151a5db36d2e21bfde725"
+  .match(/.{6}/g)
+  .map((colour) => [0, 2, 4].map((at) => parseInt(colour.slice(at, at + 2), 16)));
+
+/** Colour of a share of the scale, and black or white, whichever is read better on it. */
+function viridis(share) {
+  const place = Math.min(Math.max(share, 0), 1) * (VIRIDIS.length - 1);
+  const low = Math.min(Math.floor(place), VIRIDIS.length - 2);
+  const colour = VIRIDIS[low].map((value, at) => Math.round(value + (place - low) * (VIRIDIS[low + 1][at] - value)));
+  const [red, green, blue] = colour.map((value) =>
+    value <= 10 ? value / 3294.6 : ((value / 255 + 0.055) / 1.055) ** 2.4,
+  );
+  const luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+  return { colour, background: `rgb(${colour})`, ink: luminance > 0.179 ? "#000" : "#fff" };
+}
+
+const byChance = (floor) => (floor === null || floor === undefined ? "" : `, by chance ${fixed(floor)}`);
+let heatmaps = 0;
+
+/** A heatmap: a table of links, between which arrow keys move, so that it is one stop of the Tab key. */
+function heatmap(caption, corner, rows, columns, values, floors, scale, cellLink, cellLabel) {
+  const id = `heatmap-${heatmaps++}`;
+  const long = Math.max(...columns.map((name) => name.length)) > 4;
+  const upright = long && columns.length > 6;
+  const table = h(
+    "table",
+    { class: `heat${long ? " long" : ""}${upright ? " upright" : ""}`, "aria-labelledby": id },
+    h(
+      "thead",
+      {},
+      h(
+        "tr",
+        {},
+        h("td", { class: "corner" }, corner),
+        columns.map((name) => h("th", { scope: "col" }, h("span", {}, name))),
+      ),
+    ),
+    h(
+      "tbody",
+      {},
+      rows.map((name, row) =>
+        h(
+          "tr",
+          {},
+          h("th", { scope: "row" }, name),
+          columns.map((_, column) => {
+            const value = values[row]?.[column] ?? null;
+            if (value === null) return h("td", { class: "null" }, h("span", { class: "hidden" }, "no value"));
+            const { background, ink } = viridis((value - scale.low) / (scale.high - scale.low || 1));
+            const label = `${cellLabel(row, column)}: ${fixed(value)}${byChance(floors[row]?.[column])}`;
+            return h(
+              "td",
+              {},
+              h(
+                "a",
+                {
+                  href: cellLink(row, column),
+                  "aria-label": label,
+                  title: label,
+                  tabindex: "-1",
+                  style: { background, color: ink },
+                },
+                fixed(value),
+              ),
+            );
+          }),
+        ),
+      ),
+    ),
+  );
+  const stop = (cell) => {
+    table.querySelector('a[tabindex="0"]')?.setAttribute("tabindex", "-1");
+    cell?.setAttribute("tabindex", "0");
+  };
+  stop(table.querySelector("a"));
+  table.addEventListener("focusin", (event) => stop(event.target));
+  table.addEventListener("keydown", (event) => {
+    const cell = event.target.closest("td");
+    if (!cell || event.ctrlKey || event.altKey || event.metaKey) return;
+    // To the sides also from row to row, so that each cell can be reached whichever have no value.
+    const links = [...table.querySelectorAll("a")];
+    const column = links.filter((link) => link.parentNode.cellIndex === cell.cellIndex);
+    const moves = { ArrowLeft: [links, -1], ArrowRight: [links, 1], ArrowUp: [column, -1], ArrowDown: [column, 1] };
+    if (!Object.hasOwn(moves, event.key)) return;
+    event.preventDefault();
+    const [line, step] = moves[event.key];
+    line[line.indexOf(event.target) + step]?.focus();
+  });
+  return h("figure", { class: "heatmap" }, h("figcaption", { id }, caption), h("div", { class: "scroll" }, table));
+}
+
+function legend({ low, high }, what, write, ...more) {
+  const stops = VIRIDIS.map((colour) => `rgb(${colour})`).join(",");
+  return h(
+    "p",
+    { class: "legend" },
+    h("span", {}, write(low)),
+    h(
+      "span",
+      {
+        class: "ramp",
+        role: "img",
+        "aria-label": `Colour scale of ${what}, from dark violet at ${write(low)} to yellow at ${write(high)}`,
+        style: { background: `linear-gradient(90deg, ${stops})` },
+      },
+    ),
+    h("span", {}, write(high)),
+    more,
+  );
+}

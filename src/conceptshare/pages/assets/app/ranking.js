@@ -1,0 +1,265 @@
+// A ranking by Comparative Sharedness.
+
+function scatter(ranking, at, called) {
+  const side = 320;
+  const x = (value) => Math.min(Math.max(value, 0), 1) * side;
+  const points = ranking.features.map((_, row) => [ranking.rho_h[row], ranking.rho_g[row]]);
+  const dots = (from, to) =>
+    points
+      .slice(from, to)
+      .filter(([h, g]) => h !== null && g !== null)
+      .map(([h, g]) => `M${x(h).toFixed(1)} ${(side - x(g)).toFixed(1)}h0`)
+      .join("");
+  const said = h("p", { class: "quiet said" }, "Point at a dot to see its feature; a click opens it.");
+  const spot = svg("circle", { class: "spot", r: 5, visibility: "hidden" });
+  const ticks = [0, 0.5, 1].flatMap((value) => [
+    svg("text", { x: x(value), y: side + 16, "text-anchor": "middle" }, String(value)),
+    svg("text", { x: -8, y: side - x(value) + 4, "text-anchor": "end" }, String(value)),
+  ]);
+  const label =
+    `Scatter of ${plural(points.length, "feature")}: how well the group that shares finds it (ρ G, upwards) against ` +
+    `the other group (ρ H, to the right). The table below has every number.`;
+  const drawing = svg(
+    "svg",
+    {
+      viewBox: `-44 -10 ${side + 60} ${side + 50}`,
+      role: "img",
+      "aria-label": label,
+    },
+    svg("path", { class: "axes", d: `M0 0V${side}H${side}M0 ${side}L${side} 0` }),
+    ...ticks,
+    svg("text", { x: side / 2, y: side + 34, "text-anchor": "middle" }, "ρ H: those that should not share it"),
+    svg(
+      "text",
+      { transform: `translate(-32 ${side / 2}) rotate(-90)`, "text-anchor": "middle" },
+      "ρ G: those that should",
+    ),
+    svg("path", { class: "dots", d: dots(ranking.top) }),
+    svg("path", { class: "dots best", d: dots(0, ranking.top) }),
+    spot,
+  );
+  let nearest = -1;
+  drawing.addEventListener("pointermove", (event) => {
+    const { x: left, y: down } = new DOMPoint(event.clientX, event.clientY).matrixTransform(
+      drawing.getScreenCTM().inverse(),
+    );
+    let least = 15 ** 2;
+    nearest = -1;
+    points.forEach(([h, g], row) => {
+      if (h === null || g === null) return;
+      const far = (x(h) - left) ** 2 + (side - x(g) - down) ** 2;
+      if (far < least) [least, nearest] = [far, row];
+    });
+    spot.setAttribute("visibility", nearest < 0 ? "hidden" : "visible");
+    if (nearest < 0) return;
+    spot.setAttribute("cx", x(points[nearest][0]));
+    spot.setAttribute("cy", side - x(points[nearest][1]));
+    said.replaceChildren(`Feature ${ranking.features[nearest]}: `, named(called(nearest)));
+  });
+  drawing.addEventListener("click", () => {
+    if (nearest >= 0) location.hash = featureLink({ ...at, feature: ranking.features[nearest] });
+  });
+  return h("figure", { class: "scatter" }, drawing, said);
+}
+
+/** The first features, each under that of its words which most of them have. */
+function typology(names) {
+  const count = new Map();
+  const split = names.map((name) => [...new Set((name ?? "").toLowerCase().split(/\s*,\s*/).filter(Boolean))]);
+  for (const word of split.flat()) count.set(word, (count.get(word) ?? 0) + 1);
+  const groups = new Map();
+  split.forEach((list, row) => {
+    const word = list.sort((a, b) => count.get(b) - count.get(a) || (a < b ? -1 : 1))[0] ?? null;
+    groups.set(word, [...(groups.get(word) ?? []), row]);
+  });
+  return [...groups].sort(([a, x], [b, y]) => (a === null) - (b === null) || y.length - x.length || (a < b ? -1 : 1));
+}
+
+function overlaps(ranking) {
+  const related = study.overlaps.filter(
+    (entry) => entry.dataset === ranking.dataset && entry.sae === ranking.sae && [
+      entry.first,
+      entry.second,
+    ].includes(ranking.name),
+  );
+  if (!related.length) return "";
+  const top = ranking.features.slice(0, ranking.top);
+  return h(
+    "section",
+    {},
+    h("h2", {}, "Overlap with other rankings"),
+    h(
+      "div",
+      { class: "scroll" },
+      h(
+        "table",
+        { class: "listing" },
+        h(
+          "thead",
+          {},
+          h(
+            "tr",
+            {},
+            ["Ranking", "Top", "In both", "By chance", "p", "Features"].map(
+              (label, at) => h("th", { scope: "col", class: at % 5 ? "number" : null }, label),
+            ),
+          ),
+        ),
+        h(
+          "tbody",
+          {},
+          related.map((entry) => {
+            const name = entry.first === ranking.name ? entry.second : entry.first;
+            const other = study.sharedness.find(
+              (one) => one.name === name && one.dataset === ranking.dataset && one.sae === ranking.sae,
+            );
+            const theirs = new Set(
+              other && other.source === ranking.source && other.layer === ranking.layer ? other.features.slice(
+                0,
+                other.top,
+              ) : [],
+            );
+            const both = top.filter((feature) => theirs.has(feature));
+            const at = { ...ranking, member: ranking.source };
+            return h(
+              "tr",
+              {},
+              h("th", { scope: "row" }, other ? h("a", { href: rankingLink(other) }, name) : name),
+              [
+                whole(entry.top),
+                whole(entry.overlap),
+                size(entry.expected),
+                probability(entry.log10_p),
+              ].map((text) => h("td", { class: "number" }, text)),
+              h(
+                "td",
+                {},
+                both.flatMap((feature) => [h("a", { href: featureLink({ ...at, feature }) }, String(feature)), " "]),
+              ),
+            );
+          }),
+        ),
+      ),
+    ),
+  );
+}
+
+async function rankingView(parts) {
+  if (parts.length !== 3) throw new NotFound("This address is not complete.");
+  const [dataset, sae, name] = parts;
+  const ranking = found(
+    study.sharedness.find((entry) => entry.dataset === dataset && entry.sae === sae && entry.name === name),
+    `There is no ranking “${plain(name)}”.`,
+  );
+  const at = { dataset, sae, member: ranking.source, layer: ranking.layer };
+  const table = await loadTable(at);
+  const feature = (row) => ranking.features[row];
+  const here = (row) => ({ ...at, feature: feature(row) });
+  const called = (row) => calledIn(table, feature(row));
+  const list = listing({
+    caption: `Features of ${at.member}, layer ${at.layer}, ranked by ${name}`,
+    columns: [
+      {
+        id: "rank",
+        label: "Rank",
+        rising: true,
+        value: (row) => row + 1,
+        cell: (row) => [row < ranking.top ? h("span", { class: "badge" }, "top 1%") : "", ` ${whole(row + 1)}`],
+      },
+      numberColumn("feature", "Feature", feature),
+      nameColumn("Name", "name", here, called),
+      picturesColumn("pictures", here),
+      plainColumn("delta", "Δ", "Comparative Sharedness: S (ρ G² − ρ H²)", ranking.delta, size),
+      plainColumn("rho_g", "ρ G", "The least best correlation among those that should share it", ranking.rho_g, rho),
+      plainColumn("rho_h", "ρ H", "The largest best correlation among those that should not", ranking.rho_h, rho),
+    ],
+    count: ranking.features.length,
+    sorted: "+rank",
+    unit: "feature",
+    controls: [
+      search("Name or number"),
+      control("Top 1% only", "top", { type: "checkbox", value: "yes" }),
+      control("Named only", "named", { type: "checkbox", value: "yes" }),
+      picturesBox(),
+    ],
+    keep: (query) => {
+      const wanted = searching(query);
+      return (row) =>
+        wanted(feature(row), called(row)) &&
+        (query.get("top") !== "yes" || row < ranking.top) &&
+        (query.get("named") !== "yes" || called(row).name !== null);
+    },
+  });
+  const top = ranking.features.slice(0, ranking.top);
+  const groups = typology(top.map((number) => table.name[number]));
+  const most = Math.max(...groups.map(([, rows]) => rows.length));
+  const [shared, others] = [ranking.shared_with, ranking.not_shared_with].map((members) => members.join(", "));
+  return {
+    title: `Ranking ${name}`,
+    at,
+    crumbs: [crumb(at), [`Ranking ${name}`, rankingLink(ranking)]],
+    nodes: [
+      h(
+        "p",
+        { class: "lead" },
+        `Features of ${at.member}, layer ${at.layer}, by how much more they are shared with ${shared} than with ${others}.`,
+      ),
+      h(
+        "p",
+        { class: "note" },
+        "Δ = S (ρ G² − ρ H²), by matches between last layers: ρ G is the least best correlation in the first group, " +
+          "ρ H the largest in the second. Other layers may have better ones.",
+      ),
+      h(
+        "div",
+        { class: "beside" },
+        h("section", {}, h("h2", {}, "Both groups"), scatter(ranking, at, called)),
+        h(
+          "section",
+          {},
+          h("h2", {}, "Top 1% by topic"),
+          h(
+            "p",
+            { class: "quiet" },
+            `The top ${plural(ranking.top, "feature")}, under the most frequent word of the name.`,
+          ),
+          h(
+            "div",
+            { class: "types" },
+            groups.map(([word, rows]) =>
+              h(
+                "details",
+                {},
+                h(
+                  "summary",
+                  {},
+                  named({ name: word }),
+                  h("span", { class: "tally" }, String(rows.length)),
+                  h(
+                    "span",
+                    { class: "meter", "aria-hidden": "true" },
+                    h("span", { style: { width: `${(100 * rows.length) / most}%` } }),
+                  ),
+                ),
+                h(
+                  "ul",
+                  {},
+                  rows.map(
+                    (row) => h(
+                      "li",
+                      {},
+                      h("a", { href: featureLink({ ...at, feature: top[row] }) }, `${top[row]} `, named(called(row))),
+                    ),
+                  ),
+                ),
+              ),
+            ),
+          ),
+        ),
+      ),
+      overlaps(ranking),
+      h("section", {}, h("h2", {}, "Ranking"), list.nodes),
+    ],
+    update: list.update,
+  };
+}

@@ -1,0 +1,135 @@
+// Samples: thumbnails, captions, and where a feature fires in them.
+
+const SIDE = 160; // of a thumbnail, at most
+const LEAST = 96; // of the longer side of a picture that is shown: icons are magnified
+
+/** A thumbnail, or where there is none a space as large as it. */
+function picture(sample, alt) {
+  const sides = sample.size ?? [SIDE, 0.75 * SIDE];
+  const [width, height] = sides.map((side) => Math.ceil(side * Math.max(1, LEAST / Math.max(...sides))));
+  const missing = () =>
+    h(
+      "span",
+      {
+        class: "gone",
+        role: "img",
+        "aria-label": `No picture. ${alt}`,
+        style: { width: `${width}px`, aspectRatio: `${width} / ${height}` },
+      },
+      h("span", { "aria-hidden": "true" }, "no picture"),
+    );
+  const frame = h("span", { class: "picture" });
+  if (!sample.size) frame.append(missing());
+  else
+    frame.append(
+      h(
+        "img",
+        {
+          alt,
+          width,
+          height,
+          loading: "lazy",
+          decoding: "async",
+          src: sample.source,
+          onerror: () => frame.replaceChildren(missing()),
+        },
+      ),
+    );
+  return frame;
+}
+
+/** The first pictures of a feature, small, when they come into view. */
+function strip(at, pictures) {
+  return lazily(h("span", { class: "strip" }), async () => {
+    const { top } = await loadFeature(at);
+    if (!top.length) return h("span", { class: "quiet" }, "never active");
+    const samples = await Promise.all(top.slice(0, pictures).map(([sample]) => loadSample(at.dataset, sample)));
+    return samples.map((sample) => {
+      const frame = picture(sample, plain(sample.caption));
+      frame.title = plain(sample.caption);
+      return frame;
+    });
+  });
+}
+
+function tokenText({ text, values }, most) {
+  return text.flatMap((piece, at) => {
+    const token = piece.trim() || piece;  // of some tokenizers, a blank is a token
+    const value = values[at] ?? 0;
+    const share = value > 0 && most > 0 ? Math.min(value / most, 1) : 0;
+    const mark = share
+      ? h("mark", { title: size(value) }, words(token))
+      : h("span", {}, words(token));
+    if (share) mark.style.setProperty("--share", share.toFixed(3));
+    return [piece.startsWith(" ") && token !== piece ? " " : "", mark];
+  });
+}
+
+function heat(map, most) {
+  const bytes = atob(map.values);
+  const canvas = h("canvas", { width: map.columns, height: map.rows, role: "img" });
+  const [x0, y0, x1, y1] = map.box.map((share) => 100 * share);
+  Object.assign(canvas.style, { left: `${x0}%`, top: `${y0}%`, width: `${x1 - x0}%`, height: `${y1 - y0}%` });
+  const pixels = new ImageData(map.columns, map.rows);
+  let strongest = 0;
+  for (let cell = 0; cell < bytes.length; cell++) {
+    const share = (bytes.charCodeAt(cell) / 255) * (most > 0 ? map.max / most : 0);
+    pixels.data.set([...viridis(share).colour, 255 * (0.45 + 0.3 * share)], 4 * cell);
+    if (bytes.charCodeAt(cell) > bytes.charCodeAt(strongest)) strongest = cell;
+  }
+  canvas.getContext("2d").putImageData(pixels, 0, 0);
+  const row = Math.floor(strongest / map.columns) + 1;
+  canvas.setAttribute(
+    "aria-label",
+    map.max > 0
+      ? `It fires most in row ${row} of ${map.rows}, column ${(strongest % map.columns) + 1} of ${map.columns}.`
+      : "It fires nowhere.",
+  );
+  return canvas;
+}
+
+/** A sample with its value, under it its caption, and what the encoder reads of it, marked. */
+function specimen(sample, value, text) {
+  const label = sample.caption.trim() ? words(sample.caption) : h("span", { class: "quiet" }, "no caption");
+  // One who focuses a long caption reads all of it.
+  const long = sample.caption.length > 60;
+  return h(
+    "figure",
+    { class: "specimen" },
+    picture(sample, `Picture of sample ${sample.sample}`),
+    h(
+      "figcaption",
+      {},
+      h("span", { class: "value" }, size(value)),
+      h("span", { class: "caption", ...(long ? { tabindex: 0 } : {}) }, label),
+      text ? h("span", { class: "tokens" }, text) : "",
+    ),
+  );
+}
+
+function histogram({ max, counts }) {
+  const total = counts.reduce((sum, count) => sum + count, 0);
+  const highest = Math.max(...counts, 1);
+  const fullest = counts.indexOf(Math.max(...counts));
+  const bin = max / counts.length;
+  const wide = 400 / counts.length;
+  const bars = counts.map((count, at) => {
+    const high = (100 * count) / highest;
+    return svg("rect", { x: at * wide + 0.5, y: 100 - high, width: wide - 1, height: high });
+  });
+  const text =
+    `Histogram of ${plural(total, "activation")} above zero, from 0 to ${size(max)} in ${counts.length} equal bins. ` +
+    `The fullest, from ${size(fullest * bin)} to ${size((fullest + 1) * bin)}, holds ${whole(counts[fullest])}.`;
+  return h(
+    "figure",
+    { class: "histogram" },
+    svg(
+      "svg",
+      { viewBox: "0 0 400 101", role: "img", "aria-label": text, preserveAspectRatio: "none" },
+      ...bars,
+      svg("line", { x1: 0, x2: 400, y1: 100.5, y2: 100.5 }),
+    ),
+    h("div", { class: "ends", "aria-hidden": "true" }, h("span", {}, "0"), h("span", {}, size(max))),
+    h("figcaption", {}, text),
+  );
+}

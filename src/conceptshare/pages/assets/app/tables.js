@@ -1,0 +1,216 @@
+// Controls, whose values are in the address, and tables with filters, sorting and pages.
+
+const ROWS = 100; // of a table, on one page
+
+let current = null; // the view that is shown: its path, query and update()
+let typed = {}; // what was typed and is not in the address yet
+let timer = 0;
+
+function change(changes, push) {
+  clearTimeout(timer);
+  if (!current) return;
+  const query = new URLSearchParams(current.query);
+  query.delete("page");
+  const all = { ...typed, ...changes };
+  typed = {};
+  for (const [key, value] of Object.entries(all)) value ? query.set(key, value) : query.delete(key);
+  const search = query.toString();
+  const address = `#${current.path}${search && `?${search}`}`;
+  if (push) remember(() => history.pushState({ entry: newEntry() }, "", address));
+  else history.replaceState(history.state, "", address);
+  current.query = query;
+  current.update(query);
+}
+
+/** A labelled input or select, whose value is in the address. */
+function control(label, key, attributes, options) {
+  const box = attributes.type === "checkbox";
+  const input = h(
+    options ? "select" : "input",
+    { ...attributes, autocomplete: "off" },
+    (options ?? []).map(([value, text]) => h("option", { value }, text)),
+  );
+  const off = attributes["data-off"] ?? "";
+  if (box || options)
+    input.addEventListener("change", () => change({ [key]: !box || input.checked ? input.value : off }, true));
+  else
+    input.addEventListener("input", () => {
+      typed[key] = input.value;
+      clearTimeout(timer);
+      timer = setTimeout(() => change({}, false), 120);
+    });
+  const sync = (query) => {
+    const value = query.get(key) ?? "";
+    if (box) input.checked = value === attributes.value;
+    else if (input.value !== value && document.activeElement !== input) input.value = value;
+    if (options && input.selectedIndex < 0) input.selectedIndex = 0;
+  };
+  return { node: h("label", { class: box ? "check" : "field" }, box ? [input, label] : [label, input]), sync };
+}
+
+const limit = (query, key) => {
+  const text = query.get(key);
+  return text === null || !Number.isFinite(Number(text)) ? null : Number(text);
+};
+
+/** Whether a row is kept by a query; the empty query keeps all. Nothing is known of a null, so limits drop it. */
+function between(value, low, high) {
+  if (low === null && high === null) return true;
+  return value !== null && value !== undefined && (low === null || value >= low) && (high === null || value <= high);
+}
+
+function searching(query) {
+  const text = (query.get("q") ?? "").trim().toLowerCase();
+  const number = /^#?\d+$/.test(text) ? Number(text.replace("#", "")) : null;
+  return (feature, called) =>
+    !text || feature === number || (called?.name ?? called?.candidate ?? "").toLowerCase().includes(text);
+}
+
+/**
+ * A table with filters, sorting and pages, all of it in the address.
+ *
+ * Columns are {id, label, value(row), cell(row), text}; the one with `heading` names the row.
+ */
+function listing({ caption, columns, count, sorted, controls, keep, unit }) {
+  const status = h("p", { role: "status", class: "count" });
+  const body = h("tbody");
+  const pager = h("nav", { class: "pager", "aria-label": "Pages of the table" });
+  const heads = columns.map((column) =>
+    h(
+      "th",
+      {
+        scope: "col",
+        class: `${column.text || !column.value ? "" : "number"}${column.label.length > 16 ? " long" : ""}`,
+      },
+      column.value
+        ? h("button", { type: "button", title: column.title, onclick: () => sort(column) }, column.label)
+        : h("span", {}, column.label),
+    ),
+  );
+  const readSort = (query) => {
+    const text = query.get("sort") ?? "";
+    const column = columns.find(({ id, value }) => value && (text === id || text === `-${id}`));
+    if (column) return { column, down: text.startsWith("-") };
+    return { column: columns.find(({ id }) => id === sorted.slice(1)), down: sorted[0] === "-" };
+  };
+  function sort(column) {
+    const now = readSort(current.query);
+    const down = now.column === column ? !now.down : !column.text && !column.rising;
+    change({ sort: `${down ? "-" : ""}${column.id}` }, true);
+  }
+  const step = (page, label, enabled) =>
+    h("button", { type: "button", disabled: !enabled, onclick: () => turnTo(page) }, label);
+  function turnTo(page) {
+    change({ page: page > 1 ? String(page) : "" }, true);
+    frame.scrollIntoView();
+    (pager.querySelector("button:not([disabled])") ?? frame).focus({ preventScroll: true });
+  }
+  const frame = h(
+    "div",
+    { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
+    h(
+      "table",
+      { class: "listing" },
+      h("caption", { class: "hidden" }, caption),
+      h("thead", {}, h("tr", {}, heads)),
+      body,
+    ),
+  );
+
+  function update(query) {
+    for (const { sync } of controls) sync(query);
+    const { column, down } = readSort(query);
+    heads.forEach((head, at) => {
+      if (columns[at].value)
+        head.setAttribute("aria-sort", columns[at] === column ? (down ? "descending" : "ascending") : "none");
+    });
+    const kept = keep(query);
+    const rows = [];
+    for (let row = 0; row < count; row++) if (kept(row)) rows.push(row);
+    const values = new Map(rows.map((row) => [row, column.value(row)]));
+    const sign = down ? -1 : 1;
+    rows.sort((a, b) => {
+      const [x, y] = [values.get(a) ?? null, values.get(b) ?? null];
+      if (x === null || y === null) return (x === null) - (y === null) || a - b;
+      return (x < y ? -sign : x > y ? sign : 0) || a - b;
+    });
+    const pages = Math.max(1, Math.ceil(rows.length / ROWS));
+    const page = Math.min(Math.max(1, Math.trunc(limit(query, "page") ?? 1)), pages);
+    const shown = rows.slice((page - 1) * ROWS, page * ROWS);
+    status.textContent =
+      rows.length === count ? plural(count, unit) : `${whole(rows.length)} of ${plural(count, unit)}`;
+    body.querySelectorAll(".strip").forEach((strip) => watcher.unobserve(strip));
+    body.replaceChildren(
+      ...shown.map((row) =>
+        h(
+          "tr",
+          {},
+          columns.map((column) =>
+            h(
+              column.heading ? "th" : "td",
+              { scope: column.heading ? "row" : null, class: column.text || !column.value ? column.id : "number" },
+              column.cell(row),
+            ),
+          ),
+        ),
+      ),
+    );
+    const none = `No ${unit} is left by these filters.`;
+    if (!shown.length) body.append(h("tr", {}, h("td", { colspan: columns.length }, none)));
+    pager.hidden = pages === 1;
+    pager.replaceChildren(
+      step(1, "First", page > 1),
+      step(page - 1, "Previous", page > 1),
+      h("span", {}, `Page ${page} of ${pages}`),
+      step(page + 1, "Next", page < pages),
+      step(pages, "Last", page < pages),
+    );
+  }
+  const filters = h(
+    "form",
+    {
+      class: "filters",
+      role: "search",
+      "aria-label": `Filter ${unit}s`,
+      onsubmit: (event) => event.preventDefault(),
+    },
+    controls.map(({ node }) => node),
+  );
+  return { nodes: [filters, status, frame, pager], update };
+}
+
+const search = (label) => control(label, "q", { type: "search" });
+const number = (label, key) => control(label, key, { type: "number", step: "any" });
+const picturesBox = () => control("Pictures", "pictures", { type: "checkbox", value: "", "data-off": "no" });
+
+/** Numbers of layers as links, the present one marked. */
+const layerLinks = (label, layers, chosen, address) =>
+  h(
+    "nav",
+    { class: "layers", "aria-label": label },
+    h("span", { "aria-hidden": "true" }, label),
+    h(
+      "ul",
+      {},
+      layers.map(
+        (layer) => h(
+          "li",
+          {},
+          h("a", { href: address(layer), "aria-current": layer === chosen ? "page" : null }, String(layer)),
+        ),
+      ),
+    ),
+  );
+
+/** A correlation with a bar as long as it is. */
+const rho = (value) =>
+  h(
+    "span",
+    { class: "rho" },
+    fixed(value),
+    h(
+      "span",
+      { class: "meter", "aria-hidden": "true" },
+      h("span", { style: { width: `${100 * Math.min(Math.max(value ?? 0, 0), 1)}%` } }),
+    ),
+  );
