@@ -181,7 +181,9 @@ def test_a_disk_that_takes_nothing_more_is_one_line_and_all_is_there_once_it_doe
     assert [(kept / f"{attempt}.status").read_text() for attempt in ("first", "second")] == ["1", "0"]
     errors = [line for line in both.said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    expected = "the disk is full; make room" if disk == "full" else "Read-only file system.*let this user .* write"
+    expected = (
+        "the disk is full; free some space" if disk == "full" else "Read-only file system.*let this user .* write"
+    )
     assert re.search(expected, errors[0])
     assert "Traceback" not in both.said
     assert_nothing_looks_finished_that_is_not(stage, made, kept / "first")
@@ -231,7 +233,7 @@ def test_metadata_of_an_unfinished_store_that_were_cut_off_do_no_harm(lost, made
     again = run(given, tmp_path)
     if again.status:
         assert_one_line(again)
-        assert "what an earlier attempt left of it is damaged" in again.said
+        assert "the partial store of an earlier attempt is damaged" in again.said
         assert run(given, tmp_path).status == 0
     shutil.rmtree(tmp_path / "whole")
     assert_as_undisturbed("activations", made, tmp_path)

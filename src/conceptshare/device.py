@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from conceptshare.io.errors import DeviceError
-from conceptshare.io.progress import say
+from conceptshare.io.progress import info
 
 DEVICE = "CONCEPTSHARE_DEVICE"
 """The environment variable that chooses: ``cpu``, or ``cuda``, which fails without a GPU. If it is unset, jobs compute
@@ -66,11 +66,11 @@ def log_device() -> None:
     chosen = default_device()
     if chosen.type == "cpu":
         reason = f"{DEVICE}=cpu" if _asked() else f"{_torch()} sees no GPU, {find_driver()}"
-        say(f"device: CPU, {torch.get_num_threads()} threads; {reason}")
+        info(f"device: CPU, {torch.get_num_threads()} threads; {reason}")
         return
     with _in_one_line():
         torch.ones(1, device=chosen).item()
-    say(f"device: {chosen}, {torch.cuda.get_device_name(chosen)}; {_torch()}, {find_driver()}")
+    info(f"device: {chosen}, {torch.cuda.get_device_name(chosen)}; {_torch()}, {find_driver()}")
 
 
 def why_no_gpu() -> str:

@@ -213,7 +213,7 @@ def test_only_the_layers_in_use_are_stored_and_another_is_an_error_that_names_th
 
 def test_global_tokens_alone_are_no_tokens_to_train_on(extracted):
     _, folder, _ = extracted(models.bert)
-    with pytest.raises(StoreError, match=r"tiny\.zarr: a store of 'activations', where one of 'tokens' is needed"):
+    with pytest.raises(StoreError, match=r"tiny\.zarr: a store of 'activations', but one of 'tokens' is needed"):
         TokenReader.open(folder / "activations" / "tiny.zarr", layer=0)
 
 
@@ -416,7 +416,7 @@ def test_a_chunk_that_an_unfinished_store_lost_is_an_error_and_then_made_again(d
     (out / kind / "tiny.zarr.partial" / lost).unlink()
     damaged = run_extraction(spec, data_folder, out)
     assert damaged.returncode == 1
-    assert "tiny.zarr: what an earlier attempt left of it is damaged" in damaged.stderr
+    assert "tiny.zarr: the partial store of an earlier attempt is damaged" in damaged.stderr
     assert run_extraction(spec, data_folder, out).returncode == 0
     assert contents(out) == expected
 

@@ -235,5 +235,5 @@ def test_a_layer_with_a_value_that_is_not_finite_is_named(two_stores, tmp_path, 
 def test_a_store_of_another_kind_is_refused(two_stores, tmp_path, write_features):
     (path_a, _), _ = two_stores
     path = write_features(tmp_path, "c@0", {0: np.ones((700, 4))})
-    with pytest.raises(StoreError, match="where one of 'activations' is needed"):
+    with pytest.raises(StoreError, match="but one of 'activations' is needed"):
         compare_stores(path_a, path, tmp_path / "out.csv")

@@ -567,19 +567,19 @@ def test_stores_are_correlated_and_read_from_either_side(two_stores, tmp_path):
     from_vit, from_bert = read_correlations(out, "vit@0"), read_correlations(out, "bert@1")
     assert (from_vit.layers_a, from_vit.layers_b, from_vit.samples) == ([0, 2], [1], 50)
     assert (from_bert.layers_a, from_bert.layers_b, from_bert.samples) == ([1], [0, 2], 50)
-    assert from_vit.found.sizes_a.tolist() == from_bert.found.sizes_b.tolist() == [5, 5]
+    assert from_vit.best.sizes_a.tolist() == from_bert.best.sizes_b.tolist() == [5, 5]
     for pair, sides in ((from_vit, (a, b)), (from_bert, (b, a))):
         source, target = sides
         for row, y in enumerate(target.values()):
             for column, x in enumerate(source.values()):
                 place = slice(column * x.shape[1], (column + 1) * x.shape[1])
-                assert_best_matches(pair.found.rho_ab[row, place], pair.found.match_ab[row, place], x, y)
+                assert_best_matches(pair.best.rho_ab[row, place], pair.best.match_ab[row, place], x, y)
 
 
 def test_the_type_of_each_array_is_as_documented(two_stores, tmp_path):
     path_a, path_b, _, _ = two_stores
     correlate_stores(path_a, path_b, tmp_path / "pair.zarr")
-    found = read_correlations(tmp_path / "pair.zarr", "vit@0").found
+    found = read_correlations(tmp_path / "pair.zarr", "vit@0").best
     assert found.rho_ab.dtype == found.rho_ba.dtype == np.float32
     assert found.match_ab.dtype == found.match_ba.dtype == np.int32
 
@@ -649,7 +649,7 @@ def test_an_influence_is_how_a_wmppc_changes_with_the_weight_of_a_sample(larger_
     for source, sides in (("vit@0", (a, b)), ("bert@1", (b, a))):
         pair = read_correlations(out, source)
         ours, others = ([x.astype(np.float64) for x in side.values()] for side in sides)
-        found, N = pair.found, 300
+        found, N = pair.best, 300
         everything = np.concatenate(others, axis=1)
         starts = np.cumsum([0, *(y.shape[1] for y in others)])
         layer = found.rho_ab.argmax(0)
@@ -770,7 +770,7 @@ def test_a_damaged_progress_file_is_one_clear_error_and_gone(damage, larger_stor
     progress = tmp_path / "pair.zarr.partial" / "progress.npz"
     whole = progress.read_bytes()
     progress.write_bytes({"torn": whole[: len(whole) // 2], "garbled": b"x" * len(whole), "empty": b""}[damage])
-    with pytest.raises(StoreError, match=r"pair\.zarr: what an earlier attempt left of it is damaged"):
+    with pytest.raises(StoreError, match=r"pair\.zarr: the partial store of an earlier attempt is damaged"):
         correlate_stores(path_a, path_b, out, 700_000, full=[(0, 2)])
     correlate_stores(path_a, path_b, out, 700_000, full=[(0, 2)])
     assert out.exists()
@@ -781,11 +781,11 @@ def test_a_member_may_be_paired_with_itself(larger_stores, tmp_path):
     correlate_stores(path_a, path_a, tmp_path / "pair.zarr")
     pair = read_correlations(tmp_path / "pair.zarr", "vit@0")
     x = np.concatenate([*a.values()], axis=1)
-    best = pair.found.rho_ab.max(0)
+    best = pair.best.rho_ab.max(0)
     varies = (x != x[0]).any(0)
     assert best[varies] == pytest.approx(1, abs=1e-5)
     assert (best[~varies] == 0).all()
-    np.testing.assert_array_equal(pair.found.rho_ab, pair.found.rho_ba)
+    np.testing.assert_array_equal(pair.best.rho_ab, pair.best.rho_ba)
 
 
 def test_both_orders_of_a_pair_say_the_same(larger_stores, tmp_path):
@@ -826,7 +826,7 @@ def test_features_of_an_older_version_are_to_be_made_again(larger_stores, tmp_pa
     path_a, path_b, *_ = larger_stores
     root = path_a / "zarr.json"
     root.write_text(root.read_text().replace('"version": 4', '"version": 3'))
-    with pytest.raises(StoreError, match=r"format version 3, where 4 is needed; .* run the features stage again"):
+    with pytest.raises(StoreError, match=r"format version 3, but 4 is needed; .* run the features stage again"):
         correlate_stores(path_a, path_b, tmp_path / "pair.zarr")
 
 
@@ -888,7 +888,7 @@ def test_a_store_that_does_not_say_what_it_is_of_is_refused(key, larger_stores, 
     path_a, path_b, *_ = larger_stores
     root = path_a / "zarr.json"
     root.write_text(root.read_text().replace(f'"{key}"', f'"{key[::-1]}"'))
-    with pytest.raises(StoreError, match=r"vit@0\.zarr: zarr\.json is not as it was written"):
+    with pytest.raises(StoreError, match=r"vit@0\.zarr: zarr\.json was changed or damaged"):
         correlate_stores(path_a, path_b, tmp_path / "pair.zarr")
 
 

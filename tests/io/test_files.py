@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 
 from conceptshare.io.errors import OutputError, StoreError
-from conceptshare.io.files import ACCOUNT, FILE, PARQUET, PNG, SAE, Kind, Unchanged, check_replaceable, written_aside
+from conceptshare.io.files import (
+    FILE,
+    PARQUET,
+    PNG,
+    PROVENANCE_RECORD,
+    SAE,
+    Kind,
+    Unchanged,
+    atomic_output,
+    check_replaceable,
+)
 
 FOLDER = Kind("a folder", "new|old|part|left over")
 
@@ -22,7 +32,7 @@ def names_in(folder):
 
 def test_a_file_appears_under_its_name_only_when_it_is_complete(tmp_path):
     out = tmp_path / "deep" / "table.csv"
-    with written_aside(out, FILE) as partial:
+    with atomic_output(out, FILE) as partial:
         partial.write_text("half")
         assert not out.exists()
         assert partial.parent == out.parent  # or renaming could cross file systems
@@ -39,7 +49,7 @@ def test_what_failed_leaves_nothing_behind_and_the_old_output_as_it_was(tmp_path
     (out / "old" if as_folder else out).write_text("old")
 
     def fail():
-        with written_aside(out, FOLDER if as_folder else FILE) as partial:
+        with atomic_output(out, FOLDER if as_folder else FILE) as partial:
             if as_folder:
                 partial.mkdir()
                 (partial / "part").write_text("new")
@@ -63,7 +73,7 @@ def test_an_old_output_is_replaced_whole(tmp_path, old, as_folder):
         (out / "provenance.json").touch()
     if old and (not as_folder or old == "old"):
         (out / "old" if as_folder else out).write_text(old.removeprefix("nothing"))
-    with written_aside(out, FOLDER if as_folder else FILE) as partial:
+    with atomic_output(out, FOLDER if as_folder else FILE) as partial:
         if as_folder:
             partial.mkdir()
         (partial / "new" if as_folder else partial).write_text("new")
@@ -80,7 +90,7 @@ def test_the_remains_of_a_killed_attempt_are_cleared_away(tmp_path, as_folder):
         (remains / "left over").touch()
     else:
         remains.touch()
-    with written_aside(tmp_path / "result", FOLDER if as_folder else FILE) as partial:
+    with atomic_output(tmp_path / "result", FOLDER if as_folder else FILE) as partial:
         assert not partial.exists()
         partial.mkdir() if as_folder else partial.touch()
     assert names_in(tmp_path) == ["result"]
@@ -92,13 +102,13 @@ import sys
 from pathlib import Path
 from conceptshare.io.errors import MadeMeanwhileError
 from conceptshare.io.errors import OutputError, StoreError
-from conceptshare.io.files import FILE, SAE, Kind, Unchanged, check_replaceable, written_aside
+from conceptshare.io.files import FILE, SAE, Kind, Unchanged, check_replaceable, atomic_output
 
 FOLDER = Kind("a folder", "new|old|part|left over")
 
 path, key, content = sys.argv[1:]
 try:
-    with written_aside(Path(path), FILE, key=key or None) as partial:
+    with atomic_output(Path(path), FILE, key=key or None) as partial:
         print("making", flush=True)
         sys.stdin.readline()
         partial.write_text(content)
@@ -179,9 +189,9 @@ def test_where_there_are_no_locks_a_result_is_made_with_a_warning(tmp_path, monk
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with written_aside(tmp_path / "result", FILE) as partial:
+    with atomic_output(tmp_path / "result", FILE) as partial:
         partial.write_text("made")
-    assert f"no file locks here ({os.strerror(number)})" in capsys.readouterr().err
+    assert f"this file system has no locks ({os.strerror(number)})" in capsys.readouterr().err
     assert (tmp_path / "result").read_text() == "made"
     assert names_in(tmp_path) == ["result"]
 
@@ -192,7 +202,7 @@ def test_a_file_system_that_cannot_sync_is_borne_and_a_broken_disk_is_not(tmp_pa
         raise OSError(number, os.strerror(number))
 
     def make():
-        with written_aside(tmp_path / "result", FILE) as partial:
+        with atomic_output(tmp_path / "result", FILE) as partial:
             partial.write_text("made")
 
     monkeypatch.setattr(os, "fsync", refuse)
@@ -217,7 +227,7 @@ def test_all_of_a_result_is_synced_before_it_has_its_name_and_then_the_name(tmp_
 
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(Path, "rename", note_rename)
-    with written_aside(tmp_path / "above" / "result", Kind("a folder", r"part/file")) as partial:
+    with atomic_output(tmp_path / "above" / "result", Kind("a folder", r"part/file")) as partial:
         (partial / "part").mkdir(parents=True)
         (partial / "part" / "file").write_text("made")
     made = [f"{tmp_path}/above/result.partial{rest}" for rest in ("", "/part", "/part/file")]
@@ -252,7 +262,7 @@ def test_what_is_no_result_of_the_kind_is_never_replaced(tmp_path, monkeypatch, 
         return
     with (
         pytest.raises(OutputError, match=f"^{re.escape(str(Path(name)))}: .*; (name|choose)"),
-        written_aside(Path(name), kind),
+        atomic_output(Path(name), kind),
     ):
         pytest.fail("began")
     assert sorted((str(path), path.lstat().st_ino) for path in tmp_path.rglob("*")) == before
@@ -273,13 +283,13 @@ def test_what_appears_while_a_result_is_made_stays_and_so_does_the_result(tmp_pa
     out = tmp_path / "result"
 
     def make():
-        with written_aside(out, FOLDER) as partial:
+        with atomic_output(out, FOLDER) as partial:
             partial.mkdir()
             (partial / "new").touch()
             out.mkdir()
             (out / "thesis").touch()
 
-    with pytest.raises(OutputError, match=r"a folder with thesis in it.*what was made is at .*result\.partial"):
+    with pytest.raises(OutputError, match=r"a folder with thesis in it.*the new result is at .*result\.partial"):
         make()
     assert names_in(out) == ["thesis"]
     assert names_in(tmp_path / "result.partial") == ["new"]
@@ -294,7 +304,7 @@ def test_an_input_that_is_replaced_is_an_error_whatever_else_went_wrong(tmp_path
 
     def make(replace, error=None):
         file.write_text("old")
-        with written_aside(out, FILE) as partial, Unchanged(given):
+        with atomic_output(out, FILE) as partial, Unchanged(given):
             partial.write_text("made")
             if replace:
                 (tmp_path / "new").write_text("new")
@@ -326,23 +336,23 @@ def test_what_has_the_name_of_an_unfinished_result_and_is_none_stays(tmp_path, a
             continue
         with (
             pytest.raises(OutputError, match=f"^{re.escape(str(folder / aside))}: .*; move it away"),
-            written_aside(folder / "result", kind, resume),
+            atomic_output(folder / "result", kind, resume),
         ):
             pytest.fail("began")
         assert {path: path.lstat().st_ino for path in folder.rglob("*")} == before
         assert name != "letter" or (folder / aside).read_text() == "Dear"
 
 
-@pytest.mark.parametrize("kind", [PNG, PARQUET, ACCOUNT])
+@pytest.mark.parametrize("kind", [PNG, PARQUET, PROVENANCE_RECORD])
 def test_a_file_with_the_name_of_an_unfinished_one_that_begins_otherwise_stays(tmp_path, kind):
     out = tmp_path / f"result{kind.suffix}"
     partial = out.with_name(f"{out.name}.partial")
     partial.write_text("Dear")
-    with pytest.raises(OutputError, match="another file"), written_aside(out, kind):
+    with pytest.raises(OutputError, match="another file"), atomic_output(out, kind):
         pytest.fail("began")
     assert partial.read_text() == "Dear"
     for cut_off in (kind.magic[:2], b"", kind.magic + b"more"):
         partial.write_bytes(cut_off)
-        with pytest.raises(KeyError), written_aside(out, kind):
+        with pytest.raises(KeyError), atomic_output(out, kind):
             raise KeyError
         assert names_in(tmp_path) == []

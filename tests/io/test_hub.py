@@ -144,9 +144,9 @@ def test_a_hub_that_stays_busy_is_asked_three_times(hub, capsys):
     hub.add("us/tiny", FILES)
     hub.fail(503, 1000, "/api/")
     message = fault("us/tiny", "model", None)
-    assert "it answers 503 Service Unavailable" in message
+    assert "the hub answered 503 Service Unavailable" in message
     assert len(hub.log) == 3
-    assert capsys.readouterr().err.count("trying again") == 2
+    assert capsys.readouterr().err.count("retrying") == 2
 
 
 def test_a_body_that_is_cut_short_is_continued_after_the_last_whole_block(hub, monkeypatch):
@@ -208,7 +208,7 @@ def test_an_unknown_data_set_is_told_as_one(hub):
 
 def test_an_unknown_revision_is_one_clear_error_at_once(hub):
     hub.add("us/tiny", FILES)
-    assert "it has no revision 'v7'" in fault("us/tiny", "model", "v7")
+    assert "the hub has no revision 'v7'" in fault("us/tiny", "model", "v7")
     assert len(hub.log) == 1
 
 
@@ -246,7 +246,7 @@ def test_a_host_that_answers_no_connection_is_asked_once(monkeypatch, cache, cap
         waiting = socket.create_connection(server.getsockname())  # the one that the system keeps for its owner
         assert "the host cannot be reached (ConnectTimeout" in fault("us/tiny", "model", None)
         waiting.close()
-    assert "trying again" not in capsys.readouterr().err
+    assert "retrying" not in capsys.readouterr().err
 
 
 def test_a_cache_that_cannot_be_written_is_told(hub, cache):
@@ -257,11 +257,11 @@ def test_a_cache_that_cannot_be_written_is_told(hub, cache):
 
 def test_a_repository_without_such_files_is_an_error(hub):
     hub.add("us/tiny", FILES)
-    assert "it holds no such files" in fault("us/tiny", "model", None, ["*.gguf"])
+    assert "the repository has no such files" in fault("us/tiny", "model", None, ["*.gguf"])
 
 
 def test_what_is_no_hub_id_is_an_error(hub):
-    assert "that is not a hub id" in fault("us/tiny/files", "model", None)
+    assert "this is not a hub id" in fault("us/tiny/files", "model", None)
     assert hub.log == []
 
 
@@ -298,7 +298,7 @@ def test_an_earlier_fetch_of_other_files_does_not_serve(hub, monkeypatch, how):
     message = fault("us/tiny", "model", None, ["*.json", WEIGHTS])
     assert f"of {hub.endpoint} cannot be fetched: " in message
     if how == "switched off":
-        assert "HF_HUB_OFFLINE is set, and no earlier fetch has left them all on this machine" in message
+        assert "HF_HUB_OFFLINE is set, and not all of them are in the cache of this machine" in message
 
 
 def test_an_earlier_fetch_of_another_revision_does_not_serve(hub, monkeypatch):

@@ -10,7 +10,7 @@ import termios
 import pytest
 
 from conceptshare.io import progress as module
-from conceptshare.io.progress import progress, say
+from conceptshare.io.progress import info, progress
 
 
 @pytest.mark.parametrize("total", [None, 5])
@@ -78,6 +78,6 @@ def _all_of(controller):
 
 
 def test_a_line_is_written_at_once_to_standard_error(capsys):
-    say("hello")
+    info("hello")
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "hello\n")

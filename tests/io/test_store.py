@@ -84,7 +84,7 @@ def test_a_missing_store_is_refused(tmp_path):
 
 
 def test_a_store_of_another_kind_is_refused(store):
-    with pytest.raises(StoreError, match="'numbers', where one of 'features' is needed"):
+    with pytest.raises(StoreError, match="'numbers', but one of 'features' is needed"):
         open_store(store, "features")
 
 
@@ -176,7 +176,7 @@ def test_two_stores_that_were_exchanged_are_noticed(store, tmp_path):
     with new_store(tmp_path / "another.zarr", "numbers", {"of": "something else"}) as group:
         save_array(group, "plain", np.arange(3.0))
     exchange(store, tmp_path / "another.zarr")
-    with pytest.raises(StoreError, match=r"some\.zarr: holds the store 'another'; give it its name back"):
+    with pytest.raises(StoreError, match=r"some\.zarr: holds the store 'another'; rename it back"):
         open_store(store, "numbers")
 
 

@@ -144,7 +144,7 @@ def test_features_need_nothing_but_what_a_stream_leaves(encoder_of, data_folder,
         folder = make(encoder, data, settings, tmp_path / make.__name__)
         record_features(folder / "tiny.zarr", folder / "tiny", 3, folder / "tiny@3.zarr")
     assert contents(tmp_path / "stored" / "tiny@3.zarr") == contents(tmp_path / "streamed" / "tiny@3.zarr")
-    with pytest.raises(StoreError, match=r"tiny.zarr: a store of 'activations', where one of 'tokens' is needed"):
+    with pytest.raises(StoreError, match=r"tiny.zarr: a store of 'activations', but one of 'tokens' is needed"):
         TokenReader.open(tmp_path / "streamed" / "tiny.zarr", 0)
 
 
@@ -259,7 +259,7 @@ def test_a_damaged_unfinished_store_is_an_error_and_then_made_again(damage, enco
     streamed(encoder, Data(data_folder), settings, tmp_path / "whole")
     assert run_stream(encoder, data_folder, settings, tmp_path / "k", last=40).returncode == -signal.SIGKILL
     damage(tmp_path / "k" / "tiny.zarr.partial")
-    with pytest.raises(StoreError, match=r"tiny.zarr: what an earlier attempt left of it is damaged .* run again"):
+    with pytest.raises(StoreError, match=r"tiny.zarr: the partial store of an earlier attempt is damaged .* run again"):
         streamed(encoder, Data(data_folder), settings, tmp_path / "k")
     streamed(encoder, Data(data_folder), settings, tmp_path / "k")
     assert contents(tmp_path / "k") == contents(tmp_path / "whole")

@@ -239,5 +239,5 @@ def test_a_disk_that_is_full_when_a_job_starts_is_told(new_study):
         check=False,
     )
     assert refused.returncode == 1
-    assert "error: results: the disk is full; make room and run again" in refused.stderr
+    assert "error: results: the disk is full; free some space and run again" in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -103,7 +103,7 @@ def test_no_file_of_a_run_holds_a_token(tmp_path):
     assert found.returncode != 0
     logs = project.folder / "results/logs"
     assert "access is refused (401)" in (logs / "weights/refused.log").read_text()
-    assert "it answers 500" in (logs / "weights/broken.log").read_text()
+    assert "the hub answered 500" in (logs / "weights/broken.log").read_text()
     made = ["results/squares/data/provenance.json", "results/weights/reader.provenance.json"]
     made += ["results/logs/squares/dataset.log"]
     assert [path for path in made if not (project.folder / path).is_file()] == []

@@ -14,7 +14,7 @@ from shlex import quote
 import conceptshare
 from conceptshare.config.catalog import is_path, local_path
 from conceptshare.preflight.differences import differences, in_words
-from conceptshare.io.errors import ConceptshareError, refusal
+from conceptshare.io.errors import ConceptshareError, system_error_message
 from conceptshare.io.files import read_object
 from conceptshare.config import products
 from conceptshare.config.study import Member, as_member, build_study, encoder_pairs, sorted_pair, write_study
@@ -113,7 +113,7 @@ def say_what_refuses_to_be_written():
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        print(f"error: results: {refusal(error) or error}", file=sys.stderr)
+        print(f"error: results: {system_error_message(error) or error}", file=sys.stderr)
 
 
 def code(*names):

@@ -28,16 +28,16 @@ from conceptshare.encoders import Activations, Batch, Encoder
 from conceptshare.io.ahead import in_order
 from conceptshare.io.errors import EncoderError
 from conceptshare.io.layout import layer_name
-from conceptshare.io.progress import progress, say
+from conceptshare.io.progress import info, progress
 from conceptshare.io.store import (
     RowWriter,
     StoredArray,
     as_float16,
-    gone_on_with,
     layer_array,
     new_array,
     new_store,
     open_store,
+    resuming,
 )
 
 KIND, TOKENS = "activations", "tokens"
@@ -79,7 +79,7 @@ def extract_activations(encoder: Encoder, data: Data, out: Path, tokens: Path, t
         new_store(out, KIND, described, resume=True) as store,
         new_store(tokens, TOKENS, described, resume=True) as token_store,
     ):
-        with gone_on_with(tokens):
+        with resuming(tokens):
             recorder = Recorder(store, token_store, encoder.spec, len(data))
         record(encoder, data, recorder, threads, out.stem)
 
@@ -88,7 +88,7 @@ def record(encoder: Encoder, data: Data, recorder: "Recorder", threads: int, nam
     """Let a recorder have all batches that it lacks, and write while the next ones are computed."""
     started, starts = time.monotonic(), range(recorder.start, recorder.share.end, encoder.spec.batch_size)
     if recorder.start > recorder.share.first:
-        say(f"{name}: going on at sample {recorder.start:,}, from what an earlier attempt left")
+        info(f"{name}: going on at sample {recorder.start:,}, from what an earlier attempt left")
     writes: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1) as writing:
         batches = forward_pass(encoder, data, starts, threads, name)
@@ -100,7 +100,7 @@ def record(encoder: Encoder, data: Data, recorder: "Recorder", threads: int, nam
             write.result()
     recorder.close()
     seconds, made, layers = time.monotonic() - started, recorder.share.end - starts.start, encoder.spec.layer_numbers()
-    say(f"{name}: {made:,} samples, {len(layers)} layers in {seconds:.1f} s ({made / seconds:.3g}/s)")
+    info(f"{name}: {made:,} samples, {len(layers)} layers in {seconds:.1f} s ({made / seconds:.3g}/s)")
 
 
 def describe(encoder: Encoder, data: Data, name: str) -> dict[str, Any]:

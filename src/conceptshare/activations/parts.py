@@ -31,7 +31,7 @@ from conceptshare.encoders import Encoder
 from conceptshare.io.errors import StoreError, StudyError
 from conceptshare.io.files import Unchanged
 from conceptshare.io.layout import layer_name
-from conceptshare.io.store import StoredArray, gone_on_with, new_rows, new_store, open_store, rows_of
+from conceptshare.io.store import StoredArray, new_rows, new_store, open_store, resuming, rows_of
 
 PART = "part"
 """Kind of a store."""
@@ -61,7 +61,7 @@ def extract_part(encoder: Encoder, data: Data, out: Path, part: int, parts: int,
     described |= {"part": part, "parts": parts, "first": share.first, "stop": share.stop}
     with new_store(out, PART, described, resume=True) as group:
         store: Any = group
-        with gone_on_with(out):
+        with resuming(out):
             recorder = Recorder(store, store, encoder.spec, len(data), share)
         record(encoder, data, recorder, threads, out.stem)
         if share.stop > share.first and store["offsets"][share.stop] != share.stop_row:

@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from conceptshare.config.study import as_member
-from conceptshare.io.files import MATRICES, written_aside
+from conceptshare.io.files import MATRICES, atomic_output
 from conceptshare.metrics import READINGS
 
 _MODALITIES = ("image", "text")
@@ -40,7 +40,7 @@ def write_matrices(
     """
     members = list(dict.fromkeys(table["source"]))
     labels = short_labels(members)
-    with written_aside(folder, MATRICES) as partial:
+    with atomic_output(folder, MATRICES) as partial:
         partial.mkdir()
         for reading in READINGS:
             cells = table[table.reading == reading].pivot(index="source", columns="target", values="wmppc")

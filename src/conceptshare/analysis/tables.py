@@ -19,7 +19,7 @@ from pandas.api.types import is_numeric_dtype
 from conceptshare import metrics
 from conceptshare.config.study import GroupedMember, Member, as_member, pair_name
 from conceptshare.io.errors import StoreError, StudyError
-from conceptshare.io.files import CSV, PARQUET, written_aside
+from conceptshare.io.files import CSV, PARQUET, atomic_output
 from conceptshare.io.parquet import read_parquet, write_parquet
 from conceptshare.io.readers import (
     CORRELATIONS,
@@ -315,7 +315,7 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
         ceilings = dict.fromkeys(metrics.READINGS, float("nan"))
         if source.ceiling is not None:
             stores.active(source.ceiling)
-            other = stores.pair(source.member, source.ceiling).found
+            other = stores.pair(source.member, source.ceiling).best
             ceilings = wmppc_readings(other.rho_ab, S, other.sizes_a)
         for target in members:
             if source == target:
@@ -359,14 +359,14 @@ def cells_of(
     pair: PairCorrelations, S: metrics.Array, density: metrics.Array, active: Sequence[int]
 ) -> list[dict[str, Any]]:
     """The values of a source and a target for each reading; ``active`` counts the target's active features by layer."""
-    rho, sizes = pair.found.rho_ab, pair.found.sizes_a
+    rho, sizes = pair.best.rho_ab, pair.best.sizes_a
     values = wmppc_readings(rho, S, sizes)
     shuffled = _shuffled(sizes, pair.floor_sizes)
     floors = wmppc_readings(pair.floor, S[shuffled], pair.floor_sizes)
     cells = []
     for reading in metrics.READINGS:
         best, strength = _best(rho, sizes, reading), _best(S[None], sizes, reading)
-        varying = _best(pair.found.match_ab, sizes, reading) >= 0
+        varying = _best(pair.best.match_ab, sizes, reading) >= 0
         candidates = active[-1] if reading == "last" else sum(active)
         _, significant = _chances(best[varying], pair.samples, candidates)
         cells.append(
@@ -387,12 +387,12 @@ def cells_of(
 
 def _beyond_shuffled(pair: PairCorrelations, density: metrics.Array, reading: str) -> NDArray[np.bool_]:
     """Which of a reading's features match better than with shuffled samples, among those that are about as dense."""
-    sizes, shuffled = pair.found.sizes_a, _shuffled(pair.found.sizes_a, pair.floor_sizes)
+    sizes, shuffled = pair.best.sizes_a, _shuffled(pair.best.sizes_a, pair.floor_sizes)
     strata = metrics.strata(density * pair.samples)
-    best, match, stratum = (_best(of, sizes, reading) for of in (pair.found.rho_ab, pair.found.match_ab, strata[None]))
+    best, match, stratum = (_best(of, sizes, reading) for of in (pair.best.rho_ab, pair.best.match_ab, strata[None]))
     by_chance, match_by_chance, stratum_by_chance = (
         _best(of, pair.floor_sizes, reading)
-        for of in (pair.floor, pair.found.match_ab[:, shuffled], strata[None, shuffled])
+        for of in (pair.floor, pair.best.match_ab[:, shuffled], strata[None, shuffled])
     )
     beyond = np.zeros(len(best), bool)
     for n in np.unique(stratum):
@@ -505,13 +505,13 @@ def layerwise_table(pairs: Sequence[tuple[str, str]], stores: Stores) -> pd.Data
         statistics = {member: stores.active(member) for member in (a, b)}
         for source, target in ((a, b), (b, a)):
             pair, similar = stores.pair(source, target), stores.similar(source, target)
-            ends, floor_ends = np.cumsum(pair.found.sizes_a), np.cumsum(pair.floor_sizes)
+            ends, floor_ends = np.cumsum(pair.best.sizes_a), np.cumsum(pair.floor_sizes)
             for layer, first, end, floor_first, floor_end in zip(
-                pair.layers_a, ends - pair.found.sizes_a, ends, floor_ends - pair.floor_sizes, floor_ends, strict=True
+                pair.layers_a, ends - pair.best.sizes_a, ends, floor_ends - pair.floor_sizes, floor_ends, strict=True
             ):
                 S = statistics[source][layer].strength
                 for n, target_layer in enumerate(pair.layers_b):
-                    rho, by_chance = pair.found.rho_ab[n, first:end], pair.floor[n, floor_first:floor_end]
+                    rho, by_chance = pair.best.rho_ab[n, first:end], pair.floor[n, floor_first:floor_end]
                     rows.append(
                         {
                             "source": source,
@@ -547,14 +547,14 @@ def pair_table(a: str, b: str, stores: Stores) -> pd.DataFrame:
     tables = []
     for source, target in ((a, b), (b, a)):
         pair, of_source = stores.pair(source, target), statistics[source]
-        best = pair.found.rho_ab.argmax(axis=0)[None]
-        rho, match = (np.take_along_axis(of, best, 0)[0] for of in (pair.found.rho_ab, pair.found.match_ab))
-        varying = pair.found.match_ab.max(axis=0) >= 0
+        best = pair.best.rho_ab.argmax(axis=0)[None]
+        rho, match = (np.take_along_axis(of, best, 0)[0] for of in (pair.best.rho_ab, pair.best.match_ab))
+        varying = pair.best.match_ab.max(axis=0) >= 0
         log10_p, significant = np.full(len(rho), np.nan), np.zeros(len(rho), bool)
         log10_p[varying], significant[varying] = _chances(
             rho[varying], pair.samples, sum(active_counts(statistics[target]))
         )
-        sizes, (S, density) = pair.found.sizes_a, side_by_side(of_source)
+        sizes, (S, density) = pair.best.sizes_a, side_by_side(of_source)
         tables.append(
             pd.DataFrame(
                 {
@@ -599,7 +599,7 @@ def sharedness_table(
         stores.active(member)
     layer = max(statistics)
     F = len(statistics[layer].strength)
-    rho = {member: stores.pair(source, member).found.rho_ab[-1, -F:] for member in [*shared_with, *not_shared_with]}
+    rho = {member: stores.pair(source, member).best.rho_ab[-1, -F:] for member in [*shared_with, *not_shared_with]}
     table = ranking(source, layer, statistics[layer], rho, shared_with, not_shared_with)
     return _made_from(stores, (source, *shared_with, *not_shared_with), table)
 
@@ -746,9 +746,9 @@ def write_table(table: pd.DataFrame, out: Path) -> None:
     """Write a table as CSV at ``out`` and as Parquet next to it, which says what the table's ``attrs`` do."""
     said, table = table.attrs, table.copy(deep=False)
     table.attrs = {}
-    with written_aside(out.with_suffix(".parquet"), PARQUET) as partial:
+    with atomic_output(out.with_suffix(".parquet"), PARQUET) as partial:
         write_parquet(pa.Table.from_pandas(table, preserve_index=False), partial, out.stem, said)
-    with written_aside(out, CSV) as partial:
+    with atomic_output(out, CSV) as partial:
         table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
 
 

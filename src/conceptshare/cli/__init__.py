@@ -8,7 +8,7 @@ import typer
 
 from conceptshare.cli import comparing, concepts, encoders, figures, pages, saes, study, tables
 from conceptshare.io import provenance
-from conceptshare.io.errors import ConceptshareError, MadeMeanwhileError, refusal
+from conceptshare.io.errors import ConceptshareError, MadeMeanwhileError, system_error_message
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -42,7 +42,7 @@ def main() -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
-        refused = refusal(error)
+        refused = system_error_message(error)
         if refused is None:
             raise
         print(f"error: {refused}", file=sys.stderr)

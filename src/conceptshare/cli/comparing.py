@@ -10,7 +10,7 @@ from conceptshare.cli.options import GPUs, Threads, in_bytes, out_option, use_gp
 from conceptshare.config.catalog import parse, parse_yaml
 from conceptshare.config.study import PairSettings
 from conceptshare.io.errors import StudyError
-from conceptshare.io.files import ACCOUNT_BESIDE, CSV, PARQUET, store_kind
+from conceptshare.io.files import CSV, PARQUET, PROVENANCE_SIDECAR, store_kind
 
 app = typer.Typer()
 
@@ -60,7 +60,7 @@ def correlations(
 def similarity(
     a: Annotated[Path, typer.Argument(help="An activation store.")],
     b: Annotated[Path, typer.Argument(help="Another of the same samples.")],
-    out: Annotated[Path, out_option(CSV, PARQUET, ACCOUNT_BESIDE)],
+    out: Annotated[Path, out_option(CSV, PARQUET, PROVENANCE_SIDECAR)],
     threads: Threads = 1,
     gpus: GPUs = None,
 ) -> None:

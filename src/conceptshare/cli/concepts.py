@@ -7,7 +7,7 @@ import typer
 
 from conceptshare.cli.options import DataFolder, Entry, FeatureStore, GPUs, Weights, entry, out_option, use_gpus
 from conceptshare.config.catalog import EncoderSpec
-from conceptshare.io.files import ACCOUNT_BESIDE, CSV, EXAMPLES, PARQUET
+from conceptshare.io.files import CSV, EXAMPLES, PARQUET, PROVENANCE_SIDECAR
 
 app = typer.Typer()
 
@@ -16,7 +16,7 @@ app = typer.Typer()
 def names(
     features: FeatureStore,
     data: DataFolder,
-    out: Annotated[Path, out_option(PARQUET, CSV._replace(suffix=".clearest.csv"), ACCOUNT_BESIDE)],
+    out: Annotated[Path, out_option(PARQUET, CSV._replace(suffix=".clearest.csv"), PROVENANCE_SIDECAR)],
     command: Annotated[
         str | None, typer.Option(help="A program that names features, such as one that asks a language model.")
     ] = None,

@@ -23,7 +23,7 @@ from conceptshare.cli.options import (
 )
 from conceptshare.config.catalog import DatasetSpec, EncoderSpec, ModelSpec
 from conceptshare.io.errors import StudyError
-from conceptshare.io.files import ACCOUNT_BESIDE, DATASET, WEIGHTS, store_kind
+from conceptshare.io.files import DATASET, PROVENANCE_SIDECAR, WEIGHTS, store_kind
 
 app = typer.Typer()
 
@@ -39,7 +39,7 @@ def dataset(dataset: Entry, out: Annotated[Path, out_option(DATASET)]) -> None:
 @app.command()
 def weights(
     encoder: Entry,
-    out: Annotated[Path, out_option(WEIGHTS, ACCOUNT_BESIDE)],
+    out: Annotated[Path, out_option(WEIGHTS, PROVENANCE_SIDECAR)],
     load: Annotated[
         bool, typer.Option(help="Whether to load the encoder, on the CPU, and let it read two samples first.")
     ] = True,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from conceptshare.config.catalog import CATALOG, complete, parse, parse_yaml, read_catalog
-from conceptshare.io.files import CSV, PARQUET, PDF, PNG, Kind, alone, check_replaceable
+from conceptshare.io.files import CSV, PARQUET, PDF, PNG, Kind, check_replaceable, output_lock
 
 
 def out_option(kind: Kind, *beside: Kind, text: str = "What to write.") -> Any:
@@ -23,7 +23,7 @@ def out_option(kind: Kind, *beside: Kind, text: str = "What to write.") -> Any:
         if path is not None:
             _check(path, kind, *beside)
             if path.parent.is_dir():  # else nobody is at it
-                context.with_resource(alone(path))
+                context.with_resource(output_lock(path))
         return path
 
     return typer.Option(help=text, callback=begin, show_default=False)

@@ -32,7 +32,7 @@ from conceptshare.encoders import Batch, Encoder
 from conceptshare.io import provenance
 from conceptshare.io.ahead import in_order
 from conceptshare.io.errors import StoreError
-from conceptshare.io.files import EXAMPLES, Unchanged, written_aside
+from conceptshare.io.files import EXAMPLES, Unchanged, atomic_output
 from conceptshare.io.layout import layer_name
 from conceptshare.io.progress import progress
 from conceptshare.io.readers import FEATURES, read_features
@@ -118,7 +118,7 @@ def record_examples(encoder: Encoder, data: Data, features: Path, saes: Path, ou
         if record["digest"] != spec["made_from"]["saes"][str(layer)]:
             raise StoreError(f"{folder}: not the SAE of the features in {features}; run the features stage again")
         loaded[layer] = load_sae(folder, record)
-    with written_aside(out, EXAMPLES) as partial, inputs:
+    with atomic_output(out, EXAMPLES) as partial, inputs:
         partial.mkdir()
         told = find_where_they_fire(encoder, data, loaded, tops, out.name, threads)
         schema = _IMAGES if encoder.spec.modality == "image" else _TEXTS

@@ -30,9 +30,9 @@ from sklearn.feature_extraction.text import CountVectorizer
 from conceptshare.data.dataset import Data
 from conceptshare.io import provenance
 from conceptshare.io.errors import StudyError
-from conceptshare.io.files import CSV, PARQUET, Unchanged, written_aside
+from conceptshare.io.files import CSV, PARQUET, Unchanged, atomic_output
 from conceptshare.io.parquet import write_parquet
-from conceptshare.io.progress import progress, say
+from conceptshare.io.progress import info, progress
 from conceptshare.io.readers import (
     FEATURES,
     FeatureArray,
@@ -192,13 +192,13 @@ def name_features(features: Path, data: Path, out: Path, command: str | None = N
     for layer, block in progress(blocks, len(blocks), f"names of {member}", "blocks"):
         rows += _rows(layer, block, words, samples, names)
     table = pa.Table.from_pylist([dict(zip(_SCHEMA.names, row, strict=True)) for row in rows], _SCHEMA)
-    with written_aside(out, PARQUET) as partial, inputs:
+    with atomic_output(out, PARQUET) as partial, inputs:
         write_parquet(table, partial, out.stem, {"features": {member: store.attrs["digest"]}})
-        with written_aside(out.with_name(f"{out.stem}.clearest.csv"), CSV) as listed:
+        with atomic_output(out.with_name(f"{out.stem}.clearest.csv"), CSV) as listed:
             _clearest(table.to_pandas()).to_csv(listed, index=False, float_format="%.6g", lineterminator="\n")
         provenance.record(out)
     clear = len(rows) - table["name"].null_count
-    say(
+    info(
         f"names of {member}: {clear:,} of {len(rows):,} features have a clear one; of {len(words.vocabulary):,} words, "
         f"z above {words.threshold:.2f}"
     )
@@ -456,7 +456,7 @@ def _ask(command: str, member: str, layers: Sequence[_Layer], words: _Words, dat
                 )
                 evidence.write(b"\n")
         evidence.seek(0)
-        say(f"names of {member}: asking the command for {len(asked):,}")
+        info(f"names of {member}: asking the command for {len(asked):,}")
         try:
             done = subprocess.run(shlex.split(command), stdin=evidence, capture_output=True, check=False)
         except (OSError, ValueError, IndexError) as error:  # not there, quotes that do not close, nothing but blanks

@@ -32,7 +32,7 @@ from conceptshare.config.catalog import (
 )
 from conceptshare.config.products import FIGURES, TABLES, Figure, Table, taken_by
 from conceptshare.io.errors import StudyError
-from conceptshare.io.files import STUDY, written_aside
+from conceptshare.io.files import STUDY, atomic_output
 
 # Groups of a matrix, in the order of the paper's tables: what reads images first, then what reads text.
 _GROUPS = [("image", "vlm"), ("image", "vision"), ("text", "vlm"), ("text", "language")]
@@ -672,7 +672,7 @@ def build_study(config: dict[str, Any], origin: str, catalog: Path = CATALOG) ->
 
 def write_study(study: Study, out: Path) -> None:
     """Write a study, completed by the catalog, as JSON that `load_study` reads on any machine."""
-    with written_aside(out, STUDY) as partial:
+    with atomic_output(out, STUDY) as partial:
         partial.write_text(json.dumps(json.loads(study.study_key()), indent=1) + "\n", encoding="utf-8")
 
 

@@ -12,10 +12,10 @@ from conceptshare.correlations._engine import Full, Kept, max_correlations
 from conceptshare.correlations._influence import Encoder, influences
 from conceptshare.correlations.blocks import MEMORY_BYTES, Blocks, Precision
 from conceptshare.io.errors import StoreError
-from conceptshare.io.files import FILE, Unchanged, renamed
+from conceptshare.io.files import FILE, Unchanged, unlocked_output
 from conceptshare.io.layout import layer_name
 from conceptshare.io.readers import CORRELATIONS, FEATURES, FeatureArray, MaxCorrelations, PairCorrelations
-from conceptshare.io.store import gone_on_with, layer_array, new_array, new_store, open_store, save_array
+from conceptshare.io.store import layer_array, new_array, new_store, open_store, resuming, save_array
 
 FLOOR_FEATURES = 512
 """Features of each layer, the first ones, whose best matches among shuffled samples are sought: all of a wMPPC's floor
@@ -68,7 +68,7 @@ def correlate_stores(
         a.position(layer_a), b.position(layer_b)
     with new_store(out, CORRELATIONS, described, resume=True) as store, inputs:
         progress = _Progress(Path(store.store.root) / _PROGRESS)  # type: ignore[attr-defined]
-        with gone_on_with(out):
+        with resuming(out):
             matrices = {
                 (a.position(layer_a), b.position(layer_b)): _matrix(store, layer_a, layer_b, a, b)
                 for layer_a, layer_b in full
@@ -214,7 +214,7 @@ class _Progress:
 
     def write(self, kept: Kept) -> None:
         """Keep what there is."""
-        with renamed(self._path, FILE) as partial, partial.open("wb") as file:
+        with unlocked_output(self._path, FILE) as partial, partial.open("wb") as file:
             chunks = (self._path.parent / "full").glob("*/c/*/*")
             files = np.array(sorted(str(chunk.relative_to(self._path.parent)) for chunk in chunks), np.str_)
             np.savez(file, steps=kept.steps, blocks=np.array(kept.blocks), files=files, **vars(kept.found))

@@ -37,9 +37,9 @@ from conceptshare.data.sources import Source, locate
 from conceptshare.io import provenance
 from conceptshare.io.ahead import in_order
 from conceptshare.io.errors import DatasetError
-from conceptshare.io.files import DATASET, written_aside
-from conceptshare.io.progress import progress, say
-from conceptshare.io.seals import is_text_whole, seal_text
+from conceptshare.io.files import DATASET, atomic_output
+from conceptshare.io.progress import info, progress
+from conceptshare.io.seals import is_text_intact, seal_text
 
 MAX_RATIO = 100
 """Largest ratio of an image's sides. Models resize one side to some 200 pixels: of a narrower image, the other side
@@ -90,7 +90,7 @@ class Data:
         self._folder = folder
         try:
             manifest = (folder / "manifest.json").read_bytes()
-            if not is_text_whole(manifest):
+            if not is_text_intact(manifest):
                 raise ValueError("manifest.json is not as this version wrote it")
             self.manifest: dict[str, Any] = json.loads(manifest)
             with pa.memory_map(str(folder / "samples.arrow")) as source:
@@ -100,7 +100,7 @@ class Data:
             checksums = _checksums_digest(self._table.to_batches())
         except (OSError, ValueError, pa.ArrowException) as error:
             said = " ".join(str(error).split())
-            remedy = _REMEDY if (folder / "samples.arrow").exists() or DATASET.is_one(folder) else _ELSEWHERE
+            remedy = _REMEDY if (folder / "samples.arrow").exists() or DATASET.is_valid(folder) else _ELSEWHERE
             raise DatasetError(f"{folder}: no readable data set there ({said}); {remedy}") from None
         if checksums != self.manifest["checksums"]:
             raise DatasetError(f"{folder}: samples.arrow is damaged, or not of this manifest.json; {_REMEDY}")
@@ -171,9 +171,9 @@ def make_dataset(spec: DatasetSpec, out: Path) -> None:
     """
     source = locate(spec)
     for line in source.not_read.lines():
-        say(f"{spec.source}: {line}")
+        info(f"{spec.source}: {line}")
     noted_so_far = len(source.not_read.counts)
-    with written_aside(out, DATASET) as folder:
+    with atomic_output(out, DATASET) as folder:
         folder.mkdir()
         samples, dropped = _AsRead(folder / "as-read"), _DroppedRows(folder / "dropped")
         with samples, dropped, closing(_outcomes(spec, source, out.parent / "downloads")) as outcomes:
@@ -211,8 +211,8 @@ def make_dataset(spec: DatasetSpec, out: Path) -> None:
         dropped.path.unlink()
         provenance.record(folder)
     for line in source.not_read.lines()[noted_so_far:]:
-        say(f"{spec.source}: {line}")
-    say(f"{spec.source}: {manifest['rows']:,} samples, {dropped.count} dropped")
+        info(f"{spec.source}: {line}")
+    info(f"{spec.source}: {manifest['rows']:,} samples, {dropped.count} dropped")
 
 
 class _AsRead:
@@ -369,7 +369,7 @@ def _downloaded(
                 _check_connection(spec, downloads)
             yield outcome
         _check_connection(spec, downloads)
-        say(downloads.report())
+        info(downloads.report())
 
 
 def _check_connection(spec: DatasetSpec, downloads: Downloads) -> None:

@@ -329,7 +329,7 @@ class Downloads:
     def _report_now_and_then(self) -> None:
         if time.monotonic() - self._said >= progress.SECONDS_BETWEEN_LINES:
             self._said = time.monotonic()
-            progress.say(self.report())
+            progress.info(self.report())
 
 
 def refusal(host: str) -> str | None:

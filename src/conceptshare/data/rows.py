@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from conceptshare.config.catalog import DatasetSpec
 from conceptshare.data.images import suffixes
 from conceptshare.data.sources import METADATA, Source, files_below, form, locate, printable
-from conceptshare.io.errors import ConceptshareError, DatasetError, refusal
+from conceptshare.io.errors import ConceptshareError, DatasetError, system_error_message
 
 LISTED = 5000
 """Most images of a data set that are inputs of Snakemake one by one."""
@@ -211,7 +211,7 @@ def _faults_of(where: str, source: Source) -> Iterator[None]:
     except ConceptshareError:
         raise
     except Exception as error:  # the readers raise whatever their file formats raise
-        if refusal(error) is not None and not isinstance(error, FileNotFoundError):
+        if system_error_message(error) is not None and not isinstance(error, FileNotFoundError):
             raise
         hint = "check the file" if source.revision is None else "check the data set's files, split and revision"
         said = " ".join(str(error).split())[:300]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from conceptshare.config.catalog import EncoderSpec
 from conceptshare.device import full_float32
 from conceptshare.io.errors import EncoderError
-from conceptshare.io.progress import say
+from conceptshare.io.progress import info
 
 Samples = Sequence[Image.Image] | Sequence[str]
 
@@ -304,12 +304,12 @@ def check_reading(encoder: Encoder) -> None:
     try:
         together = exact.activations(samples)
     except UnlikeImagesError as error:
-        say(f"{error}, unless all images of the data set are of one size")
+        info(f"{error}, unless all images of the data set are of one size")
         return
     if spec.global_token == "reference":  # as the paper's code, which reads padding, too
         mask = exact.prepare(samples).mask
         if mask is not None and not mask[:, 0].all():
-            say(f"{spec.model}: its tokenizer pads on the left, so global_token: reference reads padding")
+            info(f"{spec.model}: its tokenizer pads on the left, so global_token: reference reads padding")
         return
     for n, alone in enumerate(apart):
         for layer, x in together.tokens.items():
@@ -324,7 +324,7 @@ def check_reading(encoder: Encoder) -> None:
 
     if all((x[0] - x[1]).norm() <= 1e-5 * x[0].norm() for x in together.global_token.values()):
         other = "eot" if spec.modality == "text" else "mean"
-        say(
+        info(
             f"{spec.model}: its global token is the same for two samples; unless you mean it, set global_token: {other}"
         )
 

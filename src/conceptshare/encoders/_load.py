@@ -20,7 +20,7 @@ from conceptshare.device import default_device
 from conceptshare.encoders._encoder import Encoder, check_reading, in_one_line
 from conceptshare.encoders.weights import check_record, fingerprint, locate, recorded_location
 from conceptshare.io.errors import ConceptshareError, EncoderError
-from conceptshare.io.progress import say
+from conceptshare.io.progress import info
 
 # More than any published model has, by far.
 _MOST_LAYERS = 10_000
@@ -59,16 +59,16 @@ def try_encoder(spec: EncoderSpec, location: Path) -> None:
     # Weights that are stored at 16 bits take twice that room, and its library some of its own.
     needed, free = 2**30 + 2 * sum(path.stat().st_size for path in _files_of(location)), _free_memory()
     if needed > free:
-        say(
+        info(
             f"{spec.model}: not loaded to try it, which may take {needed / 2**30:.1f} GiB of memory, where "
             f"{free / 2**30:.1f} GiB are free; conceptshare check --load tries it on a machine with more"
         )
         return
-    say(f"{spec.model}: loading it, to see whether it reads two {spec.modality}s as its entry says")
+    info(f"{spec.model}: loading it, to see whether it reads two {spec.modality}s as its entry says")
     started = time.monotonic()
     load_at(spec, location)
     layers = len(spec.layer_numbers())
-    say(f"{spec.model}: it does: {layers} layers of width {spec.width} ({time.monotonic() - started:.1f} s)")
+    info(f"{spec.model}: it does: {layers} layers of width {spec.width} ({time.monotonic() - started:.1f} s)")
 
 
 def _free_memory() -> int:

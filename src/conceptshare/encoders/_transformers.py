@@ -33,7 +33,7 @@ from conceptshare.encoders._encoder import (
 )
 from conceptshare.encoders._selective_scan import supply_selective_scan
 from conceptshare.io.errors import EncoderError
-from conceptshare.io.progress import say
+from conceptshare.io.progress import info
 
 # Longest text in tokens if neither the study, the tokenizer nor the model sets a bound.
 _LONGEST_TEXT = 512
@@ -328,5 +328,5 @@ def _length(spec: EncoderSpec, tokenizer: Any, tower: Any, config: Any) -> int:
         return spec.context_length
     bounds = [n for n in (tokenizer.model_max_length, positions) if n is not None and 0 < n < _NO_BOUND]
     if not bounds:
-        say(f"{spec.model}: nothing bounds its texts; they are cut at {_LONGEST_TEXT} tokens, or at context_length")
+        info(f"{spec.model}: nothing bounds its texts; they are cut at {_LONGEST_TEXT} tokens, or at context_length")
     return int(min(bounds, default=_LONGEST_TEXT))

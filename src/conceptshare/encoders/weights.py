@@ -21,9 +21,9 @@ from typing import Any
 from conceptshare.config.catalog import ModelSpec, local_path
 from conceptshare.io import provenance
 from conceptshare.io.errors import EncoderError, HubError
-from conceptshare.io.files import MODEL, WEIGHTS, written_aside
+from conceptshare.io.files import MODEL, WEIGHTS, atomic_output
 from conceptshare.io.hub import chosen, fetch_files
-from conceptshare.io.progress import say
+from conceptshare.io.progress import info
 
 # What each library reads from a hub repository, in patterns of `conceptshare.io.hub.chosen`. The same weights in other
 # formats, and those in folders, which are for other libraries, would only cost space.
@@ -82,11 +82,11 @@ def fetch_weights(spec: ModelSpec, out: Path, check: Callable[[Path], object] | 
             for path in found.files
         },
     }
-    with written_aside(out, WEIGHTS) as partial:
+    with atomic_output(out, WEIGHTS) as partial:
         partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
         provenance.record(out)
     size = sum(path.stat().st_size for path in found.files)
-    say(f"{spec.model}: {len(found.files)} files, {size:,} bytes at {found.location}")
+    info(f"{spec.model}: {len(found.files)} files, {size:,} bytes at {found.location}")
 
 
 def check_record(record: Path, spec: ModelSpec) -> None:
@@ -189,7 +189,7 @@ def _in_folder(spec: ModelSpec, folder: Path) -> Found:
 
 
 def _make(script: str, folder: Path) -> Path:
-    with written_aside(folder, MODEL) as partial:
+    with atomic_output(folder, MODEL) as partial:
         result = subprocess.run([sys.executable, script, str(partial)], capture_output=True, text=True, check=False)
         if result.returncode != 0 or not partial.is_dir():
             raise EncoderError(f"{script}: failed to write {partial}:\n{(result.stderr or result.stdout).strip()}")
@@ -230,7 +230,7 @@ def _in_hub(spec: ModelSpec, repository: str) -> Found:
         text = _open_clip_text(snapshot.folder)
         _refuse_foreign_tower(spec, text)
         if text.get("hf_tokenizer_name") and not chosen(snapshot.files, [_TOKENIZER]):
-            say(f"{spec.model}: {repository} holds no tokenizer, so only its image encoder can be used")
+            info(f"{spec.model}: {repository} holds no tokenizer, so only its image encoder can be used")
     return Found(snapshot.folder, [snapshot.folder / name for name in snapshot.files], snapshot.folder.name)
 
 

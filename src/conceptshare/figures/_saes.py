@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from conceptshare.figures._style import COLOURS, PLACED, STYLE, fitted, layer_ticks, save
 from conceptshare.io.errors import StoreError
-from conceptshare.io.files import SAE_FIGURES, written_aside
+from conceptshare.io.files import SAE_FIGURES, atomic_output
 from conceptshare.sae.folder import REMEDY, sae_file, sae_of
 
 
@@ -53,7 +53,7 @@ def draw_saes(table: pd.DataFrame, saes: Path, out: Path) -> None:
     trainings = [_read_training(row, saes) for row in table.itertuples()]
     with mpl.rc_context(STYLE | PLACED):
         save(_overview(trainings), out)
-        with written_aside(out.with_suffix(""), SAE_FIGURES) as folder:
+        with atomic_output(out.with_suffix(""), SAE_FIGURES) as folder:
             folder.mkdir()
             for member, of_member in _grouped(trainings, lambda sae: f"{sae.encoder}@{sae.seed}").items():
                 with mpl.rc_context(_SMALL):

@@ -14,7 +14,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patheffects import withStroke
 from numpy.typing import ArrayLike
 
-from conceptshare.io.files import PDF, PNG, written_aside
+from conceptshare.io.files import PDF, PNG, atomic_output
 
 STYLE: Any = {
     "font.size": 9,
@@ -46,7 +46,7 @@ READING_TITLES = {
 def save(figure: Figure, out: Path) -> None:
     """Write a figure as PNG at ``out`` and as PDF beside it, without dates, so that equal data give equal files."""
     for kind, metadata in ((PDF, {"CreationDate": None}), (PNG, {"Software": None})):
-        with written_aside(out.with_suffix(kind.suffix), kind) as partial:
+        with atomic_output(out.with_suffix(kind.suffix), kind) as partial:
             figure.savefig(partial, format=kind.suffix[1:], metadata=metadata)
 
 

@@ -1,1 +1,1 @@
-"""What every stage reads and writes through: files, stores, seals, records, progress and errors."""
+"""Input and output shared by all stages: files, stores, seals, provenance, progress and errors."""

@@ -1,4 +1,4 @@
-"""Work that is started before its turn, such as reading the next batches while one is computed on."""
+"""Prefetching: jobs are started ahead of time, such as reading the next batches while one is being computed."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -8,12 +8,12 @@ T = TypeVar("T")
 
 
 def in_order(jobs: Iterable[Callable[[], T]], ahead: int) -> Iterator[T]:
-    """The results of jobs in their order.
+    """Yield the results of jobs in order.
 
     Args:
-        jobs: gives for each job a function that waits for its result; a job is started by being taken from it, as in
+        jobs: yields, for each job, a function that waits for its result. Taking the next item starts the job, as in
             ``(pool.submit(read, name).result for name in names)``.
-        ahead: how many jobs are started before their turn; no more are held in memory.
+        ahead: number of jobs to start ahead of time; no more results are held in memory.
     """
     started: deque[Callable[[], T]] = deque()
     for job in jobs:

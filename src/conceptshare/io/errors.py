@@ -1,30 +1,31 @@
-"""The errors a user can cause and mend. Every message names the file, key or sample, and the remedy."""
+"""Errors that a user can cause and fix. Every message names the file, key or sample, and the remedy."""
 
 import errno
 import os
 
-_ROOM = "make room and run again, which goes on from what is there"
-_RIGHTS = "let this user read and write there, and run again"
-_DISK = "see what ails that disk, and run again"
-_REFUSALS = {
-    errno.EDQUOT: _ROOM,
-    errno.EACCES: _RIGHTS,
-    errno.EPERM: _RIGHTS,
-    errno.EROFS: _RIGHTS,
+_FREE_SPACE = "free some space and run again; the run resumes from what is there"
+_PERMISSIONS = "let this user read and write there, and run again"
+_DISK = "check that disk, and run again"
+_REMEDIES = {
+    errno.EDQUOT: _FREE_SPACE,
+    errno.EACCES: _PERMISSIONS,
+    errno.EPERM: _PERMISSIONS,
+    errno.EROFS: _PERMISSIONS,
     errno.EIO: _DISK,
     errno.ESTALE: _DISK,
 }
 
 
-def refusal(error: BaseException) -> str | None:
-    """What to say of an error by which the system refused to read or write, be the file whole or not; else None.
+def system_error_message(error: BaseException) -> str | None:
+    """User-facing message for an OS-level I/O error (disk full, permissions), or None for any other error.
 
-    Libraries that read and write files raise types of their own, which quote the system's words.
+    The error is recognized by its text: libraries raise types of their own, which quote the system's message.
     """
-    said = " ".join(str(error).split())
-    if os.strerror(errno.ENOSPC) in said:
-        return f"the disk is full; {_ROOM}"
-    return next((f"{said}; {remedy}" for number, remedy in _REFUSALS.items() if os.strerror(number) in said), None)
+    message = " ".join(str(error).split())
+    if os.strerror(errno.ENOSPC) in message:
+        return f"the disk is full; {_FREE_SPACE}"
+    remedies = (remedy for number, remedy in _REMEDIES.items() if os.strerror(number) in message)
+    return next((f"{message}; {remedy}" for remedy in remedies), None)
 
 
 class ConceptshareError(Exception):
@@ -32,7 +33,7 @@ class ConceptshareError(Exception):
 
 
 class StudyError(ConceptshareError):
-    """The study or the catalog says something that cannot be run."""
+    """The study or the catalog contains a setting that cannot be run."""
 
 
 class DatasetError(ConceptshareError):
@@ -40,7 +41,7 @@ class DatasetError(ConceptshareError):
 
 
 class EncoderError(ConceptshareError):
-    """An encoder cannot be found or loaded, or is not what the catalog says."""
+    """An encoder cannot be found or loaded, or does not match its catalog entry."""
 
 
 class StoreError(ConceptshareError):
@@ -48,20 +49,20 @@ class StoreError(ConceptshareError):
 
 
 class OutputError(ConceptshareError):
-    """A result would replace something that is no result of its kind, or cannot be written where it is asked for."""
+    """A result would replace something that is not a result of its kind, or cannot be written to the given path."""
 
 
 class NumericsError(ConceptshareError):
-    """A computation met numbers that are not finite or do not fit their type."""
+    """A computation produced numbers that are not finite or do not fit their dtype."""
 
 
 class DeviceError(ConceptshareError):
-    """A GPU that a job was to compute on cannot be used."""
+    """The GPU that a job needs cannot be used."""
 
 
 class HubError(ConceptshareError):
-    """Files that a model hub holds are neither on this machine nor to be fetched."""
+    """Files of a model hub are neither on this machine nor can they be fetched."""
 
 
 class MadeMeanwhileError(ConceptshareError):
-    """Another process made the same result while this one waited for it: nothing is left to do."""
+    """Another process made the same result while this one waited for the lock: nothing is left to do."""

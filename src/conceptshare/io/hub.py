@@ -1,9 +1,9 @@
-"""The model hub: fetch a model's or a data set's files at one revision, and say what to do where that fails.
+"""The model hub: fetch the files of a model or data set at one revision, with errors that name the remedy.
 
-Files lie in the cache of the hub's own client (``HF_HOME``), which other tools on the machine share. A fetch that was
-interrupted, run again, fetches what is missing. A file of which a part was there is fetched anew: the client (2.4)
-gives each download a temporary name of its own, and has no public way to go on with one. Where a connection is lost
-within a run, the client does go on, in steps of 10 MB.
+Files are in the cache of the hub's own client (``HF_HOME``), which other tools on the machine share. Running an
+interrupted fetch again fetches the missing files. A partially fetched file starts over: the client (2.4) gives each
+download a temporary name of its own and has no public way to resume one. If a connection is lost within a run, the
+client does resume, in steps of 10 MB.
 """
 
 import fnmatch
@@ -19,14 +19,14 @@ from tqdm import tqdm
 
 from conceptshare.io import progress
 from conceptshare.io.errors import HubError
-from conceptshare.io.progress import say
+from conceptshare.io.progress import info
 
 Kind = Literal["model", "dataset"]
 
-# Seconds before the second and the third try.
+# Seconds before the second and the third attempt.
 _PAUSES = (1.0, 4.0)
 
-# The key of a study that may name a local copy instead.
+# The key of a study's config that can name a local copy instead.
 _KEYS = {"model": "model", "dataset": "source"}
 
 
@@ -35,22 +35,22 @@ class Snapshot:
     """Files of a repository at one revision."""
 
     folder: Path
-    """Where they are; its name is the commit. It may hold files that someone else fetched, too."""
+    """Folder of the files, named after the commit. It may contain further files that other programs fetched."""
     files: list[str]
-    """The wanted files' paths in it, sorted."""
+    """Relative paths of the requested files, sorted."""
 
 
 def fetch_snapshot(repository: str, kind: Kind, revision: str | None, patterns: Sequence[str] | None = None) -> Path:
-    """The folder with a repository's files at one revision; its name is that revision's commit.
+    """Fetch a repository's files at one revision, and return their folder, named after the revision's commit.
 
     Args:
         repository: the hub id, such as ``facebook/dinov2-base``.
-        kind: what the repository holds.
-        revision: a branch, tag or commit. Without one, the newest of the main branch.
-        patterns: file names to fetch, see `chosen`. Without them, all.
+        kind: whether the repository holds a model or a data set.
+        revision: a branch, tag or commit. Defaults to the newest commit of the main branch.
+        patterns: file names to fetch, see `chosen`. Defaults to all files.
 
     Raises:
-        HubError: where the files are not on this machine and cannot be fetched.
+        HubError: if the files are not on this machine and cannot be fetched.
     """
     return fetch_files(repository, kind, revision, patterns).folder
 
@@ -62,21 +62,20 @@ def fetch_files(
     patterns: Sequence[str] | None = None,
     remedy: str | None = None,
 ) -> Snapshot:
-    """As `fetch_snapshot`, with the names of the files.
+    """Like `fetch_snapshot`, but return the names of the files too.
 
-    Without a connection, or with ``HF_HUB_OFFLINE=1``, files that an earlier fetch of the same revision left on this
-    machine are used. ``remedy`` is the key and path by which a study would name a local copy, where that is neither
-    ``model`` nor ``source``.
+    Without a connection, or with ``HF_HUB_OFFLINE=1``, the files of an earlier fetch of the same revision are used.
+    ``remedy`` is the key and path with which a study would name a local copy, if not ``model`` or ``source``.
     """
     from huggingface_hub import constants
 
     remedy = remedy or f"{_KEYS[kind]}: ./{repository.rpartition('/')[2]}"
-    wanted = _wanted(repository, kind, revision, patterns)
+    wanted = _describe(repository, kind, revision, patterns)
     error: Exception
     if constants.is_offline_mode():
         cached = _cached(repository, kind, revision, patterns)
         if cached is None:
-            why = "HF_HUB_OFFLINE is set, and no earlier fetch has left them all on this machine"
+            why = "HF_HUB_OFFLINE is set, and not all of them are in the cache of this machine"
             raise HubError(f"{wanted} cannot be fetched: {why}; or point to a local copy, as in {remedy}")
         return cached
     for pause in (*_PAUSES, None):
@@ -87,32 +86,32 @@ def fetch_files(
         why = _reason(error, repository, kind, revision)
         if pause is None or not _may_pass(error):
             break
-        say(f"{repository}: {why}; trying again in {pause:.0f} s")
+        info(f"{repository}: {why}; retrying in {pause:.0f} s")
         time.sleep(pause)
     if _is_down(_root(error)):
         cached = _cached(repository, kind, revision, patterns)
         if cached is not None:
-            say(f"{repository}: {why}; using what an earlier fetch left at {cached.folder}")
+            info(f"{repository}: {why}; using the cached files at {cached.folder}")
             return cached
     raise HubError(f"{wanted} cannot be fetched: {why}; or point to a local copy, as in {remedy}") from error
 
 
 def chosen(names: Iterable[str], patterns: Sequence[str] | None) -> list[str]:
-    """The names that match any of the patterns, sorted; all where there are no patterns.
+    """Names that match any of the patterns, sorted; all names if there are no patterns.
 
     Args:
         names: paths in a repository.
-        patterns: names in which ``*`` stands for anything but a slash. Of alternatives with ``|`` between them, in
-            order of preference, only the first that any name matches counts.
+        patterns: names in which ``*`` matches anything but a slash. A pattern may hold alternatives separated by
+            ``|`` in order of preference; only the first alternative that matches any name is used.
     """
     known = sorted(names)
     if patterns is None:
         return known
-    found = set()
+    selected = set()
     for pattern in patterns:
         matches = ([name for name in known if _matches(name, one)] for one in pattern.split("|"))
-        found.update(next(filter(None, matches), []))
-    return sorted(found)
+        selected.update(next(filter(None, matches), []))
+    return sorted(selected)
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -124,32 +123,34 @@ def _fetch(repository: str, kind: Kind, revision: str | None, patterns: Sequence
     from huggingface_hub import HfApi, constants, snapshot_download
 
     _limit_waiting()
-    info: Any = HfApi().repo_info(repository, repo_type=kind, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    files = chosen((file.rfilename for file in info.siblings or []), patterns)
+    details: Any = HfApi().repo_info(
+        repository, repo_type=kind, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
+    )
+    files = chosen((file.rfilename for file in details.siblings or []), patterns)
     if not files:
         raise _NothingError
-    say(f"{repository} at {info.sha}: {len(files)} files, from {constants.ENDPOINT}")
+    info(f"{repository} at {details.sha}: {len(files)} files, from {constants.ENDPOINT}")
     started = time.monotonic()
     bars: Any = None if sys.stderr.isatty() else _Lines
     folder = Path(
         snapshot_download(
             repository,
             repo_type=kind,
-            revision=revision,  # and not its commit, or the client would not note which commit that is
+            revision=revision,  # not its commit, or the client would not record the commit of this revision
             allow_patterns=[glob.escape(name) for name in files],
             tqdm_class=bars,
         )
     )
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
-        # The client hands out what it has where the hub fails between two of its requests.
+        # The client returns the files that it has if the hub fails between two requests.
         raise _IncompleteError(f"{missing[0]} and {len(missing) - 1} more were not fetched")
-    say(f"{repository}: complete in {time.monotonic() - started:.1f} s at {folder}")
+    info(f"{repository}: complete in {time.monotonic() - started:.1f} s at {folder}")
     return Snapshot(folder, files)
 
 
 def _cached(repository: str, kind: Kind, revision: str | None, patterns: Sequence[str] | None) -> Snapshot | None:
-    """What an earlier fetch left on this machine, where that is all that is wanted."""
+    """Files of an earlier fetch on this machine, or None if any of the requested files is missing."""
     from huggingface_hub import HfApi, get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import (
         CachedRepoTreeNotFoundError,
@@ -164,7 +165,7 @@ def _cached(repository: str, kind: Kind, revision: str | None, patterns: Sequenc
             names = [file.path for file in get_cached_repo_tree(repository, repo_type=kind, revision=commit)]
         except CachedRepoTreeNotFoundError:
             if kind == "dataset":
-                return None  # a data set of which some files are missing would be read without a word
+                return None  # a data set with missing files would be read without an error
             names = None
         wanted = None if names is None else [glob.escape(name) for name in chosen(names, patterns)]
         folder = Path(
@@ -179,7 +180,7 @@ def _cached(repository: str, kind: Kind, revision: str | None, patterns: Sequenc
 
 
 class _NothingError(Exception):
-    """The repository has none of the wanted files."""
+    """The repository has none of the requested files."""
 
 
 class _IncompleteError(Exception):
@@ -187,14 +188,14 @@ class _IncompleteError(Exception):
 
 
 def _root(error: Exception) -> BaseException:
-    """The failed request behind the client's statement that a file is not on this machine."""
+    """The failed request that made the client report that a file is not on this machine."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     return error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
 
 
 def _is_down(error: BaseException) -> bool:
-    """Whether the hub did not answer, or not with what it would answer at another time."""
+    """Whether the error is transient: the hub did not answer, is overloaded or failed internally."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -204,13 +205,13 @@ def _is_down(error: BaseException) -> bool:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether another try is worth its time."""
+    """Whether to retry after an error."""
     import httpx2
 
     if isinstance(error, OSError) and "Consistency check failed" in str(error):
         return True
-    # Of a host that does not answer a connection, the system itself has asked several times by then; and where the
-    # client wraps a failure, it has tried as often as it does.
+    # Before a connection times out, the operating system has retried several times. If the client wraps a failure, it
+    # has already made its own retries.
     return _is_down(error) and not isinstance(error, httpx2.ConnectTimeout)
 
 
@@ -230,7 +231,7 @@ def _reason(error: Exception, repository: str, kind: Kind, revision: str | None)
         case GatedRepoError():
             return f"it is gated; accept its licence at {page} and set HF_TOKEN to your token"
         case RevisionNotFoundError():
-            return f"it has no revision {revision!r}"
+            return f"the hub has no revision {revision!r} of it"
         case RepositoryNotFoundError():
             return (
                 f"there is no such {kind}, or it is private, and no path {repository} exists here; check the id or "
@@ -239,18 +240,18 @@ def _reason(error: Exception, repository: str, kind: Kind, revision: str | None)
         case HfHubHTTPError() as refused if refused.response.status_code in (401, 403):
             return f"access is refused ({refused.response.status_code}); check HF_TOKEN, and accept a licence at {page}"
         case HfHubHTTPError() as failed:
-            return f"it answers {failed.response.status_code} {failed.response.reason_phrase}"
+            return f"the hub answered {failed.response.status_code} {failed.response.reason_phrase}"
         case _NothingError():
-            return "it holds no such files"
+            return "the repository has no such files"
         case HFValidationError():
-            return "that is not a hub id, which is OWNER/NAME"
+            return "this is not a hub id of the form OWNER/NAME"
         case httpx2.TransportError() as lost:
             return f"the host cannot be reached ({type(lost).__name__}: {_first_line(lost)})"
         case other:
             return f"{type(other).__name__}: {_first_line(other)}"
 
 
-def _wanted(repository: str, kind: Kind, revision: str | None, patterns: Sequence[str] | None) -> str:
+def _describe(repository: str, kind: Kind, revision: str | None, patterns: Sequence[str] | None) -> str:
     from huggingface_hub import constants
 
     files = "all files" if patterns is None else ", ".join(pattern.replace("|", " or ") for pattern in patterns)
@@ -258,11 +259,11 @@ def _wanted(repository: str, kind: Kind, revision: str | None, patterns: Sequenc
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or "no further word"
+    return str(error).strip().partition("\n")[0] or "no details"
 
 
 def _limit_waiting() -> None:
-    """Give each request of the client a time limit; it sets none on some, which would then wait for ever."""
+    """Set a timeout on each request of the client; without it, some requests would wait forever."""
     from huggingface_hub import get_session
 
     hooks = get_session().event_hooks
@@ -281,19 +282,19 @@ def _limit(request: Any) -> None:
 
 
 class _Lines(tqdm):  # type: ignore[type-arg]
-    """Says every half minute how much is there; the client's own bars would fill a log."""
+    """Reports every half minute how much has been downloaded; the client's own bars would fill a log."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options | {"disable": True})
         # The client counts files, bytes received and bytes written, each with a bar.
-        self._told = options.get("desc") == "Downloading bytes"
+        self._is_total = options.get("desc") == "Downloading bytes"
         self._start = self._last = time.monotonic()
 
     def update(self, n: float | None = 1) -> None:
-        """Count ``n`` more."""
+        """Add ``n`` to the count."""
         self.n += n or 0
         now = time.monotonic()
-        if self._told and now - self._last >= progress.SECONDS_BETWEEN_LINES:
+        if self._is_total and now - self._last >= progress.SECONDS_BETWEEN_LINES:
             rate = self.n / max(now - self._start, 1e-9)
-            say(f"{self.n / 1e6:,.1f} of {(self.total or 0) / 1e6:,.1f} MB ({rate / 1e6:.1f} MB/s)")
+            info(f"{self.n / 1e6:,.1f} of {(self.total or 0) / 1e6:,.1f} MB ({rate / 1e6:.1f} MB/s)")
             self._last = now

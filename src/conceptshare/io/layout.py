@@ -1,6 +1,6 @@
-"""Where results lie: every path below `results/`, spelled once. Rules, pages, checks and docs take them from here.
+"""Layout of `results/`: every path is defined here once, and rules, pages, checks and docs use these definitions.
 
-Paths hold Snakemake's wildcards. A member is an encoder with the seed of its SAEs, and so are the two of a pair.
+Paths contain Snakemake wildcards. A member is an encoder with the seed of its SAEs; a pair consists of two members.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ SAES = "results/{dataset}/saes/{sae}/{encoder}"
 STREAMED_SAES = "results/{dataset}/streams/{sae}/saes/{encoder}"
 STREAMED_ACTIVATIONS = "results/{dataset}/streams/{sae}/activations/{encoder}.zarr"
 SAE = "layer-{layer}/seed-{seed}"
-"""An SAE in a folder of SAEs; layers have two digits at least."""
+"""An SAE in a folder of SAEs; layer numbers have at least two digits."""
 FEATURES = "results/{dataset}/features/{sae}/{member}.zarr"
 NAMES = "results/{dataset}/names/{sae}/{member}.parquet"
 EXAMPLES = "results/{dataset}/examples/{sae}/{member}"
@@ -35,22 +35,22 @@ PAGES_OF_PAIR = f"{PAGES}/data/{{dataset}}/{{sae}}/pairs/{{a}}__{{b}}"
 
 
 def layer_name(layer: int) -> str:
-    """The name of a layer's group or folder: ``layer-03``."""
+    """Name of a layer's group or folder: ``layer-03``."""
     return f"layer-{layer:02d}"
 
 
 def sae_place(layer: int, seed: int) -> str:
-    """Where an SAE lies in a folder of SAEs: ``layer-03/seed-0``."""
+    """Path of an SAE in a folder of SAEs: ``layer-03/seed-0``."""
     return SAE.replace("layer-{layer}", layer_name(layer)).format(seed=seed)
 
 
 def path(pattern: str, results: Path = Path("results"), **wildcards: object) -> Path:
-    """The place of one result: a pattern with its wildcards filled in, below the folder of all results."""
+    """Path of one result: a pattern with its wildcards filled in, below the results folder."""
     return results / pattern.removeprefix("results/").format(**wildcards)
 
 
 def log(pattern: str, what: str = "") -> str:
-    """The log of the job that makes a result; ``what`` tells it from the log of another job for the same name."""
+    """Log file of the job that makes a result; ``what`` distinguishes several jobs for the same name."""
     place = Path(pattern.replace("results/", "results/logs/", 1))
     name = (
         place.name.removesuffix(place.suffix) if place.suffix in {".zarr", ".parquet", ".json", ".csv"} else place.name

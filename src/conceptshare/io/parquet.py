@@ -1,7 +1,7 @@
-"""Parquet files that say what they are and what they were made from, and notice when they are damaged.
+"""Parquet files that record their contents and inputs, and detect damage when they are read.
 
-The record is in the file's key-value metadata, sealed with a SHA-256 of the whole file, in which that digest itself
-counts as zeros. Parquet's own checksums are of pages alone: names of columns, statistics and places are in its footer.
+The record is in the file's key-value metadata, sealed with a SHA-256 of the whole file, in which the digest itself
+counts as zeros. Parquet's own checksums only cover pages, not the column names, statistics and offsets of the footer.
 """
 
 import hashlib
@@ -26,11 +26,11 @@ def write_parquet(table: pa.Table, path: Path, name: str, record: Mapping[str, A
     Args:
         table: the table.
         path: where to write it now.
-        name: its final name, without a suffix, by which it is asked for.
-        record: what else to say of it, as JSON can hold it.
+        name: the stem of its final name, which is checked when it is read.
+        record: further metadata, serializable as JSON.
     """
-    said = {key: value for key, value in (record or {}).items() if key not in ("name", "digest")}
-    text = json.dumps({"name": name, **said, "digest": _BLANK.decode()})
+    metadata = {key: value for key, value in (record or {}).items() if key not in ("name", "digest")}
+    text = json.dumps({"name": name, **metadata, "digest": _BLANK.decode()})
     with pq.ParquetWriter(path, table.schema, write_page_checksum=True) as writer:
         writer.write_table(table)
         writer.add_key_value_metadata({_KEY: text})
@@ -43,16 +43,16 @@ def write_parquet(table: pa.Table, path: Path, name: str, record: Mapping[str, A
 def read_parquet(
     path: Path, stage: str, columns: Sequence[str] | None = None, filters: Any = None
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """A table that `write_parquet` wrote, and what it says of itself, its ``digest`` among it.
+    """Read a table that `write_parquet` wrote, and its record including the ``digest``.
 
     Args:
-        path: the file, whose name is part of what is asked for.
+        path: the file; its stem must equal the recorded name.
         stage: the stage that makes it, for messages.
-        columns: those to read; all without it.
-        filters: rows to read, as of `pyarrow.parquet.read_table`.
+        columns: columns to read; all by default.
+        filters: rows to read, see `pyarrow.parquet.read_table`.
 
     Raises:
-        StoreError: where there is none, it is damaged, of an older version, or was renamed, or lacks a column.
+        StoreError: if the file is missing, damaged, of an older version, renamed, or lacks a column.
     """
     remedy = f"delete it and run the {stage} stage again"
     try:
@@ -60,19 +60,19 @@ def read_parquet(
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise StoreError(f"{path}: no such table; run the {stage} stage") from None
     if content.endswith(b"PAR1") and _KEY.encode() not in content:
-        raise StoreError(f"{path}: no table of the {stage} stage; name another")
-    place = content.rfind(_SEAL) + len(_SEAL)
-    digest = content[place : place + len(_BLANK)]
-    found = hashlib.sha256(content[:place] + _BLANK)
-    found.update(memoryview(content)[place + len(_BLANK) :])
-    if found.hexdigest().encode() != digest:
+        raise StoreError(f"{path}: not a table of the {stage} stage; name another")
+    start = content.rfind(_SEAL) + len(_SEAL)
+    digest = content[start : start + len(_BLANK)]
+    actual = hashlib.sha256(content[:start] + _BLANK)
+    actual.update(memoryview(content)[start + len(_BLANK) :])
+    if actual.hexdigest().encode() != digest:
         raise StoreError(f"{path}: damaged, or not written by this version; {remedy}")
     try:
         table = pq.read_table(pa.BufferReader(content), columns=columns, filters=filters)
         record: dict[str, Any] = json.loads(pq.read_metadata(pa.BufferReader(content)).metadata[_KEY.encode()])
     except (KeyError, pa.ArrowException) as error:
-        said = " ".join(str(error).split())
-        raise StoreError(f"{path}: no table of the kind that is needed ({said}); {remedy}") from None
+        message = " ".join(str(error).split())
+        raise StoreError(f"{path}: not a table of the required kind ({message}); {remedy}") from None
     if record["name"] != path.stem:
-        raise StoreError(f"{path}: holds the table {record['name']!r}; give it its name back, or {remedy}")
+        raise StoreError(f"{path}: holds the table {record['name']!r}; rename it back, or {remedy}")
     return table, record

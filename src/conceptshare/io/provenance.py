@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conceptshare.io.files import ACCOUNT, ACCOUNT_PAGE, PROVENANCE, Kind, renamed
+from conceptshare.io.files import PROVENANCE, PROVENANCE_PAGE, PROVENANCE_RECORD, Kind, unlocked_output
 from conceptshare.io.provenance_page import as_page
 
 FILE = PROVENANCE
@@ -71,7 +71,7 @@ def record(result: Path) -> None:
     ``arguments``, and no time.
     """
     path = result / FILE if result.is_dir() else result.with_name(f"{result.stem}.{FILE}")
-    _write(path, ACCOUNT, json.dumps({"job": _of_job(), **surroundings()}, indent=1) + "\n")
+    _write(path, PROVENANCE_RECORD, json.dumps({"job": _of_job(), **surroundings()}, indent=1) + "\n")
 
 
 def record_study(study: str, out: Path) -> None:
@@ -80,8 +80,8 @@ def record_study(study: str, out: Path) -> None:
     The page has the suffix ``.html``.
     """
     account = {"study": json.loads(shown(study)), **surroundings()}
-    _write(out, ACCOUNT, json.dumps(account, indent=1) + "\n")
-    _write(out.with_suffix(".html"), ACCOUNT_PAGE, as_page(account))
+    _write(out, PROVENANCE_RECORD, json.dumps(account, indent=1) + "\n")
+    _write(out.with_suffix(".html"), PROVENANCE_PAGE, as_page(account))
 
 
 def surroundings() -> dict[str, Any]:
@@ -111,7 +111,7 @@ def _of_job() -> dict[str, Any]:
 
 def _write(path: Path, kind: Kind, content: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with renamed(path, kind) as partial:
+    with unlocked_output(path, kind) as partial:
         partial.write_text(content, encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""What the stages `features` and `correlations` wrote, read without torch, so that tables and figures start at once."""
+"""Readers for feature and correlation stores, free of torch so that tables and figures start quickly."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,23 +16,23 @@ FEATURES, CORRELATIONS = "features", "correlations"
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """What analyses need to know of one layer's features."""
+    """Statistics of one layer's features, as analyses need them."""
 
     strength: NDArray[np.float64]
-    """``[F]`` S: the summed activation."""
+    """``[F]`` strength S: the summed activation."""
     density: NDArray[np.float64]
-    """``[F]`` share of samples on which the feature is above zero."""
+    """``[F]`` fraction of samples on which the feature is positive."""
     deviation: NDArray[np.float64]
-    """``[F]`` standard deviation over the samples; 0 where the feature does not vary."""
+    """``[F]`` standard deviation over the samples; 0 if the feature is constant."""
     top_samples: NDArray[np.int32]
-    """``[F, K]`` samples on which it is strongest, -1 where there are fewer."""
+    """``[F, K]`` samples with the largest activations, padded with -1."""
 
 
 def read_statistics(path: Path) -> dict[int, FeatureStatistics]:
-    """The statistics of each layer of a feature store, by layer.
+    """Read the statistics of each layer of a feature store, by layer.
 
     Raises:
-        StoreError: where the store is not whole.
+        StoreError: if the store is missing, incomplete or damaged.
     """
     store: Any = open_store(path, FEATURES)
     names = ("strength", "density", "deviation", "top_samples")
@@ -43,66 +43,66 @@ def read_statistics(path: Path) -> dict[int, FeatureStatistics]:
 
 
 class FeatureArray:
-    """A layer's features ``[N, F]`` in float32, read as they are sliced: what is stored, with the offset added."""
+    """A layer's features ``[N, F]`` in float32, read when sliced: the stored values plus the offset."""
 
     def __init__(self, store: Any, layer: int, path: Path) -> None:
         """Open a layer of the ``store`` at ``path``."""
         self.stored = layer_array(store, layer, "features", path)
-        """``[N, F]`` float16, less the offset, which no correlation depends on."""
+        """``[N, F]`` float16, without the offset, on which no correlation depends."""
         self.shape = self.stored.shape
         self.offset: NDArray[np.float32] = layer_array(store, layer, "offset", path)[:]
         """``[F]``"""
 
-    def __getitem__(self, place: Any) -> NDArray[np.float32]:
-        """Some rows, or a pair of rows and columns.
+    def __getitem__(self, index: Any) -> NDArray[np.float32]:
+        """Read rows, or a pair of rows and columns.
 
         Raises:
-            StoreError: where that cannot be read.
+            StoreError: if they cannot be read.
         """
-        rows, columns = place if isinstance(place, tuple) else (place, slice(None))
+        rows, columns = index if isinstance(index, tuple) else (index, slice(None))
         values = self.stored[rows, columns].astype(np.float32)
         values += self.offset[columns]
         return values
 
 
 def read_features(path: Path) -> dict[int, FeatureArray]:
-    """The features of each layer of a feature store, by layer; they are read when they are sliced.
+    """Open the features of each layer of a feature store, by layer; they are read when sliced.
 
     Raises:
-        StoreError: where the store is not whole.
+        StoreError: if the store is missing, incomplete or damaged.
     """
     store: Any = open_store(path, FEATURES)
     return {layer: FeatureArray(store, layer, path) for layer in store.attrs["spec"]["layers"]}
 
 
 def read_spec(path: Path, kind: str) -> dict[str, Any]:
-    """What a store says that it is of, and was made from.
+    """Read the inputs and settings that a store was made from.
 
     Raises:
-        StoreError: where it says nothing, or not what was written.
+        StoreError: if the store is missing or incomplete, or its attributes were changed.
     """
     spec: dict[str, Any] = read_root(path, kind)["spec"]
     return spec
 
 
 def read_modality(path: Path) -> str:
-    """What the encoder of a feature store reads: ``image`` or ``text``.
+    """Read the modality of a feature store's encoder: ``image`` or ``text``.
 
     Raises:
-        StoreError: where the store is not whole.
+        StoreError: if the store is missing or incomplete, or its attributes were changed.
     """
     return str(read_spec(path, FEATURES)["encoder"]["modality"])
 
 
 def check_samples(features: Path, data: Path, content_hash: str) -> None:
-    """Make sure that a feature store is of the samples of the data set at ``data``, in their order.
+    """Make sure that a feature store was made from the data set at ``data``: the same samples in the same order.
 
     Raises:
-        StoreError: if it is of others than those with this ``content_hash``.
+        StoreError: if the store's content hash is not ``content_hash``.
     """
     if read_spec(features, FEATURES)["content_hash"] != content_hash:
         raise StoreError(
-            f"{features} and {data} are of different samples; make both from the same data set, or give the folder of "
+            f"{features} and {data} have different samples; make both from the same data set, or give the folder of "
             f"that data set"
         )
 
@@ -112,44 +112,44 @@ class MaxCorrelations:
     """Best matches between the features of two encoders, for every pair of layers, in both directions."""
 
     rho_ab: NDArray[np.float32]
-    """``[L_B, F_A]`` largest correlation of each feature of A (all layers side by side) with a layer of B."""
+    """``[L_B, F_A]`` largest correlation of each feature of A (all layers concatenated) with a layer of B."""
     match_ab: NDArray[np.int32]
-    """``[L_B, F_A]`` the feature of that layer of B."""
+    """``[L_B, F_A]`` the matching feature in that layer of B."""
     rho_ba: NDArray[np.float32]
     """``[L_A, F_B]``"""
     match_ba: NDArray[np.int32]
     """``[L_A, F_B]``"""
     sizes_a: NDArray[np.int64]
-    """``[L_A]`` features of each layer of A."""
+    """``[L_A]`` number of features per layer of A."""
     sizes_b: NDArray[np.int64]
-    """``[L_B]`` features of each layer of B."""
+    """``[L_B]`` number of features per layer of B."""
 
     def reverse(self) -> "MaxCorrelations":
-        """The same, seen from B."""
+        """Return the same correlations with A and B swapped."""
         return MaxCorrelations(self.rho_ba, self.match_ba, self.rho_ab, self.match_ab, self.sizes_b, self.sizes_a)
 
 
 @dataclass(frozen=True)
 class PairCorrelations:
-    """The best matches of a pair of members, as the store holds them, and what they are judged by."""
+    """Best matches of a pair of members from a correlation store, with their floor and influence."""
 
-    found: MaxCorrelations
+    best: MaxCorrelations
     layers_a: list[int]
     layers_b: list[int]
     samples: int
     floor: NDArray[np.float32]
-    """``[L_B, f_A]`` rho of the first features of each layer of A, where B's samples are shuffled."""
+    """``[L_B, f_A]`` rho of the first features of each layer of A with B's samples shuffled."""
     floor_sizes: NDArray[np.int64]
-    """``[L_A]`` how many."""
+    """``[L_A]`` number of these features per layer."""
     influence: NDArray[np.float32]
     """``[3, N]`` each sample's influence on the wMPPC from A to B, for each of `metrics.READINGS`."""
 
 
 def read_correlations(path: Path, source: str) -> PairCorrelations:
-    """A pair's correlations, turned so that ``source`` is A.
+    """Read a pair's correlations, oriented so that ``source`` is A.
 
     Raises:
-        StoreError: where the store is not whole, or ``source`` is neither of the pair.
+        StoreError: if the store is missing, incomplete or damaged, or ``source`` is not in the pair.
     """
     store: Any = open_store(path, CORRELATIONS)
     spec: Any = store.attrs["spec"]
@@ -159,12 +159,12 @@ def read_correlations(path: Path, source: str) -> PairCorrelations:
     def read(name: str) -> NDArray[Any]:
         return StoredArray(store, name, path)[:]
 
-    found = MaxCorrelations(**{name: read(name) for name in MaxCorrelations.__dataclass_fields__})
+    best = MaxCorrelations(**{name: read(name) for name in MaxCorrelations.__dataclass_fields__})
     direction, one, other = "ab", "a", "b"
     if source != spec["a"]:
-        found, direction, one, other = found.reverse(), "ba", "b", "a"
+        best, direction, one, other = best.reverse(), "ba", "b", "a"
     return PairCorrelations(
-        found=found,
+        best=best,
         layers_a=spec[f"layers_{one}"],
         layers_b=spec[f"layers_{other}"],
         samples=spec["samples"],

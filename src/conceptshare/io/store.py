@@ -1,10 +1,10 @@
-"""Zarr stores that notice when they are incomplete, damaged, or not the store that was asked for.
+"""Zarr stores with checks that they are complete, undamaged and the requested store.
 
 A store is a Zarr v3 group. Its root attributes hold the ``kind`` and ``version`` of its format, its ``name``, the
 ``spec`` it was made from, a fingerprint of each file in it (``files``), ``complete: true``, and a ``digest`` of all
-these. The last three are written last. Zarr silently reads a missing chunk as zeros, and cannot know that two chunks or
-layers were exchanged, so `open_store` compares the files with that list first. A changed byte inside a chunk shows when
-the chunk is read: every chunk has a checksum.
+these. The last three are written last. Zarr silently reads a missing chunk as zeros and cannot detect that two chunks
+or layers were swapped, so `open_store` first compares the files with that list. A changed byte inside a chunk is
+detected when the chunk is read, because every chunk has a checksum.
 """
 
 import json
@@ -21,36 +21,36 @@ from numpy.typing import DTypeLike, NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from conceptshare.io import provenance
-from conceptshare.io.errors import ConceptshareError, NumericsError, StoreError, refusal
-from conceptshare.io.files import remove, store_kind, written_aside
+from conceptshare.io.errors import ConceptshareError, NumericsError, StoreError, system_error_message
+from conceptshare.io.files import atomic_output, remove, store_kind
 from conceptshare.io.layout import layer_name
-from conceptshare.io.seals import change, fingerprint, is_whole, sealed
+from conceptshare.io.seals import change, fingerprint, is_intact, sealed
 
 VERSIONS = {"activations": 3, "tokens": 2, "part": 2, "features": 4, "correlations": 3}
-"""Version of a kind's format, where it is not 1; what old readers would misread, or new ones need, raises it."""
+"""Format version of each kind, if not 1. Raise it if old readers would misread new stores, or the reverse."""
 
 _ROOT = "zarr.json"
 _BEGUN = "begun_by"
 _EVERY_CHUNK: Any = {"write_empty_chunks": True}
-# The stages that make stores of a kind, where they are not named as the kind is.
+# The stage that makes each kind of store, if its name differs from that of the kind.
 _STAGES = {"activations": "activations (or stream)", "tokens": "activations", "part": "activations"}
-# The end of a chunk or shard holds the checksums of its last chunk and of its index: it differs wherever contents do.
+# A chunk or shard ends with the checksums of its last chunk and of its index, so its last bytes differ if contents do.
 _TAIL_BYTES = 4096
 
 
 @contextmanager
 def new_store(path: Path, kind: str, spec: dict[str, Any], resume: bool = False) -> Iterator[zarr.Group]:
-    """Give a Zarr group to fill; it becomes the store at ``path`` if all went well.
+    """Yield a Zarr group to fill, which becomes the store at ``path`` on success.
 
     Args:
         path: the store's final path.
         kind: the format, such as ``"activations"``.
-        spec: what the store was made from, kept in its attributes.
-        resume: give what an attempt of this version that was cut off left of the same store, where there is such; else
+        spec: the inputs and settings of the store, kept in its attributes.
+        resume: yield the partial store that an interrupted attempt of this version left, if there is one; otherwise
             an empty group.
 
     Raises:
-        MadeMeanwhileError: where another process made the same store while this one waited for it.
+        MadeMeanwhileError: if another process made the same store while this one waited for the lock.
     """
     described: dict[str, Any] = {
         "kind": kind,
@@ -59,31 +59,31 @@ def new_store(path: Path, kind: str, spec: dict[str, Any], resume: bool = False)
         "spec": spec,
         "complete": False,
     }
-    with written_aside(path, store_kind(kind), resume, json.dumps(described, sort_keys=True)) as partial:
-        # Half of a store is not of one version, and half of another.
+    with atomic_output(path, store_kind(kind), resume, json.dumps(described, sort_keys=True)) as partial:
+        # A store is never written partly by one version and partly by another.
         begun = described | {_BEGUN: version("conceptshare")}
-        group = _left_over(partial, begun)
+        group = _open_partial(partial, begun)
         if group is None:
             remove(partial)
             group = zarr.open_group(partial, mode="w", zarr_format=3)
             group.attrs.update(begun)
         yield group
         provenance.record(partial)
-        found = {name: fingerprint(partial / name, _tail(name)) for name in _files(partial)}
-        whole = {key: value for key, value in group.attrs.asdict().items() if key != _BEGUN}
-        group.attrs.put(sealed({**whole, "files": found, "complete": True}))
+        files = {name: fingerprint(partial / name, _tail(name)) for name in _files(partial)}
+        attributes = {key: value for key, value in group.attrs.asdict().items() if key != _BEGUN}
+        group.attrs.put(sealed({**attributes, "files": files, "complete": True}))
 
 
-def _left_over(partial: Path, described: dict[str, Any]) -> zarr.Group | None:
-    """The store at ``partial``, if it can be gone on with: its description is the same, and it can be read."""
+def _open_partial(partial: Path, described: dict[str, Any]) -> zarr.Group | None:
+    """The store at ``partial`` if it can be resumed: it can be read and its description is the same."""
     try:
         group = zarr.open_group(partial, mode="r+", zarr_format=3)
         if any(group.attrs[key] != json.loads(json.dumps(value)) for key, value in described.items()):
             return None
-    except Exception:  # there is none, or its metadata was cut off, which shows in many ways
+    except Exception:  # there is none, or its metadata was cut off, which raises many types
         return None
     for torn in partial.rglob("*.partial"):
-        torn.unlink()  # Zarr writes aside too
+        torn.unlink()  # Zarr's own temporary files
     return group
 
 
@@ -91,13 +91,13 @@ def open_store(path: Path, kind: str, layer: int | None = None) -> zarr.Group:
     """Open a store for reading.
 
     Args:
-        path: the store. Its name is part of what is asked for: a store that was renamed is not opened.
+        path: the store. Its name must equal the recorded one: a renamed store is not opened.
         kind: its format.
-        layer: the one layer that will be read; files of others are then not looked at.
+        layer: if only one layer will be read, that layer; files of others are then not checked.
 
     Raises:
-        StoreError: where there is none, it is of another kind, version or name, it was never completed, or it is not
-            as it was when it was completed: a file in it is missing, of another size, or exchanged with another.
+        StoreError: if the store is missing, of another kind, version or name, incomplete, or changed since it was
+            completed: a file in it is missing, of another size, or swapped with another.
     """
     attributes = read_root(path, kind)
     for name, recorded in attributes["files"].items():
@@ -110,45 +110,43 @@ def open_store(path: Path, kind: str, layer: int | None = None) -> zarr.Group:
 
 
 def read_root(path: Path, kind: str) -> dict[str, Any]:
-    """What a store says of itself, without a look at its files.
+    """Read and check the root attributes of a store, without checking its files.
 
     Raises:
-        StoreError: where there is none, it is of another kind, version or name, it was never completed, or what it
-            says is not as it was written.
+        StoreError: if the store is missing, of another kind, version or name, incomplete, or its attributes were
+            changed.
     """
     if not path.exists():
         raise StoreError(f"{path}: no {kind} store there; run the {_stage(kind)} stage")
     if not (path / _ROOT).is_file():
         damaged = any(path.glob(f"*/{_ROOT}"))
         remedy = _remedy(kind) if damaged else f"name one that the {_stage(kind)} stage made"
-        raise StoreError(f"{path}: {_ROOT} is missing, so that this is no {kind} store; {remedy}")
-    with _named(f"{path}: {_ROOT} cannot be read", f"; {_remedy(kind)}"):
-        # Of format 3, as Zarr warns where there are files of format 2 as well.
+        raise StoreError(f"{path}: {_ROOT} is missing, so this is not a {kind} store; {remedy}")
+    with _as_store_error(f"{path}: {_ROOT} cannot be read", f"; {_remedy(kind)}"):
+        # Format 3 is set because Zarr warns if there are files of format 2 as well.
         attributes: dict[str, Any] = zarr.open_group(path, mode="r", zarr_format=3).attrs.asdict()
     if attributes.get("kind") != kind:
         raise StoreError(
-            f"{path}: a store of {attributes.get('kind')!r}, where one of {kind!r} is needed; name "
+            f"{path}: a store of {attributes.get('kind')!r}, but one of {kind!r} is needed; name "
             f"another, or move it away and run the {_stage(kind)} stage"
         )
     needed = VERSIONS.get(kind, 1)
     if attributes.get("version") != needed:
-        raise StoreError(
-            f"{path}: format version {attributes.get('version')}, where {needed} is needed; {_remedy(kind)}"
-        )
+        raise StoreError(f"{path}: format version {attributes.get('version')}, but {needed} is needed; {_remedy(kind)}")
     if attributes.get("complete") is not True:
         raise StoreError(f"{path}: incomplete, the job that wrote it did not finish; {_remedy(kind)}")
-    if not is_whole(attributes):
-        raise StoreError(f"{path}: {_ROOT} is not as it was written; {_remedy(kind)}")
+    if not is_intact(attributes):
+        raise StoreError(f"{path}: {_ROOT} was changed or damaged; {_remedy(kind)}")
     if attributes["name"] != path.absolute().stem:
         raise StoreError(
-            f"{path}: holds the store {attributes['name']!r}; give it its name back, or delete it and run the "
+            f"{path}: holds the store {attributes['name']!r}; rename it back, or delete it and run the "
             f"{_stage(kind)} stage again"
         )
     return attributes
 
 
 def _tail(name: str) -> int | None:
-    """How much of a file's end its fingerprint is of: all of metadata."""
+    """Number of bytes at the end of a file that its fingerprint covers; None, for metadata, covers the whole file."""
     return None if name.endswith(_ROOT) else _TAIL_BYTES
 
 
@@ -169,9 +167,9 @@ def new_array(
     shards: tuple[int, ...] | None = None,
     compress: bool = True,
 ) -> zarr.Array[Any]:
-    """Add an array to a store, every chunk of which will be written, zeros too; chunks default to the whole array.
+    """Add an array to a store. Chunks default to the whole array, and chunks of zeros are written too.
 
-    Every chunk has a checksum, so that one that was changed on disk cannot be read.
+    Every chunk has a checksum, so reading a chunk that was changed on disk fails.
     """
     whole = tuple(max(1, n) for n in shape)
     return group.create_array(
@@ -186,36 +184,36 @@ def new_array(
 
 
 def save_array(group: zarr.Group, name: str, values: NDArray[Any]) -> None:
-    """Add a small array to a store in one chunk."""
+    """Add a small array to a store as one chunk."""
     new_array(group, name, values.shape, values.dtype)[...] = values
 
 
 @contextmanager
-def _named(before: str, after: str) -> Iterator[None]:
-    """Make any error of the libraries a StoreError, but for the system's: what is damaged fails in many ways."""
+def _as_store_error(before: str, after: str) -> Iterator[None]:
+    """Convert errors of libraries to a StoreError, because damage raises many types; OS-level errors pass through."""
     try:
         yield
     except ConceptshareError:
         raise
     except Exception as error:
-        if refusal(error) is not None:
+        if system_error_message(error) is not None:
             raise
-        said = " ".join(str(error).split())
-        raise StoreError(f"{before} ({type(error).__name__}: {said}){after}") from error
+        message = " ".join(str(error).split())
+        raise StoreError(f"{before} ({type(error).__name__}: {message}){after}") from error
 
 
 def readable(path: Path, kind: str) -> AbstractContextManager[None]:
-    """Where the store at ``path``, or an array in it, turns out damaged as it is read, raise a StoreError of it."""
-    return _named(f"{path}: cannot be read", f"; {_remedy(kind)}")
+    """Raise a StoreError if the store at ``path``, or an array in it, turns out to be damaged as it is read."""
+    return _as_store_error(f"{path}: cannot be read", f"; {_remedy(kind)}")
 
 
 class StoredArray:
-    """An array of a store, read as a NumPy array; where a chunk cannot be decoded, the error says which store.
+    """An array of a store, read as NumPy arrays; if a chunk cannot be decoded, the error names the store.
 
     Args:
-        store: as `open_store` gives it.
-        name: the array's.
-        path: where the store is.
+        store: the group that `open_store` returned.
+        name: the array's name in it.
+        path: path of the store.
     """
 
     def __init__(self, store: zarr.Group, name: str, path: Path) -> None:
@@ -227,40 +225,40 @@ class StoredArray:
         self._array = array
 
     def __str__(self) -> str:
-        """Which array of which store it is."""
+        """Path of the store and the array."""
         return str(self._path)
 
-    def __getitem__(self, place: Any) -> NDArray[Any]:
-        """Read a part.
+    def __getitem__(self, index: Any) -> NDArray[Any]:
+        """Read a part of the array.
 
         Raises:
-            StoreError: where that cannot be.
+            StoreError: if it cannot be read.
         """
         with readable(self._path, self._kind):
-            values: NDArray[Any] = self._array[place]
+            values: NDArray[Any] = self._array[index]
         return values
 
 
 def layer_array(store: zarr.Group, layer: int, name: str, path: Path) -> StoredArray:
-    """An array of a layer of a store.
+    """An array of one layer of a store.
 
     Raises:
-        StoreError: where the store has no such layer.
+        StoreError: if the store has no such layer.
     """
     if layer_name(layer) not in store:
-        # Listed from disk: Zarr warns of every other file there.
+        # Listed from disk, because Zarr warns about every other file there.
         there = ", ".join(sorted(folder.name for folder in path.glob("layer-*")))
         raise StoreError(f"{path}: no layer {layer}; it has {there}")
     return StoredArray(store, f"{layer_name(layer)}/{name}", path)
 
 
-def gone_on_with(path: Path) -> AbstractContextManager[None]:
-    """Where what an earlier attempt left of the store at ``path`` turns out damaged, raise a StoreError of it."""
-    return _named(f"{path}: what an earlier attempt left of it is damaged", " and was removed; run again")
+def resuming(path: Path) -> AbstractContextManager[None]:
+    """Raise a StoreError if the partial store that an earlier attempt left for ``path`` turns out to be damaged."""
+    return _as_store_error(f"{path}: the partial store of an earlier attempt is damaged", " and was removed; run again")
 
 
 def rows_of(width: int, dtype: DTypeLike, shard_bytes: int) -> tuple[int, int]:
-    """How many rows a chunk and a shard of an array of rows have."""
+    """Number of rows per chunk and per shard of an array of rows."""
     row_bytes = width * np.dtype(dtype).itemsize
     chunk = max(1, _CHUNK_BYTES // row_bytes)
     return chunk, chunk * max(1, shard_bytes // (chunk * row_bytes))
@@ -269,16 +267,16 @@ def rows_of(width: int, dtype: DTypeLike, shard_bytes: int) -> tuple[int, int]:
 def new_rows(group: zarr.Group, name: str, rows: int, width: int, dtype: DTypeLike, shard_bytes: int) -> None:
     """Add an array ``[rows, width]`` to a store, in shards."""
     chunk, shard = rows_of(width, dtype, shard_bytes)
-    # Activations are noise to a compressor: it would save some percent, and take longer than writing them.
+    # Activations hardly compress: a compressor would save a few percent and take longer than writing them.
     new_array(group, name, (rows, width), dtype, (chunk, width), (shard, width), compress=False)
 
 
 class RowWriter:
-    """Appends rows to a two-dimensional array of unknown length, a whole shard at a time.
+    """Appends rows to a two-dimensional array of unknown length, one shard at a time.
 
-    Where the array is there already, its rows before ``keep`` are kept, and rows go on from there. Where one is lost,
-    it raises errors of many types: `gone_on_with` makes one of them. Rows before ``first``, where a shard begins, are
-    another's to write.
+    If the array exists already, its rows before ``keep`` are kept and new rows follow them. If any of these rows is
+    lost, many types of errors are raised, which `resuming` converts to one. Rows before ``first``, the start of a
+    shard, are written by another writer.
     """
 
     def __init__(
@@ -297,8 +295,8 @@ class RowWriter:
         array: Any = group[name]
         self._array = array.with_config(_EVERY_CHUNK)
         self.written = keep // self._shard * self._shard
-        """Rows in whole shards, which are on disk."""
-        # One buffer, and not a list of what was appended: that would leave holes in memory that grow with time.
+        """Number of rows in whole shards, which are on disk."""
+        # One buffer instead of a list of appended rows, which would fragment memory more and more.
         self._buffer = np.empty((self._shard, width), dtype)
         self._check(first, keep)
         self._filled = keep - self.written
@@ -306,18 +304,18 @@ class RowWriter:
         self._array.resize((keep, width))
 
     def _check(self, first: int, keep: int) -> None:
-        """Make sure that the shards of the rows from ``first`` to ``keep`` are there: Zarr would read zeros."""
-        place = Path(self._array.store.root) / self._array.path / "c"
+        """Make sure that the shards of the rows from ``first`` to ``keep`` exist: Zarr would read zeros instead."""
+        folder = Path(self._array.store.root) / self._array.path / "c"
         numbers = range(first // self._shard, -(-keep // self._shard))
-        sizes = {n: (place / str(n) / "0").stat().st_size for n in numbers}
-        # Rows as they are and each chunk's checksum, then place and length of each chunk, and a checksum of those.
+        sizes = {n: (folder / str(n) / "0").stat().st_size for n in numbers}
+        # Uncompressed rows and one checksum per chunk, then offset and length of each chunk, and a checksum of these.
         whole = self._buffer.nbytes + (4 + 16) * (self._shard // self._chunk) + 4
         short = [n for n, size in sizes.items() if size != whole and n < keep // self._shard]
         if short:
             raise ValueError(f"shard {short[0]} of {self._array.path} has {sizes[short[0]]} bytes, not {whole}")
 
     def append(self, rows: NDArray[Any]) -> None:
-        """Add rows ``[n, width]`` of the array's type."""
+        """Append rows ``[n, width]`` of the array's dtype."""
         while len(rows):
             taken = rows[: self._shard - self._filled]
             self._buffer[self._filled : self._filled + len(taken)] = taken
@@ -329,14 +327,14 @@ class RowWriter:
                 self._filled = 0
 
     def flush(self) -> None:
-        """Let the array on disk hold all rows so far."""
+        """Write all rows so far to disk."""
         end = self.written + self._filled
         self._array.resize((end, self._array.shape[1]))
         if self._filled:
             self._array[self.written : end] = self._buffer[: self._filled]
 
 
-# Small enough to read one sample of a large encoder without its neighbours, large enough to read them all quickly.
+# Small enough to read a single sample of a large encoder cheaply, large enough to read all samples quickly.
 _CHUNK_BYTES = 2**18
 
 
@@ -346,33 +344,33 @@ def as_float16(
     samples: NDArray[np.int64],
     remedy: str = "leave the sample or the layer out",
 ) -> NDArray[np.float16]:
-    """Values ``[n, ...]`` as float16, the type of stored activations and features.
+    """Convert values ``[n, ...]`` to float16, the dtype of stored activations and features.
 
     Args:
-        values: what to convert.
-        where: the encoder and layer, for the message.
-        samples: ``[n]`` the sample that each row belongs to, for the message.
-        remedy: what to do about it, for the message.
+        values: the values.
+        where: encoder and layer, for the error message.
+        samples: ``[n]`` the sample of each row, for the error message.
+        remedy: how to fix the error, for the error message.
 
     Raises:
-        NumericsError: where a value is not finite, or too large for float16.
+        NumericsError: if a value is not finite, or too large for float16.
     """
     with np.errstate(over="ignore"):
-        halves = values.astype(np.float16)
-    finite = np.isfinite(halves).reshape(len(halves), -1).all(axis=1)
+        converted = values.astype(np.float16)
+    finite = np.isfinite(converted).reshape(len(converted), -1).all(axis=1)
     if not finite.all():
         row = int(np.argmin(finite))
         largest = float(np.abs(values[row]).max())
-        what = f"{largest:.3g} is beyond float16's 65504" if np.isfinite(largest) else "a value that is not finite"
-        raise NumericsError(f"{where}, sample {samples[row]}: {what}; {remedy}")
-    return halves
+        problem = f"{largest:.3g} is beyond float16's 65504" if np.isfinite(largest) else "a value that is not finite"
+        raise NumericsError(f"{where}, sample {samples[row]}: {problem}; {remedy}")
+    return converted
 
 
 def _files(folder: Path) -> list[str]:
-    """The files of a store by relative path, but for its root.
+    """Relative paths of the files of a store, without the metadata of its root.
 
-    Left out are the record of how it came about, and hidden files: Snakemake's time stamp, and what NFS keeps of a file
-    that was removed while it was open.
+    Provenance and hidden files are left out: Snakemake's time stamp, and files that NFS keeps because they were removed
+    while open.
     """
     paths = (Path(place, name).relative_to(folder).as_posix() for place, _, names in os.walk(folder) for name in names)
     return sorted(path for path in paths if path not in (_ROOT, provenance.FILE) and "/." not in f"/{path}")

@@ -10,7 +10,7 @@ import pandas as pd
 from conceptshare.analysis.tables import read_table
 from conceptshare.data.dataset import Data
 from conceptshare.io import layout
-from conceptshare.io.files import FILE, SITE, check_replaceable, renamed
+from conceptshare.io.files import FILE, SITE, check_replaceable, unlocked_output
 from conceptshare.metrics import READINGS
 from conceptshare.pages._script import number, numbers, write_script
 
@@ -32,7 +32,7 @@ def write_frame(out: Path) -> None:
         "style.css": (_ASSETS / "style.css").read_text("utf-8"),
         "app.js": "\n".join(['"use strict";\n', "(() => {", *code, "})();\n"]),
     }.items():
-        with renamed(out / name, FILE) as partial:
+        with unlocked_output(out / name, FILE) as partial:
             partial.write_text(text, "utf-8", newline="\n")
 
 
@@ -80,7 +80,7 @@ def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
                 told["overlaps"] += [
                     {**where, **row} for row in _rows(read_table(place / "overlaps.parquet", "overlaps"))
                 ]
-    with renamed(out / "study.js", FILE) as partial:
+    with unlocked_output(out / "study.js", FILE) as partial:
         write_script(partial, "study", told)
 
 

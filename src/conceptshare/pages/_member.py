@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from conceptshare.analysis.tables import check_features, check_made_from, check_ranking, read_table
 from conceptshare.config.study import as_member, pair_name
-from conceptshare.io.files import MEMBER_PAGES, written_aside
+from conceptshare.io.files import MEMBER_PAGES, atomic_output
 from conceptshare.io.layout import layer_name
 from conceptshare.io.progress import progress
 from conceptshare.io.readers import FEATURES, FeatureStatistics, read_statistics
@@ -63,7 +63,7 @@ def write_member(
         return rows
 
     told = {row.pop("sample"): row for row in read("samples.parquet")}
-    with written_aside(out, MEMBER_PAGES) as partial:
+    with atomic_output(out, MEMBER_PAGES) as partial:
         partial.mkdir()
         for layer, found in progress(statistics.items(), len(statistics), f"pages of {member}", "layers"):
             key = layer_name(layer)

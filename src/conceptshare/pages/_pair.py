@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from conceptshare.io.files import PAIR_PAGES, written_aside
+from conceptshare.io.files import PAIR_PAGES, atomic_output
 from conceptshare.io.layout import layer_name
 from conceptshare.io.readers import read_correlations
 from conceptshare.pages._script import numbers, write_script
@@ -24,15 +24,15 @@ def write_pair(correlations: Path, source: str, target: str, place: str, out: Pa
         StoreError: where the store is missing or damaged.
     """
     pair = read_correlations(correlations, source)
-    ends = np.cumsum(pair.found.sizes_a)
-    with written_aside(out, PAIR_PAGES) as partial:
+    ends = np.cumsum(pair.best.sizes_a)
+    with atomic_output(out, PAIR_PAGES) as partial:
         partial.mkdir()
-        for layer, first, last in zip(pair.layers_a, ends - pair.found.sizes_a, ends, strict=True):
+        for layer, first, last in zip(pair.layers_a, ends - pair.best.sizes_a, ends, strict=True):
             key = layer_name(layer)
             matches = {
                 "target": target,
                 "layers": pair.layers_b,
-                "rho": [numbers(row[first:last]) for row in pair.found.rho_ab],
-                "match": [row[first:last].tolist() for row in pair.found.match_ab],
+                "rho": [numbers(row[first:last]) for row in pair.best.rho_ab],
+                "match": [row[first:last].tolist() for row in pair.best.match_ab],
             }
             write_script(partial / f"{key}.js", f"{place}/{key}", matches)

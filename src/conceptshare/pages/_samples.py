@@ -6,8 +6,8 @@ from pathlib import Path
 from conceptshare.data.dataset import Data
 from conceptshare.io.ahead import in_order
 from conceptshare.io.errors import DatasetError
-from conceptshare.io.files import SAMPLE_PAGES, written_aside
-from conceptshare.io.progress import progress, say
+from conceptshare.io.files import SAMPLE_PAGES, atomic_output
+from conceptshare.io.progress import info, progress
 from conceptshare.pages._script import write_script
 
 TOGETHER = 500
@@ -28,7 +28,7 @@ def write_samples(data: Data, place: str, out: Path, threads: int = 1) -> None:
         threads: threads that make thumbnails.
     """
     starts = range(0, len(data), TOGETHER)
-    with written_aside(out, SAMPLE_PAGES) as partial, ThreadPoolExecutor(threads) as pool:
+    with atomic_output(out, SAMPLE_PAGES) as partial, ThreadPoolExecutor(threads) as pool:
         partial.mkdir()
         jobs = (pool.submit(_thumbnail, data, n, partial / _folder(n)).result for n in range(len(data)))
         sizes = list(progress(in_order(jobs, 4 * threads), len(data), "thumbnails", "samples"))
@@ -46,7 +46,7 @@ def _thumbnail(data: Data, sample: int, folder: Path) -> tuple[int, int] | None:
     try:
         picture = data.image(sample)
     except DatasetError as error:
-        say(f"warning: no thumbnail of sample {sample}: {error}")
+        info(f"warning: no thumbnail of sample {sample}: {error}")
         return None
     picture.thumbnail((_SIDE, _SIDE))
     folder.mkdir(exist_ok=True)

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from conceptshare.io.files import CHECKPOINTS, check_replaceable, remove
-from conceptshare.io.progress import say
+from conceptshare.io.progress import info
 from conceptshare.sae._trainer import Trainer
 
 PREEMPTED = 75
@@ -73,7 +73,7 @@ class Checkpoints:
         for checkpoint in self._all() if self._ours() else []:
             files = {file.stem.rpartition("-")[0]: file for file in checkpoint.glob("*.safetensors")}
             if not all(_file_name(name) in files and _whole(files[_file_name(name)]) for name in trainers):
-                say(f"{checkpoint}: not whole; using the checkpoint before it, if there is one")
+                info(f"{checkpoint}: not whole; using the checkpoint before it, if there is one")
                 remove(checkpoint)
                 continue
             for name, trainer in trainers.items():

@@ -18,10 +18,10 @@ from conceptshare.device import devices, full_float32
 from conceptshare.encoders import Encoder
 from conceptshare.io.ahead import in_order
 from conceptshare.io.errors import StudyError
-from conceptshare.io.files import SAES, written_aside
+from conceptshare.io.files import SAES, atomic_output
 from conceptshare.io.layout import layer_name, sae_place
-from conceptshare.io.progress import progress, say
-from conceptshare.io.store import gone_on_with, new_store
+from conceptshare.io.progress import info, progress
+from conceptshare.io.store import new_store, resuming
 from conceptshare.sae import _order
 from conceptshare.sae._checkpoints import Checkpoints
 from conceptshare.sae._metrics import Measured, Measuring, evaluate
@@ -74,15 +74,15 @@ def train_stream(
     key = {"settings": settings.model_dump(mode="json"), "seeds": list(seeds), "made_from": described}
     checkpoints = Checkpoints(saes.with_name(name + ".checkpoints"), key)
     with (
-        written_aside(saes, SAES, key=checkpoints.key) as folder,
+        atomic_output(saes, SAES, key=checkpoints.key) as folder,
         new_store(activations, KIND, described, resume=True) as store,
         closing(_Team(encoder, settings, seeds, name, len(steps), workers)) as team,
     ):
-        with gone_on_with(activations):
+        with resuming(activations):
             reader = _Reader(encoder, data, name, workers, store)
         done = checkpoints.restore(team.trainers)
         if done:
-            say(f"{name}: going on at step {done:,} of {len(steps):,}")
+            info(f"{name}: going on at step {done:,} of {len(steps):,}")
         with closing(reader.read(steps[done:])) as batches:
             descend(batches, team.train_on, team.trainers, name, checkpoints, reader.note)
         all_tokens, global_tokens = _measure(team, reader, _order.measured(N, settings), name)

@@ -22,8 +22,8 @@ from conceptshare.device import default_device, full_float32
 from conceptshare.io import provenance
 from conceptshare.io.ahead import in_order
 from conceptshare.io.errors import NumericsError, StoreError
-from conceptshare.io.files import SAE, Unchanged, written_aside
-from conceptshare.io.progress import progress, say
+from conceptshare.io.files import SAE, Unchanged, atomic_output
+from conceptshare.io.progress import info, progress
 from conceptshare.sae import _order
 from conceptshare.sae._checkpoints import PREEMPTED, Checkpoints, asked_to_stop
 from conceptshare.sae._metrics import Measured, density_histogram, evaluate
@@ -102,7 +102,7 @@ def train(
     batches = _order.steps(len(tokens), batch_samples or settings.batch_samples, tokens.block, settings)
     trainer = Trainer(tokens.width, settings, seed, len(batches), device)
     if checkpoints is not None and checkpoints.restore({what: trainer}):
-        say(f"{what}: going on at step {trainer.step:,} of {len(batches):,}")
+        info(f"{what}: going on at step {trainer.step:,} of {len(batches):,}")
     left = batches[trainer.step :]
     with closing(_read_ahead(tokens, left, device)) as ready:
         descend(ready, trainer.train_on, {what: trainer}, what, checkpoints)
@@ -145,7 +145,7 @@ def descend(
                 checkpoints.save(trainers)
                 last = time.monotonic()
             if asked.is_set():
-                say(f"{what}: asked to stop at step {some.step:,} of {steps:,}; run again to go on")
+                info(f"{what}: asked to stop at step {some.step:,} of {steps:,}; run again to go on")
                 raise SystemExit(PREEMPTED)
     _check_finite(trainers)
 
@@ -194,7 +194,7 @@ def train_sae(token_store: Path, layer: int, settings: SAESettings, seed: int, o
     key = {"settings": settings.model_dump(mode="json"), "seed": seed, "layer": layer, "made_from": tokens.made_from}
     checkpoints = Checkpoints(out.with_name(out.name + ".checkpoints"), key)
     batch_samples = settings.samples_a_step(tokens.modality)
-    with written_aside(out, SAE, key=checkpoints.key) as folder, inputs:
+    with atomic_output(out, SAE, key=checkpoints.key) as folder, inputs:
         sae, losses = train(tokens, settings, origin.mixed_seed(), batch_samples, str(origin), checkpoints)
         batches = _order.measured(len(tokens), settings)
         measured = evaluate(sae, (tokens.read(batch) for batch in batches))
@@ -247,9 +247,9 @@ def write_sae(
     provenance.record(folder)
     quality = report.all_tokens.quality
     window = f"of {quality.tokens:,} {'held-out' if report.held_out else 'training'} tokens"
-    say(f"{report.origin}: FVU {quality.fvu:.3f}, L0 {quality.l0:.1f}, dead {quality.dead:.1%} {window}")
+    info(f"{report.origin}: FVU {quality.fvu:.3f}, L0 {quality.l0:.1f}, dead {quality.dead:.1%} {window}")
     if quality.dead > settings.max_dead:
-        say(
+        info(
             f"warning: {report.origin}: {quality.dead:.0%} of the latents are dead, more than max_dead = "
             f"{settings.max_dead:g}; train longer (epochs), with fewer latents (expansion), a larger k or another "
             f"learning_rate"

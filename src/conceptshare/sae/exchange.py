@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conceptshare.io.errors import ConceptshareError, StoreError
-from conceptshare.io.files import SAE, SPARSIFY, Kind, written_aside
+from conceptshare.io.files import SAE, SPARSIFY, Kind, atomic_output
 from conceptshare.sae._model import TopKSAE, load_sae, save_sae
 from conceptshare.sae.folder import other_meaning, sae_file
 
@@ -157,6 +157,6 @@ def _new_folder(out: Path, kind: Kind) -> Iterator[Path]:
     """A folder beside ``out`` to write in, which becomes ``out`` if all went well."""
     if out.exists():
         raise StoreError(f"{out}: exists already; name another folder, or remove it")
-    with written_aside(out, kind) as aside:
+    with atomic_output(out, kind) as aside:
         aside.mkdir()
         yield aside
