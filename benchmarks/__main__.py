@@ -1,6 +1,6 @@
 """Compare each fast way with the straightforward one, on this machine, in one run.
 
-These machines are noisy, so the two take turns, and the median ratio is what counts.
+These machines are noisy, so the two alternate, and the median ratio is reported.
 """
 
 import io
@@ -42,17 +42,17 @@ TURNS = 7
 
 # Two encoders, whose features are correlated.
 LAYERS, FEATURES, SAMPLES = 4, 2048, 8192
-# An SAE of a ViT-B, and the tokens of one picture.
+# An SAE of a ViT-B, and the tokens of one image.
 D, F, K, TOKENS = 768, 6144, 32, 257
 
 
 def main() -> None:
-    """Print one line a comparison."""
+    """Print one line per comparison."""
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     log_device()
     with TemporaryDirectory() as folder:
         compare(
-            "extraction of 12 layers of a ViT-S, 500 pictures; plain is the forward pass alone",
+            "extraction of 12 layers of a ViT-S, 500 images; baseline: the forward pass alone",
             *extraction(Path(folder)),
             3,
         )
@@ -61,7 +61,7 @@ def main() -> None:
     quality_of_bfloat16()
     with TemporaryDirectory() as folder:
         compare(
-            "SAE training of 60 such batches, from store to files; plain is the steps alone",
+            "SAE training of 60 such batches, from store to files; baseline: the steps alone",
             *whole_job(Path(folder)),
             3,
         )
@@ -74,15 +74,15 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", f"benchmarks.{part}"], check=True)
 
 
-def compare(what: str, ours: Callable[[], object], plain: Callable[[], object], turns: int = TURNS) -> None:
-    """Time two ways in turns and print how many times faster ours is."""
-    ours(), plain()
-    times = [(seconds(ours), seconds(plain)) for _ in range(turns)]
+def compare(what: str, ours: Callable[[], object], baseline: Callable[[], object], turns: int = TURNS) -> None:
+    """Time two implementations alternately and print the speed-up of ours."""
+    ours(), baseline()
+    times = [(seconds(ours), seconds(baseline)) for _ in range(turns)]
     ratios = sorted(b / a for a, b in times)
-    ours_s, plain_s = (statistics.median(column) for column in zip(*times, strict=True))
+    ours_s, baseline_s = (statistics.median(column) for column in zip(*times, strict=True))
     print(
-        f"{what}: {statistics.median(ratios):.2f} times the plain way "
-        f"(from {ratios[0]:.2f} to {ratios[-1]:.2f}; {ours_s:.3f} s and {plain_s:.3f} s)"
+        f"{what}: speed-up {statistics.median(ratios):.2f} over the baseline "
+        f"(from {ratios[0]:.2f} to {ratios[-1]:.2f}; {ours_s:.3f} s and {baseline_s:.3f} s)"
     )
 
 
@@ -96,7 +96,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def extraction(folder: Path) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Recording every layer, and a bare forward pass, over the same pictures prepared in the same way."""
+    """Recording every layer, and a bare forward pass, over the same images prepared in the same way."""
     noise = np.random.default_rng(0).integers(0, 256, (500, 24, 32, 3), dtype=np.uint8)
     files = []
     for pixels in noise:
@@ -233,10 +233,12 @@ def best_matches(folder: Path) -> None:
     for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         bare = partial(products, *(x.to(dtype) for x in operands), product.to(dtype))
         ours: Any = partial(matches, in_memory, precision)
-        compare(f"best matches in {precision}, {size}; plain is the {LAYERS**2} products alone", ours, bare, 5)
+        compare(f"best matches in {precision}, {size}; baseline: the {LAYERS**2} products alone", ours, bare, 5)
     for precision in ("float32", "bfloat16"):
         ours = partial(matches, on_disk, precision)
-        compare(f"best matches in {precision}, from disk; plain is one product a direction", ours, straightforward, 3)
+        compare(
+            f"best matches in {precision}, from disk; baseline: one product per direction", ours, straightforward, 3
+        )
 
 
 def reading_features(folder: Path) -> None:
@@ -248,7 +250,7 @@ def reading_features(folder: Path) -> None:
         x = torch.randn(SAMPLES, width, generator=generator)
         with torch.no_grad():
             compare(
-                f"reading a layer's features, D {width}; plain is to compute them again from global tokens",
+                f"reading a layer's features, D {width}; baseline: recomputing them from global tokens",
                 lambda: stored[:],  # type: ignore[index]
                 lambda sae=sae, x=x: sae.encode(x.to(default_device())).half().cpu().numpy(),  # type: ignore[misc]
             )
