@@ -13,7 +13,9 @@ from conceptshare.analysis.similarity import compare_stores
 from conceptshare.concepts.examples import record_examples
 from conceptshare.config.catalog import DatasetSpec, EncoderSpec
 from conceptshare.config.study import SAESettings
-from conceptshare.correlations import correlate_stores, correlation_sums, max_correlations
+from conceptshare.correlations import correlate_stores, max_correlations
+from conceptshare.correlations._arrays import Array
+from conceptshare.correlations._standardise import Panel, standard_of
 from conceptshare.data.dataset import Data, make_dataset
 from conceptshare.encoders import load_encoder
 from conceptshare.io.layout import layer_name
@@ -230,16 +232,18 @@ def test_correlations_keep_within_their_budget(megabytes, dtype, precision, rng)
     assert torch.cuda.max_memory_allocated() - before <= megabytes * 2**20
 
 
-def test_sums_of_a_panel_are_float64(on, rng):
+def test_sums_of_a_panel_are_float64(rng):
     # Far from zero, with a first sample that is far from the mean, sums in float32 would lose the third digit.
     x = np.full((200_000, 2), 2000.0)
     x[0] = 0
     x[1:, 1] += rng.integers(0, 2, len(x) - 1)
     x = x.astype(np.float16)
-    sums = on("cuda", lambda: correlation_sums(x, x))
+    panel, values = Panel(0, 0, 2, 0, Array("x", "", 2)), torch.from_numpy(x).to("cuda")
+    standard = standard_of(lambda: iter([values]), panel, "float32")
+    centre, scale, bias = (part.double().cpu().numpy() for part in (standard.centre, standard.scale, standard.bias))
     exact = x.astype(np.float64)
-    np.testing.assert_allclose(sums.mean_a, exact.mean(0), rtol=1e-9)
-    np.testing.assert_allclose(sums.squares_a, ((exact - exact.mean(0)) ** 2).sum(0), rtol=1e-7)
+    np.testing.assert_allclose(centre - bias / scale, exact.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(scale**-2, ((exact - exact.mean(0)) ** 2).sum(0), rtol=1e-6)
 
 
 def test_the_log_names_the_gpu(on, capsys):

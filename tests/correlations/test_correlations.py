@@ -1,9 +1,6 @@
 """Best matches, against numpy.corrcoef in float64 over the same numbers."""
 
 import contextlib
-import functools
-import itertools
-import operator
 import shutil
 import subprocess
 import sys
@@ -23,7 +20,6 @@ from conceptshare.correlations import (
     _engine,
     _store,
     correlate_stores,
-    correlation_sums,
     max_correlations,
 )
 from conceptshare.correlations.blocks import plan_blocks
@@ -238,7 +234,7 @@ def test_a_value_that_is_not_finite_is_refused_and_named(bad, side, rng):
     with pytest.raises(NumericsError, match=rf"^{side}\[1\]: row 3, column 4 is {bad}; replace it, or leave out"):
         max_correlations(*((other, good) if side == "a" else (good, other)))
     with pytest.raises(NumericsError, match=rf"^{side}: row 3, column 4 is {bad}; "):
-        correlation_sums(*((other[1], good[1]) if side == "a" else (good[1], other[1])))
+        max_correlations(*((other[1], good[1]) if side == "a" else (good[1], other[1])))
 
 
 def test_numpy_torch_and_zarr_arrays_give_the_same(rng, tmp_path):
@@ -515,39 +511,6 @@ def test_a_failure_leaves_no_thread_that_reads_ahead(rng):
         max_correlations(a, b, 100_000, keep=keep)
     left = set(threading.enumerate()) - before
     assert not [thread for thread in left if thread.name.startswith("ThreadPoolExecutor")], caught  # it holds the rest
-
-
-def shards(x, count):
-    ends = np.linspace(0, len(x), count + 1).astype(int)
-    return [x[start:end] for start, end in itertools.pairwise(ends)]
-
-
-@pytest.mark.parametrize("count", [1, 2, 7])
-@pytest.mark.parametrize("name", ADVERSARIAL)
-def test_sums_over_shards_of_samples_merge_to_those_of_the_whole(name, count, rng):
-    a, b = adversarial(name, 700, 30, rng), adversarial("constant", 700, 20, rng)
-    parts = [correlation_sums(x, y) for x, y in zip(shards(a, count), shards(b, count), strict=True)]
-    merged = functools.reduce(operator.add, parts)
-    assert merged.samples == 700
-    r = all_correlations(a, b)
-    np.testing.assert_allclose(merged.correlations(), np.nan_to_num(r), rtol=0, atol=1e-5)
-    assert_best_matches(*merged.best_matches(), a, b)
-    assert_best_matches(*merged.swapped().best_matches(), b, a)
-    np.testing.assert_allclose(merged.mean_a, a.astype(np.float64).mean(0), rtol=1e-6, atol=1e-9)
-    np.testing.assert_allclose(merged.squares_b, b.astype(np.float64).var(0) * 700, rtol=1e-5, atol=1e-9)
-
-
-def test_shards_merge_in_any_order(rng):
-    a, b = adversarial("activations", 300, 12, rng), adversarial("binary", 300, 9, rng)
-    one, two, three = (correlation_sums(x, y) for x, y in zip(shards(a, 3), shards(b, 3), strict=True))
-    first, second = ((one + two) + three).correlations(), (three + (one + two)).correlations()
-    np.testing.assert_allclose(first, second, rtol=0, atol=1e-12)
-
-
-def test_sums_of_other_features_do_not_merge(rng):
-    a, b = adversarial("activations", 50, 4, rng), adversarial("activations", 50, 5, rng)
-    with pytest.raises(NumericsError, match=r"\(4, 5\) and of \(5, 4\)"):
-        correlation_sums(a, b) + correlation_sums(b, a)
 
 
 @pytest.fixture
@@ -918,16 +881,9 @@ def test_a_store_that_does_not_say_what_it_is_of_is_refused(key, larger_stores, 
 def test_what_has_no_correlations_is_refused_in_one_line(change, message, rng):
     x = rng.random((20, 3))
     for sides in ((change(x), x), (x, change(x))):
-        for correlate in (max_correlations, correlation_sums):
-            with pytest.raises(NumericsError, match=message) as raised:
-                correlate(*sides)
-            assert "\n" not in str(raised.value)
-
-
-def test_sums_of_several_layers_are_refused(rng):
-    x = rng.random((20, 3))
-    with pytest.raises(NumericsError, match="give one array for a and one for b"):
-        correlation_sums([x, x], x)
+        with pytest.raises(NumericsError, match=message) as raised:
+            max_correlations(*sides)
+        assert "\n" not in str(raised.value)
 
 
 def test_an_unknown_precision_is_refused(rng):
@@ -968,8 +924,6 @@ def test_arrays_of_any_kind_and_order_are_read(change, rng):
     expected = max_correlations(x, y)
     np.testing.assert_array_equal(max_correlations(change(x), y).rho_ab, expected.rho_ab)
     np.testing.assert_array_equal(max_correlations(y, change(x)).rho_ba, expected.rho_ab)
-    sums = correlation_sums(change(x), y)
-    np.testing.assert_array_equal(sums.products, correlation_sums(x, y).products)
 
 
 @pytest.mark.parametrize("kind", ["?", "i1", "u2", "u8", "i8", "f8"])

@@ -22,18 +22,15 @@ from conceptshare._on_demand import on_demand
 if TYPE_CHECKING:
     from conceptshare.correlations._engine import max_correlations
     from conceptshare.correlations._store import FeatureStore, check_pair, correlate_stores, judged
-    from conceptshare.correlations._sums import CorrelationSums, correlation_sums
     from conceptshare.correlations.blocks import Precision
     from conceptshare.io.readers import MaxCorrelations
 
 __all__ = [
-    "CorrelationSums",
     "FeatureStore",
     "MaxCorrelations",
     "Precision",
     "check_pair",
     "correlate_stores",
-    "correlation_sums",
     "judged",
     "max_correlations",
 ]
@@ -43,5 +40,4 @@ __getattr__ = on_demand(
     blocks=["Precision"],
     _engine=["max_correlations"],
     _store=["FeatureStore", "check_pair", "correlate_stores", "judged", "MaxCorrelations"],
-    _sums=["CorrelationSums", "correlation_sums"],
 )

@@ -58,10 +58,6 @@ class Standard:
     or nearly equal ones have, would else all be rounded the same way, and errors of their mean not average out."""
     everything: bool
     """Whether the columns are all of the panel's, in their order."""
-    mean: Tensor
-    """``[width]`` float64, of every feature of the panel."""
-    squares: Tensor
-    """``[width]`` float64 sums of squared deviations from the mean."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +124,6 @@ def standard_of(chunks: Callable[[], Iterator[Tensor]], panel: Panel, precision:
         bias=-rest[columns] * scale,
         spread=2 ** ((panel.start + columns[:rounded]).float() * _GOLDEN).remainder(1),
         everything=everything,
-        mean=mean,
-        squares=squares,
     )
 
 
