@@ -213,14 +213,18 @@ def best_matches(folder: Path) -> None:
     on_disk = [stored[layer_name(n)] for n in range(2 * LAYERS)]
     device = default_device()
     operands = [standardised(torch.from_numpy(layer).to(device).float()) for layer in (in_memory[0], in_memory[-1])]
-    product = torch.empty(FEATURES, FEATURES, device=device)
+    # A CPU takes float32 for bfloat16, and has nothing to compare.
+    precisions: tuple[Precision, ...] = ("float32", "bfloat16") if device.type == "cuda" else ("float32",)
 
     def matches(layers: list[Any], precision: Precision) -> None:
         quiet(lambda: max_correlations(layers[:LAYERS], layers[LAYERS:], 2**31, precision))
 
-    def products(x: Tensor, y: Tensor, out: Tensor) -> None:
+    def products(x: Tensor, y: Tensor, precision: Precision) -> None:
         for _ in range(LAYERS**2):
-            torch.mm(x.T, y, out=out)
+            if precision == "float32":
+                torch.mm(x.T, y)
+            else:
+                torch.mm(x.bfloat16().T, y.bfloat16(), out_dtype=torch.float32)
 
     def straightforward() -> None:
         layers = [torch.from_numpy(layer).to(device) for layer in in_memory]
@@ -230,11 +234,11 @@ def best_matches(folder: Path) -> None:
                     (standardised(x.float()).T @ standardised(y.float())).max(dim=1).values.cpu()
 
     size = f"{LAYERS} x {FEATURES} features with {LAYERS} x {FEATURES}, N {SAMPLES}"
-    for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        bare = partial(products, *(x.to(dtype) for x in operands), product.to(dtype))
+    for precision in precisions:
+        bare = partial(products, *operands, precision)
         ours: Any = partial(matches, in_memory, precision)
         compare(f"best matches in {precision}, {size}; baseline: the {LAYERS**2} products alone", ours, bare, 5)
-    for precision in ("float32", "bfloat16"):
+    for precision in precisions:
         ours = partial(matches, on_disk, precision)
         compare(
             f"best matches in {precision}, from disk; baseline: one product per direction", ours, straightforward, 3

@@ -107,22 +107,6 @@ def test_wmppc_is_that_of_a_study(run, stores, tmp_path):
         pd.testing.assert_frame_equal(found, expected, check_dtype=False, check_names=False, atol=1e-5)
 
 
-def test_wmppc_with_rounded_features_is_nearly_the_same(run, tmp_path, write_features, rng):
-    """Features that few samples make up are not rounded: these are not so."""
-    x = rng.random((2000, 8))
-    paths = [
-        write_features(tmp_path, name, {0: values})
-        for name, values in (("a@0", x), ("b@0", x @ rng.dirichlet(np.ones(8), 8)))
-    ]
-    exact, rounded = (
-        pd.DataFrame(json.loads(run("wmppc", *paths, "--json", "--precision", precision)[1]))
-        for precision in ("float32", "bfloat16")
-    )
-    numbers = ["wmppc", "mppc", "low", "high", "floor"]
-    difference = (exact[numbers] - rounded[numbers]).abs().to_numpy()
-    assert 0 < difference.max() < 2e-3
-
-
 def test_a_store_has_all_of_its_own_concepts(stores):
     own = wmppc_between(stores["vit@0"], stores["vit@0"])
     np.testing.assert_allclose(own.wmppc, 1, atol=1e-6)

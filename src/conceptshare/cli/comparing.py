@@ -16,7 +16,7 @@ app = typer.Typer()
 
 Precision = Annotated[
     Literal["float32", "bfloat16"],
-    typer.Option(help="What features are rounded to in the product; bfloat16 errs by less than 2e-3."),
+    typer.Option(help="What features are rounded to in the product; bfloat16, for GPUs, errs by less than 2e-3."),
 ]
 MemoryMB = Annotated[
     int | None,

@@ -156,9 +156,9 @@ class CorrelationSettings(Spec):
     """How features are correlated."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
-    """What standardised features are rounded to in the product, whose sums are float32. With ``bfloat16`` the error of
-    a correlation stays below 2e-3, and the product is faster where the hardware multiplies bfloat16: on CPUs with
-    AVX512-BF16 or AMX, and on NVIDIA GPUs."""
+    """What standardised features are rounded to in the product, whose sums are float32. ``bfloat16`` is faster on
+    NVIDIA GPUs, with an error of a correlation below 2e-3; a CPU then computes in float32, so one config serves both.
+    """
     memory_mb: Positive | None = None
     """Bound of a job's working memory in MB; none is 1 GiB on a CPU, and most of the free memory of a GPU."""
     full: list[tuple[str, int, str, int]] = Field(default=[])

@@ -15,13 +15,11 @@ from torch import Tensor
 from conceptshare.correlations._arrays import Array, as_layers, as_tensor, sample_count, sizes_of
 from conceptshare.correlations._standardise import (
     Block,
-    BlockMemory,
     Memory,
     Panel,
     Standard,
     standard_of,
     standardised,
-    stretch,
 )
 from conceptshare.correlations.blocks import MEMORY_BYTES, Blocks, Precision, plan_blocks
 from conceptshare.device import default_device, full_float32
@@ -32,10 +30,6 @@ from conceptshare.io.readers import MaxCorrelations
 # A rare feature is a little below its mean nearly everywhere. Added one by one in float32 to a sum near 1, as a product
 # of few columns adds them, 100,000 such samples are lost, and with them the third digit. Wide products add in blocks.
 _SUMMED, _SUMMED_NARROW, _NARROW = 8192, 512, 256
-# A CPU's product of bfloat16 is rounded to bfloat16, by 0.0016 of itself in the mean square. The sum of so many of them
-# is off by 0.0004 in the mean square where it is near 1, and less elsewhere.
-_PARTIAL_SUMS = 20
-_ADDED = 256
 _GROUP = 32
 
 
@@ -70,8 +64,8 @@ def max_correlations(
     A feature with zero variance has no correlation: its rho is 0, its match -1, and it is nobody's best match.
     Operands are standardised once, or where they do not fit the budget as often as they are needed. In float32 the
     error of a correlation is below 1e-5: means and lengths are of float64 sums (on a CPU, of sums over some rows in
-    float32), products are summed in float32. In bfloat16 it is below 2e-3: see `COARSE` for what is rounded and what is
-    not.
+    float32), products are summed in float32. In bfloat16 it is below 2e-3 for features as SAEs give them, and below
+    2^-7 for any.
 
     Args:
         a: for each layer of A, an array ``[N, F]`` of real numbers: NumPy, torch or Zarr, or what NumPy makes one of,
@@ -80,7 +74,8 @@ def max_correlations(
         b: the same of B.
         memory_bytes: bound of the working memory, of the GPU's where there is one; without it 1 GiB, or four fifths of
             what is free on the GPU. What is returned comes on top.
-        precision: what standardised features are rounded to.
+        precision: what standardised features are rounded to. ``bfloat16`` is for NVIDIA GPUs; a CPU computes in
+            float32.
         full: arrays to write whole matrices to, for pairs of layers.
         what: the step's name in the progress report.
         kept: where to go on.
@@ -102,10 +97,9 @@ def max_correlations(
         sizes_b.tolist(),
         max(array.value_bytes for array in [*known_a, *known_b]),
         _budget(memory_bytes, device),
-        precision,
     )
-    side_a = _Side(layers_a, known_a, plan, precision, device)
-    side_b = _Side(layers_b, known_b, plan, precision, device)
+    side_a, side_b = _Side(layers_a, known_a, plan, device), _Side(layers_b, known_b, plan, device)
+    rounded_to = torch.bfloat16 if precision == "bfloat16" and device.type == "cuda" else torch.float32
     best_ab, best_ba = _Best(len(layers_b), int(sizes_a.sum())), _Best(len(layers_a), int(sizes_b.sum()))
     done = 0
     if kept is not None and kept.blocks == plan:
@@ -119,7 +113,7 @@ def max_correlations(
     size = plan.group or 1
     groups = [side_a.panels[first : first + size] for first in range(0, len(side_a.panels), size)]
     steps = list(product(groups, side_b.panels))
-    with closing(_Tiles(side_a, side_b, steps[done:], plan, N)) as tiles:
+    with closing(_Tiles(side_a, side_b, steps[done:], plan, N, rounded_to)) as tiles:
         for step in progress(range(done, len(steps)), len(steps) - done, what, "blocks"):
             for panel_a, panel_b, r in tiles.of_step():
                 columns_a, columns_b = side_a.columns(panel_a), side_b.columns(panel_b)
@@ -142,10 +136,8 @@ def _budget(memory_bytes: int | None, device: torch.device) -> int:
 class _Side:
     """The panels of one encoder, and what standardises each."""
 
-    def __init__(
-        self, layers: Sequence[Any], known: Sequence[Array], plan: Blocks, precision: Precision, device: torch.device
-    ) -> None:
-        self.layers, self.rows, self.precision, self.device = layers, plan.rows, precision, device
+    def __init__(self, layers: Sequence[Any], known: Sequence[Array], plan: Blocks, device: torch.device) -> None:
+        self.layers, self.rows, self.device = layers, plan.rows, device
         starts = np.concatenate([[0], np.cumsum(sizes_of(layers))])
         self.panels = [
             Panel(n, first, min(plan.width, int(end - start) - first), int(start) + first, known[n])
@@ -158,7 +150,7 @@ class _Side:
         """Values of a panel as they are stored, of the samples from ``start`` on, ``[rows, width]`` at most."""
         return self.layers[panel.layer][start : start + self.rows, panel.first : panel.first + panel.width]
 
-    def block(self, panel: Panel, values: Any, memory: BlockMemory) -> Block:
+    def block(self, panel: Panel, values: Any, memory: Memory) -> Block:
         """What was read of a panel, standardised."""
         x = as_tensor(values, self.device)
         N = self.layers[0].shape[0]
@@ -169,8 +161,8 @@ class _Side:
                     return iter([x])
                 return (as_tensor(self.read(panel, start), self.device) for start in range(0, N, self.rows))
 
-            self._standards[panel] = standard_of(chunks, panel, self.precision)
-        return standardised(x, self._standards[panel], memory, rounded_at_once(N))
+            self._standards[panel] = standard_of(chunks, panel)
+        return standardised(x, self._standards[panel], memory)
 
     def columns(self, panel: Panel) -> NDArray[np.int64]:
         """The features of a panel that vary, in the order of its blocks' columns."""
@@ -185,13 +177,15 @@ Step = tuple[list[Panel], Panel]
 class _Tiles:
     """Correlations ``[v_a, v_b]`` of the panels of each step, one tile at a time in the same memory."""
 
-    def __init__(self, a: _Side, b: _Side, steps: Sequence[Step], plan: Blocks, N: int) -> None:
+    def __init__(
+        self, a: _Side, b: _Side, steps: Sequence[Step], plan: Blocks, N: int, rounded_to: torch.dtype
+    ) -> None:
         self._a, self._b, self._steps, self._left = a, b, steps, iter(steps)
         self._starts = range(0, N, plan.rows)
         self._read = _read_ahead(self._loads())
-        self._product = Product(N, a.device)
-        self._memory_a = [BlockMemory(a.device) for _ in range(plan.group or 1)]
-        self._memory_b = BlockMemory(b.device)
+        self._product = _Product(a.device, rounded_to)
+        self._memory_a = [Memory(rounded_to, a.device) for _ in range(plan.group or 1)]
+        self._memory_b = Memory(rounded_to, b.device)
         self._group: list[Panel] = []
         self._kept: list[Block] = []
 
@@ -246,63 +240,36 @@ def _read_ahead(loads: Iterator[Callable[[], Any]]) -> Generator[Any, None, None
             yield ahead.result()
 
 
-def rounded_at_once(N: int) -> int:
-    """Samples whose products are added up before the sum is rounded."""
-    return min(_SUMMED, -(-N // _PARTIAL_SUMS))
-
-
-class Product:
+class _Product:
     """Correlations as a sum of products of blocks of samples, in memory that is used again for the next ones."""
 
-    def __init__(self, N: int, device: torch.device) -> None:
-        self._device = device
-        self._at_once = rounded_at_once(N)
+    def __init__(self, device: torch.device, rounded_to: torch.dtype) -> None:
+        self._rounded = rounded_to == torch.bfloat16
         self._memory, self._part = Memory(torch.float32, device), Memory(torch.float32, device)
-        self._rounded_part = Memory(torch.bfloat16, device)
 
     def add(self, a: Block, b: Block, anew: bool) -> None:
         """Add the products of some samples, or start with them."""
         if anew:
-            self._sum = self._memory.view(a.features, b.features).zero_()
+            self._sum = self._memory.view(a.values.shape[1], b.values.shape[1]).zero_()
             self._squares_a, self._squares_b = torch.zeros_like(a.squares), torch.zeros_like(b.squares)
-        r, rounded_a, rounded_b = self._sum, len(a.squares), len(b.squares)
+        r = self._sum
         self._squares_a += a.squares
         self._squares_b += b.squares
-        self._add_rounded(r[:rounded_a, :rounded_b], a.rounded, b.rounded)
-        self._add_exact(r[:rounded_a, rounded_b:], a.rounded, b.exact, stretched=True)
-        self._add_exact(r[rounded_a:, :rounded_b], a.exact, b.rounded, stretched=True)
-        self._add_exact(r[rounded_a:, rounded_b:], a.exact, b.exact, stretched=False)
+        at_once = _SUMMED_NARROW if min(r.shape) < _NARROW else _SUMMED
+        for start in range(0, len(a.values), at_once):
+            one, other = a.values[start : start + at_once].T, b.values[start : start + at_once]
+            if self._rounded:
+                r.add_(torch.mm(one, other, out_dtype=torch.float32))
+            else:
+                r.add_(torch.mm(one, other, out=self._part.view(*r.shape)))
 
     def correlations(self) -> Tensor:
         """``[v_a, v_b]`` float32, until more is added."""
         r = self._sum
-        r[: len(self._squares_a)].mul_(self._squares_a.rsqrt()[:, None])
-        r[:, : len(self._squares_b)].mul_(self._squares_b.rsqrt())
+        if self._rounded:
+            r.mul_(self._squares_a.rsqrt()[:, None]).mul_(self._squares_b.rsqrt())
         # Rounding can take a perfect correlation a little beyond 1, where artanh has no value.
         return r.clamp_(-1, 1)
-
-    def _add_rounded(self, r: Tensor, a: Tensor, b: Tensor) -> None:
-        if not r.numel():
-            return
-        on_gpu = self._device.type == "cuda"
-        for n, start in enumerate(range(0, len(a), self._at_once)):
-            one, other = a[start : start + self._at_once].T, b[start : start + self._at_once]
-            if on_gpu:
-                r.add_(torch.mm(one, other, out_dtype=torch.float32), alpha=stretch(n) ** -2)
-                continue
-            part = torch.mm(one, other, out=self._rounded_part.view(*r.shape))
-            # torch makes a copy in float32 first; a small one stays in a core's cache.
-            for row in range(0, len(r), _ADDED):
-                r[row : row + _ADDED].add_(part[row : row + _ADDED], alpha=stretch(n) ** -2)
-
-    def _add_exact(self, r: Tensor, a: Tensor, b: Tensor, stretched: bool) -> None:
-        if not r.numel():
-            return
-        part = self._part.view(*r.shape)
-        at_once = self._at_once if stretched else _SUMMED_NARROW if min(r.shape) < _NARROW else _SUMMED
-        for n, start in enumerate(range(0, len(a), at_once)):
-            torch.mm(a[start : start + at_once].float().T, b[start : start + at_once].float(), out=part)
-            r.add_(part, alpha=1 / stretch(n) if stretched else 1)
 
 
 class _Best:

@@ -15,7 +15,7 @@ _COLUMNS = 512
 _ROWS = 1024
 # Of a standardised value, at most; of a value of the product, its sum and what its maxima are found with.
 _STANDARD_BYTES = 4
-_PRODUCT_BYTES = {"float32": 10, "bfloat16": 16}
+_PRODUCT_BYTES = 10
 
 
 class Blocks(NamedTuple):
@@ -35,9 +35,7 @@ class Blocks(NamedTuple):
     """What it takes."""
 
 
-def plan_blocks(
-    N: int, sizes_a: Sequence[int], sizes_b: Sequence[int], raw: int, budget: int, precision: Precision
-) -> Blocks:
+def plan_blocks(N: int, sizes_a: Sequence[int], sizes_b: Sequence[int], raw: int, budget: int) -> Blocks:
     """The way to cut the work that reads least within the budget.
 
     Either panels of A are kept, as many as the budget holds, and B is read once for each group of them: where all are
@@ -50,12 +48,11 @@ def plan_blocks(
         sizes_b: the same of B.
         raw: bytes of a value as it is stored.
         budget: bytes.
-        precision: what is multiplied.
 
     Raises:
         NumericsError: where the budget cannot hold one feature of one block.
     """
-    widest, rows, per_pair = max(*sizes_a, *sizes_b), min(N, _ROWS), _PRODUCT_BYTES[precision]
+    widest, rows, per_pair = max(*sizes_a, *sizes_b), min(N, _ROWS), _PRODUCT_BYTES
     # Both operands; what is being read, what is read ahead.
     per_value = 2 * _STANDARD_BYTES + 2 * raw
     choices = []

@@ -317,7 +317,7 @@ def correlations_cost(
     first = [[min(F, FLOOR_FEATURES) for F in side] for side in sizes]
     read, flops, memory = 2.0 * sum(_panels_read(F, F, N) for side in sizes for F in side), 0, 0
     for one, other in ((sizes[0], sizes[1]), (first[0], sizes[1]), (first[1], sizes[0])):
-        blocks = plan_blocks(N, one, other, 2, budget, correlations.precision)
+        blocks = plan_blocks(N, one, other, 2, budget)
         read += sum(blocks.times_a * _panels_read(F, blocks.width, N) for F in one)
         read += sum(blocks.times_b * _panels_read(F, blocks.width, N) for F in other)
         flops += 2 * N * sum(one) * sum(other)
