@@ -1,6 +1,5 @@
 """What Snakemake does when it is killed or started twice, when clocks are wrong, and when results cannot be written."""
 
-import json
 import os
 import shutil
 import signal
@@ -188,11 +187,10 @@ def test_changed_settings_are_told_where_snakemake_cannot_know_of_them(study):
 def test_the_account_of_a_study_tells_of_no_settings_that_a_result_was_not_made_with(study):
     store = study.folder / "results/squares/correlations/tiny/reader@0__viewer@0.zarr/zarr.json"
     store.write_text(store.read_text().replace('"float32"', '"bfloat16"'))
-    account = study.folder / "results/studies/miniature/provenance.json"
-    given = json.dumps(json.loads(account.read_text())["study"])
-    command = [sys.executable, "-m", "conceptshare", "provenance", "--out", "new/provenance.json"]
+    asked = "results/studies/miniature/study.json"
+    command = [sys.executable, "-m", "conceptshare", "provenance", "--study", asked, "--out", "new/provenance.json"]
     refused = subprocess.run(
-        command, cwd=study.folder, env=study.environment, input=given, capture_output=True, text=True, check=False
+        command, cwd=study.folder, env=study.environment, capture_output=True, text=True, check=False
     )
     assert refused.returncode == 1
     assert "reader@0__viewer@0.zarr: made with precision: bfloat16, not float32" in refused.stderr

@@ -3,6 +3,8 @@
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
@@ -223,10 +225,10 @@ def test_swapped_settings_of_two_encoders_are_seen(study):
     ("source", "planned"),
     [
         ("figures/_style.py", {job: n for job, n in TABLES_AND_FIGURES.items() if job.startswith("figures")}),
-        ("metrics.py", {job: n for job, n in TABLES_AND_FIGURES.items() if job not in SAE_REPORT} | SITE),
-        ("similarity.py", {"similarity": 1, **MATRIX, "pages_index": 1}),
+        ("metrics.py", TABLES_AND_FIGURES | SITE),
+        ("analysis/similarity.py", {"similarity": 1, **MATRIX, "pages_index": 1}),
         ("pages/assets/app/page.js", {"pages_index": 1}),
-        ("names.py", {"names": 3, "pages_member": 3, "figures_sharedness": 2, "figures_top_samples": 2}),
+        ("concepts/names.py", {"names": 3, "pages_member": 3, "figures_sharedness": 2, "figures_top_samples": 2}),
         (
             "correlations/_engine.py",
             {
@@ -236,7 +238,7 @@ def test_swapped_settings_of_two_encoders_are_seen(study):
                 **{job: n for job, n in TABLES_AND_FIGURES.items() if job not in SAE_REPORT},
             },
         ),
-        ("features.py", {"features": 3, "correlations": 2, **SHOWN, **TABLES_AND_FIGURES}),
+        ("sae/features.py", {"features": 3, "correlations": 2, **SHOWN, **TABLES_AND_FIGURES}),
         ("sae/_train.py", {"sae": 3 * LAYERS, "features": 3, "correlations": 2, **SHOWN, **TABLES_AND_FIGURES}),
         (
             "encoders/_transformers.py",
@@ -250,8 +252,8 @@ def test_swapped_settings_of_two_encoders_are_seen(study):
                 **TABLES_AND_FIGURES,
             },
         ),
-        ("progress.py", {}),
-        ("ask.py", {}),
+        ("io/progress.py", {}),
+        ("analysis/ask.py", {}),
     ],
 )
 def test_an_edited_stage_plans_that_stage_and_what_follows(study, source, planned):
@@ -280,7 +282,7 @@ def test_a_dataset_that_changed_plans_everything_but_weights(study):
 
 @pytest.mark.parametrize("listed", [5000, 2], ids=["listed", "digest"])
 def test_an_image_that_a_table_names_is_read_again_when_it_changes(new_study, listed):
-    source = new_study.folder / "src/conceptshare/rows.py"
+    source = new_study.folder / "src/conceptshare/data/rows.py"
     source.write_text(source.read_text().replace("LISTED = 5000", f"LISTED = {listed}"))
     colours = ["red", "lime", "blue", "black"]
     for colour in colours:
@@ -365,3 +367,19 @@ def test_a_matrix_with_the_papers_encoders_is_set_next_to_the_papers_numbers(new
     compared = re.findall(r"metrics formats .* --dataset coco --size base --out (\S+)", result.stdout)
     assert len(formats) == 2
     assert compared == ["results/studies/miniature/coco/tiny/matrices/all"]
+
+
+def test_a_figure_costs_its_module_its_caption_and_its_line(study):
+    library = study.folder / "src" / "conceptshare"
+    (library / "figures" / "_rows.py").write_text("def draw_rows(table, out):\n    out.write_text(str(len(table)))\n")
+    (study.folder / "workflow/report/rows.rst").write_text("How many rows the matrix has.\n")
+    lines = library / "config" / "products.py"
+    line = '    Figure("rows", "matrix", "matrices/{name}.rows", "rows", "_rows:draw_rows", "The number of rows."),\n'
+    lines.write_text(lines.read_text().replace("FIGURES = (\n", f"FIGURES = (\n{line}"))
+    planned = study.plan()
+    assert planned["figures_rows"] == 1
+    command = [sys.executable, "-m", "conceptshare", "figures", "rows"]
+    table = study.folder / "results/studies/miniature/squares/tiny/matrices/all.csv"
+    out = study.folder / "rows.png"
+    subprocess.run([*command, "--table", table, "--out", out], env=study.environment, check=True)
+    assert out.read_text() == str(len(table.read_text().splitlines()) - 1)

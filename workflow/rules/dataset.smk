@@ -14,7 +14,7 @@ rule dataset:
         manifest=f"{layout.DATA}/manifest.json",
         provenance=f"{layout.DATA}/provenance.json",
     log:
-        layout.log(layout.DATA),
+        layout.log("results/{dataset}/dataset"),
     conda:
         "../../envs/conceptshare.yaml"
     threads: 1
