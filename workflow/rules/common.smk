@@ -116,6 +116,15 @@ def say_what_refuses_to_be_written():
         print(f"error: results: {system_error_message(error) or error}", file=sys.stderr)
 
 
+def write_study_file():
+    """Write the study for the commands that read it."""
+    try:
+        write_study(STUDY, layout.path(layout.STUDY, study=STUDY.study))
+    except OSError as error:
+        say_what_refuses_to_be_written()
+        raise WorkflowError(f"{layout.STUDY.format(study=STUDY.study)}: {refusal(error) or error}")
+
+
 def code(*names):
     """The source files of a stage: inputs this small are compared by content, so a touch reruns nothing."""
     paths = [path for name in names for path in sorted(_LIBRARY.glob(name))]
