@@ -33,7 +33,7 @@ docs: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks
 
-# Everything comes from the lock, so nothing is resolved or added on the way.
+# Everything comes from the lock, so nothing is resolved or added during the install.
 $(READY): requirements.lock demo/requirements.txt tests/requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-deps -r requirements.lock
@@ -41,7 +41,7 @@ $(READY): requirements.lock demo/requirements.txt tests/requirements.txt pyproje
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $(READY)
 
-# Lock anew what pyproject.toml asks for, for every platform and Python from 3.11 on. Needs uv.
+# Update the lock to the requirements of pyproject.toml, for every platform and Python from 3.11 on. Needs uv.
 lock:
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 		--all-extras pyproject.toml --output-file requirements.lock

@@ -1,6 +1,6 @@
-"""Take the pictures of the documentation from the default study's results, once `make demo` has made them.
+"""Make the images of the documentation from the default study's results, after `make demo`.
 
-Run as `python docs/write_pictures.py`; needs Chromium, and Playwright as the tests do.
+Run as `python docs/write_images.py`; needs Chromium, and Playwright as the tests do.
 """
 
 import shutil
@@ -20,7 +20,7 @@ FIGURES = {
     "sharedness": TABLES / "sharedness" / "seen-and-said.png",
 }
 FEATURE = "#/feature/openclipart/small/tiny-clip-image@0/3/446"
-# Where in the site, and what of the page is shown: its upper part, or a section.
+# The address within the site, and the section to show; without one, the upper part of the page.
 PAGES = {
     "overview": ("#/", None),
     "feature": (FEATURE, None),
@@ -33,14 +33,14 @@ WIDTH, HEIGHT = 1000, 1200
 def main() -> None:
     """Write `docs/images/`."""
     for name, figure in FIGURES.items():
-        picture = Image.open(figure)
-        picture.thumbnail((1400, 1400))
-        picture.save(IMAGES / f"{name}.png", optimize=True)
+        image = Image.open(figure)
+        image.thumbnail((1400, 1400))
+        image.save(IMAGES / f"{name}.png", optimize=True)
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for name, (place, section) in PAGES.items():
-            # So high that everything is in view: what is not, is not read.
+            # High enough for everything to be in view: the rest is not loaded.
             page = browser.new_page(viewport={"width": WIDTH, "height": 3 * HEIGHT})
             page.goto(f"{(STUDY / 'pages' / 'index.html').as_uri()}{place}")
             page.wait_for_selector("main:not([aria-busy]) h1")
