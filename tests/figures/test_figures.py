@@ -198,11 +198,12 @@ def test_matrix_without_a_target_leaves_its_cells_empty(tmp_path, rng, drawn, un
 
 
 @pytest.mark.parametrize("missing", ["some", "all"])
-def test_matrix_with_cells_that_are_nan(tmp_path, rng, missing):
+def test_matrix_with_cells_that_are_nan(tmp_path, rng, drawn, missing):
     table = matrix(FOUR, rng)
     table.loc[table.index[:3] if missing == "some" else table.index, "wmppc"] = np.nan
     pixels = check(lambda out: draw_matrix(table, out), tmp_path / "drawn")
     assert (filled_colours(pixels) >= 10) == (missing == "some")
+    assert "grey: an encoder with itself, or no value" in written_on(drawn[0])
     if missing == "all":
         grey = (np.ptp(pixels, axis=2) == 0) & (abs(pixels[..., 0].astype(int) - 230) <= 1)
         assert grey.mean() > 0.2
@@ -225,6 +226,7 @@ def test_a_matrix_of_two_members_shows_its_values(tmp_path, rng):
     assert (pictures[0] != pictures[1]).any(axis=2).mean() > 0.1
 
 
+WORDS = {"image": "images", "text": "text", "vlm": "vision-language", "vision": "vision", "language": "language"}
 GROUPS = [("image", "vlm"), ("image", "vision"), ("text", "vlm"), ("text", "language")]
 
 
@@ -257,9 +259,11 @@ def test_a_matrix_is_read_on_a_page_and_names_its_groups(tmp_path, rng, drawn, u
             assert rows[edges[1] - 0.5] > rows[edges[0] - 0.5] == rows[edges[2] - 0.5]
     named = {text.get_text(): pytest.approx(text.xy[1]) for text in panels[0].texts if not text.get_text()[0].isdigit()}
     starts = [0, *edges[:-1]]
-    assert named == {
-        " ".join(group): (start + end - 1) / 2 for group, start, end in zip(groups, starts, edges, strict=True)
+    groups_named = [f"{WORDS[modality]}, {WORDS[kind]}" for modality, kind in groups]
+    assert named == {"input, kind of model": -0.5} | {
+        name: (start + end - 1) / 2 for name, start, end in zip(groups_named, starts, edges, strict=True)
     }
+    assert "grey: an encoder with itself" in [text.get_text() for text in drawn[0].texts]
 
 
 def numbers_on(ax):
@@ -1042,7 +1046,7 @@ def test_intervals_without_values_or_without_ceilings(tmp_path, rng, drawn):
     check(lambda out: draw_intervals(table, out), tmp_path / "one")
     empty = table.assign(**dict.fromkeys(["wmppc", "low", "high", "floor"], np.nan))
     check(lambda out: draw_intervals(empty, out), tmp_path / "two", colours_at_least=30)
-    assert not any("other seed" in text for figure in drawn for text in written_on(figure))
+    assert not any("another seed" in text for figure in drawn for text in written_on(figure))
     assert [written_on(figure).count("no values") for figure in drawn] == [0, 3]
 
 
@@ -1140,13 +1144,19 @@ def strength_pairs(members, rng, targets):
     return [pair for a in members for pair in features(a, [b for b in members if b != a][:targets], rng)]
 
 
+MANY = {f"encoder-{'of-a-kind-' * (n % 2)}{n}@0": "image" for n in range(16)}
+
+
 @pytest.mark.parametrize(
-    ("members", "targets"), [(SOME["two"], 9), (SOME["four"], 9), (ELEVEN, 1), (dict(list(ELEVEN.items())[3:9]), 9)]
+    ("members", "targets"),
+    [(SOME["two"], 9), (SOME["four"], 9), (ELEVEN, 1), (dict(list(ELEVEN.items())[3:9]), 9), (MANY, 15)],
 )
 def test_strength_shows_each_sources_distribution_and_each_pairs_correlation(tmp_path, rng, drawn, members, targets):
+    """In a row per source and a column per target, all of it within the width of a page."""
     pairs = strength_pairs(members, rng, targets)
     check(lambda out: draw_strength(pairs, out), tmp_path / "drawn")
     assert_readable(drawn[0])
+    assert drawn[0].get_figwidth() <= 7.21
     tables = {(a, b): table[table.source == a] for a, b, table in pairs}
     short = {member: member if len(members) == 2 else member.split("@")[0] for member in members}
     left = {ax.get_title(loc="left"): ax for ax in drawn[0].axes if ax.patches}
@@ -1161,9 +1171,15 @@ def test_strength_shows_each_sources_distribution_and_each_pairs_correlation(tmp
         assert [text.get_text() for text in ax.texts] == [f"CV {cv:.2f}, 200 of 3,000 silent"]
     right = [ax for ax in drawn[0].axes if ax.images]
     assert len(right) == len(pairs)
-    for ax, (a, b) in zip(right, tables, strict=True):
+    heads = column_heads(drawn[0])
+    asked = [member for member in members if any(member == b for _, b in tables)]
+    assert list(heads) == [f"to {short[member]}" for member in asked]
+    for ax, (a, b) in zip(right, sorted(tables, key=lambda pair: [*map(list(members).index, pair)]), strict=True):
         table = tables[a, b]
-        assert ax.get_title(loc="left") == f"to {short[b]}\nr {np.corrcoef(table.strength, table.rho)[0, 1]:.2f}"
+        assert [text.get_text() for text in ax.texts] == [f"r {np.corrcoef(table.strength, table.rho)[0, 1]:.2f}"]
+        place, row = ax.get_position(), left[short[a]].get_position()
+        assert (place.y0, place.y1) == pytest.approx((row.y0, row.y1))
+        assert place.x0 <= heads[f"to {short[b]}"] <= place.x1
         (image,) = ax.images
         active, (low, high, bottom, top) = table[table.strength > 0], image.get_extent()
         ends = [(low, high), (bottom, top)]
@@ -1171,6 +1187,11 @@ def test_strength_shows_each_sources_distribution_and_each_pairs_correlation(tmp
         np.testing.assert_array_equal(image.get_array().filled(0).T, expected)
         assert image.get_array().sum() == 2800
         assert image.norm is right[0].images[0].norm  # one colour scale
+
+
+def column_heads(figure):
+    """The names of columns, with where they are in the figure's width."""
+    return {text.get_text(): text.get_position()[0] for text in figure.texts if text.get_text().startswith("to ")}
 
 
 def test_strength_is_the_same_twice(tmp_path, rng, pdf):
@@ -1184,9 +1205,10 @@ def test_strength_of_a_source_whose_features_were_never_active(tmp_path, rng, dr
     for n, some in enumerate((pairs[:2] + silent[2:], silent)):
         check(lambda out, some=some: draw_strength(some, out), tmp_path / str(n))
         assert_readable(drawn[n])
-    assert [written_on(figure).count("no feature is active") for figure in drawn] == [9, 12]
+    assert [written_on(figure).count("no feature is active") for figure in drawn] == [3, 4]
+    assert [written_on(figure).count("none\nactive") for figure in drawn] == [6, 8]
+    assert [written_on(figure).count("r –") for figure in drawn] == [6, 8]
     assert "CV undefined, 3,000 of 3,000 silent" in written_on(drawn[1])
-    assert any(text.endswith("r undefined") for text in written_on(drawn[1]))
 
 
 def compared(rng, members=ELEVEN):
@@ -1273,6 +1295,4 @@ def test_long_names_are_written_over_nothing(tmp_path, rng, drawn, unsaved):
     assert len(drawn) == 4
     for figure in drawn:
         assert_readable(figure)
-    titles = [ax.get_title(loc="left").splitlines()[0] for ax in drawn[3].axes if ax.images]
-    assert len(set(titles)) == 4
-    assert {title[-2:] for title in titles} == {f"-{n}" for n in range(4)}
+    assert [head[-2:] for head in column_heads(drawn[3])] == [f"-{n}" for n in range(4)]

@@ -1,6 +1,6 @@
-"""Stage `figures`: pictures of a study's tables, each as PNG to look at and PDF to print.
+"""Stage `figures`: plots of a study's tables, each as PNG for the screen and PDF for print.
 
-Colours are perceptually uniform and readable by the colour-blind and in grey; the style is set in one place.
+The colour map is perceptually uniform and readable with colour blindness and in grey; one module sets the style.
 """
 
 from conceptshare.analysis.formats import short_labels

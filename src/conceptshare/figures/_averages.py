@@ -10,16 +10,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from conceptshare.figures._style import READING_TITLES, STYLE, heatmap, letters_on, save, say_nothing
+from conceptshare.figures._style import READING_TITLES, STYLE, annotate_empty, heatmap, letters_on, save
 
 
 def draw_averages(averages: pd.DataFrame, out: Path) -> None:
-    """The mean wMPPC from each modality to each, a heatmap a reading, annotated with its interval.
+    """The mean wMPPC from each modality to each: a heatmap per reading, annotated with intervals.
 
     Args:
         averages: the tidy modality averages, with at least ``reading, source_modality, target_modality, wmppc, low,
-            high``. There are none where all members are one encoder's.
-        out: where the PNG goes; the PDF goes beside it.
+            high``. It is empty if all members belong to one encoder.
+        out: where the PNG goes; the PDF goes next to it.
     """
     modalities = list(dict.fromkeys([*averages.source_modality, *averages.target_modality]))
     top = averages.wmppc.max()
@@ -33,7 +33,7 @@ def draw_averages(averages: pd.DataFrame, out: Path) -> None:
             ax.set_xticks(range(len(modalities)), modalities)
             ax.set_yticks(range(len(modalities)), modalities)
             if averages.empty:
-                say_nothing(ax, "nothing to average")
+                annotate_empty(ax, "nothing to average")
                 continue
             cells = averages[averages.reading == reading].set_index(["source_modality", "target_modality"])
             cells = cells.reindex(pd.MultiIndex.from_product([modalities, modalities]))

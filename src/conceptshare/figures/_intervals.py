@@ -1,4 +1,4 @@
-"""Each cell of a matrix with its interval, between chance and what another seed of the same encoder gives."""
+"""Each cell of a matrix with its interval, its floor and its ceiling."""
 
 from pathlib import Path
 from typing import Any
@@ -11,28 +11,28 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from conceptshare.analysis.formats import short_labels
-from conceptshare.figures._style import MARKERS, PAGE, READING_TITLES, STYLE, save, say_nothing, text_width
+from conceptshare.figures._style import MARKERS, PAGE, READING_TITLES, STYLE, annotate_empty, save, text_width
 
 _ROW = 0.13
 """Height of a row, in inches."""
 _LABELS = 1.7
-"""Room for the names of rows, in inches, on a page. Longer ones make the figure wider than that."""
+"""Room for the names of rows, in inches, on a page. Longer names make the figure wider."""
 _TALL = 40
-"""Rows, from which on the axis is shown above as well."""
+"""With more rows than this, the axis is shown at the top too."""
 _FLOOR: Any = {"color": "0.45", "marker": "x", "markersize": 3.5, "markeredgewidth": 0.9}
 _CEILING: Any = {"color": "black", "marker": "|", "markersize": 7.5, "markeredgewidth": 1.1}
 
 
 def draw_intervals(table: pd.DataFrame, out: Path) -> None:
-    """Each wMPPC with its 95% interval, a panel a reading and a row a cell, in blocks of one source.
+    """Each wMPPC with its 95% interval: a panel per reading and a row per cell, in blocks of one source.
 
-    Beside it are what shuffled samples give (``floor``) and what another seed of the source gives (``ceiling``), where
-    there is one.
+    Each row also shows the ``floor`` (shuffled samples) and, if there is one, the ``ceiling`` (another seed of the
+    source).
 
     Args:
         table: the tidy matrix table, with at least ``source, target, target_modality, reading, wmppc, low, high, floor,
             ceiling``.
-        out: where the PNG goes; the PDF goes beside it.
+        out: where the PNG goes; the PDF goes next to it.
     """
     members = list(dict.fromkeys(table["source"]))
     label = dict(zip(members, short_labels(members), strict=True))
@@ -55,7 +55,7 @@ def draw_intervals(table: pd.DataFrame, out: Path) -> None:
                     ax.axhspan(top - 0.5, top + len(targets[source]) + 0.5, color="0.95", linewidth=0, zorder=0)
             ax.set_xlim(low, low + 1.04 * max(high - low, 1e-6))
             ax.set_title(title)
-            ax.set_xlabel("wMPPC")
+            ax.set_xlabel("wMPPC, 95% interval")
             ax.tick_params(axis="x", top=len(rows) > _TALL, labeltop=len(rows) > _TALL)
         axes[0].set_ylim(len(rows) - 0.4, -0.6)
         axes[0].set_yticks(range(len(rows)), names, fontsize=6.5)
@@ -74,7 +74,7 @@ def _panel(ax: Axes, cells: pd.DataFrame, place: dict[Any, int]) -> None:
         ax.hlines(y[of], cells.low[of], cells.high[of], color=look["color"], linewidth=1.4)
         ax.plot(cells.wmppc[of], y[of], linestyle="none", markersize=3.2, **look)
     if cells.wmppc.isna().all():
-        say_nothing(ax, "no values")
+        annotate_empty(ax, "no values")
     ax.grid(axis="x", color="0.85", linewidth=0.6)
     ax.set_axisbelow(True)
     ax.tick_params(axis="y", length=0)
@@ -82,12 +82,12 @@ def _panel(ax: Axes, cells: pd.DataFrame, place: dict[Any, int]) -> None:
 
 
 def _legend(table: pd.DataFrame) -> list[Line2D]:
-    there = [modality for modality in MARKERS if modality in set(table.target_modality)]
     marks = [
-        Line2D([], [], linewidth=1.4, markersize=3.2, label=f"to {modality}, 95% interval", **MARKERS[modality])
-        for modality in there
+        Line2D([], [], linewidth=1.4, markersize=3.2, label=f"to {article} {modality} encoder", **MARKERS[modality])
+        for modality, article in (("image", "an"), ("text", "a"))
+        if modality in set(table.target_modality)
     ]
-    marks.append(Line2D([], [], linestyle="none", label="samples shuffled", **_FLOOR))
+    marks.append(Line2D([], [], linestyle="none", label="floor: samples shuffled", **_FLOOR))
     if table.ceiling.notna().any():
-        marks.append(Line2D([], [], linestyle="none", label="to the source's other seed", **_CEILING))
+        marks.append(Line2D([], [], linestyle="none", label="ceiling: another seed", **_CEILING))
     return marks

@@ -16,14 +16,16 @@ from conceptshare.figures._style import STYLE, heatmap, layer_ticks, save
 from conceptshare.io.errors import StudyError
 
 _PANEL = 2.15
-"""About a panel with its labels, in inches: three are as wide as a page."""
+"""Approximate side of a panel with its labels, in inches: three fit the width of a page."""
 _LETTERS, _LINE = 32, 0.13
-"""Letters of a label on one line, and a line's height in inches. Of a title, which is bold, some letters less."""
+"""Characters on one line of a label, and the line's height in inches. A title, which is bold, has fewer."""
 _SMALL: Any = {"font.size": 7, "axes.titlesize": 7.5}
 
 
 def draw_layerwise(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], out: Path) -> None:
-    """WMPPC from each layer of one member to each layer of another, a panel a pair, with one colour scale (Fig. 1).
+    """Heatmaps of wMPPC from each layer of one member to each of another, a panel per pair, one colour scale (Fig. 1).
+
+    Layer 0 is at the bottom left.
 
     Raises:
         StudyError: if a pair is not in the table.
@@ -49,7 +51,7 @@ def draw_layerwise(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], out: P
         for ax, title, (label_a, label_b), panel in zip(axes.flat, titles, labels, chosen, strict=False):
             cells = panel.pivot(index="source_layer", columns="target_layer", values="wmppc")
             image = heatmap(ax, cells.to_numpy(), 0, top, letters=6 if max(cells.shape) <= 8 else None)
-            # Encoders of unlike depths have oblong cells, and panels of one size.
+            # Panels have one size, so cells are oblong if the encoders differ in depth.
             ax.set_aspect("auto")
             ax.set_box_aspect(1)
             layer_ticks(ax.xaxis, list(cells.columns), most=9)

@@ -11,13 +11,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from conceptshare.analysis.formats import short_labels
-from conceptshare.figures._style import PAGE, PLACED, READING_TITLES, STYLE, heatmap, save, text_width
+from conceptshare.figures._style import PAGE, PLACED, READING_TITLES, STYLE, fitted, heatmap, save, text_width
 
-# All in inches.
+# In inches.
 _WORD, _GAP, _TITLE, _BAR = 0.2, 0.14, 0.36, 0.66
 """Room for the words "from" and "to", between panels, for a panel's title, and for the colour bar."""
 _LARGEST, _SMALLEST = 0.6, 0.21
-"""Sides of a cell. Below the smallest in one row of panels, there are two rows."""
+"""Sides of a cell. If one row of panels needs smaller cells, there are two rows."""
+_LABEL = 2.0
+"""Longer names of members are shortened."""
+_MODALITIES = {"image": "images", "text": "text"}
+_KINDS = {"vlm": "vision-language", "vision": "vision", "language": "language"}
+_HEADING = "input, kind of model"
 
 
 class _Group(NamedTuple):
@@ -28,13 +33,13 @@ class _Group(NamedTuple):
 
 
 def draw_matrix(table: pd.DataFrame, out: Path) -> None:
-    """The wMPPC matrix of each reading, with one colour scale, and its members in groups of one modality and kind.
+    """The wMPPC matrix of each reading on one colour scale, with members in groups of one modality and kind.
 
-    It is as wide as a page, to be read in print as it is. Cells have their numbers where these can be read.
+    It fits the width of a printed page. Cells show their numbers if these are large enough to read.
 
     Args:
         table: the tidy matrix table, with at least ``source, target, source_modality, source_kind, reading, wmppc``.
-        out: where the PNG goes; the PDF goes beside it.
+        out: where the PNG goes; the PDF goes next to it.
     """
     members = list(dict.fromkeys(table["source"]))
     groups = _groups(table.drop_duplicates("source"))
@@ -53,13 +58,16 @@ def draw_matrix(table: pd.DataFrame, out: Path) -> None:
                 line: Any = {"color": "white", "linewidth": 1.5 if before.modality == group.modality else 3}
                 ax.axhline(group.first - 0.5, **line)
                 ax.axvline(group.first - 0.5, **line)
+        note = "grey: an encoder with itself" + (", or no value" if table.wmppc.isna().any() else "")
+        place = 0.04 / figure.get_figwidth(), 0.04 / figure.get_figheight()
+        figure.text(*place, note, va="bottom", fontsize=6.5, color="0.3")
         figure.colorbar(image, cax=bar, label="wMPPC")
         bar.tick_params(labelsize=7)
         save(figure, out)
 
 
 def _groups(members: pd.DataFrame) -> list[_Group]:
-    """Of members that follow each other and have one modality and kind."""
+    """Consecutive members of one modality and kind."""
     kinds = list(zip(members.source_modality, members.source_kind, strict=True))
     runs = [[n for n, _ in run] for _, run in groupby(enumerate(kinds), key=lambda numbered: numbered[1])]
     return [_Group(*kinds[places[0]], first=places[0], last=places[-1]) for places in runs]
@@ -68,14 +76,15 @@ def _groups(members: pd.DataFrame) -> list[_Group]:
 def _panels(labels: Sequence[str], groups: Sequence[_Group]) -> tuple[Figure, list[Axes], Axes, float]:
     """Square panels with their labels, an axis for the colour bar, and the side of a cell in inches.
 
-    Places are set by hand, since the size of letters depends on that of cells.
+    Positions are computed here because the font size depends on the size of cells.
     """
-    names = [f"{group.modality} {group.kind}" for group in groups]
+    names = [f"{_MODALITIES[group.modality]}, {_KINDS[group.kind]}" for group in groups]
+    labels = [fitted(label, _LABEL, 6.5) for label in labels]
     for columns in (3, 2):
         cell, letters = _LARGEST, 6.5
         for _ in range(3):  # smaller letters leave more room, which makes larger cells
             label = max(text_width(words, letters) for words in labels)
-            left = _WORD + max(text_width(words, letters) for words in names) + 0.2 + label
+            left = _WORD + max(text_width(words, letters) for words in (*names, _HEADING)) + 0.2 + label
             cell = min(_LARGEST, (PAGE - left - _BAR - (columns - 1) * _GAP) / columns / len(labels))
             letters = min(6.5, 0.85 * 72 * cell)
         if cell >= _SMALLEST:
@@ -104,10 +113,11 @@ def _panels(labels: Sequence[str], groups: Sequence[_Group]) -> tuple[Figure, li
 
 
 def _bracket(ax: Axes, groups: Sequence[_Group], names: Sequence[str], away: float, letters: float) -> None:
-    """A line and a name beside the labels of each group, so far from the panel, in its widths."""
+    """A line and a name left of the labels of each group, under a heading, ``away`` from the panel in its widths."""
+    along = ax.get_yaxis_transform()
+    at: Any = {"xytext": (-4, 0), "xycoords": along, "textcoords": "offset points"}
     for group, name in zip(groups, names, strict=True):
         ends = group.first - 0.4, group.last + 0.4
-        along = ax.get_yaxis_transform()
         ax.plot([-away] * 2, ends, color="0.3", linewidth=1, clip_on=False, transform=along)
-        at: Any = {"xytext": (-4, 0), "xycoords": along, "textcoords": "offset points"}
         ax.annotate(name, (-away, sum(ends) / 2), **at, ha="right", va="center", fontsize=letters)
+    ax.annotate(_HEADING, (-away, -0.5), **at, ha="right", va="bottom", fontsize=letters, color="0.3")

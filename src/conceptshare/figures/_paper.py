@@ -1,4 +1,4 @@
-"""A study's wMPPC beside the paper's."""
+"""A study's wMPPC against the paper's."""
 
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from conceptshare.figures._style import (
     READING_TITLES,
     RED,
     STYLE,
+    annotate_empty,
     known,
     number,
     save,
-    say_nothing,
 )
 
 _DIRECTIONS: Any = {
@@ -31,17 +31,17 @@ _DIRECTIONS: Any = {
     ("text", "text"): {"color": RED, "marker": "s"},
 }
 _NAMED = 4
-"""Cells that are named: those farthest from the paper's."""
+"""How many cells are named: those farthest from the paper."""
 _PANEL = 3.3
-"""About the side of a panel, in inches."""
+"""Approximate side of a panel, in inches."""
 
 
 def draw_paper(cells: pd.DataFrame, out: Path) -> None:
-    """Our wMPPC with its 95% interval against the paper's, a panel a reading, with the cells that are farthest off.
+    """This study's wMPPC with its 95% interval against the paper's, a panel per reading; the farthest cells are named.
 
     Args:
-        cells: what `conceptshare.analysis.paper.compare` gives.
-        out: where the PNG goes; the PDF goes beside it.
+        cells: the table that `conceptshare.analysis.paper.compare` returns.
+        out: where the PNG goes; the PDF goes next to it.
     """
     directions = [(modality(a), modality(b)) for a, b in zip(cells.source, cells.target, strict=True)]
     numbers = cells[["ours", "low", "high", "paper"]].to_numpy(np.float64)
@@ -56,7 +56,9 @@ def draw_paper(cells: pd.DataFrame, out: Path) -> None:
             numbers_of = f"Spearman {known(measured.spearman)}, Pearson {known(measured.pearson)}"
             far = f"mean absolute difference {known(measured.mean_absolute_difference, 3)}"
             ax.set_title(f"{READING_TITLES[measured.reading]}\n{numbers_of}\n{far}")
-            ax.set(xlim=(0, top), ylim=(0, top), aspect="equal", xlabel="wMPPC in the paper", ylabel="wMPPC here")
+            ax.set(
+                xlim=(0, top), ylim=(0, top), aspect="equal", xlabel="wMPPC in the paper", ylabel="wMPPC in this study"
+            )
         there = [direction for direction in _DIRECTIONS if direction in directions]
         marks = [Line2D([], [], linestyle="none", label=f"{a} to {b}", **_DIRECTIONS[a, b]) for a, b in there]
         figure.legend(handles=marks, loc="outside upper center", ncols=4, frameon=False, handletextpad=0.1)
@@ -65,7 +67,7 @@ def draw_paper(cells: pd.DataFrame, out: Path) -> None:
 
 def _panel(ax: Axes, cells: pd.DataFrame, directions: list[tuple[str, str]], top: float) -> None:
     if cells.ours.isna().all():
-        say_nothing(ax, "nothing to compare")
+        annotate_empty(ax, "nothing to compare")
         return
     ax.axline((0, 0), slope=1, color="0.6", linewidth=0.8, zorder=0)
     for direction, look in _DIRECTIONS.items():
@@ -81,4 +83,4 @@ def _panel(ax: Axes, cells: pd.DataFrame, directions: list[tuple[str, str]], top
         for n, cell in enumerate(farthest.itertuples(), 1)
     ]
     words: Any = {"fontsize": 7.5, "va": "top", "linespacing": 1.3}
-    ax.text(0, -0.16, "\n".join(["farthest from the paper's:", *lines]), transform=ax.transAxes, **words)
+    ax.text(0, -0.16, "\n".join(["farthest from the paper:", *lines]), transform=ax.transAxes, **words)

@@ -1,4 +1,4 @@
-"""How the SAEs were trained, and what became of them."""
+"""Training curves and quality of the SAEs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class _Look(NamedTuple):
 _TOKENS = {"all": _Look("all tokens", "#1f6fb4", "#a9cbe8"), "global": _Look("global tokens", "#b84a00", "none")}
 _SEED_LINES: Any = ("-", "--", ":", "-.")
 _POINTS = 300
-"""Of a curve; a panel has not many more pixels in a row."""
+"""Points per curve; a panel is not many more pixels wide."""
 _MEMBER_DPI = 110
 _SMALL: Any = {"xtick.labelsize": 7, "ytick.labelsize": 7, "axes.labelsize": 7, "axes.titlesize": 8.5}
 
@@ -45,10 +45,10 @@ _Points = NDArray[Any]
 
 
 def draw_saes(table: pd.DataFrame, saes: Path, out: Path) -> None:
-    """An overview of all SAEs at ``out``, and a folder beside it, of the same name, with a PNG for each member.
+    """An overview of all SAEs at ``out``, and next to it a folder of the same name with a PNG per member.
 
     Raises:
-        StoreError: where an SAE's loss curve or densities are missing or unreadable.
+        StoreError: if an SAE's loss curve or densities are missing or unreadable.
     """
     trainings = [_read_training(row, saes) for row in table.itertuples()]
     with mpl.rc_context(STYLE | PLACED):
@@ -63,27 +63,27 @@ def draw_saes(table: pd.DataFrame, saes: Path, out: Path) -> None:
 
 @dataclass(frozen=True)
 class _Training:
-    """What the figures show of one SAE: points to draw, no more than can be told apart, and numbers."""
+    """What the figures show of one SAE: numbers, and points reduced to what a panel can resolve."""
 
     encoder: str
     seed: int
     layer: int
     steps: int
     fvu: dict[str, float]
-    """Over ``all`` and over ``global`` tokens; NaN where the tokens do not vary. So the others."""
+    """Over ``all`` and over ``global`` tokens; NaN if the tokens do not vary. The same for the others."""
     l0: dict[str, float]
     dead: dict[str, float]
     losses: tuple[float, float]
     """At the first step, and at the end of the smoothed curve."""
     raw: tuple[_Points, _Points]
-    """Steps, and losses relative to the first; above zero, or NaN, as a logarithmic axis needs."""
+    """Steps, and losses relative to the first: positive or NaN, as a logarithmic axis needs."""
     smooth: tuple[_Points, _Points]
     edges: _Points
     """Of the bins of log10 density, one more than bins."""
     latents: dict[str, _Points]
     """In each bin."""
     never: dict[str, int]
-    """Latents that are active on no token."""
+    """Number of latents that are active on no token."""
 
 
 def _read_training(row: Any, saes: Path) -> _Training:
@@ -125,7 +125,7 @@ def _read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
 
 
 def _smoothed(values: _Points) -> _Points:
-    """A running mean over 2 % of the steps on either side, over fewer at the start, where a curve is steepest."""
+    """A running mean over 2% of the steps on either side, over fewer at the start, where the curve is steepest."""
     at = np.arange(len(values))
     reach = np.minimum(at, len(values) // 50)
     first, last = at - reach, np.minimum(at + reach, len(values) - 1)
@@ -135,7 +135,7 @@ def _smoothed(values: _Points) -> _Points:
 
 
 def _extremes(values: _Points) -> tuple[_Points, _Points]:
-    """The steps and values themselves, or the least and the largest value of each stretch where there are many."""
+    """The steps and values, or if there are many, the smallest and largest value of each stretch."""
     if len(values) <= 2 * _POINTS:
         return np.arange(len(values)), values
     starts = np.linspace(0, len(values), _POINTS, endpoint=False).astype(np.int64)
@@ -150,7 +150,7 @@ def _relative(steps: _Points, losses: _Points, first: float) -> tuple[_Points, _
 
 
 def _grouped(trainings: Sequence[_Training], key: Callable[[_Training], str]) -> dict[str, list[_Training]]:
-    """The SAEs by what ``key`` says of them, in the order of the table, and by layer within."""
+    """The SAEs grouped by ``key``, in the order of the table, and sorted by seed and layer within."""
     groups: dict[str, list[_Training]] = {}
     for training in trainings:
         groups.setdefault(key(training), []).append(training)
@@ -158,9 +158,9 @@ def _grouped(trainings: Sequence[_Training], key: Callable[[_Training], str]) ->
 
 
 def _panels(rows: int, widths: Sequence[float], height: float, above: float, gap: float) -> tuple[Figure, Any]:
-    """A figure with panels of sizes in inches, placed by hand, since matplotlib is slow to do so for many.
+    """A figure with panels of sizes in inches; matplotlib's own layout is slow for many panels.
 
-    Each row has room ``above`` it. ``gap`` is what lies between columns, and left of the first.
+    Each row has room ``above`` it. ``gap`` is the room between columns and left of the first.
     """
     top, bottom, right = 0.42, 0.42, 0.15
     width_all, height_all = gap + sum(widths) + gap * (len(widths) - 1) + right, top + rows * (height + above) + bottom
@@ -179,7 +179,7 @@ def _from_top(figure: Figure, inches: float) -> float:
 
 
 def _overview(trainings: Sequence[_Training]) -> Figure:
-    """For each encoder, its loss curves, a colour a layer, and its FVU and dead share by layer."""
+    """For each encoder, its loss curves, a colour per layer, and its FVU and dead latents by layer."""
     of_encoders = _grouped(trainings, lambda sae: sae.encoder)
     seeds = sorted({sae.seed for sae in trainings})
     lines = {seed: _SEED_LINES[n % len(_SEED_LINES)] for n, seed in enumerate(seeds)}
@@ -233,7 +233,7 @@ def _overview_losses(ax: Axes, saes: Sequence[_Training], lines: dict[int, Any])
 def _by_layer(
     ax: Axes, saes: Sequence[_Training], quantity: Callable[[_Training], dict[str, float]], lines: dict[int, Any]
 ) -> None:
-    """A number by layer, a line for each seed and kind of tokens."""
+    """A quantity by layer, a line per seed and kind of tokens."""
     for seed in sorted({sae.seed for sae in saes}):
         of_seed = [sae for sae in saes if sae.seed == seed]
         for tokens, look in _TOKENS.items():
@@ -252,37 +252,37 @@ def _whole_numbers(most: int) -> MaxNLocator:
 
 
 def _logarithmic(ax: Axes) -> None:
-    """Make the y axis of ``ax``, and of all that share it, logarithmic, once everything is drawn on them."""
+    """Make the y axis of ``ax``, and of all that share it, logarithmic; call it after everything is drawn."""
     ax.set_yscale("log")
     low, high = (float(end) for end in ax.get_ylim())
     if low <= 0:  # nothing that a logarithmic axis could show
         low, high = 0.1, 1
         ax.set_ylim(low, high)
-    if high < 5 * low:  # where powers of ten, or 1, 2 and 5 times those, would be a tick at most
+    if high < 5 * low:  # powers of ten, or 1, 2 and 5 times those, would give one tick at most
         ticks = np.asarray(MaxNLocator(4).tick_values(low, high))
     else:
         ticks = np.asarray(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,), numticks=6).tick_values(low, high))
     within = [float(tick) for tick in ticks if low <= tick <= high]
-    # Ticks that are fixed are placed once, and not by each panel.
+    # Fixed ticks are placed once, not by each panel.
     ax.set_yticks(within, [_short(tick) for tick in within])
     ax.yaxis.set_minor_locator(NullLocator())
 
 
 def _short(number: float) -> str:
-    """As few digits as tell it: ``0.2`` and ``5000``, but ``1e+06``."""
+    """The shortest exact notation: ``0.2`` and ``5000``, but ``1e+06``."""
     plain, power = f"{number:g}", f"{number:.0e}"
     return power if len(power) < len(plain) and np.isclose(float(power), number, atol=0) else plain
 
 
 def _member_figure(member: str, saes: Sequence[_Training]) -> Figure:
-    """A cell for each layer: its loss curve, the densities of its latents, and its FVU, L0 and dead share."""
+    """A cell per layer: its loss curve, the densities of its latents, and its FVU, L0 and dead latents."""
     columns = 1 if len(saes) <= 6 else 2
     figure, axes = _panels(-(-len(saes) // columns), [2.1, 2.7] * columns, 0.85, 0.5, 0.62)
     cells = axes.reshape(-1, 2)
     for n, (panels, sae) in enumerate(zip(cells, saes, strict=False)):
         lowest = n + columns >= len(saes)
         for ax, first in zip(panels, cells[0], strict=True):
-            # All share their axes, and ticks are what takes matplotlib longest.
+            # All share their axes, and ticks take matplotlib longest.
             ax.xaxis.set_visible(lowest)
             if n:
                 ax.sharex(first)
@@ -291,7 +291,7 @@ def _member_figure(member: str, saes: Sequence[_Training]) -> Figure:
         _density_panel(panels[1], sae)
         if lowest:
             panels[0].set_xlabel("step")
-            panels[1].set_xlabel("$\\log_{10}$ of the share of tokens that activate a latent")
+            panels[1].set_xlabel("$\\log_{10}$ of the fraction of tokens that activate a latent")
     losses, densities = cells[0]
     losses.xaxis.set_major_locator(_whole_numbers(4))
     _logarithmic(losses)

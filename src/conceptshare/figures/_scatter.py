@@ -15,26 +15,26 @@ from numpy.typing import NDArray
 from conceptshare.figures._style import RED, STYLE, number, save
 
 _BINS = 40
-"""On either axis, to see how many features are about where one is."""
+"""Bins per axis, to count how many features are near each one."""
 _NUMBERED = 5
-"""Ranks that are written."""
+"""Ranks that are labelled."""
 _PANEL = 3.2
-"""About the side of the panel, in inches."""
-# From a grey that can still be seen on white, so that no colour is taken for the top features'.
+"""Approximate side of the panel, in inches."""
+# Starts at a grey that is visible on white; the only colour is that of the top features.
 _GREYS = LinearSegmentedColormap.from_list("greys", ["0.85", "0.4"])
 _TOP: Any = {"marker": "D", "facecolor": RED, "edgecolor": "black", "linewidth": 0.5}
 
 
 def draw_sharedness_scatter(table: pd.DataFrame, out: Path) -> None:
-    """Each feature of a ranking by rho_G and rho_H, darker where more are, the top 1% by Delta another colour and form.
+    """Each feature of a ranking by rho_G and rho_H, darker in dense regions, the top 1% by Delta in colour.
 
-    Above the diagonal are the features that the group G shares and the group H shares less (Delta > 0). The title
-    counts the features on either side; one that was never active is on it, as both of its rho are 0.
+    Above the diagonal are the features that group G shares more than group H does (Delta > 0). The title counts the
+    features on either side; a feature that was never active lies on the diagonal, as both of its rho are 0.
 
     Args:
-        table: the ranking, with at least ``rank, top, source, layer, rho_g, rho_h``: rho_g is the least of a feature's
-            best matches in the members of G, rho_h the largest of those in H.
-        out: where the PNG goes; the PDF goes beside it.
+        table: the ranking, with at least ``rank, top, source, layer, rho_g, rho_h``: rho_g is the smallest of a
+            feature's best matches in the members of G, rho_h the largest of those in H.
+        out: where the PNG goes; the PDF goes next to it.
     """
     points = table[["rho_g", "rho_h"]].to_numpy(np.float64)
     top = table.top.to_numpy(bool)
@@ -49,15 +49,15 @@ def draw_sharedness_scatter(table: pd.DataFrame, out: Path) -> None:
         ax.axline((0, 0), slope=1, color="black", linewidth=0.8, zorder=2)
         around = _neighbours(points, limits)
         order = np.argsort(around, kind="stable")
-        # Thousands of points are one picture in the PDF.
-        busiest = around[points.any(axis=1)].max(initial=2)  # those that were never active are all at one place
+        # Thousands of points are one bitmap in the PDF.
+        busiest = around[points.any(axis=1)].max(initial=2)  # those that were never active all lie at 0
         style: Any = {"s": 7, "linewidths": 0, "cmap": _GREYS, "norm": LogNorm(1, busiest)}
         dots = ax.scatter(points[order, 1], points[order, 0], c=around[order], rasterized=True, **style)
         ax.scatter(points[top, 1], points[top, 0], s=24, zorder=3, **_TOP)
         number(ax, points[top][:_NUMBERED, ::-1], points[top][:, ::-1], limits, _PANEL)
         ax.set(xlim=limits, ylim=limits, aspect="equal")
-        ax.set_xlabel("$\\rho_H$: largest over the group that does not")
-        ax.set_ylabel("$\\rho_G$: least over the group that shares")
+        ax.set_xlabel("$\\rho_H$: largest in the group that should not share it")
+        ax.set_ylabel("$\\rho_G$: smallest in the group that should share it")
         title = f"{table.source[0]}, layer {table.layer[0]}: {len(table):,} features"
         ax.set_title(title, loc="left", pad=18)
         at: Any = {"xytext": (0, 6), "xycoords": "axes fraction", "textcoords": "offset points"}

@@ -1,4 +1,4 @@
-"""Grids of the samples on which the features that head a ranking are strongest."""
+"""Grids of the samples that activate a ranking's top features most."""
 
 import re
 import unicodedata
@@ -19,11 +19,11 @@ from matplotlib.patches import Rectangle
 from conceptshare.figures._style import PAGE, PLACED, STYLE, save, text_width
 from conceptshare.io.progress import info
 
-if TYPE_CHECKING:  # other figures start without them
+if TYPE_CHECKING:  # heavy, and other figures do not need them
     from conceptshare.data.dataset import Data
     from conceptshare.io.readers import FeatureStatistics
 
-# matplotlib's own font has no Chinese, Japanese, Korean or Indian letters; systems have these.
+# Fonts that systems have for Chinese, Japanese, Korean, Indian and other scripts, which matplotlib's own lacks.
 _WIDE_FONTS = (
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR"),
     *("Source Han Sans SC", "Source Han Sans", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback"),
@@ -35,18 +35,18 @@ _WIDE_FONTS = (
     *("Nirmala UI", "Leelawadee UI", "Kohinoor Devanagari", "Thonburi", "Noto Emoji", "Symbola"),
 )
 _MISSING = re.compile(r"Glyph (\d+) .*missing from font", re.DOTALL)
-# All in inches.
+# In inches.
 _CELL, _GAP, _BETWEEN = 0.66, 0.05, 0.28
 """Side of a cell, room between two of them, and room between two grids."""
 _ABOVE, _UNDER = 0.5, 0.1
-"""Room above a grid, for its feature's name and numbers, and below."""
+"""Room above a grid, for its feature's name and numbers, and below it."""
 _MARGIN = 0.06
 _LETTERS, _LINE = 5, 0.086
-"""Size of a caption's letters, in points, and the height of its lines."""
+"""Font size of captions in points, and the height of their lines."""
 _BELOW = 2
-"""Lines of a caption below its picture."""
+"""Lines of a caption below its image."""
 _CAPTIONED = 25
-"""Pictures in a grid, up to which they have captions: of more, the page is full."""
+"""Grids with more images than this have no captions, for lack of room."""
 
 
 def draw_sharedness(
@@ -59,21 +59,20 @@ def draw_sharedness(
     modality: str = "image",
     names: pd.DataFrame | None = None,
 ) -> None:
-    """The top features of a ranking, a square grid each, by the samples on which they are strongest, strongest first.
+    """The top features of a ranking: a square grid each of the samples that activate it most, strongest first.
 
-    Of an image encoder's features the pictures are shown, with what fits of their captions where they are few. Of a
-    text encoder's, which saw no picture, the captions are. Above are the groups, and for each feature its name, or in
-    grey the best words found, which are not clear enough to be one.
+    For image encoders, images are shown, with captions cut to fit if there are few. For text encoders, captions are
+    shown. Above are the groups, and for each feature its name, or in grey the best candidate if no name is clear.
 
     Args:
         table: the ranking.
-        statistics: of the source's features, by layer.
+        statistics: the statistics of the source's features, by layer.
         data: the samples.
-        pictured: how many features are shown, if the ranking has as many.
-        out: where the PNG goes; the PDF goes beside it.
-        samples: how many of each: 9 are 3 x 3 (the paper's Figure 2), 100 are 10 x 10 (its Figure 4). Fewer where the
+        pictured: how many features are shown, if the ranking has that many.
+        out: where the PNG goes; the PDF goes next to it.
+        samples: how many per feature: 9 are 3 x 3 (the paper's Figure 2), 100 are 10 x 10 (its Figure 4). Fewer if the
             feature is active on fewer or the store keeps fewer.
-        modality: of the source, ``image`` or ``text``.
+        modality: the source's, ``image`` or ``text``.
         names: the source's table of names; without it, features have none.
     """
     top = table.head(pictured)
@@ -98,14 +97,14 @@ def draw_sharedness(
         above = 0.16 * len(heading) + 0.13 * len(groups) + 0.14
         height = above + -(-len(top) // columns) * grid[1] + _MARGIN
         figure = Figure(figsize=(width, height))
-        # One panel, in inches from above: matplotlib is slow with one for each of hundreds of samples.
+        # One panel, in inches from the top: matplotlib is slow with a panel per sample.
         ax = figure.add_axes((0, 0, 1, 1))
         ax.axis("off")
         ax.text(_MARGIN, _MARGIN, "\n".join(heading), va="top", fontsize=9, fontweight="bold", parse_math=False)
         for n, line in enumerate(groups):
             y = _MARGIN + 0.16 * len(heading) + 0.13 * n
             ax.text(_MARGIN, y, line, va="top", fontsize=7.5, parse_math=False)
-        show = (lambda *at: _caption(ax, data, *at)) if modality == "text" else _pictures(ax, data, captioned)
+        show = (lambda *at: _caption(ax, data, *at)) if modality == "text" else _images(ax, data, captioned)
         for n, (row, of_feature) in enumerate(zip(top.itertuples(), found, strict=True)):
             x = _MARGIN + n % columns * (grid[0] + _BETWEEN)
             y = above + n // columns * grid[1]
@@ -128,24 +127,24 @@ def draw_sharedness(
 
 
 def _called(names: pd.DataFrame, layer: int, feature: int) -> tuple[str, str]:
-    """A feature's name, or the best words found, and the colour to write it in."""
+    """A feature's name or best candidate, and its colour."""
     row = names[(names.layer == layer) & (names.feature == feature)].iloc[0]
     if isinstance(row["name"], str):
         return row["name"], "black"
     return f"perhaps {row.candidate}" if isinstance(row.candidate, str) else "no clear name", "0.45"
 
 
-def _pictures(ax: Axes, data: "Data", captioned: bool) -> Callable[[int, float, float], None]:
-    """What draws a sample's picture, whole and as it is, in the cell at a place, or at its foot above a caption."""
+def _images(ax: Axes, data: "Data", captioned: bool) -> Callable[[int, float, float], None]:
+    """A function that draws a sample's image, uncropped, centred in its cell, or at the bottom above a caption."""
 
     def show(sample: int, x: float, y: float) -> None:
-        picture = data.image(sample)
-        picture.thumbnail((160, 160))
-        longer = max(picture.size)
-        wide, high = (_CELL * length / longer for length in picture.size)
+        image = data.image(sample)
+        image.thumbnail((160, 160))
+        longer = max(image.size)
+        wide, high = (_CELL * length / longer for length in image.size)
         left, foot = x + (_CELL - wide) / 2, y + (_CELL if captioned else (_CELL + high) / 2)
         place = (left, left + wide, foot, foot - high)
-        ax.imshow(np.asarray(picture), extent=place, interpolation="lanczos")
+        ax.imshow(np.asarray(image), extent=place, interpolation="lanczos")
         ax.add_patch(Rectangle((left, foot - high), wide, high, fill=False, edgecolor="0.8", linewidth=0.3))
         if captioned:
             words = _wrapped(data.caption(sample), _CELL, _BELOW, _LETTERS)
@@ -155,23 +154,23 @@ def _pictures(ax: Axes, data: "Data", captioned: bool) -> Callable[[int, float, 
 
 
 def _caption(ax: Axes, data: "Data", sample: int, x: float, y: float) -> None:
-    """A sample's caption on a card at a place, cut where the card ends."""
+    """A sample's caption on a card, cut to fit."""
     ax.add_patch(Rectangle((x, y), _CELL, _CELL, facecolor="0.95", edgecolor="0.8", linewidth=0.3))
     words = _wrapped(data.caption(sample), _CELL - _GAP, int((_CELL - _GAP) / _LINE), _LETTERS)
     _write(ax, words, x + _GAP / 2, y + _GAP / 2, ha="left")
 
 
 def _write(ax: Axes, words: str, x: float, y: float, ha: str) -> None:
-    # A caption is the user's text: a dollar sign in it is no formula. Lines are placed one by one, since those of
-    # fonts with tall letters would be farther apart.
+    # Captions are the user's text, so a dollar sign starts no formula. Lines are placed one by one, as fonts with
+    # tall letters would spread them.
     for n, line in enumerate(words.splitlines()):
         ax.text(x, y + (n + 0.78) * _LINE, line, ha=ha, va="baseline", fontsize=_LETTERS, parse_math=False)
 
 
 def _wrapped(words: str, width: float, lines: int, size: float, weight: str = "normal") -> str:
-    """A text on so many lines at most, none of them wider than ``width`` inches, with an ellipsis where it is cut.
+    """A text wrapped to at most ``lines`` lines of ``width`` inches, with an ellipsis if it is cut.
 
-    It is broken at spaces, and within a word that fills a line alone, as scripts without spaces need.
+    It breaks at spaces, and inside words longer than a line, as scripts without spaces need.
     """
 
     def fits(line: str) -> bool:
@@ -184,7 +183,7 @@ def _wrapped(words: str, width: float, lines: int, size: float, weight: str = "n
         broken[-1] += f" {word}" if broken[-1] else word
         while len(broken[-1]) > 1 and not fits(broken[-1]):
             long = broken.pop()
-            # From the short end, as the word may be thousands of letters long.
+            # From the short end, as the word may have thousands of letters.
             end = next((n for n in range(1, len(long)) if not fits(long[: n + 1])), len(long))
             broken += [long[:end], long[end:]]
             if len(broken) > lines:
@@ -198,14 +197,14 @@ def _wrapped(words: str, width: float, lines: int, size: float, weight: str = "n
 
 
 def _drawable(words: str) -> str:
-    """A text without characters that are not seen: matplotlib draws boxes for them, and fails by U+FEFF."""
+    """A text without invisible characters: matplotlib draws boxes for them, and fails at U+FEFF."""
     blank = {"Cc": " ", "Cf": "", "Cs": "", "Co": "", "Cn": ""}
     return "".join(blank.get(unicodedata.category(character), character) for character in words)
 
 
 @contextmanager
 def _missing_letters_in_one_line(out: Path) -> Iterator[None]:
-    """Report the letters that no font has once, in place of matplotlib's warning of each."""
+    """Report letters that no font has in one line, in place of matplotlib's warning for each."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
@@ -225,6 +224,6 @@ def _missing_letters_in_one_line(out: Path) -> Iterator[None]:
 
 
 def _fonts() -> list[str]:
-    """The usual font, and for what it lacks, such as Chinese, Japanese or Korean, those of `_WIDE_FONTS` there are."""
+    """The usual font, then the installed ones of `_WIDE_FONTS` for scripts that it lacks."""
     installed = set(font_manager.get_font_names())
     return [*mpl.rcParams["font.family"], *(name for name in _WIDE_FONTS if name in installed)]

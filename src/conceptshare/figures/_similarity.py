@@ -1,4 +1,4 @@
-"""Other measures of how similar encoders are, beside wMPPC."""
+"""Other measures of similarity between encoders, against wMPPC."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from conceptshare.figures._style import BLUE, PAGE, RED, STYLE, known, save, say_nothing
+from conceptshare.figures._style import BLUE, PAGE, RED, STYLE, annotate_empty, known, save
 from conceptshare.metrics import correlation
 
 _MEASURES = {"cka": "Linear CKA", "mutual_knn": "Mutual kNN"}
@@ -21,13 +21,13 @@ _LOOKS: Any = {
 
 
 def draw_similarity(table: pd.DataFrame, out: Path) -> None:
-    """CKA and mutual kNN against wMPPC, a point a cell, with the correlation of their ranks for each reading.
+    """CKA and mutual kNN against wMPPC, a point per cell, with the rank correlation for each reading.
 
-    Cells without one of the two are left out.
+    Cells that lack either value are left out.
 
     Args:
         table: the tidy matrix table, with at least ``reading, wmppc, cka, mutual_knn``.
-        out: where the PNG goes; the PDF goes beside it.
+        out: where the PNG goes; the PDF goes next to it.
     """
     with mpl.rc_context(STYLE | {"font.size": 8, "axes.titlesize": 8}):
         figure = Figure(figsize=(PAGE, 3.7), layout="constrained")
@@ -49,7 +49,7 @@ def _panel(ax: Axes, cells: pd.DataFrame, measure: str) -> None:
             ranks = correlation(of_reading.wmppc.rank(), of_reading[measure].rank())
             found.append(f"{look['label']} {known(ranks)}")
     if not found:
-        say_nothing(ax, "nothing to compare")
+        annotate_empty(ax, "nothing to compare")
         return
     ax.set_title(f"{_MEASURES[measure]}\nSpearman: {', '.join(found)}")
     ax.set_xlim(left=min(0.0, ax.get_xlim()[0]))

@@ -1,4 +1,4 @@
-"""How strong features are, and whether the strong ones are the shared ones."""
+"""The strength of features, and whether strong features are the shared ones."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,80 +14,97 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from conceptshare.analysis.formats import short_labels
-from conceptshare.figures._style import BLUE, COLOURS, PLACED, STYLE, fitted, known, save, say_nothing
+from conceptshare.figures._style import (
+    BLUE,
+    COLOURS,
+    PAGE,
+    PLACED,
+    STYLE,
+    annotate_empty,
+    fitted,
+    known,
+    save,
+    text_width,
+)
 from conceptshare.metrics import coefficient_of_variation, correlation
 
 _BINS = 40
-_HEIGHT, _ABOVE = 1.25, 0.42
-"""Of a row's panels and of the room above them, in inches."""
-_FIRST, _GAP = 2.2, 0.75
-"""Width of the first column, and the room right of it."""
+_LEFT, _GAP, _BETWEEN, _RIGHT = 0.6, 0.45, 0.06, 0.12
+"""Room left of the first column, right of it, between the others, and right of the last, in inches."""
+_ABOVE, _HEADER, _BOTTOM = 0.33, 0.52, 0.42
+"""Room above each row, above the names of columns, and below the last row, in inches."""
 _COLUMNS = ["strength", "rho"]
-_SILENT = "no feature is active"
 
 
 def draw_strength(pairs: Iterable[tuple[str, str, pd.DataFrame]], out: Path) -> None:
-    """A row a source: how S is distributed over its features, and S against rho for each of its targets.
+    """A row per source: how S is distributed over its features, and S against rho, in a column per target.
 
     The strength S of a feature is its sum over the samples. Features that were never active have no place on a
     logarithmic axis; they count in the coefficient of variation and in the correlations, as they do in the tables.
+    The figure is as wide as a page, however many targets there are.
 
     Args:
-        pairs: source, target, and a table of the source's features with at least ``source, target, strength, rho``, in
-            which rows of other pairs are passed over. A source's distribution is taken from its first pair. The tables
-            need not be in memory together.
-        out: where the PNG goes; the PDF goes beside it.
+        pairs: source, target, and a table of the source's features with at least ``source, target, strength, rho``;
+            rows of other pairs are ignored. A source's distribution is taken from its first pair. The tables need not
+            be in memory together.
+        out: where the PNG goes; the PDF goes next to it.
     """
-    chosen = [(a, b, table.loc[(table.source == a) & (table.target == b), _COLUMNS]) for a, b, table in pairs]
-    of_sources: dict[str, list[tuple[str, pd.DataFrame]]] = {}
-    for source, target, features in chosen:
-        of_sources.setdefault(source, []).append((target, features))
-    members = list(dict.fromkeys([*of_sources, *(target for _, target, _ in chosen)]))
+    chosen = {(a, b): table.loc[(table.source == a) & (table.target == b), _COLUMNS] for a, b, table in pairs}
+    sources, targets = (list(dict.fromkeys(pair[side] for pair in chosen)) for side in (0, 1))
+    members = list(dict.fromkeys([*sources, *targets]))
+    targets = [member for member in members if member in targets]
     label = dict(zip(members, short_labels(members), strict=True))
-    columns = max(len(targets) for targets in of_sources.values())
-    with mpl.rc_context(STYLE | PLACED):
-        figure, axes = _grid(len(of_sources), columns)
+    with mpl.rc_context(STYLE | PLACED | {"xtick.labelsize": 6.5, "ytick.labelsize": 6.5}):
+        figure, axes, first = _grid(len(sources), [f"to {label[target]}" for target in targets])
         images = []
-        edges = _edges([features for _, _, features in chosen])
-        for (ax, *others), (source, targets) in zip(axes, of_sources.items(), strict=True):
-            ax.set_title(fitted(label[source], _FIRST + _GAP, 9.5, "bold"), loc="left", pad=16)
-            _distribution(ax, targets[0][1].strength.to_numpy(np.float64), edges)
-            for other, (target, features) in zip(others, targets, strict=False):
-                images.append(_against_rho(other, features, edges))
-                r = correlation(features.strength, features.rho)
-                name = fitted(f"to {label[target]}", _other(columns), 7.5)
-                other.set_title(f"{name}\nr {known(r)}", fontsize=7.5, fontweight="normal", loc="left")
-            for other in others[len(targets) :]:
-                other.remove()
+        edges = _edges(list(chosen.values()))
+        for (ax, *others), source in zip(axes, sources, strict=True):
+            ax.set_title(fitted(label[source], first + _GAP, 8, "bold"), loc="left", fontsize=8, pad=12)
+            strength = next(features.strength for (a, _), features in chosen.items() if a == source)
+            _distribution(ax, strength.to_numpy(np.float64), edges)
+            for other, target in zip(others, targets, strict=True):
+                if (source, target) in chosen:
+                    images.append(_against_rho(other, chosen[source, target], edges))
+                elif source == target:
+                    other.set_facecolor("0.9")
+                    other.spines[:].set_visible(False)
+                else:
+                    other.set_axis_off()
         _finish(figure, axes, [image for image in images if image is not None], edges)
         save(figure, out)
 
 
-def _other(columns: int) -> float:
-    return 1.5 if columns > 2 else 2.2
+def _grid(rows: int, heads: Sequence[str]) -> tuple[Figure, NDArray[Any], float]:
+    """A column for distributions and one per target, under its name, and the width of the first in inches.
 
-
-def _grid(rows: int, columns: int) -> tuple[Figure, NDArray[Any]]:
-    """A column for distributions, and apart from it ``columns`` for pairs, of the same size in every figure.
-
-    Places are set by hand: matplotlib takes minutes to find them for a hundred panels.
+    Positions are computed here because matplotlib's own layout takes minutes for a hundred panels.
     """
-    left, other, between, right = 0.65, _other(columns), 0.12, 0.95
-    top, bottom = 0.6, 0.5
-    width = left + _FIRST + _GAP + columns * other + (columns - 1) * between + right
-    height = top + rows * (_HEIGHT + _ABOVE) + bottom
-    figure = Figure(figsize=(width, height))
+    columns = len(heads)
+    first = 1.4 if columns <= 6 else 1.1
+    other = min(2.2, (PAGE - _LEFT - first - _GAP - _RIGHT - (columns - 1) * _BETWEEN) / columns)
+    high = min(1.0, max(0.42, other))
+    turned = max(text_width(head, 7) for head in heads) > other
+    shown = [fitted(head, 1.3 if turned else other, 7) for head in heads]
+    names = max(text_width(head, 7) for head in shown) + 0.05 if turned else 0.15
+    height = _HEADER + names + rows * (_ABOVE + high) + _BOTTOM
+    figure = Figure(figsize=(PAGE, height))
     axes = np.empty((rows, 1 + columns), dtype=object)
+    left = [_LEFT, *(_LEFT + first + _GAP + n * (other + _BETWEEN) for n in range(columns))]
     for row, column in np.ndindex(axes.shape):
-        x = left if column == 0 else left + _FIRST + _GAP + (column - 1) * (other + between)
-        y = bottom + (rows - 1 - row) * (_HEIGHT + _ABOVE)
-        wide = _FIRST if column == 0 else other
-        axes[row, column] = figure.add_axes((x / width, y / height, wide / width, _HEIGHT / height))
-    return figure, axes
+        y = _BOTTOM + (rows - 1 - row) * (_ABOVE + high)
+        wide = first if column == 0 else other
+        axes[row, column] = figure.add_axes((left[column] / PAGE, y / height, wide / PAGE, high / height))
+    for x, head in zip(left[1:], shown, strict=True):
+        at: Any = {"x": (x + other / 2) / PAGE, "ha": "center"} if turned else {"x": x / PAGE, "ha": "left"}
+        y = height - _HEADER - names
+        figure.text(y=y / height, s=head, va="bottom", rotation=90 if turned else 0, fontsize=7, **at)
+    for x in (_LEFT + first / 2, (left[1] + left[-1] + other) / 2):
+        figure.text(x / PAGE, 0.06 / height, "$\\log_{10}$ S", ha="center", fontsize=8)
+    return figure, axes, first
 
 
 def _edges(tables: Sequence[pd.DataFrame]) -> NDArray[np.float64]:
-    """Of the bins of log10 S."""
+    """Edges of the bins of log10 S."""
     active = [table.strength[table.strength > 0] for table in tables]
     ends = np.log10([value for of in active if len(of) for value in (of.min(), of.max())])
     low, high = (ends.min(), ends.max()) if len(ends) else (0.0, 1.0)
@@ -99,21 +116,29 @@ def _distribution(ax: Axes, strength: NDArray[np.float64], edges: NDArray[np.flo
     if len(active):
         ax.stairs(np.histogram(np.log10(active), edges)[0], edges, fill=True, color=BLUE, alpha=0.6)
         ax.set_ylim(bottom=0)
-        ax.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+        ax.yaxis.set_major_locator(MaxNLocator(2, integer=True))
     else:
-        say_nothing(ax, _SILENT)
+        annotate_empty(ax, "no feature is active", 7)
         ax.set_yticks([])
     words = (
         f"CV {known(coefficient_of_variation(strength))}, {len(strength) - len(active):,} of {len(strength):,} silent"
     )
-    at: Any = {"xytext": (0, 6), "xycoords": "axes fraction", "textcoords": "offset points"}
-    ax.annotate(words, (0, 1), **at, fontsize=8)
+    _write_above(ax, words, 6.5)
+
+
+def _write_above(ax: Axes, words: str, size: float) -> None:
+    at: Any = {"xytext": (0, 4), "xycoords": "axes fraction", "textcoords": "offset points"}
+    ax.annotate(words, (0, 1), **at, fontsize=size)
 
 
 def _against_rho(ax: Axes, features: pd.DataFrame, edges: NDArray[np.float64]) -> Any:
+    room = ax.get_position().width * PAGE + _BETWEEN / 2
+    size = min(6.5, 6.5 * room / text_width("r −0.00", 6.5))
+    r = correlation(features.strength, features.rho)
+    _write_above(ax, "r –" if np.isnan(r) else f"r {r:.2f}", size)
     active = features[features.strength > 0]
     if active.empty:
-        say_nothing(ax, _SILENT)
+        annotate_empty(ax, "none\nactive", size)
         return None
     counts = np.histogram2d(np.log10(active.strength), active.rho.clip(0, 1), (edges, np.linspace(0, 1, _BINS + 1)))[0]
     shown = np.ma.masked_equal(counts.T, 0)
@@ -122,31 +147,31 @@ def _against_rho(ax: Axes, features: pd.DataFrame, edges: NDArray[np.float64]) -
 
 
 def _finish(figure: Figure, axes: NDArray[Any], images: Sequence[Any], edges: NDArray[np.float64]) -> None:
-    """One colour scale for all panels, and labels on the outer ones alone."""
+    """Give all panels one colour scale, and only the outer ones labels."""
     norm = LogNorm(1, max([2.0, *(float(image.get_array().max()) for image in images)]))
     for image in images:
         image.set_norm(norm)
-    for ax in axes[:, 0]:
-        ax.set_ylabel("features")
-    for ax in axes[:, 1]:
-        ax.set_ylabel("ρ")
-        ax.set_yticks([0, 0.5, 1])
-    for ax in axes[-1]:
-        ax.set_xlabel("$\\log_{10}$ S")
-        ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], prune="both"))
-    # Ticks are what takes matplotlib longest.
-    for ax in axes[:, 2:].flat:
-        ax.yaxis.set_visible(False)
-    for ax in axes[:-1].flat:
-        ax.xaxis.set_visible(False)
+    for row in axes:
+        row[0].set_ylabel("features", fontsize=7)
+        outer = next(ax for ax in row[1:] if ax.axison)
+        outer.set_ylabel("ρ", fontsize=8)
+        # Ticks take matplotlib longest.
+        for ax in row[1:]:
+            ax.set_ylim(0, 1.02)
+            ax.yaxis.set_visible(ax is outer)
+            ax.set_yticks([0, 0.5, 1] if ax is outer else [], ["0", "0.5", "1"] if ax is outer else [])
+    width, height = figure.get_size_inches()
     for ax in axes.flat:
         ax.set_xlim(edges[0], edges[-1])
-    for ax in axes[:, 1:].flat:
-        ax.set_ylim(0, 1.02)
-    inch = 1 / figure.get_figwidth(), 1 / figure.get_figheight()
+        ticks = 4 if ax.get_position().width * width > 0.8 else 2
+        ax.xaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 5, 10], prune="both"))
+        ax.xaxis.set_visible(ax in axes[-1])
     if images:
-        bar = figure.add_axes((1 - 0.8 * inch[0], 0.5 * inch[1], 0.12 * inch[0], _HEIGHT * inch[1]))
-        figure.colorbar(images[0], cax=bar, label="features")
-    at: Any = {"x": 0.1 * inch[0], "va": "top"}
-    figure.text(y=1 - 0.1 * inch[1], s="Strength S of features, and its correlation r with ρ", fontweight="bold", **at)
-    figure.text(y=1 - 0.27 * inch[1], s="in the paper, coefficient of variation (CV) 1.91, r 0.36", **at)
+        bar = figure.add_axes(((width - 1.6) / width, 1 - 0.2 / height, 1.45 / width, 0.09 / height))
+        figure.colorbar(images[0], cax=bar, orientation="horizontal")
+        bar.tick_params(labelsize=6.5, pad=1)
+        figure.text((width - 1.66) / width, 1 - 0.155 / height, "features", ha="right", va="center", fontsize=7)
+    at: Any = {"x": 0.1 / width, "va": "top"}
+    figure.text(y=1 - 0.08 / height, s="Strength S of features, and its correlation r with ρ", fontweight="bold", **at)
+    note = "In the paper: coefficient of variation (CV) of S 1.91, r 0.36. Grey: an encoder with itself."
+    figure.text(y=1 - 0.26 / height, s=note, fontsize=7, **at)

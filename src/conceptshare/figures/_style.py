@@ -1,4 +1,4 @@
-"""What all figures share: the style, the colours, how they are saved, and heatmaps."""
+"""Shared by all figures: the style, the colours, saving, and heatmaps."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -27,13 +27,13 @@ STYLE: Any = {
     "savefig.facecolor": "white",
     "pdf.fonttype": 42,
 }
-# What is placed in inches needs no second look at what the figure holds, nor at where titles would hit something.
+# For figures placed in inches: no search for the bounding box, nor for titles that overlap.
 PLACED: Any = {"savefig.bbox": None, "axes.titley": 1.0}
 PAGE = 7.2
-"""Width of a page of two columns, in inches: what a figure is drawn for, with letters of the size they are printed."""
+"""Width of a printed page in inches. Figures are drawn for it, so font sizes are those in print."""
 _RULER_DPI = 200
 COLOURS = "viridis"
-# Okabe and Ito's colours, and forms for who prints in grey.
+# Okabe and Ito's colours, with markers that differ in grey too.
 BLUE, LIGHT_BLUE, ORANGE, RED = "#0072B2", "#56B4E9", "#E69F00", "#D55E00"
 MARKERS: Any = {"image": {"color": BLUE, "marker": "o"}, "text": {"color": RED, "marker": "s"}}
 READING_TITLES = {
@@ -44,14 +44,14 @@ READING_TITLES = {
 
 
 def save(figure: Figure, out: Path) -> None:
-    """Write a figure as PNG at ``out`` and as PDF beside it, without dates, so that equal data give equal files."""
+    """Write a figure as PNG at ``out`` and as PDF next to it, without dates, so that equal data give equal files."""
     for kind, metadata in ((PDF, {"CreationDate": None}), (PNG, {"Software": None})):
         with atomic_output(out.with_suffix(kind.suffix), kind) as partial:
             figure.savefig(partial, format=kind.suffix[1:], metadata=metadata)
 
 
 def heatmap(ax: Axes, cells: np.ndarray[Any, Any], low: float, high: float, letters: float | None) -> Any:
-    """An image of cells, grey where there is none, with their numbers in ``letters`` of that size, if any."""
+    """A heatmap of cells, grey for NaN, with their numbers at a font size of ``letters``, if any."""
     image = ax.imshow(cells, cmap=COLOURS, vmin=low, vmax=high, aspect="equal")
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
@@ -66,20 +66,20 @@ def heatmap(ax: Axes, cells: np.ndarray[Any, Any], low: float, high: float, lett
 
 
 def letters_on(image: Any, value: float) -> str:
-    """Black or white, whichever has more contrast to the colour of a value, by the WCAG's relative luminance."""
+    """Black or white, whichever has more contrast with the colour of a value by WCAG's relative luminance."""
     rgb = np.array(image.cmap(image.norm(value))[:3])
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     return "white" if linear @ (0.2126, 0.7152, 0.0722) < 0.179 else "black"
 
 
 def text_width(words: str, size: float, weight: str = "normal") -> float:
-    """How wide a line is, in inches, in the font of the style that is set."""
+    """Width of a line in inches, in the current style's font."""
     font = FontProperties(family=mpl.rcParams["font.family"], size=size, weight=weight)
     return float(_ruler().get_text_width_height_descent(words, font, ismath=False)[0] / _RULER_DPI)
 
 
 def fitted(name: str, width: float, size: float, weight: str = "normal") -> str:
-    """A name no wider than so many inches; of a longer one the middle is left out, as ends tell names apart."""
+    """A name no wider than ``width`` inches; longer names lose their middle, as their ends differ most."""
     short, kept = name, len(name)
     while kept > 2 and text_width(short, size, weight) > width:
         kept -= 1
@@ -93,9 +93,9 @@ def _ruler() -> Any:
     return canvas.get_renderer()
 
 
-def say_nothing(ax: Axes, words: str) -> None:
-    """Write on a panel why it is empty."""
-    ax.text(0.5, 0.5, words, ha="center", va="center", color="0.4", transform=ax.transAxes)
+def annotate_empty(ax: Axes, words: str, size: float | None = None) -> None:
+    """Write on a panel why it is empty, in letters of ``size`` points or of the style's size."""
+    ax.text(0.5, 0.5, words, ha="center", va="center", color="0.4", fontsize=size, transform=ax.transAxes)
 
 
 def known(number: float, digits: int = 2) -> str:
@@ -110,14 +110,14 @@ def layer_ticks(axis: Any, layers: Sequence[int], positions: Sequence[int] | Non
 
 
 def number(ax: Axes, points: ArrayLike, others: ArrayLike, limits: tuple[float, float], side: float) -> None:
-    """Write 1, 2 and so on beside points, where most room is between all points and the diagonal.
+    """Number points 1, 2 and so on, where there is most room between all points and the diagonal.
 
     Args:
         ax: a square panel, with both axes from and to ``limits``.
         points: ``[P, 2]`` x and y.
-        others: ``[N, 2]`` all that is drawn, the points too.
+        others: ``[N, 2]`` everything drawn, the points included.
         limits: the ends of both axes.
-        side: about the panel's side, in inches.
+        side: approximate side of the panel, in inches.
     """
     low, high = limits
     scale = side * 72 / (high - low)
@@ -128,7 +128,7 @@ def number(ax: Axes, points: ArrayLike, others: ArrayLike, limits: tuple[float, 
     for n, (x, y) in enumerate(np.asarray(points, np.float64), 1):
         places = scale * (np.array([x, y]) - low) + around
         room = np.linalg.norm(places[:, None] - taken, axis=2).min(axis=1)
-        # A place farther off is taken where it has clearly more room, and none beyond the panel.
+        # A position farther away is preferred only with clearly more room, and never outside the panel.
         room -= np.linalg.norm(around, axis=1) / 3
         room[((places < 6) | (places > side * 72 - 6)).any(axis=1)] -= 100
         best = int(room.argmax())
