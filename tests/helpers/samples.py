@@ -13,7 +13,7 @@ from conceptshare.io import provenance
 
 def contents(folder):
     """The bytes of every file below a folder, by relative path, but for its provenance and the study itself."""
-    left_out = (provenance.FILE, "provenance.html", "study.json")
+    left_out = (provenance.FILE, "study.json")
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.endswith(left_out)]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 

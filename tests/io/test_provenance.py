@@ -195,23 +195,6 @@ def study_of(encoders):
     return {"study": "s", "datasets": {}, "encoders": encoders, "saes": {}, "analyses": analyses, "stream": False}
 
 
-def test_the_page_of_a_study_lists_once_what_is_the_same_for_all(tmp_path):
-    same = {"revision": None, "seeds": [0, 1]}
-    study = study_of(
-        {"a": {"layers": 12, "note": {"of": "<b>"}, **same}, "b&": {"layers": 6, "note": {"of": 1.5}, **same}}
-    )
-    provenance.record_study(json.dumps(study), tmp_path / "provenance.json")
-    page = (tmp_path / "provenance.html").read_text()
-    assert "<tr><th></th><th>layers</th><th>note.of</th></tr>" in page
-    assert "<tr><th>a</th><td>12</td><td>&lt;b&gt;</td></tr>" in page
-    assert "<tr><th>b&amp;</th><td>6</td><td>1.5</td></tr>" in page
-    assert page.count("<tr><th>revision</th><td>null</td></tr>") == 1
-    assert page.count("<tr><th>seeds</th><td>[0, 1]</td></tr>") == 1
-    assert "<tr><th>stream</th><td>false</td></tr>" in page
-    assert f"<tr><th>torch</th><td>{torch.__version__.partition('+')[0]}</td></tr>" in page
-    assert "Layerwise" not in page  # the study has none
-
-
 def test_a_study_is_told_without_the_users_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     study = study_of({"a": {"model": "/home/someone/a"}})

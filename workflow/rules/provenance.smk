@@ -4,25 +4,11 @@ rule provenance:
     input:
         study_results(),
     output:
-        json=report(
+        report(
             layout.PROVENANCE,
             caption="../report/provenance.rst",
             category="The study",
-            labels={
-                "study": "{study}",
-                "shows": "versions and parameters, for programs",
-                "type": "JSON",
-            },
-        ),
-        page=report(
-            layout.PROVENANCE.replace(".json", ".html"),
-            caption="../report/provenance.rst",
-            category="The study",
-            labels={
-                "study": "{study}",
-                "shows": "versions and parameters",
-                "type": "page",
-            },
+            labels={"study": "{study}", "shows": "versions and parameters", "type": "JSON"},
         ),
     log:
         layout.log(layout.PROVENANCE),
@@ -37,4 +23,4 @@ rule provenance:
         key=STUDY.study_key(),
         study=study_file,
     shell:
-        "python -m conceptshare provenance --study {params.study:q} --out {output.json:q} > {log:q} 2>&1"
+        "python -m conceptshare provenance --study {params.study:q} --out {output:q} > {log:q} 2>&1"

@@ -12,7 +12,7 @@ from conceptshare.config.catalog import EncoderSpec
 from conceptshare.config.study import load_study
 from conceptshare.io import provenance
 from conceptshare.io.errors import ConceptshareError, StoreError
-from conceptshare.io.files import PROVENANCE_PAGE, PROVENANCE_RECORD
+from conceptshare.io.files import PROVENANCE_RECORD
 from conceptshare.preflight.differences import differences, in_words
 from conceptshare.preflight.plan import Rates, make_plan, plan_as_json, plan_as_text
 
@@ -90,12 +90,12 @@ def doctor(
 @app.command("provenance")
 def study_provenance(
     study: StudyFile,
-    out: Annotated[Path, out_option(PROVENANCE_RECORD, PROVENANCE_PAGE)],
+    out: Annotated[Path, out_option(PROVENANCE_RECORD)],
     results: Annotated[
         Path, typer.Option(help="The folder of all results. Those with other settings than the study's are an error.")
     ] = Path("results"),
 ) -> None:
-    """Write down a study with the versions and the machine it is run on, as JSON and next to it as a page to read."""
+    """Write down a study with the versions and the machine it is run on, as JSON."""
     read = load_study(study)
     if found := in_words(differences(read, results)):
         raise StoreError(f"results were made with other settings than the study's:\n{found}")

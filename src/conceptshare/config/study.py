@@ -38,7 +38,7 @@ from conceptshare.io.files import STUDY, atomic_output
 _GROUPS = [("image", "vlm"), ("image", "vision"), ("text", "vlm"), ("text", "language")]
 
 # What `results/` and a study's folder hold next to the folders of data sets, in lower case, as some disks have it.
-_NOT_DATASETS = {"weights", "studies", "logs", "readme.md", "pages", "provenance.json", "provenance.html", "report.zip"}
+_NOT_DATASETS = {"weights", "studies", "logs", "readme.md", "pages", "provenance.json", "report.zip"}
 
 # Bytes that most disks allow in a file's name. Slurm's logs join all names of a job, by an underscore each.
 _LONGEST_FILE_NAME = 255

@@ -93,12 +93,6 @@ PROVENANCE_RECORD = Kind(
     "a provenance record", suffix=".json", magic=b"{", is_valid=lambda path: "conceptshare" in read_object(path)
 )
 PROVENANCE_SIDECAR = PROVENANCE_RECORD._replace(suffix=f".{PROVENANCE}")
-PROVENANCE_PAGE = Kind(
-    "a provenance page",
-    suffix=".html",
-    magic=b"<!doctype html>",
-    is_valid=lambda path: b"conceptshare" in path.read_bytes(),
-)
 STUDY = Kind(
     "a resolved study",
     suffix=".json",

@@ -1,9 +1,8 @@
 """How a result came about: `provenance.json` in its folder, or `{name}.provenance.json` beside its file.
 
 It tells the commit, the versions, the command with its settings and seeds, the hardware, and what the job took. It is
-the one file that differs between two runs of the same, with the page of it that a study has, so it is no part of what
-makes two results equal. Nothing of the environment is written but what is named here: no user, no token, and no path of
-the user's home.
+the one file that differs between two runs of the same, so it is no part of what makes two results equal. Nothing of the
+environment is written but what is named here: no user, no token, and no path of the user's home.
 """
 
 import functools
@@ -21,8 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conceptshare.io.files import PROVENANCE, PROVENANCE_PAGE, PROVENANCE_RECORD, Kind, unlocked_output
-from conceptshare.io.provenance_page import as_page
+from conceptshare.io.files import PROVENANCE, PROVENANCE_RECORD, Kind, unlocked_output
 
 FILE = PROVENANCE
 
@@ -75,13 +73,9 @@ def record(result: Path) -> None:
 
 
 def record_study(study: str, out: Path) -> None:
-    """Write a whole study, given as JSON, with what it is run by, as the file ``out``, and beside it as a page to read.
-
-    The page has the suffix ``.html``.
-    """
+    """Write a whole study, given as JSON, with the versions and the machine it is run on, as the file ``out``."""
     account = {"study": json.loads(shown(study)), **surroundings()}
     _write(out, PROVENANCE_RECORD, json.dumps(account, indent=1) + "\n")
-    _write(out.with_suffix(".html"), PROVENANCE_PAGE, as_page(account))
 
 
 def surroundings() -> dict[str, Any]:
