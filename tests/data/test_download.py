@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from socketserver import StreamRequestHandler, ThreadingTCPServer
+from unittest.mock import AsyncMock
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +28,7 @@ from PIL import Image
 from conceptshare.config.catalog import DatasetSpec, Download
 from conceptshare.data import download
 from conceptshare.data.dataset import make_dataset
-from conceptshare.data.download import Downloads, Failure, pause, refusal, retry_after
+from conceptshare.data.download import Downloads, Failure, is_public, pause, retry_after
 from conceptshare.io.errors import DatasetError
 from tests.helpers.samples import AsRead
 
@@ -57,12 +58,12 @@ class Server(ThreadingTCPServer):
     allow_reuse_address = True
     request_queue_size = 128
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, host="127.0.0.1"):
+        super().__init__((host, 0), Handler)
         self.pages, self.asked, self.heads, self.lock = {}, [], [], threading.Lock()
         self.stopped = threading.Event()
         self.busy = self.busiest = 0
-        self.address = f"http://127.0.0.1:{self.server_address[1]}"
+        self.address = f"http://{host}:{self.server_address[1]}"
 
 
 class Handler(StreamRequestHandler):
@@ -90,15 +91,21 @@ class Handler(StreamRequestHandler):
                 self.server.busy -= 1
 
 
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(download, "FIRST_PAUSE", 0.01)
-    with Server() as server:
+@contextmanager
+def serving(server):
+    with server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         thread.start()
         yield server
         server.stopped.set()
         server.shutdown()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(download, "FIRST_PAUSE", 0.01)
+    with serving(Server()) as server:
+        yield server
 
 
 FAST = {"timeout": 3, "attempts": 2, "allow_private": True, "max_mb": 0.1}
@@ -173,6 +180,12 @@ def pour(connection, _):
         connection.sendall(b"x" * 10_000)
 
 
+def pour_redirect(connection, _):
+    connection.sendall(answer(status=302, length=False, Location="?"))
+    while True:
+        connection.sendall(b"x" * 10_000)
+
+
 def pour_chunks(connection, _):
     connection.sendall(answer(length=False, Transfer_Encoding="chunked"))
     while True:
@@ -201,19 +214,15 @@ FAULTS = {
     "half a picture": (answer(picture(1, 200)[:-40]), False, "cannot be decoded"),
     "empty": (answer(b""), False, "cannot be decoded"),
     "no content": (answer(b"", 204, length=False), False, "cannot be decoded"),
-    "large and says so": (answer(b"", length=10_000_000), False, "larger than 0.1 MB"),
+    "large": (answer(b"x" * 200_000), False, "larger than 0.1 MB"),
     "large and mute": (pour, False, "larger than 0.1 MB"),
     "large in chunks": (pour_chunks, False, "larger than 0.1 MB"),
     "bomb": (answer(BOMB, Content_Encoding="gzip"), False, "larger than 0.1 MB"),
     "no gzip": (answer(b"not gzip", Content_Encoding="gzip"), True, "DecodingError"),
-    "redirect to nowhere": (answer(b"", 302), False, "HTTP 302 without a location"),
-    "redirect to a file": (answer(b"", 302, Location="file:///etc/passwd"), False, "not an http or https address"),
-    "redirect to nonsense": (answer(b"", 302, Location="http://[::bad/"), False, "not a valid address"),
-    "redirect to a port that there is none of": (
-        answer(b"", 302, Location="http://127.0.0.1:99999/"),
-        False,
-        "has no port 99999",
-    ),
+    "redirect to nowhere": (answer(b"", 302), False, "HTTP 302"),
+    "redirect to a file": (answer(b"", 302, Location="file:///etc/passwd"), False, "not a valid http or https address"),
+    "redirect to nonsense": (answer(b"", 302, Location="http://[::bad/"), False, "HTTP 302"),
+    "redirect that never ends": (pour_redirect, False, "more than 5 redirects"),
     "redirect to itself": (answer(b"", 301, Location="?"), False, "more than 5 redirects"),
     "too many pixels": (answer(picture(1, 400)), False, "400 x 400 pixels, more than max_pixels = 100000"),
 }
@@ -244,15 +253,16 @@ def test_every_misbehaviour_is_one_dropped_row_with_its_reason_and_nothing_hangs
         once = 6 if "redirects" in reason else 1
         asked = sum(count for path, count in counts.items() if path.split("?")[0] == f"/fault-{number}")
         assert asked == (2 if passing else once), name
-    noted = {f"{server.address}/fault-{n}" for n, (_, passing, _) in enumerate(FAULTS.values()) if not passing}
-    assert set(dead_addresses(tmp_path / "set")) == noted
+    by_setting = [n for n, (_, _, reason) in enumerate(FAULTS.values()) if "max_pixels" in reason or "MB" in reason]
+    passing = [n for n, (_, passing, _) in enumerate(FAULTS.values()) if passing]
+    dead = set(range(len(FAULTS))) - {*by_setting, *passing}
+    assert set(dead_addresses(tmp_path / "set")) == {f"{server.address}/fault-{n}" for n in dead}
     assert not list((tmp_path / "set" / "downloads").rglob("*.partial"))
 
-    # A second run asks again for what may pass, and for nothing else.
+    # A second run asks again for what may pass, also under other settings, and for nothing else.
     server.asked.clear()
     again = make([*paths, "/1.png"], **keys)
-    passing = [f"/fault-{n}" for n, (_, passing, _) in enumerate(FAULTS.values()) if passing]
-    assert Counter(server.asked) == dict.fromkeys(passing, 2)
+    assert Counter(server.asked) == {f"/fault-{n}": 1 if n in by_setting else 2 for n in [*by_setting, *passing]}
     assert again.content_hash == data.content_hash
     assert reasons(again).keys() == reasons(data).keys()
 
@@ -270,8 +280,6 @@ def test_every_misbehaviour_is_one_dropped_row_with_its_reason_and_nothing_hangs
         None,
         "http://",
         "http://[::1",
-        "http://127.0.0.1:65536/a.png",
-        "http://127.0.0.1:0/a.png",
         "http://127.0.0.1/" + "a" * 10_000,
         "javascript://x",
     ],
@@ -307,9 +315,8 @@ def test_what_fails_and_then_works_is_a_sample(server, make):
 def test_a_picture_is_a_picture_whatever_the_server_calls_it(server, make, kind):
     server.pages["/a"] = answer(picture(5), Content_Type=kind)
     server.pages["/b"] = answer(gzip.compress(picture(6)), Content_Type=kind, Content_Encoding="gzip")
-    server.pages["/c"] = answer(gzip.compress(picture(7)), Content_Type=kind, Content_Encoding="X-GZip")
-    data = make(["/a", "/b", "/c"])
-    assert [data.image(row).getpixel((0, 0)) for row in range(3)] == [(5, 0, 7), (6, 0, 7), (7, 0, 7)]
+    data = make(["/a", "/b"])
+    assert [data.image(row).getpixel((0, 0)) for row in range(2)] == [(5, 0, 7), (6, 0, 7)]
 
 
 def test_five_redirects_are_followed_and_six_are_not(server, make):
@@ -441,88 +448,49 @@ def test_what_a_setting_forbade_is_asked_again_under_another(server, make, tmp_p
     rows = ["/0.png", "/large", "/1.png"]
     assert "larger than 0.1 MB" in reasons(make(rows))[1]
     assert "max_pixels" in reasons(make(rows, max_pixels=9999, download={"max_mb": 1}))[1]
-    assert "max_pixels" in reasons(make(rows, max_pixels=9999, download={"max_mb": 1}))[1]
-    assert server.asked.count("/large") == 2
     assert reasons(make(rows, download={"max_mb": 1})) == {}
-    assert reasons(make(rows, max_pixels=9999, download={"max_mb": 1})).keys() == {1}
-    assert server.asked.count("/large") == 3
+    assert "max_pixels" in reasons(make(rows, max_pixels=9999, download={"max_mb": 1}))[1]
+    assert dead_addresses(tmp_path / "set") == []
 
 
 def test_machines_that_are_not_public_are_not_asked(server, make, tmp_path):
     port = server.server_address[1]
     fine(server, 1)
-    hosts = [
-        "127.0.0.1",
-        "localhost",
-        "2130706433",
-        "0x7f.1",
-        "0177.0.0.1",
-        "127.1",
-        "[::1]",
-        "[::ffff:127.0.0.1]",
-        "10.0.0.1",
-        "169.254.169.254",
-        "0.0.0.0",
-        "[::]",
-        "[fe80::1]",
-        "224.0.0.1",
-    ]
+    hosts = ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "127.1", "[::ffff:127.0.0.1]", "0.0.0.0"]
     with pytest.raises(DatasetError, match="0 usable rows") as caught:
         make([f"http://{host}:{port}/0.png" for host in hosts], download={"allow_private": False})
-    assert "forbidden: 127.0.0.1 leads to 127.0.0.1, which is not on the public internet" in str(caught.value)
+    assert "forbidden: it leads to 127.0.0.1, which is not on the public internet" in str(caught.value)
     assert server.asked == []
-    assert len(dead_addresses(tmp_path / "set")) == len(hosts)
+    assert dead_addresses(tmp_path / "set") == []
 
 
-def test_a_redirect_to_a_machine_that_is_not_public_is_not_followed(server, make, monkeypatch):
+@pytest.mark.parametrize("checked", ["before the request", "after the answer"])
+def test_a_redirect_to_a_machine_that_is_not_public_is_not_followed(server, make, monkeypatch, checked):
     """Here the server's own address counts as public, so that there is one to redirect from."""
-    monkeypatch.setattr(download, "refusal", lambda host: None if host == "127.0.0.1" else refusal(host))
-    fine(server, 2)
-    port = server.server_address[1]
-    server.pages["/away"] = answer(b"", 302, Location=f"http://127.0.0.2:{port}/0.png")
-    data = make(["/0.png", "/away", "/1.png"], download={"allow_private": False})
-    assert "forbidden: 127.0.0.2" in reasons(data)[1]
-    assert server.asked.count("/0.png") == 1
+    monkeypatch.setattr(download, "is_public", lambda host: host == "127.0.0.1")
+    if checked == "after the answer":  # as if httpx told of a new connection in another way
+        monkeypatch.setattr(Downloads, "_check_connected", AsyncMock())
+    with serving(Server("127.0.0.2")) as other:
+        server.pages["/away"] = answer(b"", 302, Location=other.address + fine(other, 1)[0])
+        data = make([*fine(server, 2), "/away"], download={"allow_private": False})
+        assert "forbidden: it leads to 127.0.0.2" in reasons(data)[2]
+        assert other.asked == ([] if checked == "before the request" else ["/0.png"])
 
 
-def test_a_name_is_resolved_once_and_what_was_checked_is_what_is_connected_to(server, make, monkeypatch):
-    """A name that is public when it is first resolved and private the next time leads nowhere private."""
+def test_a_name_that_is_public_at_first_and_private_when_it_is_connected_to_is_refused(server, make, monkeypatch):
+    """Whatever a name resolves to, and however often, the machine that was connected to is what is checked."""
     real, resolved = socket.getaddrinfo, []
 
     def rebinding(host, *rest, **more):
         if host not in {"rebind.example", b"rebind.example"}:
             return real(host, *rest, **more)
         resolved.append(host)
-        return real("192.0.2.1" if len(resolved) == 1 else "127.0.0.1", *rest, **more)
+        return real("8.8.8.8" if len(resolved) == 1 else "127.0.0.1", *rest, **more)
 
     monkeypatch.setattr(socket, "getaddrinfo", rebinding)
-    monkeypatch.setattr(download, "refusal", lambda host: None if host == "192.0.2.1" else refusal(host))
-    with pytest.raises(DatasetError, match="could be reached"):
-        make(
-            [f"http://rebind.example:{server.server_address[1]}/0.png"],
-            download={"allow_private": False, "attempts": 1},
-        )
-    assert resolved == ["rebind.example"]
-    assert server.asked == []
-
-
-def test_a_name_that_leads_to_a_private_machine_among_others_is_refused(server, make, monkeypatch):
-    real = socket.getaddrinfo
-    monkeypatch.setattr(
-        socket,
-        "getaddrinfo",
-        lambda host, *rest, **more: [
-            entry
-            for ip in (["8.8.8.8", "127.0.0.1"] if host == "two.example" else [host])
-            for entry in real(ip, *rest, **more)
-        ],
-    )
-    with pytest.raises(DatasetError, match=r"forbidden: two\.example leads to 127\.0\.0\.1"):
-        make(
-            [f"http://two.example:{server.server_address[1]}/0.png"] * 2,
-            download={"allow_private": False},
-            max_dropped=0.0,
-        )
+    assert is_public(socket.getaddrinfo("rebind.example", 80)[0][4][0])
+    with pytest.raises(DatasetError, match=r"forbidden: it leads to 127\.0\.0\.1"):
+        make([f"http://rebind.example:{server.server_address[1]}/0.png"], download={"allow_private": False})
     assert server.asked == []
 
 
@@ -535,12 +503,12 @@ def test_a_name_that_leads_to_a_private_machine_among_others_is_refused(server, 
      "64:ff9b::a00:1", "2001:db8::1", "2001:0:a00:1::f5ff:fffe", "::127.0.0.1", "100::1"],
 )  # fmt: skip
 def test_an_address_off_the_public_internet_is_refused(host):
-    assert host.partition("%")[0] in refusal(host)
+    assert not is_public(host)
 
 
 @pytest.mark.parametrize("host", ["8.8.8.8", "1.1.1.1", "172.32.0.1", "2606:4700:4700::1111", "2002:808:808::"])
 def test_an_address_on_the_public_internet_is_not_refused(host):
-    assert refusal(host) is None
+    assert is_public(host)
 
 
 def test_no_proxy_of_the_environment_is_used(server, make, monkeypatch):
@@ -745,7 +713,7 @@ def test_leaving_the_downloads_in_the_midst_ends_them(server, tmp_path):
     server.pages["/hang"] = hang
     with ThreadPoolExecutor(1) as pool:
         options = Download(timeout=30, allow_private=True)
-        with Downloads(tmp_path / "downloads", options, lambda _: None, pool, {}, "set") as downloads:
+        with Downloads(tmp_path / "downloads", options, lambda _: None, pool, "set") as downloads:
             future = downloads.fetch(f"{server.address}/hang")
             until(lambda: server.asked)
         assert future.done()
@@ -756,7 +724,7 @@ def test_a_file_or_a_failure_is_given(server, tmp_path):
     fine(server, 1)
     with ThreadPoolExecutor(1) as pool:
         options = Download(**FAST)
-        with Downloads(tmp_path / "downloads", options, lambda _: None, pool, {}, "set") as downloads:
+        with Downloads(tmp_path / "downloads", options, lambda _: None, pool, "set") as downloads:
             assert downloads.fetch(f"{server.address}/0.png").result().read_bytes() == picture(0)
             assert downloads.fetch(f"{server.address}/none").result() == Failure("HTTP 404")
 
@@ -765,7 +733,7 @@ def test_what_failed_in_passing_is_not_asked_again_by_the_same_run(server, tmp_p
     server.pages["/busy"] = answer(b"", 503)
     with ThreadPoolExecutor(1) as pool:
         options = Download(**FAST)
-        with Downloads(tmp_path / "downloads", options, lambda _: None, pool, {}, "set") as downloads:
+        with Downloads(tmp_path / "downloads", options, lambda _: None, pool, "set") as downloads:
             for _ in range(3):
                 assert downloads.fetch(f"{server.address}/busy").result() == Failure("HTTP 503")
     assert server.asked == ["/busy"] * 2

@@ -330,7 +330,7 @@ def _check_image(image: bytes, max_pixels: int) -> None:
     try:
         width, height = decode(image, max_pixels).size
     except Image.DecompressionBombError as error:
-        raise UnusableError(f"image is too large ({error})", max_pixels=max_pixels) from None
+        raise UnusableError(f"image is too large ({error})", for_good=False) from None
     except UnidentifiedImageError:  # whose message names an object in memory, another on every run
         raise UnusableError("image cannot be decoded (no file of a kind that is read here)") from None
     except Exception as error:  # PIL's decoders raise many types; whatever it is, the sample is unusable
@@ -361,8 +361,7 @@ def _downloaded(
 
     # Far enough ahead that one address that is tried for a minute does not idle the others; rows are small.
     ahead = 256 * spec.download.parallel
-    settings = {"max_pixels": spec.max_pixels}
-    with Downloads(folder, spec.download, check, pool, settings, spec.source) as downloads:
+    with Downloads(folder, spec.download, check, pool, spec.source) as downloads:
         started = (_start_download(spec, number, row, downloads) for number, (_, row) in rows)
         for outcome in in_order(started, ahead):
             if downloads.counts.unreachable >= HOPELESS:

@@ -1,10 +1,10 @@
 """Downloads the images of a data set that holds only their addresses.
 
-The well-kept downloader img2dataset cannot be installed beside our lock: its 1.47.0 needs pandas < 3 (we have 3) and
+The well-kept downloader img2dataset cannot be installed with our lock: its 1.47.0 needs pandas < 3 (we have 3) and
 brings wandb, opencv and albumentations; hence this small one on httpx2.
 
-The addresses come from strangers. So nothing but public machines is asked (the check is made on the very address that
-a socket connects to), proxies of the environment are not used, and time, size and redirects are bounded.
+The addresses come from strangers. So each connection is checked to lead to a public machine before anything is sent
+over it, proxies of the environment are not used, and time, size and redirects are bounded.
 
 A file that arrived whole and passed the caller's check is kept in the downloads folder as `ab/abcd...`, after the
 SHA-256 of its address. An address that failed for good is noted in `dead.jsonl` there; a later run asks for neither.
@@ -15,22 +15,20 @@ import hashlib
 import ipaddress
 import json
 import random
-import socket
-import ssl
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import httpcore2
 import httpx2 as httpx
 
 from conceptshare.config.catalog import Download
@@ -48,15 +46,6 @@ HOPELESS = 200
 """After so many addresses, all of which failed for the network's sake, the connection must be broken."""
 
 _PASSING_STATUSES = {408, 425, 429}
-_REDIRECTS = {301, 302, 303, 307, 308}
-_NETWORK_ERRORS = (
-    httpcore2.TimeoutException,
-    httpcore2.NetworkError,
-    httpcore2.ProtocolError,
-    ssl.SSLError,
-    ConnectionError,
-    socket.gaierror,
-)
 
 
 class UnusableError(Exception):
@@ -64,12 +53,12 @@ class UnusableError(Exception):
 
     Args:
         reason: what is wrong with it.
-        under: the settings that the verdict depends on, by name; under others, the address is asked again.
+        for_good: whether that holds under any settings; else a later run asks again.
     """
 
-    def __init__(self, reason: str, **under: Any) -> None:
+    def __init__(self, reason: str, for_good: bool = True) -> None:
         super().__init__(reason)
-        self.under = under
+        self.for_good = for_good
 
 
 @dataclass(frozen=True)
@@ -120,18 +109,11 @@ class Downloads:
         options: how to download.
         check: is given each file's bytes, and raises UnusableError where they are of no use. Runs in ``pool``.
         pool: runs the checks.
-        settings: the caller's settings that a verdict of ``check`` may depend on.
         what: the data set's name, for progress.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        options: Download,
-        check: Callable[[bytes], None],
-        pool: Executor,
-        settings: dict[str, Any],
-        what: str,
+        self, folder: Path, options: Download, check: Callable[[bytes], None], pool: Executor, what: str
     ) -> None:
         self.counts = Counts()
         self.last_failure = ""
@@ -141,21 +123,25 @@ class Downloads:
         self._pool = pool
         self._what = what
         folder.mkdir(parents=True, exist_ok=True)
-        settings = settings | options.model_dump(include={"max_mb", "allow_private"})
-        self._dead = _read_dead(folder / "dead.jsonl", settings)
+        self._dead = _read_dead(folder / "dead.jsonl")
         self._failed: dict[str, str] = {}
         self._under_way: dict[str, asyncio.Task[Path | Failure]] = {}
         self._said = time.monotonic()
         self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(ThreadPoolExecutor(options.parallel, "resolve"))  # it resolves names
         self._thread = threading.Thread(target=self._loop.run_forever, name="downloads", daemon=True)
-        self._resolvers = ThreadPoolExecutor(options.parallel, "resolve")
         self._slots = asyncio.Semaphore(options.parallel)
-        self._connections = httpcore2.AsyncConnectionPool(
-            ssl_context=httpx.create_ssl_context(),
-            max_connections=None,
-            max_keepalive_connections=options.parallel,
-            keepalive_expiry=5.0,
-            network_backend=_CheckedNetwork(self._resolvers, options.allow_private),
+        self._client = httpx.AsyncClient(
+            headers={
+                "User-Agent": f"conceptshare/{version('conceptshare')} (research on image-caption data sets)",
+                "Accept": "image/*,*/*;q=0.5",
+                "Accept-Encoding": "gzip, deflate",
+            },
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+            timeout=options.timeout,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=options.parallel),
+            verify=httpx.create_ssl_context(),  # with the environment's certificates, which trust_env would leave out
+            trust_env=False,
         )
 
     def __enter__(self) -> Self:
@@ -167,7 +153,6 @@ class Downloads:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        self._resolvers.shutdown(wait=False, cancel_futures=True)
 
     def fetch(self, address: str) -> "Future[Path | Failure]":
         """The file of an address, soon: its path, or why there is none. An address under way is not asked twice."""
@@ -190,7 +175,7 @@ class Downloads:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._connections.aclose()
+        await self._client.aclose()
 
     async def _shared(self, address: str) -> Path | Failure:
         task = self._under_way.get(address)
@@ -198,7 +183,9 @@ class Downloads:
             task = self._under_way[address] = asyncio.create_task(self._outcome(address))
             task.add_done_callback(lambda _: self._under_way.pop(address, None))
         outcome = await task
-        self._report_now_and_then()
+        if time.monotonic() - self._said >= progress.SECONDS_BETWEEN_LINES:
+            self._said = time.monotonic()
+            progress.info(self.report())
         return outcome
 
     async def _outcome(self, address: str) -> Path | Failure:
@@ -209,7 +196,9 @@ class Downloads:
                 raise UnusableError(self._dead[address])
             if address in self._failed:
                 return Failure(self._failed[address])
-            if not await self._is_there(path):
+            if await self._is_there(path):
+                self.counts.there += 1
+            else:
                 await self._ask(address, path)
                 self.counts.fetched += 1
         except UnusableError as error:
@@ -224,21 +213,14 @@ class Downloads:
         return path
 
     async def _is_there(self, path: Path) -> bool:
-        """Whether an earlier run got the file. One that a crash of the machine damaged is fetched again.
-
-        Raises:
-            UnusableError: where the file is whole, and another setting than then makes it unusable.
-        """
+        """Whether an earlier run got the file. One that a crash of the machine damaged is fetched again."""
         if not path.is_file():
             return False
         try:
             await self._checked(path)
-        except UnusableError as error:
+        except UnusableError:
             path.unlink()
-            if error.under:
-                raise
             return False
-        self.counts.there += 1
         return True
 
     async def _ask(self, address: str, path: Path) -> None:
@@ -267,49 +249,59 @@ class Downloads:
 
     async def _try(self, address: str, partial: Path) -> None:
         seconds = TRY_TIMEOUTS * self._options.timeout
-        limit = int(self._options.max_mb * 1e6)
         size = 0
         try:
-            async with asyncio.timeout(seconds), aclosing(self._parts(address, limit)) as parts:
+            async with asyncio.timeout(seconds), aclosing(self._parts(address)) as parts:
                 with partial.open("wb") as file:
                     async for part in parts:
                         size += len(part)
-                        if size > limit:
-                            raise _too_large(self._options)
+                        if size > self._options.max_mb * 1e6:
+                            raise UnusableError(f"larger than {self._options.max_mb:g} MB", for_good=False)
                         file.write(part)
+        except (UnusableError, _PassingError):
+            raise
         except TimeoutError:
             raise _PassingError(f"no whole answer within {seconds:g} s", network=True) from None
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+            raise UnusableError(f"not a valid http or https address: {_words(error)}") from None
+        except Exception as error:  # whatever a stranger's bytes provoke costs this row, not the run
+            raise _PassingError(_words(error), network=isinstance(error, httpx.TransportError)) from error
 
-    async def _parts(self, address: str, limit: int) -> AsyncGenerator[bytes, None]:
-        """The bytes at an address, unpacked, as they come, after its redirects."""
-        url = _web_address(address)
+    async def _parts(self, address: str) -> AsyncGenerator[bytes, None]:
+        """The bytes at an address, unpacked, as they come, after its redirects.
+
+        httpx would read the body of a redirect to its end, whatever its length; so they are followed here.
+        """
+        request = self._client.build_request("GET", address, extensions={"trace": self._check_connected})
         for _ in range(MAX_REDIRECTS + 1):
+            answer = await self._client.send(request, stream=True)
             try:
-                async with self._connections.stream(
-                    "GET", _core(url), headers=_HEADERS, extensions={"timeout": _timeouts(self._options)}
-                ) as answer:
-                    self.counts.answers += 1
-                    headers = httpx.Headers(answer.headers)
-                    if answer.status not in _REDIRECTS:
-                        _check_status(answer.status, headers)
-                        if _announced(headers) > limit:
-                            raise _too_large(self._options)
-                        # Of RFC 9110's names of gzip, httpx knows one.
-                        headers["Content-Encoding"] = (
-                            headers.get("Content-Encoding", "").lower().replace("x-gzip", "gzip")
-                        )
-                        unpacked = httpx.Response(answer.status, headers=headers, stream=_Body(answer))
-                        async for part in unpacked.aiter_bytes():
-                            yield part
-                        return
-                    url = _redirected(answer.status, headers, url)
-            except (_PassingError, UnusableError):
-                raise
-            except _NETWORK_ERRORS as error:
-                raise _PassingError(_words(error), network=True) from error
-            except Exception as error:  # whatever else a stranger's bytes provoke costs this row, not the run
-                raise _PassingError(_words(error)) from error
+                self._check_peer(answer.extensions["network_stream"])  # in case the event below gets another name
+                self.counts.answers += 1
+                if answer.next_request is None:
+                    _check_status(answer)
+                    async for part in answer.aiter_bytes():
+                        yield part
+                    return
+                request = answer.next_request
+            finally:
+                await answer.aclose()
         raise UnusableError(f"more than {MAX_REDIRECTS} redirects")
+
+    async def _check_connected(self, event: str, info: dict[str, Any]) -> None:
+        """Check a new connection before anything is sent over it; httpx calls this at every step of a request."""
+        if event == "connection.connect_tcp.complete":
+            try:
+                self._check_peer(info["return_value"])
+            except UnusableError:
+                await info["return_value"].aclose()
+                raise
+
+    def _check_peer(self, stream: Any) -> None:
+        """Refuse a connection to a machine that may not be asked, whatever its name resolved to when."""
+        host = stream.get_extra_info("server_addr")[0]
+        if not self._options.allow_private and not is_public(host):
+            raise UnusableError(f"forbidden: it leads to {host}, which is not on the public internet", for_good=False)
 
     async def _checked(self, path: Path) -> None:
         await self._loop.run_in_executor(self._pool, lambda: self._check(path.read_bytes()))
@@ -321,25 +313,25 @@ class Downloads:
     def _mark_dead(self, address: str, error: UnusableError) -> None:
         if address in self._dead:
             return
+        if not error.for_good:
+            self._failed[address] = str(error)
+            return
         self._dead[address] = str(error)
-        mark = {"address": address, "reason": str(error)} | ({"under": error.under} if error.under else {})
         with (self._folder / "dead.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(mark) + "\n")
-
-    def _report_now_and_then(self) -> None:
-        if time.monotonic() - self._said >= progress.SECONDS_BETWEEN_LINES:
-            self._said = time.monotonic()
-            progress.info(self.report())
+            file.write(json.dumps({"address": address, "reason": str(error)}) + "\n")
 
 
-def refusal(host: str) -> str | None:
-    """Why a machine's address, such as ``10.0.0.1`` or ``fe80::1%eth0``, is not on the public internet; or None."""
+def is_public(host: str) -> bool:
+    """Whether a machine's address, such as ``10.0.0.1`` or ``fe80::1%eth0``, is on the public internet."""
     ip = ipaddress.ip_address(host.partition("%")[0])
-    if any(refusal(str(inner)) for inner in _embedded(ip)):
-        return f"{host}, which stands for a machine that is not on the public internet"
-    if not ip.is_global or ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False):
-        return f"{host}, which is not on the public internet"
-    return None
+    if isinstance(ip, ipaddress.IPv6Address):
+        # Packets to these end up at an IPv4 address. Those of NAT64 and Teredo are reserved anyway.
+        inner = ip.ipv4_mapped or ip.sixtofour
+        if inner is not None and not is_public(str(inner)):
+            return False
+        if ip.is_site_local:
+            return False
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
 def pause(tried: int, wait: float) -> float:
@@ -363,147 +355,29 @@ def retry_after(value: str, now: datetime) -> float:
         return 0.0
 
 
-@dataclass(frozen=True)
-class _Body(httpx.AsyncByteStream):
-    """An answer's body, for httpx to unpack."""
-
-    answer: httpcore2.Response
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for part in self.answer.aiter_stream():
-            yield part
-
-
-@dataclass
-class _CheckedNetwork(httpcore2.AsyncNetworkBackend):
-    """Connects to public machines only.
-
-    It resolves a host's name itself and connects to what it checked: were the name resolved again to connect, its
-    owner could answer otherwise the second time. TLS is still verified against the name.
-    """
-
-    resolvers: Executor
-    allow_private: bool
-    plain: httpcore2.AsyncNetworkBackend = field(default_factory=httpcore2.AnyIOBackend)
-
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore2.AsyncNetworkStream:
-        """Connect to the first of a host's addresses that answers, if all of them may be asked."""
-        try:
-            async with asyncio.timeout(timeout):
-                addresses = await self._resolve(host, port)
-        except TimeoutError:
-            raise httpcore2.ConnectTimeout(f"the name {host} was not resolved within {timeout:g} s") from None
-        why = None if self.allow_private else next(filter(None, map(refusal, addresses)), None)
-        if why is not None:
-            raise UnusableError(f"forbidden: {host} leads to {why}", allow_private=False)
-        for address in addresses[:-1]:
-            try:
-                return await self.plain.connect_tcp(address, port, timeout, local_address, socket_options)
-            except (httpcore2.ConnectError, httpcore2.ConnectTimeout):
-                continue
-        return await self.plain.connect_tcp(addresses[-1], port, timeout, local_address, socket_options)
-
-    async def _resolve(self, host: str, port: int) -> list[str]:
-        def resolve() -> list[str]:
-            return [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self.resolvers, resolve)
-        except UnicodeError:
-            raise UnusableError(f"not a valid host name: {host}") from None
-
-
-_HEADERS = [
-    ("User-Agent", f"conceptshare/{version('conceptshare')} (research on image-caption data sets)"),
-    ("Accept", "image/*,*/*;q=0.5"),
-    ("Accept-Encoding", "gzip, deflate"),
-]
-
-
-def _web_address(address: str, base: httpx.URL | None = None) -> httpx.URL:
-    """An address, parsed; one in a redirect may be relative to where it was found.
-
-    Raises:
-        UnusableError: where it is none, or not one of http or https.
-    """
-    try:
-        url = httpx.URL(address.strip()) if base is None else base.join(address)
-    except (httpx.InvalidURL, ValueError) as error:
-        raise UnusableError(f"not a valid address: {error}") from None
-    if url.scheme not in {"http", "https"}:
-        raise UnusableError(f"forbidden: not an http or https address: {str(url)[:_SHOWN]!r}")
-    if not url.raw_host:
-        raise UnusableError(f"not a valid address: it names no host: {str(url)[:_SHOWN]!r}")
-    if url.port is not None and not 0 < url.port < 2**16:
-        raise UnusableError(f"not a valid address: it has no port {url.port}")
-    return url
-
-
-def _redirected(status: int, headers: httpx.Headers, url: httpx.URL) -> httpx.URL:
-    if "Location" not in headers:
-        raise UnusableError(f"HTTP {status} without a location")
-    return _web_address(headers["Location"], url)
-
-
-_SHOWN = 200  # characters of a stranger's text in a message
-
-
-def _core(url: httpx.URL) -> httpcore2.URL:
-    return httpcore2.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
-
-
-def _timeouts(options: Download) -> dict[str, float]:
-    return dict.fromkeys(("connect", "read", "write", "pool"), options.timeout)
-
-
-def _check_status(status: int, headers: httpx.Headers) -> None:
+def _check_status(answer: httpx.Response) -> None:
+    status = answer.status_code
     if status >= 500 or status in _PASSING_STATUSES:
-        raise _PassingError(f"HTTP {status}", wait=retry_after(headers.get("Retry-After", ""), datetime.now(UTC)))
+        wait = retry_after(answer.headers.get("Retry-After", ""), datetime.now(UTC))
+        raise _PassingError(f"HTTP {status}", wait=wait)
     if not 200 <= status < 300:
         raise UnusableError(f"HTTP {status}")
 
 
-def _announced(headers: httpx.Headers) -> int:
-    """The size in bytes that an answer says it has, or 0."""
-    length = headers.get("Content-Length", "")
-    return int(length) if length.isdigit() else 0
-
-
-def _too_large(options: Download) -> UnusableError:
-    return UnusableError(f"larger than {options.max_mb:g} MB", max_mb=options.max_mb)
-
-
-def _embedded(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
-    """The IPv4 addresses that packets to an IPv6 address end up at; those of NAT64 and Teredo are reserved anyway."""
-    if isinstance(ip, ipaddress.IPv4Address):
-        return []
-    return [inner for inner in (ip.ipv4_mapped, ip.sixtofour) if inner is not None]
-
-
 def _words(error: Exception) -> str:
-    while isinstance(error, ExceptionGroup):  # of the tasks that open a connection
-        error = error.exceptions[0]
-    return f"{type(error).__name__}: {error}"[:_SHOWN].removesuffix(": ")
+    return f"{type(error).__name__}: {error}"[:200].removesuffix(": ")
 
 
-def _read_dead(path: Path, settings: dict[str, Any]) -> dict[str, str]:
-    """The addresses noted as dead, under the present settings, with the reason; a line torn by a kill is mended."""
+def _read_dead(path: Path) -> dict[str, str]:
+    """The addresses noted as dead, with the reason. A line that a kill cut short is ended, and its address left out."""
     dead = {}
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
     for line in lines:
         try:
             mark = json.loads(line)
-            if all(settings.get(name) == value for name, value in mark.get("under", {}).items()):
-                dead[mark["address"]] = mark["reason"]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # the torn line: its address is asked again
+            dead[mark["address"]] = mark["reason"]
+        except (ValueError, KeyError, TypeError):
+            continue
     if lines[-1]:
         with path.open("ab") as file:
             file.write(b"\n")
