@@ -9,15 +9,20 @@ import inspect
 import os
 import re
 import textwrap
+from collections.abc import Iterator
 from dataclasses import is_dataclass
 from importlib.metadata import version as version_of
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import typer.main
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 from sphinx.writers.html5 import HTML5Translator
+from typer.testing import CliRunner
+
+from conceptshare.cli import app as cli
 
 DOCS = Path(__file__).parent
 CLONE = DOCS.parent
@@ -81,6 +86,24 @@ def rewrite_links(text: str, file: Path, page: Path) -> str:
 def _on_source(app: Sphinx, page: str, source: list[str]) -> None:
     file = DOCS / f"{page}.md"
     source[0] = rewrite_links(source[0], file, file)
+    if page == "command-line":
+        source[0] = source[0].replace("<!-- commands -->", _commands())
+
+
+def _commands() -> str:
+    """What `conceptshare COMMAND --help` prints of every command, as Markdown."""
+    runner = CliRunner(env={"COLUMNS": "80"})
+    return "\n".join(
+        f"## `{name}`\n\n```text\n{runner.invoke(cli, [*name.split(), '--help'], prog_name='conceptshare').stdout}```\n"
+        for name in _names(typer.main.get_command(cli))
+    )
+
+
+def _names(command: Any, name: str = "") -> Iterator[str]:
+    """The names of all commands that do something, in the order of `--help`."""
+    for part, below in getattr(command, "commands", {}).items():
+        full = f"{name} {part}".strip()
+        yield from _names(below, full) if hasattr(below, "commands") else [full]
 
 
 def _on_include(app: Sphinx, file: Path, page: str, source: list[str]) -> None:

@@ -177,13 +177,6 @@ def test_the_page_on_comparing_encoders_runs(comparing, tmp_path):
     run_here("".join(blocks) + shapes, tmp_path)
 
 
-def test_the_command_reference_is_what_help_prints():
-    text = (CLONE / "docs/command-line.md").read_text(encoding="utf-8")
-    assert text == load(CLONE / "docs/write_command_reference.py").with_reference(text), (
-        "run python docs/write_command_reference.py"
-    )
-
-
 def yaml_of(document):
     """The pieces of configs that a page shows, each with the key that it stands below."""
     for block in re.findall(r"^```yaml\n(.*?)^```", (CLONE / document).read_text(encoding="utf-8"), re.M | re.S):
@@ -291,3 +284,10 @@ def test_the_site_has_docstrings_and_equations(site):
     assert "Δi=Si(ρG,i2−ρH,i2)ρG,i=minB∈GρiBρH,i=maxB∈HρiB" in equations
     assert len(equations) > 50
     assert "$" not in pages["method"]
+
+
+@pytest.mark.xdist_group("site")
+def test_the_site_has_the_options_of_every_command(site):
+    (page,) = [page for path, page in site.items() if path.stem == "command-line"]
+    assert {"check", "sae-train", "figures-saes", "pages-index"} <= page.anchors
+    assert "Usage: conceptshare sae train [OPTIONS]" in page.html
