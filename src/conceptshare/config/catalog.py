@@ -42,7 +42,7 @@ _DEEPEST = 20
 _LONGEST_SHOWN = 200
 
 Positive = Annotated[int, Field(ge=1, le=10**9)]
-"""A count that has no tighter bound of its own."""
+"""A count without a tighter limit of its own."""
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 """A seed, as NumPy and torch take it."""
 
@@ -59,7 +59,7 @@ Name = Annotated[str, BeforeValidator(_as_name)]
 
 
 class Spec(BaseModel):
-    """Base of every part of a study: unknown keys are errors, numbers are finite, values do not change once read."""
+    """Base of every part of a study: unknown keys are errors, numbers are finite, and values are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -76,19 +76,19 @@ class Spec(BaseModel):
 
 
 class Download(Spec):
-    """How images are downloaded, where a data set holds their addresses."""
+    """Downloads of images, for data sets with image URLs."""
 
     parallel: int = Field(default=32, ge=1, le=1000)
-    """Requests under way at once."""
+    """Concurrent requests."""
     timeout: float = Field(default=10, gt=0, le=86400)
-    """Seconds to wait for a connection, and for each part of an answer. A try as a whole, redirects and all, gets six
-    times that."""
+    """Timeout in seconds for a connection and for each part of a response. A whole attempt, including redirects, may
+    take six times as long."""
     attempts: int = Field(default=3, ge=1, le=100)
-    """Tries an address gets where it fails for a reason that may pass, with growing pauses between them."""
+    """Attempts per URL on transient errors, with exponential backoff."""
     max_mb: float = Field(default=20, gt=0, le=10**6)
-    """Largest file in MB, as sent and as unpacked; a larger one is not read to its end."""
+    """Maximum file size in MB, as sent and as decompressed; larger files are not read to the end."""
     allow_private: bool = False
-    """Whether loopback, private and other machines that are not on the public internet may be asked."""
+    """Allow requests to hosts that are not on the public internet, such as loopback and private addresses."""
 
 
 class DatasetSpec(Spec):
@@ -96,118 +96,120 @@ class DatasetSpec(Spec):
 
     source: str
     """A hub id, or a path to a Parquet, CSV, TSV, JSON, JSON lines or Arrow file or a folder of them, to a folder in
-    the `imagefolder` layout or a zip of one, or to a WebDataset tar file or a folder of them. A path that exists is
-    preferred to a hub id of the same text."""
+    the `imagefolder` layout or a zip of one, or to a WebDataset tar file or a folder of them. An existing path takes
+    precedence over a hub id of the same name."""
     revision: str | None = None
-    """The hub revision. Without one, the newest, which the manifest then records."""
+    """The hub revision. The default is the newest, which the manifest records."""
     configuration: str | None = None
-    """The configuration to read, where the data set's README.md declares several."""
+    """The configuration to read, if the data set's README.md declares several."""
     split: str | None = None
-    """The split to read; ``all`` reads every file. Without one, ``train`` where the data set declares splits (in its
-    README.md, by shards such as ``train-00000-of-00002`` or by folders named as splits), and else every file."""
+    """The split to read; ``all`` reads every file. The default is ``train`` if the data set declares splits (in its
+    README.md, by shards such as ``train-00000-of-00002``, or by folders named after splits), and every file otherwise.
+    """
     image: str = "image"
-    """The column of images: the bytes of image files, or paths relative to the table. The columns of a WebDataset are
-    its members' extensions; alternatives are written as ``jpg;png;webp``, and a sample's first is taken."""
+    """The column of images: the bytes of image files, or paths relative to the table. In a WebDataset, columns are the
+    members' extensions; of alternatives such as ``jpg;png;webp``, the first one that a sample has is used."""
     image_url: str | None = None
-    """The column of image addresses (http or https), which are downloaded; ``image`` is then not read. What was
-    downloaded stays in `results/{dataset}/downloads/`."""
+    """The column of image URLs (http or https) to download; ``image`` is then ignored. Downloads are kept in
+    `results/{dataset}/downloads/`."""
     caption: str = "caption"
-    """The column of captions: text, or lists of texts."""
+    """The column of captions: strings, or lists of strings."""
     several_captions: Literal["first", "joined", "sampled"] = "first"
-    """Of a row with a list of captions: its first, all of them joined by spaces, or one drawn by chance. Empty ones
-    do not count."""
+    """For lists of captions: use the first, all of them joined by spaces, or a random one. Empty captions are ignored.
+    """
     caption_seed: Seed = 0
     """Seed of ``several_captions: sampled``."""
     id: str | None = None
-    """The column of unique sample ids (``__key__`` in a WebDataset). Without one, the row number."""
+    """The column of unique sample ids (``__key__`` in a WebDataset). The default is the row number."""
     limit: int | None = Field(default=None, ge=1, le=10**12)
-    """Read the first so many rows only."""
+    """Read only this many rows, the first ones."""
     order_seed: Seed = 0
-    """Seed of the order of samples, in which every encoder reads them and every SAE learns from them."""
+    """Seed of the order of samples, which is the same for all encoders and SAEs."""
     max_dropped: float = Field(default=0.01, ge=0, le=1)
-    """Largest share of rows that may be unusable; more is an error."""
+    """Maximum fraction of unusable rows; more is an error."""
     max_pixels: int = Field(default=100_000_000, ge=1, le=10**12)
-    """Largest image in pixels; a larger one is dropped before it is decoded."""
+    """Maximum image size in pixels; larger images are dropped before they are decoded."""
     max_mb: float = Field(default=200, gt=0, le=10**6)
-    """Largest image, caption or row of text in MB; a larger image is dropped before it is read. What is downloaded has
-    a bound of its own, ``download.max_mb``."""
+    """Maximum size of an image, caption or row of text in MB; larger images are dropped before they are read. Downloads
+    have their own limit, ``download.max_mb``."""
     download: Download = Download()
-    """How the images at ``image_url`` are downloaded."""
+    """Settings for downloading the images at ``image_url``."""
     samples: int | None = Field(default=None, ge=2, le=10**12)
-    """How many samples there are, for estimates of size and time only."""
+    """Number of samples, for estimates of size and time only."""
     note: str = ""
-    """Free text for readers; nothing depends on it."""
+    """Free text for readers; it has no effect."""
 
 
 class ModelSpec(Spec, extra="ignore"):
-    """Where an encoder's files come from: the part of its entry that finding them needs."""
+    """The part of an encoder's entry that determines its files."""
 
     library: Literal["transformers", "open_clip", "timm"]
-    """The library that loads it."""
+    """The library that loads the model."""
     model: str
     """A hub id or the library's own model name; a path to a folder; ``package:NAME/FOLDER`` for a folder inside an
-    installed Python package; or ``script:FILE.py`` for a script that writes the folder it is given as its argument. A
-    folder that exists is preferred to a hub id of the same text."""
+    installed Python package; or ``script:FILE.py`` for a script that writes the model to the folder given as its
+    argument. An existing folder takes precedence over a hub id of the same name."""
     weights: str | None = None
     """open_clip only: the pretrained tag, or a path to a checkpoint."""
     revision: str | None = None
-    """The hub revision. Without one, the newest, which the `weights` stage then records."""
+    """The hub revision. The default is the newest, which the `weights` stage records."""
     remote_code: bool = False
-    """transformers only: whether to fetch and run the Python code that comes with the model."""
+    """transformers only: download and run the Python code that comes with the model."""
 
     def model_key(self) -> str:
-        """What an encoder's files depend on, as canonical JSON."""
+        """The settings that an encoder's files depend on, as canonical JSON."""
         return canonical(self, set(ModelSpec.model_fields))
 
 
 class EncoderSpec(ModelSpec, extra="forbid"):
-    """An encoder: where it comes from, what it reads, and which of its activations are recorded."""
+    """An encoder: its source, its inputs, and the activations to record."""
 
     modality: Literal["image", "text"]
-    """What it reads."""
+    """The input it reads."""
     kind: Literal["vlm", "vision", "language"]
-    """What it was trained on: pairs, images or text."""
+    """Its training data: image-text pairs, images or text."""
     layers: int = Field(ge=1, le=1000)
-    """How many blocks the encoder has; checked when it is loaded."""
+    """Number of blocks; checked when the encoder is loaded."""
     width: int = Field(ge=1, le=10**6)
-    """Width of its residual stream; checked when it is loaded."""
+    """Width of the residual stream; checked when the encoder is loaded."""
     global_token: Literal["first", "eot", "last", "mean", "reference"]
-    """What stands for the whole sample: the first token, the end-of-text token, the last position, or the mean of the
-    unpadded tokens. The last position is padding only in models that were trained to read it there (SigLIP); of others
-    it is the last token. ``reference`` is what the paper's published code reads: position 0, with SAEs trained on
-    padding too, and captions of SigLIP2 in the case they are written in."""
+    """The token that stands for a whole sample: the first token, the end-of-text token, the last position, or the mean
+    of the unpadded tokens. The last position is padding only in models trained to read it there (SigLIP); in others it
+    is the last token. ``reference`` is the choice of the paper's published code: position 0, with SAEs trained on
+    padding too, and captions of SigLIP2 not lower-cased."""
     use_layers: Literal["all", "last"] | list[int] = "all"
-    """Which layers to record, counted from 0."""
+    """The layers to record, counted from 0."""
     image_size: int | None = Field(default=None, ge=1, le=100_000)
-    """Side in pixels at which images are fed, cropped in the proportion of the model's own processor. Without it, the
-    model's own."""
+    """Side of the input images in pixels, with the crop ratio of the model's processor. The default is the model's own
+    size."""
     context_length: int | None = Field(default=None, ge=1, le=10**8)
-    """Longest text in tokens; longer ones are cut. Without it, the model's own length: the smaller of its tokenizer's
-    and its positions, or 512 if neither has a bound, which the log then says."""
+    """Maximum length of a text in tokens; longer texts are cut. The default is the model's own length: the smaller of
+    the limits of its tokenizer and its positions, or 512 if neither has a limit, which is then logged."""
     blocks: str | None = None
-    """Dotted path of the module list that holds the blocks, where the longest run of like blocks is not it."""
+    """Dotted path of the module list that holds the blocks, if it is not the longest run of modules of one class."""
     batch_size: int = Field(default=32, ge=1, le=10**6)
-    """Samples a forward pass."""
+    """Samples per forward pass."""
     parts: int = Field(default=1, ge=1, le=1000)
-    """How many jobs share its forward pass over a data set, each a range of the samples. The stores are those of one
-    job to the bit; another number makes them again. Not for pictures of different numbers of tokens, nor for
-    ``stream: true``."""
+    """Number of jobs that share the forward pass over a data set, each for a range of the samples. The stores are
+    bit-identical to those of a single job; another number recomputes them. Not for images with different numbers of
+    tokens, nor for ``stream: true``."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What the forward pass computes in; the 16-bit ones by autocast, with the weights kept in float32."""
+    """Precision of the forward pass; 16-bit types use autocast, with weights in float32."""
     max_tokens: Positive | None = None
-    """Keep so many training tokens a sample, the global one among them, drawn by chance. Without it, all."""
+    """Number of training tokens to keep per sample, drawn at random and including the global token. The default is all.
+    """
     token_seed: Seed = 0
-    """Seed of the draw of ``max_tokens``."""
+    """Seed for drawing ``max_tokens``."""
     seeds: list[Seed] = Field(default=[0], min_length=1, max_length=100)
-    """Seeds of the SAEs trained on it."""
+    """Seeds of the SAEs trained on this encoder."""
     tokens: Positive | None = None
-    """Tokens of a usual sample, padding left out. For estimates of size and time only."""
+    """Tokens of a typical sample, without padding. For estimates of size and time only."""
     gflops: float | None = Field(default=None, gt=0, le=10**9)
-    """GFLOPs of a sample's forward pass, where layers, width and tokens do not tell. For estimates only."""
+    """GFLOPs of a sample's forward pass, if they do not follow from layers, width and tokens. For estimates only."""
     trained_on: str = ""
-    """What it was trained on, for readers; nothing depends on it."""
+    """Its training data, for readers; it has no effect."""
     note: str = ""
-    """Free text for readers; nothing depends on it."""
+    """Free text for readers; it has no effect."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -248,7 +250,7 @@ class EncoderSpec(ModelSpec, extra="forbid"):
 
 
 TOLD_ONLY = {"samples", "tokens", "gflops", "trained_on", "note"}
-"""Keys that tell a reader or an estimate something, and change no result."""
+"""Keys for readers and estimates, which change no result."""
 
 
 def canonical(spec: BaseModel, keys: set[str] | None = None) -> str:

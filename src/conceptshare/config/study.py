@@ -74,51 +74,50 @@ class GroupedMember(NamedTuple):
 
 
 class SAESettings(Spec):
-    """How sparse autoencoders are trained. The defaults are the paper's; `gao` is what Gao et al. (2024) recommend."""
+    """Training of sparse autoencoders. The defaults are the paper's; the preset `gao` follows Gao et al. (2024)."""
 
     preset: Literal["paper", "gao"] = "paper"
-    """What keys that are not given come from: ``gao`` has ``auxk: 0.03125``, ``initial_b_dec: mean``,
-    ``unit_norm_decoder: true`` and a learning rate of 2e-4 / sqrt(F / 16384)."""
+    """Source of the defaults: ``gao`` sets ``auxk: 0.03125``, ``initial_b_dec: mean``, ``unit_norm_decoder: true`` and
+    a learning rate of 2e-4 / sqrt(F / 16384)."""
     expansion: int = Field(default=8, ge=1, le=10_000)
-    """Latents for each dimension of the residual stream: F = expansion x D."""
+    """Latents per dimension of the residual stream: F = expansion x D."""
     k: Positive = 32
-    """Latents kept for a token by TopK."""
+    """Latents that TopK keeps per token."""
     learning_rate: float | None = Field(default=5e-5, gt=0, le=100)
-    """Adam's learning rate; none is 2e-4 / sqrt(F / 16384)."""
+    """Adam's learning rate; none means 2e-4 / sqrt(F / 16384)."""
     warmup_steps: int = Field(default=0, ge=0, le=10**9)
-    """Steps over which the learning rate grows to its value."""
+    """Steps of linear warm-up of the learning rate."""
     decay_share: float = Field(default=0, ge=0, le=1)
-    """Last share of the steps, over which the learning rate falls to 0."""
+    """Fraction of the steps, at the end, over which the learning rate decays to 0."""
     clip_norm: float | None = Field(default=None, gt=0, le=10**9)
-    """Longest gradient, over all parameters; longer ones are shortened."""
+    """Maximum global gradient norm; larger gradients are clipped."""
     epochs: int = Field(default=1, ge=1, le=10_000)
     """Passes over the data set."""
     batch_samples: int = Field(default=16, ge=1, le=10**6)
-    """Pictures a step; a batch is all their tokens."""
+    """Images per step; a batch has all their tokens."""
     batch_captions: int = Field(default=256, ge=1, le=10**6)
-    """The same for captions, which have fewer tokens."""
+    """Captions per step, for text encoders."""
     held_out: float = Field(default=0, ge=0, lt=1)
-    """Share of the samples, the last in the data set's order, that is not trained on, and that metrics are then taken
-    over."""
+    """Fraction of samples (the last ones) held out from training and used for the metrics."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """What x and W_enc are rounded to in the product that chooses the k latents; all else is float32. ``tf32`` is for
-    NVIDIA GPUs and stored tokens; other devices then take float32."""
+    """Precision of x and W_enc in the product that selects the k latents; everything else is float32. ``tf32`` is for
+    NVIDIA GPUs and stored tokens; other devices use float32 instead."""
     initial_b_dec: Literal["zeros", "mean"] = "zeros"
-    """Where b_dec starts: at 0, or at the mean of the first batch."""
+    """Initial b_dec: zeros, or the mean of the first batch."""
     encoder_bias: bool = False
-    """Whether the encoder has a bias."""
+    """Train an encoder bias."""
     unit_norm_decoder: bool = False
-    """Whether each latent's decoder row is kept at length 1."""
+    """Keep each latent's decoder row at length 1."""
     scale_inputs: bool = False
-    """Whether to train on tokens scaled to a mean length of sqrt(D), which is folded into the saved weights."""
+    """Train on tokens scaled to a mean length of sqrt(D); the scale is folded into the saved weights."""
     auxk: float = Field(default=0, ge=0, le=10**6)
-    """Weight of the loss by which dead latents learn to reconstruct what is left (Gao et al. 2024, A.2)."""
+    """Weight of the auxiliary loss that trains dead latents to reconstruct the residual (Gao et al. 2024, A.2)."""
     auxk_latents: Positive = 512
-    """Dead latents that take part in it for a token."""
+    """Dead latents per token in the auxiliary loss."""
     dead_after: int = Field(default=10_000_000, ge=1, le=10**15)
-    """Tokens without activation that make a latent dead, for ``auxk``."""
+    """Tokens without activation after which a latent counts as dead, for ``auxk``."""
     max_dead: float = Field(default=0.5, ge=0, le=1)
-    """A larger share of latents that no token activates is a warning."""
+    """Log a warning if a larger fraction of latents is active on no token."""
 
     @model_validator(mode="before")
     @classmethod
@@ -144,56 +143,55 @@ _GAO = {"auxk": 1 / 32, "initial_b_dec": "mean", "unit_norm_decoder": True, "lea
 
 
 class PairSettings(Spec):
-    """How one pair of members is correlated."""
+    """Correlation settings of one pair of members."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
-    """What standardised features are rounded to in the product."""
+    """Precision of standardised features in the product."""
     full: list[tuple[int, int]] = Field(default=[])
-    """Pairs of layers, of the first and of the second member, whose whole matrix of correlations is stored."""
+    """Pairs of layers, of the first and of the second member, whose complete correlation matrix is stored."""
 
 
 class CorrelationSettings(Spec):
-    """How features are correlated."""
+    """Correlations of features."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
-    """What standardised features are rounded to in the product, whose sums are float32. ``bfloat16`` is faster on
-    NVIDIA GPUs, with an error of a correlation below 2e-3; a CPU then computes in float32, so one config serves both.
-    """
+    """Precision of standardised features in the product, which is summed in float32. ``bfloat16`` is faster on NVIDIA
+    GPUs, with an error below 2e-3 in any correlation; CPUs use float32 instead, so the same config works on both."""
     memory_mb: Positive | None = None
-    """Bound of a job's working memory in MB; none is 1 GiB on a CPU, and most of the free memory of a GPU."""
+    """Working memory of a job in MB; none means 1 GiB on a CPU, and most of the free memory of a GPU."""
     full: list[tuple[str, int, str, int]] = Field(default=[])
-    """Pairs of layers whose whole matrix of correlations is stored beside the best matches: member, layer, member,
-    layer. The pair of members must be one that an analysis compares."""
+    """Pairs of layers whose complete correlation matrix is stored in addition to the best matches: member, layer,
+    member, layer. An analysis must compare the two members."""
 
 
 class Matrix(Spec):
     """wMPPC between all pairs of members, over all layers and for the last layers."""
 
     members: list[str] | None = None
-    """``encoder`` or ``encoder@seed``; without it, every encoder of the study at its first seed."""
+    """The members, as ``encoder`` or ``encoder@seed``; by default, every encoder of the study with its first seed."""
     paper: Literal["large", "base"] | None = None
-    """Compare with the numbers that the paper has for encoders of this size, on the data sets that it has them for:
-    ``large`` on coco, laion and flowers, ``base`` on coco."""
+    """Compare with the paper's numbers for encoders of this size, which exist for ``large`` on coco, laion and flowers,
+    and for ``base`` on coco."""
 
 
 class Layerwise(Spec):
-    """wMPPC between each layer of one member and each of another: one heatmap a pair, in one figure."""
+    """wMPPC between each layer of one member and each layer of another: one heatmap per pair, in one figure."""
 
     pairs: list[tuple[str, str]] = Field(min_length=1)
     """Pairs of members: rows first, then columns."""
 
 
 class Sharedness(Spec):
-    """Comparative Sharedness (Eq. 7 and 8): last-layer features of one member that one group shares, another not."""
+    """Comparative Sharedness (Eq. 7 and 8): last-layer features that one group shares and another does not."""
 
     source: str
     """The member whose features are ranked."""
     shared_with: list[str] = Field(min_length=1)
-    """The group G that should share them."""
+    """The group G of members that should share them."""
     not_shared_with: list[str] = Field(min_length=1)
-    """The group H that should not."""
+    """The group H of members that should not."""
     pictured: int = Field(default=6, ge=1, le=1000)
-    """How many of the top features the picture grid shows."""
+    """Number of top features in the figure of their samples."""
 
 
 def _or_empty(value: Any) -> Any:
@@ -201,16 +199,16 @@ def _or_empty(value: Any) -> Any:
 
 
 class NameSettings(Spec):
-    """How features are named."""
+    """Names of features."""
 
     command: str | None = None
-    """A program that names features in place of the words of their captions, such as one that asks a language model. It
-    reads a line of JSON for each feature, with captions that it is strong on and others, and prints one with its name;
-    docs/formats.md describes both."""
+    """A program that names features instead of the words of their captions, such as one that queries a language model.
+    For each feature, it reads a line of JSON with captions of samples on which it is strong, and of others, and prints
+    a line with its name; docs/formats.md describes both."""
 
 
 class Analyses(Spec):
-    """What is computed from the correlations, by name. Each is done for every data set and SAE setting."""
+    """The analyses, by name. Each is done for every data set and SAE setting."""
 
     matrices: dict[Name, Annotated[Matrix, BeforeValidator(_or_empty)]] = Field(default={})
     """wMPPC between all pairs of encoders."""
@@ -226,8 +224,8 @@ class Study(Spec):
     study: Name
     """Name of the folder under `results/studies/`."""
     preset: Literal["own", "reference"] = "own"
-    """Which token stands for a sample: each encoder's own ``global_token``, or for every encoder what the paper's
-    published code reads, ``global_token: reference``, under names that end in ``.reference``."""
+    """The global token: each encoder's own ``global_token``, or, for every encoder, that of the paper's published code
+    (``global_token: reference``), under names that end in ``.reference``."""
     datasets: dict[Name, DatasetSpec] = Field(min_length=1)
     """Data sets by name. Every analysis is done for each."""
     encoders: dict[Name, EncoderSpec] = Field(min_length=1)
@@ -235,19 +233,18 @@ class Study(Spec):
     saes: dict[Name, Annotated[SAESettings, BeforeValidator(_or_empty)]] = Field(min_length=1)
     """SAE settings by name. Every analysis is done for each."""
     stream: bool = False
-    """Whether an encoder's SAEs of all layers and seeds are trained while it reads the data set, and no tokens are
-    stored. They are the same SAEs; but each epoch is another forward pass, and a seed that is added trains all of its
-    encoder's anew."""
+    """Train all SAEs of an encoder during its forward pass and store no tokens. The SAEs are the same, but each epoch
+    needs another forward pass, and adding a seed retrains all SAEs of the encoder."""
     keep_tokens: bool = True
-    """Whether an encoder's tokens stay on disk once its SAEs are trained. Without them, encoders, analyses and data
-    sets are added as with them; but a seed or an SAE setting that is added extracts an encoder's tokens again, and then
-    trains all of its SAEs anew. A stream keeps none."""
+    """Keep an encoder's tokens on disk after its SAEs are trained. Without them, adding a seed or an SAE setting
+    extracts the tokens again and retrains all SAEs of the encoder; adding encoders, analyses or data sets costs the
+    same. A stream keeps none."""
     correlations: Annotated[CorrelationSettings, BeforeValidator(_or_empty)] = CorrelationSettings()
-    """How features are correlated."""
+    """Correlations of features."""
     names: Annotated[NameSettings, BeforeValidator(_or_empty)] = NameSettings()
-    """How features are named."""
+    """Names of features."""
     analyses: Annotated[Analyses, BeforeValidator(_or_empty)] = Analyses()
-    """What to compute."""
+    """The analyses."""
 
     @field_validator("encoders", mode="after")
     @classmethod
