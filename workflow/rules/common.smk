@@ -122,7 +122,7 @@ def write_study_file():
         write_study(STUDY, layout.path(layout.STUDY, study=STUDY.study))
     except OSError as error:
         say_what_refuses_to_be_written()
-        raise WorkflowError(f"{layout.STUDY.format(study=STUDY.study)}: {refusal(error) or error}")
+        raise WorkflowError(f"{layout.STUDY.format(study=STUDY.study)}: {system_error_message(error) or error}")
 
 
 def code(*names):
