@@ -28,7 +28,7 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 from conceptshare.activations import extraction as activations
 from conceptshare.activations.extraction import extract_activations, prepared
 from conceptshare.config.catalog import DatasetSpec, EncoderSpec
-from conceptshare.config.study import SAESettings
+from conceptshare.config.settings import SAESettings
 from conceptshare.correlations import Precision, max_correlations
 from conceptshare.data.dataset import Data, make_dataset
 from conceptshare.device import default_device, log_device

@@ -20,7 +20,7 @@ from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
 from conceptshare.config.catalog import DatasetSpec
-from conceptshare.config.study import as_member, pair_name
+from conceptshare.config.members import as_member, pair_name
 from conceptshare.data.dataset import Data, make_dataset
 from conceptshare.io.layout import layer_name
 from conceptshare.io.readers import CORRELATIONS, FEATURES

@@ -10,15 +10,8 @@ from typing import get_args
 from pydantic import BaseModel
 
 from conceptshare.config.catalog import DatasetSpec, Download, EncoderSpec
-from conceptshare.config.study import (
-    CorrelationSettings,
-    Layerwise,
-    Matrix,
-    NameSettings,
-    SAESettings,
-    Sharedness,
-    Study,
-)
+from conceptshare.config.settings import CorrelationSettings, Layerwise, Matrix, NameSettings, SAESettings, Sharedness
+from conceptshare.config.study import Study
 
 README = Path(__file__).parents[1] / "config" / "README.md"
 BEGIN, END = "<!-- keys -->\n", "<!-- end of keys -->\n"

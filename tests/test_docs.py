@@ -18,7 +18,8 @@ import yaml
 from typer.testing import CliRunner
 
 from conceptshare.cli import app
-from conceptshare.config.study import SAESettings, build_study
+from conceptshare.config.settings import SAESettings
+from conceptshare.config.study import build_study
 from conceptshare.sae import train_sae
 from tests.helpers.elsewhere import run_elsewhere
 from tests.helpers.forks import run_forked

@@ -12,7 +12,7 @@ from conceptshare.activations.extraction import extract_activations
 from conceptshare.analysis.similarity import compare_stores
 from conceptshare.concepts.examples import record_examples
 from conceptshare.config.catalog import DatasetSpec, EncoderSpec
-from conceptshare.config.study import SAESettings
+from conceptshare.config.settings import SAESettings
 from conceptshare.correlations import correlate_stores, max_correlations
 from conceptshare.correlations._arrays import Array
 from conceptshare.correlations._standardise import Panel, standard_of

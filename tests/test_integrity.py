@@ -26,7 +26,8 @@ from conceptshare.analysis.tables import (
 from conceptshare.concepts.examples import record_examples
 from conceptshare.concepts.names import name_features
 from conceptshare.config.catalog import DatasetSpec
-from conceptshare.config.study import GroupedMember, Member, SAESettings
+from conceptshare.config.members import GroupedMember, Member
+from conceptshare.config.settings import SAESettings
 from conceptshare.correlations import correlate_stores
 from conceptshare.data.dataset import Data, make_dataset
 from conceptshare.encoders import load_encoder

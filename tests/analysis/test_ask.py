@@ -12,7 +12,7 @@ import zarr
 from conceptshare.analysis.ask import COLUMNS, sharedness_of, wmppc_between
 from conceptshare.analysis.tables import Stores, matrix_table, sharedness_table, write_table
 from conceptshare.cli import main
-from conceptshare.config.study import GroupedMember
+from conceptshare.config.members import GroupedMember
 from conceptshare.correlations import correlate_stores
 from conceptshare.io.store import StoredArray, new_store
 from tests.helpers.studies import study_file

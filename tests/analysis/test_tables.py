@@ -31,7 +31,7 @@ from conceptshare.analysis.tables import (
     write_table,
 )
 from conceptshare.cli import app
-from conceptshare.config.study import GroupedMember, Member, as_member, pair_name
+from conceptshare.config.members import GroupedMember, Member, as_member, pair_name
 from conceptshare.correlations import _store, correlate_stores
 from conceptshare.io.errors import StoreError
 from conceptshare.io.seals import seal

@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from conceptshare.config.catalog import EncoderSpec, local_path, read_catalog
-from conceptshare.config.study import Member, build_study, load_study, pair_name, paper_encoders, write_study
+from conceptshare.config.members import Member, pair_name
+from conceptshare.config.settings import paper_encoders
+from conceptshare.config.study import build_study, load_study, write_study
 from conceptshare.io.errors import StudyError
 
 ROOT = Path(__file__).parents[2]

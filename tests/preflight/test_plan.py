@@ -23,7 +23,8 @@ from conceptshare.analysis import similarity
 from conceptshare.cli import app
 from conceptshare.concepts import examples
 from conceptshare.config.catalog import EncoderSpec
-from conceptshare.config.study import CorrelationSettings, SAESettings, build_study, load_study
+from conceptshare.config.settings import CorrelationSettings, SAESettings
+from conceptshare.config.study import build_study, load_study
 from conceptshare.io import readers, store
 from conceptshare.io.errors import StudyError
 from conceptshare.io.store import open_store

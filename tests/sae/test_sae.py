@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from conceptshare.activations.extraction import TokenReader
-from conceptshare.config.study import SAESettings
+from conceptshare.config.settings import SAESettings
 from conceptshare.io.errors import NumericsError, StoreError
 from conceptshare.io.store import new_store, save_array
 from conceptshare.sae import (
@@ -722,7 +722,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from conceptshare.sae import _train
-from conceptshare.config.study import SAESettings
+from conceptshare.config.settings import SAESettings
 
 torch.set_num_threads(1)
 store, out, settings = Path(sys.argv[1]), Path(sys.argv[2]), SAESettings.model_validate_json(sys.argv[3])

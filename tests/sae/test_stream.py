@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from conceptshare.activations.extraction import TokenReader, extract_activations
 from conceptshare.config.catalog import DatasetSpec, EncoderSpec
-from conceptshare.config.study import SAESettings
+from conceptshare.config.settings import SAESettings
 from conceptshare.data.dataset import Data, make_dataset
 from conceptshare.encoders import load_encoder
 from conceptshare.io.errors import NumericsError, StoreError, StudyError
@@ -156,7 +156,7 @@ from conceptshare.config.catalog import EncoderSpec
 from conceptshare.data.dataset import Data
 from conceptshare.encoders import load_encoder
 from conceptshare.sae import _stream, _train, train_stream
-from conceptshare.config.study import SAESettings
+from conceptshare.config.settings import SAESettings
 
 torch.set_num_threads(1)
 spec, settings = EncoderSpec.model_validate_json(sys.argv[1]), SAESettings.model_validate_json(sys.argv[2])

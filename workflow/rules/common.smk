@@ -17,7 +17,8 @@ from conceptshare.preflight.differences import differences, in_words
 from conceptshare.io.errors import ConceptshareError, system_error_message
 from conceptshare.io.files import read_object
 from conceptshare.config import products
-from conceptshare.config.study import Member, as_member, build_study, encoder_pairs, sorted_pair, write_study
+from conceptshare.config.members import Member, as_member, encoder_pairs, sorted_pair
+from conceptshare.config.study import build_study, write_study
 from conceptshare.io import layout
 from snakemake.exceptions import WorkflowError
 from snakemake.io import contains_wildcard

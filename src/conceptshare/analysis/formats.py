@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from conceptshare.config.study import as_member
+from conceptshare.config.members import as_member
 from conceptshare.io.files import MATRICES, atomic_output
 from conceptshare.metrics import READINGS
 

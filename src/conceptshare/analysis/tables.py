@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pandas.api.types import is_numeric_dtype
 
 from conceptshare import metrics
-from conceptshare.config.study import GroupedMember, Member, as_member, pair_name
+from conceptshare.config.members import GroupedMember, Member, as_member, pair_name
 from conceptshare.io.errors import StoreError, StudyError
 from conceptshare.io.files import CSV, PARQUET, atomic_output
 from conceptshare.io.parquet import read_parquet, write_parquet

@@ -8,7 +8,7 @@ import typer
 
 from conceptshare.cli.options import GPUs, Threads, in_bytes, out_option, use_gpus, use_threads
 from conceptshare.config.catalog import parse, parse_yaml
-from conceptshare.config.study import PairSettings
+from conceptshare.config.settings import PairSettings
 from conceptshare.io.errors import StudyError
 from conceptshare.io.files import CSV, PARQUET, PROVENANCE_SIDECAR, store_kind
 

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from conceptshare.cli.options import DataFolder, FeatureStore, StudyFile, out_option
-from conceptshare.config.study import as_member, load_study
+from conceptshare.config.members import as_member
+from conceptshare.config.study import load_study
 from conceptshare.io.files import MEMBER_PAGES, PAIR_PAGES, SAMPLE_PAGES, SITE
 
 app = typer.Typer(help="A site of a study's features.", no_args_is_help=True)

@@ -18,7 +18,7 @@ from conceptshare.cli.options import (
     use_threads,
 )
 from conceptshare.config.catalog import EncoderSpec, parse, parse_yaml
-from conceptshare.config.study import SAESettings
+from conceptshare.config.settings import SAESettings
 from conceptshare.io.files import SAE, SAES, SPARSIFY, store_kind
 
 app = typer.Typer()

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from conceptshare.config.study import as_member
+from conceptshare.config.members import as_member
 from conceptshare.figures._style import STYLE, heatmap, layer_ticks, save
 from conceptshare.io.errors import StudyError
 

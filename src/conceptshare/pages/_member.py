@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from conceptshare.analysis.tables import check_features, check_made_from, check_ranking, read_table
-from conceptshare.config.study import as_member, pair_name
+from conceptshare.config.members import as_member, pair_name
 from conceptshare.io.files import MEMBER_PAGES, atomic_output
 from conceptshare.io.layout import layer_name
 from conceptshare.io.progress import progress

@@ -13,7 +13,8 @@ from shlex import quote
 from typing import Any, NamedTuple
 
 from conceptshare.config.catalog import ModelSpec, Spec
-from conceptshare.config.study import PairSettings, Study
+from conceptshare.config.settings import PairSettings
+from conceptshare.config.study import Study
 from conceptshare.io import layout
 from conceptshare.io.files import PROVENANCE, read_object
 from conceptshare.io.layout import path, sae_place

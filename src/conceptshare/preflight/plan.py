@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from conceptshare.config.catalog import DatasetSpec, EncoderSpec, is_path, local_path
-from conceptshare.config.study import CorrelationSettings, SAESettings, Study
+from conceptshare.config.settings import CorrelationSettings, SAESettings
+from conceptshare.config.study import Study
 from conceptshare.correlations.blocks import plan_blocks
 from conceptshare.io.errors import StudyError
 

@@ -7,7 +7,7 @@ are held out, are as good a draw as any.
 import numpy as np
 from numpy.typing import NDArray
 
-from conceptshare.config.study import SAESettings
+from conceptshare.config.settings import SAESettings
 
 # Metrics are taken over at most so many samples: enough for three digits of FVU.
 _EVALUATED_SAMPLES = 4096

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from conceptshare.activations.extraction import KIND, GlobalTokens, describe, forward_pass
-from conceptshare.config.study import SAESettings
+from conceptshare.config.settings import SAESettings
 from conceptshare.data.dataset import Data
 from conceptshare.device import devices, full_float32
 from conceptshare.encoders import Encoder

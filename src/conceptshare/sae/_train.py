@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from conceptshare.activations.extraction import TokenReader
-from conceptshare.config.study import SAESettings
+from conceptshare.config.settings import SAESettings
 from conceptshare.device import default_device, full_float32
 from conceptshare.io import provenance
 from conceptshare.io.ahead import in_order

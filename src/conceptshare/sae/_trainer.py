@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from conceptshare.config.study import SAESettings
+from conceptshare.config.settings import SAESettings
 from conceptshare.sae._model import TopK, TopKSAE
 
 _STEPS_BETWEEN_LOOKS = 50

@@ -1,0 +1,207 @@
+"""What a study's parts, each valid by itself, must be to each other: checked before any work.
+
+Each check raises a ValueError, or a StudyError, that names the key and the remedy.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from conceptshare.config.catalog import local_path
+from conceptshare.config.members import sorted_pair
+from conceptshare.config.products import taken_by
+from conceptshare.config.settings import paper_encoders
+from conceptshare.io.errors import StudyError
+
+if TYPE_CHECKING:
+    from conceptshare.config.study import Study
+
+# What `results/` and a study's folder hold next to the folders of data sets, in lower case, as some disks have it.
+_NOT_DATASETS = {"weights", "studies", "logs", "readme.md", "pages", "provenance.json", "report.zip"}
+
+# Bytes that most disks allow in a file's name. Slurm's logs join all names of a job, by an underscore each.
+_LONGEST_FILE_NAME = 255
+
+# Features are numbered by int32.
+_MOST_LATENTS = 2**31 - 1
+
+
+def check_study(study: "Study") -> None:
+    """Make sure that a study's parts fit each other.
+
+    Raises:
+        ValueError: naming the key and the remedy.
+    """
+    _check_members(study)
+    _check_matrices(study)
+    _check_layerwise(study)
+    _check_sharedness(study)
+    _check_analysis_names(study)
+    _check_full(study)
+    _check_names(study)
+    _check_encoders(study)
+    _check_saes(study)
+
+
+def check_files(study: "Study") -> None:
+    """Make sure that what the study reads from this machine is there.
+
+    Raises:
+        StudyError: naming the key and the path.
+    """
+    sources = [(f"datasets.{name}.source", spec.source) for name, spec in study.datasets.items()]
+    models = [(f"encoders.{study.name_in_config(name)}.model", spec.model) for name, spec in study.encoders.items()]
+    for key, text in sources + models:
+        path = local_path(text)
+        if path is not None and not path.exists():
+            raise StudyError(f"{key}: {text} does not exist; paths are relative to the working directory")
+
+
+def _named_members(study: "Study") -> Iterator[tuple[str, str]]:
+    """Each place of the config that names a member, with the text it holds."""
+    for name, matrix in study.analyses.matrices.items():
+        yield from ((f"analyses.matrices.{name}.members", text) for text in matrix.members or [])
+    for name, layerwise in study.analyses.layerwise.items():
+        yield from ((f"analyses.layerwise.{name}.pairs", text) for pair in layerwise.pairs for text in pair)
+    for name, analysis in study.analyses.sharedness.items():
+        yield f"analyses.sharedness.{name}.source", analysis.source
+        yield from ((f"analyses.sharedness.{name}.shared_with", text) for text in analysis.shared_with)
+        yield from ((f"analyses.sharedness.{name}.not_shared_with", text) for text in analysis.not_shared_with)
+    yield from (("correlations.full", text) for a, _, b, _ in study.correlations.full for text in (a, b))
+
+
+def _check_members(study: "Study") -> None:
+    for where, text in _named_members(study):
+        try:
+            study.member(text)
+        except StudyError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+
+def _check_matrices(study: "Study") -> None:
+    for name, matrix in study.analyses.matrices.items():
+        if len(study.matrix_members(name)) < 2:
+            raise ValueError(f"analyses.matrices.{name}: a matrix needs two members at least; name more, or none")
+        if matrix.paper:
+            _check_paper(study, name, matrix.paper)
+
+
+def _check_paper(study: "Study", name: str, size: str) -> None:
+    place = f"analyses.matrices.{name}.paper"
+    known = [data for data, of_size in paper_encoders() if of_size == size]
+    datasets = study.paper_datasets(name)
+    if not datasets:
+        raise ValueError(
+            f"{place}: the paper has {size} encoders on {', '.join(known)}, and none of them is a data set of this "
+            f"study; add one, or leave paper out"
+        )
+    members = {study.name_in_config(encoder).removesuffix(f"-{size}") for encoder, _ in study.matrix_members(name)}
+    for dataset in datasets:
+        names = paper_encoders()[dataset, size]
+        if len(members & set(names)) < 2:
+            raise ValueError(
+                f"{place}: fewer than two members are among the paper's {size} encoders on {dataset}, which are "
+                f"{', '.join(f'{own}-{size}' for own in names)}; add more of them, or leave paper out"
+            )
+
+
+def _check_layerwise(study: "Study") -> None:
+    for name, layerwise in study.analyses.layerwise.items():
+        for a, b in layerwise.pairs:
+            if study.member(a) == study.member(b):
+                raise ValueError(
+                    f"analyses.layerwise.{name}: {a} is paired with itself, where every feature has a perfect match; "
+                    f"pair two seeds or two encoders"
+                )
+
+
+def _check_sharedness(study: "Study") -> None:
+    for name, analysis in study.analyses.sharedness.items():
+        shared = {study.member(text) for text in analysis.shared_with}
+        not_shared = {study.member(text) for text in analysis.not_shared_with}
+        if study.member(analysis.source) in shared | not_shared:
+            raise ValueError(
+                f"analyses.sharedness.{name}: the source {analysis.source} is also in a group it is compared with, "
+                f"where every feature has a perfect match; leave it out there"
+            )
+        if both := shared & not_shared:
+            raise ValueError(
+                f"analyses.sharedness.{name}: {min(both)} is in both groups, and cannot share a feature and not share "
+                f"it; leave it out of one"
+            )
+
+
+def _check_analysis_names(study: "Study") -> None:
+    for kind, analyses in study.analyses:
+        for name in analyses:
+            if taken := taken_by(kind, name) & analyses.keys():
+                raise ValueError(f"analyses.{kind}.{min(taken)}: a file of {name} has that name; choose another name")
+
+
+def _check_full(study: "Study") -> None:
+    compared = study.pairs()
+    for entry in study.correlations.full:
+        text_a, layer_a, text_b, layer_b = entry
+        for text, layer in ((text_a, layer_a), (text_b, layer_b)):
+            layers = study.encoders[study.member(text).encoder].layer_numbers()
+            if layer not in layers:
+                raise ValueError(
+                    f"correlations.full: {list(entry)}: layer {layer} of {text} is not recorded; its layers are "
+                    f"{', '.join(map(str, layers))}"
+                )
+        if sorted_pair(study.member(text_a), study.member(text_b)) not in compared:
+            raise ValueError(
+                f"correlations.full: {list(entry)}: no analysis compares {text_a} with {text_b}; name a pair that one "
+                f"does, or add an analysis"
+            )
+
+
+def _check_names(study: "Study") -> None:
+    """Refuse names whose folders or log files would clash, or be too long for a disk."""
+    for dataset in study.datasets:
+        if dataset.casefold() in _NOT_DATASETS:
+            raise ValueError(f"datasets.{dataset}: results/ has something else of that name; choose another name")
+    members = sorted((str(member) for pair in study.pairs() for member in pair), key=len)
+    analyses = sorted((name for _, named in study.analyses for name in named), key=len)
+    first = [study.study, max(study.datasets, key=len), max(study.saes, key=len)]
+    for last in (members[-2:], analyses[-1:]):
+        joined = "_".join([*first, *last])
+        if len(joined) > _LONGEST_FILE_NAME:
+            raise ValueError(
+                f"the names {', '.join([*first, *last])} have {len(joined)} letters together, and Slurm's logs join "
+                f"them in the name of one folder, which has {_LONGEST_FILE_NAME} at most; shorten one"
+            )
+
+
+def _check_encoders(study: "Study") -> None:
+    for encoder, spec in study.encoders.items():
+        if encoder.endswith(".provenance"):
+            raise ValueError(
+                f"encoders.{encoder}: a file of that name tells how the weights of another came about; choose another "
+                f"name"
+            )
+        if study.stream and spec.parts > 1:
+            raise ValueError(
+                f"encoders.{study.name_in_config(encoder)}.parts: a stream is one job, as its SAEs learn from all "
+                f"samples in turn; leave parts out, or set stream: false"
+            )
+
+
+def _check_saes(study: "Study") -> None:
+    for name, settings in study.saes.items():
+        if settings.precision == "tf32" and study.stream:
+            raise ValueError(
+                f"saes.{name}.precision: tf32 would also round the products of the encoder that a stream runs; take "
+                f"bfloat16, or set stream: false"
+            )
+        for encoder, spec in study.encoders.items():
+            latents = settings.expansion * spec.width
+            if latents > _MOST_LATENTS:
+                raise ValueError(
+                    f"saes.{name}.expansion: {settings.expansion} gives {study.name_in_config(encoder)} {latents} "
+                    f"latents, and more than {_MOST_LATENTS} cannot be numbered; lower it"
+                )
+            if settings.k > latents:
+                raise ValueError(
+                    f"saes.{name}.k: {settings.k} is more than the {latents} latents that "
+                    f"{study.name_in_config(encoder)} has; lower k, or raise expansion"
+                )

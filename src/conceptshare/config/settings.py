@@ -1,0 +1,167 @@
+"""The settings of a study's parts, as its config has them: SAEs, correlations, names and analyses."""
+
+import csv
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from conceptshare.config.catalog import Name, Positive, Spec
+
+
+class SAESettings(Spec):
+    """Training of sparse autoencoders. The defaults are the paper's; the preset `gao` follows Gao et al. (2024)."""
+
+    preset: Literal["paper", "gao"] = "paper"
+    """Source of the defaults: ``gao`` sets ``auxk: 0.03125``, ``initial_b_dec: mean``, ``unit_norm_decoder: true`` and
+    a learning rate of 2e-4 / sqrt(F / 16384)."""
+    expansion: int = Field(default=8, ge=1, le=10_000)
+    """Latents per dimension of the residual stream: F = expansion x D."""
+    k: Positive = 32
+    """Latents that TopK keeps per token."""
+    learning_rate: float | None = Field(default=5e-5, gt=0, le=100)
+    """Adam's learning rate; none means 2e-4 / sqrt(F / 16384)."""
+    warmup_steps: int = Field(default=0, ge=0, le=10**9)
+    """Steps of linear warm-up of the learning rate."""
+    decay_share: float = Field(default=0, ge=0, le=1)
+    """Fraction of the steps, at the end, over which the learning rate decays to 0."""
+    clip_norm: float | None = Field(default=None, gt=0, le=10**9)
+    """Maximum global gradient norm; larger gradients are clipped."""
+    epochs: int = Field(default=1, ge=1, le=10_000)
+    """Passes over the data set."""
+    batch_samples: int = Field(default=16, ge=1, le=10**6)
+    """Images per step; a batch has all their tokens."""
+    batch_captions: int = Field(default=256, ge=1, le=10**6)
+    """Captions per step, for text encoders."""
+    held_out: float = Field(default=0, ge=0, lt=1)
+    """Fraction of samples (the last ones) held out from training and used for the metrics."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Precision of x and W_enc in the product that selects the k latents; everything else is float32. ``tf32`` is for
+    NVIDIA GPUs and stored tokens; other devices use float32 instead."""
+    initial_b_dec: Literal["zeros", "mean"] = "zeros"
+    """Initial b_dec: zeros, or the mean of the first batch."""
+    encoder_bias: bool = False
+    """Train an encoder bias."""
+    unit_norm_decoder: bool = False
+    """Keep each latent's decoder row at length 1."""
+    scale_inputs: bool = False
+    """Train on tokens scaled to a mean length of sqrt(D); the scale is folded into the saved weights."""
+    auxk: float = Field(default=0, ge=0, le=10**6)
+    """Weight of the auxiliary loss that trains dead latents to reconstruct the residual (Gao et al. 2024, A.2)."""
+    auxk_latents: Positive = 512
+    """Dead latents per token in the auxiliary loss."""
+    dead_after: int = Field(default=10_000_000, ge=1, le=10**15)
+    """Tokens without activation after which a latent counts as dead, for ``auxk``."""
+    max_dead: float = Field(default=0.5, ge=0, le=1)
+    """Log a warning if a larger fraction of latents is active on no token."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("preset") == "gao":
+            return _GAO | values
+        return values
+
+    def held_out_samples(self, samples: int) -> int:
+        """How many of so many samples, the last ones, are not trained on."""
+        return int(samples * self.held_out)
+
+    def samples_a_step(self, modality: str) -> int:
+        """How many samples of a modality one step trains on."""
+        return self.batch_captions if modality == "text" else self.batch_samples
+
+    def rate(self, latents: int) -> float:
+        """The learning rate for F latents."""
+        return 2e-4 / (latents / 2**14) ** 0.5 if self.learning_rate is None else self.learning_rate
+
+
+_GAO = {"auxk": 1 / 32, "initial_b_dec": "mean", "unit_norm_decoder": True, "learning_rate": None}
+
+
+class PairSettings(Spec):
+    """Correlation settings of one pair of members."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of standardised features in the product."""
+    full: list[tuple[int, int]] = Field(default=[])
+    """Pairs of layers, of the first and of the second member, whose complete correlation matrix is stored."""
+
+
+class CorrelationSettings(Spec):
+    """Correlations of features."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of standardised features in the product, which is summed in float32. ``bfloat16`` is faster on NVIDIA
+    GPUs, with an error below 2e-3 in any correlation; CPUs use float32 instead, so the same config works on both."""
+    memory_mb: Positive | None = None
+    """Working memory of a job in MB; none means 1 GiB on a CPU, and most of the free memory of a GPU."""
+    full: list[tuple[str, int, str, int]] = Field(default=[])
+    """Pairs of layers whose complete correlation matrix is stored in addition to the best matches: member, layer,
+    member, layer. An analysis must compare the two members."""
+
+
+class Matrix(Spec):
+    """wMPPC between all pairs of members, over all layers and for the last layers."""
+
+    members: list[str] | None = None
+    """The members, as ``encoder`` or ``encoder@seed``; by default, every encoder of the study with its first seed."""
+    paper: Literal["large", "base"] | None = None
+    """Compare with the paper's numbers for encoders of this size, which exist for ``large`` on coco, laion and flowers,
+    and for ``base`` on coco."""
+
+
+class Layerwise(Spec):
+    """wMPPC between each layer of one member and each layer of another: one heatmap per pair, in one figure."""
+
+    pairs: list[tuple[str, str]] = Field(min_length=1)
+    """Pairs of members: rows first, then columns."""
+
+
+class Sharedness(Spec):
+    """Comparative Sharedness (Eq. 7 and 8): last-layer features that one group shares and another does not."""
+
+    source: str
+    """The member whose features are ranked."""
+    shared_with: list[str] = Field(min_length=1)
+    """The group G of members that should share them."""
+    not_shared_with: list[str] = Field(min_length=1)
+    """The group H of members that should not."""
+    pictured: int = Field(default=6, ge=1, le=1000)
+    """Number of top features in the figure of their samples."""
+
+
+def or_empty(value: Any) -> Any:
+    """A part of a config that is named without keys, as one with none."""
+    return {} if value is None else value
+
+
+class NameSettings(Spec):
+    """Names of features."""
+
+    command: str | None = None
+    """A program that names features instead of the words of their captions, such as one that queries a language model.
+    For each feature, it reads a line of JSON with captions of samples on which it is strong, and of others, and prints
+    a line with its name; docs/formats.md describes both."""
+
+
+class Analyses(Spec):
+    """The analyses, by name. Each is done for every data set and SAE setting."""
+
+    matrices: dict[Name, Annotated[Matrix, BeforeValidator(or_empty)]] = Field(default={})
+    """wMPPC between all pairs of encoders."""
+    layerwise: dict[Name, Layerwise] = Field(default={})
+    """wMPPC between all layers of two encoders."""
+    sharedness: dict[Name, Sharedness] = Field(default={})
+    """Rankings of features by Comparative Sharedness."""
+
+
+@cache
+def paper_encoders() -> dict[tuple[str, str], list[str]]:
+    """The names of the encoders that the paper has numbers for, by data set and size."""
+    with (Path(__file__).parents[1] / "analysis" / "paper" / "wmppc.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        (dataset, size): list(dict.fromkeys(r["source"] for r in rows if (r["dataset"], r["size"]) == (dataset, size)))
+        for dataset, size in dict.fromkeys((row["dataset"], row["size"]) for row in rows)
+    }
