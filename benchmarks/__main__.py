@@ -164,7 +164,7 @@ def whole_job(folder: Path) -> tuple[Callable[[], None], Callable[[], None]]:
     outs = (folder / f"sae-{n}" for n in itertools.count())
 
     def ours() -> None:
-        with patch.object(activations, "_IN_MEMORY_BYTES", 0):  # as if the layer were larger than memory
+        with patch.object(activations, "IN_MEMORY_BYTES", 0):  # as if the layer were larger than memory
             quiet(lambda: train_sae(folder / "vit.zarr", 0, settings, 0, next(outs)))
 
     def bare() -> None:

@@ -18,7 +18,7 @@ from conceptshare.activations.extraction import TokenReader, extract_activations
 from conceptshare.config.catalog import DatasetSpec, EncoderSpec
 from conceptshare.data.dataset import Data, make_dataset
 from conceptshare.encoders import load_encoder
-from conceptshare.io import store
+from conceptshare.io import sizes, store
 from conceptshare.io.errors import EncoderError, NumericsError, StoreError
 from tests.helpers import models
 from tests.helpers.forks import run_forked
@@ -168,7 +168,7 @@ def test_mean_is_stored_as_the_last_training_row_of_its_sample(extracted, make):
 def test_reader_gives_the_rows_of_any_samples_in_their_order(extracted, monkeypatch, samples, in_memory):
     spec, folder, batches = extracted(models.bert)
     if not in_memory:
-        monkeypatch.setattr(extraction, "_IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(extraction, "IN_MEMORY_BYTES", 0)
     reader = open_reader(folder, layer=1)
     tokens, global_tokens = expected(spec, batches, 1)
     rows, of_global = reader.read(np.array(samples)), reader.read_global(np.array(samples))
@@ -181,8 +181,8 @@ def test_reader_gives_the_rows_of_any_samples_in_their_order(extracted, monkeypa
 
 def test_many_small_shards_hold_the_same(extracted, data, tmp_path, monkeypatch):
     spec, _, batches = extracted(models.bert)
-    monkeypatch.setattr(store, "_CHUNK_BYTES", 2 * spec.width * 3)
-    monkeypatch.setattr(extraction, "SHARD_BYTES", 2 * spec.width * 6)
+    monkeypatch.setattr(store, "CHUNK_BYTES", 2 * spec.width * 3)
+    monkeypatch.setattr(sizes, "SHARD_BYTES", 2 * spec.width * 6)
     monkeypatch.setattr(extraction, "GLOBAL_SHARD_BYTES", 2 * spec.width * 3)
     extract(load_encoder(spec), data, tmp_path)
     of_globals, of_all = open_both(tmp_path)
@@ -318,14 +318,14 @@ from pathlib import Path
 import torch
 import zarr.storage._local as local
 from conceptshare.activations import extraction
-from conceptshare.io import store
+from conceptshare.io import sizes, store
 from conceptshare.config.catalog import EncoderSpec
 from conceptshare.data.dataset import Data
 from conceptshare.encoders import load_encoder
 from conceptshare.encoders.weights import fetch_weights
 
 torch.set_num_threads(1)
-store._CHUNK_BYTES, extraction.SHARD_BYTES, extraction.GLOBAL_SHARD_BYTES = 128, 512, 128
+store.CHUNK_BYTES, sizes.SHARD_BYTES, extraction.GLOBAL_SHARD_BYTES = 128, 512, 128
 spec = EncoderSpec.model_validate_json(sys.argv[1])
 data, folder, last = Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
 writes = 0
@@ -449,9 +449,10 @@ from conceptshare.activations import extraction
 from conceptshare.config.catalog import EncoderSpec
 from conceptshare.data.dataset import Data
 from conceptshare.encoders import load_encoder
+from conceptshare.io import sizes
 
 torch.set_num_threads(1)
-extraction.SHARD_BYTES = 2**21
+sizes.SHARD_BYTES = 2**21
 encoder = load_encoder(EncoderSpec.model_validate_json(sys.argv[1]))
 for folder in map(Path, sys.argv[2:]):
     extraction.extract_activations(encoder, Data(folder), folder / "activations.zarr", folder / "tokens.zarr")

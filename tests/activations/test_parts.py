@@ -20,7 +20,7 @@ from conceptshare.config.catalog import DatasetSpec, EncoderSpec
 from conceptshare.data.dataset import Data, make_dataset
 from conceptshare.encoders import load_encoder
 from conceptshare.encoders.weights import fetch_weights
-from conceptshare.io import store
+from conceptshare.io import sizes, store
 from conceptshare.io.errors import StoreError, StudyError
 from tests.helpers import models
 from tests.helpers.forks import run_forked
@@ -62,8 +62,8 @@ def small_shards(monkeypatch):
     """Shards of few rows, so that several lie across a border of parts, at samples of either store."""
 
     def shrink(rows, samples, width=16):
-        monkeypatch.setattr(store, "_CHUNK_BYTES", 2 * width)
-        monkeypatch.setattr(extraction, "SHARD_BYTES", 2 * width * rows)
+        monkeypatch.setattr(store, "CHUNK_BYTES", 2 * width)
+        monkeypatch.setattr(sizes, "SHARD_BYTES", 2 * width * rows)
         monkeypatch.setattr(extraction, "GLOBAL_SHARD_BYTES", 2 * width * samples)
 
     return shrink
@@ -221,14 +221,14 @@ from pathlib import Path
 import torch
 import zarr.storage._local as local
 from conceptshare.activations import extraction
-from conceptshare.io import store
+from conceptshare.io import sizes, store
 from conceptshare.activations.parts import extract_part
 from conceptshare.config.catalog import EncoderSpec
 from conceptshare.data.dataset import Data
 from conceptshare.encoders import load_encoder
 
 torch.set_num_threads(1)
-store._CHUNK_BYTES, extraction.SHARD_BYTES, extraction.GLOBAL_SHARD_BYTES = 32, 7 * 32, 3 * 32
+store.CHUNK_BYTES, sizes.SHARD_BYTES, extraction.GLOBAL_SHARD_BYTES = 32, 7 * 32, 3 * 32
 encoder, data = load_encoder(EncoderSpec.model_validate_json(sys.argv[1])), Data(Path(sys.argv[2]))
 last, writes, put = int(sys.argv[4]), 0, local._put
 

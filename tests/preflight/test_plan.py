@@ -17,20 +17,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from conceptshare import analysis, correlations, sae
-from conceptshare.activations import extraction
+from conceptshare import analysis, sae
 from conceptshare.analysis import similarity
 from conceptshare.cli import app
-from conceptshare.concepts import examples
 from conceptshare.config.catalog import EncoderSpec
 from conceptshare.config.settings import CorrelationSettings, SAESettings
 from conceptshare.config.study import build_study, load_study
+from conceptshare.correlations import _store
 from conceptshare.io import readers, store
 from conceptshare.io.errors import StudyError
+from conceptshare.io.sizes import SHOWN_SAMPLES
 from conceptshare.io.store import open_store
 from conceptshare.preflight import plan
 from conceptshare.preflight.plan import Rates, make_plan
-from conceptshare.sae import features
 from tests.workflow.conftest import CLONE, Project
 
 COCO = 118_287
@@ -174,19 +173,6 @@ def test_parts_of_a_forward_pass_are_jobs_and_cost_what_one_does(elsewhere):
     assert parted.total() == whole.total()
 
 
-def test_what_stages_keep_to_themselves_is_reckoned_with_as_it_is():
-    assert plan.IN_MEMORY_BYTES == extraction._IN_MEMORY_BYTES
-    assert plan.SHARD_BYTES == extraction.SHARD_BYTES
-    assert plan.CHUNK_BYTES == store._CHUNK_BYTES
-    assert (plan.FEATURE_ROWS, plan.FEATURE_COLUMNS) == (features._ROWS, features._COLUMNS)
-    assert plan.TOP_SAMPLES == features._TOP_SAMPLES
-    assert (plan.SHOWN_SAMPLES, plan.HISTOGRAM_BINS) == (examples.TOP, examples.BINS)
-    assert len(examples.QUANTILES) * examples.NEAR == plan.WEAKER_SAMPLES
-    assert plan.EVALUATED_SAMPLES == sae._order._EVALUATED_SAMPLES
-    assert (plan.CKA_SAMPLES, plan.NEIGHBOUR_SAMPLES) == (similarity.CKA_SAMPLES, similarity.NEIGHBOUR_SAMPLES)
-    assert plan.FLOOR_FEATURES == correlations._store.FLOOR_FEATURES
-
-
 class Counted:
     """A layer of features that counts the bytes of the chunks that are read of it."""
 
@@ -211,16 +197,16 @@ def test_correlations_read_what_they_are_said_to(rng, tmp_path, write_features, 
         write_features(tmp_path, name, {n: rng.random((N, spec.width)) for n in range(spec.layers)})
         for name, spec in (("a@0", a), ("b@0", b))
     ]
-    opened = correlations._store.FeatureStore.__init__
+    opened = _store.FeatureStore.__init__
 
     def counting(self, path):
         opened(self, path)
         self.arrays = [Counted(array, min(chunk, array.shape[1])) for array in self.arrays]
         layers.extend(self.arrays)
 
-    monkeypatch.setattr(correlations._store.FeatureStore, "__init__", counting)
+    monkeypatch.setattr(_store.FeatureStore, "__init__", counting)
     with FlopCounterMode(display=False) as counted:
-        correlations.correlate_stores(*paths, tmp_path / "a@0__b@0.zarr", megabytes * 2**20)
+        _store.correlate_stores(*paths, tmp_path / "a@0__b@0.zarr", megabytes * 2**20)
     cost = plan.correlations_cost(a, b, settings, N, bound)
     seen = 3 * 2 * 512 * 2  # the types of values, of one layer of each side, in each of three products
     assert cost.read == pytest.approx(sum(layer.read for layer in layers) - seen, rel=0.15)
@@ -335,12 +321,12 @@ def test_similarity_has_the_operations_and_reads_the_bytes_that_it_is_said_to(
 def test_examples_cost_another_pass_and_the_features_where_they_fire():
     spec, settings = encoder(layers=2, width=8, tokens=5), SAESettings(expansion=2, k=3)
     cost = plan.examples_cost(spec, settings, N=100, data_bytes=1000)
-    fires = 2 * 16 * examples.TOP * 5
+    fires = 2 * 16 * SHOWN_SAMPLES * 5
     assert cost.flops == plan.activations_cost(spec, N=100).flops + fires * 2 * 8
     assert cost.read == 1000 + 2 * 100 * 16 * 2 + 2 * 4 * (2 * 8 * 16 + 8)
     shorter = plan.examples_cost(spec.model_copy(update={"tokens": 4}), settings, N=100)
-    assert cost.written - shorter.written == 2 * 16 * examples.TOP
-    most = 2 * 16 * examples.TOP
+    assert cost.written - shorter.written == 2 * 16 * SHOWN_SAMPLES
+    most = 2 * 16 * SHOWN_SAMPLES
     many = plan.examples_cost(spec, settings, N=10 * most, data_bytes=1000)
     assert many.flops == plan.activations_cost(spec, N=most).flops + fires * 2 * 8
     assert many.read == 100 + 2 * 10 * most * 16 * 2 + 2 * 4 * (2 * 8 * 16 + 8)

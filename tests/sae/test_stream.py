@@ -132,7 +132,7 @@ def test_each_epoch_is_one_forward_pass_and_what_is_held_out_is_read_once(
 def test_what_is_held_out_and_not_measured_is_read_for_its_global_tokens(
     encoder_of, data_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(_order, "_EVALUATED_SAMPLES", 6)
+    monkeypatch.setattr(_order, "EVALUATED_SAMPLES", 6)
     encoder, data, settings = encoder_of(models.bert), Data(data_folder), SAESettings(**SETTINGS, held_out=0.5)
     streamed(encoder, data, settings, tmp_path / "streamed")
     assert_the_same(stored(encoder, data, settings, tmp_path / "stored"), tmp_path / "streamed")

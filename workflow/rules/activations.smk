@@ -4,7 +4,7 @@ rule activations:
     input:
         data=DATA,
         weights=rules.weights.output.record,
-        code=code("activations/extraction.py", "encoders/_*.py"),
+        code=code("activations/extraction.py", "io/sizes.py", "encoders/_*.py"),
     output:
         activations=directory(layout.ACTIVATIONS),
         tokens=kept_or_temp(directory(layout.TOKENS)),
@@ -32,7 +32,7 @@ rule activations_part:
     input:
         data=DATA,
         weights=rules.weights.output.record,
-        code=code("activations/extraction.py", "activations/parts.py", "encoders/_*.py"),
+        code=code("activations/extraction.py", "io/sizes.py", "activations/parts.py", "encoders/_*.py"),
     output:
         temp(directory(layout.PARTS)),
     log:
@@ -59,7 +59,7 @@ rule activations_part:
 rule activations_join:
     input:
         parts=parts_of,
-        code=code("activations/extraction.py", "activations/parts.py"),
+        code=code("activations/extraction.py", "io/sizes.py", "activations/parts.py"),
     output:
         activations=directory(layout.ACTIVATIONS),
         tokens=kept_or_temp(directory(layout.TOKENS)),

@@ -4,7 +4,7 @@ rule correlations:
     input:
         a=layout.FEATURES.replace("{member}", "{a}"),
         b=layout.FEATURES.replace("{member}", "{b}"),
-        code=code("correlations/*.py"),
+        code=code("correlations/*.py", "io/sizes.py"),
     output:
         directory(layout.CORRELATIONS),
     log:

@@ -5,7 +5,7 @@ rule examples:
         saes=saes_of,
         weights=rules.weights.output.record,
         data=DATA,
-        code=code("concepts/examples.py", "encoders/_*.py"),
+        code=code("concepts/examples.py", "io/sizes.py", "encoders/_*.py"),
     output:
         directory(layout.EXAMPLES.replace("{member}", layout.MEMBER)),
     log:

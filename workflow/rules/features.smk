@@ -3,7 +3,7 @@ rule features:
     input:
         activations=activations_of,
         saes=saes_of,
-        code=code("sae/features.py"),
+        code=code("sae/features.py", "io/sizes.py"),
     output:
         directory(layout.FEATURES.replace("{member}", layout.MEMBER)),
     log:

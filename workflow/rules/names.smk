@@ -3,7 +3,7 @@ rule names:
     input:
         features=rules.features.output,
         data=DATA,
-        code=code("concepts/names.py"),
+        code=code("concepts/names.py", "io/sizes.py"),
     output:
         table=layout.NAMES.replace("{member}", layout.MEMBER),
         clearest=report(

@@ -2,7 +2,7 @@
 rule sae:
     input:
         tokens=layout.TOKENS,
-        code=code("sae/_*.py"),
+        code=code("sae/_*.py", "io/sizes.py"),
     output:
         multiext(
             f"{layout.SAES}/{layout.SAE}/",

@@ -3,7 +3,7 @@ rule similarity:
     input:
         a=lambda w: activations_of(w, "encoder_a"),
         b=lambda w: activations_of(w, "encoder_b"),
-        code=code("analysis/similarity.py"),
+        code=code("analysis/similarity.py", "io/sizes.py"),
     output:
         csv=report(
             layout.SIMILARITY.replace(".parquet", ".csv"),

@@ -4,7 +4,7 @@ rule stream:
     input:
         data=DATA,
         weights=rules.weights.output.record,
-        code=code("activations/extraction.py", "encoders/_*.py", "sae/_*.py"),
+        code=code("activations/extraction.py", "io/sizes.py", "encoders/_*.py", "sae/_*.py"),
     output:
         saes=directory(layout.STREAMED_SAES),
         activations=directory(layout.STREAMED_ACTIVATIONS),

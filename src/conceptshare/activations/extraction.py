@@ -25,10 +25,12 @@ from torch import Tensor
 from conceptshare.config.catalog import EncoderSpec
 from conceptshare.data.dataset import Data
 from conceptshare.encoders import Activations, Batch, Encoder
+from conceptshare.io import sizes
 from conceptshare.io.ahead import in_order
 from conceptshare.io.errors import EncoderError
 from conceptshare.io.layout import layer_name
 from conceptshare.io.progress import info, progress
+from conceptshare.io.sizes import IN_MEMORY_BYTES
 from conceptshare.io.store import (
     RowWriter,
     StoredArray,
@@ -43,15 +45,11 @@ from conceptshare.io.store import (
 KIND, TOKENS = "activations", "tokens"
 """Kinds of stores: of global tokens, and of all tokens."""
 
-SHARD_BYTES = 2**25
-"""Of tokens. Larger shards are fewer files; each layer keeps up to one in memory."""
 GLOBAL_SHARD_BYTES = 2**20
 """Of global tokens, which are few: smaller shards let less of them be held in memory only."""
 _INDEX_ROWS = 2**16
 # Batches that wait to be written.
 _AHEAD = 2
-# Layers up to this size are read at once; of larger ones, each sample is read when its turn comes.
-_IN_MEMORY_BYTES = 2**30
 # More rows than any store has.
 _ALL = range(2**62)
 
@@ -308,7 +306,7 @@ class Recorder:
         groups = {layer: tokens.require_group(layer_name(layer)) for layer in spec.layer_numbers()}
         self._tokens = {
             layer: RowWriter(
-                group, "tokens", spec.width, np.float16, SHARD_BYTES, self._own.start, self.share.rows.start
+                group, "tokens", spec.width, np.float16, sizes.SHARD_BYTES, self._own.start, self.share.rows.start
             )
             for layer, group in groups.items()
         }
@@ -417,7 +415,7 @@ class TokenReader:
         tokens, spec = layer_array(store, layer, "tokens", path), store.attrs["spec"]
         offsets, global_rows = (StoredArray(store, name, path)[:] for name in ("offsets", "global_rows"))
         return cls(
-            tokens[:] if tokens.nbytes <= _IN_MEMORY_BYTES else tokens,
+            tokens[:] if tokens.nbytes <= IN_MEMORY_BYTES else tokens,
             offsets,
             global_rows,
             spec,

@@ -28,6 +28,7 @@ from conceptshare.activations.extraction import (
 )
 from conceptshare.data.dataset import Data
 from conceptshare.encoders import Encoder
+from conceptshare.io import sizes
 from conceptshare.io.errors import StoreError, StudyError
 from conceptshare.io.files import Unchanged
 from conceptshare.io.layout import layer_name
@@ -106,7 +107,7 @@ def join_parts(parts: Sequence[Path], out: Path, tokens: Path) -> None:
         for layer in map(layer_name, described["layers"]):
             group, token_group = store.create_group(layer), token_store.create_group(layer)
             new_rows(group, "global", N, D, np.float16, extraction.GLOBAL_SHARD_BYTES)
-            new_rows(token_group, "tokens", int(index[-1]), D, np.float16, extraction.SHARD_BYTES)
+            new_rows(token_group, "tokens", int(index[-1]), D, np.float16, sizes.SHARD_BYTES)
             for path, _ in opened:
                 _link_all(path / layer / "global", group["global"])
                 _link_all(path / layer / "tokens", token_group["tokens"])
@@ -120,7 +121,7 @@ def _share(encoder: Encoder, data: Data, part: int, parts: int) -> Share:
     in_batches = _rows_of_batches(encoder, data)
     row = sum(islice(in_batches, begin))
     stop_row = row + sum(islice(in_batches, until - begin))
-    rows = _of_shards_begun(row, stop_row, rows_of(spec.width, np.float16, extraction.SHARD_BYTES)[1])
+    rows = _of_shards_begun(row, stop_row, rows_of(spec.width, np.float16, sizes.SHARD_BYTES)[1])
     samples = _of_shards_begun(first, stop, rows_of(spec.width, np.float16, extraction.GLOBAL_SHARD_BYTES)[1])
     end, end_row = stop, stop_row
     while end < N and ((rows and end_row < rows.stop) or (samples and end < samples.stop)):

@@ -24,12 +24,9 @@ from conceptshare.io import provenance
 from conceptshare.io.errors import NumericsError, StoreError
 from conceptshare.io.files import Unchanged
 from conceptshare.io.progress import progress
+from conceptshare.io.sizes import CKA_SAMPLES, NEIGHBOUR_SAMPLES
 from conceptshare.io.store import layer_array, open_store
 
-CKA_SAMPLES = 10_000
-"""How many samples linear CKA is over at most. Their float32 activations of all layers of one encoder are in memory."""
-NEIGHBOUR_SAMPLES = 4096
-"""How many samples neighbours are looked for among at most."""
 NEIGHBOURS = 10
 """How many neighbours a sample has, as in Huh et al. (2024)."""
 

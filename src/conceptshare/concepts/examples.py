@@ -37,18 +37,10 @@ from conceptshare.io.layout import layer_name
 from conceptshare.io.progress import progress
 from conceptshare.io.readers import FEATURES, read_features
 from conceptshare.io.seals import seal
+from conceptshare.io.sizes import HISTOGRAM_BINS, NEAR, QUANTILES, SHOWN_SAMPLES
 from conceptshare.io.store import layer_array, open_store
 from conceptshare.sae import TopKSAE, load_sae
 from conceptshare.sae.folder import sae_of
-
-TOP = 9
-"""Strongest samples of a feature, as in the paper's Figure 2."""
-QUANTILES = (0.9, 0.5, 0.1)
-"""Of a feature's activations above zero, around which samples are shown, too."""
-NEAR = 4
-"""Samples around each."""
-BINS = 20
-"""Of the histogram, from 0 to the largest activation."""
 
 # Working memory for the activations of a block of features.
 _BLOCK_BYTES = 2**28
@@ -109,7 +101,9 @@ def record_examples(encoder: Encoder, data: Data, features: Path, saes: Path, ou
             f"run the activations (or stream) and features stages again"
         )
     tops = {
-        layer: Tops(*(layer_array(store, layer, name, features)[:, :TOP] for name in ("top_samples", "top_values")))
+        layer: Tops(
+            *(layer_array(store, layer, name, features)[:, :SHOWN_SAMPLES] for name in ("top_samples", "top_values"))
+        )
         for layer in spec["layers"]
     }
     loaded = {}
@@ -204,14 +198,14 @@ def _spread(values: NDArray[np.float32], samples: NDArray[np.int64]) -> dict[str
         "near": [
             {"quantile": q, "samples": samples[ranks].copy(), "values": active[ranks].copy()} for q, ranks in near
         ],
-        "histogram": np.histogram(active, BINS, (0.0, highest or 1.0))[0],
+        "histogram": np.histogram(active, HISTOGRAM_BINS, (0.0, highest or 1.0))[0],
         "highest": highest,
     }
 
 
 def ranks_near(active: int) -> list[slice]:
     """Of so many samples, strongest first, those around each quantile: none of the top ones, and none twice."""
-    ranks, taken = [], TOP
+    ranks, taken = [], SHOWN_SAMPLES
     for q in QUANTILES:
         first = max(taken, round((1 - q) * (active - 1)) - NEAR // 2)
         taken = max(taken, min(first + NEAR, active))

@@ -41,6 +41,7 @@ from conceptshare.io.readers import (
     read_features,
     read_statistics,
 )
+from conceptshare.io.sizes import FEATURE_COLUMNS, SHOWN_SAMPLES
 from conceptshare.io.store import open_store
 
 ERROR_RATE = 0.05
@@ -52,8 +53,6 @@ LEAST_CAPTIONS = 3
 threshold for all others."""
 MOST_TOP_SAMPLES = 50
 """How many samples of the naming half a feature is named by, at most: see `top_count`."""
-SHOWN = 9
-"""A name has to be in the captions of a third of so many samples, the strongest ones, which are what people look at."""
 MEASURED_SAMPLES = 2**17
 """Names are measured on the held-out ones of the first samples, of so many at most: their values are in memory."""
 MOST_WORDS = 3
@@ -69,8 +68,6 @@ _SCHEMA = pa.schema(
     ]
 )
 _LISTED = ["layer", "feature", "name", "auc", "auc_low", "score", "held_out", "density"]
-# Features that are read at once: whole chunks of a feature store.
-_COLUMNS = 512
 # Values that are ranked at once, at some 50 bytes each.
 _RANKED = 2**22
 # Words are counted by their hash first, in as many bins. A word whose bin has fewer than `LEAST_CAPTIONS` is rare.
@@ -149,7 +146,7 @@ class _Layer:
 
     def blocks(self) -> list[slice]:
         """The features that are read at once."""
-        return [slice(start, start + _COLUMNS) for start in range(0, self.values.shape[1], _COLUMNS)]
+        return [slice(start, start + FEATURE_COLUMNS) for start in range(0, self.values.shape[1], FEATURE_COLUMNS)]
 
 
 def name_features(features: Path, data: Path, out: Path, command: str | None = None) -> None:
@@ -161,8 +158,9 @@ def name_features(features: Path, data: Path, out: Path, command: str | None = N
     and ``source``, ``captions`` or ``command``.
 
     A name is clear where z exceeds `ERROR_RATE` after Bonferroni over the vocabulary, the 95% interval of the held-out
-    AUC is above 0.5, and a third of the `SHOWN` strongest samples have any of its words. The `CLEAREST` of each layer,
-    those with the highest ``auc_low``, are also written to ``{name}.clearest.csv`` beside the table, clearest first.
+    AUC is above 0.5, and a third of the `SHOWN_SAMPLES` strongest samples have any of its words. The `CLEAREST` of each
+    layer, those with the highest ``auc_low``, are also written to ``{name}.clearest.csv`` next to the table, clearest
+    first.
 
     Args:
         features: the feature store.
@@ -398,7 +396,7 @@ def _rows(layer: _Layer, block: slice, words: _Words, data: Data, names: _Names 
 
 def _is_shown(candidate: _Candidate, top: NDArray[np.int32], words: _Words, data: Data) -> bool:
     """Whether a third of the strongest samples have any of a candidate's words; a command may have chosen others."""
-    strongest = top[top >= 0][:SHOWN].tolist()
+    strongest = top[top >= 0][:SHOWN_SAMPLES].tolist()
     said = {words.vocabulary[place] for place in candidate.words}
     having = sum(not said.isdisjoint(words.split(data.caption(sample))) for sample in strongest)
     return candidate.source == "command" or 3 * having >= len(strongest)

@@ -15,11 +15,8 @@ from conceptshare.io.errors import StoreError
 from conceptshare.io.files import FILE, Unchanged, unlocked_output
 from conceptshare.io.layout import layer_name
 from conceptshare.io.readers import CORRELATIONS, FEATURES, FeatureArray, MaxCorrelations, PairCorrelations
+from conceptshare.io.sizes import FLOOR_FEATURES
 from conceptshare.io.store import layer_array, new_array, new_store, open_store, resuming, save_array
-
-FLOOR_FEATURES = 512
-"""Features of each layer, the first ones, whose best matches among shuffled samples are sought: all of a wMPPC's floor
-is within some percent of theirs, as the number of a feature means nothing; and they are one column of chunks."""
 
 _PROGRESS = "progress.npz"
 _FULL_SIDE = 512

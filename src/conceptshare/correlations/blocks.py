@@ -4,15 +4,13 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from conceptshare.io.errors import NumericsError
+from conceptshare.io.sizes import FEATURE_COLUMNS, FEATURE_ROWS
 
 Precision = Literal["float32", "bfloat16"]
 
 MEMORY_BYTES = 2**30
 """Default memory budget on a CPU."""
 
-# Columns of a feature store's chunks, and rows: a panel or block of whole chunks reads none twice.
-_COLUMNS = 512
-_ROWS = 1024
 # Of a standardised value, at most; of a value of the product, its sum and what its maxima are found with.
 _STANDARD_BYTES = 4
 _PRODUCT_BYTES = 10
@@ -52,7 +50,7 @@ def plan_blocks(N: int, sizes_a: Sequence[int], sizes_b: Sequence[int], raw: int
     Raises:
         NumericsError: where the budget cannot hold one feature of one block.
     """
-    widest, rows, per_pair = max(*sizes_a, *sizes_b), min(N, _ROWS), _PRODUCT_BYTES
+    widest, rows, per_pair = max(*sizes_a, *sizes_b), min(N, FEATURE_ROWS), _PRODUCT_BYTES
     # Both operands; what is being read, what is read ahead.
     per_value = 2 * _STANDARD_BYTES + 2 * raw
     choices = []
@@ -81,7 +79,7 @@ def _widths(largest: int) -> Iterator[int]:
     width = largest
     while width:
         yield width
-        width = width // 2 // _COLUMNS * _COLUMNS
+        width = width // 2 // FEATURE_COLUMNS * FEATURE_COLUMNS
 
 
 def _widest(budget: int, per_feature: int, per_pair: int, widest: int) -> int:
@@ -92,4 +90,4 @@ def _widest(budget: int, per_feature: int, per_pair: int, widest: int) -> int:
     while width * per_feature + width**2 * per_pair > budget:
         width -= 1
     width = min(width, widest)
-    return width if width < _COLUMNS or width == widest else width // _COLUMNS * _COLUMNS
+    return width if width < FEATURE_COLUMNS or width == widest else width // FEATURE_COLUMNS * FEATURE_COLUMNS

@@ -25,6 +25,7 @@ from conceptshare.io.errors import ConceptshareError, NumericsError, StoreError,
 from conceptshare.io.files import atomic_output, remove, store_kind
 from conceptshare.io.layout import layer_name
 from conceptshare.io.seals import change, fingerprint, is_intact, sealed
+from conceptshare.io.sizes import CHUNK_BYTES
 
 VERSIONS = {"activations": 3, "tokens": 2, "part": 2, "features": 4, "correlations": 3}
 """Format version of each kind, if not 1. Raise it if old readers would misread new stores, or the reverse."""
@@ -260,7 +261,7 @@ def resuming(path: Path) -> AbstractContextManager[None]:
 def rows_of(width: int, dtype: DTypeLike, shard_bytes: int) -> tuple[int, int]:
     """Number of rows per chunk and per shard of an array of rows."""
     row_bytes = width * np.dtype(dtype).itemsize
-    chunk = max(1, _CHUNK_BYTES // row_bytes)
+    chunk = max(1, CHUNK_BYTES // row_bytes)
     return chunk, chunk * max(1, shard_bytes // (chunk * row_bytes))
 
 
@@ -332,10 +333,6 @@ class RowWriter:
         self._array.resize((end, self._array.shape[1]))
         if self._filled:
             self._array[self.written : end] = self._buffer[: self._filled]
-
-
-# Small enough to read a single sample of a large encoder cheaply, large enough to read all samples quickly.
-_CHUNK_BYTES = 2**18
 
 
 def as_float16(

@@ -14,24 +14,25 @@ from conceptshare.config.settings import CorrelationSettings, SAESettings
 from conceptshare.config.study import Study
 from conceptshare.correlations.blocks import plan_blocks
 from conceptshare.io.errors import StudyError
+from conceptshare.io.sizes import (
+    CHUNK_BYTES,
+    CKA_SAMPLES,
+    EVALUATED_SAMPLES,
+    FEATURE_COLUMNS,
+    FEATURE_ROWS,
+    FLOOR_FEATURES,
+    HISTOGRAM_BINS,
+    IN_MEMORY_BYTES,
+    NEAR,
+    NEIGHBOUR_SAMPLES,
+    QUANTILES,
+    SHARD_BYTES,
+    SHOWN_SAMPLES,
+    TOP_SAMPLES,
+)
 
 RESULTS = Path("results")
 """Where data sets that are already made lie."""
-
-# What the stages keep to themselves; tests hold these equal to theirs.
-IN_MEMORY_BYTES = 2**30
-CHUNK_BYTES = 2**18
-SHARD_BYTES = 2**25
-FEATURE_ROWS = 1024
-FEATURE_COLUMNS = 512
-TOP_SAMPLES = 100
-EVALUATED_SAMPLES = 4096
-FLOOR_FEATURES = 512
-SHOWN_SAMPLES = 9
-WEAKER_SAMPLES = 12
-HISTOGRAM_BINS = 20
-CKA_SAMPLES = 10_000
-NEIGHBOUR_SAMPLES = 4096
 
 GPU_MEMORY_BYTES = 64 * 10**9
 """What correlations may take where the study gives no bound: four fifths of a GPU with 80 GB."""
@@ -47,6 +48,8 @@ _PROCESS_BYTES = 1_000_000_000
 _THUMBNAIL_BYTES = 5_000
 # What a site says of a sample of a feature, of a bar of its histogram, and of its best match in a member.
 _SHOWN_BYTES, _BAR_BYTES, _MATCH_BYTES = 16, 4, 16
+# Samples of a feature that are shown besides the strongest.
+_WEAKER_SAMPLES = len(QUANTILES) * NEAR
 # What Python takes for the activations of a feature in a sample, beside themselves.
 _FIRES_BYTES = 400
 # A pair of layers in a table of similarities.
@@ -285,7 +288,7 @@ def examples_cost(spec: EncoderSpec, settings: SAESettings, N: int, data_bytes: 
     fires = kept * F * SHOWN_SAMPLES * usual_tokens(spec)
     saes = kept * 4 * sae_parameters(spec, settings)
     return Cost(
-        written=fires + kept * F * (12 * SHOWN_SAMPLES + 8 * WEAKER_SAMPLES + 4 * HISTOGRAM_BINS),
+        written=fires + kept * F * (12 * SHOWN_SAMPLES + 8 * _WEAKER_SAMPLES + 4 * HISTOGRAM_BINS),
         read=kept * features_bytes(F, N) + saes + (data_bytes * shown / N if spec.modality == "image" else 0),
         flops=shown * forward_flops(spec) + 2 * D * fires,
         memory=_PROCESS_BYTES + _forward_bytes(spec) + saes + fires + kept * F * SHOWN_SAMPLES * _FIRES_BYTES,
@@ -296,7 +299,7 @@ def member_pages_cost(spec: EncoderSpec, settings: SAESettings, others: int) -> 
     """What a site holds of a member's features: their samples, where they fire, and best matches in other members."""
     F, kept = settings.expansion * spec.width, len(spec.layer_numbers())
     cell = 4 / 3 if spec.modality == "image" else 8  # in base64, or a number and a piece of text
-    samples = SHOWN_SAMPLES * (cell * usual_tokens(spec) + _SHOWN_BYTES) + WEAKER_SAMPLES * _SHOWN_BYTES
+    samples = SHOWN_SAMPLES * (cell * usual_tokens(spec) + _SHOWN_BYTES) + _WEAKER_SAMPLES * _SHOWN_BYTES
     return Cost(
         written=kept * F * (samples + HISTOGRAM_BINS * _BAR_BYTES + others * _MATCH_BYTES),
         read=kept * F * SHOWN_SAMPLES * usual_tokens(spec),

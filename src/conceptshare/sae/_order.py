@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conceptshare.config.settings import SAESettings
+from conceptshare.io.sizes import EVALUATED_SAMPLES
 
-# Metrics are taken over at most so many samples: enough for three digits of FVU.
-_EVALUATED_SAMPLES = 4096
 _EVALUATED_AT_ONCE = 32
 
 
@@ -33,7 +32,7 @@ def steps(samples: int, batch_samples: int, block: int, settings: SAESettings) -
 def measured(samples: int, settings: SAESettings) -> list[NDArray[np.int64]]:
     """The samples that metrics are taken over, in batches: the last ones, held out where some are."""
     known = settings.held_out_samples(samples) or samples
-    first = samples - min(known, _EVALUATED_SAMPLES)
+    first = samples - min(known, EVALUATED_SAMPLES)
     starts = range(first, samples, _EVALUATED_AT_ONCE)
     return [np.arange(start, min(start + _EVALUATED_AT_ONCE, samples)) for start in starts]
 

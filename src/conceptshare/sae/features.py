@@ -30,13 +30,10 @@ from conceptshare.io.files import Unchanged
 from conceptshare.io.layout import layer_name
 from conceptshare.io.progress import progress
 from conceptshare.io.readers import FEATURES
+from conceptshare.io.sizes import FEATURE_COLUMNS, FEATURE_ROWS, TOP_SAMPLES
 from conceptshare.io.store import as_float16, layer_array, new_array, new_store, open_store, save_array
 from conceptshare.sae import TopKSAE, load_sae
 from conceptshare.sae.folder import REMEDY, sae_of
-
-_ROWS = 1024
-_COLUMNS = 512
-_TOP_SAMPLES = 100
 
 
 @dataclass
@@ -120,12 +117,12 @@ def _read_saes(saes: Path, seed: int, activations: dict[str, Any]) -> dict[int, 
 @torch.no_grad()
 def _record_layer(group: zarr.Group, sae: TopKSAE, x: Any, where: str) -> None:
     N, F = x.shape[0], len(sae.W_dec)
-    rows, columns = min(_ROWS, N), min(_COLUMNS, F)
+    rows, columns = min(FEATURE_ROWS, N), min(FEATURE_COLUMNS, F)
     features = new_array(group, "features", (N, F), np.float16, (rows, columns), (rows, columns * -(-F // columns)))
     offset = _offset(sae, x)
     c, least = (torch.from_numpy(each).to(sae.W_dec.device) for each in (offset, _above(-offset)))
     total, density, squares = np.zeros(F), np.zeros(F), np.zeros(F)
-    k = min(_TOP_SAMPLES, N)
+    k = min(TOP_SAMPLES, N)
     top = Top(torch.zeros(k, F, device=c.device), torch.full((k, F), -1, dtype=torch.int32, device=c.device))
     for start, f in _blocks(sae, x):
         # Zero stays zero, and nothing else becomes it.
@@ -179,8 +176,8 @@ def _merged_squares(total: NDArray[np.float64], samples: int, block: NDArray[np.
 def _blocks(sae: TopKSAE, x: Any) -> Iterator[tuple[int, Tensor]]:
     """Features ``[n, F]`` float32 of some samples at a time, and the number of the first of these."""
     # Always as many rows: products of few add up in another order, and equal tokens would get unequal features.
-    rows = torch.zeros(_ROWS, x.shape[1])
-    for start in range(0, x.shape[0], _ROWS):
-        read = x[start : start + _ROWS]
+    rows = torch.zeros(FEATURE_ROWS, x.shape[1])
+    for start in range(0, x.shape[0], FEATURE_ROWS):
+        read = x[start : start + FEATURE_ROWS]
         rows[: len(read)] = torch.from_numpy(read)
         yield start, sae.encode(rows.to(sae.W_dec.device))[: len(read)]
