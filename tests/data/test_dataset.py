@@ -353,7 +353,7 @@ def test_more_unusable_rows_than_allowed_are_an_error_and_leave_nothing(make, tm
 def test_memory_holds_a_few_bytes_of_each_row(tmp_path):
     N = 5_000
     tracemalloc.start()
-    with dataset._AsRead(tmp_path / "as-read") as samples, dataset._DroppedRows(tmp_path / "dropped") as dropped:
+    with dataset._SampleFile(tmp_path / "as-read") as samples, dataset._DroppedRows(tmp_path / "dropped") as dropped:
         for row in range(N):
             samples.add(dataset.Sample(f"a longish id {row}", b"image", f"the caption of row {row}"))
             dropped.add(dataset.Dropped(row, f"a longish id {row}", "no caption"))
@@ -432,14 +432,14 @@ def test_data_that_is_missing_or_damaged_is_refused(make, tmp_path):
     text = manifest.read_text()
     manifest.write_text(text.replace('"rows": 5', '"rows": 6'))
     with pytest.raises(
-        DatasetError, match=r"manifest\.json is not as this version wrote it\); delete the folder and run"
+        DatasetError, match=r"manifest\.json was changed, or written by another version\); delete the folder and run"
     ):
         AsRead(tmp_path / "made")
     manifest.write_text(text)
     make(captions=["another", *CAPTIONS[1:]], name="other")
     (tmp_path / "other" / "samples.arrow").replace(samples)
     with pytest.raises(
-        DatasetError, match=r"samples\.arrow is damaged, or not of this manifest\.json; delete the folder"
+        DatasetError, match=r"samples\.arrow is damaged, or does not belong to manifest\.json; delete the folder"
     ):
         AsRead(tmp_path / "made")
 
@@ -723,7 +723,7 @@ def test_json_lines_may_hold_half_a_surrogate_pair_other_types_and_rows_that_lac
     ("line", "fault"),
     [
         ('{"image": "pictures/1.png", "caption": "cut', "line 2 is not valid JSON"),
-        ('["pictures/1.png", "a caption"]', "line 2 holds no object of columns and cells"),
+        ('["pictures/1.png", "a caption"]', "line 2 is not an object of columns and cells"),
     ],
 )
 def test_a_line_that_is_no_row_is_named(line, fault, tmp_path):

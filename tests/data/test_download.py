@@ -527,7 +527,7 @@ def test_no_connection_at_all_is_said_and_nothing_is_noted_as_dead(make, tmp_pat
     port = closed_port()
     addresses = [f"http://127.0.0.1:{port}/{n}" for n in range(5)]
     with pytest.raises(
-        DatasetError, match=r"none of the 5 image addresses.*Connect.*[Cc]heck this machine's connection"
+        DatasetError, match=r"none of the 5 image URLs.*Connect.*[Cc]heck this machine's internet connection"
     ):
         make(addresses)
     assert dead_addresses(tmp_path / "set") == []
@@ -539,7 +539,7 @@ def test_no_connection_at_all_is_noticed_before_every_row_was_tried(make, monkey
     monkeypatch.setattr("conceptshare.data.dataset.HOPELESS", 20)
     port = closed_port()
     addresses = [f"http://127.0.0.1:{port}/{n}" for n in range(5000)]
-    with pytest.raises(DatasetError, match=r"none of the (\d{2,3}) image addresses"):
+    with pytest.raises(DatasetError, match=r"none of the (\d{2,3}) image URLs"):
         make(addresses, download={"attempts": 1})
 
 

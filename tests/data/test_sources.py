@@ -130,7 +130,7 @@ def test_declared_splits_are_chosen_and_what_is_left_out_is_reported(names, tmp_
 def test_files_that_are_only_named_as_splits_are_an_error_until_the_split_is_set(tmp_path):
     for name in NAMES:
         parquet(tmp_path / "set" / name, f"{name} 0", f"{name} 1")
-    with pytest.raises(DatasetError, match=r"named as splits are \(test: test.parquet; train: .*set split to one of"):
+    with pytest.raises(DatasetError, match=r"named like splits \(test: test.parquet; train: .*set split to one of"):
         read(tmp_path / "set")
     assert captions(tmp_path / "set", split="test") == ["test.parquet 0", "test.parquet 1"]
     assert len(captions(tmp_path / "set", split="train")) == 4
@@ -227,7 +227,7 @@ def test_a_table_named_readme_metadata_or_hidden_is_not_mixed_in(tmp_path):
 def test_files_of_several_kinds_are_an_error_that_names_them(tmp_path):
     parquet(tmp_path / "set" / "a.parquet", "one", "two")
     table(tmp_path / "set" / "b.csv", "three")
-    with pytest.raises(DatasetError, match=r"several kinds: parquet \(a\.parquet\), csv \(b\.csv\); which hold"):
+    with pytest.raises(DatasetError, match=r"several kinds: parquet \(a\.parquet\), csv \(b\.csv\)\. Set source"):
         read(tmp_path / "set")
     (tmp_path / "set" / "b.csv").unlink()
     tar(tmp_path / "set" / "c.tar", "four")
@@ -294,13 +294,13 @@ def test_cells_of_text_tables_are_text_as_it_is_written(name, tmp_path):
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("image,caption\n0.png,one, two\n", "line 2 has 3 cells, the header 2; put cells that hold a ',' into quotes"),
+        ("image,caption\n0.png,one, two\n", "line 2 has 3 cells, the header 2; quote cells that contain ','"),
         ("image,caption\n0.png,a,\n", "line 2 has 3 cells, the header 2; "),
         ("image,caption\n0.png,a\n\n1.png\n", "line 4 has 1 cells, the header 2; complete the line"),
         ("caption,image\na\n", "line 2 has 1 cells, the header 2; complete"),
         ('image,caption\n0.png,"open\n1.png,b\n', "line 3 is not valid CSV"),
         ("", "the file is empty"),
-        ("image;caption\n0.png;a\n", "its cells are separated by ';' and not by ','; save it with commas"),
+        ("image;caption\n0.png;a\n", "its cells are separated by ';' instead of ','; save it with commas"),
         ("image,caption,caption\n0.png,a,b\n", "2 columns are called 'caption'; rename all but one"),
     ],
 )
@@ -462,7 +462,10 @@ def test_images_without_captions_are_an_error_that_says_how_to_give_them(tmp_pat
 def test_metadata_of_an_image_folder_without_file_names_say_so(tmp_path):
     image_folder(tmp_path / "set", name="none")
     table(tmp_path / "set" / "metadata.csv", "a", "b")
-    with pytest.raises(DatasetError, match="no column 'file_name'; the columns are image, caption: give that name to"):
+    with pytest.raises(
+        DatasetError,
+        match="no column 'file_name'; the columns are image, caption: rename the column with the image paths",
+    ):
         read(tmp_path / "set")
 
 
@@ -552,7 +555,7 @@ def test_members_of_a_sample_that_do_not_stand_together_are_an_error_with_the_re
                 add(file, f"{n}.caption", b"text")
         for n in range(4):
             add(file, f"{n}.json" if order == "json last" else f"{n}.caption", b"{}")
-    with pytest.raises(DatasetError, match=r"a sample do not stand together.*tar --sort=name"):
+    with pytest.raises(DatasetError, match=r"a sample are not adjacent.*tar --sort=name"):
         read(tmp_path / "a.tar", max_dropped=1)
 
 
@@ -583,7 +586,7 @@ def test_headers_that_are_damaged_or_vast_are_errors_and_not_the_end_of_a_tar(tm
         read(tmp_path / "a.tar")
     tar(tmp_path / "c.tar", "one", "two")
     (tmp_path / "c.tar").write_bytes((tmp_path / "c.tar").read_bytes() * 2)
-    with pytest.raises(DatasetError, match="more after the end of the tar; join tars by tar -A"):
+    with pytest.raises(DatasetError, match="data after the end of the tar; join tars with tar -A"):
         read(tmp_path / "c.tar")
     with tarfile.open(tmp_path / "b.tar", "w") as file:
         add(file, "0.image", b"x" * 2_000_000, kind=tarfile.XHDTYPE)

@@ -1,1 +1,1 @@
-"""Stage `dataset`: image-caption pairs from files, folders, tables, archives and hubs, in one fixed order."""
+"""Stage `dataset`: image-caption pairs from files, folders, tables, archives and hubs, in a fixed order."""

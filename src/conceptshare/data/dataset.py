@@ -1,13 +1,13 @@
-"""Stage `dataset`: read image-caption pairs once, drop what no encoder could read, and shuffle the others once for all.
+"""Stage `dataset`: read image-caption pairs, drop unreadable ones and shuffle the rest once.
 
 `results/{dataset}/data/` holds `samples.arrow`, an Arrow IPC file with the columns ``id`` (string), ``image`` (binary,
-the bytes of the source's file) and ``caption`` (string) and their checksums, and `manifest.json`. Row i of every later
-array is sample i. A sample that one encoder could not read is dropped here, for all, and listed in the manifest.
+the bytes of the source's file), ``caption`` (string) and their checksums, and `manifest.json`. Row i of every later
+array is sample i. Samples that some encoder could not read are dropped for all encoders and listed in the manifest.
 
-Samples are shuffled here and not where SAEs are trained: encoders then read, and SAEs learn, in one order from the
-first row to the last, whether tokens are stored in between or not.
+Samples are shuffled here instead of during SAE training, so that encoders and SAEs read them in the same order from
+first to last, whether or not tokens are stored in between.
 
-Where a data set holds the addresses of its images, they are downloaded into `results/{dataset}/downloads/`.
+If a data set has URLs of its images, they are downloaded to `results/{dataset}/downloads/`.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ from conceptshare.io.progress import info, progress
 from conceptshare.io.seals import is_text_intact, seal_text
 
 MAX_RATIO = 100
-"""Largest ratio of an image's sides. Models resize one side to some 200 pixels: of a narrower image, the other side
+"""Largest ratio of an image's sides. Models resize one side to about 200 pixels; the other side of a narrower image
 would then have tens of thousands of pixels, or none."""
 
 _SCHEMA = pa.schema(
@@ -54,7 +54,7 @@ _SCHEMA = pa.schema(
 _REMEDY = "delete the folder and run the dataset stage again"
 _ELSEWHERE = "name a folder that the dataset stage made"
 _BATCH_ROWS = 256
-_LONGEST_ID = 200  # characters of a dropped row's id, and of its address, in a manifest
+_LONGEST_ID = 200  # characters of a dropped row's id in a manifest
 _LONGEST_ADDRESS = 8000
 _BASE64 = re.compile(r"(data:[^,]{0,100},)?[A-Za-z0-9+/_\s-]{50,}={0,2}")
 
@@ -70,40 +70,40 @@ class Sample:
 
 @dataclass(frozen=True)
 class Dropped:
-    """One unusable row of a source, and why."""
+    """An unusable row of a source, with the reason."""
 
     row: int
     id: str
     reason: str
     address: str | None = None
-    """Where its image was to be downloaded from."""
+    """URL of its image, if it was to be downloaded."""
 
 
 class _UnusableRowError(Exception):
-    """A row that cannot become a sample, and why."""
+    """A row cannot become a sample; the message is the reason."""
 
 
 class Data:
-    """The samples of a data set, in their one order, read lazily from `results/{dataset}/data/`."""
+    """The samples of a data set in their fixed order, read lazily from `results/{dataset}/data/`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         try:
             manifest = (folder / "manifest.json").read_bytes()
             if not is_text_intact(manifest):
-                raise ValueError("manifest.json is not as this version wrote it")
+                raise ValueError("manifest.json was changed, or written by another version")
             self.manifest: dict[str, Any] = json.loads(manifest)
             with pa.memory_map(str(folder / "samples.arrow")) as source:
                 self._table: pa.Table = pa.ipc.open_file(source).read_all()
             if not self._table.schema.equals(_SCHEMA):
-                raise ValueError("other columns than a data set's")
+                raise ValueError("its columns are not those of a data set")
             checksums = _checksums_digest(self._table.to_batches())
         except (OSError, ValueError, pa.ArrowException) as error:
-            said = " ".join(str(error).split())
+            message = " ".join(str(error).split())
             remedy = _REMEDY if (folder / "samples.arrow").exists() or DATASET.is_valid(folder) else _ELSEWHERE
-            raise DatasetError(f"{folder}: no readable data set there ({said}); {remedy}") from None
+            raise DatasetError(f"{folder}: no readable data set there ({message}); {remedy}") from None
         if checksums != self.manifest["checksums"]:
-            raise DatasetError(f"{folder}: samples.arrow is damaged, or not of this manifest.json; {_REMEDY}")
+            raise DatasetError(f"{folder}: samples.arrow is damaged, or does not belong to manifest.json; {_REMEDY}")
         self._starts = np.cumsum([0, *(len(chunk) for chunk in self._table["id"].chunks)])
         self._sound: set[tuple[str, int]] = set()
 
@@ -124,13 +124,13 @@ class Data:
         return self._text(row)[1]
 
     def image(self, row: int) -> Image.Image:
-        """The picture of a sample, as RGB on white."""
+        """The image of a sample, as RGB on white."""
         image = self._cell("image", row)
         if crc32(image) != self._cell("image_crc32", row):
             raise self._damaged(row)
         try:
             return decode(image)
-        except Exception as error:  # PIL's decoders raise many types; each of these images could be decoded once
+        except Exception as error:  # PIL's decoders raise many types; every stored image was decodable once
             raise DatasetError(
                 f"{self._folder}: the image of sample {row} cannot be decoded here ({type(error).__name__}: {error}); "
                 f"run with the same version of Pillow as the dataset stage"
@@ -144,7 +144,7 @@ class Data:
         return texts
 
     def _cell(self, column: str, row: int) -> Any:
-        """A value of a sample. Arrow trusts the places that a file says values have: each batch is looked at first."""
+        """One value of a sample. Arrow trusts the offsets in a file, so each batch is validated before use."""
         n = int(np.searchsorted(self._starts, row, side="right")) - 1
         chunk = self._table[column].chunk(n)
         if (column, n) not in self._sound:
@@ -162,20 +162,20 @@ class Data:
 def make_dataset(spec: DatasetSpec, out: Path) -> None:
     """Read a source and write `samples.arrow` and `manifest.json` into the folder ``out``.
 
-    Images that are downloaded are kept in the folder `downloads` beside ``out``.
+    Downloaded images are kept in the folder `downloads` next to ``out``.
 
     Raises:
-        DatasetError: where the source cannot be read, lacks a column, has too few usable rows, has the same id
-            twice, loses more than ``spec.max_dropped`` of its rows, or where no image can be downloaded.
-        HubError: where the source is neither on this machine nor to be fetched from the hub.
+        DatasetError: if the source cannot be read, lacks a column, has too few usable rows, has duplicate ids, loses
+            more than ``spec.max_dropped`` of its rows, or if no image can be downloaded.
+        HubError: if the source is not on this machine and cannot be fetched from the hub.
     """
     source = locate(spec)
     for line in source.not_read.lines():
         info(f"{spec.source}: {line}")
-    noted_so_far = len(source.not_read.counts)
+    reported = len(source.not_read.counts)
     with atomic_output(out, DATASET) as folder:
         folder.mkdir()
-        samples, dropped = _AsRead(folder / "as-read"), _DroppedRows(folder / "dropped")
+        samples, dropped = _SampleFile(folder / "as-read"), _DroppedRows(folder / "dropped")
         with samples, dropped, closing(_outcomes(spec, source, out.parent / "downloads")) as outcomes:
             for outcome in progress(outcomes, spec.limit, f"rows of {spec.source}", "rows"):
                 if isinstance(outcome, Dropped):
@@ -210,17 +210,17 @@ def make_dataset(spec: DatasetSpec, out: Path) -> None:
         samples.path.unlink()
         dropped.path.unlink()
         provenance.record(folder)
-    for line in source.not_read.lines()[noted_so_far:]:
+    for line in source.not_read.lines()[reported:]:
         info(f"{spec.source}: {line}")
     info(f"{spec.source}: {manifest['rows']:,} samples, {dropped.count} dropped")
 
 
-class _AsRead:
-    """The samples in the order of their source, in a file; of each, memory holds its place and a hash of its id."""
+class _SampleFile:
+    """The samples in source order, in a file; memory only holds the offset and a hash of the id of each sample."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._places = array("Q", [0])
+        self._offsets = array("Q", [0])
         self._ids = array("Q")
 
     def __enter__(self) -> Self:
@@ -234,10 +234,10 @@ class _AsRead:
         return len(self._ids)
 
     def add(self, sample: Sample) -> None:
-        """Append a sample: its id, image and caption, each after its length."""
+        """Append a sample: its id, image and caption, each preceded by its length."""
         parts = (sample.id.encode(), sample.image, sample.caption.encode())
         size = self._file.write(b"".join(len(part).to_bytes(8, "little") + part for part in parts))
-        self._places.append(self._places[-1] + size)
+        self._offsets.append(self._offsets[-1] + size)
         self._ids.append(hash_of(sample.id))
 
     def check_ids(self, spec: DatasetSpec) -> None:
@@ -248,14 +248,14 @@ class _AsRead:
         self._file.flush()
         for one, other in zip(order[same].tolist(), order[same + 1].tolist(), strict=True):
             id_ = _unpacked(self._record(one)).id
-            if id_ == _unpacked(self._record(other)).id:  # and not two ids with one hash
+            if id_ == _unpacked(self._record(other)).id:  # not a hash collision
                 raise DatasetError(f"{spec.source}: the id {cut(id_)!r} occurs twice; name a column of unique ids")
 
     def shuffle(self, out: Path, seed: int) -> tuple[str, str]:
-        """Write the samples to ``out`` in the order that a seed draws.
+        """Write the samples to ``out`` in an order drawn from ``seed``.
 
         Returns:
-            their content hash, and a digest of the checksums.
+            the content hash of the samples, and a digest of their checksums.
         """
         self._file.flush()
         digest, checksums = hashlib.sha256(), hashlib.sha256()
@@ -271,22 +271,22 @@ class _AsRead:
         return digest.hexdigest(), checksums.hexdigest()
 
     def _record(self, row: int) -> bytes:
-        start, end = self._places[row], self._places[row + 1]
+        start, end = self._offsets[row], self._offsets[row + 1]
         self._file.seek(start)
         return self._file.read(end - start)
 
 
 def _unpacked(record: bytes) -> Sample:
-    parts, place = [], 0
+    parts, start = [], 0
     for _ in range(3):
-        end = place + 8 + int.from_bytes(record[place : place + 8], "little")
-        parts.append(record[place + 8 : end])
-        place = end
+        end = start + 8 + int.from_bytes(record[start : start + 8], "little")
+        parts.append(record[start + 8 : end])
+        start = end
     return Sample(parts[0].decode(), parts[1], parts[2].decode())
 
 
 class _DroppedRows:
-    """The dropped rows, as the manifest lists them, in a file; memory holds the first few."""
+    """The dropped rows as the manifest lists them, in a file; memory only holds the first few."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -301,7 +301,7 @@ class _DroppedRows:
         self._file.close()
 
     def add(self, row: Dropped) -> None:
-        r"""Append a row. A lone surrogate in its id or address becomes \udcXX, as JSON too would write it."""
+        r"""Append a row. A lone surrogate in its id or URL is escaped as \udcXX, as in JSON."""
         self.first += [row] if self.count < 3 else []
         entry = {key: value for key, value in asdict(row).items() if value is not None}
         text = textwrap.indent(json.dumps(entry, indent=1, ensure_ascii=False), "  ")
@@ -309,7 +309,7 @@ class _DroppedRows:
         self.count += 1
 
     def write_into(self, manifest: dict[str, Any], path: Path) -> None:
-        """Write a manifest with the dropped rows in place of its empty list of them."""
+        """Write a manifest with the dropped rows in its list ``dropped``, which is empty in ``manifest``."""
         before, empty, after = json.dumps(manifest, indent=1, ensure_ascii=False).partition('"dropped": []')
         with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
             if not self.count:
@@ -325,23 +325,23 @@ def _check_image(image: bytes, max_pixels: int) -> None:
     """Make sure that every encoder can read an image.
 
     Raises:
-        UnusableError: where one could not.
+        UnusableError: if an encoder could not read it.
     """
     try:
         width, height = decode(image, max_pixels).size
     except Image.DecompressionBombError as error:
         raise UnusableError(f"image is too large ({error})", for_good=False) from None
-    except UnidentifiedImageError:  # whose message names an object in memory, another on every run
+    except UnidentifiedImageError:  # whose message contains a memory address, which differs between runs
         raise UnusableError("image cannot be decoded (no file of a kind that is read here)") from None
-    except Exception as error:  # PIL's decoders raise many types; whatever it is, the sample is unusable
+    except Exception as error:  # PIL's decoders raise many types; the sample is unusable in any case
         raise UnusableError(f"image cannot be decoded ({type(error).__name__}: {error})") from None
     if max(width, height) > MAX_RATIO * min(width, height):
         raise UnusableError(f"image of {width} x {height} pixels is too narrow; sides may differ {MAX_RATIO} fold")
 
 
 def _outcomes(spec: DatasetSpec, source: Source, downloads: Path) -> Generator[Sample | Dropped, None, None]:
-    """Each row of the source in order, as a sample or as dropped; a bounded number of rows is worked on ahead."""
-    formats()  # finds PIL's plugins, which several threads had better not do at once
+    """Yield each row of the source in order, as a sample or as dropped; a bounded number of rows is prefetched."""
+    formats()  # loads PIL's plugins, which is not thread-safe
     cores = provenance.cores()
     rows = enumerate(read_rows(spec, source))
     with ThreadPoolExecutor(cores, "decode") as pool:
@@ -354,12 +354,12 @@ def _outcomes(spec: DatasetSpec, source: Source, downloads: Path) -> Generator[S
 def _downloaded(
     spec: DatasetSpec, rows: Iterable[tuple[int, tuple[Path, dict[str, Any]]]], folder: Path, pool: ThreadPoolExecutor
 ) -> Iterator[Sample | Dropped]:
-    """Each row in order, with its image from the address in a column."""
+    """Yield each row in order, with its image downloaded from the URL in a column."""
 
     def check(image: bytes) -> None:
         _check_image(image, spec.max_pixels)
 
-    # Far enough ahead that one address that is tried for a minute does not idle the others; rows are small.
+    # Enough prefetching that one URL retried for a minute does not stall the others; rows are small.
     ahead = 256 * spec.download.parallel
     with Downloads(folder, spec.download, check, pool, spec.source) as downloads:
         started = (_start_download(spec, number, row, downloads) for number, (_, row) in rows)
@@ -374,16 +374,16 @@ def _downloaded(
 def _check_connection(spec: DatasetSpec, downloads: Downloads) -> None:
     if downloads.all_unreachable():
         raise DatasetError(
-            f"{spec.source}: none of the {downloads.counts.unreachable} image addresses asked could be reached, the "
-            f"last for this reason: {downloads.last_failure}. Check this machine's connection to the internet and run "
-            "again; nothing was noted as dead"
+            f"{spec.source}: none of the {downloads.counts.unreachable} image URLs tried could be reached; the last "
+            f"failed with: {downloads.last_failure}. Check this machine's internet connection and run again; no URL "
+            "was recorded as dead"
         )
 
 
 def _start_download(
     spec: DatasetSpec, number: int, row: dict[str, Any], downloads: Downloads
 ) -> Callable[[], Sample | Dropped]:
-    """Ask for a row's image; what is returned waits for it."""
+    """Start the download of a row's image, and return a function that waits for it."""
     try:
         _check_read(row)
         id_, caption = _id(spec, number, row), _caption(spec, number, row)
@@ -394,10 +394,10 @@ def _start_download(
     future = downloads.fetch(address)
 
     def finish() -> Sample | Dropped:
-        found = future.result()
-        if isinstance(found, Failure):
-            return Dropped(number, cut(id_, _LONGEST_ID), found.reason, cut(address, _LONGEST_ID * 5))
-        return Sample(id_, found.read_bytes(), caption)
+        result = future.result()
+        if isinstance(result, Failure):
+            return Dropped(number, cut(id_, _LONGEST_ID), result.reason, cut(address, _LONGEST_ID * 5))
+        return Sample(id_, result.read_bytes(), caption)
 
     return finish
 
@@ -429,14 +429,14 @@ def _id(spec: DatasetSpec, number: int, row: dict[str, Any]) -> str:
 
 
 def _shown_id(spec: DatasetSpec, number: int, row: dict[str, Any]) -> str:
-    """The id of a dropped row, be it usable or not."""
+    """The id of a dropped row, shortened, even if it is not usable as an id."""
     return f"{number:08d}" if spec.id is None else cut(str(row["id"]), _LONGEST_ID)
 
 
 def _caption(spec: DatasetSpec, number: int, row: dict[str, Any]) -> str:
-    """The caption of a row, by the policy on several ones.
+    """The caption of a row; ``several_captions`` decides if there are several.
 
-    A draw depends on seed and row number alone: rows that are dropped, or left out by ``limit``, change no other.
+    The draw only depends on the seed and the row number, so dropped rows and ``limit`` do not affect other rows.
     """
     captions = _texts(row["caption"])
     if not captions:
@@ -450,7 +450,7 @@ def _caption(spec: DatasetSpec, number: int, row: dict[str, Any]) -> str:
 
 
 def _texts(cell: Any) -> list[str]:
-    """The texts in a caption cell that are not blank."""
+    """The non-blank texts in a caption cell."""
     if isinstance(cell, pa.Scalar | pa.Array):
         cell = cell.as_py() if isinstance(cell, pa.Scalar) else cell.to_pylist()
     if isinstance(cell, np.ndarray | np.generic):
@@ -481,10 +481,10 @@ def _address(cell: Any) -> str:
 
 
 def _image_bytes(value: Any, folder: Path, source: Source, longest: int) -> bytes:
-    """The bytes of an image cell: an encoded image, bytes, or the path of a regular file.
+    """The bytes of an image cell: a dict of the `datasets` library, bytes, or the path of a regular file.
 
     Raises:
-        _UnusableRowError: where there is none, no such file, or more than ``longest`` bytes.
+        _UnusableRowError: if the cell is empty, the file is missing, or it has more than ``longest`` bytes.
     """
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
@@ -499,11 +499,11 @@ def _image_bytes(value: Any, folder: Path, source: Source, longest: int) -> byte
         path = Path(image_path(value, folder, source))
         if source.revision is not None and not path.is_relative_to(source.folder):
             raise _UnusableRowError(f"image's path leads out of the data set: {cut(value, _LONGEST_ID)}")
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):  # a device may never end, and a pipe never begin
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a device may never end, and a pipe may block
             raise _UnusableRowError(f"image cannot be read (no regular file: {cut(value, _LONGEST_ID)})")
-        if found.st_size > longest:
-            raise _UnusableRowError(f"image cannot be read ({too_large(found.st_size, longest)})")
+        if status.st_size > longest:
+            raise _UnusableRowError(f"image cannot be read ({too_large(status.st_size, longest)})")
         return path.read_bytes()
     except (OSError, ValueError) as error:
         raise _UnusableRowError(_why_unreadable(value, error)) from None
@@ -514,15 +514,15 @@ def _why_unreadable(cell: str, error: OSError | ValueError) -> str:
         return f"image cannot be read ({cut(cell)} is an address; name its column in image_url)"
     if _BASE64.fullmatch(cell[:4096].rstrip()):
         return f"image cannot be read ({len(cell):,} letters that look like base64, {cut(cell)}; decode them to bytes)"
-    said = error.strerror if isinstance(error, OSError) else str(error)
-    return f"image cannot be read ({type(error).__name__}: {said}: {cut(cell, _LONGEST_ID)!r})"
+    message = error.strerror if isinstance(error, OSError) else str(error)
+    return f"image cannot be read ({type(error).__name__}: {message}: {cut(cell, _LONGEST_ID)!r})"
 
 
 def _check_share(spec: DatasetSpec, samples: int, dropped: _DroppedRows) -> None:
     rows = samples + dropped.count
     reasons = "; ".join(f"row {row.row} ({cut(row.id)}): {row.reason}" for row in dropped.first)
     if rows and dropped.count / rows > spec.max_dropped:
-        again = ", or run again, which asks only for what failed for a reason that may pass" if spec.image_url else ""
+        again = ", or run again to retry the transient failures" if spec.image_url else ""
         raise DatasetError(
             f"{spec.source}: {dropped.count} of {rows} rows are unusable, more than max_dropped = "
             f"{spec.max_dropped:g} allows: {reasons}. Correct them or raise max_dropped{again}"
@@ -550,7 +550,7 @@ def _text_crc32(id_: str, caption: str) -> int:
 
 
 def _checksums_digest(batches: Iterable[pa.RecordBatch]) -> str:
-    """SHA-256 of the checksums of all samples, in order, which ties a manifest to its samples."""
+    """SHA-256 of the checksums of all samples in order, which links a manifest to its samples."""
     digest = hashlib.sha256()
     for batch in batches:
         _add_checksums(digest, batch)

@@ -1,7 +1,7 @@
-"""The rows of a data set's files, with the columns that its entry names and no others; images are not decoded.
+"""Rows of a data set's files, restricted to the columns that its catalog entry names; images are not decoded.
 
-The cells of CSV and TSV files are text, as they are written. Each file is read as a stream: memory does not grow with
-the number of rows.
+Cells of CSV and TSV files are unconverted text. Each file is read as a stream, so memory does not grow with the number
+of rows.
 """
 
 import csv
@@ -35,53 +35,53 @@ from conceptshare.data.sources import METADATA, Source, files_below, form, locat
 from conceptshare.io.errors import ConceptshareError, DatasetError, system_error_message
 
 LISTED = 5000
-"""Most images of a data set that are inputs of Snakemake one by one."""
+"""Maximum number of images of a data set that are separate inputs for Snakemake."""
 
 _BRACES = {"{", "}"}
 _BATCH_BYTES = 2**23
 _LONGEST_PATH = 4096
 _BUFFER = 2**20
-_LONGEST_HEADER = 2**20  # of a tar's member: long names and extended headers, which tarfile reads as a whole
+_LONGEST_HEADER = 2**20  # of a tar's member: long names and extended headers, which tarfile reads in one piece
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks
 
-# A WebDataset's member is KEY.COLUMN, split at the first dot of its file name.
+# Members of a WebDataset are named KEY.COLUMN, split at the first dot of the file name.
 _MEMBER = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)")
 
 
 @dataclass(frozen=True)
 class Unusable:
-    """In place of a cell that was not read, the reason."""
+    """Placeholder for a cell that was not read, with the reason."""
 
     reason: str
 
 
 def columns_of(spec: DatasetSpec) -> dict[str, str | None]:
-    """The column of each key that names one."""
+    """The column name for each key of the entry that names one."""
     image = {"image": spec.image} if spec.image_url is None else {"image_url": spec.image_url}
     return {"id": spec.id, **image, "caption": spec.caption}
 
 
 def read_rows(spec: DatasetSpec, source: Source) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Each row of a source in order: the folder of its table, and its cells by key (``id``, ``image``, ...).
+    """Yield each row of a source in order: the folder of its table, and its cells by key (``id``, ``image``, ...).
 
-    Files of an image folder that no row names are added to ``source.not_read`` at the end.
+    Images in an image folder that no row names are added to ``source.not_read`` at the end.
 
     Raises:
-        DatasetError: where a file cannot be read, or lacks a column.
+        DatasetError: if a file cannot be read, or lacks a column.
     """
     columns = {key: column for key, column in columns_of(spec).items() if column is not None}
     yield from itertools.islice(_rows(spec, source, columns), spec.limit)
 
 
 def inputs(spec: DatasetSpec) -> tuple[list[str], str]:
-    """The files of a local data set, for Snakemake: those that are listed one by one, and a digest of its images.
+    """The inputs of a local data set for Snakemake: a list of files, and a digest of the images that are not listed.
 
-    Images are those below an image folder, or those that a table names and that are there. Up to LISTED of them are
-    listed, and the digest is empty. Of more, or of names that Snakemake cannot hold, paths, sizes and times are in the
-    digest: Snakemake takes milliseconds for each file that is listed.
+    Images are those below an image folder, or the existing ones that a table names. Up to LISTED images are listed, and
+    the digest is empty. If there are more, or Snakemake cannot represent their names, their paths, sizes and times are
+    hashed into the digest instead: Snakemake takes milliseconds per listed file.
 
     Raises:
-        DatasetError: where they cannot be listed.
+        DatasetError: if the files cannot be listed.
     """
     source = locate(spec)
     files = [str(file) for file in [*source.files, source.folder / "README.md"] if file.is_file()]
@@ -92,11 +92,11 @@ def inputs(spec: DatasetSpec) -> tuple[list[str], str]:
     listed = True
     for path in _images_below(source) if source.kind == "images" else _named_images(spec, source):
         try:
-            found = os.stat(path)  # noqa: PTH116 - Path takes five times as long, and there may be millions
+            status = os.stat(path)  # noqa: PTH116 - Path takes five times as long, and there may be millions
         except (OSError, ValueError):
             continue
-        if stat.S_ISREG(found.st_mode):
-            digest.update(os.fsencode(f"{path}\n{found.st_size}\n{found.st_mtime_ns}\n"))
+        if stat.S_ISREG(status.st_mode):
+            digest.update(os.fsencode(f"{path}\n{status.st_size}\n{status.st_mtime_ns}\n"))
             if listed:
                 images.add(path)
                 listed = len(images) <= LISTED and path.isprintable() and not _BRACES.intersection(path)
@@ -110,7 +110,7 @@ def _images_below(source: Source) -> list[str]:
 
 
 def _named_images(spec: DatasetSpec, source: Source) -> Iterator[str]:
-    """The paths that tables name as images."""
+    """Yield the image paths in the tables of a source."""
     for folder, row in itertools.islice(_rows(spec, source, {"image": spec.image}, paths_only=True), spec.limit):
         cell = row["image"].get("path") if isinstance(row["image"], dict) else row["image"]
         if isinstance(cell, str) and len(cell) < _LONGEST_PATH:
@@ -118,7 +118,7 @@ def _named_images(spec: DatasetSpec, source: Source) -> Iterator[str]:
 
 
 def count_rows(spec: DatasetSpec) -> int | None:
-    """How many rows a local data set has, where reading its tables tells; None of tars and zips."""
+    """Number of rows of a local data set according to its tables; None for tars and zips."""
     source = locate(spec)
     if source.kind == "tars" or any(form(file.name) == "zip" for file in source.files):
         return None
@@ -126,7 +126,7 @@ def count_rows(spec: DatasetSpec) -> int | None:
 
 
 def image_path(cell: str, folder: Path, source: Source) -> str:
-    """The file at a path relative to its table's folder, or, where none is there, to the folder of the data set."""
+    """Resolve a path relative to its table's folder, or, if no file is there, to the folder of the data set."""
     path = os.path.normpath(os.path.join(folder, cell))  # noqa: PTH118 - see inputs
     if source.kind == "tables" and folder != source.folder and not os.path.exists(path):  # noqa: PTH110
         other = os.path.normpath(os.path.join(source.folder, cell))  # noqa: PTH118
@@ -135,12 +135,12 @@ def image_path(cell: str, folder: Path, source: Source) -> str:
 
 
 def cut(text: str, length: int = 60) -> str:
-    """The beginning of a text of any length, for a message."""
+    """Truncate a text for a message."""
     return text if len(text) <= length else f"{text[:length]}..."
 
 
 def too_large(size: int, longest: int) -> str:
-    """Why a file or member is not read."""
+    """The reason for not reading a file or member that is too large."""
     return f"{size / 1e6:,.1f} MB, more than max_mb = {longest / 1e6:g}"
 
 
@@ -150,27 +150,29 @@ def _rows(
     if source.kind == "images" and "image" in columns:
         columns = columns | {"image": _in_metadata(columns["image"])}
     longest = int(spec.max_mb * 1e6)
-    met = _Met(columns, "members' extensions" if source.kind == "tars" else "columns")
+    seen_columns = _SeenColumns(columns, "members' extensions" if source.kind == "tars" else "columns")
     seen = array("Q")
     for file in source.files:
         where = source.name if len(source.files) == 1 else f"{source.name}: {_relative(file, source)}"
-        with _faults_of(where, source):
+        with _as_dataset_error(where, source):
             if source.kind == "tars":
-                yield from ((file.parent, row) for row in _tar_rows(file, columns, where, met, longest))
+                yield from ((file.parent, row) for row in _tar_rows(file, columns, where, seen_columns, longest))
             elif form(file.name) == "zip":
-                yield from ((file.parent, row) for row in _zip_rows(file, columns, where, met, longest, source))
+                yield from (
+                    (file.parent, row) for row in _zip_rows(file, columns, where, seen_columns, longest, source)
+                )
             else:
-                # Opened by Python, as Arrow takes no names that are not UTF-8.
+                # Opened by Python, because Arrow only accepts file names in UTF-8.
                 with file.open("rb") as stream:
                     kind, packing, separator = form(file.name) or "", file.suffix.lower(), source.separator
                     table = _Table(stream, kind, packing, where, longest, separator)
-                    for row in _table_rows(table, columns, met, paths_only):
+                    for row in _table_rows(table, columns, seen_columns, paths_only):
                         if source.kind == "images" and isinstance(row.get("image"), str):
                             seen.append(hash_of(os.path.normpath(file.parent / row["image"])))
                         yield file.parent, row
-    met.check(source.name)
+    seen_columns.check(source.name)
     if source.kind == "images" and "image" in columns:
-        _note_images_without_row(source, np.array(seen))
+        _report_images_without_row(source, np.array(seen))
 
 
 def _relative(file: Path, source: Source) -> str:
@@ -178,48 +180,48 @@ def _relative(file: Path, source: Source) -> str:
 
 
 def _in_metadata(column: str) -> str:
-    """The column of an image folder's metadata that the images of a column are named in."""
+    """The column of an image folder's metadata that holds the file names for an image column."""
     if column.endswith("file_name"):
         return column
     return "file_name" if column == "image" else f"{column}_file_name"
 
 
 def hash_of(text: str) -> int:
-    """A hash of 64 bits, the same in every process."""
+    """A 64-bit hash that is the same in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def _note_images_without_row(source: Source, seen: "np.ndarray[Any, Any]") -> None:
-    """Report the images below the folders of the metadata that no row names."""
-    places = {file.parent for file in source.files if form(file.name) != "zip"}
+def _report_images_without_row(source: Source, seen: "np.ndarray[Any, Any]") -> None:
+    """Report images below the metadata's folders that no row names."""
+    folders = {file.parent for file in source.files if form(file.name) != "zip"}
     seen.sort()
     images = suffixes()
-    for name in files_below(source.folder) if places else ():
+    for name in files_below(source.folder) if folders else ():
         path = source.folder / name
-        if path.suffix.lower() in images and not places.isdisjoint(path.parents):
+        if path.suffix.lower() in images and not folders.isdisjoint(path.parents):
             hashed = hash_of(os.path.normpath(path))
-            place = np.searchsorted(seen, np.uint64(hashed))
-            if place == len(seen) or int(seen[place]) != hashed:
+            index = np.searchsorted(seen, np.uint64(hashed))
+            if index == len(seen) or int(seen[index]) != hashed:
                 source.not_read.add("image without a row", name)
 
 
 @contextmanager
-def _faults_of(where: str, source: Source) -> Iterator[None]:
-    """Name the file in whatever its format's reader raises."""
+def _as_dataset_error(where: str, source: Source) -> Iterator[None]:
+    """Convert errors of a file format's reader to a DatasetError that names the file."""
     try:
         yield
     except ConceptshareError:
         raise
-    except Exception as error:  # the readers raise whatever their file formats raise
+    except Exception as error:  # readers raise many types
         if system_error_message(error) is not None and not isinstance(error, FileNotFoundError):
             raise
         hint = "check the file" if source.revision is None else "check the data set's files, split and revision"
-        said = " ".join(str(error).split())[:300]
-        raise DatasetError(f"{where}: cannot be read ({type(error).__name__}: {said}); {hint}") from error
+        message = " ".join(str(error).split())[:300]
+        raise DatasetError(f"{where}: cannot be read ({type(error).__name__}: {message}); {hint}") from error
 
 
-class _Met:
-    """The columns that rows have had so far, for formats whose rows need not have all of them."""
+class _SeenColumns:
+    """Columns seen in any row so far, for formats whose rows may lack some columns."""
 
     def __init__(self, columns: dict[str, str], what: str) -> None:
         self._columns = columns
@@ -230,7 +232,7 @@ class _Met:
         self._there.update(names)
 
     def check(self, where: str) -> None:
-        """Fail where a column was in no row at all."""
+        """Raise a DatasetError if a required column was in no row."""
         for key, column in self._columns.items():
             wanted = column.lower().split(";") if self._what != "columns" else [column]
             if self._there and column != "__key__" and self._there.isdisjoint(wanted):
@@ -241,7 +243,7 @@ def _no_column(where: str, key: str, column: str, there: Iterable[str], what: st
     shown = ", ".join(map(cut, itertools.islice(there, 50)))
     remedy = f"set {key} to one of them"
     if key == "image" and column.endswith("file_name"):
-        remedy = "give that name to the one with the paths of images"
+        remedy = f"rename the column with the image paths to {column}"
     return DatasetError(f"{where}: no column {column!r}; the {what} are {shown}: {remedy}")
 
 
@@ -265,11 +267,13 @@ class _Table:
     suffix: str
     where: str
     longest: int
-    """Most characters of a row of text."""
+    """Maximum number of characters per row of text."""
     separator: str | None = None
 
 
-def _table_rows(table: _Table, columns: dict[str, str], met: _Met, paths_only: bool) -> Iterator[dict[str, Any]]:
+def _table_rows(
+    table: _Table, columns: dict[str, str], seen_columns: _SeenColumns, paths_only: bool
+) -> Iterator[dict[str, Any]]:
     match table.form:
         case "parquet":
             yield from _parquet_rows(table, columns, paths_only)
@@ -280,7 +284,7 @@ def _table_rows(table: _Table, columns: dict[str, str], met: _Met, paths_only: b
         case _:
             objects = _json_lines(table) if table.form == "jsonl" else _json_objects(table, columns)
             for cells in objects:
-                met.add(cells)
+                seen_columns.add(cells)
                 yield {key: cells.get(column) for key, column in columns.items()}
 
 
@@ -289,7 +293,7 @@ def _parquet_rows(table: _Table, columns: dict[str, str], paths_only: bool) -> I
     file = pq.ParquetFile(table.stream, pre_buffer=False, buffer_size=_BUFFER)
     _check_columns(table.where, columns, file.schema_arrow.names)
     wanted = list(dict.fromkeys(columns.values()))
-    if paths_only:  # and none of the images that may be in the table itself
+    if paths_only:  # skip images that are stored in the table itself
         wanted = [name for column in wanted for name in _path_of(file.schema_arrow.field(column))]
         if not wanted:
             return
@@ -300,7 +304,7 @@ def _parquet_rows(table: _Table, columns: dict[str, str], paths_only: bool) -> I
 
 
 def _path_of(column: pa.Field) -> list[str]:
-    """What of a column of images may hold paths."""
+    """The part of an image column that may hold paths: the column or its field ``path``; empty if there is none."""
     if pa.types.is_struct(column.type):
         return [f"{column.name}.path"] if column.type.get_field_index("path") >= 0 else []
     return [] if "binary" in str(column.type) else [column.name]
@@ -331,7 +335,7 @@ def _cells(batch: pa.RecordBatch, columns: dict[str, str]) -> Iterator[dict[str,
 
 @contextmanager
 def _text(table: _Table) -> Iterator[TextIO]:
-    """The text of a file, unpacked, without its byte order mark; bytes that are no UTF-8 become surrogates."""
+    """Open a file as text, decompressed and without byte order mark; invalid UTF-8 becomes surrogates."""
     stream: Any = table.stream
     if packing := {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}.get(table.suffix):
         stream = io.BufferedReader(pa.CompressedInputStream(stream, packing))
@@ -358,7 +362,7 @@ def _csv_rows(table: _Table, columns: dict[str, str]) -> Iterator[dict[str, Any]
                 raise DatasetError(f"{table.where}: the file is empty")
             if len(header) == 1 and (other := next((c for c in ";\t|" if c in header[0]), None)):
                 raise DatasetError(
-                    f"{table.where}: its cells are separated by {other!r} and not by {separator!r}; save it with "
+                    f"{table.where}: its cells are separated by {other!r} instead of {separator!r}; save it with "
                     "commas, or with tabs as a .tsv file"
                 )
             _check_columns(table.where, columns, header)
@@ -367,7 +371,7 @@ def _csv_rows(table: _Table, columns: dict[str, str]) -> Iterator[dict[str, Any]
                 if row and len(row) != len(header):
                     raise DatasetError(
                         f"{table.where}: line {reader.line_num} has {len(row)} cells, the header {len(header)}; "
-                        f"{_of_cells(len(row) - len(header), separator)}"
+                        f"{_cell_count_remedy(len(row) - len(header), separator)}"
                     )
                 if row:
                     yield {key: row[n] for key, n in places.items()}
@@ -377,15 +381,18 @@ def _csv_rows(table: _Table, columns: dict[str, str]) -> Iterator[dict[str, Any]
             ) from None
 
 
-def _of_cells(more: int, separator: str) -> str:
-    """What to do about a row that has more or fewer cells than the header."""
+def _cell_count_remedy(more: int, separator: str) -> str:
+    """The remedy for a row with more or fewer cells than the header."""
     if more > 0:
-        return f"put cells that hold a {separator!r} into quotes, and leave out separators at the end of the line"
-    return f"complete the line, with a {separator!r} before each empty cell, too"
+        return f"quote cells that contain {separator!r}, and remove separators at the end of the line"
+    return f"complete the line, with a {separator!r} before empty cells, too"
 
 
 def _json_lines(table: _Table) -> Iterator[dict[str, Any]]:
-    """The parser of Arrow gives a file up where a text holds a lone surrogate, or where a column changes its type."""
+    """Yield the objects of a JSON Lines file.
+
+    Arrow's parser is not used: it fails if a text holds a lone surrogate, or if a column changes its type.
+    """
     with _text(table) as text:
         for number, line in enumerate(_lines(text, table), 1):
             if not line.strip():
@@ -395,16 +402,16 @@ def _json_lines(table: _Table) -> Iterator[dict[str, Any]]:
             except (ValueError, RecursionError) as error:
                 raise DatasetError(f"{table.where}: line {number} is not valid JSON ({error}); correct it") from None
             if not isinstance(cells, dict):
-                raise DatasetError(f"{table.where}: line {number} holds no object of columns and cells; correct it")
+                raise DatasetError(f"{table.where}: line {number} is not an object of columns and cells; correct it")
             yield cells
 
 
 def _json_objects(table: _Table, columns: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON file: a list of objects, objects one after another, or one object of lists."""
+    """Yield the rows of a JSON file: a list of objects, concatenated objects, or one object of lists."""
     first: dict[str, Any] | None = None
     for number, value in enumerate(_json_values(table)):
         if not isinstance(value, dict):
-            raise DatasetError(f"{table.where}: item {number} is no object of columns and cells; correct it")
+            raise DatasetError(f"{table.where}: item {number} is not an object of columns and cells; correct it")
         if number == 0:
             first = value
             continue
@@ -415,7 +422,7 @@ def _json_objects(table: _Table, columns: dict[str, str]) -> Iterator[dict[str, 
     lists = [] if first is None else [first.get(column) for column in columns.values()]
     if first is not None and lists and all(isinstance(cells, list) for cells in lists):
         if len({len(cells) for cells in lists if cells is not None}) > 1:
-            raise DatasetError(f"{table.where}: its lists are not of one length; correct them")
+            raise DatasetError(f"{table.where}: its lists differ in length; correct them")
         for row in zip(*lists, strict=True):
             yield dict(zip(columns.values(), row, strict=True))
     elif first is not None:
@@ -423,7 +430,7 @@ def _json_objects(table: _Table, columns: dict[str, str]) -> Iterator[dict[str, 
 
 
 def _json_values(table: _Table) -> Iterator[Any]:
-    """The items of a JSON file's list, or its values one after another, without reading the whole file."""
+    """Yield the items of a JSON file's list, or its concatenated values, without reading the whole file."""
     decoder = json.JSONDecoder()
     with _text(table) as text:
         rest, place = text.read(_BUFFER).lstrip(), 0
@@ -456,7 +463,7 @@ def _too_long(table: _Table) -> DatasetError:
 
 
 class _Member(tarfile.TarInfo):
-    """A member of a tar, whose header neither ends the tar where it is damaged, nor fills the memory."""
+    """A tar member with stricter headers: a damaged one raises instead of ending the tar, a huge one is rejected."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Member":
@@ -476,10 +483,12 @@ _HEADERS = {
 }
 
 
-def _tar_rows(file: Path, columns: dict[str, str], where: str, met: _Met, longest: int) -> Iterator[dict[str, Any]]:
-    """The samples of a WebDataset tar; None where a sample lacks a column.
+def _tar_rows(
+    file: Path, columns: dict[str, str], where: str, seen_columns: _SeenColumns, longest: int
+) -> Iterator[dict[str, Any]]:
+    """Yield the samples of a WebDataset tar; the cell of a missing column is None.
 
-    Nothing is unpacked onto the disk, whatever the members' names.
+    Nothing is extracted to disk, so members' names are harmless.
     """
     wanted = {name for column in columns.values() for name in column.lower().split(";")}
     keys, lacking = array("Q"), {}
@@ -489,7 +498,7 @@ def _tar_rows(file: Path, columns: dict[str, str], where: str, met: _Met, longes
             if name in cells:
                 raise DatasetError(f"{where}: the sample {cut(sample)!r} has two members {name!r}; rename one")
             cells[name] = content
-        met.add(cells)
+        seen_columns.add(cells)
         row: dict[str, Any] = {}
         for key, column in columns.items():
             name = next((name for name in column.lower().split(";") if name in cells), "")
@@ -503,18 +512,18 @@ def _tar_rows(file: Path, columns: dict[str, str], where: str, met: _Met, longes
 
 
 def _check_together(where: str, keys: "np.ndarray[Any, Any]", lacking: dict[int, str]) -> None:
-    """Fail where samples that lack a member come more than once."""
+    """Raise a DatasetError if a sample that lacks a member occurs more than once, so its members are not adjacent."""
     names, counts = np.unique(keys[np.isin(keys, np.array([*lacking], np.uint64))], return_counts=True)
     if (counts > 1).any():
         sample = lacking[int(names[counts > 1][0])]
         raise DatasetError(
-            f"{where}: the members of a sample do not stand together, such as those of {cut(sample)!r}; make the tar "
-            "again with its members in order, as by tar --sort=name"
+            f"{where}: the members of a sample are not adjacent, such as those of {cut(sample)!r}; recreate the tar "
+            "with its members in order, as with tar --sort=name"
         )
 
 
 def _tar_members(file: Path, wanted: set[str], longest: int) -> Iterator[tuple[str, str, bytes | Unusable | None]]:
-    """Sample, column and content of each member that is a file, in order; contents of the wanted columns only."""
+    """Yield sample, column and content of each member that is a file; content is only read for wanted columns."""
     with tarfile.open(file, tarinfo=_Member) as tar:
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # which would keep every header
@@ -529,13 +538,13 @@ def _tar_members(file: Path, wanted: set[str], longest: int) -> Iterator[tuple[s
                 content = tar.extractfile(member).read()  # type: ignore[union-attr]
             yield match[1], column, content
         if tar.fileobj.read(_BUFFER).strip(b"\0"):
-            raise DatasetError(f"{file}: there is more after the end of the tar; join tars by tar -A, and not by cat")
+            raise DatasetError(f"{file}: there is data after the end of the tar; join tars with tar -A, not with cat")
 
 
 def _text_of(name: str, content: bytes | Unusable | None) -> Any:
-    """A member that is no image: JSON as what it holds, the rest as text; as it is where it is neither.
+    """Decode a member that is not an image: JSON by its suffix, otherwise text; unchanged if that fails.
 
-    The line break that ends a text file is no part of its text.
+    A final line break is stripped from text.
     """
     if not isinstance(content, bytes):
         return content
@@ -549,9 +558,9 @@ def _text_of(name: str, content: bytes | Unusable | None) -> Any:
 
 
 def _zip_rows(
-    file: Path, columns: dict[str, str], where: str, met: _Met, longest: int, source: Source
+    file: Path, columns: dict[str, str], where: str, seen_columns: _SeenColumns, longest: int, source: Source
 ) -> Iterator[dict[str, Any]]:
-    """The rows of the metadata in a zip of images, with the bytes of the images. Nothing is unpacked onto the disk."""
+    """Yield the rows of the metadata in a zip of images, with the images' bytes. Nothing is extracted to disk."""
     with zipfile.ZipFile(file) as packed:
         members = {
             info.filename: info for info in packed.infolist() if not info.is_dir() and not _hidden(info.filename)
@@ -559,13 +568,13 @@ def _zip_rows(
         tables = sorted(name for name in members if posixpath.basename(name) in METADATA)
         if not tables:
             raise DatasetError(
-                f"{where}: a zip without a metadata.csv, .jsonl or .parquet; unpack it, and name the folder"
+                f"{where}: a zip without a metadata.csv, .jsonl or .parquet; unpack it and name the folder"
             )
         left = {name for name in members if posixpath.splitext(name.lower())[1] in suffixes()}
         for name in tables:
             with packed.open(name) as stream:
                 table = _Table(stream, form(name) or "", "", f"{where}: {printable(name)}", longest)
-                for row in _table_rows(table, columns, met, paths_only=False):
+                for row in _table_rows(table, columns, seen_columns, paths_only=False):
                     if isinstance(row.get("image"), str):
                         image = posixpath.normpath(posixpath.join(posixpath.dirname(name), row["image"]))
                         left.discard(image)
@@ -587,7 +596,7 @@ def _unzipped(packed: zipfile.ZipFile, info: zipfile.ZipInfo | None, name: str, 
         return Unusable(too_large(info.file_size, longest))
     try:
         with packed.open(info) as stream:
-            content = stream.read(longest + 1)  # its size is only what the zip says
+            content = stream.read(longest + 1)  # the size in the zip's index may be wrong
     except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         return Unusable(f"{type(error).__name__}: {cut(str(error))}")
     return content if len(content) <= longest else Unusable(too_large(len(content), longest))

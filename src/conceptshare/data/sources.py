@@ -1,13 +1,12 @@
-"""Which files a data set's source is made of: listed here, exactly as they are named, and never guessed or globbed.
+"""Which files a data set's source consists of. Files are listed explicitly, never guessed or globbed.
 
-A folder is read by the first of these that it holds: tars; an image folder's `metadata.csv`, `.jsonl` or `.parquet`;
-tables of one format; zips of images with their metadata. Files are read in the order of their paths, compared letter by
-letter, so `part-10` comes before `part-2`. Names that start with a dot and folders that start with two underscores do
-not count.
+A folder is read as the first of these that it contains: tars; an image folder with `metadata.csv`, `.jsonl` or
+`.parquet`; tables of one format; zips of images with metadata. Files are read in lexicographic order of their paths,
+so `part-10` comes before `part-2`. Names that start with a dot and folders that start with two underscores are ignored.
 
-A part of the files is chosen only where the data set declares its parts: configurations and splits in the metadata of
-its README.md, splits by the hub's names of shards (``train-00000-of-00002``) or by folders that are named as splits.
-Whatever is left out is reported.
+Only a part of the files is read if the data set declares parts: configurations and splits in the metadata of its
+README.md, or splits by the hub's shard names (``train-00000-of-00002``) or by folders named after splits. Files that
+are not read are reported.
 """
 
 import os
@@ -24,7 +23,7 @@ from conceptshare.io.errors import DatasetError
 
 ALL = "all"
 """The ``split`` that reads every file."""
-_SHOWN = 100  # names of files of one kind in a manifest
+_SHOWN = 100  # number of unread files that a manifest names per reason
 
 _FORMATS = {
     **{".parquet": "parquet", ".csv": "csv", ".tsv": "tsv", ".json": "json", ".arrow": "arrow"},
@@ -34,7 +33,7 @@ _TABLES = ("parquet", "arrow", "csv", "tsv", "json", "jsonl")
 _PACKED = {"csv": (".gz", ".bz2", ".zst"), "tar": (".gz", ".bz2", ".xz")}
 _PACKED |= dict.fromkeys(("tsv", "json", "jsonl"), _PACKED["csv"])
 METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
-# What the hub and its library keep next to the data.
+# Files that the hub and its library keep next to the data.
 _NO_DATA = {
     "config.json",
     "dataset_info.json",
@@ -54,25 +53,25 @@ _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\b.*")
 
 @dataclass
 class NotRead:
-    """Files below a source that are not read, by the reason, such as ``split test``."""
+    """Files below a source that are not read, by reason, such as ``split test``."""
 
     counts: dict[str, int] = field(default_factory=dict)
     names: dict[str, list[str]] = field(default_factory=dict)
-    """The first of them."""
+    """The first files per reason."""
 
     def add(self, reason: str, name: str) -> None:
-        """Note one more."""
+        """Add a file."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
         some = self.names.setdefault(reason, [])
         if len(some) < _SHOWN:
             some.append(printable(name))
 
     def entries(self) -> list[dict[str, Any]]:
-        """For the manifest: the ``reason``, the number of ``files`` and the ``first`` of them."""
+        """Entries for the manifest: the ``reason``, the number of ``files`` and the ``first`` of them."""
         return [{"reason": reason, "files": n, "first": self.names[reason]} for reason, n in self.counts.items()]
 
     def lines(self) -> list[str]:
-        """For the log."""
+        """Lines for the log."""
         return [
             f"not read: {n:,} {'files' if n > 1 else 'file'} ({reason}), such as {', '.join(self.names[reason][:3])}"
             for reason, n in self.counts.items()
@@ -84,28 +83,28 @@ class Source:
     """The files of a data set on this machine, in the order in which they are read."""
 
     name: str
-    """As in the study."""
+    """The source as the study names it."""
     folder: Path
-    """The folder that was named, or that of the file that was."""
+    """The source's folder, or the folder that contains the source file."""
     revision: str | None
-    """The commit of a hub data set; a local one is told by its content hash alone."""
+    """The commit of a hub data set; None for a local one, which only its content hash identifies."""
     kind: Literal["tables", "images", "tars"]
     files: list[Path]
     split: str
-    """The one that is read; ``train`` of a data set without splits, as the hub has it."""
+    """The split that is read; ``train`` for a data set without splits, as on the hub."""
     not_read: NotRead
     configuration: str | None = None
-    """The one that is read, where there are several."""
+    """The configuration that is read, if there are several."""
     separator: str | None = None
-    """Of CSV files, where the data set's metadata name one."""
+    """Separator of CSV files, if the data set's metadata set one."""
 
 
 def locate(spec: DatasetSpec) -> Source:
-    """Find the files of a data set, once they are on this machine.
+    """Find the files of a data set, after fetching them from the hub if needed.
 
     Raises:
-        DatasetError: where they are missing, or of several kinds, configurations or splits that none was chosen of.
-        HubError: where they are to be fetched from the hub and cannot be.
+        DatasetError: if they are missing, or there are several kinds, configurations or splits and none was chosen.
+        HubError: if they cannot be fetched from the hub.
     """
     if not is_path(spec.source):
         from conceptshare.io.hub import fetch_snapshot
@@ -116,39 +115,39 @@ def locate(spec: DatasetSpec) -> Source:
 
 
 def files_below(folder: Path) -> Iterator[str]:
-    """The paths, relative to a folder, of all regular files below it, in no particular order.
+    """Yield the relative paths of all regular files below a folder, in no particular order.
 
-    Links are followed, and hidden names left out; see the module.
+    Links are followed, and hidden names are skipped; see the module.
     """
-    above = [(folder, "", frozenset([folder.resolve()]))]
-    while above:
-        place, prefix, parents = above.pop()
-        with os.scandir(place) as entries:
+    pending = [(folder, "", frozenset([folder.resolve()]))]
+    while pending:
+        current, prefix, parents = pending.pop()
+        with os.scandir(current) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
                 if entry.is_dir():
                     real = Path(entry.path).resolve() if entry.is_symlink() else Path(entry.path)
                     if not entry.name.startswith("__") and real not in parents:
-                        above.append((Path(entry.path), f"{prefix}{entry.name}/", parents | {real}))
-                elif entry.is_file() or not Path(entry.path).exists():  # a broken link fails where it is read
+                        pending.append((Path(entry.path), f"{prefix}{entry.name}/", parents | {real}))
+                elif entry.is_file() or not Path(entry.path).exists():  # a broken link fails when it is read
                     yield prefix + entry.name
 
 
 def printable(text: str) -> str:
-    """A name with bytes that are no UTF-8 and control characters escaped."""
+    """Return a name with invalid UTF-8 and control characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def form(name: str) -> str | None:
-    """The format of a file of data by the suffix of its name, such as ``csv`` of ``a.csv.gz``."""
-    stem, suffix = _halves(name.lower())
-    inner = _FORMATS.get(_halves(stem)[1])
+    """Format of a data file by its suffix, such as ``csv`` for ``a.csv.gz``; None if it is not a data file."""
+    stem, suffix = _split_suffix(name.lower())
+    inner = _FORMATS.get(_split_suffix(stem)[1])
     return _FORMATS.get(suffix) or (inner if suffix in _PACKED.get(inner or "", ()) else None)
 
 
-def _halves(name: str) -> tuple[str, str]:
-    """A file's name without its suffix, and that; strings, as there may be millions of names."""
+def _split_suffix(name: str) -> tuple[str, str]:
+    """Split a file's name into stem and suffix. Uses strings, because there may be millions of names."""
     stem, dot, suffix = name.rpartition(".")
     return stem, dot + suffix
 
@@ -156,7 +155,7 @@ def _halves(name: str) -> tuple[str, str]:
 def _listed(spec: DatasetSpec, path: Path, revision: str | None) -> Source:
     not_read = NotRead()
     split = spec.split or "train"
-    if os.path.isfile(path):  # noqa: PTH113 - which no path makes fail, however long
+    if os.path.isfile(path):  # noqa: PTH113 - does not raise for any path, however long
         kinds: dict[str, Any] = {"tar": "tars", "zip": "images"} | dict.fromkeys(_TABLES, "tables")
         kind = kinds.get(form(path.name) or "")
         if kind is None:
@@ -173,7 +172,7 @@ def _listed(spec: DatasetSpec, path: Path, revision: str | None) -> Source:
     for name in files_below(path):
         if form(name) is not None and name.rpartition("/")[2] not in _NO_DATA:
             names.append(name)
-        elif _halves(name.lower())[1] in images:
+        elif _split_suffix(name.lower())[1] in images:
             some_image = name
     declared = _declared(spec, path, sorted(names)) or _Declared(None, sorted(names))
     kind, chosen = _of_one_kind(spec, declared.names, some_image, not_read)
@@ -196,18 +195,18 @@ def _image_suffixes() -> set[str]:
 
 @dataclass(frozen=True)
 class _Declared:
-    """What the metadata of a data set declare of one configuration."""
+    """One configuration, as declared in the metadata of a data set."""
 
     configuration: str | None
-    """Its name, where there are several."""
+    """Its name, if there are several configurations."""
     names: list[str]
     splits: dict[str, set[str]] = field(default_factory=dict)
-    """The files of each split, where the metadata name any."""
+    """The files of each split, if the metadata declare splits."""
     separator: str | None = None
 
 
 def _declared(spec: DatasetSpec, folder: Path, names: list[str]) -> _Declared | None:
-    """The configuration that is to be read, by the metadata of README.md; None where there are none."""
+    """The configuration to read, according to the metadata of README.md; None if it declares none."""
     configurations = _configurations(spec, folder / "README.md")
     if not configurations:
         if spec.configuration is not None:
@@ -234,15 +233,15 @@ def _declared(spec: DatasetSpec, folder: Path, names: list[str]) -> _Declared | 
         for split, patterns in keys["data_files"].items()
     }
     matched = set().union(*splits.values())
-    if not matched & metadata and metadata:  # patterns that name images alone: their rows are in the metadata
+    if not matched & metadata and metadata:  # the patterns only name images, whose rows are in the metadata
         return _Declared(shown, sorted(metadata), {}, separator)
     if not matched:
-        raise DatasetError(f"{spec.source}: no file is what README.md declares for configuration {name!r}")
+        raise DatasetError(f"{spec.source}: no file matches the patterns in README.md for configuration {name!r}")
     return _Declared(shown, sorted(matched), splits, separator)
 
 
 def _configurations(spec: DatasetSpec, readme: Path) -> dict[str, dict[str, Any]]:
-    """The keys of each configuration, with its ``data_files`` as the patterns of each split."""
+    """The keys of each configuration, with ``data_files`` as patterns by split."""
     if not readme.is_file():
         return {}
     from huggingface_hub import metadata_load
@@ -259,7 +258,7 @@ def _configurations(spec: DatasetSpec, readme: Path) -> dict[str, dict[str, Any]
             if keys.get("data_files") is not None:
                 keys["data_files"] = sanitize_patterns(keys["data_files"])
         return configurations
-    except Exception as error:  # whatever the YAML of others provokes
+    except Exception as error:  # third-party YAML can raise any type
         raise DatasetError(
             f"{spec.source}: the metadata at the top of README.md cannot be read "
             f"({' '.join(str(error).split())[:200]}); correct or remove them"
@@ -267,7 +266,7 @@ def _configurations(spec: DatasetSpec, readme: Path) -> dict[str, dict[str, Any]
 
 
 def _default(configurations: dict[str, dict[str, Any]]) -> str | None:
-    """The only configuration, or the one that the data set's author declared to be read by default."""
+    """The only configuration, or the one declared as the default."""
     if len(configurations) == 1:
         return next(iter(configurations))
     marked = [name for name, keys in configurations.items() if name == "default" or keys.get("default") is True]
@@ -280,9 +279,9 @@ def _in_folder(folder: str, pattern: Any) -> str:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether a path is the one, or of those, that the metadata of a data set name; ``**`` is any number of folders.
+    """Whether a path matches a pattern in the metadata of a data set; ``**`` matches any number of folders.
 
-    The places in the pattern that are reached are kept, and none is tried twice: a stranger's pattern costs little.
+    The set of reached positions in the pattern is tracked, so untrusted patterns cannot cause exponential backtracking.
     """
     wanted = pattern.split("/")
     reached = {0}
@@ -293,21 +292,21 @@ def _matches(name: str, pattern: str) -> bool:
     return name == pattern or len(wanted) in _past_folders(reached, wanted)
 
 
-def _past_folders(places: set[int], wanted: list[str]) -> set[int]:
-    """Places in a pattern, and those after each ``**`` there, which may be no folder at all."""
-    found: set[int] = set()
-    for place in places:
-        found.add(place)
-        while wanted[place : place + 1] == ["**"]:
-            place += 1
-            found.add(place)
-    return found
+def _past_folders(positions: set[int], wanted: list[str]) -> set[int]:
+    """Positions in a pattern, and those after each ``**`` at them, because ``**`` may match no folder."""
+    reached: set[int] = set()
+    for position in positions:
+        reached.add(position)
+        while wanted[position : position + 1] == ["**"]:
+            position += 1
+            reached.add(position)
+    return reached
 
 
 def _of_one_kind(
     spec: DatasetSpec, names: list[str], some_image: str | None, not_read: NotRead
 ) -> tuple[Literal["tables", "images", "tars"], list[str]]:
-    """The files that are read together, and what kind they are."""
+    """The files that are read together, and their kind."""
     stems = {_stem(name) for name in names if form(name) in {"tar", "parquet"}}
     statistics = {name for name in names if name.endswith("_stats.json") and _stem(name) in stems}
     names = _all_but(names, set(names) - statistics, "statistics of img2dataset", not_read)
@@ -319,7 +318,7 @@ def _of_one_kind(
     metadata = [name for name in names if name.rpartition("/")[2] in METADATA]
     if tars:
         stems = {_stem(name) for name in tars}
-        if any(_stem(name) not in stems for found in tables.values() for name in found):
+        if any(_stem(name) not in stems for files in tables.values() for name in files):
             raise _mixed(spec, {"tar": tars} | tables)
         return "tars", _all_but(names, set(tars), "next to tars", not_read)
     if metadata and (some_image is not None or zips):
@@ -343,7 +342,7 @@ def _of_one_kind(
 
 
 def _stem(name: str) -> str:
-    """What img2dataset's tars share with the tables that it writes next to them."""
+    """The path without suffixes, which img2dataset's tars share with the tables next to them."""
     folder, _, file = name.rpartition("/")
     return f"{folder}/{file.partition('.')[0].removesuffix('_stats')}"
 
@@ -356,15 +355,15 @@ def _all_but(names: list[str], chosen: set[str], reason: str, not_read: NotRead)
 
 
 def _mixed(spec: DatasetSpec, kinds: dict[str, list[str]]) -> DatasetError:
-    found = ", ".join(f"{kind} ({printable(names[0])})" for kind, names in kinds.items())
+    several = ", ".join(f"{kind} ({printable(names[0])})" for kind, names in kinds.items())
     return DatasetError(
-        f"{spec.source}: holds files of several kinds: {found}; which hold the rows? Set source to one file, or to a "
-        f"folder with one kind{_fetched(spec)}"
+        f"{spec.source}: holds files of several kinds: {several}. Set source to one file, or to a folder with one "
+        f"kind{_copy_command(spec)}"
     )
 
 
-def _fetched(spec: DatasetSpec) -> str:
-    """How to name a part of a hub data set."""
+def _copy_command(spec: DatasetSpec) -> str:
+    """How to make a local copy of a hub data set, a part of which can be named as the source."""
     if is_path(spec.source):
         return ""
     return f" (of a copy: hf download {spec.source} --repo-type dataset --local-dir ./{spec.source.rpartition('/')[2]})"
@@ -385,7 +384,7 @@ def _of_declared_split(
 
 
 def _of_split(spec: DatasetSpec, names: list[str], not_read: NotRead) -> list[str]:
-    """The files of the split that is to be read, by their names; all of them where these declare no splits."""
+    """The files of the split to read, according to their names; all files if their names declare no splits."""
     if spec.split == ALL:
         return names
     declared = _splits_by(_split_of_shard, names) or _splits_by(_split_of_folder, names)
@@ -397,7 +396,7 @@ def _of_split(spec: DatasetSpec, names: list[str], not_read: NotRead) -> list[st
         if not declared:
             some = "; ".join(f"{split}: {printable(next(n for n in names if named[n] == split))}" for split in splits)
             raise DatasetError(
-                f"{spec.source}: its files are named as splits are ({some}); set split to one of {', '.join(splits)}, "
+                f"{spec.source}: its files are named like splits ({some}); set split to one of {', '.join(splits)}, "
                 f"or to {ALL} to read every file"
             )
     split = _SPLITS.get(spec.split or "train", spec.split)
@@ -414,7 +413,7 @@ def _of_split(spec: DatasetSpec, names: list[str], not_read: NotRead) -> list[st
 def _no_split(spec: DatasetSpec, splits: Iterable[str]) -> DatasetError:
     there = ", ".join(splits)
     if not there:
-        return DatasetError(f"{spec.source}: no split {spec.split!r}, nor any other; leave split out to read every row")
+        return DatasetError(f"{spec.source}: no split {spec.split!r} or any other; leave split out to read every row")
     return DatasetError(
         f"{spec.source}: no split {spec.split or 'train'!r}; it has {there}: set split to one, or to {ALL} to read "
         "every file"
@@ -422,10 +421,10 @@ def _no_split(spec: DatasetSpec, splits: Iterable[str]) -> DatasetError:
 
 
 def _splits_by(split_of: Callable[[str], str | None], names: list[str]) -> dict[str, str]:
-    """The split of each file, where each of them has one, and it is not one word that all of them share."""
-    found = {name: split for name in names if (split := split_of(name)) is not None}
-    splits = set(found.values())
-    return found if len(found) == len(names) and (len(splits) > 1 or splits <= set(_SPLITS)) else {}
+    """The split of each file; empty unless every file has one, and they differ or are one of the usual names."""
+    split_by_name = {name: split for name in names if (split := split_of(name)) is not None}
+    splits = set(split_by_name.values())
+    return split_by_name if len(split_by_name) == len(names) and (len(splits) > 1 or splits <= set(_SPLITS)) else {}
 
 
 def _split_of_shard(name: str) -> str | None:
@@ -439,9 +438,9 @@ def _split_of_folder(name: str) -> str | None:
 
 
 def _split_in(name: str) -> str | None:
-    """The split that a word of a file's name is, or else one of its folders."""
+    """The split named by a word in a file's name, or else in the name of one of its folders."""
     for part in reversed(name.split("/")):
-        found = {_SPLITS[word] for word in re.split(r"[-._ 0-9]+", part.lower()) if word in _SPLITS}
-        if len(found) == 1:
-            return found.pop()
+        splits = {_SPLITS[word] for word in re.split(r"[-._ 0-9]+", part.lower()) if word in _SPLITS}
+        if len(splits) == 1:
+            return splits.pop()
     return None
