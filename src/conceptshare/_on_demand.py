@@ -1,7 +1,4 @@
-"""Public names of a package that are imported when they are first used.
-
-So the modules of a package that need no torch are imported without it.
-"""
+"""Lazy imports of a package's public names, so that modules that do not need torch are imported without it."""
 
 from collections.abc import Callable, Iterable
 from importlib import import_module
@@ -9,17 +6,17 @@ from typing import Any
 
 
 def on_demand(package: str, **modules: Iterable[str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a package whose public names lie in its modules.
+    """Return a ``__getattr__`` for a package that imports its public names on first use.
 
     Args:
         package: the package's ``__name__``.
-        modules: for each module of the package, the names that it holds.
+        modules: for each module of the package, the public names in it.
     """
-    places = {name: module for module, names in modules.items() for name in names}
+    module_of = {name: module for module, names in modules.items() for name in names}
 
     def __getattr__(name: str) -> Any:  # noqa: N807 - it becomes the package's own
-        if name not in places:
+        if name not in module_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(f"{package}.{places[name]}"), name)
+        return getattr(import_module(f"{package}.{module_of[name]}"), name)
 
     return __getattr__

@@ -222,7 +222,7 @@ def test_a_caption_without_any_token_is_an_error_that_shows_it(tmp_path):
     backend.post_processor = tokenizers.processors.TemplateProcessing(single="$A", special_tokens=[])
     transformers.PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
     encoder = load_encoder(models.entry(tmp_path, "text", "last", kind="language"))
-    with pytest.raises(EncoderError, match="its tokenizer makes no token of the caption ' '"):
+    with pytest.raises(EncoderError, match="its tokenizer returns no token for the caption ' '"):
         encoder.prepare(["a dog", " "])
 
 
@@ -429,7 +429,7 @@ def test_rows_of_a_grid_are_never_taken_for_tokens(width):
         if width == 20 and 10 not in shape:
             assert encoder.activations(models.pictures(3)).tokens[0].shape == (3, 196, 20)
         else:
-            with pytest.raises(EncoderError, match=r"set width: 20|cannot be told apart; set image_size"):
+            with pytest.raises(EncoderError, match=r"set width: 20|cannot be distinguished; set image_size"):
                 encoder.activations(models.pictures(3))
 
 
@@ -459,7 +459,7 @@ def test_blocks_at_a_wrong_path_are_an_error_that_names_it_and_the_lists_there_a
 )
 def test_parts_of_an_encoder_that_are_no_list_of_blocks_are_an_error_that_names_the_lists(bert, place, layers):
     spec, _ = bert
-    with pytest.raises(EncoderError, match=rf"blocks: {place} is no list of blocks; lists are at: encoder\.layer$"):
+    with pytest.raises(EncoderError, match=rf"blocks: {place} is not a list of blocks; lists are at: encoder\.layer$"):
         load_encoder(change(spec, blocks=place, layers=layers, use_layers="last"))
 
 
@@ -475,7 +475,7 @@ def test_blocks_of_another_number_are_an_error_that_names_both_and_the_remedy(be
 
 def test_blocks_of_another_width_are_an_error_that_names_both_and_the_remedy(bert):
     spec, _ = bert
-    with pytest.raises(EncoderError, match="layer 0: width 16, where its entry says 20; set width: 16"):
+    with pytest.raises(EncoderError, match="layer 0: width 16, but its entry has 20; set width: 16"):
         load_encoder(change(spec, width=20))
 
 
@@ -539,7 +539,7 @@ def test_captions_are_cut_at_the_models_own_length_and_where_it_has_none_that_is
     models.language_model(kind, tmp_path, positions=600, **settings)
     found = load_encoder(models.entry(tmp_path, "text", "eot", kind="language")).activations(["a cat " * 500])
     assert found.tokens[0].shape[1] == longest
-    assert ("nothing bounds its texts; they are cut at 512 tokens" in capsys.readouterr().err) == (kind == "T5")
+    assert ("has no maximum length; texts are cut at 512 tokens" in capsys.readouterr().err) == (kind == "T5")
 
 
 @pytest.mark.parametrize("kind", ["Roberta", "GPT2"])
@@ -797,7 +797,9 @@ def test_code_that_comes_with_a_model_is_not_run_unless_its_entry_says_so(tmp_pa
     marker = tmp_path / "it ran"
     for code in Path(spec.model).glob("*.py"):
         code.write_text(f"open({str(marker)!r}, 'w')\n" + code.read_text())
-    with pytest.raises(EncoderError, match="Python code of its own; read that code, and set remote_code: true"):
+    with pytest.raises(
+        EncoderError, match="it comes with its own Python code; read that code, and set remote_code: true"
+    ):
         load_encoder(change(spec, remote_code=False))
     assert not marker.exists()
     load_encoder(spec)
@@ -851,7 +853,7 @@ def test_blocks_that_give_no_hidden_state_of_the_library_are_an_error(tmp_path):
     )
     models.randomise(transformers.XLMModel(config)).save_pretrained(tmp_path)
     models.bert_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(EncoderError, match=r"layer 0: what its block gives is none of the model's own hidden states"):
+    with pytest.raises(EncoderError, match=r"layer 0: its block's output is none of the model's own hidden states"):
         load_encoder(models.entry(tmp_path, "text", "first", kind="language"))
 
 
@@ -866,7 +868,7 @@ def test_a_model_whose_layers_share_one_block_is_an_error_and_not_its_last_layer
     )
     models.randomise(transformers.AlbertModel(config)).save_pretrained(tmp_path)
     models.bert_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(EncoderError, match="layer 0: its block runs more than once in a pass"):
+    with pytest.raises(EncoderError, match="layer 0: its block runs more than once per forward pass"):
         load_encoder(models.entry(tmp_path, "text", "first", kind="language", layers=1))
 
 
@@ -888,7 +890,7 @@ def test_a_model_that_hides_patches_by_chance_is_refused(tmp_path):
     config = transformers.ViTMAEConfig(**models._vision(), decoder_hidden_size=8, decoder_num_attention_heads=2)
     transformers.ViTMAEModel(config).save_pretrained(tmp_path)
     models.square_processor(transformers.ViTImageProcessor).save_pretrained(tmp_path)
-    with pytest.raises(EncoderError, match="it hides patches by chance while it reads"):
+    with pytest.raises(EncoderError, match="it masks random patches of its input"):
         load_encoder(models.entry(tmp_path, "image", "first", kind="vision"))
 
 
@@ -1011,7 +1013,7 @@ def test_images_of_unlike_sizes_that_a_processor_keeps_need_batches_of_one(tmp_p
     spec, remedy = models.entry(tmp_path, "image", "first", kind="vision"), "set batch_size: 1"
     encoder = load_encoder(spec)
     assert remedy in capsys.readouterr().err
-    with pytest.raises(EncoderError, match=f"those of unlike sizes cannot share a batch; {remedy}$"):
+    with pytest.raises(EncoderError, match=f"images of different sizes cannot share a batch; {remedy}$"):
         encoder.activations(models.pictures())
     one = load_encoder(change(spec, batch_size=1))
     assert remedy not in capsys.readouterr().err
@@ -1042,7 +1044,7 @@ def test_blocks_that_the_forward_pass_leaves_out_are_an_error():
         prepare=lambda samples: Batch({"x": torch.ones(3, 4, WIDTH)}, mask=None, eot=None),
         forward=lambda inputs: tower[0](inputs["x"]),
     )
-    with pytest.raises(EncoderError, match="layer 1: its block takes no part in the forward pass"):
+    with pytest.raises(EncoderError, match="layer 1: its block is not used in the forward pass"):
         encoder.activations(models.pictures(3))
 
 
@@ -1054,7 +1056,7 @@ def test_blocks_of_another_length_than_the_tokenizers_are_an_error():
         prepare=lambda samples: Batch({"x": torch.ones(3, 8, WIDTH)}, torch.ones(3, 7, dtype=torch.bool), eot=None),
         forward=lambda inputs: block(inputs["x"]),
     )
-    with pytest.raises(EncoderError, match="its blocks give 8 positions, where its tokenizer made 7"):
+    with pytest.raises(EncoderError, match="its blocks return 8 positions, but its tokenizer made 7"):
         encoder.activations(CAPTIONS[:3])
 
 
@@ -1067,5 +1069,5 @@ def test_a_grid_whose_width_and_sides_are_alike_is_an_error():
         prepare=lambda samples: Batch({"x": torch.ones(3, 8, 8, 8)}, mask=None, eot=None),
         forward=lambda inputs: block(inputs["x"]),
     )
-    with pytest.raises(EncoderError, match=r"width and sides of its grid \[3, 8, 8, 8\] cannot be told apart"):
+    with pytest.raises(EncoderError, match=r"width and sides of its grid \[3, 8, 8, 8\] cannot be distinguished"):
         encoder.activations(models.pictures(3))

@@ -301,7 +301,7 @@ def test_a_checkpoint_file_that_is_missing_is_an_error():
 
 
 def test_an_open_clip_model_without_weights_is_an_error_that_says_what_to_set():
-    with pytest.raises(EncoderError, match="ViT-B-32: say which pretrained weights; set weights to a tag or"):
+    with pytest.raises(EncoderError, match="ViT-B-32: no pretrained weights chosen; set weights to a tag or"):
         fetch("ViT-B-32", library="open_clip")
 
 
@@ -527,9 +527,7 @@ def test_a_repository_that_lacks_what_is_needed_is_an_error_and_leaves_no_record
     models.save_bert(tmp_path / "source")
     (tmp_path / "source" / lost).unlink()
     hub.add("us/tiny", read_all(tmp_path / "source"))
-    with pytest.raises(
-        EncoderError, match=rf"us/tiny: holds no {lost}.*, which transformers needs; it has .*tokenizer"
-    ):
+    with pytest.raises(EncoderError, match=rf"us/tiny: has no {lost}.*, which transformers needs; it has .*tokenizer"):
         fetch("us/tiny")
     assert_no_record()
 
@@ -656,7 +654,7 @@ def test_a_missing_tokenizer_is_told(hub, tmp_path, capsys):
     kept = ("open_clip_config.json", "open_clip_model.safetensors")
     hub.add("us/tiny", {name: x for name, x in read_all(tmp_path / "source").items() if name in kept})
     fetch("hf-hub:us/tiny", library="open_clip")
-    assert "us/tiny holds no tokenizer, so only its image encoder can be used" in capsys.readouterr().err
+    assert "us/tiny has no tokenizer, so only its image encoder can be used" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["test_vit.r160_in1k", "test_vit"])
@@ -687,14 +685,16 @@ def test_an_unknown_timm_model_is_an_error_with_the_nearest_names(name):
 
 def test_a_timm_model_that_no_hub_has_is_an_error(monkeypatch):
     name = next(n for n in timm.list_models(pretrained=True) if timm.get_pretrained_cfg(n).hf_hub_id is None)
-    with pytest.raises(EncoderError, match="in no hub repository; set model to a folder with them"):
+    with pytest.raises(
+        EncoderError, match="timm has no hub repository for its weights; set model to a folder with them"
+    ):
         fetch(name, library="timm")
 
 
 def test_a_repository_of_another_library_is_an_error_where_timm_is_to_read_it(hub, tmp_path):
     models.save_bert(tmp_path / "source")
     hub.add("us/tiny", read_all(tmp_path / "source"))
-    with pytest.raises(EncoderError, match=r"us/tiny: its config\.json is not one of timm's"):
+    with pytest.raises(EncoderError, match=r"us/tiny: its config\.json is not in timm's format"):
         fetch("us/tiny", library="timm")
 
 
@@ -789,17 +789,15 @@ def test_a_study_whose_encoders_are_loaded_is_checked_for_each_of_them(tmp_path)
     checked = CliRunner().invoke(app, ["check", study, "--load"])
     assert checked.exit_code == 1
     errors = [line for line in checked.stderr.splitlines() if line.startswith("error: ")]
-    assert errors == [
-        f"error: encoders.wrong: {wrong.model}, layer 0: width 24, where its entry says 20; set width: 24"
-    ]
-    assert f"{good.model}: it does: 3 layers of width 16" in checked.stderr
+    assert errors == [f"error: encoders.wrong: {wrong.model}, layer 0: width 24, but its entry has 20; set width: 24"]
+    assert f"{good.model}: it works: 3 layers of width 16" in checked.stderr
 
 
 def test_the_stage_refuses_an_encoder_that_does_not_fit_its_entry_and_leaves_no_record(tmp_path):
     spec = models.bert(tmp_path / "bert").spec
     wrong, right = (as_json(spec.model_copy(update={"layers": layers})) for layers in (2, 3))
     ended = CliRunner().invoke(app, ["weights", "--encoder", wrong, "--out", "results/weights/bert.json"])
-    assert "3 blocks found at encoder.layer, where its entry says layers: 2" in str(ended.exception)
+    assert "3 blocks found at encoder.layer, but its entry has layers: 2" in str(ended.exception)
     assert_no_record()
     assert CliRunner().invoke(app, ["weights", "--encoder", right, "--out", "results/weights/bert.json"]).exit_code == 0
     assert json.loads(Path("results/weights/bert.json").read_text())["files"] == listing(tmp_path / "bert")
@@ -810,7 +808,7 @@ def test_an_encoder_that_does_not_fit_the_free_memory_is_recorded_untried(tmp_pa
     monkeypatch.setattr("conceptshare.encoders._load._free_memory", lambda: 2**30)
     ended = CliRunner().invoke(app, ["weights", "--encoder", as_json(spec), "--out", "results/weights/bert.json"])
     assert ended.exit_code == 0
-    assert "not loaded to try it, which may take 1.0 GiB of memory, where 1.0 GiB are free" in ended.stderr
+    assert "not loaded for a test, because it may need 1.0 GiB of memory and 1.0 GiB are free" in ended.stderr
 
 
 def test_the_command_says_what_cannot_be_fetched_in_one_line(hub, tmp_path):

@@ -1,4 +1,4 @@
-"""Encoders: load one from its specification and read the residual stream after each of its blocks."""
+"""Encoders: load one from its catalog entry and record the residual stream after each of its blocks."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What an encoder is, whichever library it comes from."""
+"""Common interface of encoders from all libraries."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -17,27 +17,27 @@ from conceptshare.io.progress import info
 
 Samples = Sequence[Image.Image] | Sequence[str]
 
-# Words of the longest caption that a loaded encoder is tried on.
-_LONG = 520
+# Number of words in the longest caption that a loaded encoder is tested on.
+_TEST_WORDS = 520
 
-# Parameters of class tokens, by the names that libraries give them.
+# Names of class token parameters in the libraries.
 _CLASS_TOKEN = re.compile(r"(^|[._])(cls|class)_?(token|emb)")
 
 _LOW_PRECISION = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class UnlikeImagesError(EncoderError):
-    """An image processor keeps proportions, and images of unlike ones cannot share a batch."""
+    """An image processor keeps the aspect ratio, and images of different sizes cannot be batched."""
 
     def __init__(self, spec: EncoderSpec) -> None:
         super().__init__(
-            f"{spec.model}: its image processor keeps the proportions of images, and those of unlike sizes cannot "
-            f"share a batch; set batch_size: 1"
+            f"{spec.model}: its image processor keeps the aspect ratio, and images of different sizes cannot share "
+            f"a batch; set batch_size: 1"
         )
 
 
 def stacked(images: Sequence[Tensor], spec: EncoderSpec) -> Tensor:
-    """``[B, 3, H, W]`` of prepared images ``[3, H, W]``.
+    """Stack prepared images ``[3, H, W]`` to ``[B, 3, H, W]``.
 
     Raises:
         UnlikeImagesError: if they differ in size.
@@ -53,16 +53,16 @@ class Batch:
 
     inputs: dict[str, Tensor]
     mask: Tensor | None
-    """``[B, T]`` bool, true for unpadded tokens; none where there is no padding."""
+    """``[B, T]`` bool, true for unpadded tokens; None if there is no padding."""
     eot: Tensor | None
-    """``[B]`` position of each end-of-text token, for text."""
+    """``[B]`` position of each end-of-text token; None for images."""
 
     def __len__(self) -> int:
         return len(self._first)
 
     @property
     def pixels(self) -> Tensor:
-        """``[B, 3, H, W]`` of pictures, as the model takes them."""
+        """``[B, 3, H, W]`` pixels of images, as passed to the model."""
         return self._first
 
     @property
@@ -86,47 +86,48 @@ class Activations:
     training: Tensor
     """``[B, T]`` bool: the positions SAEs train on, which are the unpadded tokens and the global token."""
     position: Tensor | None
-    """``[B]`` position of the global token; none where it is the mean of the unpadded tokens."""
+    """``[B]`` position of the global token; None if it is the mean of the unpadded tokens."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A loaded encoder, whose forward pass is observed block by block."""
+    """A loaded encoder that records the output of each block during a forward pass."""
 
     spec: EncoderSpec
     device: torch.device
     blocks: Sequence[nn.Module]
     """The modules whose outputs are the residual stream."""
     prepare: Callable[[Samples], Batch]
-    """Turns pictures or captions into inputs."""
+    """Converts images or captions to inputs."""
     forward: Callable[[dict[str, Tensor]], object]
     """Runs the model on inputs that are on its device."""
     batch_first: bool = True
-    """Whether blocks give ``[B, T, D]`` and not ``[T, B, D]``."""
+    """Whether blocks return ``[B, T, D]`` instead of ``[T, B, D]``."""
     words: Callable[[list[int]], list[str]] | None = None
-    """The texts of token ids, for a text encoder."""
+    """Converts token ids to texts, for a text encoder."""
     sees_padding: bool = False
-    """Whether the model was trained to read padding, so that the last position stands for a text, padding or not."""
+    """Whether the model was trained on padded texts, so that the last position represents a text even if it is
+    padding."""
     class_token: bool = True
-    """Whether an image model may have a token for the whole image, as far as its parameters' names tell."""
+    """Whether an image model may have a class token, according to its parameters' names."""
     fingerprint: str = ""
-    """Digest of the files it was loaded from; empty where they were not recorded."""
+    """Digest of the files it was loaded from; empty if they were not recorded."""
 
     def activations(self, samples: Samples) -> Activations:
-        """The residual stream after each recorded layer, from one forward pass.
+        """Compute the residual stream after each recorded layer in one forward pass.
 
         Args:
-            samples: RGB pictures for an image encoder, captions for a text encoder.
+            samples: RGB images for an image encoder, captions for a text encoder.
 
         Raises:
-            EncoderError: if the blocks' outputs are not one residual stream of the width that the catalog says.
+            EncoderError: if the blocks' outputs are not one residual stream of the width in the catalog.
         """
         return self.read(self.prepare(samples))
 
     @torch.inference_mode()
     @full_float32()
     def read(self, batch: Batch) -> Activations:
-        """The same of prepared inputs."""
+        """Like `activations`, for prepared inputs."""
         outputs = self._observe({name: value.to(self.device) for name, value in batch.inputs.items()})
         tokens = {layer: self._residual(layer, outputs[layer], len(batch)) for layer in self.spec.layer_numbers()}
         self._check_sizes(tokens)
@@ -135,8 +136,8 @@ class Encoder:
         mask = mask.to(self.device)
         if mask.shape != some.shape[:2]:
             raise EncoderError(
-                f"{self.spec.model}: its blocks give {some.shape[1]} positions, where its tokenizer made "
-                f"{mask.shape[1]}; such a model cannot be read token by token"
+                f"{self.spec.model}: its blocks return {some.shape[1]} positions, but its tokenizer made "
+                f"{mask.shape[1]}; such a model cannot be read token by token, use another encoder"
             )
         training, position = self._chosen(mask, batch.eot)
         if position is None:
@@ -147,12 +148,12 @@ class Encoder:
         return Activations(tokens, {layer: x[rows, position] for layer, x in tokens.items()}, training, position)
 
     def outline(self, batch: Batch) -> Activations:
-        """The same of captions but without any layer, from their tokens alone: the model reads nothing."""
+        """Like `read` for captions, but without any layer: only uses the tokenizer's output, the model is not run."""
         assert batch.mask is not None
         return Activations({}, {}, *self._chosen(batch.mask.to(self.device), batch.eot))
 
     def _chosen(self, mask: Tensor, eot: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """``[B, T]`` the positions SAEs train on, and ``[B]`` those of the global tokens."""
+        """``[B, T]`` mask of the positions SAEs train on, and ``[B]`` positions of the global tokens."""
         position = self._global_position(mask, eot)
         if position is None:
             return mask, None
@@ -167,12 +168,12 @@ class Encoder:
             def hook(_module: nn.Module, _inputs: object, output: Any) -> None:
                 if layer in outputs:
                     raise EncoderError(
-                        f"{self.spec.model}, layer {layer}: its block runs more than once in a pass, so its layers "
-                        f"cannot be told apart; set blocks to modules that run once, or, if its layers share one block "
-                        f"as ALBERT's do, use another encoder"
+                        f"{self.spec.model}, layer {layer}: its block runs more than once per forward pass, so its "
+                        f"layers cannot be distinguished; set blocks to modules that run once, or, if its layers share "
+                        f"one block as in ALBERT, use another encoder"
                     )
                 first = output[0] if isinstance(output, tuple) and output else output
-                # What follows a convolution often works in place. Copying every transformer's blocks would cost time.
+                # Modules after a convolution often work in place, so copy. Copying all blocks would cost time.
                 outputs[layer] = first.clone() if isinstance(first, Tensor) and first.ndim == 4 else first
 
             return hook
@@ -185,9 +186,9 @@ class Encoder:
         except EncoderError:
             raise
         except torch.OutOfMemoryError as error:
-            raise EncoderError(f"{self.spec.model}: the GPU's memory is too small; lower batch_size") from error
-        except Exception as error:  # model code raises whatever it meets
-            # Some models fill a 16-bit tensor with the least number of float32.
+            raise EncoderError(f"{self.spec.model}: the GPU is out of memory; lower batch_size") from error
+        except Exception as error:  # model code raises many types
+            # Some models fill a 16-bit tensor with the smallest float32 number.
             first = "" if low is None else "set precision: float32; if that fails too, "
             raise EncoderError(
                 f"{self.spec.model}: its forward pass fails ({type(error).__name__}: {in_one_line(error)}); "
@@ -199,25 +200,25 @@ class Encoder:
         idle = [layer for layer in self.spec.layer_numbers() if layer not in outputs]
         if idle:
             raise EncoderError(
-                f"{self.spec.model}, layer {idle[0]}: its block takes no part in the forward pass; set blocks to the "
-                f"module list that does"
+                f"{self.spec.model}, layer {idle[0]}: its block is not used in the forward pass; set blocks to the "
+                f"module list that is"
             )
         return outputs
 
     def _residual(self, layer: int, output: Any, samples: int) -> Tensor:
-        """``[B, T, D]`` float32 tokens of a block's output."""
+        """Convert a block's output to tokens ``[B, T, D]`` in float32."""
         x: Tensor = output
         if isinstance(x, Tensor) and x.ndim == 4:
-            # A grid of tokens, with the width behind the samples (convolutions) or last: the axis that is no side.
+            # A grid of tokens. The width is the second axis (convolutions) or the last: the one that is not a side.
             _, a, b, c = x.shape
             if (a == b) == (b == c):
                 raise EncoderError(
-                    f"{self.spec.model}, layer {layer}: width and sides of its grid {list(x.shape)} cannot be told "
-                    f"apart; set image_size to another, for a square grid"
+                    f"{self.spec.model}, layer {layer}: width and sides of its grid {list(x.shape)} cannot be "
+                    f"distinguished; set image_size to another value, for a square grid"
                 )
             if self.spec.global_token in {"first", "last"}:
                 raise EncoderError(
-                    f"{self.spec.model}, layer {layer}: its block gives a grid of patches, which has no token for the "
+                    f"{self.spec.model}, layer {layer}: its block returns a grid of patches without a token for the "
                     f"whole image; set global_token: mean"
                 )
             x = x.flatten(2).transpose(1, 2) if b == c else x.flatten(1, 2)
@@ -226,28 +227,28 @@ class Encoder:
         else:
             raise EncoderError(f"{self.spec.model}, layer {layer}: no residual stream [B, T, D]; set blocks")
         if x.shape[0] != samples:
-            raise EncoderError(f"{self.spec.model}, layer {layer}: {x.shape[0]} rows for {samples} samples")
+            raise EncoderError(f"{self.spec.model}, layer {layer}: {x.shape[0]} rows for {samples} samples; set blocks")
         return x.float()
 
     def _check_sizes(self, tokens: dict[int, Tensor]) -> None:
-        """Refuse layers that are not alike, or not as wide as the catalog says."""
+        """Raise an EncoderError if layers differ in size, or their width is not that in the catalog."""
         sizes = {layer: (x.shape[1], x.shape[2]) for layer, x in tokens.items()}
         last, (length, width) = next(reversed(sizes.items()))
         other = next((layer for layer, size in sizes.items() if size != (length, width)), None)
         if other is not None:
             raise EncoderError(
                 f"{self.spec.model}: layer {other} has {sizes[other][0]} tokens of width {sizes[other][1]}, layer "
-                f"{last} {length} of width {width}: not one residual stream; record layers that are alike, such as the "
-                f"last: use_layers: last, width: {width}"
+                f"{last} {length} of width {width}: not one residual stream; record layers of the same size, such as "
+                f"the last: use_layers: last, width: {width}"
             )
         if width != self.spec.width:
             raise EncoderError(
-                f"{self.spec.model}, layer {min(sizes)}: width {width}, where its entry says {self.spec.width}; set "
+                f"{self.spec.model}, layer {min(sizes)}: width {width}, but its entry has {self.spec.width}; set "
                 f"width: {width}"
             )
 
     def _global_position(self, mask: Tensor, eot: Tensor | None) -> Tensor | None:
-        """``[B]`` positions of the global tokens; none where it is the mean of all."""
+        """``[B]`` positions of the global tokens; None if the global token is the mean of all tokens."""
         match self.spec.global_token:
             case "first":
                 return mask.int().argmax(1)  # some tokenizers pad on the left
@@ -267,15 +268,15 @@ class Encoder:
 
 
 def in_one_line(error: BaseException) -> str:
-    """An error's own words, of which libraries give many lines, at a length that can be read."""
-    words = " ".join(str(error).split())
-    return words if len(words) <= 600 else f"{words[:600]} ..."
+    """The message of a library's error on one line, truncated to a readable length."""
+    message = " ".join(str(error).split())
+    return message if len(message) <= 600 else f"{message[:600]} ..."
 
 
-def give_pad_token(tokenizer: Any) -> None:
-    """Let a tokenizer without a padding token, as of most language models, pad with its end of text or any other.
+def ensure_pad_token(tokenizer: Any) -> None:
+    """Set a padding token if the tokenizer has none, as in most language models: the end of text or any other token.
 
-    Padding stands behind the text and is masked, so which token it is changes nothing.
+    Padding follows the text and is masked, so the choice of token has no effect.
     """
     if tokenizer.pad_token_id is None:
         others = [tokenizer.eos_token, *tokenizer.all_special_tokens, tokenizer.convert_ids_to_tokens(0)]
@@ -283,20 +284,20 @@ def give_pad_token(tokenizer: Any) -> None:
 
 
 def check_reading(encoder: Encoder) -> None:
-    """Let an encoder read two samples, alone and together, and refuse one that does not read them alike.
+    """Test an encoder on two samples, separately and in one batch, and check that the results agree.
 
     Raises:
-        EncoderError: if its blocks are not one residual stream of the width that its entry says, a sample's residual
-            stream depends on the others in its batch, or the precision cannot be computed in.
+        EncoderError: if its blocks are not one residual stream of the width in its entry, a sample's residual stream
+            depends on the others in its batch, or the model does not run in its precision.
     """
     spec = encoder.spec
     exact = replace(encoder, spec=spec.model_copy(update={"precision": "float32"}))
-    samples = _some_samples(spec)
+    samples = _test_samples(spec)
     apart = [exact.activations(samples[n : n + 1]) for n in range(len(samples))]
     if spec.precision != "float32":
         encoder.activations(samples[:1])
     if spec.modality == "text":
-        exact.activations([" ".join(["dog"] * _LONG)])  # which a model with fewer positions than it says cannot read
+        exact.activations([" ".join(["dog"] * _TEST_WORDS)])  # fails if the model has fewer positions than configured
     if spec.modality == "image" and spec.global_token in {"first", "last"}:
         _check_class_token(exact)
     if spec.batch_size == 1:
@@ -306,39 +307,37 @@ def check_reading(encoder: Encoder) -> None:
     except UnlikeImagesError as error:
         info(f"{error}, unless all images of the data set are of one size")
         return
-    if spec.global_token == "reference":  # as the paper's code, which reads padding, too
+    if spec.global_token == "reference":  # like the paper's code, which also reads padding
         mask = exact.prepare(samples).mask
         if mask is not None and not mask[:, 0].all():
             info(f"{spec.model}: its tokenizer pads on the left, so global_token: reference reads padding")
         return
-    for n, alone in enumerate(apart):
+    for n, single in enumerate(apart):
         for layer, x in together.tokens.items():
-            own = torch.cat([alone.tokens[layer][0][alone.training[0]], alone.global_token[layer]])
+            own = torch.cat([single.tokens[layer][0][single.training[0]], single.global_token[layer]])
             shared = torch.cat([x[n][together.training[n]], together.global_token[layer][n : n + 1]])
-            # Rounding comes to 1e-5 of a token; other positions, or padding that is attended to, to several percent.
+            # Rounding changes a token by 1e-5; shifted positions or attended padding change it by several percent.
             if own.shape != shared.shape or ((own - shared).norm(dim=1) > 0.01 * own.norm(dim=1)).any():
                 raise EncoderError(
                     f"{spec.model}, layer {layer}: a sample's residual stream depends on the padding of its batch; set "
-                    f"batch_size: 1, at which there is none"
+                    f"batch_size: 1 to avoid padding"
                 )
 
     if all((x[0] - x[1]).norm() <= 1e-5 * x[0].norm() for x in together.global_token.values()):
         other = "eot" if spec.modality == "text" else "mean"
-        info(
-            f"{spec.model}: its global token is the same for two samples; unless you mean it, set global_token: {other}"
-        )
+        info(f"{spec.model}: its global token is the same for two samples; unless intended, set global_token: {other}")
 
 
 def has_class_token(tower: nn.Module) -> bool:
-    """Whether a part of an image model has the parameter of a class token."""
+    """Whether an image tower has a class token among its parameters."""
     return any(_CLASS_TOKEN.search(name) for name, _ in tower.named_parameters())
 
 
 @torch.inference_mode()
 def _check_class_token(encoder: Encoder) -> None:
-    """Refuse a patch or register as the token of an image.
+    """Raise an EncoderError if the global token of an image encoder is a patch or register.
 
-    A class token, and no patch, is the same for all images where it enters the blocks.
+    Unlike patches, a class token is the same for all images when it enters the blocks.
     """
     entering: list[list[Tensor]] = []
 
@@ -353,23 +352,23 @@ def _check_class_token(encoder: Encoder) -> None:
         for _ in range(2):
             entering.append([])
             image = Image.fromarray(rng.integers(0, 256, (112, 112, 3), dtype=np.uint8))
-            found = encoder.activations([image])
+            result = encoder.activations([image])
     finally:
         for hook in hooks:
             hook.remove()
-    assert found.position is not None
-    position, shape = int(found.position[0]), next(iter(found.tokens.values())).shape[:2]
+    assert result.position is not None
+    position, shape = int(result.position[0]), next(iter(result.tokens.values())).shape[:2]
     pairs = [(a[0, position], b[0, position]) for a, b in zip(*entering, strict=True) if a.shape[:2] == shape]
     patch = pairs and not any(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs)
     if patch or not encoder.class_token:
         raise EncoderError(
-            f"{encoder.spec.model}: its {encoder.spec.global_token} token is a patch or register, and no class token "
+            f"{encoder.spec.model}: its {encoder.spec.global_token} token is a patch or register, not a class token "
             f"for the whole image; set global_token: mean"
         )
 
 
-def _some_samples(spec: EncoderSpec) -> Samples:
-    """Two captions of unlike lengths, or two images of unlike proportions."""
+def _test_samples(spec: EncoderSpec) -> Samples:
+    """Two captions of different lengths, or two images of different aspect ratios."""
     if spec.modality == "text":
         return ["a dog", "a cat and a dog on a mat"]
     noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
@@ -377,10 +376,10 @@ def _some_samples(spec: EncoderSpec) -> Samples:
 
 
 def find_blocks(tower: nn.Module, spec: EncoderSpec) -> list[nn.Module]:
-    """The encoder's blocks: the module list at ``spec.blocks``, or the longest run of modules of one class.
+    """Find the encoder's blocks: the module list at ``spec.blocks``, or the longest list of modules of one class.
 
     Raises:
-        EncoderError: where there are not as many as the catalog says, or none at that path.
+        EncoderError: if their number is not that in the catalog, or there are none at that path.
     """
     lists = {
         name: list(module.children())
@@ -396,27 +395,27 @@ def find_blocks(tower: nn.Module, spec: EncoderSpec) -> list[nn.Module]:
             raise EncoderError(f"{spec.model}: no module at blocks: {place}; lists are at: {known}") from None
         blocks = list(module.children())
         if blocks and not _is_list(module, blocks):
-            raise EncoderError(f"{spec.model}: blocks: {place} is no list of blocks; lists are at: {known}")
+            raise EncoderError(f"{spec.model}: blocks: {place} is not a list of blocks; lists are at: {known}")
     else:
         kinds = {name: {type(block) for block in run} for name, run in lists.items()}
-        # A list of lists does not run itself.
+        # A list of lists is not run itself.
         alike = {name: run for name, run in lists.items() if len(kinds[name]) == 1 and nn.ModuleList not in kinds[name]}
         place, blocks = max(alike.items(), key=lambda named: len(named[1]), default=("", []))
         stages = [name for name, run in alike.items() if blocks and type(run[0]) is type(blocks[0])]
         if len(stages) > 1:
-            # The list that the stages stand in, if it holds modules that run.
+            # The list that contains the stages, if it holds modules that run.
             around = [n for n in lists if nn.ModuleList not in kinds[n] and all(s.startswith(f"{n}.") for s in stages)]
             last = max(around, key=len, default=stages[-1])
             shown = ", ".join(stages[:4]) + (", ..." if len(stages) > 4 else "")
             raise EncoderError(
-                f"{spec.model}: its blocks stand in {len(stages)} stages ({shown}), which differ in width "
-                f"or number of tokens, so it has no single residual stream and cannot be read layer by layer yet; use "
-                f"an encoder with one stack of blocks, such as a ViT, or record the last stage alone: blocks: {last}, "
+                f"{spec.model}: its blocks are in {len(stages)} stages ({shown}), which differ in width "
+                f"or number of tokens, so it has no single residual stream and cannot be read layer by layer; use "
+                f"an encoder with one stack of blocks, such as a ViT, or record only the last stage: blocks: {last}, "
                 f"layers: {len(lists[last])}, use_layers: last"
             )
     if len(blocks) != spec.layers:
         raise EncoderError(
-            f"{spec.model}: {len(blocks)} blocks found{f' at {place}' if place else ''}, where its entry says layers: "
+            f"{spec.model}: {len(blocks)} blocks found{f' at {place}' if place else ''}, but its entry has layers: "
             f"{spec.layers}; set layers: {len(blocks)} if those are its blocks, or blocks to the path of the right "
             f"module list"
         )
@@ -424,7 +423,7 @@ def find_blocks(tower: nn.Module, spec: EncoderSpec) -> list[nn.Module]:
 
 
 def _is_list(module: nn.Module, parts: list[nn.Module]) -> bool:
-    """Whether a module's parts run one after another: it is a list, or they are of one class, as the stages of some."""
+    """Whether a module's children run in sequence: it is a list, or all children are of one class, as in stages."""
     if isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict):
         return True
     return len({type(part) for part in parts}) == 1 and any(parts[0].children())

@@ -1,4 +1,4 @@
-"""One way in for every library."""
+"""Loading of encoders from all supported libraries."""
 
 import json
 import os
@@ -22,8 +22,8 @@ from conceptshare.encoders.weights import check_record, fingerprint, locate, rec
 from conceptshare.io.errors import ConceptshareError, EncoderError
 from conceptshare.io.progress import info
 
-# More than any published model has, by far.
-_MOST_LAYERS = 10_000
+# Far more than any published model has.
+_MAX_LAYERS = 10_000
 
 
 def load_encoder(spec: EncoderSpec, weights: Path | None = None) -> Encoder:
@@ -31,11 +31,11 @@ def load_encoder(spec: EncoderSpec, weights: Path | None = None) -> Encoder:
 
     Args:
         spec: the encoder.
-        weights: the record of the `weights` stage. Without it, the files are found or fetched anew.
+        weights: the record of the `weights` stage. Without it, the files are located or fetched.
 
     Raises:
-        DeviceError: if it was to have a GPU that cannot be used.
-        EncoderError: where its files are absent, cannot be loaded, or are not what ``spec`` says.
+        DeviceError: if the requested GPU cannot be used.
+        EncoderError: if its files are missing, cannot be loaded, or do not match ``spec``.
     """
     if weights:
         check_record(weights, spec)
@@ -45,34 +45,34 @@ def load_encoder(spec: EncoderSpec, weights: Path | None = None) -> Encoder:
 
 
 def try_encoder(spec: EncoderSpec, location: Path) -> None:
-    """Load an encoder only to see that it reads two samples as its entry says, and report that.
+    """Load an encoder, check that it encodes two samples as its entry describes, and report the outcome.
 
-    One that may not fit this machine's free memory is not loaded, which is reported as well.
+    An encoder that may exceed this machine's free memory is not loaded, which is reported too.
 
     Args:
         spec: the encoder.
         location: its folder or checkpoint.
 
     Raises:
-        EncoderError: as `load_encoder`.
+        EncoderError: as in `load_encoder`.
     """
-    # Weights that are stored at 16 bits take twice that room, and its library some of its own.
+    # 16-bit weights take twice their size when loaded as float32, and the library needs memory too.
     needed, free = 2**30 + 2 * sum(path.stat().st_size for path in _files_of(location)), _free_memory()
     if needed > free:
         info(
-            f"{spec.model}: not loaded to try it, which may take {needed / 2**30:.1f} GiB of memory, where "
-            f"{free / 2**30:.1f} GiB are free; conceptshare check --load tries it on a machine with more"
+            f"{spec.model}: not loaded for a test, because it may need {needed / 2**30:.1f} GiB of memory and "
+            f"{free / 2**30:.1f} GiB are free; run conceptshare check --load on a machine with more"
         )
         return
-    info(f"{spec.model}: loading it, to see whether it reads two {spec.modality}s as its entry says")
+    info(f"{spec.model}: loading it to test it on two {spec.modality}s")
     started = time.monotonic()
     load_at(spec, location)
     layers = len(spec.layer_numbers())
-    info(f"{spec.model}: it does: {layers} layers of width {spec.width} ({time.monotonic() - started:.1f} s)")
+    info(f"{spec.model}: it works: {layers} layers of width {spec.width} ({time.monotonic() - started:.1f} s)")
 
 
 def _free_memory() -> int:
-    """Bytes that programs can still have, on Linux; elsewhere all there are."""
+    """Available memory in bytes on Linux; elsewhere the total memory."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -85,27 +85,27 @@ def _files_of(location: Path) -> list[Path]:
 
 
 def load_at(spec: EncoderSpec, location: Path) -> Encoder:
-    """Load an encoder from its folder or checkpoint, and let it read two samples, see `check_reading`.
+    """Load an encoder from its folder or checkpoint, and test it on two samples, see `check_reading`.
 
     Raises:
-        EncoderError: as `load_encoder`.
+        EncoderError: as in `load_encoder`.
     """
     device = default_device()
     try:
-        with _no_larger_than_its_weights(spec, location):
+        with _limit_size(spec, location):
             encoder = _load(spec, location, device)
         check_reading(encoder)
     except ConceptshareError:
         raise
-    except Exception as error:  # the libraries raise whatever their formats raise
+    except Exception as error:  # the libraries raise many types
         raise EncoderError(f"{spec.model}: {spec.library} cannot load {location}: {in_one_line(error)}") from error
     return encoder
 
 
 @contextmanager
-def _no_larger_than_its_weights(spec: EncoderSpec, location: Path) -> Iterator[None]:
-    """Refuse a configuration that describes a far larger model than its weights fill, before all of it is built."""
-    if location.is_file():  # of a model that its library knows by name
+def _limit_size(spec: EncoderSpec, location: Path) -> Iterator[None]:
+    """Reject a configuration that describes a far larger model than its weights, before the model is fully built."""
+    if location.is_file():  # the checkpoint of a model that its library knows by name
         yield
         return
     remedy = "use the configuration that belongs to its weights"
@@ -113,9 +113,9 @@ def _no_larger_than_its_weights(spec: EncoderSpec, location: Path) -> Iterator[N
     for path in files:
         if path.name in ("config.json", "open_clip_config.json"):
             for name, count in _counts_of_layers(json.loads(path.read_text(encoding="utf-8"))):
-                if count > _MOST_LAYERS:
+                if count > _MAX_LAYERS:
                     raise EncoderError(f"{path}: {name}: {count} is more than any model has; {remedy}")
-    # Weights take a byte each at least, and some are built that no file holds: tied ones, or heads.
+    # Weights take at least one byte each, and some parameters are in no file, such as tied ones or heads.
     most = 2**24 + 8 * sum(path.stat().st_size for path in files)
     built = 0
 
@@ -135,7 +135,7 @@ def _no_larger_than_its_weights(spec: EncoderSpec, location: Path) -> Iterator[N
 
 
 def _counts_of_layers(settings: Any) -> Iterator[tuple[str, int]]:
-    """The keys of a configuration that count layers, however deep they stand."""
+    """Yield the keys and values of a configuration that are numbers of layers, at any depth."""
     for name, value in settings.items() if isinstance(settings, dict) else ():
         if re.search(r"(layers?|depths?|blocks?)$", str(name)):
             counts = value if isinstance(value, list) else [value]
@@ -144,7 +144,7 @@ def _counts_of_layers(settings: Any) -> Iterator[tuple[str, int]]:
 
 
 def _load(spec: EncoderSpec, location: Path, device: torch.device) -> Encoder:
-    # Only the library that is needed: each takes a second and hundreds of megabytes to import.
+    # Import only the required library: each takes a second and hundreds of megabytes.
     match spec.library:
         case "open_clip":
             from conceptshare.encoders._open_clip import load_open_clip

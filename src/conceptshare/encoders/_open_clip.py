@@ -14,8 +14,8 @@ from conceptshare.encoders._encoder import (
     Batch,
     Encoder,
     Samples,
+    ensure_pad_token,
     find_blocks,
-    give_pad_token,
     has_class_token,
     stacked,
 )
@@ -23,12 +23,12 @@ from conceptshare.io.errors import EncoderError
 
 
 def load_open_clip(spec: EncoderSpec, location: Path, device: torch.device) -> Encoder:
-    """Load a tower from a folder in open_clip's own layout, or of a named model with a checkpoint file."""
+    """Load a tower from a folder in open_clip's layout, or from a checkpoint file of a model that open_clip knows."""
     if location.is_dir():
         name, pretrained = f"local-dir:{location}", None
     else:
         name, pretrained = spec.model, str(location)
-    # A tag says how its weights were trained; the checkpoint, and so open_clip, which is given its path, does not.
+    # A tag determines how its weights were trained, which open_clip cannot infer from the path of the checkpoint.
     trained: dict[str, Any] = {}
     if spec.weights is not None and not location.is_dir():
         trained = open_clip.get_pretrained_cfg(name, spec.weights)
@@ -51,7 +51,7 @@ def load_open_clip(spec: EncoderSpec, location: Path, device: torch.device) -> E
         (prepare, forward), words, sees_padding = _images(model, transform, spec), None, False
     else:
         tower = model.text if hasattr(model, "text") else model.transformer
-        tokenizer = _in_linear_time(_tokenizer(name))
+        tokenizer = _speed_up(_tokenizer(name))
         (prepare, forward), words = _texts(model, tokenizer, spec), _words(tokenizer)
         sees_padding = _pool_type(_settings(model)) == "last"
     batch_first = next((m.batch_first for m in tower.modules() if hasattr(m, "resblocks")), True)
@@ -60,22 +60,22 @@ def load_open_clip(spec: EncoderSpec, location: Path, device: torch.device) -> E
 
 
 def _tokenizer(name: str) -> Any:
-    """The tokenizer of a model, which runs no code of the model's, whatever its configuration asks for."""
+    """Load the tokenizer of a model, without running code from the model's repository."""
     text = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
     safe = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
     return open_clip.get_tokenizer(name, **safe)
 
 
-def _in_linear_time(tokenizer: Any) -> Any:
-    """Let open_clip's own tokenizer split words by the same merges in compiled code.
+def _speed_up(tokenizer: Any) -> Any:
+    """Replace the merge loop of open_clip's own tokenizer with compiled code that applies the same merges.
 
-    Its Python takes quadratic time for one long word, such as an address: 27 s for 40,000 letters.
+    Its Python code takes quadratic time for a long word, such as a URL: 27 s for 40,000 letters.
     """
     if isinstance(tokenizer, open_clip.SimpleTokenizer):
         merges = [pair for pair in tokenizer.bpe_ranks if len(pair) == 2]
         pieces = BPE(vocab=tokenizer.encoder, merges=merges, end_of_word_suffix="</w>")
-        own = tokenizer.cache  # its special tokens, which are never split
-        tokenizer.bpe = lambda word: own.get(word) or " ".join(piece.value for piece in pieces.tokenize(word))
+        special = tokenizer.cache  # special tokens are never split
+        tokenizer.bpe = lambda word: special.get(word) or " ".join(piece.value for piece in pieces.tokenize(word))
     return tokenizer
 
 
@@ -102,23 +102,23 @@ def _texts(model: Any, tokenizer: Any, spec: EncoderSpec) -> Any:
     longest = spec.context_length or own
     if longest > own:
         raise EncoderError(f"{spec.model}: context_length {longest} is more than the {own} tokens it can read")
-    inner = getattr(tokenizer, "tokenizer", None)  # where open_clip uses one of transformers
+    inner = getattr(tokenizer, "tokenizer", None)  # set if open_clip uses a tokenizer of transformers
     if inner is not None:
-        give_pad_token(inner)
+        ensure_pad_token(inner)
     padding = 0 if inner is None else inner.pad_token_id
     pads_with_end = inner is not None and padding == inner.eos_token_id
 
     def prepare(samples: Samples) -> Batch:
-        # The towers read full padding only, however short the texts are cut.
+        # The towers only accept fully padded texts, even if context_length truncates them earlier.
         ids = nn.functional.pad(tokenizer(list(samples), longest), (0, own - longest), value=padding)
         eot = _end_of_text(ids, settings)
-        # What pads may also stand for itself, so tokens are counted: open_clip's own tokenizer pads with "!".
+        # The padding token may also occur in the text (open_clip's own tokenizer pads with "!"), so count tokens.
         lengths = eot + 1 if inner is None else ((ids != padding).sum(1) + pads_with_end).clamp(max=own)
         if inner is not None and _pool_type(settings) != "eos":
-            eot = lengths - 1  # the highest id is the end of text in CLIP's own vocabulary alone
+            eot = lengths - 1  # the highest id is the end of text only in CLIP's own vocabulary
         mask = torch.arange(own) < lengths[:, None]
         if getattr(settings, "cls_emb", None) is not None:
-            mask = nn.functional.pad(mask, (0, 1), value=True)  # CoCa's class token stands behind the text
+            mask = nn.functional.pad(mask, (0, 1), value=True)  # CoCa's class token follows the text
         return Batch({"text": ids}, mask, eot)
 
     def forward(inputs: dict[str, Tensor]) -> object:
@@ -128,12 +128,12 @@ def _texts(model: Any, tokenizer: Any, spec: EncoderSpec) -> Any:
 
 
 def _settings(model: Any) -> Any:
-    """The module that says how texts are read."""
+    """The module with the settings of the text tower."""
     return model.text if hasattr(model, "text") else model
 
 
 def _end_of_text(ids: Tensor, settings: Any) -> Tensor:
-    """``[B]`` positions that open_clip's own pooling reads: the end-of-text id, by default the highest of all."""
+    """``[B]`` positions that open_clip's own pooling reads: the end-of-text id, by default the highest id."""
     if _pool_type(settings) == "eos":
         end: int = getattr(settings, "text_eos_id", getattr(settings, "eos_id", 0))
         return torch.eq(ids, end).int().argmax(1)

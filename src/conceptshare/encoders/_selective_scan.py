@@ -1,4 +1,4 @@
-"""The selective scan of state-space models in plain PyTorch, for machines without the CUDA-only package mamba-ssm."""
+"""Selective scan of state-space models in plain PyTorch, for machines without the CUDA-only package mamba-ssm."""
 
 import importlib.util
 import sys
@@ -16,7 +16,7 @@ _MODULE = "mamba_ssm.ops.selective_scan_interface"
 
 
 def supply_selective_scan() -> None:
-    """Let model code import ``mamba_ssm``: the real one where it is installed and has a GPU, else the scan here."""
+    """Make ``mamba_ssm`` importable for model code: the real package if it is installed and usable, else this scan."""
     if _PACKAGE in sys.modules or (default_device().type == "cuda" and importlib.util.find_spec(_PACKAGE) is not None):
         return
     parent = ""
@@ -47,23 +47,23 @@ def selective_scan_fn(
 ) -> Tensor:
     """The scan x_t = exp(Δ_t A) x_{t-1} + Δ_t B_t u_t, y_t = C_t x_t + D u_t (Gu and Dao 2023, Eq. 2 and 4).
 
-    Of the arguments of mamba-ssm's function, those that MambaVision uses: no gate ``z``, no last state. Computed in
-    float32 one step after another; there is no gradient.
+    Supports the arguments of mamba-ssm's function that MambaVision uses: no gate ``z``, no last state. Computed in
+    float32, one step at a time, without gradients.
 
     Args:
         u: ``[B, D, L]`` inputs.
         delta: ``[B, D, L]`` step sizes.
         A: ``[D, N]`` state matrix, diagonal.
-        B: ``[B, N, L]`` input vectors, by time.
-        C: ``[B, N, L]`` output vectors, by time.
-        D: ``[D]`` what passes by the state.
+        B: ``[B, N, L]`` input vectors per step.
+        C: ``[B, N, L]`` output vectors per step.
+        D: ``[D]`` weights of the skip connection.
         z: not supported.
         delta_bias: ``[D]`` added to the step sizes.
-        delta_softplus: whether step sizes then go through softplus.
+        delta_softplus: whether to apply softplus to the step sizes.
         return_last_state: not supported.
 
     Returns:
-        ``[B, D, L]`` outputs, in the type of ``u``.
+        ``[B, D, L]`` outputs, in the dtype of ``u``.
     """
     x, steps = u.float(), delta.float()
     if delta_bias is not None:

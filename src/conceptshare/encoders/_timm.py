@@ -1,4 +1,4 @@
-"""Encoders of the timm library: a folder with config.json and weights, as timm itself saves one for the hub."""
+"""Encoders of the timm library: a folder with config.json and weights in timm's hub format."""
 
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ from conceptshare.encoders._encoder import Batch, Encoder, Samples, find_blocks,
 
 
 def load_timm(spec: EncoderSpec, folder: Path, device: torch.device) -> Encoder:
-    """Load the image encoder in ``folder``, with pictures seen as its own configuration says."""
+    """Load the image encoder in ``folder``, with the image transform of its configuration."""
     model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
     seen: dict[str, Any] = {}
     own = resolve_data_config(seen, model=model)["input_size"]
     if spec.image_size is not None and own[1:] != (spec.image_size, spec.image_size):
         seen["input_size"] = (3, spec.image_size, spec.image_size)
-        # Without it, a model takes pictures of any size.
+        # Models without this method accept images of any size.
         if hasattr(model, "set_input_size"):
             model.set_input_size(seen["input_size"][1:])
     transform: Any = create_transform(**resolve_data_config(seen, model=model), is_training=False)

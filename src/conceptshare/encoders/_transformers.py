@@ -1,4 +1,4 @@
-"""Encoders of the transformers library: a folder with configuration, weights, and a tokenizer or image processor."""
+"""Encoders of the transformers library: a folder with a configuration, weights, and a tokenizer or image processor."""
 
 import inspect
 import json
@@ -26,8 +26,8 @@ from conceptshare.encoders._encoder import (
     Encoder,
     Samples,
     UnlikeImagesError,
+    ensure_pad_token,
     find_blocks,
-    give_pad_token,
     has_class_token,
     stacked,
 )
@@ -35,29 +35,29 @@ from conceptshare.encoders._selective_scan import supply_selective_scan
 from conceptshare.io.errors import EncoderError
 from conceptshare.io.progress import info
 
-# Longest text in tokens if neither the study, the tokenizer nor the model sets a bound.
+# Longest text in tokens if neither the study, the tokenizer nor the model sets a limit.
 _LONGEST_TEXT = 512
-# What transformers calls the part of a model that reads images or texts.
+# Names of the image and text towers in transformers.
 _TOWERS = {
     "image": ("vision_model", "image_model", "vision_tower", "visual"),
     "text": ("text_model", "language_model"),
 }
-# Tokenizers without a bound give a number of thirty digits.
+# Tokenizers without a limit return a number of thirty digits.
 _NO_BOUND = 10**9
-# Embeddings of positions, by transformers' names.
+# Names of position embeddings in transformers.
 _POSITIONS = re.compile(r"(position_embeddings?|embed_positions|wpe)$")
-# Side of the image that a processor is tried on; no model reads such images.
-_TRIED_SIDE = 301
-# Side of pictures where neither the study nor a preprocessor_config.json says.
+# Side of the image that a processor is tested on; no model uses this size.
+_TEST_SIDE = 301
+# Side of images if neither the study nor a preprocessor_config.json sets it.
 _IMAGE_SIZE = 224
 
 
 def load_transformers(spec: EncoderSpec, folder: Path, device: torch.device) -> Encoder:
-    """Load the encoder in ``folder``; of a model with two towers, the one that reads ``spec.modality``."""
-    model, missing = _own_code(spec, folder) if spec.remote_code else _library_code(spec, folder)
+    """Load the encoder in ``folder``; for a model with two towers, the tower for ``spec.modality``."""
+    model, missing = _from_remote_code(spec, folder) if spec.remote_code else _from_library(spec, folder)
     tower = _tower(spec, model).eval().to(device)
     takes = set(inspect.signature(tower.forward).parameters)
-    config = getattr(tower, "config", model.config)  # code of its own may have parts without one
+    config = getattr(tower, "config", model.config)  # towers of remote code may have none
     if spec.modality == "image":
         prepare, words = _prepare_images(spec, folder, model.config, takes), None
     else:
@@ -66,7 +66,7 @@ def load_transformers(spec: EncoderSpec, folder: Path, device: torch.device) -> 
 
     def forward(inputs: dict[str, Tensor], **more: Any) -> Any:
         if spec.modality == "image":
-            # Model code of its own calls its first input as it likes.
+            # Remote code may use any name for its first input.
             others = {name: x for name, x in inputs.items() if name != "pixel_values"}
             return tower(inputs["pixel_values"], **others, **options, **more)
         return tower(**inputs, **more)
@@ -75,7 +75,7 @@ def load_transformers(spec: EncoderSpec, folder: Path, device: torch.device) -> 
     _check_weights(spec, model, tower, blocks, missing)
     sees_padding = spec.modality == "text" and _sees_padding(config)
     batch_first = config.model_type != "xlnet"
-    class_token = spec.remote_code or has_class_token(tower)  # model code of its own names it as it likes
+    class_token = spec.remote_code or has_class_token(tower)  # remote code may use any name for it
     encoder = Encoder(spec, device, blocks, prepare, forward, batch_first, words, sees_padding, class_token)
     if not spec.remote_code:
         _check_residual_stream(encoder, forward)
@@ -83,19 +83,19 @@ def load_transformers(spec: EncoderSpec, folder: Path, device: torch.device) -> 
 
 
 def _tower(spec: EncoderSpec, model: Any) -> Any:
-    """The part of a model that reads ``spec.modality``."""
+    """The part of a model that encodes ``spec.modality``."""
     if getattr(model.config, "mask_ratio", 0):
-        raise EncoderError(f"{spec.model}: it hides patches by chance while it reads; use a plain ViT with its weights")
+        raise EncoderError(f"{spec.model}: it masks random patches of its input; use a plain ViT with its weights")
     names = _TOWERS[spec.modality]
     tower = next((getattr(model, name) for name in names if hasattr(model, name)), model)
-    writes = tower is model and hasattr(model, "encoder") and hasattr(model, "decoder")
-    return model.encoder if writes and spec.modality == "text" else tower
+    has_decoder = tower is model and hasattr(model, "encoder") and hasattr(model, "decoder")
+    return model.encoder if has_decoder and spec.modality == "text" else tower
 
 
 def _check_residual_stream(encoder: Encoder, forward: Callable[..., Any]) -> None:
-    """Refuse blocks whose outputs are not among the hidden states that the library itself gives.
+    """Raise an EncoderError if the blocks' outputs are not among the hidden states that the library returns.
 
-    The last layer is left out, because many libraries give it normalised. Where a model gives none, nothing is checked.
+    The last layer is not checked, because many models return it normalised, nor are models without hidden states.
     """
     noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
     samples: Samples = (
@@ -106,10 +106,10 @@ def _check_residual_stream(encoder: Encoder, forward: Callable[..., Any]) -> Non
         with torch.inference_mode(), full_float32():
             inputs = {name: value.to(encoder.device) for name, value in batch.inputs.items()}
             states = forward(inputs, output_hidden_states=True).hidden_states
-    except Exception:  # a model that does not give its hidden states says so in its own way
+    except Exception:  # models without hidden states raise many types
         return
-    found = replace(encoder, spec=encoder.spec.model_copy(update={"precision": "float32"})).read(batch)
-    for layer, x in found.tokens.items():
+    activations = replace(encoder, spec=encoder.spec.model_copy(update={"precision": "float32"})).read(batch)
+    for layer, x in activations.tokens.items():
         known = [state for state in states or [] if isinstance(state, Tensor) and state.numel() == x.numel()]
         if layer == encoder.spec.layers - 1 or not known:
             continue
@@ -117,43 +117,43 @@ def _check_residual_stream(encoder: Encoder, forward: Callable[..., Any]) -> Non
             torch.allclose(state.float().reshape(x.shape), x, rtol=1e-3, atol=1e-4, equal_nan=True) for state in known
         ):
             raise EncoderError(
-                f"{encoder.spec.model}, layer {layer}: what its block gives is none of the model's own hidden states; "
-                f"set blocks to the module list whose outputs they are"
+                f"{encoder.spec.model}, layer {layer}: its block's output is none of the model's own hidden states; "
+                f"set blocks to the module list that returns them"
             )
 
 
-def _library_code(spec: EncoderSpec, folder: Path) -> tuple[Any, set[str]]:
-    """The model by transformers' own class, and the names of parameters that its files lack."""
+def _from_library(spec: EncoderSpec, folder: Path) -> tuple[Any, set[str]]:
+    """Load the model with transformers' own class; also return the names of parameters that its files lack."""
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "AutoModel" in settings.get("auto_map", {}) and settings.get("model_type") not in CONFIG_MAPPING:
         raise EncoderError(
-            f"{spec.model}: it comes with Python code of its own; read that code, and set remote_code: true to run it"
+            f"{spec.model}: it comes with its own Python code; read that code, and set remote_code: true to run it"
         )
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     kind: Any = AutoModel
-    if (
-        type(config) not in MODEL_MAPPING
-    ):  # a part of a model, which only its own class loads, such as FLAVA's for images
+    if type(config) not in MODEL_MAPPING:  # a part of a model that only its own class loads, such as FLAVA's for images
         kind = getattr(transformers, (config.architectures or [""])[0], None)
     if kind is None:
-        raise EncoderError(f"{spec.model}: transformers has no model that encodes of model_type {config.model_type}")
-    # transformers warns of every parameter that the files lack; `_check_weights` knows which of them matter.
+        raise EncoderError(
+            f"{spec.model}: transformers has no encoder of model_type {config.model_type}; use another encoder"
+        )
+    # transformers warns about every missing parameter; `_check_weights` only raises for those that matter.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        model, found = kind.from_pretrained(
+        model, loading = kind.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
     finally:
         logging.set_verbosity(verbosity)
-    return model, set(found["missing_keys"])
+    return model, set(loading["missing_keys"])
 
 
-def _own_code(spec: EncoderSpec, folder: Path) -> tuple[Any, set[str]]:
-    """The model by the code that comes with it, built and filled plainly, as transformers of any age allow.
+def _from_remote_code(spec: EncoderSpec, folder: Path) -> tuple[Any, set[str]]:
+    """Load the model with the code that comes with it: build it and load its state, with any transformers version.
 
-    What transformers' from_pretrained asks of a class has changed since such code was published: MambaVision's neither
-    calls post_init nor can be built without storage.
+    The requirements of transformers' from_pretrained have changed since such code was published: MambaVision's class
+    neither calls post_init nor can be built on the meta device.
     """
     supply_selective_scan()
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
@@ -165,23 +165,23 @@ def _own_code(spec: EncoderSpec, folder: Path) -> tuple[Any, set[str]]:
     parts = [load_file(file) for file in files] or [
         torch.load(file, map_location="cpu", weights_only=True) for file in sorted(folder.glob("pytorch_model*.bin"))
     ]
-    found = model.load_state_dict({name: x for part in parts for name, x in part.items()}, strict=False)
-    return model.float(), set(found.missing_keys)
+    loading = model.load_state_dict({name: x for part in parts for name, x in part.items()}, strict=False)
+    return model.float(), set(loading.missing_keys)
 
 
 def _check_weights(
     spec: EncoderSpec, model: nn.Module, tower: nn.Module, blocks: Sequence[nn.Module], missing: set[str]
 ) -> None:
-    """Refuse blocks and embeddings that the checkpoint lacks, which transformers fills with random ones."""
+    """Raise an EncoderError if the checkpoint lacks blocks or embeddings, which transformers initialises randomly."""
     named = list(model.named_parameters())
     own = set(tower.parameters())
     inner = {parameter for block in blocks for parameter in block.parameters()}
-    # Modules are registered in the order in which they run: embeddings, then blocks, then heads, which may lack.
+    # Modules are registered in the order in which they run: embeddings, blocks, then heads, which may be missing.
     end = max((n for n, (_, parameter) in enumerate(named) if parameter in inner), default=-1)
     lacking = [
         name
         for name, parameter in named[: end + 1]
-        if name in missing and parameter in own and not name.endswith("mask_token")  # of no use outside training
+        if name in missing and parameter in own and not name.endswith("mask_token")  # only used in training
     ]
     if lacking:
         raise EncoderError(
@@ -200,22 +200,22 @@ def _prepare_images(spec: EncoderSpec, folder: Path, config: Any, takes: set[str
 
     def prepare(samples: Samples) -> Batch:
         try:
-            made = processor(images=list(samples), return_tensors="pt", **sizes)
+            processed = processor(images=list(samples), return_tensors="pt", **sizes)
         except Exception:  # processors raise many types
-            if len({_made_of(processor, sample, sizes).shape for sample in samples}) > 1:
+            if len({_pixels(processor, sample, sizes).shape for sample in samples}) > 1:
                 raise UnlikeImagesError(spec) from None
             raise
-        inputs = {name: made[name] for name in made if name == "pixel_values" or name in takes}
-        # Of pictures in their own proportions, some have fewer patches than others.
-        padded = made["pixel_attention_mask"].bool() if "spatial_shapes" in inputs else None
-        return Batch(inputs, padded, eot=None)
+        inputs = {name: processed[name] for name in processed if name == "pixel_values" or name in takes}
+        # Images that keep their aspect ratio have different numbers of patches.
+        mask = processed["pixel_attention_mask"].bool() if "spatial_shapes" in inputs else None
+        return Batch(inputs, mask, eot=None)
 
     return prepare
 
 
 def _prepare_images_as_timm(spec: EncoderSpec, config: Any) -> Any:
-    """For models whose configuration holds what timm's transform takes, such as MambaVision's."""
-    from timm.data import create_transform  # takes longer to import than a small encoder takes to read
+    """For models whose configuration holds the settings of timm's transform, such as MambaVision."""
+    from timm.data import create_transform  # slow to import
 
     transform: Any = create_transform(
         input_size=(3, spec.image_size or _IMAGE_SIZE, spec.image_size or _IMAGE_SIZE),
@@ -235,9 +235,9 @@ def _prepare_images_as_timm(spec: EncoderSpec, config: Any) -> Any:
 
 
 def _sizes(spec: EncoderSpec, processor: Any, side: int) -> dict[str, dict[str, int]]:
-    """Sizes for images of another side, in the processor's own proportions; none for its own side."""
-    square = Image.new("RGB", (_TRIED_SIDE, _TRIED_SIDE))
-    own = _made_of(processor, square, {})
+    """Options that scale the processor's sizes so that it makes images of the given side; empty for its own side."""
+    square = Image.new("RGB", (_TEST_SIDE, _TEST_SIDE))
+    own = _pixels(processor, square, {})
     if own.ndim != 4:
         raise EncoderError(f"{spec.model}: image_size does not fit an image processor of patches; leave it out")
     if own.shape[-1] == side:
@@ -248,13 +248,13 @@ def _sizes(spec: EncoderSpec, processor: Any, side: int) -> dict[str, dict[str, 
         for name, size in sizes.items()
         if size is not None
     }
-    if _made_of(processor, square, scaled).shape[-1] != side:
+    if _pixels(processor, square, scaled).shape[-1] != side:
         raise EncoderError(f"{spec.model}: its image processor cannot make images of image_size: {side}; leave it out")
     return scaled
 
 
-def _made_of(processor: Any, image: Image.Image | str, sizes: dict[str, dict[str, int]]) -> Tensor:
-    """``[1, ...]`` what an image processor makes of one image."""
+def _pixels(processor: Any, image: Image.Image | str, sizes: dict[str, dict[str, int]]) -> Tensor:
+    """``[1, ...]`` output of an image processor for one image."""
     pixels: Tensor = processor(images=[image], return_tensors="pt", **sizes)["pixel_values"]
     return pixels
 
@@ -263,24 +263,24 @@ def _prepare_texts(spec: EncoderSpec, folder: Path, tower: Any, config: Any, tak
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=spec.remote_code)
     files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
     if tokenizer.vocab_files_names and not any((folder / name).is_file() for name in files):
-        # transformers would go on without a vocabulary, and read every caption as unknown words.
+        # transformers would continue without a vocabulary and read every word as unknown.
         raise EncoderError(f"{spec.model}: no tokenizer in {folder}; put {' or '.join(sorted(files))} there")
-    give_pad_token(tokenizer)
+    ensure_pad_token(tokenizer)
     length, sees_padding = _length(spec, tokenizer, tower, config), _sees_padding(config)
     clean: Callable[[str], str] = str
     names = set(tokenizer.model_input_names) | (set() if sees_padding else {"attention_mask"})
     if "input_ids" in takes:
         names &= takes
     padding = "longest"
-    if spec.global_token != "reference":  # which is what the paper's code reads, wrong or right
-        # Positions are counted from the left: padding there would give a caption other ones in every batch.
+    if spec.global_token != "reference":  # which reproduces the paper's code, even where it reads padding
+        # Positions count from the left, so padding on that side would shift a caption's positions in every batch.
         tokenizer.padding_side = "right"
         if sees_padding:
             names, padding, clean = names - {"attention_mask"}, "max_length", _cleaning(tokenizer)
 
     def prepare(samples: Samples) -> Batch:
         encoded = tokenizer(
-            [clean(str(sample)) for sample in samples],  # captions, which are text already
+            [clean(str(sample)) for sample in samples],  # captions are strings already
             padding=padding,
             truncation=True,
             max_length=length,
@@ -290,7 +290,10 @@ def _prepare_texts(spec: EncoderSpec, folder: Path, tower: Any, config: Any, tak
         mask = encoded["attention_mask"].bool()
         empty = (~mask.any(1)).nonzero()
         if len(empty):
-            raise EncoderError(f"{spec.model}: its tokenizer makes no token of the caption {samples[int(empty[0])]!r}")
+            raise EncoderError(
+                f"{spec.model}: its tokenizer returns no token for the caption {samples[int(empty[0])]!r}; remove that "
+                f"sample"
+            )
         eot = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
         return Batch({name: encoded[name] for name in encoded if name in names}, mask, eot)
 
@@ -298,14 +301,14 @@ def _prepare_texts(spec: EncoderSpec, folder: Path, tower: Any, config: Any, tak
 
 
 def _sees_padding(config: Any) -> bool:
-    """Whether texts are read with all padding, unmasked, as SigLIP was trained."""
+    """Whether texts are read with full, unmasked padding, as SigLIP was trained."""
     return str(config.model_type).startswith("siglip")
 
 
 def _cleaning(tokenizer: Any) -> Callable[[str], str]:
-    """What SigLIP's training made of a caption. Tokenizers of published checkpoints leave it out.
+    """Clean captions as in SigLIP's training, which the tokenizers of published checkpoints do not.
 
-    SigLIP 1, which pads with its end of text, saw lower-case letters and no punctuation, SigLIP 2 lower-case letters.
+    SigLIP 1, which pads with its end of text, was trained on lower case without punctuation, SigLIP 2 on lower case.
     """
     if tokenizer.pad_token != tokenizer.eos_token:
         return str.lower
@@ -314,11 +317,11 @@ def _cleaning(tokenizer: Any) -> Callable[[str], str]:
 
 
 def _length(spec: EncoderSpec, tokenizer: Any, tower: Any, config: Any) -> int:
-    """Tokens that a text is cut at."""
+    """Maximum number of tokens per text."""
     positions = getattr(config, "max_position_embeddings", None)
     tables = {name: x for name, x in tower.named_modules() if isinstance(x, nn.Embedding) and _POSITIONS.search(name)}
     for table in tables.values():
-        if table.padding_idx is not None:  # RoBERTa and its like count from behind the padding token
+        if table.padding_idx is not None:  # RoBERTa and similar models start counting after the padding token
             positions = table.num_embeddings - table.padding_idx - 1
     if spec.context_length is not None:
         if tables and positions and spec.context_length > positions:
@@ -328,5 +331,5 @@ def _length(spec: EncoderSpec, tokenizer: Any, tower: Any, config: Any) -> int:
         return spec.context_length
     bounds = [n for n in (tokenizer.model_max_length, positions) if n is not None and 0 < n < _NO_BOUND]
     if not bounds:
-        info(f"{spec.model}: nothing bounds its texts; they are cut at {_LONGEST_TEXT} tokens, or at context_length")
+        info(f"{spec.model}: has no maximum length; texts are cut at {_LONGEST_TEXT} tokens, or at context_length")
     return int(min(bounds, default=_LONGEST_TEXT))

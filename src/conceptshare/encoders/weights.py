@@ -1,8 +1,8 @@
-"""Stage `weights`: find or fetch an encoder's files, and record exactly which ones a run will use.
+"""Stage `weights`: find or fetch an encoder's files, and record exactly which files a run uses.
 
 Runs on the submitting host, because compute nodes often have no internet. `results/weights/{encoder}.json` holds the
-``location`` (a folder, or an open_clip checkpoint file), the hub ``revision`` where there is one, and the size and
-SHA-256 of each file. A model that a script writes lies beside it, in `results/weights/{encoder}/`.
+``location`` (a folder, or an open_clip checkpoint file), the hub ``revision`` if there is one, and the size and
+SHA-256 of each file. A model that a script writes is next to it, in `results/weights/{encoder}/`.
 """
 
 import difflib
@@ -25,8 +25,8 @@ from conceptshare.io.files import MODEL, WEIGHTS, atomic_output
 from conceptshare.io.hub import chosen, fetch_files
 from conceptshare.io.progress import info
 
-# What each library reads from a hub repository, in patterns of `conceptshare.io.hub.chosen`. The same weights in other
-# formats, and those in folders, which are for other libraries, would only cost space.
+# Files that each library reads from a hub repository, as patterns of `conceptshare.io.hub.chosen`. The same weights in
+# other formats, and in subfolders for other libraries, are not fetched.
 _CONFIGURATION = {"transformers": "config.json", "open_clip": "open_clip_config.json", "timm": "config.json"}
 _WEIGHTS = {
     "transformers": "model.safetensors|model-*.safetensors|pytorch_model.bin|pytorch_model-*.bin",
@@ -38,15 +38,14 @@ _TOKENIZER = "tokenizer.json|*.model|vocab.txt|vocab.json"
 
 
 @dataclass(frozen=True)
-class Found:
+class EncoderFiles:
     """An encoder's files on this machine."""
 
     location: Path
-    """The folder they are in, or a checkpoint file."""
+    """Their folder, or a checkpoint file."""
     files: Sequence[Path]
-    """All of them."""
     revision: str | None = None
-    """The commit, where they come from the hub."""
+    """The commit, if they are from the hub."""
 
 
 def fetch_weights(spec: ModelSpec, out: Path, check: Callable[[Path], object] | None = None) -> None:
@@ -55,18 +54,18 @@ def fetch_weights(spec: ModelSpec, out: Path, check: Callable[[Path], object] | 
     Args:
         spec: the encoder.
         out: the record.
-        check: called with the location of the files before they are recorded; what it raises leaves no record.
+        check: called with the location of the files before they are recorded; if it raises, no record is written.
 
     Raises:
-        EncoderError: where they are not there, or not what the encoder's library reads.
-        HubError: where they cannot be fetched; it says from where they were wanted.
+        EncoderError: if the files are missing, or the encoder's library cannot read them.
+        HubError: if they cannot be fetched; the message names the hub.
     """
     try:
         found = find(spec, made=out.with_suffix(""))
     except HubError as error:
         if spec.model.removeprefix("hf-hub:") in str(error):
             raise
-        # A library's own name for a model may be unlike that of the repository it stands for.
+        # A library's name for a model may differ from that of its repository.
         raise HubError(f"{spec.model}: {error}") from error
     if check is not None:
         check(found.location)
@@ -90,22 +89,22 @@ def fetch_weights(spec: ModelSpec, out: Path, check: Callable[[Path], object] | 
 
 
 def check_record(record: Path, spec: ModelSpec) -> None:
-    """Make sure that a record is of an encoder's files.
+    """Make sure that a record is that of an encoder's files.
 
     Raises:
         EncoderError: if the record is missing, or of another model.
     """
-    found, wanted = _read(record)["settings"], json.loads(spec.model_key())
-    for key in sorted({*found, *wanted}):
-        if found.get(key) != wanted.get(key):
+    recorded, wanted = _read(record)["settings"], json.loads(spec.model_key())
+    for key in sorted({*recorded, *wanted}):
+        if recorded.get(key) != wanted.get(key):
             raise EncoderError(
-                f"{record}: records the files of {key}: {found.get(key)}, not {wanted.get(key)}; name the encoder's "
+                f"{record}: records the files of {key}: {recorded.get(key)}, not {wanted.get(key)}; name the encoder's "
                 f"own record, or delete this one and run the weights stage again"
             )
 
 
 def recorded_location(record: Path) -> Path:
-    """The location that a record names, once its files are seen to be the recorded ones: by size and SHA-256.
+    """Return the location in a record, after checking its files by size and SHA-256.
 
     Raises:
         EncoderError: if the record or a file is missing, a file has changed, or a folder has another file.
@@ -120,8 +119,8 @@ def recorded_location(record: Path) -> Path:
             raise EncoderError(f"{path}: missing, or not the file that {record} records; {remedy}")
     for path, digest in _digests(list(files)).items():
         if digest != files[path]["sha256"]:
-            raise EncoderError(f"{path}: not the file that {record} records, its SHA-256 is another; {remedy}")
-    # A file that was added would be read, too. The hub's cache may hold files that other tools fetched.
+            raise EncoderError(f"{path}: not the file that {record} records, its SHA-256 differs; {remedy}")
+    # An added file might be read too. The hub's cache may hold files that other tools fetched.
     if location.is_dir() and content["revision"] is None:
         added = [path for path in _files_below(folder) if path not in files]
         if added:
@@ -130,26 +129,26 @@ def recorded_location(record: Path) -> Path:
 
 
 def fingerprint(record: Path) -> str:
-    """SHA-256 over the names and digests of all files in a record, wherever they lie.
+    """SHA-256 of the names and digests of all files in a record, independent of their location.
 
     Raises:
-        EncoderError: where the record is missing.
+        EncoderError: if the record is missing.
     """
     digests = [[name, file["sha256"]] for name, file in sorted(_read(record)["files"].items())]
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 def locate(spec: ModelSpec, made: Path) -> Path:
-    """As `find`, without the names of the files."""
+    """Like `find`, but only return the location."""
     return find(spec, made).location
 
 
-def find(spec: ModelSpec, made: Path) -> Found:
-    """The folder or checkpoint of an encoder, fetched where need be.
+def find(spec: ModelSpec, made: Path) -> EncoderFiles:
+    """Find the folder or checkpoint of an encoder; fetch it if needed.
 
     Args:
         spec: the encoder.
-        made: where a ``script:`` puts its folder.
+        made: the folder that a ``script:`` writes.
     """
     if spec.model.startswith("script:"):
         return _in_folder(spec, _make(spec.model.removeprefix("script:"), made))
@@ -175,17 +174,17 @@ def _read(record: Path) -> Any:
     except (OSError, ValueError) as error:
         raise EncoderError(f"{record}: not readable ({error}); delete it and run the weights stage again") from None
     if not isinstance(content, dict) or not {"settings", "location", "files", "revision"} <= content.keys():
-        raise EncoderError(f"{record}: no record of this version's weights stage; run that stage again")
+        raise EncoderError(f"{record}: not a record of this version's weights stage; run that stage again")
     return content
 
 
-def _in_folder(spec: ModelSpec, folder: Path) -> Found:
+def _in_folder(spec: ModelSpec, folder: Path) -> EncoderFiles:
     files = _files_below(folder)
     if not files:
         raise EncoderError(f"{spec.model}: {folder} is empty; expected a model's configuration and weights there")
     if spec.library == "open_clip" and (folder / _CONFIGURATION["open_clip"]).is_file():
-        _refuse_foreign_tower(spec, _open_clip_text(folder))
-    return Found(folder, files)
+        _reject_external_tower(spec, _open_clip_text(folder))
+    return EncoderFiles(folder, files)
 
 
 def _make(script: str, folder: Path) -> Path:
@@ -199,21 +198,21 @@ def _make(script: str, folder: Path) -> Path:
 def _in_package(place: str) -> Path:
     package, _, rest = place.partition("/")
     try:
-        found = importlib.util.find_spec(package)
-    except ModuleNotFoundError:  # the package that a dotted one is in
-        found = None
-    if found is None or not found.submodule_search_locations:
+        module = importlib.util.find_spec(package)
+    except ModuleNotFoundError:  # the parent of a dotted package
+        module = None
+    if module is None or not module.submodule_search_locations:
         raise EncoderError(f"package:{place}: the Python package {package} is not installed; pip install it")
-    folder = Path(found.submodule_search_locations[0]) / rest
+    folder = Path(module.submodule_search_locations[0]) / rest
     if not folder.is_dir():
         raise EncoderError(f"package:{place}: the package is installed, but has no folder {rest!r}")
     return folder
 
 
-def _in_hub(spec: ModelSpec, repository: str) -> Found:
-    """The folder with what ``spec.library`` reads of a repository.
+def _in_hub(spec: ModelSpec, repository: str) -> EncoderFiles:
+    """Fetch the files that ``spec.library`` reads from a repository.
 
-    Code that comes with a model is fetched only where the study says that it may run.
+    Code in the repository is only fetched if the study sets ``remote_code``.
     """
     needed = [_CONFIGURATION[spec.library], _WEIGHTS[spec.library]]
     code = ["*.py"] if spec.remote_code else []
@@ -221,39 +220,39 @@ def _in_hub(spec: ModelSpec, repository: str) -> Found:
     for pattern in needed:
         if not chosen(snapshot.files, [pattern]):
             raise EncoderError(
-                f"{repository}: holds no {pattern.replace('|', ' or ')}, which {spec.library} needs; it has "
+                f"{repository}: has no {pattern.replace('|', ' or ')}, which {spec.library} needs; it has "
                 f"{', '.join(snapshot.files)}; name another library or repository"
             )
     if spec.library == "timm" and "architecture" not in _configuration("timm", snapshot.folder):
-        raise EncoderError(f"{repository}: its config.json is not one of timm's; use another library")
+        raise EncoderError(f"{repository}: its config.json is not in timm's format; use another library")
     if spec.library == "open_clip":
         text = _open_clip_text(snapshot.folder)
-        _refuse_foreign_tower(spec, text)
+        _reject_external_tower(spec, text)
         if text.get("hf_tokenizer_name") and not chosen(snapshot.files, [_TOKENIZER]):
-            info(f"{spec.model}: {repository} holds no tokenizer, so only its image encoder can be used")
-    return Found(snapshot.folder, [snapshot.folder / name for name in snapshot.files], snapshot.folder.name)
+            info(f"{spec.model}: {repository} has no tokenizer, so only its image encoder can be used")
+    return EncoderFiles(snapshot.folder, [snapshot.folder / name for name in snapshot.files], snapshot.folder.name)
 
 
-def _open_clip_model(spec: ModelSpec) -> Found:
-    """A model that open_clip knows by name, with a checkpoint file, or with the weights of a tag."""
+def _open_clip_model(spec: ModelSpec) -> EncoderFiles:
+    """Find a model that open_clip knows by name, with a checkpoint file or the weights of a tag."""
     import open_clip
 
     if spec.weights is None:
-        raise EncoderError(f"{spec.model}: say which pretrained weights; set weights to a tag or a checkpoint file")
+        raise EncoderError(f"{spec.model}: no pretrained weights chosen; set weights to a tag or a checkpoint file")
     text = (open_clip.get_model_config(spec.model) or {}).get("text_cfg", {})
     tags = open_clip.list_pretrained_tags_by_model(spec.model)
     path = None if spec.weights in tags else local_path(spec.weights)
     if path is not None:
         if not path.is_file():
             raise EncoderError(f"{spec.weights}: no such checkpoint file")
-        _refuse_foreign_tower(spec, text)
+        _reject_external_tower(spec, text)
         if text.get("hf_tokenizer_name"):
             raise EncoderError(
                 f"{spec.model}: its tokenizer is not in {spec.weights}; set model to a folder with that checkpoint, "
                 f"open_clip_config.json, and the files of the tokenizer {text['hf_tokenizer_name']}, or to a hub "
                 f"repository that has them, as in model: hf-hub:OWNER/NAME"
             )
-        return Found(path, [path])
+        return EncoderFiles(path, [path])
     if not tags:
         raise EncoderError(
             f"{spec.model}: open_clip has no weights for a model of that name; check the name, or write a hub id as "
@@ -261,13 +260,13 @@ def _open_clip_model(spec: ModelSpec) -> Found:
         )
     if spec.weights not in tags:
         raise EncoderError(f"{spec.model}: open_clip has no weights {spec.weights!r}; it has {', '.join(tags)}")
-    _refuse_foreign_tower(spec, text)
+    _reject_external_tower(spec, text)
     tag = open_clip.get_pretrained_cfg(spec.model, spec.weights)
     repository, _, name = tag.get("hf_hub", "").rpartition("/")
     if not repository:
         return _open_clip_download(spec, tag)
     if text.get("hf_tokenizer_name"):
-        return _in_hub(spec, repository)  # where the tokenizer is, too
+        return _in_hub(spec, repository)  # which also has the tokenizer
     return _open_clip_weights(spec, repository, name)
 
 
@@ -278,35 +277,35 @@ def _configuration(library: str, folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise EncoderError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise EncoderError(f"{path}: expected a mapping of keys to values, found {type(content).__name__}")
+        raise EncoderError(f"{path}: expected a mapping of keys to values, got {type(content).__name__}")
     return content
 
 
 def _open_clip_text(folder: Path) -> dict[str, Any]:
-    """What open_clip knows of a model's text encoder."""
+    """Settings of a model's text encoder in open_clip's configuration."""
     text: dict[str, Any] = _configuration("open_clip", folder).get("model_cfg", {}).get("text_cfg", {})
     return text
 
 
-def _refuse_foreign_tower(spec: ModelSpec, text: dict[str, Any]) -> None:
+def _reject_external_tower(spec: ModelSpec, text: dict[str, Any]) -> None:
     if text.get("hf_model_name") and not Path(text["hf_model_name"]).is_dir():
         raise EncoderError(
             f"{spec.model}: open_clip would build its text encoder from {text['hf_model_name']}, which it fetches "
-            f"when it loads the model, of whatever revision; use another model"
+            f"when it loads the model, at an unknown revision; use another model"
         )
 
 
-def _open_clip_weights(spec: ModelSpec, repository: str, name: str) -> Found:
-    """The one file that open_clip takes for a tag: safetensors where there are any."""
+def _open_clip_weights(spec: ModelSpec, repository: str, name: str) -> EncoderFiles:
+    """Fetch the file that open_clip uses for a tag: safetensors if there are any."""
     own = name in ("", "open_clip_pytorch_model.bin")
     wanted = _WEIGHTS["open_clip"] if own else f"{name.rpartition('.')[0]}.safetensors|{name}"
     remedy = f"weights: ./{wanted.partition('|')[0]}"
     snapshot = fetch_files(repository, "model", spec.revision, [wanted], remedy)
     path = snapshot.folder / snapshot.files[0]
-    return Found(path, [path], snapshot.folder.name)
+    return EncoderFiles(path, [path], snapshot.folder.name)
 
 
-def _open_clip_download(spec: ModelSpec, tag: dict[str, Any]) -> Found:
+def _open_clip_download(spec: ModelSpec, tag: dict[str, Any]) -> EncoderFiles:
     import open_clip
 
     try:
@@ -316,11 +315,11 @@ def _open_clip_download(spec: ModelSpec, tag: dict[str, Any]) -> Found:
             f"{spec.model}: its weights {spec.weights} cannot be fetched from {tag.get('url')} "
             f"({type(error).__name__}: {error}); check the connection, or set weights to the path of a local copy"
         ) from error
-    return Found(path, [path])
+    return EncoderFiles(path, [path])
 
 
 def _timm_repository(name: str) -> str:
-    """The hub repository of a model that timm knows by name and tag."""
+    """Hub repository of a model that timm knows by name and tag."""
     import timm
 
     known = timm.list_models(pretrained=True, include_tags=True)
@@ -328,23 +327,23 @@ def _timm_repository(name: str) -> str:
     if name not in known and name not in plain:
         near = difflib.get_close_matches(name, [*known, *plain], n=3) or ["vit_base_patch16_224"]
         raise EncoderError(
-            f"{name}: timm has no weights for a model of that name; it has {', '.join(near)} among others; or write "
+            f"{name}: timm has no weights for a model of that name; similar names are {', '.join(near)}; or write "
             f"a hub id as hf-hub:OWNER/NAME"
         )
     repository: str | None = timm.get_pretrained_cfg(name).hf_hub_id
     if repository is None:
-        raise EncoderError(f"{name}: timm has its weights in no hub repository; set model to a folder with them")
+        raise EncoderError(f"{name}: timm has no hub repository for its weights; set model to a folder with them")
     return repository
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """The files that a model's folder holds, without hidden ones and what Python caches, which no library reads."""
+    """Files in a model's folder, except hidden files and Python caches, which no library reads."""
     paths = (path for path in folder.rglob("*") if not path.name.startswith(".") and path.suffix != ".pyc")
     return sorted(path for path in paths if path.is_file())
 
 
 def _digests(paths: Sequence[Path]) -> dict[Path, str]:
-    """SHA-256 of files, several at once: hashing lets other threads run."""
+    """SHA-256 of files, computed in threads: hashing releases the GIL."""
     with ThreadPoolExecutor() as pool:
         return dict(zip(paths, pool.map(_sha256, paths), strict=True))
 
