@@ -21,7 +21,7 @@ GCC version:  gcc version 12.3.0 (Ubuntu 12.3.0-1ubuntu1~22.04)
 
 @pytest.fixture(autouse=True)
 def _unasked(monkeypatch):
-    for name in (device.DEVICE, *device._GIVEN):
+    for name in (device.DEVICE, *device._ALLOCATED):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -231,7 +231,7 @@ def test_every_job_that_computes_logs_its_device_first_and_fails_without_a_gpu_i
     with pytest.raises(SystemExit, match="1"):
         cli.main()
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("error: this job was to have a GPU (CUDA_VISIBLE_DEVICES=0)")
+    assert line.startswith("error: a GPU was requested (CUDA_VISIBLE_DEVICES=0)")
     monkeypatch.setattr("sys.argv", ["conceptshare", *arguments, "--gpus", "0"])
     monkeypatch.setenv(device.DEVICE, "")  # which the command sets, so that it is restored
     with pytest.raises(SystemExit, match="1"):

@@ -37,7 +37,7 @@ FLOAT16 = {"rtol": 2e-3, "atol": 2e-3}
 @pytest.fixture
 def on(monkeypatch):
     """Computes on a device."""
-    for name in device._GIVEN:
+    for name in device._ALLOCATED:
         monkeypatch.delenv(name, raising=False)
 
     def run(place, work):

@@ -1,4 +1,4 @@
-"""Where jobs compute, and how exactly: the only place that chooses a device."""
+"""Choice of device and float32 precision; the only module that chooses a device."""
 
 import ctypes
 import os
@@ -15,12 +15,12 @@ from conceptshare.io.errors import DeviceError
 from conceptshare.io.progress import info
 
 DEVICE = "CONCEPTSHARE_DEVICE"
-"""The environment variable that chooses: ``cpu``, or ``cuda``, which fails without a GPU. If it is unset, jobs compute
-on a GPU if there is one, and fail if a scheduler gave them one that cannot be used."""
+"""Environment variable that chooses the device: ``cpu``, or ``cuda``, which fails without a GPU. If unset, jobs use a
+GPU if there is one, and fail if a scheduler allocated one that cannot be used."""
 
 _OR_CPU = f"or set {DEVICE}=cpu to compute on the CPU"
-# What a scheduler sets for a job that it gave a GPU, and the values that mean none.
-_GIVEN = {
+# Variables that a scheduler sets for a job with a GPU, and their values that mean none.
+_ALLOCATED = {
     "CUDA_VISIBLE_DEVICES": {"", "-1", "NoDevFiles"},
     "SLURM_JOB_GPUS": {""},
     "SLURM_STEP_GPUS": {""},
@@ -30,51 +30,51 @@ _GIVEN = {
 
 
 def devices() -> list[torch.device]:
-    """Every GPU that torch can use, or the CPU if there is none or `DEVICE` says so.
+    """Every GPU that torch can use, or the CPU if there is none or `DEVICE` is ``cpu``.
 
     Raises:
-        DeviceError: if a GPU was asked for and none can be used, or those that there are do not work.
+        DeviceError: if a GPU was requested and none can be used, or the available GPUs do not work.
     """
-    asked = _asked()
-    if asked == "cpu":
+    requested = _requested()
+    if requested == "cpu":
         return [torch.device("cpu")]
-    with _in_one_line():
+    with _as_device_error():
         capabilities = [torch.cuda.get_device_capability(n) for n in range(_count())]
     usable = [torch.device("cuda", n) for n, capability in enumerate(capabilities) if _covered(capability)]
     if capabilities and not usable:
         raise DeviceError(
-            f"{torch.cuda.get_device_name(0)} has compute capability {'.'.join(map(str, capabilities[0]))}, and "
-            f"{_torch()} has kernels for {' '.join(torch.cuda.get_arch_list())} only; install a torch that has them "
+            f"{torch.cuda.get_device_name(0)} has compute capability {'.'.join(map(str, capabilities[0]))}, but "
+            f"{_torch()} only has kernels for {' '.join(torch.cuda.get_arch_list())}; install a torch with kernels "
             f"for this GPU (docs/clusters.md), {_OR_CPU}"
         )
-    if not usable and asked:
-        raise DeviceError(f"this job was to have a GPU ({asked}), and {why_no_gpu()}, {_OR_CPU}")
+    if not usable and requested:
+        raise DeviceError(f"a GPU was requested ({requested}), but {why_no_gpu()}, {_OR_CPU}")
     return usable or [torch.device("cpu")]
 
 
 def default_device() -> torch.device:
-    """The first of `devices`."""
+    """Return the first of `devices`."""
     return devices()[0]
 
 
 def log_device() -> None:
-    """Log the device that this process computes on, in one line, once it is known to work.
+    """Check that the device of this process works, and log it in one line.
 
     Raises:
-        DeviceError: as `devices`, or if the GPU does not work.
+        DeviceError: as in `devices`, or if the GPU does not work.
     """
     chosen = default_device()
     if chosen.type == "cpu":
-        reason = f"{DEVICE}=cpu" if _asked() else f"{_torch()} sees no GPU, {find_driver()}"
+        reason = f"{DEVICE}=cpu" if _requested() else f"{_torch()} sees no GPU, {find_driver()}"
         info(f"device: CPU, {torch.get_num_threads()} threads; {reason}")
         return
-    with _in_one_line():
+    with _as_device_error():
         torch.ones(1, device=chosen).item()
     info(f"device: {chosen}, {torch.cuda.get_device_name(chosen)}; {_torch()}, {find_driver()}")
 
 
 def why_no_gpu() -> str:
-    """Why torch sees no GPU here, and what to do about it."""
+    """Explain why torch sees no GPU, with a remedy."""
     driver, built = find_driver(), torch.version.cuda
     seen = f"{_torch()} sees none; {driver}"
     if built is None:
@@ -86,15 +86,15 @@ def why_no_gpu() -> str:
         return (
             f"{seen}; update the driver to one for CUDA {needs}, or install a torch for CUDA {has} (docs/clusters.md)"
         )
-    return f"{seen}; see whether nvidia-smi lists a GPU that CUDA_VISIBLE_DEVICES names"
+    return f"{seen}; check that nvidia-smi lists a GPU that CUDA_VISIBLE_DEVICES names"
 
 
 class Driver(NamedTuple):
-    """NVIDIA's driver; what is not known of it is None."""
+    """NVIDIA's driver; unknown fields are None."""
 
     version: str | None
     cuda: str | None
-    """The newest CUDA that it runs."""
+    """The newest CUDA version that it supports."""
 
     def __str__(self) -> str:
         if not any(self):
@@ -103,7 +103,7 @@ class Driver(NamedTuple):
 
 
 def find_driver() -> Driver:
-    """The driver of this machine, from what it shows itself, or else from nvidia-smi."""
+    """Find the driver of this machine, from the driver itself or else from nvidia-smi."""
     version, cuda = _driver_version(), _driver_cuda()
     if not (version and cuda):
         shown = _nvidia_smi()
@@ -136,19 +136,19 @@ def _nvidia_smi() -> str:
 
 
 def _first(pattern: str, text: str) -> str | None:
-    found = re.search(pattern, text)
-    return found and found[1]
+    match = re.search(pattern, text)
+    return match and match[1]
 
 
-def _asked() -> str | None:
-    """``cpu``, or what asked for a GPU: the variable and its value."""
+def _requested() -> str | None:
+    """``cpu``, or the variable and value that request a GPU; None if there is no request."""
     choice = os.environ.get(DEVICE, "")
     if choice not in ("", "cpu", "cuda"):
         raise DeviceError(f"{DEVICE}={choice}: set it to cpu or cuda; CUDA_VISIBLE_DEVICES chooses among GPUs")
     if choice:
         return "cpu" if choice == "cpu" else f"{DEVICE}=cuda"
-    given = (f"{name}={os.environ[name]}" for name, none in _GIVEN.items() if os.environ.get(name, "") not in none)
-    return next(given, None)
+    allocated = (f"{name}={os.environ[name]}" for name, no in _ALLOCATED.items() if os.environ.get(name, "") not in no)
+    return next(allocated, None)
 
 
 def _count() -> int:
@@ -156,20 +156,20 @@ def _count() -> int:
 
 
 @contextmanager
-def _in_one_line() -> Iterator[None]:
-    """Say in one line that a GPU is there and does not work."""
+def _as_device_error() -> Iterator[None]:
+    """Convert errors of a GPU that does not work to a DeviceError of one line."""
     try:
         yield
     except RuntimeError as error:
-        said = str(error).strip().partition("\n")[0]
+        message = str(error).strip().partition("\n")[0]
         raise DeviceError(
-            f"the GPU does not work ({said}); see whether nvidia-smi shows an error or another job on it, {_OR_CPU}"
+            f"the GPU does not work ({message}); see whether nvidia-smi shows an error or another job, {_OR_CPU}"
         ) from error
 
 
 def _covered(capability: tuple[int, int]) -> bool:
-    """Whether torch has kernels for a compute capability, or code (compute_XY) to make them from."""
-    if torch.version.cuda is None:  # a build for ROCm, which counts otherwise
+    """Whether torch has kernels for a compute capability, or PTX (compute_XY) to compile them from."""
+    if torch.version.cuda is None:  # ROCm builds number architectures differently
         return True
     for name in torch.cuda.get_arch_list():
         kind, _, number = name.partition("_")
@@ -187,13 +187,13 @@ def _torch() -> str:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Keep all 24 bits of float32 factors in products and convolutions, in all threads of the process.
+    """Use full float32 precision (24 bits) in products and convolutions, in all threads of the process.
 
-    By default a GPU keeps 11 of them (TF32) in convolutions, and in products too if a setting or the environment asks
-    for it. cuDNN stays enabled, and takes algorithms that give the same bits each time. Products of 16-bit factors stay
-    as they are. Settings are restored at the end.
+    By default a GPU uses TF32 (11 bits) in convolutions, and in products too if a setting or the environment enables
+    it. cuDNN stays enabled but uses deterministic algorithms. Products in 16 bits are not affected. Settings are
+    restored at the end.
     """
-    gpu: Any = torch.backends.cudnn  # torch's stubs lack the settings of single operations
+    gpu: Any = torch.backends.cudnn  # torch's stubs lack the settings per operation
     cpu: Any = torch.backends.mkldnn
     operations = (torch.backends.cuda.matmul, gpu.conv, gpu.rnn, cpu.matmul, cpu.conv, cpu.rnn)
     before, deterministic = [operation.fp32_precision for operation in operations], gpu.deterministic

@@ -306,7 +306,7 @@ def test_a_cap_draws_each_token_alike(extracted):
     tokens = found.training.shape[1]
     seen = np.zeros(tokens)
     for start in range(0, 6000, BATCH):
-        seen += extraction._drawn(found, capped, np.arange(start, start + BATCH)).cpu().numpy().sum(0)
+        seen += extraction._draw_tokens(found, capped, np.arange(start, start + BATCH)).cpu().numpy().sum(0)
     assert seen[0] == 6000
     # 4 of the 16 others each time: 1500 is expected, with a standard deviation of 34.
     assert np.abs(seen[1:] - 6000 * 4 / (tokens - 1)).max() < 5 * 34
@@ -358,7 +358,7 @@ def run_extraction(spec, data, folder, last=0):
 
 def going_on(result):
     """The sample that a run said it went on at, if it did."""
-    return [int(number) for number in re.findall(r"going on at sample (\d+)", result.stderr)]
+    return [int(number) for number in re.findall(r"resuming at sample (\d+)", result.stderr)]
 
 
 @pytest.mark.parametrize(("make", "moments"), [(models.bert, [0.6, 0.3, 0.15]), (models.siglip_image, [0.85])])
@@ -435,7 +435,7 @@ def test_what_was_left_of_another_extraction_is_not_gone_on_with(data_folder, tm
         poison(tmp_path / "model", "embeddings.word_embeddings.weight", lambda x: x.mul_(2))
     again = run_extraction(spec, data_folder, out)
     assert again.returncode == 0, again.stderr
-    assert "going on" not in again.stderr
+    assert "resuming" not in again.stderr
     extract(load_encoder(spec), Data(data_folder), tmp_path / "fresh")
     found, fresh = (open_reader(folder, layer=2).read(np.arange(len(ROWS))) for folder in (out, tmp_path / "fresh"))
     assert torch.equal(found, fresh)

@@ -174,7 +174,7 @@ def test_pictures_with_different_numbers_of_tokens_are_refused(data_folder, tmp_
     Siglip2VisionModel(Siglip2VisionConfig(**sizes, patch_size=8, num_patches=16)).save_pretrained(tmp_path / "model")
     Siglip2ImageProcessor(patch_size=8, max_num_patches=16).save_pretrained(tmp_path / "model")
     encoder = load_encoder(models.entry(tmp_path / "model", "image", "mean", layers=3, width=16))
-    with pytest.raises(StudyError, match=r"different numbers of tokens.*; leave parts at 1"):
+    with pytest.raises(StudyError, match=r"different numbers of tokens.*; set parts: 1"):
         extract_part(encoder, Data(data_folder), tmp_path / "parts" / "tiny.2-of-2.zarr", 2, 2)
     assert not (tmp_path / "parts").exists()
 
@@ -261,7 +261,7 @@ def test_a_killed_part_goes_on_at_its_last_finished_shard(spec_of, data_folder, 
         assert killed.returncode == -signal.SIGKILL, killed.stderr
     finished = run()
     assert finished.returncode == 0, finished.stderr
-    (start,) = re.findall(r"going on at sample (\d+)", finished.stderr)
+    (start,) = re.findall(r"resuming at sample (\d+)", finished.stderr)
     assert int(start) > SAMPLES // 3
     paths = [tmp_path / "parts" / f"tiny.{n}-of-3.zarr" for n in (1, 2, 3)]
     for n in (1, 3):

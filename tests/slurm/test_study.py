@@ -72,7 +72,7 @@ def test_a_job_that_was_given_a_gpu_that_torch_does_not_see_fails_unless_the_cpu
     )
     pocket.choice = {"DEVICE_OF_NODES": ""}
     output, _ = pocket.start(*similarity).communicate(timeout=LONG_ENOUGH)
-    assert "error: this job was to have a GPU (CONCEPTSHARE_DEVICE=cuda), and torch" in output
+    assert "error: a GPU was requested (CONCEPTSHARE_DEVICE=cuda), but torch" in output
     pocket.choice = {"CONCEPTSHARE_DEVICE": "cpu"}
     pocket.submit(*similarity)
     assert [(job.rule, job.state, job.gpus) for job in pocket.submitted()] == [

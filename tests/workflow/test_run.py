@@ -67,7 +67,7 @@ def test_on_a_cluster_a_job_whose_rule_asked_for_a_gpu_fails_without_one(study):
     node = ("--mode", "remote", "--cores", "1", "--force", "--nolock", target)  # as executors start it on nodes
     assert study.run(*node).returncode == 1
     (line,) = (study.folder / "results/logs/squares/similarity/tiny/reader__viewer.log").read_text().splitlines()
-    assert line.startswith("error: this job was to have a GPU (CONCEPTSHARE_DEVICE=cuda), and torch")
+    assert line.startswith("error: a GPU was requested (CONCEPTSHARE_DEVICE=cuda), but torch")
     on_cpu = study.run(*node, "--set-resources", "similarity:gpu=0")
     assert on_cpu.returncode == 0, on_cpu.stdout + on_cpu.stderr
 
@@ -275,8 +275,8 @@ def test_encoders_that_are_not_what_they_should_be_fail_their_jobs_each_with_a_m
     assert result.returncode != 0
     for message in (
         "reader, layer 1, sample 0: a value that is not finite",
-        "2 blocks found at encoder.layer, where its entry says layers: 4",
-        "width 16, where its entry says 17",
+        "2 blocks found at encoder.layer, but its entry has layers: 4",
+        "width 16, but its entry has 17",
     ):
         assert message in result.stdout + result.stderr
     assert "Traceback" not in result.stdout + result.stderr

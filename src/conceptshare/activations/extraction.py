@@ -1,10 +1,10 @@
 """Stage `activations`: one forward pass over a data set records every layer of an encoder.
 
 `results/{dataset}/activations/{encoder}.zarr` holds the global tokens, ``layer-NN/global [N, D]`` float16 for each
-recorded layer. `results/{dataset}/tokens/{encoder}.zarr` holds what SAEs train on, ``layer-NN/tokens [T, D]`` float16
-(unpadded tokens and the global one), and once for all layers ``offsets [N + 1]``: the tokens of sample i are rows
-``offsets[i]`` to ``offsets[i + 1]``, of which row ``global_rows[i]`` is its global token. Where that is a mean, it is
-the last of its sample's rows.
+recorded layer. `results/{dataset}/tokens/{encoder}.zarr` holds the training tokens of SAEs, ``layer-NN/tokens [T, D]``
+float16 (unpadded tokens and the global token), and, shared by all layers, ``offsets [N + 1]`` and ``global_rows [N]``:
+the tokens of sample i are rows ``offsets[i]`` to ``offsets[i + 1]``, and its global token is row ``global_rows[i]``. If
+the global token is a mean, it is the last row of its sample.
 """
 
 import json
@@ -43,12 +43,12 @@ from conceptshare.io.store import (
 )
 
 KIND, TOKENS = "activations", "tokens"
-"""Kinds of stores: of global tokens, and of all tokens."""
+"""Kinds of stores: global tokens, and all tokens."""
 
 GLOBAL_SHARD_BYTES = 2**20
-"""Of global tokens, which are few: smaller shards let less of them be held in memory only."""
+"""Shard size of global tokens. Smaller, because there are few, so that fewer are only held in memory."""
 _INDEX_ROWS = 2**16
-# Batches that wait to be written.
+# Number of batches that may wait to be written.
 _AHEAD = 2
 # More rows than any store has.
 _ALL = range(2**62)
@@ -57,20 +57,20 @@ _ALL = range(2**62)
 def extract_activations(encoder: Encoder, data: Data, out: Path, tokens: Path, threads: int = 1) -> None:
     """Record the residual stream of every sample: global tokens in the store ``out``, all tokens in ``tokens``.
 
-    Pictures are decoded, the encoder computes and shards are written at the same time. Where an earlier attempt was
-    cut off, its finished shards are kept and the rest is made, with the same bytes as in one go.
+    Images are decoded, the encoder runs and shards are written concurrently. If an earlier attempt was interrupted, its
+    finished shards are kept; the result is the same to the byte as that of an uninterrupted run.
 
     Args:
         encoder: the encoder.
         data: the samples.
         out: the store of global tokens to write.
         tokens: the store of all tokens to write.
-        threads: threads that decode and prepare pictures.
+        threads: number of threads that decode and prepare images.
 
     Raises:
-        NumericsError: where an activation is not finite or does not fit float16; it names layer and sample.
-        EncoderError: where the encoder is not what its entry says.
-        StoreError: where what an earlier attempt left is damaged.
+        NumericsError: if an activation is not finite or does not fit float16; the message names layer and sample.
+        EncoderError: if the encoder does not match its catalog entry.
+        StoreError: if the partial store of an earlier attempt is damaged.
     """
     described = describe(encoder, data, out.stem)
     with (
@@ -83,10 +83,10 @@ def extract_activations(encoder: Encoder, data: Data, out: Path, tokens: Path, t
 
 
 def record(encoder: Encoder, data: Data, recorder: "Recorder", threads: int, name: str) -> None:
-    """Let a recorder have all batches that it lacks, and write while the next ones are computed."""
+    """Pass the missing batches to a recorder, which writes while the next batches are computed."""
     started, starts = time.monotonic(), range(recorder.start, recorder.share.end, encoder.spec.batch_size)
     if recorder.start > recorder.share.first:
-        info(f"{name}: going on at sample {recorder.start:,}, from what an earlier attempt left")
+        info(f"{name}: resuming at sample {recorder.start:,} from an earlier attempt")
     writes: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1) as writing:
         batches = forward_pass(encoder, data, starts, threads, name)
@@ -102,7 +102,7 @@ def record(encoder: Encoder, data: Data, recorder: "Recorder", threads: int, nam
 
 
 def describe(encoder: Encoder, data: Data, name: str) -> dict[str, Any]:
-    """What a store of an encoder's activations is made from."""
+    """The spec of a store of an encoder's activations: its inputs and settings."""
     spec = encoder.spec
     return {
         "name": name,
@@ -119,104 +119,104 @@ def describe(encoder: Encoder, data: Data, name: str) -> dict[str, Any]:
 def forward_pass(
     encoder: Encoder, data: Data, starts: Sequence[int], threads: int, name: str
 ) -> Generator["KeptRows", None, None]:
-    """What is kept of the batches that begin at ``starts``, in their order, while the next ones are prepared."""
+    """Yield the stored rows of the batches that begin at ``starts``, in order; the next batches are prefetched."""
     for start, batch in prepared(encoder, data, starts, threads):
         yield kept_rows(encoder.read(batch), encoder.spec, start, name)
 
 
 @dataclass(frozen=True)
 class KeptRows:
-    """What is kept of a batch, as it is stored."""
+    """The rows of a batch that are stored."""
 
     start: int
     """The batch's first sample."""
     counts: NDArray[np.int64]
-    """``[B]`` rows of each sample."""
+    """``[B]`` number of rows per sample."""
     places: NDArray[np.int64]
-    """``[B]`` which of its sample's rows is the global token."""
+    """``[B]`` index of the global token among its sample's rows."""
     tokens: dict[int, Tensor]
-    """``[rows, D]`` float16 training tokens by layer, sample after sample, where the encoder is."""
+    """``[rows, D]`` float16 training tokens by layer, sample by sample, on the encoder's device."""
     global_token: dict[int, Tensor]
     """``[B, D]`` float16 by layer."""
 
     def of(self, samples: NDArray[np.int64]) -> dict[int, Tensor]:
-        """``[rows, D]`` training tokens of samples that follow one another, by layer."""
+        """``[rows, D]`` training tokens of consecutive samples, by layer."""
         ends = self.counts.cumsum()
         first, last = samples[0] - self.start, samples[-1] - self.start
         return {layer: x[ends[first] - self.counts[first] : ends[last]] for layer, x in self.tokens.items()}
 
 
-def kept_rows(found: Activations, spec: EncoderSpec, start: int, name: str) -> KeptRows:
-    """The rows of a batch that are stored and trained on, as float16.
+def kept_rows(activations: Activations, spec: EncoderSpec, start: int, name: str) -> KeptRows:
+    """Select the rows of a batch that are stored and trained on, as float16.
 
     Args:
-        found: the encoder's activations.
+        activations: the encoder's activations.
         spec: the encoder.
         start: number of the batch's first sample.
         name: the encoder's name, for messages.
 
     Raises:
-        NumericsError: where an activation is not finite or does not fit float16.
+        NumericsError: if an activation is not finite or does not fit float16.
     """
-    numbers = np.arange(start, start + len(found.training))
-    chosen = found.training
+    numbers = np.arange(start, start + len(activations.training))
+    chosen = activations.training
     if spec.max_tokens is not None:
-        chosen = _drawn(found, spec, numbers)
+        chosen = _draw_tokens(activations, spec, numbers)
     counts = chosen.sum(1)
-    if found.position is None:
-        # The mean stands for no position: it is a row of its own, behind the others.
+    if activations.position is None:
+        # The mean has no position: it is an additional row after the others.
         counts = counts + 1
         places = counts - 1
     else:
-        places = chosen.cumsum(1).gather(1, found.position[:, None])[:, 0] - 1
+        places = chosen.cumsum(1).gather(1, activations.position[:, None])[:, 0] - 1
     counts_ = counts.cpu().numpy().astype(np.int64)
-    global_token = {n: _halves(x, spec, f"{name}, layer {n}", numbers) for n, x in found.global_token.items()}
+    global_token = {n: _to_float16(x, spec, f"{name}, layer {n}", numbers) for n, x in activations.global_token.items()}
     tokens = {}
-    for layer, x in found.tokens.items():
+    for layer, x in activations.tokens.items():
         kept = x
         mask = chosen
-        if found.position is None:
-            kept = torch.cat([x, found.global_token[layer][:, None]], dim=1)
+        if activations.position is None:
+            kept = torch.cat([x, activations.global_token[layer][:, None]], dim=1)
             mask = torch.cat([chosen, chosen.new_ones(len(chosen), 1)], dim=1)
         rows = kept.flatten(0, 1) if mask.all() else kept[mask]
-        tokens[layer] = _halves(rows, spec, f"{name}, layer {layer}", np.repeat(numbers, counts_))
+        tokens[layer] = _to_float16(rows, spec, f"{name}, layer {layer}", np.repeat(numbers, counts_))
     return KeptRows(start, counts_, places.cpu().numpy().astype(np.int64), tokens, global_token)
 
 
-def _drawn(found: Activations, spec: EncoderSpec, numbers: NDArray[np.int64]) -> Tensor:
-    """``[B, T]`` bool: at most ``spec.max_tokens`` training positions a sample, the global token among them.
+def _draw_tokens(activations: Activations, spec: EncoderSpec, numbers: NDArray[np.int64]) -> Tensor:
+    """``[B, T]`` bool: at most ``spec.max_tokens`` training positions per sample, including the global token.
 
-    A sample's draw depends on its number and the seed alone, and not on the batch it is in.
+    The draw only depends on the sample's number and the seed, not on the batch.
     """
     assert spec.max_tokens is not None
-    training = found.training.cpu().numpy()
+    training = activations.training.cpu().numpy()
     chosen = np.zeros_like(training)
     for row, (number, allowed) in enumerate(zip(numbers, training, strict=True)):
-        if found.position is not None:
-            position = int(found.position[row])
+        if activations.position is not None:
+            position = int(activations.position[row])
             chosen[row, position] = True
             allowed = allowed & ~chosen[row]
         others = np.flatnonzero(allowed)
         draw = np.random.default_rng([spec.token_seed, int(number)])
-        # The global token takes one place, be it a position or the mean.
+        # The global token, whether a position or the mean, counts as one of max_tokens.
         chosen[row, draw.permutation(others)[: spec.max_tokens - 1]] = True
-    return torch.from_numpy(chosen).to(found.training.device)
+    return torch.from_numpy(chosen).to(activations.training.device)
 
 
-def _halves(x: Tensor, spec: EncoderSpec, where: str, numbers: NDArray[np.int64]) -> Tensor:
-    halves = x.half()
-    # The extremes of what is not finite are not, and one pass finds both.
-    if len(halves) and not torch.isfinite(torch.stack(halves.aminmax())).all():
+def _to_float16(x: Tensor, spec: EncoderSpec, where: str, numbers: NDArray[np.int64]) -> Tensor:
+    converted = x.half()
+    # min and max propagate NaN and inf, so one pass checks finiteness.
+    if len(converted) and not torch.isfinite(torch.stack(converted.aminmax())).all():
         remedy = "leave the sample or the layer out"
         if spec.precision != "float32":
             remedy = f"set precision: float32 in place of {spec.precision}, or {remedy}"
         as_float16(x.cpu().numpy(), where, numbers, remedy)
-    return halves
+    return converted
 
 
 def prepared(encoder: Encoder, data: Data, starts: Sequence[int], threads: int) -> Iterator[tuple[int, Batch]]:
-    """The first sample and the inputs of the batches that begin at ``starts``, in order, a few prepared ahead."""
-    # Tokenizers of transformers cannot be used by two threads at once.
+    """Yield the first sample and the inputs of the batches that begin at ``starts``, in order, with prefetching."""
+    # Tokenizers of transformers are not thread-safe.
     workers = threads if encoder.spec.modality == "image" else 1
     with ThreadPoolExecutor(workers) as pool:
         batches = in_order((pool.submit(prepare, encoder, data, start).result for start in starts), workers)
@@ -224,7 +224,7 @@ def prepared(encoder: Encoder, data: Data, starts: Sequence[int], threads: int) 
 
 
 def prepare(encoder: Encoder, data: Data, start: int) -> Batch:
-    """The inputs of the batch that begins at a sample."""
+    """Prepare the inputs of the batch that begins at a sample."""
     samples = _samples(data, encoder.spec, start)
     try:
         return encoder.prepare(samples)
@@ -232,25 +232,25 @@ def prepare(encoder: Encoder, data: Data, start: int) -> Batch:
         raise
     except Exception as error:  # processors and tokenizers raise many types
         raise EncoderError(
-            f"{encoder.spec.model}: samples {start} to {start + len(samples) - 1} cannot be made into its inputs "
+            f"{encoder.spec.model}: samples {start} to {start + len(samples) - 1} cannot be converted to inputs "
             f"({type(error).__name__}: {str(error).strip()}); check its image processor or tokenizer"
         ) from error
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one job records of an extraction: the shards that begin among the rows of its samples."""
+    """The share of an extraction that one job records: the shards that begin among the rows of its samples."""
 
     first: int
-    """Its first sample."""
+    """First sample."""
     stop: int
-    """The sample after its last one."""
+    """End of its samples (exclusive)."""
     end: int
-    """The sample that it reads up to, to finish the shards that it began."""
+    """End of the samples that it reads (exclusive), in order to fill its last shards."""
     row: int
-    """The row of tokens that its first sample begins at."""
+    """Row of tokens at which its first sample begins."""
     stop_row: int | None
-    """The one that sample ``stop`` begins at; none where that is not known beforehand."""
+    """Row of tokens at which sample ``stop`` begins; None if unknown beforehand."""
     rows: range
     """Rows of tokens in its shards."""
     samples: range
@@ -258,28 +258,28 @@ class Share:
 
     @classmethod
     def whole(cls, samples: int) -> Self:
-        """All of a data set."""
+        """The share that is the whole data set."""
         return cls(0, samples, samples, 0, None, _ALL, _ALL)
 
 
 def _within(rows: Tensor, first: int, own: range) -> Tensor:
-    """Those of some rows, of which the first has the number ``first``, that are in ``own``."""
+    """Select the rows with numbers in ``own``; the first row has the number ``first``."""
     return rows[max(own.start - first, 0) : max(own.stop - first, 0)]
 
 
 class Recorder:
-    """The arrays of both stores, filled batch after batch, and how much of them is safely on disk.
+    """Writes the arrays of both stores batch by batch, and records how much of them is on disk.
 
-    The stores' attribute ``progress`` is renewed whenever a shard of every layer is finished: so many ``rows`` of
-    tokens are in finished shards, and the ``offsets``, ``global_rows`` and global tokens of so many ``samples`` are
-    there. The store of global tokens is renewed first; where it is lost, all samples are read again.
+    The stores' attribute ``progress`` is updated whenever a shard of every layer is finished. It holds the number of
+    ``rows`` of tokens in finished shards, and the number of ``samples`` whose ``offsets``, ``global_rows`` and global
+    tokens are on disk. The store of global tokens is updated first; if it is lost, all samples are read again.
 
     Args:
         activations: the store of global tokens.
         tokens: the store of all tokens.
         spec: the encoder.
         samples: N.
-        share: what to record; all without it.
+        share: the share to record; by default the whole data set.
     """
 
     def __init__(
@@ -287,18 +287,18 @@ class Recorder:
     ) -> None:
         self.share = share or Share.whole(samples)
         self._stores = activations, tokens
-        first, nothing = self.share.first, {"rows": self.share.rows.start, "samples": self.share.first}
-        global_progress, progress = (store.attrs.get("progress", nothing) for store in self._stores)
+        first, none = self.share.first, {"rows": self.share.rows.start, "samples": self.share.first}
+        global_progress, progress = (store.attrs.get("progress", none) for store in self._stores)
         for name, length in [("offsets", samples + 1), ("global_rows", samples)]:
             if name not in tokens:
                 save_index(tokens, name, np.zeros(length, np.int64))
         offsets = np.append(self.share.row, tokens["offsets"][first + 1 : progress["samples"] + 1])
         global_rows = tokens["global_rows"][first : progress["samples"]]
         if ((global_rows < offsets[:-1]) | (global_rows >= offsets[1:])).any():
-            raise ValueError("offsets and global_rows do not fit one another")
-        whole = first + int(np.searchsorted(offsets[1:], progress["rows"], side="right"))
-        self.start = min(whole, global_progress["samples"]) // spec.batch_size * spec.batch_size
-        """The first sample that has to be read again; batches are the same as in one go."""
+            raise ValueError("offsets and global_rows do not match")
+        complete = first + int(np.searchsorted(offsets[1:], progress["rows"], side="right"))
+        self.start = min(complete, global_progress["samples"]) // spec.batch_size * spec.batch_size
+        """First sample to read; batches are the same as in an uninterrupted run."""
         self._samples = self.start
         self._offsets = [int(offsets[self.start - first])]
         self._global_rows: list[int] = []
@@ -323,20 +323,20 @@ class Recorder:
             writer.append(_within(kept.tokens[layer], first_row, self._own).cpu().numpy())
         self._global.append(kept)
         if self._written() > before:
-            self._note()
+            self._save_progress()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the remaining rows."""
         for writer in self._tokens.values():
             writer.flush()
-        self._note()
+        self._save_progress()
         for store in self._stores:
-            store.attrs.pop("progress", None)  # both are one store where it is a part's
+            store.attrs.pop("progress", None)  # for a part, both are the same store
 
     def _written(self) -> int:
         return min(writer.written for writer in self._tokens.values())
 
-    def _note(self) -> None:
+    def _save_progress(self) -> None:
         end = self._samples + len(self._global_rows)
         _, tokens = self._stores
         tokens["offsets"][self._samples : end + 1] = self._offsets
@@ -348,13 +348,13 @@ class Recorder:
 
 
 class GlobalTokens:
-    """The global tokens of an activation store, filled batch after batch.
+    """Writes the global tokens of an activation store batch by batch.
 
     Args:
         store: the store.
         spec: the encoder.
-        keep: how many samples are there from an earlier attempt.
-        own: the samples to write, which begin where a shard does; all without it.
+        keep: number of samples in the store from an earlier attempt.
+        own: the samples to write, starting at a shard's start; by default all.
     """
 
     def __init__(self, store: Any, spec: EncoderSpec, keep: int, own: range = _ALL) -> None:
@@ -365,7 +365,7 @@ class GlobalTokens:
             for layer, group in groups.items()
         }
         self.samples = keep
-        """Samples that are there."""
+        """Number of samples so far."""
 
     def append(self, kept: KeptRows) -> None:
         """Add a batch."""
@@ -374,20 +374,20 @@ class GlobalTokens:
         self.samples += len(kept.counts)
 
     def flush(self) -> None:
-        """Let the store hold all that was added."""
+        """Write all global tokens so far to disk."""
         for writer in self._writers.values():
             writer.flush()
 
 
 class TokenReader:
-    """The training tokens of one layer, sample by sample.
+    """The training tokens of one layer, by sample.
 
     Args:
         tokens: ``[T, D]``.
-        offsets: ``[N + 1]`` where each sample's tokens begin and end.
-        global_rows: ``[N]`` which row is each sample's global token.
-        made_from: what the store was made from.
-        block: samples that the encoder read at once.
+        offsets: ``[N + 1]`` start and end of each sample's tokens.
+        global_rows: ``[N]`` row of each sample's global token.
+        made_from: the spec of the store.
+        block: the encoder's batch size.
     """
 
     def __init__(
@@ -409,7 +409,7 @@ class TokenReader:
         """Open a layer of a store of all tokens.
 
         Raises:
-            StoreError: where the store is not whole, is of global tokens only, or has no such layer.
+            StoreError: if the store is incomplete or damaged, only holds global tokens, or has no such layer.
         """
         store: Any = open_store(path, TOKENS, layer)
         tokens, spec = layer_array(store, layer, "tokens", path), store.attrs["spec"]
@@ -432,7 +432,7 @@ class TokenReader:
 
     @property
     def modality(self) -> str:
-        """What the encoder that made them reads."""
+        """Modality of the encoder that made them."""
         return str(self.made_from["encoder"]["modality"])
 
     def read(self, samples: NDArray[np.int64]) -> Tensor:

@@ -1,9 +1,9 @@
-"""Stage `activations` by several jobs: each records some of the shards, and a last one joins them.
+"""Stage `activations` split into several jobs: each records some of the shards, and a final job joins them.
 
-A part is a store with the shards that begin among the rows of its samples, under the names that they have in the
-finished stores, and with its samples' ``offsets`` and ``global_rows``. So that no shard is written by two, it goes on
-reading behind its last sample until the shard that it began is full, and leaves out what belongs to the shard that the
-part before it began. Parts begin where batches do: every number is the same to the bit as in one go.
+A part is a store with the shards that begin among the rows of its samples, with the same names as in the finished
+stores, and with its samples' ``offsets`` and ``global_rows``. So that every shard is written by one part, a part reads
+past its last sample until its last shard is full, and skips the rows that belong to the last shard of the previous
+part. Parts begin at batch boundaries, so all values are the same to the bit as without parts.
 """
 
 import shutil
@@ -35,27 +35,27 @@ from conceptshare.io.layout import layer_name
 from conceptshare.io.store import StoredArray, new_rows, new_store, open_store, resuming, rows_of
 
 PART = "part"
-"""Kind of a store."""
+"""Kind of store."""
 
 
 def extract_part(encoder: Encoder, data: Data, out: Path, part: int, parts: int, threads: int = 1) -> None:
     """Record one part of an extraction in the store ``out``.
 
-    What is cut off goes on from its last finished shards when it is run again.
+    An interrupted extraction resumes from its last finished shards.
 
     Args:
         encoder: the encoder.
         data: the samples.
         out: the store to write.
-        part: which one, from 1.
-        parts: how many there are. Those beyond the number of batches are empty.
-        threads: threads that decode and prepare pictures.
+        part: number of the part, from 1.
+        parts: number of parts. Parts beyond the number of batches are empty.
+        threads: number of threads that decode and prepare images.
 
     Raises:
-        StudyError: where it cannot be known which rows a part's tokens are without reading all samples before it.
-        NumericsError: where an activation is not finite or does not fit float16; it names layer and sample.
-        EncoderError: where the encoder is not what its entry says.
-        StoreError: where what an earlier attempt left is damaged.
+        StudyError: if the rows of a part's tokens cannot be determined without reading all samples before it.
+        NumericsError: if an activation is not finite or does not fit float16; the message names layer and sample.
+        EncoderError: if the encoder does not match its catalog entry.
+        StoreError: if the partial store of an earlier attempt is damaged.
     """
     share = _share(encoder, data, part, parts)
     described = {key: value for key, value in describe(encoder, data, "").items() if key != "name"}
@@ -66,11 +66,11 @@ def extract_part(encoder: Encoder, data: Data, out: Path, part: int, parts: int,
             recorder = Recorder(store, store, encoder.spec, len(data), share)
         record(encoder, data, recorder, threads, out.stem)
         if share.stop > share.first and store["offsets"][share.stop] != share.stop_row:
-            raise _of_no_fixed_size(out.stem)
+            raise _varying_token_counts(out.stem)
 
 
 def join_parts(parts: Sequence[Path], out: Path, tokens: Path) -> None:
-    """Make the stores of an extraction of its parts, without reading a token: their shards are linked, or copied.
+    """Join the parts of an extraction to its stores without reading tokens: shards are hard-linked or copied.
 
     Args:
         parts: the stores of all parts.
@@ -78,7 +78,7 @@ def join_parts(parts: Sequence[Path], out: Path, tokens: Path) -> None:
         tokens: the store of all tokens to write.
 
     Raises:
-        StoreError: where a part is missing or not whole, or they are not of one extraction.
+        StoreError: if a part is missing, incomplete or damaged, or the parts are not of one extraction.
     """
     inputs = Unchanged(*parts)
     opened: list[tuple[Path, Any]] = [(path, open_store(path, PART)) for path in parts]
@@ -94,9 +94,7 @@ def join_parts(parts: Sequence[Path], out: Path, tokens: Path) -> None:
     offsets = [StoredArray(store, "offsets", path)[first : stop + 1] for path, store, first, stop in spans]
     offsets = [rows for rows in offsets if len(rows) > 1]
     if any(one[-1] != next_one[0] for one, next_one in pairwise(offsets)):
-        raise StoreError(
-            f"{', '.join(map(str, parts))}: rows of tokens do not follow one another; make the parts again"
-        )
+        raise StoreError(f"{', '.join(map(str, parts))}: their rows of tokens are not contiguous; make the parts again")
     index = np.concatenate([[0], *(rows[1:] for rows in offsets)])
     global_rows = [StoredArray(store, "global_rows", path)[first:stop] for path, store, first, stop in spans]
     described = {"name": out.stem, **{key: value for key, value in specs[0].items() if key != "parts"}}
@@ -121,21 +119,24 @@ def _share(encoder: Encoder, data: Data, part: int, parts: int) -> Share:
     in_batches = _rows_of_batches(encoder, data)
     row = sum(islice(in_batches, begin))
     stop_row = row + sum(islice(in_batches, until - begin))
-    rows = _of_shards_begun(row, stop_row, rows_of(spec.width, np.float16, sizes.SHARD_BYTES)[1])
-    samples = _of_shards_begun(first, stop, rows_of(spec.width, np.float16, extraction.GLOBAL_SHARD_BYTES)[1])
+    rows = _rows_of_shards(row, stop_row, rows_of(spec.width, np.float16, sizes.SHARD_BYTES)[1])
+    samples = _rows_of_shards(first, stop, rows_of(spec.width, np.float16, extraction.GLOBAL_SHARD_BYTES)[1])
     end, end_row = stop, stop_row
     while end < N and ((rows and end_row < rows.stop) or (samples and end < samples.stop)):
         end, end_row = min(end + spec.batch_size, N), end_row + next(in_batches)
     return Share(first, stop, end, row, stop_row, rows, samples)
 
 
-def _of_shards_begun(first: int, stop: int, shard: int) -> range:
-    """The rows of the shards that begin at rows from ``first`` on and before ``stop``."""
+def _rows_of_shards(first: int, stop: int, shard: int) -> range:
+    """Rows of the shards whose first row is in ``first`` to ``stop`` (exclusive)."""
     return range(-(-first // shard) * shard, -(-stop // shard) * shard)
 
 
 def _rows_of_batches(encoder: Encoder, data: Data) -> Iterator[int]:
-    """How many rows of tokens each batch has, known without the model: captions are tokenised, pictures are alike."""
+    """Yield the number of token rows per batch without running the model on all of them.
+
+    Captions are tokenized; images all have the same number of tokens.
+    """
     spec = encoder.spec
     starts = range(0, len(data), spec.batch_size)
     if spec.modality == "text":
@@ -144,26 +145,26 @@ def _rows_of_batches(encoder: Encoder, data: Data) -> Iterator[int]:
         return
     one = encoder.prepare([data.image(0)])
     if one.mask is not None:
-        raise _of_no_fixed_size(spec.model)
+        raise _varying_token_counts(spec.model)
     (rows,) = kept_rows(encoder.read(one), spec, 0, spec.model).counts
     for start in starts:
         yield int(rows) * (min(start + spec.batch_size, len(data)) - start)
 
 
-def _of_no_fixed_size(name: str) -> StudyError:
+def _varying_token_counts(name: str) -> StudyError:
     return StudyError(
-        f"{name}: its pictures have different numbers of tokens, so that a part cannot know where its own begin; leave "
-        f"parts at 1"
+        f"{name}: its images have different numbers of tokens, so a part cannot determine where its tokens begin; set "
+        f"parts: 1"
     )
 
 
 def _link_all(source: Path, array: Any) -> None:
-    """Give every shard of an array in a part a second name in the whole, or a copy where links cannot be had."""
+    """Hard-link every shard of a part's array into the joined array, or copy it if links are not supported."""
     for file in (source / "c").rglob("*"):
         if file.is_file():
-            place = Path(array.store.root) / array.path / file.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
+            target = Path(array.store.root) / array.path / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                place.hardlink_to(file)
+                target.hardlink_to(file)
             except OSError:
-                shutil.copyfile(file, place)
+                shutil.copyfile(file, target)
