@@ -203,7 +203,7 @@ def test_a_state_that_no_longer_fits_leaves_the_one_before_it(made, tmp_path):
     state, key = sorted(path.relative_to(kept / "first") for path in (kept / "first").rglob("*") if is_result(path))
     assert state.parent.name == "000000001"
     assert key.name == "of.json"
-    assert "going on at step 1" in both.said
+    assert "resuming at step 1" in both.said
     assert_as_undisturbed("sae", made, kept / "second")
 
 
@@ -214,7 +214,7 @@ def test_states_of_another_version_are_not_gone_on_with(made, tmp_path):
     key.write_text(json.dumps(json.loads(key.read_text()) | {"version": 0}, sort_keys=True))
     again = run(given, tmp_path)
     assert again.status == 0, again.said
-    assert "going on at step" not in again.said
+    assert "resuming at step" not in again.said
     assert_as_undisturbed("sae", made, tmp_path)
 
 

@@ -170,10 +170,10 @@ def test_code_in_an_saes_weights_is_not_run(tmp_path, marker):
     with pytest.raises(StoreError, match="sae"):
         load_sae(tmp_path / "sae")
     (tmp_path / "sae" / "manifest.json").unlink()  # else the changed file is noticed before it is read
-    with pytest.raises(StoreError, match="hold no SAE that fits together"):
+    with pytest.raises(StoreError, match="do not match or are damaged"):
         import_sae(tmp_path / "sae", tmp_path / "imported")
     (tmp_path / "sae" / "sae_weights.safetensors").rename(tmp_path / "sae" / "sae.safetensors")
-    with pytest.raises(StoreError, match="hold no SAE that fits together"):
+    with pytest.raises(StoreError, match="do not match or are damaged"):
         import_sae(tmp_path / "sae", tmp_path / "imported")
 
 

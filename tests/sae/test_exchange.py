@@ -225,9 +225,9 @@ def test_what_sae_lens_saved_is_loaded_as_it_is_where_it_means_the_same(sae_lens
     ],
 )
 def test_what_sae_lens_computes_otherwise_is_refused(sae_lens, tmp_path, name, said):
-    with pytest.raises(StoreError, match=f"{name}: {said}, which our SAEs do not compute; only SAELens's TopK SAEs"):
+    with pytest.raises(StoreError, match=f"{name}: {said} is not supported; only SAELens's TopK SAEs"):
         import_sae(sae_lens / name, tmp_path / "imported")
-    with pytest.raises(StoreError, match=f"{name}: cfg.json says {said}, .*`conceptshare sae import .*{name} --out"):
+    with pytest.raises(StoreError, match=f"{name}: cfg.json has {said}, .*`conceptshare sae import .*{name} --out"):
         load_sae(sae_lens / name)
     assert not list(tmp_path.iterdir())
 
@@ -235,7 +235,7 @@ def test_what_sae_lens_computes_otherwise_is_refused(sae_lens, tmp_path, name, s
 @pytest.mark.xdist_group("sae_lens")
 @pytest.mark.parametrize("name", ["not-subtracted", "rescaled", "both", "training", "training-inference"])
 def test_what_must_be_folded_first_is_not_loaded(sae_lens, name):
-    with pytest.raises(StoreError, match=rf"{name}: cfg.json says .*`conceptshare sae import .*{name} --out FOLDER`"):
+    with pytest.raises(StoreError, match=rf"{name}: cfg.json has .*`conceptshare sae import .*{name} --out FOLDER`"):
         load_sae(sae_lens / name)
 
 
@@ -319,7 +319,7 @@ def test_what_sparsify_saved_computes_the_same_when_imported(sparsify, tmp_path,
 def test_what_sparsify_computes_otherwise_is_refused(sparsify, tmp_path, name, said):
     with pytest.raises(
         StoreError,
-        match=f"{name}: {said}, which our SAEs do not compute; only sparsify's TopK SAEs, without transcoding",
+        match=f"{name}: {said} is not supported; only sparsify's TopK SAEs, without transcoding",
     ):
         import_sae(sparsify / name, tmp_path / "imported")
     assert not list(tmp_path.iterdir())
@@ -371,7 +371,7 @@ def make_sparsify(own, tmp_path):
 )
 def test_load_sae_refuses_weights_of_another_meaning(own, keys, said):
     edit(own, **keys)
-    with pytest.raises(StoreError, match=rf"own: cfg.json says {said}, .*`conceptshare sae import .*own --out FOLDER`"):
+    with pytest.raises(StoreError, match=rf"own: cfg.json has {said}, .*`conceptshare sae import .*own --out FOLDER`"):
         load_sae(own)
 
 
@@ -410,20 +410,20 @@ def test_import_refuses_a_decoder_row_of_length_0_that_sae_lens_divides_by(own, 
     W_dec = load_file(own / "sae_weights.safetensors")["W_dec"]
     W_dec[[3, 5]] = 0
     edit_tensors(own, W_dec=W_dec)
-    with pytest.raises(StoreError, match=r"own: cfg.json has rescale_acts_by_decoder_norm, and 2 decoder rows"):
+    with pytest.raises(StoreError, match=r"own: cfg.json has rescale_acts_by_decoder_norm, but 2 decoder rows"):
         import_sae(own, tmp_path / "imported")
 
 
 def test_import_refuses_a_folder_of_sae_lens_before_version_6(own, tmp_path):
     edit(own, activation_fn_str="topk", activation_fn_kwargs={"k": 4})
-    with pytest.raises(StoreError, match=r"own: cfg.json is of SAELens before version 6; load it with a newer one"):
+    with pytest.raises(StoreError, match=r"own: cfg.json is from SAELens before version 6; load it with a newer one"):
         import_sae(own, tmp_path / "imported")
 
 
 def test_import_refuses_signed_latents_of_older_versions_of_sparsify(own, tmp_path):
     folder = make_sparsify(own, tmp_path)
     edit(folder, signed=True)
-    with pytest.raises(StoreError, match="sparsify: signed = True, which our SAEs do not compute"):
+    with pytest.raises(StoreError, match="sparsify: signed = True is not supported"):
         import_sae(folder, tmp_path / "imported")
 
 
@@ -463,12 +463,12 @@ def with_a_strange_tensor(folder):
     ("break_it", "said"),
     [
         (without_weights, "neither sae_weights.safetensors"),
-        (without_config, "hold no SAE that fits together .*cfg.json.*; fetch or save the folder again"),
-        (cut_weights, "hold no SAE that fits together"),
-        (without_k, "hold no SAE that fits together .*'k'"),
-        (of_another_width, "hold no SAE that fits together"),
-        (with_a_short_bias, "hold no SAE that fits together .*b_dec"),
-        (with_a_strange_tensor, "hold no SAE that fits together .*log_scale"),
+        (without_config, "do not match or are damaged .*cfg.json.*; fetch or save the folder again"),
+        (cut_weights, "do not match or are damaged"),
+        (without_k, "do not match or are damaged .*'k'"),
+        (of_another_width, "do not match or are damaged"),
+        (with_a_short_bias, "do not match or are damaged .*b_dec"),
+        (with_a_strange_tensor, "do not match or are damaged .*log_scale"),
     ],
 )
 def test_import_refuses_a_damaged_folder(own, tmp_path, library, break_it, said):

@@ -158,7 +158,7 @@ def test_a_missing_sae_is_named_and_nothing_is_written(stage, tmp_path):
 def test_an_sae_of_another_width_is_refused_and_nothing_is_written(stage, tmp_path):
     for layer in (0, 2):
         write_sae(tmp_path / "saes", layer, 9, np.zeros((D + 1, F), np.float32), np.zeros(D + 1, np.float32))
-    with pytest.raises(StoreError, match=r"layer-00/seed-9: an SAE for width 7, where the activations have 6"):
+    with pytest.raises(StoreError, match=r"layer-00/seed-9: an SAE for width 7, but the activations have 6"):
         record_features(stage[0], tmp_path / "saes", 9, tmp_path / "vit@9.zarr")
     assert nothing_written(tmp_path)
 
@@ -173,9 +173,7 @@ def test_saes_that_were_exchanged_are_noticed(stage, tmp_path, one, other):
     write_sae(tmp_path / "saes", 2, 8, weights[2][0] * 2, weights[2][1])
     for name, place in ((one, "aside"), (other, one), ("aside", other)):
         (tmp_path / "saes" / name).rename(tmp_path / "saes" / place)
-    with pytest.raises(
-        StoreError, match=rf"{one}: an SAE of (layer 2|seed 8), where one of .* run the sae stage again"
-    ):
+    with pytest.raises(StoreError, match=rf"{one}: an SAE of (layer 2|seed 8), but one of .* run the sae stage again"):
         record_features(store, tmp_path / "saes", 7, tmp_path / "vit@7.zarr")
     assert nothing_written(tmp_path)
 

@@ -236,7 +236,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options))
 def test_each_option_trains_as_dense_autograd_has_it_and_not_as_without(options, monkeypatch):
-    monkeypatch.setattr(_trainer, "_STEPS_BETWEEN_LOOKS", LOOKS)
+    monkeypatch.setattr(_trainer, "_STEPS_BETWEEN_CHECKS", LOOKS)
     tokens = planted(samples=200)
     plain = {"expansion": 4, "k": 2, "batch_samples": 4} | ({} if "preset" in options else {"learning_rate": 3e-3})
     settings = SAESettings(**plain, **options)
@@ -259,7 +259,7 @@ def test_auxk_moves_the_rows_of_dead_latents_alone():
     x = torch.from_numpy(np.concatenate(planted(samples=20)).astype(np.float32))
     with torch.no_grad():
         reconstruction = trainer.sae(x)
-    trainer._revival(x, reconstruction).backward()
+    trainer._auxiliary_loss(x, reconstruction).backward()
     for gradient in (trainer.sae.W_enc_T.grad, trainer.sae.W_dec.grad):
         assert (gradient[~dead] == 0).all()
         assert (gradient[dead] != 0).any(dim=1).all()
@@ -754,7 +754,7 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(stored, tmp_path
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert not (tmp_path / "killed").exists()
     finished = run_training(stored, tmp_path / "killed", settings=settings)
-    assert "going on at step 10 of 20" in finished.stderr
+    assert "resuming at step 10 of 20" in finished.stderr
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert not (tmp_path / "killed.checkpoints").exists()
 
@@ -763,7 +763,7 @@ def test_a_training_that_is_asked_to_stop_saves_and_exits_with_a_code_of_its_own
     train_sae(stored, 3, SETTINGS, seed=0, out=tmp_path / "whole")
     stopped = run_training(stored, tmp_path / "stopped", signal.SIGTERM, last=2)
     assert stopped.returncode == PREEMPTED == 75
-    assert "asked to stop at step 2 of 4; run again to go on" in stopped.stderr
+    assert "stopped by SIGTERM at step 2 of 4; run again to resume" in stopped.stderr
     assert not (tmp_path / "stopped").exists()
     train_sae(stored, 3, SETTINGS, seed=0, out=tmp_path / "stopped")
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
@@ -778,8 +778,8 @@ def test_a_torn_checkpoint_is_noticed_and_the_one_before_used(stored, tmp_path, 
     newest.write_bytes(content[:-100] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
     train_sae(stored, 3, SETTINGS, seed=0, out=tmp_path / "torn")
     said = capsys.readouterr().err
-    assert f"{newest.parent}: not whole; using the checkpoint before it" in said
-    assert "going on at step 2 of 4" in said
+    assert f"{newest.parent}: damaged; using the checkpoint before it" in said
+    assert "resuming at step 2 of 4" in said
     assert contents(tmp_path / "torn") == contents(tmp_path / "whole")
 
 
@@ -807,10 +807,10 @@ def test_damaged_checkpoints_are_left_behind_and_new_ones_kept(stored, tmp_path,
     damage(tmp_path / "damaged.checkpoints")
     stopped = run_training(stored, out, signal.SIGTERM, last=3, settings=settings)
     if damage is put_a_file_in_place_of_a_step:  # the one before it is whole, and step 3 past
-        assert "going on at step 7" in stopped.stderr
+        assert "resuming at step 7" in stopped.stderr
     else:
         assert stopped.returncode == PREEMPTED, stopped.stderr
-        assert "going on at step 3" in run_training(stored, out, settings=settings).stderr
+        assert "resuming at step 3" in run_training(stored, out, settings=settings).stderr
     assert contents(out) == contents(tmp_path / "whole")
     assert not (tmp_path / "damaged.checkpoints").exists()
 
@@ -826,7 +826,7 @@ def test_checkpoints_of_another_training_are_not_gone_on_with(stored, tmp_path, 
     other = SETTINGS.model_copy(update={"learning_rate": 2e-3})
     assert run_training(stored, tmp_path / "sae", last=3, settings=other).returncode == -signal.SIGKILL
     train_sae(stored, 3, SETTINGS, seed=0, out=tmp_path / "sae")
-    assert "going on" not in capsys.readouterr().err
+    assert "resuming" not in capsys.readouterr().err
     train_sae(stored, 3, SETTINGS, seed=0, out=tmp_path / "fresh")
     assert contents(tmp_path / "sae") == contents(tmp_path / "fresh")
 
@@ -835,4 +835,4 @@ def test_checkpoints_of_another_version_are_not_gone_on_with(stored, tmp_path, c
     assert run_training(stored, tmp_path / "sae", last=3).returncode == -signal.SIGKILL
     monkeypatch.setattr(_checkpoints, "version", lambda _: "another")
     train_sae(stored, 3, SETTINGS, seed=0, out=tmp_path / "sae")
-    assert "going on" not in capsys.readouterr().err
+    assert "resuming" not in capsys.readouterr().err

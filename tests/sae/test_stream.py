@@ -175,8 +175,8 @@ def counted(method):
     return call
 
 # Each sample that is kept, each step of the team, each state that is written, each SAE that is measured.
-_stream._Team.train_on = counted(_stream._Team.train_on)
-_stream._Team.measure_on = counted(_stream._Team.measure_on)
+_stream._SAEGroup.train_on = counted(_stream._SAEGroup.train_on)
+_stream._SAEGroup.evaluate_on = counted(_stream._SAEGroup.evaluate_on)
 _stream.GlobalTokens.append = counted(_stream.GlobalTokens.append)
 _stream.GlobalTokens.flush = counted(_stream.GlobalTokens.flush)
 _train.Trainer.state = counted(_train.Trainer.state)
@@ -202,7 +202,7 @@ def test_a_stream_that_is_killed_at_any_moment_goes_on_and_ends_with_the_same_by
         assert not (tmp_path / "killed" / "tiny.zarr").exists()
     finished = run_stream(encoder, data_folder, settings, tmp_path / "killed")
     assert finished.returncode == 0, finished.stderr
-    assert "tiny: going on at step" in finished.stderr
+    assert "tiny: resuming at step" in finished.stderr
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
@@ -213,9 +213,9 @@ def test_a_stream_that_is_asked_to_stop_saves_and_exits_with_a_code_of_its_own(
     streamed(encoder, Data(data_folder), settings, tmp_path / "whole")
     stopped = run_stream(encoder, data_folder, settings, tmp_path / "stopped", signal.SIGTERM, last=30)
     assert stopped.returncode == PREEMPTED
-    assert "tiny: asked to stop at step" in stopped.stderr
+    assert "tiny: stopped by SIGTERM at step" in stopped.stderr
     assert not (tmp_path / "stopped" / "tiny").exists()
-    step = int(re.search(r"asked to stop at step (\d+) of 12;", stopped.stderr)[1])
+    step = int(re.search(r"stopped by SIGTERM at step (\d+) of 12;", stopped.stderr)[1])
     assert 0 < step < 6
     monkeypatch.setattr(Data, "caption", lambda self, row, caption=Data.caption: read.append(row) or caption(self, row))
     streamed(encoder, Data(data_folder), settings, tmp_path / "stopped")
@@ -234,8 +234,8 @@ def test_a_torn_state_of_one_sae_takes_all_to_the_checkpoint_before(encoder_of, 
     capsys.readouterr()
     streamed(encoder, Data(data_folder), settings, tmp_path / "torn")
     said = capsys.readouterr().err
-    assert f"{newest}: not whole; using the checkpoint before it" in said
-    assert f"tiny: going on at step {int(newest.name) - 1} of 14" in said
+    assert f"{newest}: damaged; using the checkpoint before it" in said
+    assert f"tiny: resuming at step {int(newest.name) - 1} of 14" in said
     assert contents(tmp_path / "torn") == contents(tmp_path / "whole")
 
 
@@ -276,7 +276,7 @@ def test_checkpoints_of_other_settings_are_not_gone_on_with(encoder_of, data_fol
     other = settings.model_copy(update={"learning_rate": 1e-3})
     assert run_stream(encoder, data_folder, other, tmp_path / "new", last=40).returncode == -signal.SIGKILL
     streamed(encoder, Data(data_folder), settings, tmp_path / "new")
-    assert "going on" not in capsys.readouterr().err
+    assert "resuming" not in capsys.readouterr().err
     streamed(encoder, Data(data_folder), settings, tmp_path / "fresh")
     assert contents(tmp_path / "new") == contents(tmp_path / "fresh")
 

@@ -1,8 +1,8 @@
-"""Stages `sae` and `stream`: TopK sparse autoencoders on the residual stream, from stored tokens or as they are made.
+"""Stages `sae` and `stream`: TopK sparse autoencoders on the residual stream, trained on stored or streamed tokens.
 
 f = ReLU((x - b_dec) W_enc) and x_hat = TopK(f) W_dec + b_dec, trained on mean squared error; W_enc is [D, F] and
-W_dec is [F, D]. Only the k largest latents of a token reach the decoder, so decoding and both weight gradients touch
-those alone; the one dense product of a step is x W_enc.
+W_dec is [F, D]. Only the k largest latents of a token reach the decoder, so decoding and both weight gradients only
+touch these; the only dense product of a step is x W_enc.
 """
 
 from typing import TYPE_CHECKING

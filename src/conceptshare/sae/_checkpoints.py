@@ -1,4 +1,4 @@
-"""States of unfinished trainings on disk, and the signal that asks for one."""
+"""Checkpoints of unfinished trainings, and the signal that requests one."""
 
 import hashlib
 import json
@@ -17,35 +17,35 @@ from conceptshare.io.progress import info
 from conceptshare.sae._trainer import Trainer
 
 PREEMPTED = 75
-"""Exit status of a training that was asked to stop (SIGTERM) and saved its state: temporary failure, in sysexits.h."""
+"""Exit status of a training that received SIGTERM and saved its state: temporary failure, as in sysexits.h."""
 
 _VERSION = 1
-"""Of what a state holds; one of another version is not gone on with."""
+"""Version of a state's contents; states of other versions are not used."""
 _KEY = "of.json"
 _KEPT = 2
 
 
 class Checkpoints:
-    """The states of trainings that go step by step together: the newest two, each a folder named after its step.
+    """Checkpoints of trainings that take steps together: the newest two, each a folder named after its step.
 
-    A state's file is named after its training and the digest of its bytes, so that a torn one is noticed, and the
-    checkpoint before it used.
+    A state's file name contains the training's name and a digest of the file, so that a truncated file is detected and
+    the checkpoint before it is used.
 
     Args:
-        folder: where they lie; it is there from the first checkpoint on.
-        key: what is trained. Where an earlier attempt was at something else, its checkpoints are not used.
+        folder: the folder of checkpoints, created at the first one.
+        key: identifies the trainings. Checkpoints of an earlier attempt with another key are not used.
     """
 
     def __init__(self, folder: Path, key: dict[str, Any]) -> None:
         self._folder = folder
         self.key = json.dumps(key | {"version": _VERSION, "begun_by": version("conceptshare")}, sort_keys=True)
-        """What is trained."""
-        if not self._ours():
+        """Identifies the trainings."""
+        if not self._key_matches():
             check_replaceable(folder, CHECKPOINTS)
 
     def save(self, trainers: Mapping[str, Trainer]) -> None:
-        """Write the states aside, rename them together, and remove what is older than the checkpoint before."""
-        if not self._ours():
+        """Save a checkpoint atomically, and remove all but the newest two."""
+        if not self._key_matches():
             self.remove()
             self._folder.mkdir(parents=True)
             (self._folder / _KEY).write_text(self.key, encoding="utf-8")
@@ -65,15 +65,15 @@ class Checkpoints:
             remove(older)
 
     def restore(self, trainers: Mapping[str, Trainer]) -> int:
-        """Let trainings go on from the newest checkpoint that is whole.
+        """Restore trainings from the newest intact checkpoint.
 
         Returns:
-            Its step; 0 where there is none.
+            Its step; 0 if there is none.
         """
-        for checkpoint in self._all() if self._ours() else []:
+        for checkpoint in self._all() if self._key_matches() else []:
             files = {file.stem.rpartition("-")[0]: file for file in checkpoint.glob("*.safetensors")}
-            if not all(_file_name(name) in files and _whole(files[_file_name(name)]) for name in trainers):
-                info(f"{checkpoint}: not whole; using the checkpoint before it, if there is one")
+            if not all(_file_name(name) in files and _is_intact(files[_file_name(name)]) for name in trainers):
+                info(f"{checkpoint}: damaged; using the checkpoint before it, if there is one")
                 remove(checkpoint)
                 continue
             for name, trainer in trainers.items():
@@ -82,10 +82,10 @@ class Checkpoints:
         return 0
 
     def remove(self) -> None:
-        """Leave nothing."""
+        """Remove all checkpoints."""
         remove(self._folder)
 
-    def _ours(self) -> bool:
+    def _key_matches(self) -> bool:
         try:
             return (self._folder / _KEY).read_text(encoding="utf-8") == self.key
         except (OSError, UnicodeError):
@@ -96,15 +96,15 @@ class Checkpoints:
 
 
 @contextmanager
-def asked_to_stop() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, as Slurm sends it before it takes a machine back."""
-    asked = threading.Event()
+def stop_on_sigterm() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM sets, which Slurm sends before it preempts a job."""
+    stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield stop
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
     try:
-        yield asked
+        yield stop
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -118,5 +118,5 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
 
-def _whole(file: Path) -> bool:
+def _is_intact(file: Path) -> bool:
     return _digest(file) == file.stem.rpartition("-")[2]

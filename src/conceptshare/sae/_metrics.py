@@ -1,4 +1,4 @@
-"""How good an SAE is."""
+"""Quality metrics of SAEs."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,43 +13,43 @@ from conceptshare.sae._model import TopKSAE
 
 @dataclass(frozen=True)
 class Quality:
-    """How well an SAE reconstructs some tokens."""
+    """How well an SAE reconstructs a set of tokens."""
 
     tokens: int
-    """Tokens measured."""
+    """Number of tokens."""
     fvu: float
-    """Fraction of variance unexplained, about the per-dimension mean: predicting the mean gives 1."""
+    """Fraction of variance unexplained, relative to the per-dimension mean: predicting the mean gives 1."""
     explained_variance: float
     """1 - FVU."""
     cosine: float
-    """Mean cosine of a token and its reconstruction."""
+    """Mean cosine similarity of tokens and their reconstructions."""
     l2_ratio: float
-    """Mean ratio of a reconstruction's length to its token's."""
+    """Mean ratio of a reconstruction's norm to its token's norm."""
     l0: float
-    """Mean number of latents above 0 that reach the decoder."""
+    """Mean number of positive latents that reach the decoder."""
     dead: float
-    """Share of latents that reached the decoder for none of these tokens."""
+    """Fraction of latents that reached the decoder for none of these tokens."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What `evaluate` finds."""
+class Evaluation:
+    """Result of `evaluate`."""
 
     quality: Quality
     density: NDArray[np.float64]
-    """``[F]`` share of tokens for which each latent reached the decoder above 0."""
+    """``[F]`` fraction of tokens for which each latent was positive and reached the decoder."""
 
 
-def evaluate(sae: TopKSAE, batches: Iterable[Tensor]) -> Measured:
-    """Measure an SAE over all rows of the batches ``[rows, D]``, in float64 and one pass, where the SAE is."""
-    measuring = Measuring(sae)
+def evaluate(sae: TopKSAE, batches: Iterable[Tensor]) -> Evaluation:
+    """Evaluate an SAE on all rows of the batches ``[rows, D]``, in float64 and one pass, on the SAE's device."""
+    evaluator = Evaluator(sae)
     for batch in batches:
-        measuring.add(batch)
-    return measuring.result()
+        evaluator.add(batch)
+    return evaluator.result()
 
 
-class Measuring:
-    """What is known of an SAE so far, while its tokens come batch by batch."""
+class Evaluator:
+    """Streaming accumulator of SAE quality metrics."""
 
     def __init__(self, sae: TopKSAE) -> None:
         F, D = sae.W_dec.shape
@@ -64,7 +64,7 @@ class Measuring:
 
     @torch.no_grad()
     def add(self, batch: Tensor) -> None:
-        """Measure ``batch [rows, D]``."""
+        """Add ``batch [rows, D]``."""
         x = batch.to(self._sae.W_dec.device)
         latents = self._sae.top_k(x)
         reconstruction, x = self._sae.decode(latents).double(), x.double()
@@ -73,15 +73,15 @@ class Measuring:
         self._square += x.square().sum(0)
         self._error += (reconstruction - x).square().sum()
         lengths, reconstructed = x.norm(dim=1), reconstruction.norm(dim=1)
-        # A token of length 0 has no direction, and none of its reconstruction is right.
+        # The clamps avoid divisions by zero: the cosine of a token of norm 0 counts as 0.
         self._cosine += ((reconstruction * x).sum(1) / (lengths * reconstructed).clamp(min=1e-30)).sum()
         self._ratio += (reconstructed / lengths.clamp(min=1e-30)).sum()
         above = (latents.values > 0).double()
         self._active += above.sum()
         self._counts.index_add_(0, latents.indices.flatten(), above.flatten())
 
-    def result(self) -> Measured:
-        """Over all that was added."""
+    def result(self) -> Evaluation:
+        """Return the metrics over all added batches."""
         n = self._tokens
         variance = float((self._square - self._total.square() / n).sum())
         fvu = float(self._error) / variance if variance > 0 else float("nan")
@@ -95,14 +95,15 @@ class Measuring:
             l0=float(self._active) / n,
             dead=float((density == 0).mean()),
         )
-        return Measured(quality, density)
+        return Evaluation(quality, density)
 
 
 def density_histogram(density: NDArray[np.float64]) -> list[tuple[str, float, int]]:
-    """How many latents have which log10 density, from -6 to 0 in steps of 0.25, and how many are never active.
+    """Histogram of log10 density from -6 to 0 in steps of 0.25, with the number of latents that are never active.
 
     Returns:
-        A row a bin: ``"never"`` or ``"bin"``, its lower edge (log10), and its count. The first has the rarer ones too.
+        One row per bin: ``"never"`` or ``"bin"``, its lower edge (log10) and its count. Smaller densities count in the
+        first bin.
     """
     alive = np.log10(density[density > 0]).clip(-6, -1e-12)
     counts, edges = np.histogram(alive, bins=np.arange(-6, 0.25, 0.25))

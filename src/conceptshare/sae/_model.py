@@ -1,4 +1,4 @@
-"""The model, and the folder that holds one, which SAELens reads too."""
+"""The TopK SAE model, and reading and writing of its folder, which SAELens can read too."""
 
 import json
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from conceptshare.io.errors import NumericsError, StoreError
 from conceptshare.io.seals import seal
 from conceptshare.sae.folder import ELSEWHERE, other_meaning, sae_file
 
-# The layout that this file writes was tried with this version of SAELens.
+# The version of SAELens that this layout was tested with.
 _SAE_LENS_VERSION = "6.54.12"
 
 
@@ -34,8 +34,8 @@ class TopKSAE(nn.Module):
     Args:
         d_in: D, the width of the residual stream.
         d_sae: F, the number of latents.
-        k: latents kept for a token.
-        generator: source of the initial weights; without one they are left unset, to be loaded.
+        k: latents kept per token.
+        generator: random generator for the initial weights; without one they are left uninitialised.
     """
 
     def __init__(self, d_in: int, d_sae: int, k: int, generator: torch.Generator | None = None) -> None:
@@ -43,14 +43,14 @@ class TopKSAE(nn.Module):
         if k > d_sae:
             raise NumericsError(f"k = {k} is more than the {d_sae} latents there are; lower k or raise expansion")
         self.k = k
-        # One row a latent, as in the decoder: an active latent's weights lie together.
+        # One row per latent, as in the decoder, so that an active latent's weights are contiguous.
         self.W_enc_T = nn.Parameter(torch.empty(d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(d_sae), requires_grad=False)
         self.W_dec = nn.Parameter(torch.empty(d_sae, d_in))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         if generator is not None:
             with torch.no_grad():
-                # Of a [D, F] array, whose fan-in torch takes to be F: bounds are sqrt(6 / F), as in the paper's code.
+                # Initialised as [D, F], whose fan-in is F for torch: bounds are sqrt(6 / F), as in the paper's code.
                 self.W_enc_T.copy_(nn.init.kaiming_uniform_(torch.empty(d_in, d_sae), generator=generator).T)
                 self.W_dec.copy_(self.W_enc_T / self.W_enc_T.norm(dim=1, keepdim=True))
 
@@ -64,14 +64,14 @@ class TopKSAE(nn.Module):
         return torch.relu(torch.addmm(self.b_enc, x - self.b_dec, self.W_enc))
 
     def top_k(self, x: Tensor, precision: str = "float32", k: int | None = None, among: Tensor | None = None) -> TopK:
-        """The k largest latents of each row of ``x [T, D]``.
+        """Compute the k largest latents of each row of ``x [T, D]``.
 
         Args:
             x: tokens.
-            precision: with bfloat16 or tf32, x and W_enc are rounded to it for the product that chooses the latents;
-                their values are computed in float32 all the same.
-            k: how many; the model's own k without it.
-            among: ``[F]`` bool, the latents to choose from. Of others, values are 0. Without it, all.
+            precision: with bfloat16 or tf32, x and W_enc are rounded for the product that selects the latents; the
+                selected values are computed in float32.
+            k: number of latents; defaults to the model's k.
+            among: ``[F]`` bool, the latents to choose from; values of other latents are 0. Defaults to all.
         """
         values, indices = _TopLatents.apply(x - self.b_dec, self.W_enc_T, self.b_enc, k or self.k, precision, among)
         return TopK(values, indices)
@@ -86,7 +86,7 @@ class TopKSAE(nn.Module):
 
 
 class _TopLatents(torch.autograd.Function):
-    """TopK(ReLU(x W_enc + b_enc)), whose gradients touch only the latents that were kept."""
+    """TopK(ReLU(x W_enc + b_enc)) with gradients that only touch the kept latents."""
 
     @staticmethod
     def forward(
@@ -117,25 +117,26 @@ class _TopLatents(torch.autograd.Function):
         with torch.enable_grad():
             weights = W_enc_T.detach().requires_grad_()
             x_gradient = _weighted_sum(indices, weights, latent_gradients)
-        # d/dW of sum_j g_j W_j, fed with x, is the sum over tokens of g_j x: the encoder's gradient.
+        # The vector-Jacobian product of sum_j g_j W_j with x, for W, is the sum over tokens of g_j x: the encoder's
+        # gradient.
         (W_gradient,) = torch.autograd.grad(x_gradient, weights, grad_outputs=x)
         b_gradient = None
         if ctx.needs_input_grad[2]:
-            b_gradient = _added_up(indices.flatten(), latent_gradients.flatten(), len(W_enc_T))
+            b_gradient = _sum_by_index(indices.flatten(), latent_gradients.flatten(), len(W_enc_T))
         return x_gradient.detach(), W_gradient, b_gradient, None, None, None
 
 
-def _added_up(indices: Tensor, values: Tensor, count: int) -> Tensor:
-    """``[count]`` sums of the values of each index, the same bits each time."""
+def _sum_by_index(indices: Tensor, values: Tensor, count: int) -> Tensor:
+    """``[count]`` sums of the values per index, deterministic."""
     total = values.new_zeros(count)
-    if values.is_cuda:  # where index_add_ adds in any order, and index_put_ sorts
+    if values.is_cuda:  # on GPUs index_add_ is not deterministic, while index_put_ sorts
         return total.index_put_((indices,), values, accumulate=True)
     return total.index_add_(0, indices, values)
 
 
 @contextmanager
 def _tf32() -> Iterator[None]:
-    """Let GPUs keep ten bits of each factor of a product, in all threads of the process."""
+    """Let GPUs use TF32 (ten bits of mantissa) in products, in all threads of the process."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
@@ -145,14 +146,14 @@ def _tf32() -> Iterator[None]:
 
 
 def _weighted_sum(indices: Tensor, W: Tensor, weights: Tensor) -> Tensor:
-    """``[T, D]`` sums of the rows ``indices [T, k]`` of ``W [F, D]`` by ``weights [T, k]``, without gathering them."""
+    """``[T, D]`` sums of the rows ``indices [T, k]`` of ``W [F, D]`` with ``weights [T, k]``, without a gather."""
     return embedding_bag(indices, W, per_sample_weights=weights, mode="sum")
 
 
 def _dots(indices: Tensor, W: Tensor, x: Tensor) -> Tensor:
-    """``[T, k]`` products of ``x [T, D]`` with the rows ``indices [T, k]`` of ``W``, without gathering them.
+    """``[T, k]`` dot products of ``x [T, D]`` with the rows ``indices [T, k]`` of ``W``, without gathering rows.
 
-    They are the gradients of a weighted sum of those rows, fed with x, for its weights.
+    Computed as the gradient of a weighted sum of these rows with respect to the weights, for the output gradient x.
     """
     with torch.enable_grad():
         weights = torch.zeros(indices.shape, device=x.device, requires_grad=True)
@@ -166,10 +167,10 @@ def save_sae(sae: TopKSAE, folder: Path, model_name: str, hook_name: str, spec: 
 
     Args:
         sae: the model.
-        folder: where to write. What else is there is sealed, too.
-        model_name: of the encoder, for other libraries.
-        hook_name: of the layer, for other libraries.
-        spec: what it is and was made from, as `sae_folder.sae_record` has it.
+        folder: the folder to write; other files in it are sealed too.
+        model_name: name of the encoder, for other libraries.
+        hook_name: name of the layer, for other libraries.
+        spec: layer, seed, settings and inputs of the SAE, see `folder.sae_of`.
     """
     d_sae, d_in = sae.W_dec.shape
     tensors = {
@@ -202,32 +203,32 @@ def save_sae(sae: TopKSAE, folder: Path, model_name: str, hook_name: str, spec: 
 
 
 def load_sae(folder: Path | str, record: dict[str, Any] | None = None) -> TopKSAE:
-    """Load an SAE that `save_sae` wrote, or one of SAELens's that computes the same.
+    """Load an SAE that `save_sae` wrote, or one of SAELens that computes the same.
 
     Args:
-        folder: where it is.
-        record: what its files are compared with; without it, the folder's own `manifest.json`, if it has one.
+        folder: the SAE's folder.
+        record: record to check its files against; defaults to the folder's own `manifest.json`, if it has one.
 
     Raises:
-        StoreError: where the folder holds none, its files are damaged or do not fit one another, or its weights mean
-            something else.
+        StoreError: if the folder holds no SAE, its files are damaged or do not match, or its weights have another
+            meaning.
     """
     folder = Path(folder)
     try:
         config = json.loads(sae_file(folder, "cfg.json", record).read_text(encoding="utf-8"))
         if other := other_meaning(config):
-            said = ", ".join(f"{key} = {value!r}" for key, value in other.items())
+            settings = ", ".join(f"{key} = {value!r}" for key, value in other.items())
             raise StoreError(
-                f"{folder}: cfg.json says {said}, so that its weights mean something else here; convert it with "
+                f"{folder}: cfg.json has {settings}, so its weights have another meaning than ours; convert it with "
                 f"`conceptshare sae import {folder} --out FOLDER`"
             )
         tensors = load_file(sae_file(folder, "sae_weights.safetensors", record))
         sae = TopKSAE(config["d_in"], config["d_sae"], config["k"])
-        # Strict in names and shapes: a tensor of another library's would have a meaning that is not known here.
+        # Strict in names and shapes: the meaning of additional tensors is unknown.
         sae.load_state_dict({"W_enc_T": tensors.pop("W_enc").T, **tensors})
     except StoreError:
         raise
-    except Exception as error:  # a damaged file fails in as many ways as there are bytes in it
-        said = " ".join(str(error).split())
-        raise StoreError(f"{folder}: no readable SAE there ({said}); {ELSEWHERE}") from error
+    except Exception as error:  # damaged files raise many types
+        message = " ".join(str(error).split())
+        raise StoreError(f"{folder}: no readable SAE there ({message}); {ELSEWHERE}") from error
     return sae

@@ -1,4 +1,4 @@
-"""Training on tokens that are never stored: an encoder reads, and its SAEs learn from what it just read."""
+"""Training on tokens that are never stored: SAEs are trained on an encoder's activations as they are computed."""
 
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +24,8 @@ from conceptshare.io.progress import info, progress
 from conceptshare.io.store import new_store, resuming
 from conceptshare.sae import _order
 from conceptshare.sae._checkpoints import Checkpoints
-from conceptshare.sae._metrics import Measured, Measuring, evaluate
-from conceptshare.sae._train import Origin, Report, descend, write_sae
+from conceptshare.sae._metrics import Evaluation, Evaluator, evaluate
+from conceptshare.sae._train import Origin, Report, run_steps, write_sae
 from conceptshare.sae._trainer import Trainer
 
 Result = TypeVar("Result")
@@ -42,32 +42,32 @@ def train_stream(
     activations: Path,
     workers: int = 1,
 ) -> None:
-    """Train the SAEs of all layers and seeds of an encoder while it reads a data set, and store its global tokens.
+    """Train the SAEs of all layers and seeds of an encoder during its forward passes, and store its global tokens.
 
-    They become the SAEs that `train_sae` makes of stored tokens. Each epoch is a forward pass over the samples that are
-    trained on; those that are held out are read once, at the end, or the last samples again where none are. What is
-    cut off goes on from its last checkpoint when it is run again, and ends with the bytes of an undisturbed run.
+    The SAEs are equal to those that `train_sae` trains on stored tokens. Each epoch is a forward pass over the training
+    samples. Held-out samples are read once, at the end; if there are none, the last samples are read again. An
+    interrupted training resumes from its last checkpoint and is the same to the byte as an uninterrupted one.
 
     Args:
         encoder: the encoder.
         data: the samples.
-        settings: of the SAEs.
-        seeds: of their initial weights.
+        settings: settings of the SAEs.
+        seeds: seeds of their initial weights.
         saes: the folder to write, with `layer-NN/seed-S/` in it.
         activations: the store of global tokens to write.
-        workers: threads that decode and prepare pictures, and, where there is no GPU, SAEs that are trained side by
-            side. Where there are GPUs, layers are spread over them, and each GPU trains one SAE at a time.
+        workers: number of threads that decode and prepare images and, without a GPU, of SAEs that are trained in
+            parallel. With GPUs, layers are distributed over them, and each GPU trains one SAE at a time.
 
     Raises:
-        NumericsError: where training diverges, or an activation is not finite or does not fit float16.
-        EncoderError: where the encoder is not what its entry says.
-        StoreError: where what an earlier attempt left of the store is damaged.
-        StudyError: where the settings' precision would change the encoder's too.
-        MadeMeanwhileError: where another process made the same SAEs while this one waited for them.
+        NumericsError: if training diverges, or an activation is not finite or does not fit float16.
+        EncoderError: if the encoder does not match its catalog entry.
+        StoreError: if the partial store of an earlier attempt is damaged.
+        StudyError: if the settings' precision would also change that of the encoder.
+        MadeMeanwhileError: if another process trained the same SAEs while this one waited for the lock.
         SystemExit: with the status PREEMPTED, after SIGTERM.
     """
     if settings.precision == "tf32":
-        raise StudyError("precision: tf32 would also round the products of the encoder; take bfloat16, or store tokens")
+        raise StudyError("precision: tf32 would also round the products of the encoder; use bfloat16, or store tokens")
     spec, name, N = encoder.spec, saes.name, len(data)
     described = describe(encoder, data, name)
     steps = _order.steps(N, settings.samples_a_step(spec.modality), spec.batch_size, settings)
@@ -76,43 +76,43 @@ def train_stream(
     with (
         atomic_output(saes, SAES, key=checkpoints.key) as folder,
         new_store(activations, KIND, described, resume=True) as store,
-        closing(_Team(encoder, settings, seeds, name, len(steps), workers)) as team,
+        closing(_SAEGroup(encoder, settings, seeds, name, len(steps), workers)) as group,
     ):
         with resuming(activations):
             reader = _Reader(encoder, data, name, workers, store)
-        done = checkpoints.restore(team.trainers)
+        done = checkpoints.restore(group.trainers)
         if done:
-            info(f"{name}: going on at step {done:,} of {len(steps):,}")
+            info(f"{name}: resuming at step {done:,} of {len(steps):,}")
         with closing(reader.read(steps[done:])) as batches:
-            descend(batches, team.train_on, team.trainers, name, checkpoints, reader.note)
-        all_tokens, global_tokens = _measure(team, reader, _order.measured(N, settings), name)
+            run_steps(batches, group.train_on, group.trainers, name, checkpoints, reader.save_progress)
+        all_tokens, global_tokens = _evaluate(group, reader, _order.evaluated(N, settings), name)
         held_out = settings.held_out_samples(N) > 0
-        for origin, trainer in team.by_origin.items():
+        for origin, trainer in group.by_origin.items():
             report = Report(origin, all_tokens[origin], global_tokens[origin], held_out)
-            place = folder / sae_place(origin.layer, origin.seed)
-            write_sae(place, trainer.sae, trainer.losses.cpu().numpy(), settings, report, described)
+            sae_folder = folder / sae_place(origin.layer, origin.seed)
+            write_sae(sae_folder, trainer.sae, trainer.losses.cpu().numpy(), settings, report, described)
         reader.close()
     checkpoints.remove()
 
 
-class _Team:
-    """The trainings of an encoder's SAEs, which take each step side by side."""
+class _SAEGroup:
+    """The trainers of an encoder's SAEs, which take each step in parallel."""
 
     def __init__(
         self, encoder: Encoder, settings: SAESettings, seeds: Sequence[int], name: str, steps: int, workers: int
     ) -> None:
-        spec, places = encoder.spec, devices()
+        spec, available = encoder.spec, devices()
         self.by_origin = {
-            origin: Trainer(spec.width, settings, origin.mixed_seed(), steps, places[n % len(places)])
+            origin: Trainer(spec.width, settings, origin.mixed_seed(), steps, available[n % len(available)])
             for n, layer in enumerate(spec.layer_numbers())
             for origin in (Origin(name, layer, seed) for seed in seeds)
         }
         self.trainers = {str(origin): trainer for origin, trainer in self.by_origin.items()}
-        at_once = {"cpu": workers, "cuda": 1}
-        self._pools = {place: _threads(at_once[place.type]) for place in places}
+        parallel = {"cpu": workers, "cuda": 1}
+        self._pools = {device: _threads(parallel[device.type]) for device in available}
 
     def each(self, work: Callable[[Origin, Trainer], Result]) -> dict[Origin, Result]:
-        """Do something for every SAE, those of one GPU one after another."""
+        """Call a function for every SAE, sequentially for SAEs on the same GPU."""
         started = {
             origin: self._pools[trainer.losses.device].submit(work, origin, trainer)
             for origin, trainer in self.by_origin.items()
@@ -120,32 +120,32 @@ class _Team:
         return {origin: future.result() for origin, future in started.items()}
 
     def train_on(self, tokens: TokensByLayer) -> None:
-        """One step of every SAE."""
+        """Train every SAE for one step."""
         self.each(lambda origin, trainer: trainer.train_on(_own(tokens, origin, trainer)))
 
-    def measure_on(self, tokens: TokensByLayer, measuring: dict[Origin, Measuring]) -> None:
-        """Measure every SAE."""
-        self.each(lambda origin, trainer: measuring[origin].add(_own(tokens, origin, trainer)))
+    def evaluate_on(self, tokens: TokensByLayer, evaluators: dict[Origin, Evaluator]) -> None:
+        """Add tokens to the evaluation of every SAE."""
+        self.each(lambda origin, trainer: evaluators[origin].add(_own(tokens, origin, trainer)))
 
     def close(self) -> None:
-        """End the threads."""
+        """Shut down the threads."""
         for pool in self._pools.values():
             pool.shutdown()
 
 
 class _Reader:
-    """An encoder at a data set: gives the tokens of any samples, and stores the global tokens of all."""
+    """Runs an encoder on a data set: yields the tokens of the requested samples, and stores all global tokens."""
 
     def __init__(self, encoder: Encoder, data: Data, name: str, workers: int, store: Any) -> None:
         self._encoder, self._data, self._name, self._workers, self._store = encoder, data, name, workers, store
-        there = store.attrs.get("progress", {"samples": 0})["samples"]
-        self._global = GlobalTokens(store, encoder.spec, there)
+        stored = store.attrs.get("progress", {"samples": 0})["samples"]
+        self._global = GlobalTokens(store, encoder.spec, stored)
 
     def read(self, wanted: list[NDArray[np.int64]]) -> Generator[TokensByLayer, None, None]:
-        """``[rows, D]`` float16 training tokens of each batch of samples, by layer, while the next are computed.
+        """Yield ``[rows, D]`` float16 training tokens of each batch of samples, by layer, with prefetching.
 
-        Samples come in whole blocks, as `_order` gives them, and so each batch of the encoder is what it would be in an
-        extraction: the numbers are the same to the bit.
+        Samples come in whole blocks, see `_order`, so the encoder's batches and therefore all values are the same to
+        the bit as in an extraction.
         """
         block = self._encoder.spec.batch_size
         batches = [np.split(samples, np.flatnonzero(np.diff(samples // block)) + 1) for samples in wanted]
@@ -166,45 +166,45 @@ class _Reader:
                 yield {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
 
     def left_before(self, sample: int) -> list[NDArray[np.int64]]:
-        """The samples before ``sample`` whose global tokens are not stored yet, in blocks."""
+        """Samples before ``sample`` whose global tokens are not stored yet, in blocks."""
         block = self._encoder.spec.batch_size
         return [np.arange(start, min(start + block, sample)) for start in range(self._global.samples, sample, block)]
 
     def global_tokens(self, layer: int, samples: NDArray[np.int64]) -> Tensor:
-        """``[n, D]`` float32 global tokens of samples that follow one another, once they are noted."""
+        """``[n, D]`` float32 global tokens of consecutive samples, after `save_progress`."""
         rows = self._store[layer_name(layer)]["global"][samples[0] : samples[-1] + 1]
         return torch.from_numpy(rows.astype(np.float32))
 
-    def note(self) -> None:
-        """Let the store hold all global tokens so far, and say how many."""
+    def save_progress(self) -> None:
+        """Write all global tokens so far to the store, and record their number."""
         self._global.flush()
         self._store.attrs["progress"] = {"samples": self._global.samples}
 
     def close(self) -> None:
-        """Say no more that the store is unfinished."""
+        """Remove the record of progress, because the store is finished."""
         del self._store.attrs["progress"]
 
 
-def _measure(
-    team: _Team, reader: _Reader, samples: list[NDArray[np.int64]], name: str
-) -> tuple[dict[Origin, Measured], dict[Origin, Measured]]:
-    """What all tokens and the global tokens say of each SAE, after a pass over what is left to read."""
-    measuring = team.each(lambda _, trainer: Measuring(trainer.finish()))
+def _evaluate(
+    group: _SAEGroup, reader: _Reader, samples: list[NDArray[np.int64]], name: str
+) -> tuple[dict[Origin, Evaluation], dict[Origin, Evaluation]]:
+    """Evaluate each SAE on all tokens and on the global tokens, after reading the remaining samples."""
+    evaluators = group.each(lambda _, trainer: Evaluator(trainer.finish()))
     left = reader.left_before(int(samples[0][0]))
     with closing(reader.read(left + samples)) as batches:
         for n, tokens in enumerate(progress(batches, len(left + samples), f"measuring {name}", "batches")):
             if n >= len(left):
-                team.measure_on(tokens, measuring)
-    reader.note()
+                group.evaluate_on(tokens, evaluators)
+    reader.save_progress()
 
-    def of_global_tokens(origin: Origin, trainer: Trainer) -> Measured:
+    def on_global_tokens(origin: Origin, trainer: Trainer) -> Evaluation:
         return evaluate(trainer.sae, (reader.global_tokens(origin.layer, batch) for batch in samples))
 
-    return {origin: found.result() for origin, found in measuring.items()}, team.each(of_global_tokens)
+    return {origin: evaluator.result() for origin, evaluator in evaluators.items()}, group.each(on_global_tokens)
 
 
 def _threads(count: int) -> ThreadPoolExecutor:
-    # A thread that is not told multiplies small matrices in another way, with other last digits, than the main one.
+    # Without a set number of threads, a worker multiplies small matrices with different rounding than the main thread.
     return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
 
 

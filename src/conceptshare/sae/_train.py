@@ -1,4 +1,4 @@
-"""Training on stored tokens: one Adam step a batch of samples, and checkpoints to go on from."""
+"""Training on stored tokens: one Adam step per batch of samples, with checkpoints to resume from."""
 
 import csv
 import json
@@ -25,18 +25,18 @@ from conceptshare.io.errors import NumericsError, StoreError
 from conceptshare.io.files import SAE, Unchanged, atomic_output
 from conceptshare.io.progress import info, progress
 from conceptshare.sae import _order
-from conceptshare.sae._checkpoints import PREEMPTED, Checkpoints, asked_to_stop
-from conceptshare.sae._metrics import Measured, density_histogram, evaluate
+from conceptshare.sae._checkpoints import PREEMPTED, Checkpoints, stop_on_sigterm
+from conceptshare.sae._metrics import Evaluation, density_histogram, evaluate
 from conceptshare.sae._model import TopKSAE, save_sae
 from conceptshare.sae._trainer import Trainer
 
 _SECONDS_BETWEEN_CHECKPOINTS = 300.0
-# Batches read ahead of the one that is trained on.
+# Number of prefetched batches.
 _AHEAD = 4
 
 
 class Tokens(Protocol):
-    """What `train` reads: training tokens by sample."""
+    """Source of training tokens by sample, for `train`."""
 
     @property
     def width(self) -> int:
@@ -45,7 +45,7 @@ class Tokens(Protocol):
 
     @property
     def block(self) -> int:
-        """Samples that the encoder read at once."""
+        """The encoder's batch size."""
         ...
 
     def __len__(self) -> int: ...
@@ -57,7 +57,7 @@ class Tokens(Protocol):
 
 @dataclass(frozen=True)
 class Origin:
-    """Which SAE of a study this is."""
+    """Identifies an SAE of a study."""
 
     encoder: str
     layer: int
@@ -67,7 +67,7 @@ class Origin:
         return f"{self.encoder} layer {self.layer} seed {self.seed}"
 
     def mixed_seed(self) -> int:
-        """A seed of its own for every SAE: with equal initial weights, features of two would line up by index."""
+        """A distinct seed for every SAE: with equal initial weights, features of two SAEs would align by index."""
         entropy = [self.seed, self.layer, crc32(self.encoder.encode())]
         return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
@@ -81,38 +81,38 @@ def train(
     what: str = "SAE",
     checkpoints: Checkpoints | None = None,
 ) -> tuple[TopKSAE, NDArray[np.float32]]:
-    """Train an SAE on the GPU if there is one, reading ahead of it.
+    """Train an SAE, on the GPU if there is one, with prefetching of tokens.
 
     Args:
         tokens: the training tokens.
         settings: size and optimisation.
-        seed: of the initial weights.
-        batch_samples: samples a step; ``settings.batch_samples`` without it.
-        what: the step's name in the progress report.
-        checkpoints: where to go on from and to save to, every few minutes and when asked to stop (SIGTERM).
+        seed: seed of the initial weights.
+        batch_samples: samples per step; defaults to ``settings.batch_samples``.
+        what: name of the training in the progress report.
+        checkpoints: checkpoints to resume from and to save to, every few minutes and on SIGTERM.
 
     Returns:
-        The SAE, where it was trained, and the loss of each step.
+        The SAE, on the device it was trained on, and the loss of each step.
 
     Raises:
-        NumericsError: where a loss is not finite, or k exceeds the number of latents.
+        NumericsError: if a loss is not finite, or k exceeds the number of latents.
         SystemExit: with the status PREEMPTED, after SIGTERM.
     """
     device = default_device()
     batches = _order.steps(len(tokens), batch_samples or settings.batch_samples, tokens.block, settings)
     trainer = Trainer(tokens.width, settings, seed, len(batches), device)
     if checkpoints is not None and checkpoints.restore({what: trainer}):
-        info(f"{what}: going on at step {trainer.step:,} of {len(batches):,}")
+        info(f"{what}: resuming at step {trainer.step:,} of {len(batches):,}")
     left = batches[trainer.step :]
-    with closing(_read_ahead(tokens, left, device)) as ready:
-        descend(ready, trainer.train_on, {what: trainer}, what, checkpoints)
+    with closing(_prefetch(tokens, left, device)) as ready:
+        run_steps(ready, trainer.train_on, {what: trainer}, what, checkpoints)
     return trainer.finish(), trainer.losses.cpu().numpy()
 
 
 Batch = TypeVar("Batch")
 
 
-def descend(
+def run_steps(
     batches: Iterable[Batch],
     train_on: Callable[[Batch], None],
     trainers: Mapping[str, Trainer],
@@ -120,32 +120,32 @@ def descend(
     checkpoints: Checkpoints | None = None,
     before_saving: Callable[[], None] = lambda: None,
 ) -> None:
-    """Take the steps that trainings have left, together.
+    """Run the remaining steps of trainings that take steps together.
 
     Args:
-        batches: what each step is on.
-        train_on: takes a step in every training.
+        batches: the batch of each step.
+        train_on: runs one step of every training.
         trainers: the trainings, by name.
-        what: the step's name in the progress report.
-        checkpoints: where to save to, every few minutes and when asked to stop (SIGTERM).
-        before_saving: called before each time.
+        what: name of the trainings in the progress report.
+        checkpoints: checkpoints to save to, every few minutes and on SIGTERM.
+        before_saving: called before each checkpoint is saved.
 
     Raises:
-        NumericsError: where a loss is not finite.
+        NumericsError: if a loss is not finite.
         SystemExit: with the status PREEMPTED, after SIGTERM.
     """
     some = next(iter(trainers.values()))
     steps, last = len(some.losses), time.monotonic()
-    with asked_to_stop() as asked:
+    with stop_on_sigterm() as stop:
         for batch in progress(batches, steps - some.step, f"training {what}", "steps"):
             train_on(batch)
-            if checkpoints is not None and (asked.is_set() or time.monotonic() - last >= _SECONDS_BETWEEN_CHECKPOINTS):
+            if checkpoints is not None and (stop.is_set() or time.monotonic() - last >= _SECONDS_BETWEEN_CHECKPOINTS):
                 _check_finite(trainers)
                 before_saving()
                 checkpoints.save(trainers)
                 last = time.monotonic()
-            if asked.is_set():
-                info(f"{what}: asked to stop at step {some.step:,} of {steps:,}; run again to go on")
+            if stop.is_set():
+                info(f"{what}: stopped by SIGTERM at step {some.step:,} of {steps:,}; run again to resume")
                 raise SystemExit(PREEMPTED)
     _check_finite(trainers)
 
@@ -154,16 +154,14 @@ def _check_finite(trainers: Mapping[str, Trainer]) -> None:
     for name, trainer in trainers.items():
         bad = (~trainer.losses.isfinite()).nonzero().flatten().tolist()
         if not bad and not all(parameter.isfinite().all() for parameter in trainer.sae.parameters()):
-            bad = [trainer.step]  # its loss would be the first
+            bad = [trainer.step]  # the next loss would be the first that is not finite
         if bad:
             raise NumericsError(
                 f"{name}: the loss is not finite from step {bad[0]} on; lower learning_rate, or set clip_norm"
             )
 
 
-def _read_ahead(
-    tokens: Tokens, batches: list[NDArray[np.int64]], device: torch.device
-) -> Generator[Tensor, None, None]:
+def _prefetch(tokens: Tokens, batches: list[NDArray[np.int64]], device: torch.device) -> Generator[Tensor, None, None]:
     def read(batch: NDArray[np.int64]) -> Tensor:
         x = tokens.read(batch)
         return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
@@ -176,14 +174,14 @@ def _read_ahead(
 def train_sae(token_store: Path, layer: int, settings: SAESettings, seed: int, out: Path) -> None:
     """Train an SAE on one layer of a store of all tokens and write its folder.
 
-    The folder holds `sae_weights.safetensors` and `cfg.json`, which SAELens reads too, `metrics.json`, `loss.csv` and
-    `density.csv`. A training that is cut off leaves the folder `{out}.checkpoints`, goes on from there when it is run
-    again, and ends with the bytes of an undisturbed one.
+    The folder holds `sae_weights.safetensors` and `cfg.json`, which SAELens can read, `metrics.json`, `loss.csv` and
+    `density.csv`. An interrupted training leaves the folder `{out}.checkpoints` and resumes from it when it is run
+    again; the result is the same to the byte as that of an uninterrupted training.
 
     Raises:
-        StoreError: where the store is not whole, is empty or lacks the layer.
-        NumericsError: where training diverges.
-        MadeMeanwhileError: where another process made the same folder while this one waited for it.
+        StoreError: if the store is incomplete, damaged or empty, or lacks the layer.
+        NumericsError: if training diverges.
+        MadeMeanwhileError: if another process made the same folder while this one waited for the lock.
         SystemExit: with the status PREEMPTED, after SIGTERM.
     """
     inputs = Unchanged(token_store)
@@ -196,24 +194,24 @@ def train_sae(token_store: Path, layer: int, settings: SAESettings, seed: int, o
     batch_samples = settings.samples_a_step(tokens.modality)
     with atomic_output(out, SAE, key=checkpoints.key) as folder, inputs:
         sae, losses = train(tokens, settings, origin.mixed_seed(), batch_samples, str(origin), checkpoints)
-        batches = _order.measured(len(tokens), settings)
-        measured = evaluate(sae, (tokens.read(batch) for batch in batches))
-        measured_global = evaluate(sae, (tokens.read_global(batch) for batch in batches))
+        batches = _order.evaluated(len(tokens), settings)
+        all_tokens = evaluate(sae, (tokens.read(batch) for batch in batches))
+        global_tokens = evaluate(sae, (tokens.read_global(batch) for batch in batches))
         held_out = settings.held_out_samples(len(tokens)) > 0
-        report = Report(origin, measured, measured_global, held_out)
+        report = Report(origin, all_tokens, global_tokens, held_out)
         write_sae(folder, sae, losses, settings, report, tokens.made_from)
     checkpoints.remove()
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is told of a trained SAE."""
+    """Evaluation of a trained SAE."""
 
     origin: Origin
-    all_tokens: Measured
-    global_tokens: Measured
+    all_tokens: Evaluation
+    global_tokens: Evaluation
     held_out: bool
-    """Whether it was measured on samples that it was not trained on."""
+    """Whether it was evaluated on held-out samples."""
 
 
 def write_sae(
@@ -224,7 +222,7 @@ def write_sae(
     report: Report,
     made_from: dict[str, Any],
 ) -> None:
-    """Write an SAE's folder, and say how good it is; ``made_from`` is the spec of the activations."""
+    """Write an SAE's folder and log its quality; ``made_from`` is the spec of the activations."""
     folder.mkdir(parents=True)
     origin = report.origin
     metrics = {
@@ -238,8 +236,8 @@ def write_sae(
     _write_csv(folder / "loss.csv", ["step", "loss"], [(step, f"{loss:.6g}") for step, loss in enumerate(losses)])
     rows = [
         (which, *row)
-        for which, found in [("all", report.all_tokens), ("global", report.global_tokens)]
-        for row in density_histogram(found.density)
+        for which, evaluation in [("all", report.all_tokens), ("global", report.global_tokens)]
+        for row in density_histogram(evaluation.density)
     ]
     _write_csv(folder / "density.csv", ["tokens", "kind", "log10_density", "latents"], rows)
     spec = {"layer": origin.layer, "seed": origin.seed, "settings": metrics["settings"], "made_from": made_from}
@@ -251,7 +249,7 @@ def write_sae(
     if quality.dead > settings.max_dead:
         info(
             f"warning: {report.origin}: {quality.dead:.0%} of the latents are dead, more than max_dead = "
-            f"{settings.max_dead:g}; train longer (epochs), with fewer latents (expansion), a larger k or another "
+            f"{settings.max_dead:g}; train longer (epochs), or with fewer latents (expansion), a larger k or another "
             f"learning_rate"
         )
 

@@ -1,4 +1,4 @@
-"""The training of one SAE, step by step."""
+"""Step-by-step training of one SAE."""
 
 import torch
 from torch import Tensor
@@ -6,18 +6,18 @@ from torch import Tensor
 from conceptshare.config.settings import SAESettings
 from conceptshare.sae._model import TopK, TopKSAE
 
-_STEPS_BETWEEN_LOOKS = 50
+_STEPS_BETWEEN_CHECKS = 50
 
 
 class Trainer:
-    """The training of one SAE, a batch at a time, with all of its state.
+    """Trains one SAE batch by batch, and holds all training state.
 
     Args:
         width: D.
         settings: size and optimisation.
-        seed: of the initial weights.
-        steps: how many steps there will be.
-        device: where to train.
+        seed: seed of the initial weights.
+        steps: total number of steps.
+        device: device to train on.
     """
 
     def __init__(self, width: int, settings: SAESettings, seed: int, steps: int, device: torch.device) -> None:
@@ -29,35 +29,35 @@ class Trainer:
         self._rate = settings.rate(len(self.sae.W_dec))
         self._adam = torch.optim.Adam(trained, lr=self._rate, fused=True)
         self.losses = torch.zeros(steps, device=device)
-        """``[steps]`` mean squared error of each step so far; 0 after that."""
+        """``[steps]`` mean squared error of each step so far; 0 for steps to come."""
         self.step = 0
-        """Steps done."""
+        """Number of finished steps."""
         self._scale = torch.ones((), device=device)
         self._seen = 0
-        # The count of tokens at which each latent was last active, and whether some were dead when that was looked at.
+        # The token count at which each latent was last active, and whether any latent was dead at the last check.
         self._last_active = torch.zeros(len(self.sae.W_dec), dtype=torch.int64, device=device)
         self._some_dead = False
 
     def train_on(self, x: Tensor) -> None:
-        """One step on the tokens ``x [T, D]``."""
+        """Train for one step on the tokens ``x [T, D]``."""
         if self.step == 0:
-            self._begin(x)
+            self._initialize(x)
         x = x * self._scale if self._settings.scale_inputs else x
         latents = self.sae.top_k(x, self._settings.precision)
         reconstruction = self.sae.decode(latents)
         loss = (reconstruction - x).square().mean()
         self.losses[self.step] = (loss / self._scale**2).detach()
         if self._settings.auxk:
-            self._count(latents, len(x))
+            self._track_activity(latents, len(x))
             if self._some_dead:
-                loss = loss + self._settings.auxk * self._revival(x, reconstruction)
+                loss = loss + self._settings.auxk * self._auxiliary_loss(x, reconstruction)
         self._adam.zero_grad()
         torch.autograd.backward(loss)
-        self._descend()
+        self._update()
         self.step += 1
 
     def finish(self) -> TopKSAE:
-        """The SAE, for tokens as they are: their scaling is folded into its weights."""
+        """Return the SAE for unscaled tokens: the scaling of inputs is folded into its weights."""
         with torch.no_grad():
             self.sae.W_enc_T.mul_(self._scale)
             self.sae.W_dec.div_(self._scale)
@@ -66,16 +66,16 @@ class Trainer:
         return self.sae
 
     @torch.no_grad()
-    def _begin(self, x: Tensor) -> None:
+    def _initialize(self, x: Tensor) -> None:
         if self._settings.scale_inputs:
             self._scale.copy_(x.shape[1] ** 0.5 / x.norm(dim=1).mean())
         if self._settings.initial_b_dec == "mean":
             self.sae.b_dec.copy_(x.mean(0) * self._scale)
 
     @torch.no_grad()
-    def _descend(self) -> None:
+    def _update(self) -> None:
         if self._settings.unit_norm_decoder:
-            # What would only change a row's length is taken out of its gradient: Adam's moments would keep it.
+            # Remove the gradient component along each row, which would only change its norm, from Adam's moments.
             W, gradient = self.sae.W_dec, self.sae.W_dec.grad
             assert gradient is not None
             gradient -= (gradient * W).sum(1, keepdim=True) * W
@@ -88,25 +88,25 @@ class Trainer:
             self.sae.W_dec.div_(self.sae.W_dec.norm(dim=1, keepdim=True))
 
     @torch.no_grad()
-    def _count(self, latents: TopK, tokens: int) -> None:
+    def _track_activity(self, latents: TopK, tokens: int) -> None:
         self._seen += tokens
         now = torch.where(latents.values > 0, self._seen, 0)
         self._last_active.scatter_reduce_(0, latents.indices.flatten(), now.flatten(), "amax")
-        if self.step % _STEPS_BETWEEN_LOOKS == 0:  # looking makes a GPU wait
+        if self.step % _STEPS_BETWEEN_CHECKS == 0:  # the check synchronizes with the GPU
             self._some_dead = bool(self._dead().any())
 
     def _dead(self) -> Tensor:
         return self._seen - self._last_active > self._settings.dead_after
 
-    def _revival(self, x: Tensor, reconstruction: Tensor) -> Tensor:
-        """Mean squared error of the dead latents' reconstruction of what the others left, without b_dec."""
+    def _auxiliary_loss(self, x: Tensor, reconstruction: Tensor) -> Tensor:
+        """Mean squared error of the residual's reconstruction by dead latents, without b_dec (AuxK)."""
         k = min(self._settings.auxk_latents, len(self.sae.W_dec))
         latents = self.sae.top_k(x, self._settings.precision, k, among=self._dead())
-        left = (x - reconstruction).detach()
-        return (self.sae.decode(latents) - self.sae.b_dec - left).square().mean()
+        residual = (x - reconstruction).detach()
+        return (self.sae.decode(latents) - self.sae.b_dec - residual).square().mean()
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on, on the CPU."""
+        """Return the training state, on the CPU."""
         state = {f"sae.{name}": x for name, x in self.sae.state_dict().items()}
         for name, parameter in self.sae.named_parameters():
             state |= {f"adam.{name}.{key}": x for key, x in self._adam.state.get(parameter, {}).items()}
@@ -116,7 +116,7 @@ class Trainer:
         return {name: x.detach().cpu().contiguous() for name, x in state.items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from a state."""
+        """Resume from a state."""
         weights = {name.removeprefix("sae."): x for name, x in state.items() if name.startswith("sae.")}
         self.sae.load_state_dict(weights)
         for name, parameter in self.sae.named_parameters():
@@ -134,7 +134,7 @@ class Trainer:
 
 
 def rate_share(step: int, steps: int, settings: SAESettings) -> float:
-    """The share of the learning rate at a step, counted from 0: rising over the first steps, falling over the last."""
+    """Factor on the learning rate at a step, counted from 0: linear warmup, then constant, then linear decay."""
     rising = (step + 1) / settings.warmup_steps if settings.warmup_steps else 1.0
     falling = (steps - step) / (settings.decay_share * steps) if settings.decay_share else 1.0
     return min(rising, falling, 1.0)

@@ -1,15 +1,15 @@
 """Stage `features`: the SAE features of every sample's global token, before TopK and after ReLU.
 
-`results/{dataset}/features/{sae}/{encoder}@{seed}.zarr` holds for each layer ``features [N, F]`` float16 less each
-feature's ``offset [F]`` float32, the summed activation ``strength [F]`` (S of the paper), the share of samples above
-zero ``density [F]`` and the standard ``deviation [F]`` over the samples, all float64, and the samples on which each
-feature is strongest, ``top_samples [F, K]`` int32 with ``top_values [F, K]`` float32, strongest first, -1 where the
-feature is active on fewer. Statistics are those of what is stored, the offset added: `reading.read_features` reads it.
+`results/{dataset}/features/{sae}/{encoder}@{seed}.zarr` holds for each layer ``features [N, F]`` float16 minus each
+feature's ``offset [F]`` float32; the strength S ``strength [F]`` (summed activation), the fraction of positive samples
+``density [F]`` and the standard ``deviation [F]`` over the samples, all float64; and the samples with each feature's
+largest activations, ``top_samples [F, K]`` int32 with ``top_values [F, K]`` float32, in decreasing order and padded
+with -1. Statistics are those of the stored values plus the offset, as `readers.read_features` returns them.
 
-float16 rounds a value by up to 2^-11 of itself. Of a feature that is nearly the same for all samples, as where the
-global token is, that would leave little of what varies. So the mean of a feature whose mean^2 exceeds 3 variances is
-taken off first. It is rounded to float16 if the feature is zero anywhere, so that zero stays exact, else to float32.
-docs/formats.md gives the bound on a correlation's error that follows.
+float16 has a relative rounding error of up to 2^-11. For a feature that is nearly constant over samples, such as one
+that marks the global token, this would destroy most of its variation. Therefore, if mean^2 of a feature exceeds 3
+variances, its mean is subtracted first. The mean is rounded to float16 if the feature is zero anywhere, so that zero
+stays exact, and to float32 otherwise. docs/formats.md derives a bound on the error of correlations.
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ from conceptshare.sae.folder import REMEDY, sae_of
 
 @dataclass
 class Top:
-    """Running top samples of each feature."""
+    """Streaming top samples of each feature."""
 
     values: Tensor
     """``[K, F]``"""
@@ -46,7 +46,7 @@ class Top:
     """``[K, F]``"""
 
     def add(self, features: Tensor, first: int) -> None:
-        """Merge ``features [n, F]`` of the samples from ``first`` on; of equal values the earlier sample wins."""
+        """Merge ``features [n, F]`` of the samples from ``first`` on; ties go to the earlier sample."""
         samples = torch.arange(first, first + len(features), dtype=torch.int32, device=features.device)
         samples = samples[:, None].expand(-1, features.shape[1])
         values = torch.cat([self.values, features])
@@ -66,52 +66,52 @@ def record_features(activation_store: Path, saes: Path, seed: int, out: Path) ->
         out: the store to write.
 
     Raises:
-        StoreError: where the activations or an SAE are missing or damaged, or do not fit each other.
-        NumericsError: where a feature is not finite or does not fit float16.
+        StoreError: if the activations or an SAE are missing or damaged, or do not match.
+        NumericsError: if a feature is not finite or does not fit float16.
     """
     inputs = Unchanged(activation_store, *sorted(saes.glob(f"*/seed-{seed}")))
     source: Any = open_store(activation_store, extraction.KIND)
     spec: Any = source.attrs["spec"]
     described = {key: spec.get(key) for key in ("name", "encoder", "weights", "content_hash", "samples", "layers")}
-    found = _read_saes(saes, seed, spec)
-    digests = {str(layer): sae["digest"] for layer, (_, sae) in found.items()}
+    records = _read_saes(saes, seed, spec)
+    digests = {str(layer): sae["digest"] for layer, (_, sae) in records.items()}
     made_from = {"activations": source.attrs["digest"], "saes": digests}
     with new_store(out, FEATURES, described | {"seed": seed, "made_from": made_from}) as store, inputs:
         for layer in progress(spec["layers"], len(spec["layers"]), f"features of {out.stem}", "layers"):
-            folder, sae_record = found[layer]
+            folder, sae_record = records[layer]
             sae = load_sae(folder, sae_record).to(default_device())
             x = layer_array(source, layer, "global", activation_store)
             if x.shape[1] != sae.W_dec.shape[1]:
                 raise StoreError(
-                    f"{folder}: an SAE for width {sae.W_dec.shape[1]}, where the activations have {x.shape[1]}; "
+                    f"{folder}: an SAE for width {sae.W_dec.shape[1]}, but the activations have {x.shape[1]}; "
                     f"run the sae stage again"
                 )
             _record_layer(store.create_group(layer_name(layer)), sae, x, f"{out.stem}, layer {layer}")
 
 
 def _read_saes(saes: Path, seed: int, activations: dict[str, Any]) -> dict[int, tuple[Path, dict[str, Any]]]:
-    """The folders of the SAEs of all layers, and what they say of themselves.
+    """The folders and records of the SAEs of all layers.
 
     Raises:
-        StoreError: where one is missing, is of another layer or seed, or was trained on other activations, or with
-            other settings than the others.
+        StoreError: if one is missing, is of another layer or seed, or was trained on other activations or with other
+            settings than the rest.
     """
-    found = {layer: sae_of(saes, layer, seed) for layer in activations["layers"]}
-    # An SAE from elsewhere says nothing of these.
+    records = {layer: sae_of(saes, layer, seed) for layer in activations["layers"]}
+    # Imported SAEs do not record their settings and activations.
     settings: dict[str, Any] = next(
-        (sae["spec"]["settings"] for _, sae in found.values() if "settings" in sae["spec"]), {}
+        (sae["spec"]["settings"] for _, sae in records.values() if "settings" in sae["spec"]), {}
     )
-    for folder, sae in found.values():
+    for folder, sae in records.values():
         for key, wanted, what in (
             ("made_from", activations, "on other activations"),
             ("settings", settings, "with other settings"),
         ):
-            said = sae["spec"].get(key, wanted)
-            other = sorted(name for name in {*said, *wanted} if said.get(name) != wanted.get(name))
+            recorded = sae["spec"].get(key, wanted)
+            other = sorted(name for name in {*recorded, *wanted} if recorded.get(name) != wanted.get(name))
             if other:
-                first = f"{other[0]} is {said.get(other[0])!r}, not {wanted.get(other[0])!r}"
+                first = f"{other[0]} is {recorded.get(other[0])!r}, not {wanted.get(other[0])!r}"
                 raise StoreError(f"{folder}: an SAE trained {what} ({first}); {REMEDY}")
-    return found
+    return records
 
 
 @torch.no_grad()
@@ -120,12 +120,12 @@ def _record_layer(group: zarr.Group, sae: TopKSAE, x: Any, where: str) -> None:
     rows, columns = min(FEATURE_ROWS, N), min(FEATURE_COLUMNS, F)
     features = new_array(group, "features", (N, F), np.float16, (rows, columns), (rows, columns * -(-F // columns)))
     offset = _offset(sae, x)
-    c, least = (torch.from_numpy(each).to(sae.W_dec.device) for each in (offset, _above(-offset)))
+    c, least = (torch.from_numpy(each).to(sae.W_dec.device) for each in (offset, _next_float16(-offset)))
     total, density, squares = np.zeros(F), np.zeros(F), np.zeros(F)
     k = min(TOP_SAMPLES, N)
     top = Top(torch.zeros(k, F, device=c.device), torch.full((k, F), -1, dtype=torch.int32, device=c.device))
     for start, f in _blocks(sae, x):
-        # Zero stays zero, and nothing else becomes it.
+        # Zero stays zero, and no other value becomes zero.
         shifted = torch.maximum(f - c, torch.where(f > 0, least, 0 - c)).cpu().numpy()
         block = as_float16(shifted, where, np.arange(start, start + len(f)))
         features[start : start + len(block)] = block
@@ -144,7 +144,7 @@ def _record_layer(group: zarr.Group, sae: TopKSAE, x: Any, where: str) -> None:
 
 
 def _offset(sae: TopKSAE, x: Any) -> NDArray[np.float32]:
-    """``[F]`` what is taken off before rounding: the mean of features whose mean^2 exceeds 3 variances, else 0."""
+    """``[F]`` offsets to subtract before rounding: the mean of features whose mean^2 exceeds 3 variances, else 0."""
     N, F, device = x.shape[0], len(sae.W_dec), sae.W_dec.device
     total, squares = (torch.zeros(F, dtype=torch.float64, device=device) for _ in range(2))
     lowest = torch.full((F,), torch.inf, device=device)
@@ -157,14 +157,14 @@ def _offset(sae: TopKSAE, x: Any) -> NDArray[np.float32]:
     return torch.where(4 * (total / N) ** 2 > 3 * squares / N, mean, 0).cpu().numpy()
 
 
-def _above(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The least float16 above each value, as float32."""
-    halves = values.astype(np.float16)
-    return np.where(halves > values, halves, np.nextafter(halves, np.float16(np.inf))).astype(np.float32)
+def _next_float16(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The smallest float16 above each value, as float32."""
+    rounded = values.astype(np.float16)
+    return np.where(rounded > values, rounded, np.nextafter(rounded, np.float16(np.inf))).astype(np.float32)
 
 
 def _merged_squares(total: NDArray[np.float64], samples: int, block: NDArray[np.float16]) -> NDArray[np.float64]:
-    """``[F]`` what a block adds to the sums of squared deviations from the mean (Chan, Golub and LeVeque 1979)."""
+    """``[F]`` a block's contribution to the sums of squared deviations (Chan, Golub and LeVeque 1979)."""
     values, n = block.astype(np.float64), len(block)
     mean = values.mean(0)
     squares: NDArray[np.float64] = ((values - mean) ** 2).sum(0)
@@ -174,8 +174,9 @@ def _merged_squares(total: NDArray[np.float64], samples: int, block: NDArray[np.
 
 
 def _blocks(sae: TopKSAE, x: Any) -> Iterator[tuple[int, Tensor]]:
-    """Features ``[n, F]`` float32 of some samples at a time, and the number of the first of these."""
-    # Always as many rows: products of few add up in another order, and equal tokens would get unequal features.
+    """Yield features ``[n, F]`` float32 block by block, with the number of the block's first sample."""
+    # Blocks always have the same number of rows: smaller products round differently, so equal tokens would get unequal
+    # features.
     rows = torch.zeros(FEATURE_ROWS, x.shape[1])
     for start in range(0, x.shape[0], FEATURE_ROWS):
         read = x[start : start + FEATURE_ROWS]

@@ -1,4 +1,4 @@
-"""What the folder of an SAE says, read without torch, so that `conceptshare sae info` answers at once."""
+"""Metadata of an SAE's folder, read without torch so that `conceptshare sae info` starts quickly."""
 
 import json
 import textwrap
@@ -9,14 +9,14 @@ from conceptshare.io.errors import StoreError
 from conceptshare.io.layout import sae_place
 from conceptshare.io.seals import MANIFEST, read_manifest, recorded_file
 
-REMEDY = "delete it, or the folder of all the encoder's SAEs where they were streamed, and run the sae stage again"
-"""What to do about the folder of an SAE that is damaged."""
+REMEDY = "delete it (for streamed SAEs, the folder of all the encoder's SAEs) and run the sae stage again"
+"""Remedy for a damaged SAE folder."""
 ELSEWHERE = "name a folder that the sae stage or `conceptshare sae import` wrote"
-"""What to do about a folder that holds no SAE."""
+"""Remedy for a folder without an SAE."""
 
 _KEY, _STAGE = "spec", "sae"
 
-# What SAELens's keys must say for the weights to mean what they mean here. But for the first, these are its defaults.
+# Values of SAELens's keys with which its weights mean the same as ours. All but the first are its defaults.
 _MEANING: dict[str, Any] = {
     "architecture": "topk",
     "apply_b_dec_to_input": True,
@@ -37,11 +37,11 @@ _LABEL, _COLUMN, _LINE = 20, 16, 100
 
 
 def sae_of(saes: Path, layer: int, seed: int) -> tuple[Path, dict[str, Any]]:
-    """The folder of an SAE among those of an encoder's layers and seeds, and what it says of itself.
+    """Find the folder of an encoder's SAE by layer and seed, and read its record.
 
-    That is its ``spec``, the fingerprints of its ``files``, and the ``digest``. The spec holds ``layer``, ``seed``,
-    ``settings`` and ``made_from``, the spec of the activations that it was trained on; it is empty for an SAE from
-    elsewhere.
+    The record holds its ``spec``, the fingerprints of its ``files``, and the ``digest``. The spec holds ``layer``,
+    ``seed``, ``settings`` and ``made_from``, the spec of the activations that it was trained on; it is empty for an
+    imported SAE.
 
     Args:
         saes: the folder with `layer-NN/seed-S/` for each layer and seed.
@@ -49,24 +49,24 @@ def sae_of(saes: Path, layer: int, seed: int) -> tuple[Path, dict[str, Any]]:
         seed: S.
 
     Raises:
-        StoreError: where it says nothing, was changed, or says that it is of another layer or seed.
+        StoreError: if there is no record, it was changed, or it is of another layer or seed.
     """
     folder = saes / sae_place(layer, seed)
     record = read_manifest(
-        folder, _KEY, _STAGE, f"{REMEDY}, or bring an SAE of another library here with `conceptshare sae import`"
+        folder, _KEY, _STAGE, f"{REMEDY}, or import an SAE of another library with `conceptshare sae import`"
     )
     for key, wanted in (("layer", layer), ("seed", seed)):
-        found = record["spec"].get(key, wanted)
-        if found != wanted:
-            raise StoreError(f"{folder}: an SAE of {key} {found}, where one of {key} {wanted} is needed; {REMEDY}")
+        recorded = record["spec"].get(key, wanted)
+        if recorded != wanted:
+            raise StoreError(f"{folder}: an SAE of {key} {recorded}, but one of {key} {wanted} is needed; {REMEDY}")
     return folder, record
 
 
 def sae_file(folder: Path, name: str, record: dict[str, Any] | None = None) -> Path:
-    """A file of an SAE, once it is seen to be as the folder's record says; without one, if the folder has one.
+    """Path of an SAE's file, checked against a record, by default the folder's own if it has one.
 
     Raises:
-        StoreError: where it is not.
+        StoreError: if the file does not match the record.
     """
     if record is None:
         if not (folder / MANIFEST).exists():
@@ -76,16 +76,16 @@ def sae_file(folder: Path, name: str, record: dict[str, Any] | None = None) -> P
 
 
 def other_meaning(config: dict[str, Any]) -> dict[str, Any]:
-    """The keys of SAELens's `cfg.json` that give the weights another meaning than they have here."""
-    said = _MEANING | {"architecture": None} | config
-    return {key: said[key] for key, expected in _MEANING.items() if said[key] != expected}
+    """The keys of SAELens's `cfg.json` with which its weights have another meaning than ours."""
+    settings = _MEANING | {"architecture": None} | config
+    return {key: settings[key] for key, expected in _MEANING.items() if settings[key] != expected}
 
 
 def describe_sae(folder: Path | str) -> str:
-    """What an SAE is, how it was trained and how good it is, in aligned lines.
+    """Describe an SAE, its training and its quality in aligned lines.
 
     Raises:
-        StoreError: where the folder holds no TopK SAE.
+        StoreError: if the folder holds no TopK SAE.
     """
     folder = Path(folder)
     try:
@@ -98,7 +98,7 @@ def describe_sae(folder: Path | str) -> str:
             lines.append(_line("last loss", losses.split(",")[-1].strip()))
     except StoreError:
         raise
-    except Exception as error:  # a damaged file fails in as many ways as there are bytes in it
+    except Exception as error:  # damaged files raise many types
         raise StoreError(f"{folder}: no readable SAE there ({type(error).__name__}: {error}); {ELSEWHERE}") from error
     return "\n".join(lines)
 
@@ -122,7 +122,7 @@ def _size(folder: Path, config: dict[str, Any]) -> list[str]:
 
 
 def _has_encoder_bias(weights: Path) -> bool:
-    """Whether any encoder bias is not 0, of whatever type it is."""
+    """Whether any encoder bias is not 0, independent of its dtype."""
     with weights.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         start, end = json.loads(file.read(length))["b_enc"]["data_offsets"]
@@ -141,8 +141,8 @@ def _training(metrics: dict[str, Any]) -> list[str]:
     both = metrics["all_tokens"], metrics["global_tokens"]
     for key, (label, form) in _QUALITY.items():
         if key in both[0]:
-            found = [format(quality[key], form) for quality in both]
-            lines.append(_line(label, f"{found[0]:<{_COLUMN}}{found[1]}"))
+            values = [format(quality[key], form) for quality in both]
+            lines.append(_line(label, f"{values[0]:<{_COLUMN}}{values[1]}"))
     return lines
 
 
