@@ -504,14 +504,14 @@ ANSWER = "print(json.dumps({'layer': each['layer'], 'feature': each['feature'], 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("sys.exit('first\\nno key for the model')", "ended with 1; .*standard error: no key for the model; mend"),
-        ("sys.exit(3)", "ended with 3; mend"),
+        ("sys.exit('first\\nno key for the model')", "ended with exit code 1; .*standard error: no key for the model; fix"),
+        ("sys.exit(3)", "ended with exit code 3; fix"),
         (f"print('why', file=sys.stderr)\nfor each in asked[:1]: {ANSWER}", "left out 1 of 2 .* 1 of layer 0.*: why;"),
         ("print('Sure, here are the names')", "printed b?'Sure, here are the names' as line 1 .JSONDecodeError"),
         ("print('[1, 2]')", "as line 1 .TypeError"),
         ('print(\'{"layer": 0, "feature": 0}\')', "as line 1 .KeyError"),
-        ('print(\'{"layer": 0, "feature": 0, "name": 7}\')', "a text or null as the name"),
-        ('print(\'{"layer": 0, "feature": 2, "name": "dead"}\')', "a feature that it was asked for"),
+        ('print(\'{"layer": 0, "feature": 0, "name": 7}\')', "a string or null as the name"),
+        ('print(\'{"layer": 0, "feature": 2, "name": "dead"}\')', "of a requested feature"),
         ('print(\'{"layer": [], "feature": 2, "name": "x"}\')', "as line 1 .TypeError"),
         ("sys.stdout.buffer.write(b'\\xff\\xfe{')", "as line 1 "),
     ],
@@ -527,7 +527,7 @@ def test_a_command_that_fails_is_one_error(body, message, evident, script, name,
 @pytest.mark.parametrize("command", ["", "  ", "no-such-program-anywhere --now", "program 'unclosed"])
 def test_a_command_that_cannot_be_run_is_one_error(command, evident, name):
     data, x = evident
-    with pytest.raises(StudyError, match=r"cannot be run .*mend the command that names features"):
+    with pytest.raises(StudyError, match=r"cannot be run .*fix the command that names features"):
         name(data, x, command=command)
 
 

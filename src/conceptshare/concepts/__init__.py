@@ -1,1 +1,1 @@
-"""Stages `names` and `examples`: what a feature stands for."""
+"""Stages `names` and `examples`: names and example samples of features."""

@@ -1,12 +1,12 @@
-"""Stage `examples`: what shows a feature beside the samples on which it is strongest.
+"""Stage `examples`: example samples of each feature, and its activation at each token of the strongest samples.
 
-`results/{dataset}/examples/{sae}/{encoder}@{seed}/` holds a table for each layer, `layer-NN.parquet`, with a row for
-each feature: its strongest samples; samples around lower quantiles of its activations, as the strongest alone mislead;
-a histogram; and where in the strongest samples it fires. `samples.parquet` tells what the tokens of those samples are:
-a grid on the part of the picture that the encoder saw, or pieces of the caption.
+`results/{dataset}/examples/{sae}/{encoder}@{seed}/` holds a table per layer, `layer-NN.parquet`, with one row per
+feature: its strongest samples; samples around lower quantiles of its activations, because the strongest alone can
+mislead; a histogram; and its activation at each token of the strongest samples. `samples.parquet` describes the tokens
+of these samples: a grid on the part of the image that the encoder sees, or pieces of the caption.
 
-Where a feature fires comes from another forward pass over those samples, so that it is there whether tokens are stored
-or not. It is what the SAE's encoder gives at each token, before TopK and after ReLU, as features are at the global one.
+Activations at tokens are computed in another forward pass over these samples, so they do not depend on stored tokens.
+They are the output of the SAE's encoder, before TopK and after ReLU, as for features at the global token.
 """
 
 import codecs
@@ -44,14 +44,14 @@ from conceptshare.sae.folder import sae_of
 
 # Working memory for the activations of a block of features.
 _BLOCK_BYTES = 2**28
-# How tokenizers mark a piece that begins a word, ends one, or goes on with one; and pieces that are no text.
+# Marks of tokenizers for pieces that begin, end or continue a word, and pieces that are not text.
 _BEGINS, _ENDS, _GOES_ON = ("▁", "Ġ", " "), "</w>", "##"
 _SPECIAL = re.compile(r"<.+>|\[.+\]")
-# The letters that byte-level tokenizers, such as GPT-2's and CLIP's, write for bytes.
+# Letters that stand for bytes in byte-level tokenizers, such as those of GPT-2 and CLIP.
 _PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTES = {chr(byte): byte for byte in _PRINTED}
 _BYTES |= {chr(0x100 + n): byte for n, byte in enumerate(byte for byte in range(0x100) if byte not in _PRINTED)}
-# Tokens before those of a picture's grid: one for the class, and registers.
+# Maximum number of tokens before those of an image's grid: a class token and registers.
 _MOST_BEFORE = 16
 
 _SPREAD = {
@@ -71,20 +71,19 @@ _TEXTS = pa.schema({"sample": pa.int32(), "tokens": pa.list_(pa.string())})
 
 @full_float32()
 def record_examples(encoder: Encoder, data: Data, features: Path, saes: Path, out: Path, threads: int = 1) -> None:
-    """Write the folder ``out``.
+    """Write the folder ``out`` of examples.
 
     Args:
-        encoder: the encoder that the features are of.
+        encoder: the encoder of the features.
         data: the samples.
         features: the feature store.
         saes: the folder with `layer-NN/seed-S/` for each layer.
         out: the folder to write.
-        threads: threads that decode and prepare pictures.
+        threads: number of threads that decode and prepare images.
 
     Raises:
-        StoreError: where the features are missing, damaged, of other samples or of another encoder, or where an SAE is
-            missing.
-        EncoderError: where the encoder is not what its entry says.
+        StoreError: if the features are missing, damaged, or of other samples or another encoder, or an SAE is missing.
+        EncoderError: if the encoder does not match its catalog entry.
     """
     inputs = Unchanged(features)
     store: Any = open_store(features, FEATURES)
@@ -114,9 +113,9 @@ def record_examples(encoder: Encoder, data: Data, features: Path, saes: Path, ou
         loaded[layer] = load_sae(folder, record)
     with atomic_output(out, EXAMPLES) as partial, inputs:
         partial.mkdir()
-        told = find_where_they_fire(encoder, data, loaded, tops, out.name, threads)
+        described = locate_activations(encoder, data, loaded, tops, out.name, threads)
         schema = _IMAGES if encoder.spec.modality == "image" else _TEXTS
-        pq.write_table(pa.Table.from_pylist(told, schema), partial / "samples.parquet", compression="zstd")
+        pq.write_table(pa.Table.from_pylist(described, schema), partial / "samples.parquet", compression="zstd")
         stored = read_features(features)
         for layer in progress(tops, len(tops), f"examples of {out.name}", "layers"):
             rows = [
@@ -131,10 +130,10 @@ def record_examples(encoder: Encoder, data: Data, features: Path, saes: Path, ou
 
 
 class Tops:
-    """The strongest samples of a layer's features, and where in them each fires.
+    """The strongest samples of a layer's features, with the activations at their tokens.
 
     Args:
-        samples: ``[F, K]`` int32, strongest first, -1 where a feature is active on fewer.
+        samples: ``[F, K]`` int32, strongest first, padded with -1.
         values: ``[F, K]`` float32.
     """
 
@@ -147,38 +146,37 @@ class Tops:
         self._of_sample = samples[features, ranks][order]
 
     def samples(self) -> NDArray[np.int32]:
-        """Those that are among the strongest of any feature, in order."""
+        """All samples that are among the strongest of any feature, in order."""
         return np.unique(self._of_sample)
 
     def entries(self, sample: int) -> NDArray[np.int64]:
-        """``[n, 2]``: the features that a sample is among the strongest of, and its rank there."""
+        """``[n, 2]``: the features that have a sample among their strongest, and its rank."""
         first, last = np.searchsorted(self._of_sample, [sample, sample + 1])
         return self._entries[first:last]
 
     def add(self, entries: NDArray[np.int64], values: Tensor) -> None:
-        """Take ``values [T, n]``, the activation at each token of a sample for each of its entries."""
+        """Add ``values [T, n]``, the activation at each token of a sample for each of its entries."""
         highest = values.amax(0)
         shares = (255 * values / highest.clamp(min=1e-30)).round().to(torch.uint8).T.cpu().numpy()
         for (feature, rank), share, value in zip(entries.tolist(), shares, highest.tolist(), strict=True):
             self._fires[feature, rank] = share.tobytes(), value
 
     def rows(self) -> Iterator[list[dict[str, Any]]]:
-        """For each feature its samples, strongest first."""
+        """Yield the samples of each feature, strongest first."""
         for feature, (samples, values) in enumerate(zip(self._samples, self._values, strict=True)):
             row = []
             for rank in np.flatnonzero(samples >= 0).tolist():
                 fires, highest = self._fires.get((feature, rank), (None, None))
-                told = {"sample": samples[rank], "value": values[rank], "fires": fires, "fires_highest": highest}
-                row.append(told)
+                row.append({"sample": samples[rank], "value": values[rank], "fires": fires, "fires_highest": highest})
             yield row
 
 
 def spreads(features: Any) -> Iterator[dict[str, Any]]:
-    """For each column of ``features [N, F]``: its histogram, and samples around lower quantiles."""
+    """Yield the histogram and the samples around lower quantiles for each column of ``features [N, F]``."""
     N, F = features.shape
     width = max(1, _BLOCK_BYTES // (16 * N))
     for first in range(0, F, width):
-        # Not in this loop: a block would stay in memory while the next one is sorted.
+        # In a function of its own, so that a block is freed before the next one is sorted.
         yield from _spreads_of_block(features[:, first : first + width])
 
 
@@ -189,12 +187,12 @@ def _spreads_of_block(block: NDArray[Any]) -> list[dict[str, Any]]:
 
 
 def _spread(values: NDArray[np.float32], samples: NDArray[np.int64]) -> dict[str, Any]:
-    """Of a feature's values ``[N]``, strongest first, and the samples they are of."""
+    """The histogram and samples of one feature, from its values ``[N]`` in decreasing order and their samples."""
     active = values[values > 0]
     highest = float(active[0]) if len(active) else 0.0
     near = zip(QUANTILES, ranks_near(len(active)), strict=True)
     return {
-        # Copies, as views would keep the values of all samples in memory.
+        # Copies, because views would keep the values of all samples in memory.
         "near": [
             {"quantile": q, "samples": samples[ranks].copy(), "values": active[ranks].copy()} for q, ranks in near
         ],
@@ -204,7 +202,7 @@ def _spread(values: NDArray[np.float32], samples: NDArray[np.int64]) -> dict[str
 
 
 def ranks_near(active: int) -> list[slice]:
-    """Of so many samples, strongest first, those around each quantile: none of the top ones, and none twice."""
+    """Ranks of the samples around each quantile of active samples, strongest first; without top ones and repeats."""
     ranks, taken = [], SHOWN_SAMPLES
     for q in QUANTILES:
         first = max(taken, round((1 - q) * (active - 1)) - NEAR // 2)
@@ -213,86 +211,86 @@ def ranks_near(active: int) -> list[slice]:
     return ranks
 
 
-def find_where_they_fire(
+def locate_activations(
     encoder: Encoder, data: Data, saes: dict[int, TopKSAE], tops: dict[int, Tops], name: str, threads: int
 ) -> list[dict[str, Any]]:
-    """Add to ``tops`` where in its strongest samples each feature fires.
+    """Compute each feature's activation at the tokens of its strongest samples, and add it to ``tops``.
 
     Args:
         encoder: the encoder.
         data: the samples.
-        saes: by layer.
-        tops: by layer.
-        name: the member's, for progress.
-        threads: threads that decode and prepare pictures.
+        saes: SAEs by layer.
+        tops: strongest samples by layer.
+        name: the member's name, for progress.
+        threads: number of threads that decode and prepare images.
 
     Returns:
-        for each of these samples: the ``box`` of a picture that the encoder saw and the grid of its tokens, or the
+        for each of these samples: the ``box`` of the image that the encoder sees and the grid of its tokens, or the
         ``tokens`` of a caption.
     """
     saes = {layer: sae.to(encoder.device) for layer, sae in saes.items()}
     samples = np.unique(np.concatenate([top.samples() for top in tops.values()]))
-    frame, told = Frame(encoder) if encoder.spec.modality == "image" else None, []
+    frame, described = Frame(encoder) if encoder.spec.modality == "image" else None, []
     two_words = [] if frame is not None else _pieces(encoder, encoder.prepare(["a dog"]), 0)
-    for chosen, pictures, batch in _batches(encoder, data, samples, threads, name):
-        found = encoder.read(batch)
+    for chosen, sizes, batch in _batches(encoder, data, samples, threads, name):
+        activations = encoder.read(batch)
         for row, sample in enumerate(chosen.tolist()):
             if frame is not None:
-                place, side = _grid(batch, found.training.shape[1])
-                told.append({"sample": sample, "box": frame.box(pictures[row]), "rows": side, "columns": side})
+                positions, side = _grid(batch, activations.training.shape[1])
+                described.append({"sample": sample, "box": frame.box(sizes[row]), "rows": side, "columns": side})
             else:
                 assert batch.mask is not None
-                place = batch.mask[row].nonzero()[:, 0]
-                told.append({"sample": sample, "tokens": with_blanks(_pieces(encoder, batch, row), two_words)})
-            if not len(place):
+                positions = batch.mask[row].nonzero()[:, 0]
+                described.append({"sample": sample, "tokens": with_blanks(_pieces(encoder, batch, row), two_words)})
+            if not len(positions):
                 continue
-            place = place.to(encoder.device)
-            for layer, x in found.tokens.items():
+            positions = positions.to(encoder.device)
+            for layer, x in activations.tokens.items():
                 entries = tops[layer].entries(sample)
                 if len(entries):
-                    tops[layer].add(entries, _encoded(saes[layer], x[row, place], entries[:, 0]))
-    return told
+                    tops[layer].add(entries, _encode(saes[layer], x[row, positions], entries[:, 0]))
+    return described
 
 
 def _batches(
     encoder: Encoder, data: Data, samples: NDArray[np.int32], threads: int, name: str
 ) -> Iterator[tuple[NDArray[np.int32], list[Any], Batch]]:
-    """Samples with their pictures or captions and inputs, a batch at a time, a few prepared ahead."""
+    """Yield batches of samples, their image sizes and their inputs, with prefetching."""
     read: Any = data.image if encoder.spec.modality == "image" else data.caption
 
     def prepare(chosen: NDArray[np.int32]) -> tuple[NDArray[np.int32], list[Any], Batch]:
-        read_ = [read(sample) for sample in chosen.tolist()]
-        return chosen, [getattr(one, "size", None) for one in read_], encoder.prepare(read_)
+        contents = [read(sample) for sample in chosen.tolist()]
+        return chosen, [getattr(content, "size", None) for content in contents], encoder.prepare(contents)
 
     starts = range(0, len(samples), encoder.spec.batch_size)
-    workers = threads if encoder.spec.modality == "image" else 1  # tokenizers cannot be used by two threads at once
+    workers = threads if encoder.spec.modality == "image" else 1  # tokenizers are not thread-safe
     with ThreadPoolExecutor(workers) as pool:
         jobs = (pool.submit(prepare, samples[start : start + encoder.spec.batch_size]).result for start in starts)
         yield from progress(in_order(jobs, workers), len(starts), f"where features of {name} fire", "batches")
 
 
 @torch.inference_mode()
-def _encoded(sae: TopKSAE, x: Tensor, latents: NDArray[np.int64]) -> Tensor:
-    """``[T, n]`` some latents of ``x [T, D]``, of which float16 is stored and trained on."""
+def _encode(sae: TopKSAE, x: Tensor, latents: NDArray[np.int64]) -> Tensor:
+    """``[T, n]`` selected latents of ``x [T, D]``, rounded to float16 as in stored and training tokens."""
     chosen = torch.from_numpy(latents).to(x.device)
     return torch.relu(torch.addmm(sae.b_enc[chosen], x.half().float() - sae.b_dec, sae.W_enc_T[chosen].T))
 
 
 def _grid(batch: Batch, tokens: int) -> tuple[Tensor, int]:
-    """The positions of a picture's square grid, which is what comes last, and its side; none where there is no such."""
+    """Positions of an image's square grid, which are the last tokens, and its side; empty if there is no such grid."""
     side = isqrt(tokens)
     before = tokens - side**2
-    if batch.mask is not None or before > _MOST_BEFORE:  # patches in the picture's own proportions
+    if batch.mask is not None or before > _MOST_BEFORE:  # the patches keep the image's aspect ratio
         return torch.empty(0, dtype=torch.long), 0
     return torch.arange(before, tokens), side
 
 
 def _pieces(encoder: Encoder, batch: Batch, row: int) -> list[str]:
-    """The pieces of a caption at its unpadded positions, as the tokenizer has them; empty where one is no text."""
+    """The tokenizer's pieces of a caption at its unpadded positions; empty strings for positions without a token id."""
     assert batch.mask is not None
     assert encoder.words is not None
     mask, ids = batch.mask[row], batch.ids[row]
-    # Some tokenizers give bytes.
+    # Some tokenizers return bytes.
     pieces: list[Any] = encoder.words(ids.tolist()) + [""] * (len(mask) - len(ids))
     return [
         piece.decode("utf-8", "replace") if isinstance(piece, bytes) else str(piece)
@@ -302,20 +300,20 @@ def _pieces(encoder: Encoder, batch: Batch, row: int) -> list[str]:
 
 
 def with_blanks(pieces: Sequence[str], others: Sequence[str] = ()) -> list[str]:
-    """A tokenizer's pieces without its marks, with a blank before each that begins a word.
+    """Remove a tokenizer's marks from its pieces, and put a space before each piece that begins a word.
 
-    Tokenizers mark the pieces that begin a word, those that end one, or those that go on with one. A mark that is a
-    piece of its own is a blank.
+    Tokenizers either mark the pieces that begin a word, that end one, or that continue one. A mark that is a piece by
+    itself becomes a space.
 
     Args:
-        pieces: of a caption.
-        others: pieces of another text by the same tokenizer, as a caption of one word may hold no mark.
+        pieces: pieces of a caption.
+        others: pieces of another text by the same tokenizer, because a caption of one word may contain no mark.
     """
     marked = [*pieces, *others]
     texts = _as_texts(pieces, marked)
     ended = any(_ENDS in piece for piece in marked)
     begun = not ended and any(mark in piece for piece in marked for mark in _BEGINS)
-    said: list[str] = []
+    result: list[str] = []
     before = ""
     for text in texts:
         if ended:
@@ -327,13 +325,13 @@ def with_blanks(pieces: Sequence[str], others: Sequence[str] = ()) -> list[str]:
             begins, plain = not text.startswith(_GOES_ON), text.removeprefix(_GOES_ON)
         special = _SPECIAL.fullmatch(text) or _SPECIAL.fullmatch(before)
         blank = (special or begins) if plain else (begun and begins)
-        said.append(" " * bool(said and blank) + plain)
+        result.append(" " * bool(result and blank) + plain)
         before = text
-    return said
+    return result
 
 
 def _as_texts(pieces: Sequence[str], marked: Sequence[str]) -> list[str]:
-    """Pieces as they are, or, of a byte-level tokenizer, what their bytes say: a letter is where its last byte is."""
+    """Decode the pieces of a byte-level tokenizer, with each letter at its last byte; other pieces are unchanged."""
     if not any(mark in piece for piece in marked for mark in ("Ġ", _ENDS)):
         return [*pieces]
     decoder = codecs.getincrementaldecoder("utf-8")()
@@ -344,21 +342,18 @@ def _as_texts(pieces: Sequence[str], marked: Sequence[str]) -> list[str]:
 
 
 class Frame:
-    """Tells which part of a picture an encoder sees.
-
-    It is found by showing the encoder's preparation pictures whose colours tell their place.
-    """
+    """Determines which part of an image an encoder sees, by preparing images whose colours encode positions."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
         self._boxes: dict[tuple[int, int], list[float] | None] = {}
         dark, bright = (Image.new("RGB", (64, 64), (level,) * 3) for level in (0, 255))
-        self._dark, self._bright = (self._seen(picture)[:, -1, -1] for picture in (dark, bright))
+        self._dark, self._bright = (self._pixels(image)[:, -1, -1] for image in (dark, bright))
 
     def box(self, size: tuple[int, int]) -> list[float] | None:
-        """Left, top, right and bottom of what is seen of a picture, in shares of its width and height.
+        """Left, top, right and bottom of the visible part of an image, as fractions of its width and height.
 
-        They lie beyond 0 and 1 where it is padded. None where the picture is seen in another way than cut and resized.
+        Values are outside 0 to 1 if the image is padded. None if the image is not just cropped and resized.
         """
         if size not in self._boxes:
             self._boxes[size] = self._find(*size)
@@ -367,26 +362,26 @@ class Frame:
     def _find(self, width: int, height: int) -> list[float] | None:
         across = np.linspace(0, 255, 2 * width + 1)[1::2]
         down = np.linspace(0, 255, 2 * height + 1)[1::2]
-        places = np.zeros((height, width, 3), np.uint8)
-        places[..., 0], places[..., 1] = across.round(), down.round()[:, None]
-        seen = self._seen(Image.fromarray(places))
+        positions = np.zeros((height, width, 3), np.uint8)
+        positions[..., 0], positions[..., 1] = across.round(), down.round()[:, None]
+        pixels = self._pixels(Image.fromarray(positions))
         with np.errstate(divide="ignore", invalid="ignore"):
-            shares = (seen - self._dark[:, None, None]) / (self._bright - self._dark)[:, None, None]
+            shares = (pixels - self._dark[:, None, None]) / (self._bright - self._dark)[:, None, None]
         rows, columns = shares.shape[1:]
-        # Through the centre, which is never padding.
+        # Lines through the centre, which is never padding.
         x, y = _line(shares[0, rows // 2]), _line(shares[1, :, columns // 2])
         return None if x is None or y is None else [x[0], y[0], x[1], y[1]]
 
-    def _seen(self, picture: Image.Image) -> NDArray[np.float64]:
-        pixels = self._encoder.prepare([picture]).pixels
+    def _pixels(self, image: Image.Image) -> NDArray[np.float64]:
+        pixels = self._encoder.prepare([image]).pixels
         if pixels.ndim != 4:
             return np.full((3, 2, 2), np.nan)
-        seen: NDArray[np.float64] = pixels[0].double().numpy()
-        return seen
+        values: NDArray[np.float64] = pixels[0].double().numpy()
+        return values
 
 
 def _line(shares: NDArray[np.float64]) -> tuple[float, float] | None:
-    """Where the line through the places of a row of pixels begins and ends; padding, where it is level, left out."""
+    """Start and end of the line fitted to the positions along a row of pixels, without the constant padding."""
     n, step = len(shares), max(1, len(shares) // 16)
     rises = shares[step:] - shares[:-step]
     steep = np.flatnonzero(rises > 0.7 * rises.max())

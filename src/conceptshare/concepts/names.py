@@ -1,8 +1,9 @@
-"""Stage `names`: what a feature stands for, in words of the captions of the samples that it is strongest on.
+"""Stage `names`: names of features, from the captions of their strongest samples.
 
-`names_features` writes a table with a row a feature. Samples of even number name, those of odd number are held out to
-measure names on: the data set's order was drawn by chance, so both halves are like the whole. A name is found by the
-log-odds of Monroe, Colaresi and Quinn (2008) and has to hold on the held-out captions; else there is no clear name.
+`name_features` writes a table with one row per feature. Even-numbered samples propose names, odd-numbered samples are
+held out to evaluate them; the data set is shuffled, so both halves are random samples of it. Candidates are found by
+the log-odds of Monroe, Colaresi and Quinn (2008) and must hold on the held-out captions; otherwise the feature has no
+clear name.
 """
 
 import json
@@ -45,20 +46,20 @@ from conceptshare.io.sizes import FEATURE_COLUMNS, SHOWN_SAMPLES
 from conceptshare.io.store import open_store
 
 ERROR_RATE = 0.05
-"""The chance that a feature without meaning passes the threshold by any word of the vocabulary, at most."""
+"""Maximum probability that any word of the vocabulary passes the threshold for a meaningless feature."""
 LEAST_SAMPLES = 5
-"""How many samples of the naming half have to activate a feature for it to be named."""
+"""Minimum number of naming samples that activate a feature for it to be named."""
 LEAST_CAPTIONS = 3
-"""How many captions of the naming half have a word of the vocabulary. Rarer ones cannot pass, and would only raise the
+"""Minimum number of naming captions with a word of the vocabulary. Rarer words cannot pass, and would only raise the
 threshold for all others."""
 MOST_TOP_SAMPLES = 50
-"""How many samples of the naming half a feature is named by, at most: see `top_count`."""
+"""Maximum number of naming samples that a feature is named by, see `top_count`."""
 MEASURED_SAMPLES = 2**17
-"""Names are measured on the held-out ones of the first samples, of so many at most: their values are in memory."""
+"""Names are evaluated on the held-out samples among this many first samples, whose values fit in memory."""
 MOST_WORDS = 3
-"""How many words a name has, each one word or two neighbours."""
+"""Maximum number of terms in a name, each a word or a pair of adjacent words."""
 CLEAREST = 20
-"""How many names of each layer are listed to be read."""
+"""Number of names per layer in the list of the clearest names."""
 
 _SCHEMA = pa.schema(
     [
@@ -68,11 +69,11 @@ _SCHEMA = pa.schema(
     ]
 )
 _LISTED = ["layer", "feature", "name", "auc", "auc_low", "score", "held_out", "density"]
-# Values that are ranked at once, at some 50 bytes each.
+# Number of values ranked at a time, at about 50 bytes each.
 _RANKED = 2**22
-# Words are counted by their hash first, in as many bins. A word whose bin has fewer than `LEAST_CAPTIONS` is rare.
+# Words are first counted by hash in this many bins. A word whose bin has fewer than `LEAST_CAPTIONS` is rare.
 _BINS = 2**27
-# Where a caption's words are no neighbours any more: punctuation, but for apostrophes and the hyphens within words.
+# Separators across which words are not adjacent: punctuation except apostrophes and hyphens within words.
 _BREAKS = re.compile(r"[^\w\s'’-]+|\s-+\s")
 _EVIDENCE = 20
 _LONGEST_NAME = 80
@@ -84,38 +85,38 @@ _Names = dict[tuple[int, int], str | None]
 
 @dataclass(frozen=True)
 class _Words:
-    """The vocabulary, and which captions have which of its words."""
+    """The vocabulary, and the words of each caption."""
 
     vocabulary: list[str]
     """``[V]`` sorted."""
     naming: csr_array
-    """``[n, V]`` 1 where the caption of sample 2i has the word."""
+    """``[n, V]`` 1 if the caption of sample 2i has the word."""
     held_out: csr_array
-    """``[m, V]`` 1 where that of sample 2i + 1 has it, of the samples that names are measured on."""
+    """``[m, V]`` 1 if the caption of sample 2i + 1 has the word, for the samples that names are evaluated on."""
     split: Callable[[str], list[str]]
-    """The words of a text, and its pairs of neighbours."""
+    """Splits a text into words and pairs of adjacent words."""
 
     @cached_property
     def index(self) -> dict[str, int]:
-        """Where each word is in the vocabulary."""
+        """Index of each word in the vocabulary."""
         return {word: place for place, word in enumerate(self.vocabulary)}
 
     @property
     def threshold(self) -> float:
-        """What z has to exceed: a normal deviate's chance to do so is that of any of V to do so at `ERROR_RATE`."""
+        """Threshold on z: the normal quantile at `ERROR_RATE` with a Bonferroni correction for V words."""
         return float(norm.isf(ERROR_RATE / max(1, len(self.vocabulary))))
 
 
 class _Candidate(NamedTuple):
-    """What a feature may be called."""
+    """A candidate name of a feature."""
 
     text: str | None
     words: list[int]
-    """Where they are in the vocabulary."""
+    """Indices of its words in the vocabulary."""
     score: float
-    """z of the best of them."""
+    """z of its best word."""
     passed: bool
-    """Whether the held-out captions decide."""
+    """Whether it passed the threshold, so that the held-out captions decide."""
     source: str
 
 
@@ -123,7 +124,7 @@ _NONE = _Candidate(None, [], float("nan"), False, "captions")
 
 
 class _Measures(NamedTuple):
-    """How well captions with any of a name's words go with its feature on held-out samples, ``[F]`` each."""
+    """How well captions with any of a name's words predict its feature on held-out samples, ``[F]`` each."""
 
     auc: NDArray[np.float64]
     auc_low: NDArray[np.float64]
@@ -141,39 +142,39 @@ class _Layer:
     """``[N, F]``"""
 
     def top(self, block: slice) -> list[NDArray[np.int32]]:
-        """The top samples of the naming half of each feature of a block, as numbers within it, strongest first."""
+        """Top naming samples of each feature of a block, numbered within the naming half, strongest first."""
         return [row[(row >= 0) & (row % 2 == 0)] // 2 for row in self.statistics.top_samples[block]]
 
     def blocks(self) -> list[slice]:
-        """The features that are read at once."""
+        """Blocks of features that are read at a time."""
         return [slice(start, start + FEATURE_COLUMNS) for start in range(0, self.values.shape[1], FEATURE_COLUMNS)]
 
 
 def name_features(features: Path, data: Path, out: Path, command: str | None = None) -> None:
     """Name every feature of every layer of a feature store from captions; write the table ``out`` (.parquet).
 
-    Columns: ``layer``, ``feature``; ``name``, null where there is no clear one; ``candidate``, the best words found,
-    null where there is nothing to find any by; ``score``, z of the best of them; ``auc``, ``auc_low`` and
-    ``auc_active`` on the held-out half; ``held_out``, how many captions of it have any of the words; ``density``;
-    and ``source``, ``captions`` or ``command``.
+    Columns: ``layer``, ``feature``; ``name``, null if there is no clear name; ``candidate``, the best words, null if
+    there are none; ``score``, z of the best word; ``auc``, ``auc_low`` and ``auc_active`` on the held-out half;
+    ``held_out``, the number of its captions with any of the words; ``density``; and ``source``, ``captions`` or
+    ``command``.
 
-    A name is clear where z exceeds `ERROR_RATE` after Bonferroni over the vocabulary, the 95% interval of the held-out
-    AUC is above 0.5, and a third of the `SHOWN_SAMPLES` strongest samples have any of its words. The `CLEAREST` of each
-    layer, those with the highest ``auc_low``, are also written to ``{name}.clearest.csv`` next to the table, clearest
-    first.
+    A name is clear if z is significant at `ERROR_RATE` after Bonferroni correction over the vocabulary, the 95%
+    interval of the held-out AUC is above 0.5, and a third of the `SHOWN_SAMPLES` strongest samples have any of its
+    words. The `CLEAREST` names of each layer, those with the highest ``auc_low``, are also written to
+    ``{name}.clearest.csv`` next to the table, clearest first.
 
     Args:
         features: the feature store.
         data: the folder of its data set.
         out: the table to write.
         command: a command line that reads each feature's evidence as JSON lines and prints names as JSON lines, which
-            take the place of the candidates. Only the held-out captions then decide. Features with fewer than
-            `LEAST_SAMPLES` samples to judge by are not asked for.
+            replace the candidates; then only the held-out captions decide. The command is not asked for features with
+            fewer than `LEAST_SAMPLES` samples.
 
     Raises:
-        StoreError: where the store is not whole, or of other samples than the data set's.
-        DatasetError: where the data set cannot be read.
-        StudyError: where the command fails, or does not print a name for each feature.
+        StoreError: if the store is incomplete or damaged, or was made from another data set.
+        DatasetError: if the data set cannot be read.
+        StudyError: if the command fails, or does not print a name for each feature.
     """
     inputs = Unchanged(features, data)
     store: Any = open_store(features, FEATURES)
@@ -192,45 +193,44 @@ def name_features(features: Path, data: Path, out: Path, command: str | None = N
     table = pa.Table.from_pylist([dict(zip(_SCHEMA.names, row, strict=True)) for row in rows], _SCHEMA)
     with atomic_output(out, PARQUET) as partial, inputs:
         write_parquet(table, partial, out.stem, {"features": {member: store.attrs["digest"]}})
-        with atomic_output(out.with_name(f"{out.stem}.clearest.csv"), CSV) as listed:
-            _clearest(table.to_pandas()).to_csv(listed, index=False, float_format="%.6g", lineterminator="\n")
+        with atomic_output(out.with_name(f"{out.stem}.clearest.csv"), CSV) as clearest:
+            _clearest(table.to_pandas()).to_csv(clearest, index=False, float_format="%.6g", lineterminator="\n")
         provenance.record(out)
     clear = len(rows) - table["name"].null_count
     info(
-        f"names of {member}: {clear:,} of {len(rows):,} features have a clear one; of {len(words.vocabulary):,} words, "
-        f"z above {words.threshold:.2f}"
+        f"names of {member}: {clear:,} of {len(rows):,} features have a clear name (vocabulary of "
+        f"{len(words.vocabulary):,} words, z above {words.threshold:.2f})"
     )
 
 
 def top_count(samples: int) -> int:
-    """How many samples of the naming half a feature is named by: its strongest 5%, at least 5 and at most 50.
+    """Number of naming samples that a feature is named by: the strongest 5%, at least 5 and at most 50.
 
-    In a small data set more would be ordinary samples, and their words not those of the strongest. Fewer would leave
-    words that many captions have no chance to pass.
+    In a small data set, more would include ordinary samples; with fewer, common words could not pass the threshold.
     """
     return min(MOST_TOP_SAMPLES, max(LEAST_SAMPLES, samples // 40))
 
 
 def log_odds(top: csr_array, words: csr_array) -> csr_array:
-    """How much more common words are in the top samples of each feature than in the rest, as z of the log-odds.
+    """z of the log-odds of each word in the top samples of each feature against the remaining samples.
 
-    Monroe, Colaresi and Quinn (2008), "Fightin' Words", with an informative Dirichlet prior: where y is the count of a
-    word, n that of all words, and ``a_w = a_0 y_w / n`` the prior, of the whole naming half,
+    Monroe, Colaresi and Quinn (2008), "Fightin' Words", with an informative Dirichlet prior. With y the count of a
+    word, n that of all words, and the prior ``a_w = a_0 y_w / n`` from the whole naming half,
 
-        delta_w = log((y_w + a_w) / (n + a_0 - y_w - a_w)), of the top samples less the same of the rest
+        delta_w = log((y_w + a_w) / (n + a_0 - y_w - a_w)) of the top samples, minus the same of the rest
         z_w = delta_w / sqrt(1 / (y_w(top) + a_w) + 1 / (y_w(rest) + a_w))
 
-    Here ``a_0`` is the number of words V, one count for each on average, so that it weighs the same in vocabularies of
-    any size. Without a prior, a word that no other caption has would have infinite odds; with a much weaker one, a
-    variance that hides it, and with a much stronger one, no odds at all.
+    ``a_0`` is the number of words V, one count per word on average, so that the prior has the same weight for any size
+    of vocabulary. Without a prior, a word in no other caption would have infinite odds; a much weaker prior would give
+    it too large a variance, and a much stronger one odds of 0.
 
     Args:
-        top: ``[F, n]`` 1 where a sample is among the feature's top ones.
-        words: ``[n, V]`` 1 where its caption has the word.
+        top: ``[F, n]`` 1 if a sample is among the feature's top samples.
+        words: ``[n, V]`` 1 if its caption has the word.
 
     Returns:
-        ``[F, V]`` float64, with values where a top sample has the word, as elsewhere z is below 0. None at all for a
-        vocabulary of one word, whose odds are infinite everywhere.
+        ``[F, V]`` float64, only with the values for words in top samples; z of all others is negative. Without any
+        value for a vocabulary of one word, whose odds are always infinite.
     """
     V = words.shape[1]
     if V < 2:
@@ -250,13 +250,13 @@ def log_odds(top: csr_array, words: csr_array) -> csr_array:
 def lower_end(
     auc: NDArray[np.float64], positives: NDArray[np.int64], negatives: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """The lower end of an AUC's 95% interval: the smallest theta with ``auc - theta <= 1.96 SE(theta)``.
+    """Lower end of an AUC's 95% interval: the smallest theta with ``auc - theta <= 1.96 SE(theta)``.
 
-    SE is that of Hanley and McNeil (1982), taken at theta and not at the AUC (a score interval, as in Newcombe 2006,
-    part 2): at an AUC of 1 it would be 0, and one caption that happens to be on top would be certain.
+    SE is that of Hanley and McNeil (1982), at theta instead of the AUC (a score interval, as in Newcombe 2006, part 2):
+    at an AUC of 1 it would be 0, so a single caption that happens to rank first would count as certain.
 
         SE^2 = (theta (1 - theta) + (p - 1) (Q1 - theta^2) + (q - 1) (Q2 - theta^2)) / (p q)
-        Q1 = theta / (2 - theta), Q2 = 2 theta^2 / (1 + theta), of p positives and q negatives
+        Q1 = theta / (2 - theta), Q2 = 2 theta^2 / (1 + theta), for p positives and q negatives
 
     Args:
         auc: ``[F]``
@@ -264,11 +264,11 @@ def lower_end(
         negatives: ``[F]`` q.
 
     Returns:
-        ``[F]``, NaN where the AUC is.
+        ``[F]``, NaN if the AUC is NaN.
     """
     p, q = positives.astype(np.float64), negatives.astype(np.float64)
     low, high = np.zeros_like(auc), auc.copy()
-    # Each step halves what is between them: after 60 that is below a float64's precision.
+    # Bisection: after 60 steps the bracket is below float64 precision.
     with np.errstate(divide="ignore", invalid="ignore"):
         for _ in range(60):
             theta = (low + high) / 2
@@ -280,25 +280,25 @@ def lower_end(
 
 
 def _clearest(table: pd.DataFrame) -> pd.DataFrame:
-    """The clearest names of each layer, as people read them."""
+    """The clearest names of each layer, clearest first."""
     order = table[table.name.notna()].sort_values(["layer", "auc_low"], ascending=[True, False], kind="stable")
     return order.groupby("layer").head(CLEAREST)[_LISTED]
 
 
 def _counts(top: csr_array, words: csr_array) -> csr_array:
-    """``[F, V]`` how many of each feature's top samples have each word; see `log_odds`."""
+    """``[F, V]`` number of each feature's top samples with each word; see `log_odds`."""
     used = np.unique(top.indices)
-    # Of these samples alone, as a product makes a copy of both sides.
-    found = csr_array(top[:, used].astype(np.float64) @ words[used].astype(np.float64))
-    found.sort_indices()
-    return found
+    # Restricted to these samples, because a product copies both factors.
+    counts = csr_array(top[:, used].astype(np.float64) @ words[used].astype(np.float64))
+    counts.sort_indices()
+    return counts
 
 
 def _read_words(data: Data) -> _Words:
     pairs = CountVectorizer(stop_words="english", ngram_range=(1, 2)).build_analyzer()
 
     def split(text: str) -> list[str]:
-        # Letters with accents are one character, of which those of two would be no word.
+        # Compose accented letters to one character, because combining characters would split words.
         clauses = _BREAKS.split(unicodedata.normalize("NFC", text))
         return [word for clause in clauses for word in pairs(clause)]
 
@@ -313,24 +313,24 @@ def _read_words(data: Data) -> _Words:
 
     counter = CountVectorizer(analyzer=common, binary=True, min_df=LEAST_CAPTIONS, dtype=np.int32)
     try:
-        found = csr_array(counter.fit_transform(map(data.caption, naming)))
-    except ValueError:  # no word is in so many captions
+        naming_words = csr_array(counter.fit_transform(map(data.caption, naming)))
+    except ValueError:  # no word is in enough captions
         return _Words([], csr_array((len(naming), 0)), csr_array((len(held_out), 0)), split)
-    measured = csr_array(counter.transform(map(data.caption, held_out)))
-    return _Words(counter.get_feature_names_out().tolist(), found, measured, split)
+    held_out_words = csr_array(counter.transform(map(data.caption, held_out)))
+    return _Words(counter.get_feature_names_out().tolist(), naming_words, held_out_words, split)
 
 
 def _candidates(layer: _Layer, block: slice, words: _Words, names: _Names | None = None) -> list[_Candidate]:
-    """What each feature of a block may be called: what the command named it, where it did, or by its captions."""
+    """Candidate names of each feature of a block: from the command if it named the feature, else from captions."""
     count = top_count(layer.values.shape[0])
     rows = [row[:count] if len(row) >= LEAST_SAMPLES else row[:0] for row in layer.top(block)]
     indices, ends = np.concatenate(rows), np.cumsum([0, *map(len, rows)])
     top = csr_array((np.ones(len(indices)), indices, ends), shape=(len(rows), words.naming.shape[0]))
-    found = log_odds(top, words.naming)
+    scores = log_odds(top, words.naming)
     counts = _counts(top, words.naming)
     candidates = []
-    for feature, (start, stop) in enumerate(pairwise(found.indptr.tolist()), block.start):
-        places, z = found.indices[start:stop], found.data[start:stop]
+    for feature, (start, stop) in enumerate(pairwise(scores.indptr.tolist()), block.start):
+        places, z = scores.indices[start:stop], scores.data[start:stop]
         if names is not None and (layer.number, feature) in names:
             candidates.append(_named(names[layer.number, feature], places, z, words))
         else:
@@ -341,14 +341,14 @@ def _candidates(layer: _Layer, block: slice, words: _Words, names: _Names | None
 def _candidate(
     places: NDArray[np.int32], z: NDArray[np.float64], counts: NDArray[np.float64], words: _Words
 ) -> _Candidate:
-    """The best words of one feature, given those that its top captions have and how many of these do."""
+    """The best words of one feature, given the words of its top captions, their z and their counts."""
     order = np.lexsort((places, -z))
     order = order[z[order] > 0]
     if not len(order):
         return _NONE
     passing = order[z[order] > words.threshold]
     of_word = {words.vocabulary[places[i]]: i for i in passing}
-    # In half the captions with "card" or more, it is a "playing card", which says more.
+    # Prefer "playing card" to "card" if at least half of the captions with "card" have the pair.
     inside = {
         word
         for pair, i in of_word.items()
@@ -357,11 +357,11 @@ def _candidate(
         if word in of_word and 2 * counts[i] >= counts[of_word[word]]
     }
     chosen: dict[str, int] = {}
-    said: set[str] = set()
+    used: set[str] = set()
     for word, i in of_word.items():
-        if word not in inside and said.isdisjoint(word.split()) and len(chosen) < MOST_WORDS:
+        if word not in inside and used.isdisjoint(word.split()) and len(chosen) < MOST_WORDS:
             chosen[word] = i
-            said.update(word.split())
+            used.update(word.split())
     best = list(chosen.values()) or [order[0]]
     return _Candidate(
         ", ".join(words.vocabulary[places[i]] for i in best),
@@ -373,11 +373,11 @@ def _candidate(
 
 
 def _named(text: str | None, places: NDArray[np.int32], z: NDArray[np.float64], words: _Words) -> _Candidate:
-    """A name that the command gave, with z of the best of its words that top captions have."""
-    said = sorted({words.index[word] for word in words.split(text or "") if word in words.index})
-    of_said = z[np.isin(places, said)]
-    score = float(of_said.max()) if len(of_said) else float("nan")
-    return _Candidate(text, said, score, True, "command")
+    """A name from the command, with z of its best word in the top captions."""
+    known = sorted({words.index[word] for word in words.split(text or "") if word in words.index})
+    z_of_known = z[np.isin(places, known)]
+    score = float(z_of_known.max()) if len(z_of_known) else float("nan")
+    return _Candidate(text, known, score, True, "command")
 
 
 def _rows(layer: _Layer, block: slice, words: _Words, data: Data, names: _Names | None) -> Iterator[tuple[Any, ...]]:
@@ -395,15 +395,15 @@ def _rows(layer: _Layer, block: slice, words: _Words, data: Data, names: _Names 
 
 
 def _is_shown(candidate: _Candidate, top: NDArray[np.int32], words: _Words, data: Data) -> bool:
-    """Whether a third of the strongest samples have any of a candidate's words; a command may have chosen others."""
+    """Whether a third of the strongest samples have any of a candidate's words; not required of a command's names."""
     strongest = top[top >= 0][:SHOWN_SAMPLES].tolist()
-    said = {words.vocabulary[place] for place in candidate.words}
-    having = sum(not said.isdisjoint(words.split(data.caption(sample))) for sample in strongest)
+    own = {words.vocabulary[place] for place in candidate.words}
+    having = sum(not own.isdisjoint(words.split(data.caption(sample))) for sample in strongest)
     return candidate.source == "command" or 3 * having >= len(strongest)
 
 
 def _measures(stored: FeatureArray, block: slice, candidates: Sequence[_Candidate], held_out: csr_array) -> _Measures:
-    """The measures of a block of features; NaN where there is nothing to compare."""
+    """Evaluate a block of features; NaN if there is nothing to compare."""
     (m, V), F = held_out.shape, len(candidates)
     counts = np.array([len(each.words) for each in candidates])
     places = [place for each in candidates for place in each.words]
@@ -411,16 +411,16 @@ def _measures(stored: FeatureArray, block: slice, candidates: Sequence[_Candidat
     hits = csr_array(chosen @ held_out.T)
     positives = np.diff(hits.indptr).astype(np.int64)
     rank_sums, active, active_hits = np.zeros(F), np.zeros(F), np.zeros(F)
-    found = np.flatnonzero(positives)
-    at_once = max(1, _RANKED // m)
+    named = np.flatnonzero(positives)
+    per_block = max(1, _RANKED // m)
     if len(places):
         values = stored[:MEASURED_SAMPLES, block][1::2]
         active = (values > 0).sum(axis=0)
-    for columns in (found[start : start + at_once] for start in range(0, len(found), at_once)):
+    for columns in (named[start : start + per_block] for start in range(0, len(named), per_block)):
         ranks = rankdata(values[:, columns], axis=0)
         for column, rank in zip(columns, ranks.T, strict=True):
             rows = hits.indices[hits.indptr[column] : hits.indptr[column + 1]]
-            # Whole and half ranks, which floats add exactly in any order.
+            # Ranks are multiples of 0.5, whose sum is exact in any order.
             rank_sums[column] = rank[rows].sum()
             active_hits[column] = (values[rows, column] > 0).sum()
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -431,7 +431,7 @@ def _measures(stored: FeatureArray, block: slice, candidates: Sequence[_Candidat
 
 
 def _ask(command: str, member: str, layers: Sequence[_Layer], words: _Words, data: Data) -> _Names:
-    """What a command calls each feature that has enough top samples, by layer and feature; see `name_features`.
+    """Run a command that names each feature with enough top samples, by layer and feature; see `name_features`.
 
     Args:
         command: the command line.
@@ -441,7 +441,7 @@ def _ask(command: str, member: str, layers: Sequence[_Layer], words: _Words, dat
         data: the samples.
 
     Raises:
-        StudyError: where the command fails, or does not print a name for each.
+        StudyError: if the command fails, or does not print a name for each feature.
     """
     with tempfile.TemporaryFile() as evidence:
         asked = set()
@@ -457,41 +457,41 @@ def _ask(command: str, member: str, layers: Sequence[_Layer], words: _Words, dat
         info(f"names of {member}: asking the command for {len(asked):,}")
         try:
             done = subprocess.run(shlex.split(command), stdin=evidence, capture_output=True, check=False)
-        except (OSError, ValueError, IndexError) as error:  # not there, quotes that do not close, nothing but blanks
-            raise StudyError(f"{command!r} cannot be run ({error}); mend the command that names features") from None
-    said = done.stderr.decode(errors="replace").strip().splitlines()
+        except (OSError, ValueError, IndexError) as error:  # missing program, unbalanced quotes, blank command
+            raise StudyError(f"{command!r} cannot be run ({error}); fix the command that names features") from None
+    messages = done.stderr.decode(errors="replace").strip().splitlines()
 
-    def wrong(what: str) -> StudyError:
-        last = f"; its last line on standard error: {said[-1].strip()}" if said else ""
+    def wrong(problem: str) -> StudyError:
+        last = f"; its last line on standard error: {messages[-1].strip()}" if messages else ""
         return StudyError(
-            f"{command!r}, which is to name the features of {member}, {what}{last}; mend it and run again"
+            f"{command!r}, called to name the features of {member}, {problem}{last}; fix it and run again"
         )
 
     if done.returncode != 0:
-        raise wrong(f"ended with {done.returncode}")
+        raise wrong(f"ended with exit code {done.returncode}")
     names: _Names = {}
     for number, reply in enumerate(done.stdout.splitlines(), 1):
         if not reply.strip():
             continue
         try:
-            told = json.loads(reply)
-            place, name = (told["layer"], told["feature"]), told["name"]
+            answer = json.loads(reply)
+            place, name = (answer["layer"], answer["feature"]), answer["name"]
             if not isinstance(name, str | None) or place not in asked:
-                raise ValueError("not a text or null as the name of a feature that it was asked for")
+                raise ValueError("not a string or null as the name of a requested feature")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             shown = reply[:80].decode(errors="replace")
             raise wrong(f"printed {shown!r} as line {number} ({type(error).__name__}: {error})") from None
         names[place] = _clean(name or "")
     if missing := sorted(asked - names.keys()):
-        first = f"the first of them {missing[0][1]} of layer {missing[0][0]}"
+        first = f"such as feature {missing[0][1]} of layer {missing[0][0]}"
         raise wrong(f"left out {len(missing)} of {len(asked)} features, {first}")
     return names
 
 
 def _evidence(layer: _Layer, block: slice, words: _Words, data: Data) -> Iterator[tuple[int, dict[str, Any]]]:
-    """What a command is told of each feature of a block that has enough top samples.
+    """Yield the evidence for a command on each feature of a block with enough top samples.
 
-    The ``others`` are drawn from the samples that do not activate it or, where those are too few, do so least.
+    The ``others`` are drawn from samples that do not activate the feature or, if there are too few, activate it least.
     """
     tops = layer.top(block)
     if all(len(top) < LEAST_SAMPLES for top in tops):
@@ -515,7 +515,7 @@ def _evidence(layer: _Layer, block: slice, words: _Words, data: Data) -> Iterato
 
 
 def _clean(name: str) -> str | None:
-    """A name on one line, without what is not seen, such as control characters; None for an empty one."""
+    """Put a name on one line, without invisible characters such as control characters; None if it is empty."""
     line = " ".join(name.split())
     shown = "".join(letter for letter in line if unicodedata.category(letter) not in ("Cc", "Cf", "Cs"))
     return shown[:_LONGEST_NAME].strip() or None
