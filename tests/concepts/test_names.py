@@ -504,7 +504,10 @@ ANSWER = "print(json.dumps({'layer': each['layer'], 'feature': each['feature'], 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("sys.exit('first\\nno key for the model')", "ended with exit code 1; .*standard error: no key for the model; fix"),
+        (
+            "sys.exit('first\\nno key for the model')",
+            "ended with exit code 1; .*error: no key for the model; fix",
+        ),
         ("sys.exit(3)", "ended with exit code 3; fix"),
         (f"print('why', file=sys.stderr)\nfor each in asked[:1]: {ANSWER}", "left out 1 of 2 .* 1 of layer 0.*: why;"),
         ("print('Sure, here are the names')", "printed b?'Sure, here are the names' as line 1 .JSONDecodeError"),
