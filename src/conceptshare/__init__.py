@@ -1,1 +1,1 @@
-"""conceptshare: which concepts do image, text and multimodal encoders share?"""
+"""conceptshare finds which concepts image, text and multimodal encoders share."""

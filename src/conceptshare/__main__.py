@@ -1,4 +1,4 @@
-"""``python -m conceptshare`` is the command line."""
+"""Command line as ``python -m conceptshare``."""
 
 from conceptshare.cli import main
 

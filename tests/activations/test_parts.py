@@ -185,8 +185,8 @@ def test_pictures_with_different_numbers_of_tokens_are_refused(data_folder, tmp_
         (["--part", "3/2"], "--part 3/2: write PART/PARTS, such as 2/4"),
         (["--part", "0/2"], "--part 0/2: write PART/PARTS, such as 2/4"),
         (["--part", "2"], "--part 2: write PART/PARTS, such as 2/4"),
-        ([], "give --tokens for all samples, or --part for some"),
-        (["--part", "1/2", "--tokens", "t.zarr"], "give --tokens for all samples, or --part for some"),
+        ([], "give either --tokens, for all samples, or --part, for some"),
+        (["--part", "1/2", "--tokens", "t.zarr"], "give either --tokens, for all samples, or --part, for some"),
     ],
     ids=str,
 )

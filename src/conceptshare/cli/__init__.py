@@ -1,4 +1,4 @@
-"""The command line: one subcommand per stage. The workflow's rules call these, and so can anyone without Snakemake."""
+"""The command line: one subcommand per stage. The workflow's rules call these; they also work without Snakemake."""
 
 import os
 import sys
@@ -19,7 +19,8 @@ app.add_typer(tables.app, name="metrics")
 app.add_typer(figures.app, name="figures")
 app.add_typer(pages.app, name="pages")
 
-# The commands that may ask a hub; compute nodes often have no internet, and what a run reads is on record by then.
+# Commands that may access a hub. All others run offline: compute nodes often have no internet, and the files that a run
+# reads are recorded by then.
 _FETCHING = {"check", "dataset", "weights", "doctor"}
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
@@ -27,13 +28,13 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFF
 @app.callback()
 def _start(context: typer.Context) -> None:
     provenance.begin(sys.argv[1:])
-    # The libraries read these when they are imported, which each command does for itself.
+    # The libraries read these variables when they are imported, which each command does later.
     if context.invoked_subcommand not in _FETCHING:
         os.environ.update(_OFFLINE)
 
 
 def main() -> NoReturn:
-    """Run the command line; an error of the user's is one message, and not a traceback."""
+    """Run the command line; user errors are printed as one message, without a traceback."""
     try:
         app(standalone_mode=True)
     except MadeMeanwhileError as message:
@@ -42,9 +43,9 @@ def main() -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
-        refused = system_error_message(error)
-        if refused is None:
+        system_error = system_error_message(error)
+        if system_error is None:
             raise
-        print(f"error: {refused}", file=sys.stderr)
+        print(f"error: {system_error}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)

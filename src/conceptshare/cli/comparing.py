@@ -16,12 +16,12 @@ app = typer.Typer()
 
 Precision = Annotated[
     Literal["float32", "bfloat16"],
-    typer.Option(help="What features are rounded to in the product; bfloat16, for GPUs, errs by less than 2e-3."),
+    typer.Option(help="Precision of the product; bfloat16, for GPUs, has an error below 2e-3."),
 ]
 MemoryMB = Annotated[
     int | None,
     typer.Option(
-        help="Bound of the working memory, in MB: 1024 on a CPU, and most of what a GPU has free.",
+        help="Limit of the working memory in MB; by default 1024 on a CPU, and most of the free memory on a GPU.",
         min=1,
         show_default=False,
     ),
@@ -31,14 +31,14 @@ MemoryMB = Annotated[
 @app.command()
 def correlations(
     a: Annotated[Path, typer.Argument(help="A feature store.")],
-    b: Annotated[Path, typer.Argument(help="Another of the same samples.")],
+    b: Annotated[Path, typer.Argument(help="Another feature store of the same samples.")],
     out: Annotated[Path, out_option(store_kind("correlations"))],
     precision: Precision = "float32",
     full: Annotated[
         list[str],
-        typer.Option(help="LAYER_A:LAYER_B, whose whole matrix is stored; more than one by giving it again."),
+        typer.Option(help="LAYER_A:LAYER_B, whose full correlation matrix is stored (repeatable)."),
     ] = [],  # noqa: B006 - typer copies it
-    settings: Annotated[str, typer.Option(help="Both as keys and values, in JSON; they go before the options.")] = "{}",
+    settings: Annotated[str, typer.Option(help="Both options as JSON, which takes precedence over them.")] = "{}",
     memory_mb: MemoryMB = None,
     threads: Threads = 1,
     gpus: GPUs = None,
@@ -59,7 +59,7 @@ def correlations(
 @app.command()
 def similarity(
     a: Annotated[Path, typer.Argument(help="An activation store.")],
-    b: Annotated[Path, typer.Argument(help="Another of the same samples.")],
+    b: Annotated[Path, typer.Argument(help="Another activation store of the same samples.")],
     out: Annotated[Path, out_option(CSV, PARQUET, PROVENANCE_SIDECAR)],
     threads: Threads = 1,
     gpus: GPUs = None,
@@ -75,16 +75,16 @@ def similarity(
 @app.command()
 def wmppc(
     a: Annotated[Path, typer.Argument(help="A feature store.")],
-    b: Annotated[Path, typer.Argument(help="Another of the same samples.")],
+    b: Annotated[Path, typer.Argument(help="Another feature store of the same samples.")],
     memory_mb: MemoryMB = None,
     precision: Precision = "float32",
     threads: Threads = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say how much two encoders share, in both directions, from their features alone.
+    """Compute the wMPPC of two encoders in both directions from their feature stores.
 
-    For each reading: the wMPPC with its 95% interval over samples (low, high), the floor that shuffled samples give,
-    the MPPC, and how many of the features match better than with shuffled samples.
+    For each reading: the wMPPC with its 95% interval over samples (low, high), the floor from shuffled samples, the
+    MPPC, and the number of features that match better than with shuffled samples.
     """
     from conceptshare.analysis.ask import wmppc_between
 
@@ -97,21 +97,21 @@ def wmppc(
 def sharedness(
     source: Annotated[Path, typer.Option(help="The feature store whose features are ranked.")],
     shared_with: Annotated[
-        list[Path], typer.Option(help="A store that should share them; more than one by giving it again.")
+        list[Path], typer.Option(help="A feature store of group G, which should share them (repeatable).")
     ],
     not_shared_with: Annotated[
-        list[Path], typer.Option(help="A store that should not; more than one by giving it again.")
+        list[Path], typer.Option(help="A feature store of group H, which should not (repeatable).")
     ],
     top: Annotated[
         int | None,
-        typer.Option(help="How many features to print: 1% without it.", min=1, show_default=False),
+        typer.Option(help="Number of features to print; by default 1% of them.", min=1, show_default=False),
     ] = None,
     out: Annotated[
-        Path | None, out_option(CSV, PARQUET, text="Where to write all of them, as CSV and Parquet.")
+        Path | None, out_option(CSV, PARQUET, text="Write the whole ranking to this path, as CSV and Parquet.")
     ] = None,
     threads: Threads = 1,
 ) -> None:
-    """Rank an encoder's last-layer features by Comparative Sharedness, from features alone."""
+    """Rank an encoder's last-layer features by Comparative Sharedness, from feature stores."""
     from conceptshare.analysis.ask import sharedness_of
     from conceptshare.analysis.tables import write_table
 

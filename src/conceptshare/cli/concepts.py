@@ -1,4 +1,4 @@
-"""Commands that say what features stand for."""
+"""Commands that name features and find examples of them."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,10 +18,10 @@ def names(
     data: DataFolder,
     out: Annotated[Path, out_option(PARQUET, CSV._replace(suffix=".clearest.csv"), PROVENANCE_SIDECAR)],
     command: Annotated[
-        str | None, typer.Option(help="A program that names features, such as one that asks a language model.")
+        str | None, typer.Option(help="A command that names features, such as one that asks a language model.")
     ] = None,
 ) -> None:
-    """Name features by the captions of the samples that they are strongest on."""
+    """Name features by the captions of their strongest samples."""
     from conceptshare.concepts.names import name_features
 
     name_features(features, data, out, command)
@@ -35,10 +35,10 @@ def examples(
     features: FeatureStore,
     saes: Annotated[Path, typer.Option(help="The folder that holds layer-NN/seed-S/.")],
     out: Annotated[Path, out_option(EXAMPLES)],
-    threads: Annotated[int, typer.Option(help="Threads that prepare pictures.", min=1)] = 1,
+    threads: Annotated[int, typer.Option(help="Number of threads that prepare images.", min=1)] = 1,
     gpus: GPUs = None,
 ) -> None:
-    """Find what shows a feature: weaker samples too, and where in the strongest ones it fires."""
+    """Find examples of each feature: weaker samples, and its activation at each token of the strongest ones."""
     from conceptshare.concepts.examples import record_examples
     from conceptshare.data.dataset import Data
     from conceptshare.encoders import load_encoder

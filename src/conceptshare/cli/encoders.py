@@ -16,8 +16,8 @@ from conceptshare.cli.options import (
     Threads,
     Weights,
     entry,
-    further_out,
     out_option,
+    second_out_option,
     use_gpus,
     use_threads,
 )
@@ -30,7 +30,7 @@ app = typer.Typer()
 
 @app.command()
 def dataset(dataset: Entry, out: Annotated[Path, out_option(DATASET)]) -> None:
-    """Read a data set, drop what is unusable and fix its order."""
+    """Read a data set, drop unusable rows and shuffle the rest."""
     from conceptshare.data.dataset import make_dataset
 
     make_dataset(entry(DatasetSpec, "datasets", dataset), out)
@@ -41,22 +41,22 @@ def weights(
     encoder: Entry,
     out: Annotated[Path, out_option(WEIGHTS, PROVENANCE_SIDECAR)],
     load: Annotated[
-        bool, typer.Option(help="Whether to load the encoder, on the CPU, and let it read two samples first.")
+        bool, typer.Option(help="Whether to load the encoder first, on the CPU, and test it on two samples.")
     ] = True,
 ) -> None:
-    """Find or fetch an encoder's files, see that they can be read, and record exactly which they are."""
+    """Find or fetch an encoder's files, check that they can be loaded, and record exactly which they are."""
     from conceptshare.encoders.weights import fetch_weights
 
     if not load:
         fetch_weights(entry(ModelSpec, "encoders", encoder), out)
         return
-    use_gpus(0)  # a GPU of this machine may be at work for a job
+    use_gpus(0)  # a GPU of this machine may be in use by a job
     spec: EncoderSpec = entry(EncoderSpec, "encoders", encoder)
 
     def check(location: Path) -> None:
         from conceptshare.encoders import try_encoder
 
-        # Snakemake runs several of these at once, and each takes this machine's memory.
+        # Snakemake runs several of these jobs at once; loading one encoder at a time limits the memory.
         with FileLock(Path(gettempdir()) / f"conceptshare-{os.getuid()}-loading.lock"):
             try_encoder(spec, location)
 
@@ -70,15 +70,15 @@ def activations(
     data: DataFolder,
     out: Annotated[
         Path,
-        out_option(store_kind("activations", "part"), text="The store of global tokens to write, or that of a part."),
+        out_option(store_kind("activations", "part"), text="The store of global tokens to write, or of a part."),
     ],
     tokens: Annotated[
         Path | None,
-        further_out(store_kind("tokens"), text="The store of all tokens to write, but for a part."),
+        second_out_option(store_kind("tokens"), text="The store of all tokens to write; not with --part."),
     ] = None,
     part: Annotated[
         str | None,
-        typer.Option(help="PART/PARTS, such as 2/4: record that part of the samples, for `join`.", show_default=False),
+        typer.Option(help="PART/PARTS, such as 2/4: record one part of the samples, for `join`.", show_default=False),
     ] = None,
     threads: Threads = 1,
     gpus: GPUs = None,
@@ -93,7 +93,7 @@ def activations(
     use_gpus(gpus)
     numbers = _numbers_of_part(part)
     if (tokens is None) == (numbers is None):
-        raise StudyError("activations: give --tokens for all samples, or --part for some, and not both")
+        raise StudyError("activations: give either --tokens, for all samples, or --part, for some of them")
     loaded = load_encoder(entry(EncoderSpec, "encoders", encoder), weights)
     if numbers is not None:
         extract_part(loaded, Data(data), out, *numbers, threads)
@@ -104,19 +104,19 @@ def activations(
 def _numbers_of_part(part: str | None) -> tuple[int, int] | None:
     if part is None:
         return None
-    found = re.fullmatch(r"(\d+)/(\d+)", part)
-    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+    match = re.fullmatch(r"(\d+)/(\d+)", part)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise StudyError(f"--part {part}: write PART/PARTS, such as 2/4; parts are counted from 1")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 @app.command()
 def join(
     parts: Annotated[list[Path], typer.Argument(help="All parts of an extraction.")],
     out: Annotated[Path, out_option(store_kind("activations"), text="The store of global tokens to write.")],
-    tokens: Annotated[Path, further_out(store_kind("tokens"), text="The store of all tokens to write.")],
+    tokens: Annotated[Path, second_out_option(store_kind("tokens"), text="The store of all tokens to write.")],
 ) -> None:
-    """Put the parts of an extraction together, which shares their files: the stores of one go."""
+    """Join the parts of an extraction; their files are hard-linked, or copied if that is not possible."""
     from conceptshare.activations.parts import join_parts
 
     join_parts(parts, out, tokens)

@@ -16,7 +16,7 @@ Table = Annotated[Path, typer.Option(help="The table to draw, as Parquet or CSV.
 
 
 def _add_command(figure: Figure) -> None:
-    """The command of a figure that is drawn from a table alone."""
+    """Add the command of a figure that is drawn from a table only."""
 
     @app.command(figure.name, help=figure.help)
     def draw(table: Table, out: FigureOut) -> None:
@@ -33,10 +33,10 @@ for _figure in FIGURES:
 @app.command("strength")
 def strength(
     table: Annotated[Path, typer.Option(help="The matrix, as Parquet or CSV, for the order of its cells.")],
-    pairs: Annotated[Path, typer.Option(help="The folder of the tables of pairs.")],
+    pairs: Annotated[Path, typer.Option(help="The folder of pair tables.")],
     out: FigureOut,
 ) -> None:
-    """How strong each member's features are, and how that goes with their best correlations."""
+    """Strengths of each member's features, and their relation to the best correlations."""
     from conceptshare.analysis.tables import read_direction, read_table
     from conceptshare.figures import draw_strength
 
@@ -46,7 +46,7 @@ def strength(
 
 @app.command("layerwise")
 def layerwise(
-    analysis: Annotated[str, typer.Argument(help="The analysis, by its name in the study.", show_default=False)],
+    analysis: Annotated[str, typer.Argument(help="Name of the analysis in the study.", show_default=False)],
     table: Table,
     study: StudyFile,
     out: FigureOut,
@@ -64,19 +64,19 @@ def sharedness(
     features: Annotated[Path, typer.Option(help="The source's feature store.")],
     data: DataFolder,
     out: FigureOut,
-    pictured: Annotated[int, typer.Option(help="How many of the ranking's first features to show.", min=1)] = 6,
-    samples: Annotated[int, typer.Option(help="How many samples of each, at most.", min=1)] = 9,
+    pictured: Annotated[int, typer.Option(help="Number of top features to show.", min=1)] = 6,
+    samples: Annotated[int, typer.Option(help="Maximum number of samples per feature.", min=1)] = 9,
     feature: Annotated[
         list[int] | None,
-        typer.Option(help="A feature to show in place of the first ones (repeatable).", min=0, show_default=False),
+        typer.Option(help="A feature to show instead of the top ones (repeatable).", min=0, show_default=False),
     ] = None,
     also_top_of: Annotated[
         Path | None,
-        typer.Option(help="Another ranking, to show all features in the first 1% of both.", show_default=False),
+        typer.Option(help="Another ranking; show the features in the top 1% of both.", show_default=False),
     ] = None,
     names: Annotated[Path | None, typer.Option(help="The source's table of names.", show_default=False)] = None,
 ) -> None:
-    """Grids of the top samples of a ranking's top features, or of features that are named."""
+    """Grids of the top samples of a ranking's top features, or of chosen features."""
     from conceptshare.analysis.tables import check_made_from, check_ranking, named_features, read_table
     from conceptshare.data.dataset import Data
     from conceptshare.figures import draw_sharedness
@@ -105,7 +105,7 @@ def saes(
     saes: Annotated[Path, typer.Option(help="The folder of SAEs.")],
     out: Annotated[Path, out_option(PNG, PDF, SAE_FIGURES)],
 ) -> None:
-    """Loss curves, densities, FVU and dead latents of every SAE: an overview, and a folder beside it, by member."""
+    """Loss curves, densities, FVU and dead latents of every SAE: an overview, and one figure per member."""
     from conceptshare.analysis.tables import read_table
     from conceptshare.figures import draw_saes
 

@@ -1,4 +1,4 @@
-"""Options that several commands have, and what they do first."""
+"""Options shared by several commands."""
 
 import os
 from pathlib import Path
@@ -10,27 +10,27 @@ from conceptshare.config.catalog import CATALOG, complete, parse, parse_yaml, re
 from conceptshare.io.files import CSV, PARQUET, PDF, PNG, Kind, check_replaceable, output_lock
 
 
-def out_option(kind: Kind, *beside: Kind, text: str = "What to write.") -> Any:
-    """The option that names what a command makes, which nothing else makes from the command's beginning on.
+def out_option(kind: Kind, *also: Kind, text: str = "The output path.") -> Any:
+    """Option for a command's output, which is locked until the command ends.
 
     Args:
-        kind: what is made.
-        beside: what is made with it, under the same name with another suffix.
+        kind: kind of the output.
+        also: kinds of further outputs with the same name and another suffix.
         text: the option's help.
     """
 
     def begin(context: typer.Context, path: Path | None) -> Path | None:
         if path is not None:
-            _check(path, kind, *beside)
-            if path.parent.is_dir():  # else nobody is at it
+            _check(path, kind, *also)
+            if path.parent.is_dir():  # otherwise no other process is writing there
                 context.with_resource(output_lock(path))
         return path
 
     return typer.Option(help=text, callback=begin, show_default=False)
 
 
-def further_out(*kinds: Kind, text: str) -> Any:
-    """The option that names what else a command makes."""
+def second_out_option(*kinds: Kind, text: str) -> Any:
+    """Option for a second output of a command."""
 
     def begin(path: Path | None) -> Path | None:
         if path is not None:
@@ -51,11 +51,11 @@ DataFolder = Annotated[Path, typer.Option(help="The folder of the dataset stage.
 FeatureStore = Annotated[Path, typer.Option(help="The member's feature store.")]
 TableOut = Annotated[Path, out_option(CSV, PARQUET)]
 FigureOut = Annotated[Path, out_option(PNG, PDF)]
-Threads = Annotated[int, typer.Option(help="CPU threads; the last digits of results depend on it.", min=1)]
+Threads = Annotated[int, typer.Option(help="Number of CPU threads; affects the last digits of results.", min=1)]
 GPUs = Annotated[
     int | None,
     typer.Option(
-        "--gpus", help="GPUs that the job asked its scheduler for; 0: compute on the CPU.", show_default=False
+        "--gpus", help="Number of GPUs requested from the scheduler; 0 computes on the CPU.", show_default=False
     ),
 ]
 StudyFile = Annotated[
@@ -64,7 +64,7 @@ StudyFile = Annotated[
 
 
 def entry(model: type[Any], what: Any, text: str) -> Any:
-    """A specification from its name in the catalog, or from JSON, which may name a ``base`` in the catalog."""
+    """Parse a catalog entry, given by its name or as JSON, which may name a ``base`` in the catalog."""
     if text.lstrip().startswith("{"):
         values = parse_yaml(text, what)
         entries = read_catalog(what, CATALOG) if "base" in values else {}
@@ -73,19 +73,19 @@ def entry(model: type[Any], what: Any, text: str) -> Any:
 
 
 def in_bytes(megabytes: int | None) -> int | None:
-    """So many MiB in bytes."""
+    """Convert MiB to bytes."""
     return None if megabytes is None else megabytes * 2**20
 
 
 def use_threads(threads: int) -> None:
-    """Let torch compute on so many CPU threads."""
+    """Set the number of CPU threads of torch."""
     import torch
 
     torch.set_num_threads(threads)
 
 
 def use_gpus(gpus: int | None) -> None:
-    """Let a job compute on the device that `conceptshare.device` chooses, or on the CPU for 0 GPUs, and log it."""
+    """Choose the device by `conceptshare.device`, or the CPU for 0 GPUs, and log it."""
     from conceptshare.device import DEVICE, log_device
 
     if gpus == 0:

@@ -12,7 +12,7 @@ from conceptshare.io.files import MEMBER_PAGES, PAIR_PAGES, SAMPLE_PAGES, SITE
 
 app = typer.Typer(help="A site of a study's features.", no_args_is_help=True)
 
-Place = Annotated[str, typer.Option(help="Where in the site this lies.")]
+Place = Annotated[str, typer.Option(help="Path of the output within the site.")]
 
 
 @app.command("samples")
@@ -20,7 +20,7 @@ def samples(
     data: DataFolder,
     place: Place,
     out: Annotated[Path, out_option(SAMPLE_PAGES)],
-    threads: Annotated[int, typer.Option(help="Threads that make thumbnails.", min=1)] = 1,
+    threads: Annotated[int, typer.Option(help="Number of threads that make thumbnails.", min=1)] = 1,
 ) -> None:
     """Thumbnails and captions of a data set."""
     from conceptshare.data.dataset import Data
@@ -34,7 +34,7 @@ def member(
     features: FeatureStore,
     examples: Annotated[Path, typer.Option(help="Its folder of examples.")],
     names: Annotated[Path, typer.Option(help="Its table of names.")],
-    pairs: Annotated[Path, typer.Option(help="The folder of the tables of pairs.")],
+    pairs: Annotated[Path, typer.Option(help="The folder of pair tables.")],
     study: StudyFile,
     place: Place,
     out: Annotated[Path, out_option(MEMBER_PAGES)],
@@ -52,9 +52,9 @@ def member(
 
 @app.command("pair")
 def pair(
-    correlations: Annotated[Path, typer.Option(help="The pair's store.")],
-    source: Annotated[str, typer.Option(help="A member.")],
-    target: Annotated[str, typer.Option(help="The other.")],
+    correlations: Annotated[Path, typer.Option(help="The pair's correlation store.")],
+    source: Annotated[str, typer.Option(help="A member of the pair.")],
+    target: Annotated[str, typer.Option(help="The other member.")],
     place: Place,
     out: Annotated[Path, out_option(PAIR_PAGES)],
 ) -> None:
@@ -70,7 +70,7 @@ def index(
     results: Annotated[Path, typer.Option(help="The folder of all results.")],
     out: Annotated[Path, out_option(SITE)],
 ) -> None:
-    """The page itself, and what it shows first."""
+    """The page itself, with the study's overview."""
     from conceptshare.pages import write_index
 
     write_index(load_study(study).shown_on_pages(), results, out)

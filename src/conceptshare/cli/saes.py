@@ -12,8 +12,8 @@ from conceptshare.cli.options import (
     Threads,
     Weights,
     entry,
-    further_out,
     out_option,
+    second_out_option,
     use_gpus,
     use_threads,
 )
@@ -22,7 +22,7 @@ from conceptshare.config.settings import SAESettings
 from conceptshare.io.files import SAE, SAES, SPARSIFY, store_kind
 
 app = typer.Typer()
-sae_app = typer.Typer(help="Train an SAE, look at one, or exchange one with another library.", no_args_is_help=True)
+sae_app = typer.Typer(help="Train, inspect, import and export SAEs.", no_args_is_help=True)
 app.add_typer(sae_app, name="sae")
 
 
@@ -31,8 +31,8 @@ def sae_train(
     tokens: Annotated[Path, typer.Option(help="A store of all tokens.")],
     layer: Annotated[int, typer.Option(help="The layer to train on, from 0.")],
     out: Annotated[Path, out_option(SAE)],
-    settings: Annotated[str, typer.Option(help="Keys and values as JSON; what is left out is the paper's.")] = "{}",
-    seed: Annotated[int, typer.Option(help="Of the initial weights.", min=0)] = 0,
+    settings: Annotated[str, typer.Option(help="SAE settings as JSON; missing keys are set as in the paper.")] = "{}",
+    seed: Annotated[int, typer.Option(help="Seed of the initial weights.", min=0)] = 0,
     threads: Threads = 1,
     gpus: GPUs = None,
 ) -> None:
@@ -49,7 +49,7 @@ Folder = Annotated[Path, typer.Argument(help="The folder of an SAE.")]
 
 @sae_app.command("info")
 def sae_info(folder: Folder) -> None:
-    """Say what an SAE is, how it was trained and how good it is."""
+    """Print an SAE's size, training settings and quality."""
     from conceptshare.sae.folder import describe_sae
 
     typer.echo(describe_sae(folder))
@@ -58,10 +58,10 @@ def sae_info(folder: Folder) -> None:
 @sae_app.command("export")
 def sae_export(
     folder: Folder,
-    to: Annotated[Literal["sparsify"], typer.Option(help="Whose layout; SAELens reads the folder as it is.")],
+    to: Annotated[Literal["sparsify"], typer.Option(help="The library; SAELens can read the folder unchanged.")],
     out: Annotated[Path, out_option(SPARSIFY)],
 ) -> None:
-    """Write an SAE in the layout of another library."""
+    """Convert an SAE to the format of another library."""
     from conceptshare.sae.exchange import export_to_sparsify
 
     export_to_sparsify(folder, out)
@@ -69,7 +69,7 @@ def sae_export(
 
 @sae_app.command("import")
 def sae_import(folder: Folder, out: Annotated[Path, out_option(SAE)]) -> None:
-    """Write a TopK SAE of SAELens's or sparsify's in our layout."""
+    """Convert a TopK SAE of SAELens or sparsify to our format."""
     from conceptshare.sae.exchange import import_sae
 
     import_sae(folder, out)
@@ -81,19 +81,19 @@ def stream(
     weights: Weights,
     data: DataFolder,
     saes: Annotated[Path, out_option(SAES, text="The folder to write, with layer-NN/seed-S/ in it.")],
-    activations: Annotated[Path, further_out(store_kind("activations"), text="The store of global tokens to write.")],
-    settings: Annotated[str, typer.Option(help="Keys and values as JSON; what is left out is the paper's.")] = "{}",
-    seeds: Annotated[
-        list[int], typer.Option("--seed", help="Of the initial weights; more than one by giving it again.", min=0)
-    ] = [0],  # noqa: B006 - typer copies it
+    activations: Annotated[
+        Path, second_out_option(store_kind("activations"), text="The store of global tokens to write.")
+    ],
+    settings: Annotated[str, typer.Option(help="SAE settings as JSON; missing keys are set as in the paper.")] = "{}",
+    seeds: Annotated[list[int], typer.Option("--seed", help="Seed of the initial weights (repeatable).", min=0)] = [0],  # noqa: B006 - typer copies it
     workers: Annotated[
         int,
-        typer.Option(help="Threads that prepare pictures, and SAEs trained side by side where there is no GPU.", min=1),
+        typer.Option(help="Number of threads that prepare images and, without a GPU, of SAEs trained at once.", min=1),
     ] = 1,
     threads: Threads = 1,
     gpus: GPUs = None,
 ) -> None:
-    """Train an encoder's SAEs of all layers and seeds while it reads a data set, and store no tokens."""
+    """Train the SAEs of all layers and seeds of an encoder during its forward passes, without storing tokens."""
     from conceptshare.data.dataset import Data
     from conceptshare.encoders import load_encoder
     from conceptshare.sae import train_stream

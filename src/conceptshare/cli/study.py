@@ -1,4 +1,4 @@
-"""Commands on a study as a whole."""
+"""Commands for a whole study."""
 
 import sys
 from pathlib import Path
@@ -24,12 +24,12 @@ def check(
     config: Annotated[Path, typer.Argument(help="A study.")] = Path("config.yaml"),
     load: Annotated[
         bool,
-        typer.Option("--load", help="Find or fetch each encoder too, load it, and let it read two samples."),
+        typer.Option("--load", help="Also find or fetch each encoder, load it, and test it on two samples."),
     ] = False,
 ) -> None:
-    """Check a study and say what it needs."""
+    """Check a study and list its data sets, encoders, members and pairs."""
     study = load_study(config)
-    typer.echo(f"{config}: study {study.study!r} is sound")
+    typer.echo(f"{config}: study {study.study!r} is valid")
     typer.echo(f"  data sets: {', '.join(study.datasets)}")
     typer.echo(f"  encoders:  {', '.join(study.encoders)}")
     typer.echo(f"  SAE settings: {', '.join(study.saes)}")
@@ -39,7 +39,7 @@ def check(
 
 
 def _try_encoders(encoders: dict[str, EncoderSpec]) -> None:
-    """Load every encoder, and exit with 1 if one cannot be read, after all have been tried."""
+    """Load every encoder, and exit with 1 in the end if any cannot be loaded."""
     from conceptshare.encoders import try_encoder
     from conceptshare.encoders.weights import locate
 
@@ -58,25 +58,25 @@ def _try_encoders(encoders: dict[str, EncoderSpec]) -> None:
 @app.command()
 def plan(
     config: Annotated[Path, typer.Option(help="A study.")] = Path("config.yaml"),
-    samples: Annotated[int | None, typer.Option(help="Samples of each data set, whatever it has.", min=2)] = None,
+    samples: Annotated[int | None, typer.Option(help="Number of samples to assume per data set.", min=2)] = None,
     tflops: Annotated[float, typer.Option(help="Float32 TFLOP/s of the GPU.", min=1e-6)] = Rates.tflops,
-    disk_mb_per_s: Annotated[float, typer.Option(help="MB/s from and to disk.", min=1e-6)] = Rates.disk_mb_per_s,
+    disk_mb_per_s: Annotated[float, typer.Option(help="MB/s of the disk.", min=1e-6)] = Rates.disk_mb_per_s,
     cpu_gflops: Annotated[float, typer.Option(help="Float32 GFLOP/s of a job's cores.", min=1e-6)] = Rates.cpu_gflops,
-    as_json: Annotated[bool, typer.Option("--json", help="For machines: bytes, operations and hours.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes, operations and hours.")] = False,
 ) -> None:
-    """Say what a study will cost: jobs, disk, memory and hours. Reckoned from the study alone; nothing is run."""
-    found = make_plan(load_study(config), Rates(tflops, disk_mb_per_s, cpu_gflops), samples)
-    typer.echo(plan_as_json(found) if as_json else plan_as_text(found))
+    """Estimate the cost of a study: jobs, disk, memory and hours. Uses only the study; nothing is run."""
+    estimate = make_plan(load_study(config), Rates(tflops, disk_mb_per_s, cpu_gflops), samples)
+    typer.echo(plan_as_json(estimate) if as_json else plan_as_text(estimate))
 
 
 @app.command()
 def doctor(
     config: Annotated[
-        Path | None, typer.Option(help="A study: config.yaml, where it is there.", show_default=False)
+        Path | None, typer.Option(help="A study; by default config.yaml, if it exists.", show_default=False)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check this machine, and say what is missing; exit with 1 where no run can do without it."""
+    """Check this machine; exit 1 if something required is missing."""
     from conceptshare.preflight.doctor import as_json as in_json
     from conceptshare.preflight.doctor import as_text, examine
 

@@ -15,10 +15,10 @@ Features = Annotated[Path, typer.Option(help="The folder of feature stores.")]
 Correlations = Annotated[Path, typer.Option(help="The folder of correlation stores.")]
 Similarity = Annotated[
     Path | None,
-    typer.Option(help="The folder of the similarity stage; without it, its columns are empty.", show_default=False),
+    typer.Option(help="The folder of similarity tables; without it, their columns are empty.", show_default=False),
 ]
 Matrix = Annotated[Path, typer.Option("--table", help="The matrix, as Parquet.")]
-Analysis = Annotated[str, typer.Argument(help="The analysis, by its name in the study.", show_default=False)]
+Analysis = Annotated[str, typer.Argument(help="Name of the analysis in the study.", show_default=False)]
 
 
 @app.command()
@@ -30,7 +30,7 @@ def matrix(
     out: TableOut,
     similarity: Similarity = None,
 ) -> None:
-    """The wMPPC from every member to every other, with intervals, floors, ceilings and similarities."""
+    """The wMPPC between all members, with intervals, floors, ceilings and similarities."""
     from conceptshare.analysis.tables import Stores, matrix_table, write_table
 
     members = load_study(study).grouped_members(analysis)
@@ -39,7 +39,7 @@ def matrix(
 
 @app.command()
 def averages(table: Matrix, correlations: Correlations, out: TableOut) -> None:
-    """The mean wMPPC from each modality to each, with its interval."""
+    """The mean wMPPC between modalities, with intervals."""
     from conceptshare.analysis.tables import averages_table, made_from, read_table, write_table
 
     matrix = read_table(table, "matrix")
@@ -50,13 +50,13 @@ def averages(table: Matrix, correlations: Correlations, out: TableOut) -> None:
 @app.command()
 def formats(
     table: Matrix,
-    averages: Annotated[Path, typer.Option(help="Its modality averages, as Parquet.")],
+    averages: Annotated[Path, typer.Option(help="The matrix's modality averages, as Parquet.")],
     out: Annotated[Path, out_option(MATRICES, text="The folder to write.")],
     dataset: Annotated[
         str | None,
-        typer.Option(help="The paper's name of the data set, to write its Table 3 too.", show_default=False),
+        typer.Option(help="The paper's name for the data set, to write its Table 3 too.", show_default=False),
     ] = None,
-    size: Annotated[Literal["large", "base"], typer.Option(help="Which of the paper's encoders.")] = "large",
+    size: Annotated[Literal["large", "base"], typer.Option(help="The size of the paper's encoders.")] = "large",
 ) -> None:
     """The matrix of each reading, and the averages, as CSV, Markdown and LaTeX."""
     from conceptshare.analysis import paper
@@ -72,11 +72,11 @@ def formats(
 @app.command()
 def paper(
     table: Matrix,
-    dataset: Annotated[str, typer.Option(help="The data set, as the paper has it.")],
-    size: Annotated[Literal["large", "base"], typer.Option(help="The size of the encoders.")],
+    dataset: Annotated[str, typer.Option(help="The paper's name for the data set.")],
+    size: Annotated[Literal["large", "base"], typer.Option(help="The size of the paper's encoders.")],
     out: TableOut,
 ) -> None:
-    """A matrix next to the paper's numbers, cell by cell."""
+    """A matrix next to the paper's values, cell by cell."""
     from conceptshare.analysis import paper
     from conceptshare.analysis.tables import read_table, write_table
 
@@ -85,9 +85,9 @@ def paper(
 
 @app.command()
 def agreement(
-    table: Annotated[Path, typer.Option(help="What `metrics paper` wrote, as Parquet.")], out: TableOut
+    table: Annotated[Path, typer.Option(help="The output of `metrics paper`, as Parquet.")], out: TableOut
 ) -> None:
-    """How well a matrix agrees with the paper's numbers."""
+    """Agreement of a matrix with the paper's values."""
     from conceptshare.analysis import paper
     from conceptshare.analysis.tables import read_table, write_table
 
@@ -103,7 +103,7 @@ def layerwise(
     out: TableOut,
     similarity: Similarity = None,
 ) -> None:
-    """The wMPPC from every layer of one member to every layer of another."""
+    """The wMPPC between all layers of two members."""
     from conceptshare.analysis.tables import Stores, layerwise_table, write_table
 
     pairs = load_study(study).layerwise_names(analysis)
@@ -113,7 +113,7 @@ def layerwise(
 @app.command()
 def pair(
     a: Annotated[str, typer.Argument(help="A member.")],
-    b: Annotated[str, typer.Argument(help="Another.")],
+    b: Annotated[str, typer.Argument(help="Another member.")],
     features: Features,
     correlations: Correlations,
     out: TableOut,
@@ -128,7 +128,7 @@ def pair(
 def sharedness(
     analysis: Analysis, study: StudyFile, features: Features, correlations: Correlations, out: TableOut
 ) -> None:
-    """A member's features by Comparative Sharedness."""
+    """A member's features, ranked by Comparative Sharedness."""
     from conceptshare.analysis.tables import Stores, sharedness_table, write_table
 
     groups = load_study(study).sharedness_names(analysis)
@@ -140,12 +140,12 @@ def overlaps(
     rankings: Annotated[list[Path], typer.Argument(help="Rankings by Comparative Sharedness, as Parquet.")],
     out: TableOut,
 ) -> None:
-    """How many top features every two rankings of one source have in common."""
+    """The number of top features that every two rankings of one source have in common."""
     from conceptshare.analysis.tables import check_rankings, overlap_table, read_table, write_table
 
-    found = {path: read_table(path, "sharedness") for path in rankings}
-    check_rankings(found)
-    write_table(overlap_table({path.stem: table for path, table in found.items()}), out)
+    tables = {path: read_table(path, "sharedness") for path in rankings}
+    check_rankings(tables)
+    write_table(overlap_table({path.stem: table for path, table in tables.items()}), out)
 
 
 @app.command()
