@@ -1,4 +1,4 @@
-"""Stage `metrics`, the mathematics: plain functions on NumPy arrays, without files and without torch.
+"""Mathematics of the stage `metrics`: pure functions on NumPy arrays, without files and without torch.
 
 Notation: rho_i is the largest Pearson correlation of feature i of A with any feature of B, S_i its summed activation.
 """
@@ -13,10 +13,10 @@ from conceptshare.io.errors import NumericsError
 Array = NDArray[np.float64]
 
 READINGS = ("pooled", "layer_mean", "last")
-"""The readings of wMPPC: over all layers in two ways, and between the last layers alone."""
+"""The readings of wMPPC: two over all layers, and one between the last layers only."""
 
-# Draws with replacement that are counted at once: 15 MB of float32 counts for 118,287 samples.
-_REPLICATES_AT_ONCE = 32
+# Number of resamples counted at a time: 15 MB of float32 counts for 118,287 samples.
+_REPLICATES_PER_BLOCK = 32
 
 
 def mppc(rho: ArrayLike) -> float:
@@ -32,7 +32,7 @@ def wmppc(rho: ArrayLike, weights: ArrayLike) -> float:
         weights: ``[F]`` S, not negative.
 
     Returns:
-        The weighted mean; NaN where all weights are zero, as no feature was ever active.
+        The weighted mean; NaN if all weights are zero, that is, no feature was ever active.
     """
     rho, weights = np.asarray(rho, np.float64), np.asarray(weights, np.float64)
     total = weights.sum()
@@ -40,22 +40,22 @@ def wmppc(rho: ArrayLike, weights: ArrayLike) -> float:
 
 
 def wmppc_pooled(rho: ArrayLike, weights: ArrayLike) -> float:
-    """WMPPC over all layers as Eq. 6 has it: features of all layers of A, their maximum over all layers of B.
+    """wMPPC over all layers as in Eq. 6: features of all layers of A, each with its maximum over all layers of B.
 
     Args:
-        rho: ``[L_B, F]`` for each layer of B, the features of all layers of A side by side.
+        rho: ``[L_B, F]`` for each layer of B, the features of all layers of A concatenated.
         weights: ``[F]`` S.
     """
     return wmppc(np.max(np.asarray(rho), axis=0), weights)
 
 
 def wmppc_layer_mean(rho: ArrayLike, weights: ArrayLike, sizes: ArrayLike) -> float:
-    """WMPPC over all layers as the authors' code has it: per layer of A, averaged over A's layers by their size.
+    """wMPPC over all layers as in the authors' code: per layer of A, then averaged over A's layers by size.
 
     Args:
         rho: ``[L_B, F]`` as in `wmppc_pooled`.
         weights: ``[F]`` S.
-        sizes: ``[L_A]`` features of each layer of A, which sum to F. A layer without an active feature has no
+        sizes: ``[L_A]`` number of features per layer of A, which sum to F. A layer without an active feature has no
             wMPPC and is left out.
     """
     best = np.max(np.asarray(rho, np.float64), axis=0)
@@ -70,8 +70,8 @@ def wmppc_layer_mean(rho: ArrayLike, weights: ArrayLike, sizes: ArrayLike) -> fl
 def comparative_sharedness(weights: ArrayLike, rho_g: ArrayLike, rho_h: ArrayLike) -> Array:
     """Comparative Sharedness (Eq. 7 and 8): Delta_i = S_i (rho_Gi^2 - rho_Hi^2).
 
-    rho_G is the least rho over the group that should share the feature, rho_H the largest over the group that should
-    not. With one model a side this is Eq. 7.
+    rho_G is the smallest rho over the group that should share the feature, rho_H the largest over the group that should
+    not. With one model per group this is Eq. 7.
 
     Args:
         weights: ``[F]`` S.
@@ -88,36 +88,35 @@ def comparative_sharedness(weights: ArrayLike, rho_g: ArrayLike, rho_h: ArrayLik
 
 
 def significance(rho: ArrayLike, samples: int, candidates: int) -> Array:
-    """Chance that the best of many unrelated features correlates more than rho (appendix B), as log10.
+    """Probability that the best of many unrelated features correlates more than rho (appendix B), as log10.
 
-    P(max > rho) = 1 - Phi(artanh(rho) sqrt(L - 3))^N underflows long before it means nothing, so log-probabilities are
-    carried throughout.
+    P(max > rho) = 1 - Phi(artanh(rho) sqrt(L - 3))^N easily underflows, so log-probabilities are used throughout.
 
-    This holds for independent features that are normally distributed over the samples. SAE features are neither: they
-    are skewed and sparse, and two that are active on the same few samples, as happens by chance, correlate far beyond
-    it. So even features of an encoder with random weights come out as shared. `beyond_shuffled` assumes only that
-    samples are exchangeable, and is the number to go by.
+    The formula holds for independent features that are normally distributed over the samples. SAE features are neither:
+    they are skewed and sparse, and two features that happen to be active on the same few samples correlate far more
+    than it predicts. Even features of an encoder with random weights come out as shared. `beyond_shuffled` only assumes
+    that samples are exchangeable; prefer it.
 
     Args:
         rho: correlations.
         samples: L, more than 3.
-        candidates: N, the features that rho is the maximum over.
+        candidates: N, the number of features that rho is the maximum over.
 
     Returns:
         log10 P, of rho's shape.
 
     Raises:
-        NumericsError: where there are too few samples, or no candidate.
+        NumericsError: if there are too few samples, or no candidate.
     """
-    from scipy.special import log_ndtr  # slow to import, and most jobs that use this module do without
+    from scipy.special import log_ndtr  # slow to import, and most jobs with this module do not need it
 
     if samples <= 3:
-        raise NumericsError(f"{samples} samples: the chance of a correlation needs at least 4")
+        raise NumericsError(f"{samples} samples: the probability of a correlation needs at least 4 samples")
     if candidates < 1:
-        raise NumericsError(f"{candidates} candidates: the best match is one of at least 1")
+        raise NumericsError(f"{candidates} candidates: the best match needs at least 1 candidate")
     with np.errstate(divide="ignore"):
         z = np.arctanh(np.asarray(rho, np.float64)) * np.sqrt(samples - 3)
-    # Phi(z)^N = exp(N log Phi(z)), and log Phi(z) is near -Q(z), which underflows where log Q(z) does not.
+    # Phi(z)^N = exp(N log Phi(z)), and log Phi(z) is near -Q(z), which underflows before log Q(z) does.
     power = candidates * log_ndtr(z)
     with np.errstate(divide="ignore"):
         exact = np.log(-np.expm1(power))
@@ -129,14 +128,14 @@ def significance(rho: ArrayLike, samples: int, candidates: int) -> Array:
 def modality_averages(
     matrix: Mapping[tuple[str, str], float], modalities: Mapping[str, str]
 ) -> dict[tuple[str, str], float]:
-    """Mean wMPPC from each modality to each (Table 3): cells of one encoder with itself are left out.
+    """Mean wMPPC between modalities (Table 3), without the cells of an encoder with itself.
 
     Args:
         matrix: the wMPPC by source and target.
-        modalities: of every source and target, such as ``"image"``.
+        modalities: modality of every source and target, such as ``"image"``.
 
     Returns:
-        The mean by source modality and target modality, where there is a cell.
+        The mean by source modality and target modality, for directions with any cell.
     """
     cells: dict[tuple[str, str], list[float]] = {}
     for (source, target), value in matrix.items():
@@ -146,21 +145,21 @@ def modality_averages(
 
 
 def coefficient_of_variation(values: ArrayLike) -> float:
-    """The population standard deviation over the mean, or NaN where the mean is 0."""
+    """The population standard deviation divided by the mean; NaN if the mean is 0."""
     values = np.asarray(values, np.float64)
     mean = values.mean()
     return float(values.std() / mean) if mean != 0 else float("nan")
 
 
 def correlation(x: ArrayLike, y: ArrayLike) -> float:
-    """The Pearson correlation of ``x [n]`` and ``y [n]``, or NaN where one of them does not vary."""
+    """The Pearson correlation of ``x [n]`` and ``y [n]``; NaN if one of them is constant."""
     unit = []
     for values in (x, y):
         values = np.asarray(values, np.float64)
         if (values == values[:1]).all():
             return float("nan")
         deviation = values - values.mean()
-        # Squares of very small or large numbers leave the range of floats.
+        # Avoid overflow and underflow of squares.
         deviation /= np.abs(deviation).max()
         unit.append(deviation / np.linalg.norm(deviation))
     return float(np.clip(unit[0] @ unit[1], -1, 1))
@@ -170,11 +169,11 @@ def benjamini_hochberg(log10_p: ArrayLike, level: float = 0.05) -> NDArray[np.bo
     """Which hypotheses are rejected at a false discovery rate (Benjamini and Hochberg, 1995).
 
     With the p-values in ascending order p_1, ..., p_m, those up to the last i with p_i <= level i / m are rejected.
-    Logs are compared, so that a p-value far below the least float counts as what it is.
+    Logarithms are compared, so that p-values below the smallest float are handled exactly.
 
     Args:
-        log10_p: ``[F]`` log10 of the p-values. NaN stands for no test: it is not rejected, and m does not count it.
-        level: the largest false discovery rate.
+        log10_p: ``[F]`` log10 of the p-values. NaN means no test: it is not rejected and does not count in m.
+        level: the maximum false discovery rate.
 
     Returns:
         ``[F]``.
@@ -188,16 +187,16 @@ def benjamini_hochberg(log10_p: ArrayLike, level: float = 0.05) -> NDArray[np.bo
 
 
 def strata(active: ArrayLike) -> NDArray[np.int64]:
-    """Which features are alike enough to compare by chance: active on 1 to 15 samples, on 16 to 255, and so on.
+    """Strata of features of similar density: active on 1 to 15 samples, on 16 to 255, and so on.
 
-    A feature that is active on few samples has a large correlation with another such one wherever they meet. Among
-    shuffled features of all kinds, these few would hide that others are shared.
+    Two features that are active on few samples correlate strongly if any of these coincide. In a comparison across all
+    densities, these few shuffled features would mask that other features are shared.
 
     Args:
-        active: ``[F]`` samples on which each feature is active.
+        active: ``[F]`` number of samples on which each feature is active.
 
     Returns:
-        ``[F]`` from 0, features that are active on none among the first.
+        ``[F]`` strata from 0, which includes features that are never active.
     """
     return np.log2(np.maximum(1, np.rint(active))).astype(np.int64) // 4
 
@@ -205,15 +204,15 @@ def strata(active: ArrayLike) -> NDArray[np.int64]:
 def beyond_shuffled(rho: ArrayLike, shuffled: ArrayLike, level: float = 0.05) -> NDArray[np.bool_]:
     """Which correlations are larger than those with shuffled samples, at a false discovery rate.
 
-    These are the rho above the least threshold t at which the expected share of chance matches is at most the level:
-    (1 + #{shuffled > t}) (F / F_shuffled) / #{rho > t} <= level, as targets and decoys are compared in proteomics.
-    It needs no formula for the chance of a correlation, so features may be as skewed and as sparse as they are. With
-    F_shuffled below F the least number that can be found is F / (level F_shuffled).
+    These are the rho above the smallest threshold t at which the expected share of chance matches is at most the level:
+    (1 + #{shuffled > t}) (F / F_shuffled) / #{rho > t} <= level, like the target-decoy approach in proteomics. It needs
+    no formula for the distribution of correlations, so it also holds for skewed and sparse features. If F_shuffled is
+    below F, at least F / (level F_shuffled) features must exceed the threshold to be detected.
 
     Args:
         rho: ``[F]`` best correlations.
-        shuffled: ``[F_shuffled]`` best correlations of some of these features where the target's samples are shuffled.
-        level: the largest false discovery rate.
+        shuffled: ``[F_shuffled]`` best correlations of some of these features with the target's samples shuffled.
+        level: the maximum false discovery rate.
 
     Returns:
         ``[F]``.
@@ -222,10 +221,10 @@ def beyond_shuffled(rho: ArrayLike, shuffled: ArrayLike, level: float = 0.05) ->
     if not rho.size or not shuffled.size:
         return np.zeros(rho.shape, bool)
     ascending = np.sort(rho)
-    # A threshold just below a rho takes it and all that are not smaller.
-    found = len(rho) - np.searchsorted(ascending, ascending)
+    # A threshold just below a rho includes it and all rho that are not smaller.
+    above = len(rho) - np.searchsorted(ascending, ascending)
     by_chance = (1 + len(shuffled) - np.searchsorted(shuffled, ascending)) * (len(rho) / len(shuffled))
-    (enough,) = np.nonzero(by_chance <= level * found)
+    (enough,) = np.nonzero(by_chance <= level * above)
     beyond: NDArray[np.bool_] = rho >= (ascending[enough[0]] if len(enough) else np.nan)
     return beyond
 
@@ -233,30 +232,30 @@ def beyond_shuffled(rho: ArrayLike, shuffled: ArrayLike, level: float = 0.05) ->
 def bootstrap_intervals(
     values: ArrayLike, influence: ArrayLike, level: float = 0.95, replicates: int = 2000, seed: int = 0
 ) -> Array:
-    """Percentile intervals of several numbers, such as all cells of a matrix, over the same resamples of samples.
+    """Bootstrap percentile intervals of several values, such as all cells of a matrix, with the same resamples.
 
-    A resample's value is taken as the value plus the mean influence of the samples drawn. That is why it is cheap: no
-    product of features is made again, as what a sample does to a wMPPC is one number, and the numbers of a resample
-    are added up. The influence of a mean of cells is the mean of theirs. Matches are held fixed, so the interval tells
-    how a number varies with the samples, and not that the best of many matches is too high by chance.
+    The value of a resample is approximated by the value plus the mean influence of the drawn samples. This is cheap,
+    because no products of features are recomputed: the influence of a sample on a wMPPC is a single number. The
+    influence on a mean of cells is the mean of the influences. Matches are held fixed, so the interval shows how a
+    value varies with the samples, not the upward bias of the best of many matches.
 
     Args:
         values: ``[C]``.
-        influence: ``[C, N]`` of each sample on each value. A product in float32, where they are that, moves the ends
-            by less than 0.001 of the interval's width.
+        influence: ``[C, N]`` influence of each sample on each value. With float32 influences, the product in float32
+            changes the ends by less than 0.001 of the interval's width.
         level: the share of resamples within the interval.
-        replicates: how many resamples are drawn.
-        seed: of the draws, which are the same for the same seed, N and replicates.
+        replicates: number of resamples.
+        seed: seed of the draws, which also depend on N and ``replicates``.
 
     Returns:
-        ``[C, 2]`` the lower and the upper end, NaN where the value is.
+        ``[C, 2]`` lower and upper end, NaN if the value is NaN.
     """
     influence = np.asarray(influence)
     C, N = influence.shape
     rng = np.random.default_rng(seed)
     sums = np.empty((replicates, C))
-    for start in range(0, replicates, _REPLICATES_AT_ONCE):
-        block = sums[start : start + _REPLICATES_AT_ONCE]
+    for start in range(0, replicates, _REPLICATES_PER_BLOCK):
+        block = sums[start : start + _REPLICATES_PER_BLOCK]
         counts = np.empty((len(block), N), influence.dtype)
         for row in counts:
             row[:] = np.bincount(rng.integers(N, size=N), minlength=N)
@@ -269,19 +268,19 @@ def bootstrap_intervals(
 def bootstrap_interval(
     value: float, influence: ArrayLike, level: float = 0.95, replicates: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """The lower and the upper end of one number's interval: see `bootstrap_intervals`.
+    """Lower and upper end of one value's interval, see `bootstrap_intervals`.
 
     Args:
-        value: the number. The interval of NaN is NaN.
-        influence: ``[N]`` of each sample.
+        value: the value. The interval of NaN is NaN.
+        influence: ``[N]`` influence of each sample.
         level: the share of resamples within the interval.
-        replicates: how many resamples are drawn.
-        seed: of the draws.
+        replicates: number of resamples.
+        seed: seed of the draws.
     """
     low, high = bootstrap_intervals([value], np.asarray(influence)[None], level, replicates, seed)[0]
     return float(low), float(high)
 
 
 def overlap(a: ArrayLike, b: ArrayLike, top: int) -> int:
-    """How many features are among the first ``top`` of both rankings, each of which names a feature once."""
+    """Number of features among the first ``top`` of both rankings, which contain each feature once."""
     return len(np.intersect1d(np.asarray(a)[:top], np.asarray(b)[:top]))
