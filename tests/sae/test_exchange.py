@@ -416,7 +416,7 @@ def test_import_refuses_a_decoder_row_of_length_0_that_sae_lens_divides_by(own, 
 
 def test_import_refuses_a_folder_of_sae_lens_before_version_6(own, tmp_path):
     edit(own, activation_fn_str="topk", activation_fn_kwargs={"k": 4})
-    with pytest.raises(StoreError, match=r"own: cfg.json is from SAELens before version 6; load it with a newer one"):
+    with pytest.raises(StoreError, match=r"own: cfg.json is from SAELens before version 6; load it with a newer"):
         import_sae(own, tmp_path / "imported")
 
 

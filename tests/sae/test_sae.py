@@ -651,10 +651,10 @@ def test_the_last_samples_are_held_out_and_measured():
     settings = SAESettings(held_out=0.25, epochs=2)
     trained = np.concatenate(_order.steps(102, 16, block=8, settings=settings))
     assert sorted(trained) == sorted([*range(77), *range(77)])
-    assert np.concatenate(_order.measured(102, settings)).tolist() == list(range(77, 102))
+    assert np.concatenate(_order.evaluated(102, settings)).tolist() == list(range(77, 102))
     assert settings.held_out_samples(102) == 25
-    assert np.concatenate(_order.measured(102, SAESettings())).tolist() == list(range(102))
-    assert np.concatenate(_order.measured(9000, SAESettings())).tolist() == list(range(9000 - 4096, 9000))
+    assert np.concatenate(_order.evaluated(102, SAESettings())).tolist() == list(range(102))
+    assert np.concatenate(_order.evaluated(9000, SAESettings())).tolist() == list(range(9000 - 4096, 9000))
     assert len(np.concatenate(_order.steps(2, 16, 8, SAESettings(held_out=0.99)))) == 1  # some are trained on
 
 
