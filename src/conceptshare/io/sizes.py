@@ -1,36 +1,37 @@
-"""Sizes that stages work with and `conceptshare plan` counts with, in one place that imports nothing."""
+"""Sizes shared by the stages and `conceptshare plan`, in a module that imports nothing."""
 
 SHARD_BYTES = 2**25
-"""Of tokens. Larger shards are fewer files; each layer keeps up to one in memory."""
+"""Shard size of tokens. Larger shards are fewer files, but each layer keeps up to one shard in memory."""
 CHUNK_BYTES = 2**18
-"""Of activations: small enough to read a single sample of a large encoder cheaply, large enough to read all quickly."""
+"""Chunk size of activations: small enough to read a single sample of a large encoder cheaply, large enough to read all
+samples quickly."""
 IN_MEMORY_BYTES = 2**30
-"""Layers up to this size are read at once; of larger ones, each sample is read when its turn comes."""
+"""Layers up to this size are loaded into memory; larger ones are read sample by sample."""
 
 EVALUATED_SAMPLES = 4096
-"""An SAE's metrics are computed on at most this many samples: enough for three digits of FVU."""
+"""Maximum number of samples for an SAE's metrics: enough for three digits of FVU."""
 
 FEATURE_ROWS = 1024
 """Rows of the chunks of a feature store."""
 FEATURE_COLUMNS = 512
-"""Columns of the chunks of a feature store. A panel or block of whole chunks reads none twice."""
+"""Columns of the chunks of a feature store. Panels and blocks consist of whole chunks, so no chunk is read twice."""
 TOP_SAMPLES = 100
-"""Strongest samples that a feature store has of each feature."""
+"""Number of strongest samples per feature in a feature store."""
 
 FLOOR_FEATURES = 512
-"""Features of each layer, the first ones, whose best matches among shuffled samples are computed: all of a wMPPC's
-floor is within a few percent of theirs, since a feature's index means nothing, and they are one column of chunks."""
+"""Number of features per layer, the first ones, that are matched with shuffled samples: one column of chunks. A
+feature's index is arbitrary, so the floor from these is within a few percent of the floor from all features."""
 
 CKA_SAMPLES = 10_000
-"""Largest number of samples of linear CKA. Their float32 activations of all layers of one encoder are in memory."""
+"""Maximum number of samples for linear CKA. Their float32 activations in all layers of one encoder are in memory."""
 NEIGHBOUR_SAMPLES = 4096
-"""Largest number of samples among which neighbours are searched."""
+"""Maximum number of samples for mutual nearest neighbours."""
 
 SHOWN_SAMPLES = 9
-"""Strongest samples of a feature that are shown, as in the paper's Figure 2."""
+"""Number of strongest samples shown per feature, as in the paper's Figure 2."""
 QUANTILES = (0.9, 0.5, 0.1)
-"""Quantiles of a feature's activations above zero around which weaker samples are shown."""
+"""Quantiles of a feature's positive activations, around which weaker samples are shown."""
 NEAR = 4
-"""Samples around each quantile."""
+"""Number of samples around each quantile."""
 HISTOGRAM_BINS = 20
-"""Of the histogram of a feature's activations, from 0 to the largest."""
+"""Number of bins of the histogram of a feature's activations, from 0 to the largest."""
