@@ -80,7 +80,7 @@ def jobs_done(output):
 def contents(project, *ignored):
     """The digest and time of every result, but for logs and what tells of a job itself."""
     results = project.folder / "results"
-    ignored += ("provenance.json",)
+    ignored += ("provenance.json", "study.json")
     found = {}
     for path in sorted(results.rglob("*")):
         name = str(path.relative_to(results))

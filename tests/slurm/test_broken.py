@@ -116,7 +116,7 @@ def test_a_job_that_outlives_its_snakemake_and_the_one_submitted_anew_both_end_w
     finish(process)
     until(lambda: all(job.state == "COMPLETED" for job in training.cluster.jobs()[-2:]))
     assert len(training.submitted()) == 2
-    assert log_tells(training, f"(Slurm job {orphan.id}) meanwhile")
+    assert log_tells(training, f"(Slurm job {orphan.id}) while this process waited")
     assert read(training.folder / FOLDER) == undisturbed
     assert "Nothing to be done" in training.submit(TARGET)
 
