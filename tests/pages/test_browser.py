@@ -80,13 +80,25 @@ def test_overview_shows_the_numbers(tab, site):
     expect(page.locator("main")).to_contain_text(f"{DATASET} (510 samples)")
     assert page.title() == "Overview – made-up"
     expect(page.locator(".lead")).to_contain_text("SAE features of 4 encoders, on")
+    page.locator(".heats").scroll_into_view_if_needed()
     tables = page.locator("table.heat")
     expect(tables).to_have_count(3)
     pooled = study["matrices"][0]["readings"]["pooled"]
     shown = seen(tables.first.locator("tbody td"))
-    assert shown == ["no value" if value is None else f"{value:.2f}" for row in pooled for value in row]
+    assert shown == ["an encoder with itself" if value is None else f"{value:.2f}" for row in pooled for value in row]
+    assert seen(page.locator(".legend .empty")) == ["an encoder with itself"]
+    assert seen(tables.first.locator("tbody th .quiet")) == [
+        "images, vision",
+        "images, vision-language",
+        "text, language",
+        "text, vision-language",
+    ]
+    # Layer 0 is at the bottom left, as in the figures.
     a = study["layerwise"][0]["pairs"][0]
-    assert seen(tables.nth(1).locator("tbody td")) == [f"{value:.2f}" for row in a["wmppc"] for value in row]
+    assert seen(tables.nth(1).locator("tbody td")) == [f"{value:.2f}" for row in a["wmppc"][::-1] for value in row]
+    assert seen(tables.nth(1).locator("tbody th")) == [str(layer) for layer in LAYERS[::-1]]
+    heads, cells = (tables.nth(1).locator(f"{part} tr").last.bounding_box()["y"] for part in ("thead", "tbody"))
+    assert heads > cells
     cell = page.get_by_role("link", name=f"wMPPC from seer@0 layer 3 to reader@0 layer 5: {a['wmppc'][1][2]:.2f}")
     expect(cell).to_be_visible()
     assert seen(page.locator(".rankings a")) == ["shared-with-text", "shared-with-vlms"]
@@ -101,12 +113,13 @@ def test_readings_of_a_matrix(tab, site):
     assert shown == [f"{value:.2f}" for row in last for value in row if value is not None]
     page.go_back()
     expect(page.get_by_label("Reading of the matrices")).to_have_value("pooled")
-    expect(page.get_by_text("by chance, with shuffled samples, it is 0.05 to 0.13 here")).to_be_visible()
+    expect(page.get_by_text("by chance: with shuffled samples, it is 0.05 to 0.13 here")).to_be_visible()
 
 
 def test_all_heatmaps_share_a_scale(tab, site):
     """The colour of a cell is matplotlib's viridis (about: of 16 colours), between the least and largest of all."""
     page = tab.open()
+    page.locator(".heats").scroll_into_view_if_needed()
     expect(page.locator("table.heat")).to_have_count(3)
     study = read_data(site, "study")
     matrix = study["matrices"][0]["readings"]
@@ -115,7 +128,7 @@ def test_all_heatmaps_share_a_scale(tab, site):
     low, high = min(everything), max(everything)
     for table, values in zip(
         page.locator("table.heat").all(),
-        [matrix["pooled"], *(pair["wmppc"] for pair in study["layerwise"][0]["pairs"])],
+        [matrix["pooled"], *(pair["wmppc"][::-1] for pair in study["layerwise"][0]["pairs"])],
         strict=True,
     ):
         colours = table.locator("tbody a").evaluate_all(
@@ -129,6 +142,7 @@ def test_all_heatmaps_share_a_scale(tab, site):
 
 def test_a_heatmap_cell_leads_to_its_pair(tab, site):
     page = tab.open()
+    page.locator(".heats").scroll_into_view_if_needed()
     page.get_by_role("link", name="wMPPC from seer@0 layer 3 to reader@0 layer 5").click()
     expect(page.locator("h1")).to_have_text("seer@0 layer 3 → reader@0 layer 5")
     expect(page.locator("h1")).to_be_focused()
@@ -246,6 +260,11 @@ def test_filters_are_in_the_address(tab, site):
     alone = {place for n in range(FEATURES) if sum(found := passes(n)) == 8 for place in [found.index(False)]}
     assert kept
     assert len(alone) == 9  # each of them keeps something out that the others do not
+    more = page.locator("summary")
+    expect(more).to_have_text("More filters")
+    expect(page.get_by_label("S to")).not_to_be_visible()
+    more.focus()
+    page.keyboard.press("Enter")
     for label, name in chosen.items():
         page.get_by_label(label).select_option(name)
     for label, text in typed.items():
@@ -260,6 +279,8 @@ def test_filters_are_in_the_address(tab, site):
     other.goto(page.url)
     expect(other.get_by_role("status")).to_have_text(f"{len(kept)} of {FEATURES} features")
     assert column(other, "Feature") == expected
+    expect(other.get_by_label("ρ with")).not_to_be_visible()
+    expect(other.locator("summary")).to_have_text("More filters (9 in use)")
     for label, value in (typed | chosen).items():
         expect(other.get_by_label(label, exact=label in typed)).to_have_value(value)
     expect(other.get_by_label("Named only")).to_be_checked()
@@ -270,7 +291,7 @@ def test_search_by_number_and_nothing_left(tab):
     assert column(page, "Feature") == ["64"]
     page.get_by_label("Name or number").fill("no such words")
     expect(page.get_by_role("status")).to_have_text(f"0 of {FEATURES} features")
-    expect(page.locator("tbody")).to_contain_text("No feature is left by these filters.")
+    expect(page.locator("tbody")).to_contain_text("No feature passes these filters.")
 
 
 @pytest.mark.parametrize(
@@ -363,7 +384,7 @@ def test_overlay_lies_on_what_the_encoder_saw(tab, site):
     assert page.locator("canvas").count() == 0
     page.get_by_label("Where it fires").check()
     expect(page).to_have_url(re.compile(r"overlay=yes$"))
-    frames = page.locator("section").first.locator(".picture")
+    frames = page.locator("section").first.locator(".thumbnail")
     expect(page.locator("canvas")).to_have_count(8)
     assert frames.nth(8).locator("canvas").count() == 0  # no map of this one
     rng = np.random.default_rng(0)
@@ -400,7 +421,7 @@ def test_overlay_lies_on_what_the_encoder_saw(tab, site):
 
 def test_overlay_scales_with_a_picture_that_is_shrunk(open_tab, site):
     page = open_tab(site, viewport={"width": 300, "height": 700}).open(f"#/feature/{SET}/seer@0/0/0?overlay=yes")
-    frame = page.locator(".picture").first
+    frame = page.locator(".thumbnail").first
     image, canvas = frame.locator("img").bounding_box(), frame.locator("canvas").bounding_box()
     assert image["width"] < 140
     assert image["height"] == pytest.approx(image["width"] / 2, abs=1)
@@ -500,7 +521,7 @@ def test_words_that_are_no_clear_name_are_grey_and_found_but_no_name(tab, site):
     page.get_by_label("Named only").check()
     expect(page.get_by_role("status")).to_have_text(f"0 of {FEATURES} features")
     page = tab.open(f"#/feature/{SET}/seer@0/3/{some[0]}")
-    expect(page.locator(".called")).to_have_text(f"perhaps perhaps-{some[0]}, which is no clear name")
+    expect(page.locator(".called")).to_have_text(f"perhaps perhaps-{some[0]} (no clear name)")
 
 
 def test_typology_counts_words(tab, site):
@@ -603,7 +624,7 @@ def test_keyboard_alone(tab, site):
     expect(page.locator("h1")).to_be_focused()
     assert page.url.endswith("#/")
     wmppc = read_data(site, "study")["layerwise"][0]["pairs"][0]["wmppc"]
-    tab_to(page, f"wMPPC from seer@0 layer 0 to reader@0 layer 0: {wmppc[0][0]:.2f}, by chance 0.07")
+    tab_to(page, f"wMPPC from seer@0 layer 5 to reader@0 layer 0: {wmppc[2][0]:.2f}, by chance 0.07")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
@@ -767,7 +788,7 @@ def test_a_large_layer(open_tab, large_site):
     assert page.evaluate("document.querySelectorAll('*').length") < 5000
 
 
-@pytest.mark.parametrize("view", ["#/", f"#/layer/{SET}/member-0@0/0?pictures=no"])
+@pytest.mark.parametrize("view", ["#/", f"#/layer/{SET}/member-0@0/0?images=no"])
 @pytest.mark.parametrize("size", [SIZE, NARROW])
 def test_long_names_stay_in_their_cells(view, size, open_tab, large_site):
     page = open_tab(large_site[0]).open(view)
@@ -793,10 +814,10 @@ def test_only_what_is_seen_is_read(open_tab, large_site):
     expect(page.locator(".strip img").first).to_be_visible()
     assert sum("layer-00/" in url for url in asked) == 1
     page.locator("tbody tr").last.scroll_into_view_if_needed()
-    expect(page.locator("tbody tr").last.locator(".strip .picture")).to_have_count(3)
+    expect(page.locator("tbody tr").last.locator(".strip .thumbnail")).to_have_count(3)
     assert sum("layer-00/" in url for url in asked) == 2
     asked.clear()
-    opened.open(f"#/layer/{SET}/member-0@0/0?pictures=no")
+    opened.open(f"#/layer/{SET}/member-0@0/0?images=no")
     assert not [url for url in asked if "layer-00/" in url]
 
 
@@ -956,5 +977,5 @@ def test_members_and_layers_all_open(tab):
     links = page.locator(".members a").evaluate_all("links => links.map(link => link.getAttribute('href'))")
     assert len(links) == len(MEMBERS) * len(LAYERS)
     for link in links:
-        tab.open(f"{link}?pictures=no")
+        tab.open(f"{link}?images=no")
         expect(page.get_by_role("status")).to_have_text(f"{FEATURES} features")

@@ -122,7 +122,7 @@ def test_a_cell_of_a_heatmap_and_a_match_lead_on(open_tab, site):
     page = open_tab(site).open()
     layers = place.pair["layers_b"]
     label = f"wMPPC from {place.a} layer {place.layer} to {place.b} layer {layers[0]}"
-    page.get_by_text(f"From {place.a} ↓ to {place.b} →").or_(page.locator(".heats > :last-child")).last.hover()
+    page.get_by_text(f"From {place.a} ↑ to {place.b} →").or_(page.locator(".heats > :last-child")).last.hover()
     page.get_by_label(label).click()
     expect(page.locator("h1")).to_have_text(f"{place.a} layer {place.layer} → {place.b} layer {layers[0]}")
     found = read_data(site, f"data/{place.folder}/pairs/{place.a}__{place.b}/layer-{place.layer:02d}")

@@ -1,7 +1,7 @@
 """Stage `pages`: a site of a study's features, as files that open anywhere.
 
-`results/studies/{study}/pages/index.html` needs no server and asks nothing of any other place. What it shows lies
-beside it in scripts, each of which is read when it is needed; docs/formats.md describes them.
+`results/studies/{study}/pages/index.html` needs no server and no network. Its data are scripts in the same folder, each
+loaded when it is needed; docs/formats.md describes them.
 """
 
 from conceptshare.pages._index import write_index

@@ -1,4 +1,4 @@
-"""The site's frame: its page, and what it shows first."""
+"""The site's frame: its page, its code, and the data of its overview."""
 
 from importlib.metadata import version
 from importlib.resources import files
@@ -40,28 +40,28 @@ def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
     """Write the page, its style and code, and `study.js`.
 
     Args:
-        study: what `Study.shown_on_pages` gives.
+        study: what `Study.shown_on_pages` returns.
         results: the folder of all results.
         out: the site's folder.
 
     Raises:
-        StoreError: where a table is missing or damaged.
+        StoreError: if a table is missing or damaged.
     """
     check_replaceable(out, SITE)
     write_frame(out)
-    told: dict[str, Any] = {name: study[name] for name in ("study", "saes", "members")}
-    told["datasets"] = [
+    shown: dict[str, Any] = {name: study[name] for name in ("study", "saes", "members")}
+    shown["datasets"] = [
         {"name": name, "samples": len(Data(layout.path(layout.DATA, results, dataset=name)))}
         for name in study["datasets"]
     ]
-    told |= {"version": version("conceptshare"), "matrices": [], "layerwise": [], "sharedness": [], "overlaps": []}
+    shown |= {"version": version("conceptshare"), "matrices": [], "layerwise": [], "sharedness": [], "overlaps": []}
     for dataset in study["datasets"]:
         for sae in study["saes"]:
             where = {"dataset": dataset, "sae": sae}
             place = layout.path(layout.ANALYSES, results, study=study["study"], **where)
             for name, members in study["matrices"].items():
                 table = read_table(place / "matrices" / f"{name}.parquet", "matrix")
-                told["matrices"].append(
+                shown["matrices"].append(
                     {
                         **where,
                         "name": name,
@@ -72,19 +72,19 @@ def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
                 )
             for name, pairs in study["layerwise"].items():
                 table = read_table(place / "layerwise" / f"{name}.parquet", "layerwise")
-                told["layerwise"].append({**where, "name": name, "pairs": [_heatmap(table, a, b) for a, b in pairs]})
+                shown["layerwise"].append({**where, "name": name, "pairs": [_heatmap(table, a, b) for a, b in pairs]})
             for name, analysis in study["sharedness"].items():
                 table = read_table(place / "sharedness" / f"{name}.parquet", "sharedness")
-                told["sharedness"].append({**where, "name": name, **analysis, **_ranking(table)})
+                shown["sharedness"].append({**where, "name": name, **analysis, **_ranking(table)})
             if study["overlapping"]:
-                told["overlaps"] += [
+                shown["overlaps"] += [
                     {**where, **row} for row in _rows(read_table(place / "overlaps.parquet", "overlaps"))
                 ]
     with unlocked_output(out / "study.js", FILE) as partial:
-        write_script(partial, "study", told)
+        write_script(partial, "study", shown)
 
 
-# Numbers that figures show too are rounded once, and not to four digits and then to two.
+# Numbers that figures show too are rounded once, not to four digits and then to two.
 _EXACT = 8
 
 

@@ -33,7 +33,7 @@ def write_member(
     place: str,
     out: Path,
 ) -> None:
-    """Write what the pages show of a member's features.
+    """Write a member's features for the pages.
 
     Args:
         features: the member's feature store.
@@ -41,12 +41,12 @@ def write_member(
         names: its table of names.
         pairs: the folder of the tables of pairs.
         others: the members that it is compared with.
-        rankings: tables of Comparative Sharedness whose source it is, by name.
-        place: where in the site ``out`` lies.
+        rankings: tables of Comparative Sharedness with this member as source, by name.
+        place: the path of ``out`` in the site.
         out: the folder to write.
 
     Raises:
-        StoreError: where something is missing or damaged.
+        StoreError: if something is missing or damaged.
     """
     member, statistics, named = features.stem, read_statistics(features), read_table(names, "names")
     remedy = "delete it and run the examples stage again"
@@ -62,7 +62,7 @@ def write_member(
         rows: list[dict[str, Any]] = pq.read_table(recorded_file(examples, name, shown, remedy)).to_pylist()
         return rows
 
-    told = {row.pop("sample"): row for row in read("samples.parquet")}
+    samples = {row.pop("sample"): row for row in read("samples.parquet")}
     with atomic_output(out, MEMBER_PAGES) as partial:
         partial.mkdir()
         for layer, found in progress(statistics.items(), len(statistics), f"pages of {member}", "layers"):
@@ -76,23 +76,23 @@ def write_member(
             rows = read(f"{key}.parquet")
             for n, first in enumerate(range(0, len(rows), CHUNK)):
                 chunk = rows[first : first + CHUNK]
-                details = [_detail(row, table, told) for row in chunk]
+                details = [_detail(row, table, samples) for row in chunk]
                 write_script(
                     partial / key / f"{n:03d}.js",
                     f"{place}/{key}/{n:03d}",
                     {"first": first, "features": details},
                 )
-                # In files of their own, as they are most of what there is to read, and few of them are looked at.
+                # In files of their own: they are most of the data, and few of them are looked at.
                 if any(detail["mapped"] for detail in details):
                     write_script(
                         partial / key / f"maps-{n:03d}.js",
                         f"{place}/{key}/maps-{n:03d}",
-                        {"first": first, "maps": [_maps(row, told) for row in chunk]},
+                        {"first": first, "maps": [_maps(row, samples) for row in chunk]},
                     )
 
 
 def _matches(pairs: Path, features: Path, other: str) -> pd.DataFrame:
-    """The best match of each of a member's features in another, over all layers of that."""
+    """The best match of each of a member's features over all layers of another member."""
     member = features.stem
     path = pairs / f"{pair_name(as_member(member), as_member(other))}.parquet"
     columns = ["source", "layer", "feature", "rho", "match_layer", "match_feature"]
@@ -110,7 +110,7 @@ def _columns(found: FeatureStatistics, named: pd.DataFrame) -> dict[str, Any]:
         "strength": numbers(found.strength),
         "density": numbers(found.density),
         "name": _texts(named.name),
-        # Shown in place of a name alone.
+        # Shown only in place of a name.
         "candidate": [
             None if name else text for name, text in zip(*map(_texts, (named.name, named.candidate)), strict=True)
         ],
@@ -140,10 +140,10 @@ def _deltas(ranking: pd.DataFrame, features: int) -> list[float | None] | None:
     return numbers(deltas)
 
 
-def _detail(row: dict[str, Any], table: dict[str, Any], told: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """What the page of one feature shows, but for maps, of which it says whether there are any."""
+def _detail(row: dict[str, Any], table: dict[str, Any], samples: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """The data of one feature's page, except maps: only whether there are any."""
     top = row["top"]
-    shown = [(one, told[one["sample"]]) for one in top]
+    shown = [(one, samples[one["sample"]]) for one in top]
     detail: dict[str, Any] = {
         **{column: table[column][row["feature"]] for column in ("name", "candidate")},
         "top": [[one["sample"], number(one["value"])] for one in top],
@@ -163,7 +163,7 @@ def _detail(row: dict[str, Any], table: dict[str, Any], told: dict[int, dict[str
 
 
 def _marked(one: dict[str, Any], tokens: list[str]) -> dict[str, Any] | None:
-    """The pieces of a caption, and how strongly the feature fires at each; None where there are no pieces."""
+    """The pieces of a caption with the feature's activation at each; None if there are no pieces."""
     if one["fires"] is None:
         return None
     shares = np.frombuffer(one["fires"], np.uint8) / 255
@@ -171,13 +171,13 @@ def _marked(one: dict[str, Any], tokens: list[str]) -> dict[str, Any] | None:
 
 
 def _has_map(one: dict[str, Any], sample: dict[str, Any]) -> bool:
-    """Whether it is known where in a picture the feature fires."""
+    """Whether it is known where in an image the feature fires."""
     return one["fires"] is not None and sample.get("box") is not None
 
 
-def _maps(row: dict[str, Any], told: dict[int, dict[str, Any]]) -> list[dict[str, Any] | None]:
-    """How strongly a feature fires at each place of each of its strongest pictures, where that is known."""
-    shown = [(one, told[one["sample"]]) for one in row["top"]]
+def _maps(row: dict[str, Any], samples: dict[int, dict[str, Any]]) -> list[dict[str, Any] | None]:
+    """A feature's activation at each place of each of its strongest images, if known."""
+    shown = [(one, samples[one["sample"]]) for one in row["top"]]
     return [_map(one, sample) if _has_map(one, sample) else None for one, sample in shown]
 
 

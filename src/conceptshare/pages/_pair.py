@@ -17,11 +17,11 @@ def write_pair(correlations: Path, source: str, target: str, place: str, out: Pa
         correlations: the pair's store.
         source: a member.
         target: the other.
-        place: where in the site ``out`` lies.
+        place: the path of ``out`` in the site.
         out: the folder to write.
 
     Raises:
-        StoreError: where the store is missing or damaged.
+        StoreError: if the store is missing or damaged.
     """
     pair = read_correlations(correlations, source)
     ends = np.cumsum(pair.best.sizes_a)

@@ -19,11 +19,11 @@ _QUALITY = 80
 def write_samples(data: Data, place: str, out: Path, threads: int = 1) -> None:
     """Write thumbnails and captions of all samples.
 
-    A picture that cannot be decoded any more has none, and a line in the log.
+    An image that can no longer be decoded has none, and a line in the log.
 
     Args:
         data: the samples.
-        place: where in the site ``out`` lies.
+        place: the path of ``out`` in the site.
         out: the folder to write.
         threads: threads that make thumbnails.
     """
@@ -34,8 +34,8 @@ def write_samples(data: Data, place: str, out: Path, threads: int = 1) -> None:
         sizes = list(progress(in_order(jobs, 4 * threads), len(data), "thumbnails", "samples"))
         for start in starts:
             chosen = range(start, min(start + TOGETHER, len(data)))
-            told = {"captions": [data.caption(n) for n in chosen], "sizes": [sizes[n] for n in chosen]}
-            write_script(partial / f"{_folder(start)}.js", f"{place}/{_folder(start)}", told)
+            shown = {"captions": [data.caption(n) for n in chosen], "sizes": [sizes[n] for n in chosen]}
+            write_script(partial / f"{_folder(start)}.js", f"{place}/{_folder(start)}", shown)
 
 
 def _folder(sample: int) -> str:
@@ -44,11 +44,11 @@ def _folder(sample: int) -> str:
 
 def _thumbnail(data: Data, sample: int, folder: Path) -> tuple[int, int] | None:
     try:
-        picture = data.image(sample)
+        image = data.image(sample)
     except DatasetError as error:
         info(f"warning: no thumbnail of sample {sample}: {error}")
         return None
-    picture.thumbnail((_SIDE, _SIDE))
+    image.thumbnail((_SIDE, _SIDE))
     folder.mkdir(exist_ok=True)
-    picture.save(folder / f"{sample:06d}.webp", quality=_QUALITY)
-    return picture.size
+    image.save(folder / f"{sample:06d}.webp", quality=_QUALITY)
+    return image.size

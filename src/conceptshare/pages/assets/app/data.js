@@ -8,7 +8,7 @@ const arrived = new Map();
 const files = new Map();
 window.conceptshare = { add: (key, value) => arrived.set(key, value) };
 
-// The page's policy lets no text become a script or markup, but for the addresses of data files.
+// The page's policy lets no text become a script or markup, except the addresses of data files.
 const addresses = window.trustedTypes
   ? window.trustedTypes.createPolicy("data-files", { createScriptURL: (address) => address })
   : { createScriptURL: (address) => address };
@@ -35,7 +35,7 @@ function request(key) {
     script.src = addresses.createScriptURL(`${key.split("/").map(encode).join("/")}.js`);
     script.onload = () => {
       script.remove();
-      if (!arrived.has(key)) return reject(new FileError(key, "does not hold what its name says."));
+      if (!arrived.has(key)) return reject(new FileError(key, "holds the data of another file."));
       resolve(unpack(key, arrived.get(key)));
       arrived.delete(key);
     };
@@ -47,7 +47,7 @@ function request(key) {
   });
 }
 
-/** A data file, which is read once; one that could not be read is tried again when next asked for. */
+/** A data file, which is read once; if that fails, the next request tries again. */
 function load(key) {
   if (!files.has(key)) {
     files.set(key, request(key));
@@ -106,7 +106,7 @@ function found(value, message) {
   return value;
 }
 
-/** Those of the study's members that a table tells of, in the order of the study. */
+/** The members that a table has matches in, in the order of the study. */
 const othersOf = (table) => study.members.map(({ name }) => name).filter((name) => Object.hasOwn(table.best, name));
 
 const memberNamed = (name) =>
@@ -115,7 +115,7 @@ const memberNamed = (name) =>
     `There is no member “${plain(name)}”.`,
   );
 
-/** Which data set, SAE setting, member, layer and feature an address means, all of them there in the study. */
+/** The data set, SAE setting, member, layer and feature of an address; all exist in the study. */
 function place([dataset, sae, member, layer, feature]) {
   if (!study.datasets.some(({ name }) => name === dataset))
     throw new NotFound(`There is no data set “${plain(dataset ?? "")}”.`);

@@ -1,6 +1,8 @@
 // Elements, texts and numbers.
 
 const UNNAMED = "no clear name";
+const INPUTS = { image: "images", text: "text" };
+const KINDS = { vlm: "vision-language", vision: "vision", language: "language" };
 
 /** An element. Texts become text nodes and attributes, never markup. */
 function h(tag, properties, ...children) {
@@ -22,15 +24,18 @@ function svg(tag, attributes, ...children) {
   return element;
 }
 
-/** For titles and labels, where nothing isolates marks of direction and control characters. */
+/** For titles and labels, which cannot isolate marks of direction and control characters. */
 const plain = (text) => text.replace(/[\u0000-\u001f\u007f-\u009f\u200e\u200f\u2028-\u202e\u2066-\u2069]+/g, " ");
 const words = (text) => h("bdi", {}, text);
-/** What a feature is called: its name, or in grey the best words found, which are not clear enough to be one. */
+/** A feature's name, or in grey its best candidate if no name is clear. */
 const named = ({ name, candidate }) =>
   name?.trim()
     ? words(name)
     : h("span", { class: "quiet" }, candidate?.trim() ? ["perhaps ", words(candidate)] : UNNAMED);
 const calledIn = (table, feature) => ({ name: table.name[feature], candidate: table.candidate[feature] });
+
+const kindOf = ({ modality, kind }) => `${INPUTS[modality]}, ${KINDS[kind]}`;
+const describe = (member) => `reads ${kindOf(member)} model`;
 
 const whole = (number) => number.toLocaleString("en");
 const or = (number, write) => (number === null || number === undefined ? "–" : write(number));

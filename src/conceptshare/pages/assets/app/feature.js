@@ -3,7 +3,7 @@
 function match(at, name, best) {
   const { rho: value, layer, feature } = best;
   const other = memberNamed(name);
-  const head = [h("h3", {}, name), h("p", { class: "quiet" }, `${other.modality}, ${other.kind}`)];
+  const head = [h("h3", {}, name), h("p", { class: "quiet" }, describe(other))];
   if (layer < 0) return h("li", { class: "match" }, head, h("p", {}, "No match: nothing correlates."));
   const there = { ...at, member: name, layer, feature };
   const label = h("span", { class: "name" });
@@ -40,7 +40,7 @@ function facts(pairs) {
 }
 
 async function featureView(parts) {
-  if (parts.length !== 5) throw new NotFound("This address is not complete.");
+  if (parts.length !== 5) throw new NotFound("This address is incomplete.");
   const at = place(parts);
   const member = memberNamed(at.member);
   const n = at.feature;
@@ -71,7 +71,7 @@ async function featureView(parts) {
     key.hidden = !on;
     key.replaceChildren(legend({ low: 0, high: most }, "how strongly it fires", size));
     samples.classList.toggle("overlaid", on);
-    samples.querySelectorAll(".picture").forEach((frame, at) => {
+    samples.querySelectorAll(".thumbnail").forEach((frame, at) => {
       frame.querySelector("canvas")?.remove();
       if (maps[at] && frame.querySelector("img")) frame.append(heat(maps[at], most));
     });
@@ -91,8 +91,8 @@ async function featureView(parts) {
         "p",
         { class: "called" },
         named(called),
-        called.name === null && called.candidate ? h("span", { class: "quiet" }, ", which is no clear name") : "",
-        table.by_command ? h("span", { class: "quiet" }, ", named by a command") : "",
+        called.name === null && called.candidate ? h("span", { class: "quiet" }, ` (${UNNAMED})`) : "",
+        table.by_command ? h("span", { class: "quiet" }, " (named by a command)") : "",
       ),
       h(
         "nav",
@@ -125,12 +125,12 @@ async function featureView(parts) {
           { class: "note" },
           feature.top.length
             ? member.modality === "text"
-              ? "The encoder read the captions alone: pictures are what goes with them."
-              : "The encoder saw the pictures alone: captions, and names made of them, are what goes with them."
+              ? "The encoder reads only the captions; their images are shown as context."
+              : "The encoder sees only the images; captions, and the names derived from them, are shown as context."
             : "This feature was never active on these samples.",
         ),
         feature.mapped ? h("div", { class: "toggle" }, overlay.node, key) : [],
-        samples,
+        feature.top.length ? samples : [],
       ),
       bands.length
         ? h(
@@ -140,12 +140,12 @@ async function featureView(parts) {
             h(
               "p",
               { class: "note" },
-              "The strongest samples alone mislead: they show a feature at its clearest. Where these show something else, do not trust its name.",
+              "The strongest samples show a feature at its clearest. If these show something else, do not trust its name.",
             ),
             bands.map((band) => {
               const box = lazily(h("div", { class: "samples band" }), () => specimens(band.samples, false));
               return [
-                h("h3", {}, `Around the ${Math.round(100 * band.at)}th percentile of its activations above zero`),
+                h("h3", {}, `Around the ${Math.round(100 * band.at)}th percentile of its nonzero activations`),
                 box,
               ];
             }).flat(),
@@ -162,7 +162,7 @@ async function featureView(parts) {
             "section",
             {},
             h("h2", {}, "Best match in every other member"),
-            h("p", { class: "note" }, "In any of its layers. The best of many correlations is above 0 by chance too."),
+            h("p", { class: "note" }, "Over all layers of the other member. The best of many correlations is above 0 even by chance."),
             h(
               "ul",
               { class: "matches" },

@@ -4,7 +4,7 @@ const VIRIDIS = "440154481a6c472f7d41448739568c31688e2a788e23888e1f988b22a88435b
   .match(/.{6}/g)
   .map((colour) => [0, 2, 4].map((at) => parseInt(colour.slice(at, at + 2), 16)));
 
-/** Colour of a share of the scale, and black or white, whichever is read better on it. */
+/** The colour of a share of the scale, and black or white, whichever has more contrast with it. */
 function viridis(share) {
   const place = Math.min(Math.max(share, 0), 1) * (VIRIDIS.length - 1);
   const low = Math.min(Math.floor(place), VIRIDIS.length - 2);
@@ -19,14 +19,18 @@ function viridis(share) {
 const byChance = (floor) => (floor === null || floor === undefined ? "" : `, by chance ${fixed(floor)}`);
 let heatmaps = 0;
 
-/** A heatmap: a table of links, between which arrow keys move, so that it is one stop of the Tab key. */
-function heatmap(caption, corner, rows, columns, values, floors, scale, cellLink, cellLabel) {
+/**
+ * A heatmap: a table of links, between which arrow keys move, so that it is one stop of the Tab key.
+ *
+ * Its first row is at the top, or at the bottom if it goes `upward`.
+ */
+function heatmap({ caption, corner, rows, columns, values, floors, scale, cellLink, cellLabel, emptyLabel, upward }) {
   const id = `heatmap-${heatmaps++}`;
   const long = Math.max(...columns.map((name) => name.length)) > 4;
   const upright = long && columns.length > 6;
   const table = h(
     "table",
-    { class: `heat${long ? " long" : ""}${upright ? " upright" : ""}`, "aria-labelledby": id },
+    { class: `heat${long ? " long" : ""}${upright ? " upright" : ""}${upward ? " upward" : ""}`, "aria-labelledby": id },
     h(
       "thead",
       {},
@@ -40,14 +44,17 @@ function heatmap(caption, corner, rows, columns, values, floors, scale, cellLink
     h(
       "tbody",
       {},
-      rows.map((name, row) =>
+      (upward ? [...rows.keys()].reverse() : [...rows.keys()]).map((row) =>
         h(
           "tr",
           {},
-          h("th", { scope: "row" }, name),
+          h("th", { scope: "row" }, rows[row]),
           columns.map((_, column) => {
             const value = values[row]?.[column] ?? null;
-            if (value === null) return h("td", { class: "null" }, h("span", { class: "hidden" }, "no value"));
+            if (value === null) {
+              const empty = emptyLabel(row, column);
+              return h("td", { class: "null", title: empty }, h("span", { class: "hidden" }, empty));
+            }
             const { background, ink } = viridis((value - scale.low) / (scale.high - scale.low || 1));
             const label = `${cellLabel(row, column)}: ${fixed(value)}${byChance(floors[row]?.[column])}`;
             return h(
@@ -79,7 +86,7 @@ function heatmap(caption, corner, rows, columns, values, floors, scale, cellLink
   table.addEventListener("keydown", (event) => {
     const cell = event.target.closest("td");
     if (!cell || event.ctrlKey || event.altKey || event.metaKey) return;
-    // To the sides also from row to row, so that each cell can be reached whichever have no value.
+    // Sideways also from row to row, so that every cell can be reached even if some have no value.
     const links = [...table.querySelectorAll("a")];
     const column = links.filter((link) => link.parentNode.cellIndex === cell.cellIndex);
     const moves = { ArrowLeft: [links, -1], ArrowRight: [links, 1], ArrowUp: [column, -1], ArrowDown: [column, 1] };

@@ -11,7 +11,7 @@ const nameColumn = (label, id, at, called) => ({
   value: (row) => called(row)?.name?.toLowerCase() ?? null,
   cell: (row) => (at(row) ? h("a", { href: featureLink(at(row)) }, named(called(row))) : "–"),
 });
-/** The same where names are in too many files to sort by them. */
+/** The same if names are in too many files to sort by them. */
 const readNameColumn = (label, id, at) => ({
   id,
   label,
@@ -24,17 +24,17 @@ const readNameColumn = (label, id, at) => ({
 const plainColumn = (id, label, title, values, write) => (
   { id, label, title, value: (row) => values[row], cell: (row) => write(values[row]) }
 );
-const picturesColumn = (id, at) => ({
+const imagesColumn = (id, at) => ({
   id,
   label: "Strongest samples",
-  cell: (row) => (at(row) && current.query.get("pictures") !== "no" ? strip(at(row), 3) : null),
+  cell: (row) => (at(row) && current.query.get("images") !== "no" ? strip(at(row), 3) : null),
 });
 const numberColumn = (id, label, feature) => (
   { id, label, rising: true, value: feature, cell: (row) => (feature(row) < 0 ? "–" : String(feature(row))) }
 );
 
 async function layerView(parts) {
-  if (parts.length !== 4) throw new NotFound("This address is not complete.");
+  if (parts.length !== 4) throw new NotFound("This address is incomplete.");
   const at = place(parts);
   const member = memberNamed(at.member);
   const table = await loadTable(at);
@@ -45,11 +45,11 @@ async function layerView(parts) {
   const columns = [
     numberColumn("feature", "Feature", (row) => row),
     nameColumn("Name", "name", here, called),
-    picturesColumn("pictures", here),
+    imagesColumn("images", here),
     plainColumn("strength", "S", "S: summed activation", table.strength, size),
-    plainColumn("density", "Density", "Share of samples above zero", table.density, percent),
+    plainColumn("density", "Density", "Fraction of samples above zero", table.density, percent),
     plainColumn("score", "Name z", "How far the name’s words stand out (z)", table.score, fixed),
-    plainColumn("auc", "Name AUC", "How well the name tells unseen samples apart (chance is 0.5)", table.auc, fixed),
+    plainColumn("auc", "Name AUC", "How well the name predicts the feature on other samples (chance is 0.5)", table.auc, fixed),
     ...others.map(
       (name) => plainColumn(
         `rho:${name}`,
@@ -78,28 +78,30 @@ async function layerView(parts) {
     controls: [
       search("Name or number"),
       number("S from", "s"),
-      number("S to", "s-to"),
-      number("Density from, %", "from"),
-      number("Density to, %", "to"),
-      ...(others.length ? [
-        number("ρ from", "rho"),
-        number("ρ to", "rho-to"),
-        control("ρ with", "with", {}, [["", "any member"], ...others.map((name) => [name, name])]),
-      ] : []),
-      ...(rankings.length ? [
-        number("Δ from", "delta"),
-        number("Δ to", "delta-to"),
-        control("Δ in", "ranking", {}, [["", "any ranking"], ...rankings.map((name) => [name, name])]),
-      ] : []),
       control("Named only", "named", { type: "checkbox", value: "yes" }),
-      picturesBox(),
+      imagesBox(),
+      moreFilters([
+        number("S to", "s-to"),
+        number("Density from, %", "from"),
+        number("Density to, %", "to"),
+        ...(others.length ? [
+          number("ρ from", "rho"),
+          number("ρ to", "rho-to"),
+          control("ρ with", "with", {}, [["", "any member"], ...others.map((name) => [name, name])]),
+        ] : []),
+        ...(rankings.length ? [
+          number("Δ from", "delta"),
+          number("Δ to", "delta-to"),
+          control("Δ in", "ranking", {}, [["", "any ranking"], ...rankings.map((name) => [name, name])]),
+        ] : []),
+      ]),
     ],
     keep: (query) => {
       const matches = searching(query);
       const limits = (...keys) => keys.map((key) => limit(query, key));
       const [strength, density] = [limits("s", "s-to"), limits("from", "to").map((share) => share && share / 100)];
       const [rhos, deltas] = [limits("rho", "rho-to"), limits("delta", "delta-to")];
-      // A choice that is none of those there are means any, as the control shows.
+      // An unknown choice means any, as the control shows.
       const chosen = (key, all) => (all.includes(query.get(key)) ? [query.get(key)] : all);
       const [members, ranked] = [chosen("with", others), chosen("ranking", rankings)];
       const none = ([low, high]) => low === null && high === null;
@@ -121,9 +123,9 @@ async function layerView(parts) {
       h(
         "p",
         { class: "note" },
-        "S is the summed activation of a feature, density the share of samples on which it is above zero. Name z and " +
-          "AUC judge the name and not the feature. ρ is the best correlation with any feature of a member, in any of " +
-          "its layers; the best of many is above 0 by chance too.",
+        "S (strength) is a feature’s activation summed over the samples, and density the fraction of samples on which " +
+          "it is above zero. Name z and Name AUC rate the name, not the feature. ρ is the best correlation with any " +
+          "feature of a member, over all its layers; the best of many is above 0 even by chance.",
       ),
       ...list.nodes,
     ],
@@ -131,7 +133,7 @@ async function layerView(parts) {
   };
 }
 
-/** The best matches of a layer's features in a layer of another member, or in any, and the layers there are. */
+/** The best matches of a layer's features in one or any layer of another member, and the layers to choose from. */
 async function bestMatches(a, b, pairs) {
   const table = await loadTable(a);
   const mine = { strength: table.strength, names: (row) => calledIn(table, row) };
@@ -153,7 +155,7 @@ async function bestMatches(a, b, pairs) {
 }
 
 async function pairView(parts) {
-  if (parts.length !== 6) throw new NotFound("This address is not complete.");
+  if (parts.length !== 6) throw new NotFound("This address is incomplete.");
   const [dataset, sae, ...rest] = parts;
   const a = place([dataset, sae, rest[0], rest[1]]);
   const b = rest[3] === ANY
@@ -177,14 +179,14 @@ async function pairView(parts) {
       plainColumn("rho", "ρ", "Correlation with the best match", values, rho),
       numberColumn("feature", a.member, (row) => row),
       nameColumn("Name", "name", here, names),
-      picturesColumn("pictures", here),
+      imagesColumn("images", here),
       plainColumn("strength", "S", "S: summed activation", strength, size),
       ...(any ? [numberColumn("layer", "Layer", (row) => at(row)?.layer ?? -1)] : []),
       numberColumn("match", b.member, (row) => at(row)?.feature ?? -1),
       any
         ? readNameColumn("Name of the match", "match-name", at)
         : { ...nameColumn("Name of the match", "match-name", at, theirs), heading: false },
-      picturesColumn("match-pictures", at),
+      imagesColumn("match-images", at),
     ],
     count: values.length,
     sorted: "-rho",
@@ -195,7 +197,7 @@ async function pairView(parts) {
       number("ρ to", "most"),
       number("S from", "s"),
       control(any ? "Named only" : "Both named", "named", { type: "checkbox", value: "yes" }),
-      picturesBox(),
+      imagesBox(),
     ],
     keep: (query) => {
       const wanted = searching(query);
@@ -216,7 +218,7 @@ async function pairView(parts) {
       h(
         "p",
         { class: "lead" },
-        `Each feature of ${a.member}, layer ${a.layer}, with the one of ${there} that it correlates with best.`,
+        `Each feature of ${a.member}, layer ${a.layer}, and its best match in ${there}.`,
         wmppc === undefined || wmppc === null ? "" : ` wMPPC ${fixed(wmppc)}${byChance(floor)}.`,
       ),
       layerLinks(
@@ -236,8 +238,8 @@ async function pairView(parts) {
         {},
         h("a", { href: pairLink(a, b.member, any ? last : b.layer, a.member, any ? ANY : a.layer) }, "The other direction"),
         " · ",
-        h("a", { href: tableLink(a) }, `All of ${a.member}, layer ${a.layer}`),
-        any ? [] : [" · ", h("a", { href: tableLink(b) }, `All of ${b.member}, layer ${b.layer}`)],
+        h("a", { href: tableLink(a) }, `All features of ${a.member}, layer ${a.layer}`),
+        any ? [] : [" · ", h("a", { href: tableLink(b) }, `All features of ${b.member}, layer ${b.layer}`)],
       ),
       ...list.nodes,
     ],

@@ -1,9 +1,10 @@
 // The overview: members, rankings, matrices and heatmaps by layer.
 
+const ITSELF = "an encoder with itself";
 const READINGS = {
   pooled: "all layers, pooled (Eq. 6)",
   layer_mean: "all layers, mean over layers",
-  last: "last layers alone",
+  last: "last layers only",
 };
 
 function rankingItem(ranking) {
@@ -37,6 +38,13 @@ function setSection(at, choice, update) {
   const all = every("readings", "wmppc");
   const scale = { low: Math.min(...all), high: Math.max(...all) };
   const floors = every("floors", "floor");
+  const missing = [
+    ...matrices.flatMap(({ readings }) => Object.values(readings)).flatMap((rows) =>
+      rows.flatMap((row, n) => row.filter((_, column) => column !== n)),
+    ),
+    ...layerwise.flatMap(({ pairs }) => pairs.map(({ wmppc }) => wmppc)).flat(2),
+  ].includes(null);
+  const empty = [...(matrices.length ? [ITSELF] : []), ...(missing ? ["no value"] : [])];
 
   const drawn = matrices.map((matrix) => {
     const slot = h("div");
@@ -45,24 +53,25 @@ function setSection(at, choice, update) {
       const reading = Object.hasOwn(matrix.readings, wanted) ? wanted : Object.keys(matrix.readings)[0];
       const focused = slot.querySelector("a:focus");
       slot.replaceChildren(
-        heatmap(
-          `From row to column, ${READINGS[reading] ?? reading}. A cell leads to the features of its row’s last layer, ` +
-            "each with its best match in any layer.",
-          "from ↓ to →",
-          matrix.members,
-          matrix.members,
-          matrix.readings[reading],
-          matrix.floors[reading],
+        heatmap({
+          caption: `From row to column, ${READINGS[reading] ?? reading}. Click a cell for the features of the row’s last ` +
+            "layer, each with its best match in any layer of the column.",
+          corner: "from ↓ to →",
+          rows: matrix.members.map((name) => [name, h("span", { class: "quiet" }, kindOf(memberNamed(name)))]),
+          columns: matrix.members,
+          values: matrix.readings[reading],
+          floors: matrix.floors[reading],
           scale,
-          (row, column) => pairLink(
+          cellLink: (row, column) => pairLink(
             at,
             matrix.members[row],
             memberNamed(matrix.members[row]).layers.at(-1),
             matrix.members[column],
             ANY,
           ),
-          (row, column) => `wMPPC from ${matrix.members[row]} to ${matrix.members[column]}`,
-        ),
+          cellLabel: (row, column) => `wMPPC from ${matrix.members[row]} to ${matrix.members[column]}`,
+          emptyLabel: (row, column) => (row === column ? ITSELF : "no value"),
+        }),
       );
       if (focused) slot.querySelector("a")?.focus();
     });
@@ -85,7 +94,9 @@ function setSection(at, choice, update) {
           h(
             "span",
             { class: "quiet" },
-            `${member.modality}, ${member.kind}, ${plural(member.features[at.sae], "feature")} a layer`,
+            `${describe(member)},`,
+            h("br"),
+            `${plural(member.features[at.sae], "feature")} per layer`,
           ),
           layerLinks(
             `Layers of ${member.name}`,
@@ -105,19 +116,21 @@ function setSection(at, choice, update) {
       h(
         "p",
         {},
-        "wMPPC: the mean of each feature’s best correlation, weighted by S. ",
+        "wMPPC is the mean of each feature’s best correlation with a feature of the other member, weighted by strength S. ",
         floors.length
-          ? "It is never 0, as the best of many matches is not: by chance, with shuffled samples, it is " +
+          ? "It is above 0 even by chance: with shuffled samples, it is " +
               `${fixed(Math.min(...floors))} to ${fixed(Math.max(...floors))} here. `
           : "",
+        layerwise.length ? "In heatmaps by layer, the first layer is at the bottom left. " : "",
         "Arrow keys move between the cells of a table.",
       ),
       legend(
         scale,
         "wMPPC",
         fixed,
-        h("span", { class: "swatch", "aria-hidden": "true" }),
-        h("span", {}, "no value"),
+        empty.length
+          ? h("span", { class: "empty" }, h("span", { class: "swatch", "aria-hidden": "true" }), empty.join(" or "))
+          : null,
       ),
     ] : [],
     matrices.length && choice.node,
@@ -128,19 +141,21 @@ function setSection(at, choice, update) {
         "div",
         { class: "heats" },
         analysis.pairs.map(({ a, b, layers_a, layers_b, wmppc, floor }) =>
-          // There may be thousands of cells; the place of a table is as large as it will be.
+          // There may be thousands of cells; each table's place has its final size.
           lazily(h("div", { style: space(layers_a.length, layers_b.length) }), () =>
-            heatmap(
-              `From ${a} ↓ to ${b} →`,
-              "",
-              layers_a.map(String),
-              layers_b.map(String),
-              wmppc,
-              floor,
+            heatmap({
+              caption: `From ${a} ↑ to ${b} →`,
+              corner: "layer",
+              rows: layers_a.map(String),
+              columns: layers_b.map(String),
+              values: wmppc,
+              floors: floor,
               scale,
-              (row, column) => pairLink(at, a, layers_a[row], b, layers_b[column]),
-              (row, column) => `wMPPC from ${a} layer ${layers_a[row]} to ${b} layer ${layers_b[column]}`,
-            ),
+              cellLink: (row, column) => pairLink(at, a, layers_a[row], b, layers_b[column]),
+              cellLabel: (row, column) => `wMPPC from ${a} layer ${layers_a[row]} to ${b} layer ${layers_b[column]}`,
+              emptyLabel: () => "no value",
+              upward: true,
+            }),
           ),
         ),
       ),

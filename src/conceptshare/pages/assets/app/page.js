@@ -40,7 +40,7 @@ async function build(path, query) {
         h(
           "p",
           {},
-          "These pages need all files of their folder, as they were made. Copy the whole folder, or run the study again.",
+          "These pages need every file of their folder. Copy the whole folder, or run the study again.",
         ),
         home,
       ],
@@ -77,7 +77,7 @@ async function show(first) {
   header(view);
   if (!first) heading.focus({ preventScroll: true });
   if (scrolled.has(returning)) {
-    // The page has to be as long as it was before it can be where it was.
+    // The page must have its former length before it can scroll to its former position.
     const waiting = [...main.querySelectorAll(".samples")].filter((element) => element.whenSeen);
     await Promise.all(waiting.map((element) => watcher.unobserve(element) ?? fill(element, element.whenSeen)));
     if (mine !== turn) return;

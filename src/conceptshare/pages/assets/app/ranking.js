@@ -10,15 +10,15 @@ function scatter(ranking, at, called) {
       .filter(([h, g]) => h !== null && g !== null)
       .map(([h, g]) => `M${x(h).toFixed(1)} ${(side - x(g)).toFixed(1)}h0`)
       .join("");
-  const said = h("p", { class: "quiet said" }, "Point at a dot to see its feature; a click opens it.");
+  const said = h("p", { class: "quiet said" }, "Point at a dot to see its feature; click to open it.");
   const spot = svg("circle", { class: "spot", r: 5, visibility: "hidden" });
   const ticks = [0, 0.5, 1].flatMap((value) => [
     svg("text", { x: x(value), y: side + 16, "text-anchor": "middle" }, String(value)),
     svg("text", { x: -8, y: side - x(value) + 4, "text-anchor": "end" }, String(value)),
   ]);
   const label =
-    `Scatter of ${plural(points.length, "feature")}: how well the group that shares finds it (ρ G, upwards) against ` +
-    `the other group (ρ H, to the right). The table below has every number.`;
+    `Scatter plot of ${plural(points.length, "feature")}: ρ G, the match in the group that should share it (upwards), ` +
+    "against ρ H, the match in the other group (to the right). The table below has every number.";
   const drawing = svg(
     "svg",
     {
@@ -28,11 +28,11 @@ function scatter(ranking, at, called) {
     },
     svg("path", { class: "axes", d: `M0 0V${side}H${side}M0 ${side}L${side} 0` }),
     ...ticks,
-    svg("text", { x: side / 2, y: side + 34, "text-anchor": "middle" }, "ρ H: those that should not share it"),
+    svg("text", { x: side / 2, y: side + 34, "text-anchor": "middle" }, "ρ H: largest in the group that should not share it"),
     svg(
       "text",
       { transform: `translate(-32 ${side / 2}) rotate(-90)`, "text-anchor": "middle" },
-      "ρ G: those that should",
+      "ρ G: smallest in the group that should share it",
     ),
     svg("path", { class: "dots", d: dots(ranking.top) }),
     svg("path", { class: "dots best", d: dots(0, ranking.top) }),
@@ -62,7 +62,7 @@ function scatter(ranking, at, called) {
   return h("figure", { class: "scatter" }, drawing, said);
 }
 
-/** The first features, each under that of its words which most of them have. */
+/** Rows by the most frequent word of their names. */
 function typology(names) {
   const count = new Map();
   const split = names.map((name) => [...new Set((name ?? "").toLowerCase().split(/\s*,\s*/).filter(Boolean))]);
@@ -145,7 +145,7 @@ function overlaps(ranking) {
 }
 
 async function rankingView(parts) {
-  if (parts.length !== 3) throw new NotFound("This address is not complete.");
+  if (parts.length !== 3) throw new NotFound("This address is incomplete.");
   const [dataset, sae, name] = parts;
   const ranking = found(
     study.sharedness.find((entry) => entry.dataset === dataset && entry.sae === sae && entry.name === name),
@@ -168,10 +168,10 @@ async function rankingView(parts) {
       },
       numberColumn("feature", "Feature", feature),
       nameColumn("Name", "name", here, called),
-      picturesColumn("pictures", here),
+      imagesColumn("images", here),
       plainColumn("delta", "Δ", "Comparative Sharedness: S (ρ G² − ρ H²)", ranking.delta, size),
-      plainColumn("rho_g", "ρ G", "The least best correlation among those that should share it", ranking.rho_g, rho),
-      plainColumn("rho_h", "ρ H", "The largest best correlation among those that should not", ranking.rho_h, rho),
+      plainColumn("rho_g", "ρ G", "Smallest best correlation in the group that should share it", ranking.rho_g, rho),
+      plainColumn("rho_h", "ρ H", "Largest best correlation in the group that should not share it", ranking.rho_h, rho),
     ],
     count: ranking.features.length,
     sorted: "+rank",
@@ -180,7 +180,7 @@ async function rankingView(parts) {
       search("Name or number"),
       control("Top 1% only", "top", { type: "checkbox", value: "yes" }),
       control("Named only", "named", { type: "checkbox", value: "yes" }),
-      picturesBox(),
+      imagesBox(),
     ],
     keep: (query) => {
       const wanted = searching(query);
@@ -207,13 +207,13 @@ async function rankingView(parts) {
       h(
         "p",
         { class: "note" },
-        "Δ = S (ρ G² − ρ H²), by matches between last layers: ρ G is the least best correlation in the first group, " +
-          "ρ H the largest in the second. Other layers may have better ones.",
+        "Δ = S (ρ G² − ρ H²). Matches are between last layers: ρ G is the smallest best correlation in the first " +
+          "group, ρ H the largest in the second. Other layers may match better.",
       ),
       h(
         "div",
-        { class: "beside" },
-        h("section", {}, h("h2", {}, "Both groups"), scatter(ranking, at, called)),
+        { class: "split" },
+        h("section", {}, h("h2", {}, "Match in both groups"), scatter(ranking, at, called)),
         h(
           "section",
           {},
@@ -221,7 +221,7 @@ async function rankingView(parts) {
           h(
             "p",
             { class: "quiet" },
-            `The top ${plural(ranking.top, "feature")}, under the most frequent word of the name.`,
+            `The top ${plural(ranking.top, "feature")}, grouped by the most frequent word of their names.`,
           ),
           h(
             "div",

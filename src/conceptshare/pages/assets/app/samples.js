@@ -1,10 +1,10 @@
 // Samples: thumbnails, captions, and where a feature fires in them.
 
 const SIDE = 160; // of a thumbnail, at most
-const LEAST = 96; // of the longer side of a picture that is shown: icons are magnified
+const LEAST = 96; // of the longer side of an image as shown: icons are magnified
 
-/** A thumbnail, or where there is none a space as large as it. */
-function picture(sample, alt) {
+/** A thumbnail, or a space of its size if there is none. */
+function thumbnail(sample, alt) {
   const sides = sample.size ?? [SIDE, 0.75 * SIDE];
   const [width, height] = sides.map((side) => Math.ceil(side * Math.max(1, LEAST / Math.max(...sides))));
   const missing = () =>
@@ -13,12 +13,12 @@ function picture(sample, alt) {
       {
         class: "gone",
         role: "img",
-        "aria-label": `No picture. ${alt}`,
+        "aria-label": `No image. ${alt}`,
         style: { width: `${width}px`, aspectRatio: `${width} / ${height}` },
       },
-      h("span", { "aria-hidden": "true" }, "no picture"),
+      h("span", { "aria-hidden": "true" }, "no image"),
     );
-  const frame = h("span", { class: "picture" });
+  const frame = h("span", { class: "thumbnail" });
   if (!sample.size) frame.append(missing());
   else
     frame.append(
@@ -38,14 +38,14 @@ function picture(sample, alt) {
   return frame;
 }
 
-/** The first pictures of a feature, small, when they come into view. */
-function strip(at, pictures) {
+/** The strongest images of a feature, small, when they come into view. */
+function strip(at, count) {
   return lazily(h("span", { class: "strip" }), async () => {
     const { top } = await loadFeature(at);
     if (!top.length) return h("span", { class: "quiet" }, "never active");
-    const samples = await Promise.all(top.slice(0, pictures).map(([sample]) => loadSample(at.dataset, sample)));
+    const samples = await Promise.all(top.slice(0, count).map(([sample]) => loadSample(at.dataset, sample)));
     return samples.map((sample) => {
-      const frame = picture(sample, plain(sample.caption));
+      const frame = thumbnail(sample, plain(sample.caption));
       frame.title = plain(sample.caption);
       return frame;
     });
@@ -54,7 +54,7 @@ function strip(at, pictures) {
 
 function tokenText({ text, values }, most) {
   return text.flatMap((piece, at) => {
-    const token = piece.trim() || piece;  // of some tokenizers, a blank is a token
+    const token = piece.trim() || piece;  // for some tokenizers, a blank is a token
     const value = values[at] ?? 0;
     const share = value > 0 && most > 0 ? Math.min(value / most, 1) : 0;
     const mark = share
@@ -88,15 +88,15 @@ function heat(map, most) {
   return canvas;
 }
 
-/** A sample with its value, under it its caption, and what the encoder reads of it, marked. */
+/** A sample with its value, its caption and, for text encoders, its tokens marked by activation. */
 function specimen(sample, value, text) {
   const label = sample.caption.trim() ? words(sample.caption) : h("span", { class: "quiet" }, "no caption");
-  // One who focuses a long caption reads all of it.
+  // A long caption can be focused, which shows all of it.
   const long = sample.caption.length > 60;
   return h(
     "figure",
     { class: "specimen" },
-    picture(sample, `Picture of sample ${sample.sample}`),
+    thumbnail(sample, `Image of sample ${sample.sample}`),
     h(
       "figcaption",
       {},

@@ -3,7 +3,7 @@
 const ROWS = 100; // of a table, on one page
 
 let current = null; // the view that is shown: its path, query and update()
-let typed = {}; // what was typed and is not in the address yet
+let typed = {}; // typed values that are not in the address yet
 let timer = 0;
 
 function change(changes, push) {
@@ -22,7 +22,7 @@ function change(changes, push) {
   current.update(query);
 }
 
-/** A labelled input or select, whose value is in the address. */
+/** A labelled input or select whose value is in the address. */
 function control(label, key, attributes, options) {
   const box = attributes.type === "checkbox";
   const input = h(
@@ -45,7 +45,21 @@ function control(label, key, attributes, options) {
     else if (input.value !== value && document.activeElement !== input) input.value = value;
     if (options && input.selectedIndex < 0) input.selectedIndex = 0;
   };
-  return { node: h("label", { class: box ? "check" : "field" }, box ? [input, label] : [label, input]), sync };
+  const active = () => (box ? input.checked : input.value !== "");
+  return { node: h("label", { class: box ? "check" : "field" }, box ? [input, label] : [label, input]), sync, active };
+}
+
+/** Controls behind a toggle, which counts those in use. */
+function moreFilters(controls) {
+  const summary = h("summary", {}, "More filters");
+  const node = h("details", { class: "more" }, summary, h("div", {}, controls.map((one) => one.node)));
+  const sync = (query) => {
+    for (const one of controls) one.sync(query);
+    const active = controls.filter((one) => one.active()).length;
+    summary.textContent = active ? `More filters (${active} in use)` : "More filters";
+    node.classList.toggle("active", active > 0);
+  };
+  return { node, sync };
 }
 
 const limit = (query, key) => {
@@ -53,7 +67,7 @@ const limit = (query, key) => {
   return text === null || !Number.isFinite(Number(text)) ? null : Number(text);
 };
 
-/** Whether a row is kept by a query; the empty query keeps all. Nothing is known of a null, so limits drop it. */
+/** Whether a value is within limits. Without limits all are; a null is within none. */
 function between(value, low, high) {
   if (low === null && high === null) return true;
   return value !== null && value !== undefined && (low === null || value >= low) && (high === null || value <= high);
@@ -67,7 +81,7 @@ function searching(query) {
 }
 
 /**
- * A table with filters, sorting and pages, all of it in the address.
+ * A table with filters, sorting and pages, whose state is in the address.
  *
  * Columns are {id, label, value(row), cell(row), text}; the one with `heading` names the row.
  */
@@ -155,7 +169,7 @@ function listing({ caption, columns, count, sorted, controls, keep, unit }) {
         ),
       ),
     );
-    const none = `No ${unit} is left by these filters.`;
+    const none = `No ${unit} passes these filters.`;
     if (!shown.length) body.append(h("tr", {}, h("td", { colspan: columns.length }, none)));
     pager.hidden = pages === 1;
     pager.replaceChildren(
@@ -181,7 +195,7 @@ function listing({ caption, columns, count, sorted, controls, keep, unit }) {
 
 const search = (label) => control(label, "q", { type: "search" });
 const number = (label, key) => control(label, key, { type: "number", step: "any" });
-const picturesBox = () => control("Pictures", "pictures", { type: "checkbox", value: "", "data-off": "no" });
+const imagesBox = () => control("Images", "images", { type: "checkbox", value: "", "data-off": "no" });
 
 /** Numbers of layers as links, the present one marked. */
 const layerLinks = (label, layers, chosen, address) =>
