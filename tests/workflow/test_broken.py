@@ -214,7 +214,7 @@ def test_what_a_study_no_longer_makes_is_removed_and_nothing_else(study):
     assert not left & gone
     assert not (tables / "layerwise").exists()
     assert kept <= left
-    assert f"{foreign.relative_to(study.folder)}: not of this study" in done.stderr
+    assert f"{foreign.relative_to(study.folder)}: not part of this study" in done.stderr
     assert note.read_text() == foreign.read_text() == "mine"
     assert study.plan() == {}
 

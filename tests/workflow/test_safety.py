@@ -52,7 +52,7 @@ def test_a_path_with_a_wildcard_in_it_is_refused_and_not_another_file(new_study)
     new_study.config = config
     result = new_study.run("--cores", "2", "-n")
     assert result.returncode != 0
-    assert "{dataset}.parquet: Snakemake takes what is in braces for a wildcard" in result.stdout + result.stderr
+    assert "{dataset}.parquet: Snakemake treats text in braces as a wildcard" in result.stdout + result.stderr
 
 
 def test_a_name_that_is_no_utf_8_is_refused_by_that_name(new_study):
@@ -63,7 +63,7 @@ def test_a_name_that_is_no_utf_8_is_refused_by_that_name(new_study):
     new_study.config = config
     result = new_study.run("--cores", "2", "-n")
     assert result.returncode != 0
-    assert r"'set/caf\udce9.parquet': Snakemake cannot hold this name" in result.stdout + result.stderr
+    assert r"'set/caf\udce9.parquet': Snakemake cannot handle this name" in result.stdout + result.stderr
     assert "UnicodeEncodeError" not in result.stdout + result.stderr
 
 

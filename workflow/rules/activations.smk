@@ -1,5 +1,5 @@
-# Every layer of an encoder, from one forward pass over a data set: the global tokens, and all tokens for its SAEs. An
-# encoder with `parts` shares the pass among so many jobs, whose shards another job then puts together.
+# Every layer of an encoder, from one forward pass over a data set: the global tokens, and all tokens for its SAEs. With
+# `parts`, that many jobs share the forward pass, and another job joins their shards.
 rule activations:
     input:
         data=DATA,

@@ -1,4 +1,4 @@
-# The study, read once, and the functions that turn it into files. Nothing here imports torch: each cluster job
+# The study, read once, and the functions that map it to files. Nothing here imports torch, because each cluster job
 # parses the workflow again.
 import functools
 import hashlib
@@ -23,16 +23,16 @@ from conceptshare.io import layout
 from snakemake.exceptions import WorkflowError
 from snakemake.io import contains_wildcard
 
-# Rules run `python -m conceptshare`: let that be this very Python and library, also where no environment is active. A
-# rule's conda environment, where one is used, comes before them.
+# Rules run `python -m conceptshare`: use this Python and this library, even if no environment is active. If a rule
+# has a conda environment, that comes first.
 _LIBRARY = Path(conceptshare.__file__).parent
 os.environ.update(
     PATH=os.pathsep.join([str(Path(sys.executable).parent), os.getenv("PATH", "")]),
     PYTHONPATH=os.pathsep.join(filter(None, [str(_LIBRARY.parent), os.getenv("PYTHONPATH", "")])),
 )
 
-# GPUs that computing rules ask for: none where the CPU was chosen. On a cluster, its job fails without them; on
-# this machine, it computes on what there is.
+# GPUs that computing rules request: none if the CPU was chosen. On a cluster, a job fails without its GPU; on this
+# machine, it uses what is available.
 GPUS = 0 if os.getenv("CONCEPTSHARE_DEVICE") == "cpu" else 1
 if workflow.remote_exec:
     os.environ.update(CONCEPTSHARE_DEVICE=os.getenv("CONCEPTSHARE_DEVICE") or "cuda")
@@ -43,18 +43,18 @@ except ConceptshareError as error:
     raise WorkflowError(str(error))
 
 
-# Worked out once: it takes all pairs, and each member's pages ask for theirs.
+# Computed once: it involves all pairs, and the pages of each member look up theirs.
 COMPARISONS = STUDY.comparisons()
 
-# Each data set with each SAE setting: every analysis is done for all of them.
+# All combinations of a data set and an SAE setting: every analysis is done for each.
 SETTINGS = [(dataset, sae) for dataset in STUDY.datasets for sae in STUDY.saes]
 
-# The SAEs of an encoder, whether stored tokens or a stream trains them.
+# The SAEs of an encoder, trained from stored tokens or in a stream.
 SAES = layout.STREAMED_SAES if STUDY.stream else layout.SAES
 
 
 def record_of(kind, file):
-    """The file in which Snakemake notes something of an output: its ``metadata``, or that it is ``incomplete``."""
+    """The file in which Snakemake records the ``metadata`` of an output, or that it is ``incomplete``."""
     name = urlsafe_b64encode(str(file).encode()).decode()
     longest = os.pathconf(".", "PC_NAME_MAX") - 1
     *folders, last = [name[n : n + longest] for n in range(0, len(name), longest)]
@@ -62,7 +62,7 @@ def record_of(kind, file):
 
 
 def is_made_again(difference):
-    """Whether Snakemake is going to make a result again: it did not see it completed, or noted other parameters."""
+    """Whether Snakemake will rerun a result by itself, because it is incomplete or was made with other parameters."""
     if record_of("incomplete", difference.file).exists():
         return True
     params = read_object(record_of("metadata", difference.file)).get("params")
@@ -70,12 +70,12 @@ def is_made_again(difference):
 
 
 def check_settings():
-    """Refuse results of other settings than the study's, but for those that Snakemake is going to make again."""
+    """Reject results of other settings than the study's, except those that Snakemake will rerun by itself."""
     found = differences(STUDY, Path("results"))
     unseen = [one for one in found if not is_made_again(one)]
     if unseen:
         raise WorkflowError(
-            "Results were made with other settings than the study's, and Snakemake has no record that tells (.snakemake "
+            "Results were made with other settings than the study's, and Snakemake has no record of how (.snakemake "
             f"was deleted, or they were copied here):\n{in_words(unseen)}"
         )
 
@@ -84,8 +84,8 @@ if workflow.is_main_process:
     check_settings()
 
 
-def remove_left_over():
-    """Remove what this workflow wrote into the study's folder and no longer makes, as of an encoder that was removed."""
+def remove_leftovers():
+    """Remove files of the study that this workflow wrote and no longer makes, such as those of a removed encoder."""
     jobs = list(workflow.dag.jobs)
     if all(job.rule.name != "all" for job in jobs):
         return
@@ -102,12 +102,13 @@ def remove_left_over():
     for path in sorted(set(files) - ours):
         if path.suffix in {".csv", ".parquet", ".png", ".pdf", ".js"}:
             print(
-                f"{path}: not of this study, and not known to be of a former one; is it still needed?", file=sys.stderr
+                f"{path}: not part of this study, and not known to be from an earlier version; is it still needed?",
+                file=sys.stderr,
             )
 
 
-def say_what_refuses_to_be_written():
-    """Say why a job may have failed that could not even write to its log."""
+def report_unwritable_results():
+    """Report why results cannot be written, for jobs that could not even write to their logs."""
     try:
         with tempfile.NamedTemporaryFile(dir="results") as file:
             file.write(bytes(2**20))
@@ -122,7 +123,7 @@ def write_study_file():
     try:
         write_study(STUDY, layout.path(layout.STUDY, study=STUDY.study))
     except OSError as error:
-        say_what_refuses_to_be_written()
+        report_unwritable_results()
         raise WorkflowError(f"{layout.STUDY.format(study=STUDY.study)}: {system_error_message(error) or error}")
 
 
@@ -133,7 +134,7 @@ def code(*names):
 
 
 def local_files(text):
-    """The files that a model is made of, where it is on this machine."""
+    """The files of a model on this machine; none if it is on a hub."""
     path = local_path(text)
     if path is None:
         return []
@@ -142,10 +143,10 @@ def local_files(text):
 
 @functools.cache
 def dataset_inputs(name):
-    """The files of a data set that is on this machine, and a digest of its images where they are very many.
+    """The files of a data set on this machine, and a digest of its images if there are very many.
 
-    Jobs parse the workflow too. They take what the main process found: a million images are not looked at in each job,
-    and one that changes during a run makes no job read the data set again.
+    Jobs parse the workflow too. They use what the main process found, so that they do not check a million images each,
+    and an image that changes during a run does not make a job read the data set again.
     """
     spec = STUDY.datasets[name]
     if not is_path(spec.source):
@@ -168,20 +169,22 @@ def dataset_inputs(name):
 
 
 def as_inputs(files):
-    """Files by names that Snakemake can hold."""
+    """The files, after checking that Snakemake can handle their names."""
     for file in files:
         if contains_wildcard(file):
-            raise WorkflowError(f"{file}: Snakemake takes what is in braces for a wildcard; give it another name")
+            raise WorkflowError(f"{file}: Snakemake treats text in braces as a wildcard; rename the file")
         if file != file.encode(errors="replace").decode():
-            raise WorkflowError(f"{ascii(file)}: Snakemake cannot hold this name, which is not UTF-8; give it another")
+            raise WorkflowError(
+                f"{ascii(file)}: Snakemake cannot handle this name, which is not UTF-8; rename the file"
+            )
     return files
 
 
 def study_file(wildcards):
-    """The study as commands read it, written when a run starts.
+    """The study file that commands read, written when a run starts.
 
-    It is no input of theirs, as any change of the study would make all of them again. The part of the study that one
-    depends on is a parameter of its rule.
+    It is not an input of their rules, because then any change of the study would rerun all of them. Instead, each rule
+    has the part of the study that it depends on as a parameter.
     """
     return filled(layout.STUDY, wildcards)
 
@@ -198,17 +201,17 @@ def environment_of(wildcards):
 
 
 def filled(pattern, wildcards, **others):
-    """A path of a layout's pattern."""
+    """A pattern of `layout` with its wildcards filled in."""
     return pattern.format(**{**wildcards, **others})
 
 
 def saes_folder(wildcards):
-    """The folder that an SAE setting's encoders lie in."""
+    """The folder of all SAEs of an SAE setting."""
     return str(Path(filled(SAES, wildcards, encoder="encoder")).parent)
 
 
 def saes_of(wildcards):
-    """The SAEs of a member: of all its layers, or the folder that a stream makes of them."""
+    """The SAEs of a member: the files of all its layers, or the folder that a stream writes."""
     folder = filled(SAES, wildcards)
     if STUDY.stream:
         return [folder]
@@ -223,7 +226,7 @@ def activations_of(wildcards, encoder="encoder"):
 
 
 def one_of(names):
-    """What a wildcard can be that is one of some names."""
+    """The constraint of a wildcard that is one of some names."""
     return "|".join(re.escape(name) for name in sorted(names)) or "-"
 
 
@@ -234,12 +237,12 @@ def parts_of(wildcards):
 
 
 def kept_or_temp(tokens):
-    """All tokens of an encoder, deleted once its SAEs are trained where the study does not keep them."""
+    """All tokens of an encoder, deleted once its SAEs are trained unless the study keeps them."""
     return tokens if STUDY.keep_tokens else temp(tokens)
 
 
 def folder_of(files):
-    """The folder that stores of one kind lie in."""
+    """The folder of stores of one kind."""
     return str(Path(files[0]).parent)
 
 
@@ -259,15 +262,15 @@ def correlations_of(pairs, wildcards):
 
 
 def correlations_key(wildcards):
-    """What the correlations of a pair depend on beside its features."""
+    """The settings that the correlations of a pair depend on."""
     members = (text.rpartition("@") for text in (wildcards.a, wildcards.b))
     return STUDY.correlations_key(*(Member(encoder, int(seed)) for encoder, _, seed in members))
 
 
 def correlations_memory(wildcards):
-    """The option that bounds the working memory, where the study does.
+    """The option that limits the working memory, if the study sets it.
 
-    It changes no result, so it is a resource: another value of a rule's params would make the results again.
+    It changes no result, so it is a resource: as a parameter, another value would rerun the job.
     """
     return f"--memory-mb {STUDY.correlations.memory_mb}" if STUDY.correlations.memory_mb else ""
 
@@ -283,7 +286,7 @@ def similarity_of(pairs, wildcards):
 
 
 def similarity_option(wildcards, input):
-    """The option that names the folder of such tables, where there are any."""
+    """The option for the folder of these tables, if there are any."""
     return f"--similarity {folder_of(input.similarity)}" if input.similarity else ""
 
 
@@ -298,7 +301,7 @@ def product_file(product, ending):
 
 
 def report_entry(product, kind):
-    """Where a table or figure stands in the report."""
+    """The category and labels of a table or figure in the report."""
     category, label, named = {
         "matrices": ("wMPPC matrices", "analysis", "{name}"),
         "layerwise": ("Layerwise heatmaps", "analysis", "{name}"),
@@ -311,14 +314,14 @@ def report_entry(product, kind):
 
 
 def paper_option(wildcards):
-    """The options that add Table 3 next to the paper's, where a matrix is compared with the paper."""
+    """The options that add the comparison with Table 3, if the matrix is compared with the paper."""
     if wildcards.dataset not in STUDY.paper_datasets(wildcards.name):
         return ""
     return f"--dataset {wildcards.dataset} --size {STUDY.analyses.matrices[wildcards.name].paper}"
 
 
 def names_command(wildcards):
-    """The option with the program that names features, where the study has one."""
+    """The option for the program that names features, if the study has one."""
     return f"--command {quote(STUDY.names.command)}" if STUDY.names.command else ""
 
 

@@ -1,5 +1,5 @@
-# Best matches between the features of two members, in both directions. A job is a pair of members, never a pair
-# of layers: thousands of jobs plan in seconds, and each loads its stores once.
+# Best matches between the features of two members, in both directions. A job is a pair of members, never of layers,
+# so that thousands of jobs are planned in seconds, and each job loads its stores once.
 rule correlations:
     input:
         a=layout.FEATURES.replace("{member}", "{a}"),

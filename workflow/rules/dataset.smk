@@ -1,4 +1,5 @@
-# Image-caption pairs, read once and put in their one order. Runs where the workflow is started: it may need the hub.
+# Image-caption pairs, read and shuffled once. Runs on the machine that starts the workflow, because it may need the
+# hub.
 localrules:
     dataset,
 
@@ -29,5 +30,5 @@ rule dataset:
         "python -m conceptshare dataset --dataset {params.spec:q} --out {params.folder:q} > {log:q} 2>&1"
 
 
-# What later rules read. How it came about is told beside it, and differs between two runs of the same.
+# The inputs of later rules: without the provenance, which differs between two runs.
 DATA = [rules.dataset.output.samples, rules.dataset.output.manifest]

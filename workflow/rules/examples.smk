@@ -1,4 +1,4 @@
-# What shows a member's features: weaker samples beside the strongest, and where in these each fires.
+# Examples of a member's features: weaker samples in addition to the strongest, and where each feature fires in them.
 rule examples:
     input:
         features=rules.features.output,

@@ -1,4 +1,4 @@
-# Figures of the study, from the lines of `products.FIGURES`: PNG to look at and PDF to print.
+# Figures of the study, one per line of `products.FIGURES`, as PNG for viewing and PDF for printing.
 
 
 for figure in products.FIGURES:

@@ -1,4 +1,5 @@
-# Tidy tables of the study, from the lines of `products.TABLES`. Seconds each, so they run where the workflow is started.
+# Tidy tables of the study, one per line of `products.TABLES`. They take seconds and run on the machine that starts
+# the workflow.
 for table in products.TABLES:
 
     rule:
@@ -30,7 +31,7 @@ for table in products.TABLES:
             "python -m conceptshare metrics {params.command} --out {output.csv:q} > {log:q} 2>&1"
 
 
-# The matrices as people read and print them, a row per source and a column per target.
+# The matrices for reading and printing, one row per source and one column per target.
 rule metrics_formats:
     input:
         table=product_file(products.table("matrix"), "parquet"),
@@ -67,7 +68,7 @@ rule metrics_formats:
         " {params.paper} --out {output:q} > {log:q} 2>&1"
 
 
-# Every feature of two members with its best match. The pages show them; in a report they would be too many.
+# Every feature of two members with its best match. The pages show them; there are too many for a report.
 rule metrics_pair:
     input:
         features=[layout.FEATURES.format(member=member, dataset="{dataset}", sae="{sae}") for member in ("{a}", "{b}")],

@@ -1,4 +1,4 @@
-# What a member's features are called, from the captions of the samples that they are strongest on.
+# Names of a member's features, from the captions of the samples on which they are strongest.
 rule names:
     input:
         features=rules.features.output,

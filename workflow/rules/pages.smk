@@ -1,4 +1,4 @@
-# The site of the study's features: its frame, and what it reads as one looks at it.
+# The concept pages: the index, and the data that it loads on demand.
 localrules:
     pages_index,
 

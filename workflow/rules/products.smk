@@ -1,7 +1,7 @@
-# What the tables and figures of `conceptshare.config.products` are made from, and by which arguments of their commands.
+# The inputs of the tables and figures of `conceptshare.config.products`, and the arguments of their commands.
 
 
-# The pairs of members whose correlations a table is made from.
+# The pairs of members whose correlations a table uses.
 TABLE_PAIRS = {
     "matrix": lambda w: STUDY.matrix_pairs(w.name) + STUDY.ceiling_pairs(w.name),
     "averages": lambda w: STUDY.matrix_pairs(w.name),
@@ -10,7 +10,7 @@ TABLE_PAIRS = {
     "saes": lambda w: [(member, member) for member in STUDY.members()],
 }
 
-# What a table depends on of the study.
+# The part of the study that a table depends on.
 TABLE_KEYS = {
     "matrix": lambda w: STUDY.matrix_key(w.name),
     "layerwise": lambda w: STUDY.layerwise_key(w.name),
@@ -20,7 +20,7 @@ TABLE_KEYS = {
 
 
 def table_inputs(table):
-    """The files that a table is made from, by the names of its command's options."""
+    """The input files of a table, by the names of its command's options."""
     pairs = TABLE_PAIRS.get(table.name)
     files = {
         "features": lambda w: features_of(members_of(pairs(w)), w),
@@ -33,7 +33,7 @@ def table_inputs(table):
 
 
 def table_command(table):
-    """The arguments of a table's command but for where it writes."""
+    """The arguments of a table's command, except its output."""
     options = {
         "study": lambda w, files: f"--study {quote(study_file(w))}",
         "features": lambda w, files: f"--features {folder_of(files.features)}",
@@ -53,7 +53,7 @@ def table_command(table):
 
 
 def figure_inputs(figure):
-    """The files that a figure is drawn from, by the names of its command's options."""
+    """The input files of a figure, by the names of its command's options."""
     files = {
         "pairs": lambda w: pairs_of(STUDY.matrix_pairs(w.name), w),
         "features": lambda w: features_of([STUDY.sharedness_source(w.name)], w),
@@ -65,7 +65,7 @@ def figure_inputs(figure):
 
 
 def figure_command(figure):
-    """The arguments of a figure's command but for where it writes."""
+    """The arguments of a figure's command, except its output."""
     options = {
         "study": lambda w, files: f"--study {quote(study_file(w))}",
         "pairs": lambda w, files: f"--pairs {folder_of(files.pairs)}",
@@ -85,7 +85,7 @@ def figure_command(figure):
     return arguments
 
 
-# What a figure writes besides.
+# Additional outputs of a figure.
 FURTHER_FIGURES = {
     "saes": {
         "members": report(

@@ -1,5 +1,5 @@
-# The study that the tables and figures in a folder are of, with the versions and the machine that it was started with.
-# It is written last, so that it never tells of results that are still to be made.
+# The study of the tables and figures in a folder, with the versions and the machine on which it was started. It is
+# written last, so that it never describes results that do not exist yet.
 rule provenance:
     input:
         study_results(),

@@ -1,4 +1,4 @@
-# One sparse autoencoder for each layer and seed.
+# One sparse autoencoder per layer and seed.
 rule sae:
     input:
         tokens=layout.TOKENS,

@@ -1,4 +1,4 @@
-# How alike the global tokens of two encoders are, without any SAE. A job is a pair of encoders, whatever their seeds.
+# Similarity of the global tokens of two encoders, without any SAE. A job is a pair of encoders, whatever their seeds.
 rule similarity:
     input:
         a=lambda w: activations_of(w, "encoder_a"),

@@ -1,5 +1,5 @@
-# The SAEs of all layers and seeds of an encoder, trained while it reads a data set, where the study says `stream: true`.
-# They are those of the rules `activations` and `sae`, without the tokens in between.
+# With `stream: true`: the SAEs of all layers and seeds of an encoder, trained during its forward pass over a data
+# set. They are the same as those of the rules `activations` and `sae`, without stored tokens.
 rule stream:
     input:
         data=DATA,

@@ -1,5 +1,5 @@
-# The exact files of an encoder, once it has been loaded and has read two samples. Runs where the workflow is started: it
-# may need the hub, and an entry that does not fit its model is refused before any job is queued.
+# The exact files of an encoder, after it has been loaded and has read two samples. Runs on the machine that starts the
+# workflow: it may need the hub, and an entry that does not match its model is rejected before any job is queued.
 localrules:
     weights,
 
