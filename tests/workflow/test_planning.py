@@ -344,14 +344,6 @@ def test_the_default_study_plans_as_typed_in_the_clone(arguments):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_every_entry_of_the_profiles_is_explained():
-    for profile in ("default", "gpu", "slurm"):
-        lines = (CLONE / "profiles" / profile / "config.yaml").read_text().splitlines()
-        for before, line in zip(["", *lines], lines, strict=False):
-            if line and not line.lstrip().startswith("#"):
-                assert "#" in line or before.startswith("#"), f"{profile}: {line}"
-
-
 def test_a_matrix_with_the_papers_encoders_is_set_next_to_the_papers_numbers(new_study):
     config = new_study.config
     config["datasets"] = {"coco": config["datasets"]["squares"], "squares": config["datasets"]["squares"]}
