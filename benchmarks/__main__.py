@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -268,12 +269,8 @@ def standardised(x: Tensor) -> Tensor:
 
 def quiet(work: Callable[[], object]) -> None:
     """Run without the progress report."""
-    stderr, sys.stderr = sys.stderr, open("/dev/null", "w", encoding="utf-8")  # noqa: PTH123, SIM115
-    try:
+    with redirect_stderr(io.StringIO()):
         work()
-    finally:
-        sys.stderr.close()
-        sys.stderr = stderr
 
 
 def start_times() -> None:
