@@ -299,4 +299,4 @@ def test_results_of_another_run_are_not_mixed_with_these(stages, whole, tmp_path
     stages.features(study, study / "features")
     for name, what in (("tables", "vit@0.zarr"), ("pages", "names/vit@0.parquet")):
         said = again(getattr(stages, name))
-        assert re.search(rf"{what}: made from other features of vit@0 than are there now; delete it and run", said)
+        assert re.search(rf"{what}: made from other features of vit@0 than the current ones; delete it and run", said)

@@ -197,7 +197,7 @@ def test_a_matrixs_ceiling_is_the_wmppc_to_the_other_seed_of_the_source(study):
 
 @pytest.mark.parametrize("at_once", [1, 7, 256])
 def test_a_matrixs_intervals_are_those_of_the_samples_influences(study, monkeypatch, at_once):
-    monkeypatch.setattr(tables, "_CELLS_AT_ONCE", at_once)
+    monkeypatch.setattr(tables, "_CELLS_PER_BLOCK", at_once)
     stores, _ = study
     for (source, target, reading), row in cells_of(matrix_table(MEMBERS, stores)):
         influence = stored(stores, source, target, "influence")[READINGS.index(reading)]
@@ -677,7 +677,7 @@ def test_sae_table(study, saes):
 def test_an_sae_that_the_features_are_not_of_is_refused(study, saes):
     folder = saes / "vit" / "layer-03" / "seed-0"
     seal(folder, {"spec": {"trained": "again"}})
-    with pytest.raises(StoreError, match=r"layer-03/seed-0: not the SAE that the features of vit@0 are of"):
+    with pytest.raises(StoreError, match=r"layer-03/seed-0: not the SAE that made the features of vit@0"):
         sae_table([Member("vit", 0)], saes, study[0].features)
 
 
@@ -819,16 +819,16 @@ def test_tables_of_two_studies_are_not_read_together(written, study, monkeypatch
         r"other\.csv: ranks other features .* than ranking\.csv;", said("metrics overlaps ranking.csv other.csv")
     )
     formats = "metrics formats --table matrix.csv --averages averages.csv"
-    assert said(formats).startswith("averages.csv: no averages of this matrix; ")
+    assert said(formats).startswith("averages.csv: not the averages of this matrix; ")
     correlations = f"--correlations {study[0].correlations}"
-    assert said(f"metrics averages --table matrix.csv {correlations}").startswith("matrix.csv: does not say which")
+    assert said(f"metrics averages --table matrix.csv {correlations}").startswith("matrix.csv: does not record which")
     store = study[0].features / "vit@0.zarr"
     with pytest.raises(StoreError, match=r"^other\.csv: ranks other features of vit@0 than those of .*vit@0\.zarr;"):
         check_ranking(
             Path("other.csv"), read_table(Path("other.csv"), "sharedness"), store, study[0].statistics("vit@0")
         )
     check_ranking(Path("a.csv"), read_table(Path("ranking.csv"), "sharedness"), store, study[0].statistics("vit@0"))
-    with pytest.raises(StoreError, match=r"^names\.csv: does not say which features"):
+    with pytest.raises(StoreError, match=r"^names\.csv: does not record which features"):
         check_made_from(Path("names.csv"), read_table(Path("names.csv"), "names"), store, "names")
 
 

@@ -526,7 +526,7 @@ def test_a_ranking_is_drawn_of_its_own_features_and_samples_alone(tmp_path, data
     names = ["names", "--features", bert, "--data", tmp_path / "data", "--out", tmp_path / "names.parquet"]
     assert CliRunner().invoke(app, [str(word) for word in names]).exit_code == 0
     said = refused(names=tmp_path / "names.parquet")
-    assert "names.parquet: made from features of bert@0, and not of clip_image@0; give that of clip_image@0" in said
+    assert "names.parquet: made from features of bert@0, not of clip_image@0; give the result for clip_image@0" in said
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")

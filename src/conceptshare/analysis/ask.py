@@ -1,6 +1,6 @@
-"""Answers from feature stores alone, without a study: wMPPC of two of them, Comparative Sharedness of some.
+"""wMPPC and Comparative Sharedness directly from feature stores, without a study.
 
-Nothing is stored. The numbers are those of the stages `correlations` and `metrics` for the same stores.
+Nothing is stored. The values equal those of the stages `correlations` and `metrics` for the same stores.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,24 +15,24 @@ from conceptshare.correlations.blocks import Precision
 from conceptshare.io.errors import StoreError
 
 COLUMNS = ("source", "target", "reading", "wmppc", "low", "high", "floor", "mppc", "features", "beyond_shuffled")
-"""Of `wmppc_between`."""
+"""Columns of the result of `wmppc_between`."""
 
 
 def wmppc_between(a: Path, b: Path, memory_bytes: int | None = None, precision: Precision = "float32") -> pd.DataFrame:
-    """WMPPC between two feature stores, with what it is judged by: a row for each direction and reading.
+    """wMPPC between two feature stores, with its interval and floor: one row per direction and reading.
 
     Args:
         a: a feature store.
-        b: another of the same samples.
-        memory_bytes: bound of the working memory, as of `max_correlations`.
+        b: another feature store of the same samples.
+        memory_bytes: limit of the working memory, see `max_correlations`.
         precision: what standardised features are rounded to in the product.
 
     Returns:
-        The columns `COLUMNS`, which are those of `tables.matrix_table`.
+        A table with the columns `COLUMNS`, as in `tables.matrix_table`.
 
     Raises:
-        StoreError: where a store is not whole or has no active feature, or they are not of the same samples.
-        NumericsError: where a feature is not finite.
+        StoreError: if a store is incomplete, damaged or without an active feature, or they have different samples.
+        NumericsError: if a feature is not finite.
     """
     stores, names = _stores([a, b]), _names([a, b])
     statistics = {path: active_statistics(path) for path in (a, b)}
@@ -48,19 +48,19 @@ def wmppc_between(a: Path, b: Path, memory_bytes: int | None = None, precision: 
 
 
 def sharedness_of(source: Path, shared_with: Sequence[Path], not_shared_with: Sequence[Path]) -> pd.DataFrame:
-    """The last-layer features of a store by Comparative Sharedness, with the columns of `tables.ranking`.
+    """Rank the last-layer features of a store by Comparative Sharedness, with the columns of `tables.ranking`.
 
     Only last layers are correlated.
 
     Args:
         source: the feature store whose features are ranked.
-        shared_with: the stores of the group G that should share them.
-        not_shared_with: those of the group H that should not.
+        shared_with: the stores of the group G, which should share them.
+        not_shared_with: the stores of the group H, which should not.
 
     Raises:
-        StoreError: where a store is not whole or has no active feature, they are not of the same samples, or one is
-            in both groups, or the source in a group.
-        NumericsError: where a feature is not finite.
+        StoreError: if a store is incomplete, damaged or without an active feature, they have different samples, one is
+            in both groups, or the source is in a group.
+        NumericsError: if a feature is not finite.
     """
     groups = [*shared_with, *not_shared_with]
     _check_groups(source, shared_with, not_shared_with)
@@ -75,7 +75,7 @@ def sharedness_of(source: Path, shared_with: Sequence[Path], not_shared_with: Se
 
 
 def _stores(paths: Iterable[Path]) -> dict[Path, FeatureStore]:
-    """Feature stores, which are of the same samples."""
+    """Open feature stores, and make sure that they have the same samples."""
     stores = {path: FeatureStore(path) for path in paths}
     first, *others = stores.values()
     for store in others or [first]:
@@ -84,7 +84,7 @@ def _stores(paths: Iterable[Path]) -> dict[Path, FeatureStore]:
 
 
 def _names(paths: Sequence[Path]) -> dict[Path, str]:
-    """The members that stores are of, or their paths where two of them have one name."""
+    """Names of the stores' members, or their paths if two have the same name."""
     distinct = list(dict.fromkeys(paths))
     stems = [path.stem for path in distinct]
     return {path: path.stem if stems.count(path.stem) == 1 else str(path) for path in distinct}
@@ -95,9 +95,7 @@ def _check_groups(source: Path, shared_with: Sequence[Path], not_shared_with: Se
     if source.resolve() in shared | unshared:
         raise StoreError(
             f"{source}: the source is also in a group it is compared with, where every feature has a perfect match; "
-            f"leave it out there"
+            f"remove it there"
         )
-    for place in shared.keys() & unshared.keys():
-        raise StoreError(
-            f"{shared[place]} is in both groups, and cannot share a feature and not share it; leave it out of one"
-        )
+    for path in shared.keys() & unshared.keys():
+        raise StoreError(f"{shared[path]} is in both groups; remove it from one of them")

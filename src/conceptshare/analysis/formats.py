@@ -1,7 +1,7 @@
-"""Matrices to read and to print: tables in the shape of the paper's, as CSV, Markdown and LaTeX.
+"""Matrices in the layout of the paper's tables, as CSV, Markdown and LaTeX.
 
-The tidy tables have one row a value. These have one row a source and one column a target, and names without seeds where
-those tell nothing apart.
+Tidy tables have one row per value. These have one row per source and one column per target, and omit seeds from names
+if each encoder has only one seed.
 """
 
 from collections.abc import Sequence
@@ -18,25 +18,25 @@ from conceptshare.metrics import READINGS
 
 _MODALITIES = ("image", "text")
 _ITSELF = "-"
-"""In place of the wMPPC of a member with itself, which is no measurement."""
+"""Shown instead of the wMPPC of a member with itself, which is not a measurement."""
 
 
 def write_matrices(
     table: pd.DataFrame, averages: pd.DataFrame, folder: Path, table_3: pd.DataFrame | None = None
 ) -> None:
-    """Write a study's matrices, and their averages by modality, into ``folder``, which is replaced as a whole.
+    """Write a study's matrices and their averages by modality to ``folder``, which is replaced as a whole.
 
-    For each reading, ``{reading}.csv``, ``.md`` and ``.tex`` hold the wMPPC, a row a source and a column a target, in
-    the order of the table's sources; ``averages.csv``, ``.md`` and ``.tex`` hold the modality averages in the shape of
-    the paper's Table 3, a row a reading. CSV has six digits, and nothing where a member meets itself; the others have
-    three decimals, as the paper has, and ``-`` there. Another value that is missing is ``nan``. LaTeX needs the package
-    booktabs.
+    For each reading, ``{reading}.csv``, ``.md`` and ``.tex`` hold the wMPPC with one row per source and one column per
+    target, in the order of the table's sources; ``averages.csv``, ``.md`` and ``.tex`` hold the modality averages in
+    the layout of the paper's Table 3, with one row per reading. CSV has six digits and empty diagonal cells; the others
+    have three decimals, like the paper, and ``-`` on the diagonal. Other missing values are ``nan``. LaTeX needs the
+    package booktabs.
 
     Args:
         table: the tidy matrix table, with at least ``source, target, reading, wmppc``.
         averages: the tidy modality averages, with at least ``reading, source_modality, target_modality, wmppc``.
-        folder: where to write.
-        table_3: what `paper.table_3` returns, to be written as ``table-3.csv``, ``.md`` and ``.tex``.
+        folder: the folder to write.
+        table_3: the result of `paper.table_3`, to be written as ``table-3.csv``, ``.md`` and ``.tex``.
     """
     members = list(dict.fromkeys(table["source"]))
     labels = short_labels(members)
@@ -53,13 +53,13 @@ def write_matrices(
 
 
 def short_labels(members: Sequence[str]) -> list[str]:
-    """Members without their seed where each encoder occurs once."""
+    """Names of members, without the seed if their encoder occurs once."""
     encoders = [as_member(member).encoder for member in members]
     return [e if encoders.count(e) == 1 else m for e, m in zip(encoders, members, strict=True)]
 
 
 def _averages(averages: pd.DataFrame) -> pd.DataFrame:
-    """A row a reading, and a column for each direction between modalities that there is."""
+    """Pivot averages to one row per reading and one column per direction between modalities."""
     named = averages.assign(direction=averages.source_modality + " to " + averages.target_modality)
     wide = named.pivot(index="reading", columns="direction", values="wmppc")
     directions = [f"{source} to {target}" for source in _MODALITIES for target in _MODALITIES]
@@ -67,12 +67,12 @@ def _averages(averages: pd.DataFrame) -> pd.DataFrame:
 
 
 def _write(cells: pd.DataFrame, corner: str, itself: NDArray[np.bool_], out: Path) -> None:
-    """Write one table as CSV, Markdown and LaTeX, with ``corner`` above the names of its rows where there is room."""
+    """Write a table as CSV, Markdown and LaTeX; CSV and Markdown have ``corner`` as the header of the row names."""
     exact = cells.map("{:.6g}".format).mask(itself, "")
     exact.to_csv(out.with_suffix(".csv"), index_label=corner, lineterminator="\n")
     printed = cells.map("{:.3f}".format).mask(itself, _ITSELF)
     numbers = printed.shape[1]
-    # Numbers stay as they are written: tabulate would take 0.100 for 0.1.
+    # Keep the numbers' formatting: tabulate would print 0.100 as 0.1.
     as_text: Any = {"disable_numparse": True, "colalign": ("left", *["right"] * numbers)}
     markdown = printed.rename(index=_in_markdown, columns=_in_markdown).rename_axis(corner).to_markdown(**as_text)
     out.with_suffix(".md").write_text(markdown + "\n", encoding="utf-8", newline="\n")

@@ -1,11 +1,11 @@
-"""Stage `similarity`: how alike two encoders' activations are, layer by layer, without any SAE.
+"""Stage `similarity`: similarity of two encoders' activations, layer by layer, without SAEs.
 
-`results/{dataset}/similarity/{sae}/{a}__{b}.csv` has a row for every pair of layers, of the linear CKA and the mutual
-nearest neighbours of their global tokens. Concepts that are shared should not be news where these are high as well.
+`results/{dataset}/similarity/{sae}/{a}__{b}.csv` has one row per pair of layers, with the linear CKA and the mutual
+nearest neighbours of their global tokens. If these are high, shared concepts are no surprise.
 
-Samples are in shuffled order, so the first ones are a random part of the data set: CKA is over at most the first
-`CKA_SAMPLES`, neighbours over at most the first `NEIGHBOUR_SAMPLES`. The share of common neighbours depends on the
-number of samples, so only numbers over equally many compare.
+Samples are shuffled, so the first ones are a random subset: CKA uses at most the first `CKA_SAMPLES`, neighbours at
+most the first `NEIGHBOUR_SAMPLES`. The share of common neighbours depends on the number of samples, so only values for
+equal numbers of samples are comparable.
 """
 
 from dataclasses import dataclass
@@ -40,52 +40,50 @@ Representation = NDArray[Any] | Tensor
 def linear_cka(x: Representation, y: Representation) -> float:
     """Linear centred kernel alignment (Kornblith et al., 2019): ||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F), columns centred.
 
-    Columns are centred in float64, however far from zero they are, and kept as float32, whose products are float64: the
-    error is below 1e-6. For few samples and many dimensions CKA is high for unrelated representations too.
+    Columns are centred in float64, so large means are exact, and stored as float32, with products in float64: the error
+    is below 1e-6. With few samples and many dimensions, CKA is high for unrelated representations too.
 
     Args:
         x: ``[n, D]``.
         y: ``[n, D']`` of the same samples.
 
     Returns:
-        From 0 to 1; NaN where one of them is the same for all samples.
+        A value from 0 to 1; NaN if one representation is the same for all samples.
 
     Raises:
-        NumericsError: where sample counts differ, there is only one, or a value is not finite.
+        NumericsError: if sample counts differ, there is only one sample, or a value is not finite.
     """
     x, y = _same_samples(x, y, 2, "CKA needs at least 2")
     return _cka(_centred(x), _centred(y))
 
 
 def mutual_knn(x: Representation, y: Representation, k: int = NEIGHBOURS) -> float:
-    """Mutual nearest neighbours (Huh et al., 2024): the share of a sample's k neighbours that are so in both.
+    """Mutual nearest neighbours (Huh et al., 2024): the share of k nearest neighbours common to both representations.
 
-    Neighbours are those of the largest cosine. A sample is not its own neighbour, and of equally near ones the earlier
-    sample is the nearer. Unrelated representations share k / (n - 1) by chance. The authors' code clips the largest
-    values first, this does not.
+    Neighbours have the largest cosine similarity. A sample is not its own neighbour, and ties go to the earlier sample.
+    Unrelated representations share k / (n - 1) by chance. Unlike the authors' code, this does not clip the largest
+    values first.
 
     Args:
         x: ``[n, D]``.
         y: ``[n, D']`` of the same samples.
-        k: how many neighbours a sample has.
+        k: number of neighbours per sample.
 
     Returns:
-        The mean over samples, from 0 to 1; NaN where one of them is the same for all samples, whose neighbours mean
-        nothing.
+        The mean over samples, from 0 to 1; NaN if one representation is the same for all samples.
 
     Raises:
-        NumericsError: where sample counts differ, there are fewer than k + 1, or a value is not finite.
+        NumericsError: if sample counts differ, there are fewer than k + 1 samples, or a value is not finite.
     """
     x, y = _same_samples(x, y, k + 1, f"{k} neighbours need at least {k + 1}")
     return _common(_neighbours(x, k), _neighbours(y, k))
 
 
 def compare_stores(path_a: Path, path_b: Path, out: Path) -> None:
-    """Compare every layer of one activation store with every layer of another; write ``out`` (.csv), and as Parquet.
+    """Compare all layers of two activation stores; write ``out`` (.csv), and the same as Parquet.
 
-    Its columns are ``source_layer`` (of A), ``target_layer`` (of B), ``cka``, ``mutual_knn`` and ``samples``, which is
-    how many CKA is over. CKA is the same from B to A, and so are mutual neighbours. A layer that is the same for all
-    samples has neither: the fields are empty.
+    Its columns are ``source_layer`` (of A), ``target_layer`` (of B), ``cka``, ``mutual_knn`` and ``samples``, the
+    number of samples for CKA. Both measures are symmetric. They are empty for a layer that is the same for all samples.
 
     Args:
         path_a: A's activations.
@@ -93,14 +91,14 @@ def compare_stores(path_a: Path, path_b: Path, out: Path) -> None:
         out: the file to write.
 
     Raises:
-        StoreError: where a store is not whole, or they are not of the same samples in the same order.
-        NumericsError: where there are too few samples, or a layer has a value that is not finite.
+        StoreError: if a store is incomplete or damaged, or they have different samples or another order.
+        NumericsError: if there are too few samples, or a layer has a value that is not finite.
     """
     inputs = Unchanged(path_a, path_b)
     stores: list[Any] = [open_store(path, extraction.KIND) for path in (path_a, path_b)]
     specs = [dict(store.attrs["spec"]) for store in stores]
     if specs[0]["content_hash"] != specs[1]["content_hash"]:
-        raise StoreError(f"{path_a} and {path_b} are of different samples; make both from the same data set")
+        raise StoreError(f"{path_a} and {path_b} have different samples; make both from the same data set")
     N = specs[0]["samples"]
     if N <= NEIGHBOURS:
         raise NumericsError(f"{path_a}: {N} samples, where {NEIGHBOURS} neighbours need at least {NEIGHBOURS + 1}")
@@ -128,7 +126,7 @@ def compare_stores(path_a: Path, path_b: Path, out: Path) -> None:
 
 @dataclass(frozen=True)
 class _Layer:
-    """What every comparison with a layer needs of it."""
+    """The preprocessed data of a layer that every comparison needs."""
 
     centred: Tensor
     neighbours: Tensor | None
@@ -158,10 +156,10 @@ def _on_device(x: Representation, what: str) -> Tensor:
 def _centred(x: Tensor) -> Tensor:
     """``[n, D]`` float32, columns of mean 0, scaled so that ||X'X||_F is 1; NaN where x is the same for all samples."""
     deviation = x.double()
-    # Less the first row, a column without variance is exactly zero, and a large mean takes no digits.
+    # After subtracting the first row, constant columns are exactly zero, and large means cost no precision.
     deviation = deviation - deviation[0]
     deviation -= deviation.mean(dim=0)
-    # Fourth powers of very small or large numbers leave the range of float32.
+    # Avoid overflow and underflow of fourth powers in float32.
     deviation /= deviation.abs().max()
     centred = deviation.float()
     centred /= _product(centred, centred).norm().sqrt().float()
@@ -175,7 +173,7 @@ def _cka(x: Tensor, y: Tensor) -> float:
 def _product(x: Tensor, y: Tensor) -> Tensor:
     """``x.T @ y`` in float64.
 
-    In float32, a sample that is nearly all of the variance makes the sum near 1, in which 10,000 others are lost.
+    In float32, if one sample has nearly all of the variance, the sum is near 1 and 10,000 other samples are lost.
     """
     product = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=x.device)
     for start in range(0, len(x), _BLOCK_ROWS):
@@ -184,16 +182,16 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _neighbours(x: Tensor, k: int) -> Tensor | None:
-    """``[n, k]`` each sample's neighbours, the nearest first; None where x is the same for all samples."""
+    """``[n, k]`` each sample's neighbours, nearest first; None if x is the same for all samples."""
     if (x == x[0]).all():
         return None
     unit = torch.nn.functional.normalize(x.double(), dim=1)
-    found = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    neighbours = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
     for start in range(0, len(x), _BLOCK_ROWS):
         cosines = (unit[start : start + _BLOCK_ROWS] @ unit.T).round(decimals=_COSINE_DECIMALS)
         cosines.diagonal(start).fill_(-torch.inf)
-        found[start : start + _BLOCK_ROWS] = cosines.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return found
+        neighbours[start : start + _BLOCK_ROWS] = cosines.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return neighbours
 
 
 def _common(a: Tensor | None, b: Tensor | None) -> float:

@@ -1,6 +1,6 @@
 """Stage `metrics`: tidy tables from the correlation and feature stores of a study, as CSV and Parquet.
 
-One row a value, so that pandas, R or a spreadsheet can pivot them at will. The mathematics is in `metrics`.
+They have one row per value, ready to pivot in pandas, R or a spreadsheet. The mathematics is in `metrics`.
 """
 
 import json
@@ -56,37 +56,37 @@ _COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "names": (_FEATURE, ("name", "candidate", "score", "auc", "source")),
     "similarity": (("source_layer", "target_layer"), SIMILARITIES),
 }
-"""Columns of a kind of table that are read: those that tell its rows apart, and others."""
+"""Required columns per kind of table: those that identify a row, and others."""
 _TEXTS = {
     *("source", "target", "source_modality", "target_modality", "source_kind", "target_kind", "reading", "encoder"),
     *("first", "second", "name", "candidate", "shared_with", "not_shared_with"),
 }
-"""Columns that hold no numbers."""
+"""Columns of text."""
 _NEVER_BLANK = _TEXTS - {"name", "candidate"} | {"layer", "feature", "seed", "source_layer", "target_layer"}
-"""Columns that say what a row is of."""
+"""Columns without empty cells."""
 _MAYBE_EMPTY = ("averages",)
-"""Kinds of tables that may have no rows: members that are all of one encoder have no averages."""
-# Kinds of tables that are not of the stage `metrics`.
+"""Kinds of tables that may have no rows: if all members are of one encoder, there are no averages."""
+# Kinds of tables that other stages than `metrics` write.
 _STAGES = ("names", "similarity")
 
-# Cells of a matrix whose intervals are taken at once: 120 MB of influences for 118,287 samples.
-_CELLS_AT_ONCE = 256
+# Number of matrix cells whose intervals are computed together: 120 MB of influences for 118,287 samples.
+_CELLS_PER_BLOCK = 256
 
 
 class Stores(NamedTuple):
-    """Where the stores of one data set and SAE setting lie."""
+    """Folders of the stores of one data set and SAE setting."""
 
     features: Path
     correlations: Path
     similarity: Path | None = None
-    """The tables of the `similarity` stage; without them, what comes from them is NaN."""
+    """The tables of the `similarity` stage; without them, their columns are NaN."""
 
     def statistics(self, member: str) -> dict[int, FeatureStatistics]:
         """A member's feature statistics by layer."""
         return read_statistics(self.features / f"{member}.zarr")
 
     def active(self, member: str) -> dict[int, FeatureStatistics]:
-        """The same, where some feature is active: see `active_statistics`."""
+        """Like `statistics`, but require an active feature, see `active_statistics`."""
         return active_statistics(self.features / f"{member}.zarr")
 
     def digests(self, members: Iterable[str]) -> dict[str, str]:
@@ -100,10 +100,10 @@ class Stores(NamedTuple):
     def similar(self, source: str, target: str) -> dict[str, pd.DataFrame]:
         """CKA and mutual kNN of two members' encoders: rows are the source's layers, columns the target's.
 
-        Empty for two seeds of one encoder, and where there is no folder of such tables.
+        Empty for two seeds of one encoder, and without a folder of such tables.
 
         Raises:
-            StoreError: where the encoders' table is missing, damaged, or of other activations than the features.
+            StoreError: if the encoders' table is missing, damaged, or of other activations than the features.
         """
         a, b = as_member(source).encoder, as_member(target).encoder
         if self.similarity is None or a == b:
@@ -118,35 +118,35 @@ class Stores(NamedTuple):
                     f"{path}: made from other activations than the features of {member}; delete it and run the "
                     f"similarity stage again"
                 )
-        found = {
+        measures = {
             measure: table.pivot(index="source_layer", columns="target_layer", values=measure)
             for measure in SIMILARITIES
         }
-        return found if a == first else {measure: values.T for measure, values in found.items()}
+        return measures if a == first else {measure: values.T for measure, values in measures.items()}
 
 
 def read_pair(correlations: Path, source: str, target: str, features: Mapping[str, str]) -> PairCorrelations:
-    """The best matches of the source's features in the target.
+    """Read the best matches of the source's features in the target.
 
     Args:
         correlations: the folder of correlation stores.
         source: a member.
-        target: another.
-        features: digests of the feature stores that they should be of, by member; of those left out, any will do.
+        target: another member.
+        features: required digests of the feature stores, by member; members left out are not checked.
 
     Raises:
-        StoreError: if the correlations are missing or damaged, or of other features.
+        StoreError: if the correlations are missing or damaged, or were made from other features.
     """
     path = correlations / f"{pair_name(as_member(source), as_member(target))}.zarr"
-    found, spec = read_correlations(path, source), read_spec(path, CORRELATIONS)
+    pair, spec = read_correlations(path, source), read_spec(path, CORRELATIONS)
     made_from = {spec[side]: spec[f"features_{side}"] for side in ("a", "b")}
     wanted = {member: features[member] for member in made_from if member in features}
     check_features(path, made_from, wanted, "correlations")
-    return found
+    return pair
 
 
 def _digest(features: Path) -> str:
-    """The digest of a feature store, read once as long as the store stays."""
+    """The digest of a feature store, cached until the store changes."""
     return _digest_at(features, (features / "zarr.json").stat().st_mtime_ns if features.exists() else 0)
 
 
@@ -156,72 +156,73 @@ def _digest_at(features: Path, _: int) -> str:
 
 
 def check_features(path: Path, made_from: Mapping[str, str], wanted: Mapping[str, str], stage: str) -> None:
-    """Make sure that a result was made from some feature stores.
+    """Make sure that a result was made from the given feature stores.
 
     Args:
         path: the result.
-        made_from: what it says: digests of feature stores, by member.
-        wanted: the digests of those that it should be made from.
+        made_from: its recorded digests of feature stores, by member.
+        wanted: the required digests, by member.
         stage: the stage that makes it.
 
     Raises:
-        StoreError: where it was made from others.
+        StoreError: if it was made from other feature stores.
     """
     other = next((member for member in wanted if made_from.get(member) != wanted[member]), None)
     if other is not None and other not in made_from:
         raise StoreError(
-            f"{path}: made from features of {', '.join(made_from)}, and not of {other}; give that of {other}"
+            f"{path}: made from features of {', '.join(made_from)}, not of {other}; give the result for {other}"
         )
     if other is not None:
         raise StoreError(
-            f"{path}: made from other features of {other} than are there now; delete it and run the {stage} stage again"
+            f"{path}: made from other features of {other} than the current ones; delete it and run the {stage} stage "
+            f"again"
         )
 
 
 def active_statistics(path: Path) -> dict[int, FeatureStatistics]:
-    """The statistics of each layer of a feature store, by layer, of which some feature is active.
+    """Read the statistics of each layer of a feature store, and require an active feature.
 
     Raises:
-        StoreError: where the store is not whole, or no sample activates any of its features.
+        StoreError: if the store is incomplete or damaged, or no sample activates any of its features.
     """
-    found = read_statistics(path)
-    if not any((layer.density > 0).any() for layer in found.values()):
+    statistics = read_statistics(path)
+    if not any((layer.density > 0).any() for layer in statistics.values()):
         raise StoreError(
-            f"{path}: no sample activates any of its features, so there is nothing to compare; see what `conceptshare "
-            f"sae info` says of its SAEs, and train them with other settings"
+            f"{path}: no sample activates any of its features, so there is nothing to compare; check its SAEs with "
+            f"`conceptshare sae info`, and train them with other settings"
         )
-    return found
+    return statistics
 
 
 def made_from(path: Path, table: pd.DataFrame, stage: str) -> Mapping[str, str]:
     """The digests of the feature stores that a table was made from, by member.
 
     Raises:
-        StoreError: if it does not say, as no CSV file does.
+        StoreError: if they are not recorded, as in CSV files.
     """
     if "features" not in table.attrs:
         raise StoreError(
-            f"{path}: does not say which features it was made from; give the Parquet file that the {stage} stage writes"
+            f"{path}: does not record which features it was made from; give the Parquet file of the {stage} stage"
         )
-    found: Mapping[str, str] = table.attrs["features"]
-    return found
+    digests: Mapping[str, str] = table.attrs["features"]
+    return digests
 
 
 def check_made_from(path: Path, table: pd.DataFrame, features: Path, stage: str) -> None:
-    """Make sure that a table says that it was made from a feature store; arguments as above."""
+    """Make sure that a table was made from a feature store; arguments as in `check_features`."""
     check_features(path, made_from(path, table, stage), {features.stem: _digest(features)}, stage)
 
 
 def check_ranking(
     path: Path, ranking: pd.DataFrame, features: Path, statistics: Mapping[int, FeatureStatistics]
 ) -> None:
-    """Make sure that the features of a ranking are those of a feature store.
+    """Make sure that a ranking ranks the features of a feature store.
 
     Args:
         path: the ranking.
         ranking: its table.
         features: the feature store.
-        statistics: of its features, by layer.
+        statistics: statistics of its features, by layer.
 
     Raises:
         StoreError: if it ranks the features of another member, or was made from another store.
@@ -229,7 +230,7 @@ def check_ranking(
     other = next((source for source in ranking.source if source != features.stem), None)
     if other is not None:
         raise StoreError(
-            f"{path}: ranks the features of {other}, and {features} is of {features.stem}; give {other}.zarr"
+            f"{path}: ranks the features of {other}, but {features} is of {features.stem}; give {other}.zarr"
         )
     if "features" in ranking.attrs:
         check_made_from(path, ranking, features, "metrics")
@@ -240,9 +241,9 @@ def check_ranking(
                 f"{path}: ranks features of layer {layer} that {features} does not have; give the store that the "
                 f"ranking was made from"
             )
-        # A CSV file does not say what it was made from, but every ranking has its features' strengths and densities.
+        # A CSV file does not record its inputs, but every ranking has its features' strengths and densities.
         of = statistics[layer]
-        if not _is_as_written(of_layer[["strength", "density"]], np.stack([of.strength, of.density], 1)[feature]):
+        if not _equals_written(of_layer[["strength", "density"]], np.stack([of.strength, of.density], 1)[feature]):
             raise StoreError(
                 f"{path}: ranks other features of {features.stem} than those of {features}; give the store that the "
                 f"ranking was made from, or run the metrics stage again"
@@ -253,13 +254,13 @@ def check_rankings(rankings: Mapping[Path, pd.DataFrame]) -> None:
     """Make sure that rankings of one source rank the same features, by their strengths.
 
     Raises:
-        StoreError: if two do not, as those of two studies.
+        StoreError: if two rank different features, such as rankings of two studies.
     """
     first: dict[str, tuple[Path, pd.Series]] = {}
     for path, ranking in rankings.items():
         strength = ranking.set_index("feature").strength.sort_index()
         other, of_other = first.setdefault(ranking.source[0], (path, strength))
-        if not (strength.index.equals(of_other.index) and _is_as_written(strength, of_other)):
+        if not (strength.index.equals(of_other.index) and _equals_written(strength, of_other)):
             raise StoreError(
                 f"{path}: ranks other features of {ranking.source[0]} than {other}; give rankings of one study, or run "
                 f"the metrics stage again"
@@ -273,38 +274,41 @@ def check_averages(path: Path, averages: pd.DataFrame, matrix: pd.DataFrame) -> 
         StoreError: if they are not.
     """
     wanted = _averages(_averaged(matrix))
-    found = averages.set_index(_DIRECTION)[list(wanted.columns)].reindex(wanted.index)
-    if len(averages) != len(wanted) or not _is_as_written(found, wanted):
-        raise StoreError(f"{path}: no averages of this matrix; give those made from it, or run the metrics stage again")
+    given = averages.set_index(_DIRECTION)[list(wanted.columns)].reindex(wanted.index)
+    if len(averages) != len(wanted) or not _equals_written(given, wanted):
+        raise StoreError(
+            f"{path}: not the averages of this matrix; give those made from it, or run the metrics stage again"
+        )
 
 
-def _is_as_written(numbers: Any, exact: Any) -> bool:
-    """Whether numbers of a table are those that were written, to the digits that CSV files have."""
+def _equals_written(numbers: Any, exact: Any) -> bool:
+    """Whether numbers of a table equal the exact ones, up to the rounding of CSV files."""
     return np.allclose(numbers, exact, rtol=1e-5, atol=1e-12, equal_nan=True)
 
 
 def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFrame:
-    """WMPPC from every member to every other, with what it is to be judged by, for three readings.
+    """wMPPC between all members, with its interval, floor and ceiling and related measures, for three readings.
 
-    The readings are ``pooled`` and ``layer_mean`` over all layers, and ``last``, the last recorded layers alone.
+    The readings are ``pooled`` and ``layer_mean`` over all layers, and ``last``, between the last recorded layers only.
 
-    Columns beside those that name the cell:
+    Columns besides those that identify the cell:
 
     - ``wmppc``, with ``low`` and ``high``, its 95% bootstrap interval over samples;
-    - ``floor``: the wMPPC where the target's samples are shuffled; ``ceiling``: the wMPPC from the source to the other
-      seed of its encoder, NaN where there is none;
-    - ``mppc``, and ``features``, the number that it is the mean of; ``beyond_shuffled``: how many of them match better
-      than with shuffled samples, at a false discovery rate of 5%, each among features that are active on about as many
-      samples; ``significant``: how many the chances of the paper's appendix B take for shared, at that rate by
-      Benjamini and Hochberg (NaN for 3 samples or less). Appendix B takes features to be independent and normal. They
-      are neither, and rare ones meet by chance, so that it counts too many: see `metrics.significance`. Features that
-      never vary are not tested;
+    - ``floor``: the wMPPC with the target's samples shuffled; ``ceiling``: the wMPPC from the source to the other seed
+      of its encoder, NaN if there is none;
+    - ``mppc``, and ``features``, the number of features that it averages; ``beyond_shuffled``: the number of features
+      that match better than with shuffled samples, at a false discovery rate of 5%, compared with features of similar
+      density; ``significant``: the number of features that count as shared by the paper's appendix B, at that rate by
+      Benjamini and Hochberg (NaN for 3 samples or fewer). Appendix B assumes independent, normal features. SAE features
+      are neither, and sparse ones coincide by chance, so it counts too many: see `metrics.significance`. Constant
+      features are not tested;
     - ``strength_cv``: the coefficient of variation of S; ``strength_rho``: the correlation of S with rho;
-    - ``cka``, ``mutual_knn``: of the encoders' global tokens; for ``last`` those of the last layers, for ``layer_mean``
-      the mean over the source's layers of the best layer of the target, for ``pooled`` those of the best two layers.
+    - ``cka``, ``mutual_knn``: similarity of the encoders' global tokens; for ``last`` that of the last layers, for
+      ``layer_mean`` the mean over the source's layers of the best layer of the target, for ``pooled`` that of the best
+      pair of layers.
 
     Raises:
-        StoreError: where a store is missing, or no feature of a member is active.
+        StoreError: if a store is missing, or no feature of a member is active.
     """
     statistics = {entry.member: stores.active(entry.member) for entry in members}
     rows: list[dict[str, Any]] = []
@@ -335,8 +339,8 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
                 reading = cell["reading"]
                 of_tokens = {measure: _similarity(similar.get(measure), reading) for measure in SIMILARITIES}
                 cells.append(described | cell | {"ceiling": ceilings[reading]} | of_tokens)
-        # Many together, as drawing the samples is what takes time, and not all, which might not fit memory.
-        if len(cells) >= _CELLS_AT_ONCE or source == members[-1]:
+        # Many cells at once, because drawing the samples takes the most time, but not all, which might not fit memory.
+        if len(cells) >= _CELLS_PER_BLOCK or source == members[-1]:
             ends = metrics.bootstrap_intervals([cell["wmppc"] for cell in cells], np.concatenate(influences))
             rows += [cell | {"low": low, "high": high} for cell, (low, high) in zip(cells, ends, strict=True)]
             cells, influences = [], []
@@ -344,13 +348,13 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
 
 
 def _made_from(stores: Stores, members: Iterable[str], table: pd.DataFrame) -> pd.DataFrame:
-    """A table that says which feature stores it was made from."""
+    """Record in a table's ``attrs`` the feature stores that it was made from."""
     table.attrs["features"] = stores.digests(members)
     return table
 
 
 def side_by_side(statistics: Mapping[int, FeatureStatistics]) -> tuple[metrics.Array, metrics.Array]:
-    """``[F]`` S and density of the features of all layers."""
+    """``[F]`` S and density of the features of all layers, concatenated."""
     S, density = zip(*((layer.strength, layer.density) for layer in statistics.values()), strict=True)
     return np.concatenate(S), np.concatenate(density)
 
@@ -358,7 +362,7 @@ def side_by_side(statistics: Mapping[int, FeatureStatistics]) -> tuple[metrics.A
 def cells_of(
     pair: PairCorrelations, S: metrics.Array, density: metrics.Array, active: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """The values of a source and a target for each reading; ``active`` counts the target's active features by layer."""
+    """The values of a cell for each reading; ``active`` is the number of active features per layer of the target."""
     rho, sizes = pair.best.rho_ab, pair.best.sizes_a
     values = wmppc_readings(rho, S, sizes)
     shuffled = _shuffled(sizes, pair.floor_sizes)
@@ -368,7 +372,7 @@ def cells_of(
         best, strength = _best(rho, sizes, reading), _best(S[None], sizes, reading)
         varying = _best(pair.best.match_ab, sizes, reading) >= 0
         candidates = active[-1] if reading == "last" else sum(active)
-        _, significant = _chances(best[varying], pair.samples, candidates)
+        _, significant = _significance(best[varying], pair.samples, candidates)
         cells.append(
             {
                 "reading": reading,
@@ -386,7 +390,7 @@ def cells_of(
 
 
 def _beyond_shuffled(pair: PairCorrelations, density: metrics.Array, reading: str) -> NDArray[np.bool_]:
-    """Which of a reading's features match better than with shuffled samples, among those that are about as dense."""
+    """Which of a reading's features match better than with shuffled samples, among features of similar density."""
     sizes, shuffled = pair.best.sizes_a, _shuffled(pair.best.sizes_a, pair.floor_sizes)
     strata = metrics.strata(density * pair.samples)
     best, match, stratum = (_best(of, sizes, reading) for of in (pair.best.rho_ab, pair.best.match_ab, strata[None]))
@@ -402,24 +406,24 @@ def _beyond_shuffled(pair: PairCorrelations, density: metrics.Array, reading: st
 
 
 def _best(values: NDArray[Any], sizes: NDArray[np.int64], reading: str) -> NDArray[Any]:
-    """The largest of ``[L_B, F]`` over the target's layers; of both sides' layers, ``last`` takes the last alone."""
+    """The maximum of ``[L_B, F]`` over the target's layers; ``last`` only uses the last layer on both sides."""
     best: NDArray[Any] = values[-1, -int(sizes[-1]) :] if reading == "last" else values.max(axis=0)
     return best
 
 
 def _shuffled(sizes: NDArray[np.int64], floor_sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Which features, of all layers side by side, were correlated with shuffled samples: the first of each layer."""
+    """Indices, over all layers, of the features correlated with shuffled samples: the first of each layer."""
     starts = np.cumsum(sizes) - sizes
     return np.concatenate([start + np.arange(size) for start, size in zip(starts, floor_sizes, strict=True)])
 
 
 def active_counts(statistics: Mapping[int, FeatureStatistics]) -> list[int]:
-    """How many features of each layer are active on any sample."""
+    """Number of features per layer that are active on any sample."""
     return [int((layer.density > 0).sum()) for layer in statistics.values()]
 
 
-def _chances(rho: NDArray[Any], samples: int, candidates: int) -> tuple[metrics.Array, NDArray[np.bool_]]:
-    """log10 of each rho's chance by appendix B, and which are significant: NaN and none for 3 samples or less."""
+def _significance(rho: NDArray[Any], samples: int, candidates: int) -> tuple[metrics.Array, NDArray[np.bool_]]:
+    """log10 p of each rho by appendix B, and which are significant: NaN and none for 3 samples or fewer."""
     if samples <= 3:
         return np.full(len(rho), np.nan), np.zeros(len(rho), bool)
     log10_p = metrics.significance(rho, samples, max(1, candidates))
@@ -427,7 +431,7 @@ def _chances(rho: NDArray[Any], samples: int, candidates: int) -> tuple[metrics.
 
 
 def _similarity(values: pd.DataFrame | None, reading: str) -> float:
-    """A measure ``[L_A, L_B]`` of two encoders as one number; a layer whose tokens never vary has none."""
+    """Reduce a measure ``[L_A, L_B]`` of two encoders to one number; layers with constant tokens are left out."""
     if values is None:
         return float("nan")
     measure = values.to_numpy(np.float64)
@@ -441,7 +445,7 @@ def _similarity(values: pd.DataFrame | None, reading: str) -> float:
 
 
 def wmppc_readings(rho: NDArray[Any], S: metrics.Array, sizes: NDArray[np.int64]) -> dict[str, float]:
-    """The wMPPC of each of `metrics.READINGS`; arguments as of `metrics.wmppc_layer_mean`."""
+    """The wMPPC of each of `metrics.READINGS`; arguments as in `metrics.wmppc_layer_mean`."""
     last = int(sizes[-1])
     return {
         "pooled": metrics.wmppc_pooled(rho, S),
@@ -451,10 +455,10 @@ def wmppc_readings(rho: NDArray[Any], S: metrics.Array, sizes: NDArray[np.int64]
 
 
 def averages_table(matrix: pd.DataFrame, correlations: Path) -> pd.DataFrame:
-    """Mean wMPPC from each modality to each (Table 3), by reading, with its 95% bootstrap interval and floor.
+    """Mean wMPPC between modalities (Table 3), by reading, with its 95% bootstrap interval and floor.
 
-    Every cell of a mean is resampled with the same samples: a sample's influence on the mean is the mean of its
-    influences on the cells. Two seeds of one encoder are no cell of a mean.
+    All cells of a mean are resampled with the same samples: a sample's influence on the mean is the mean of its
+    influences on the cells. Cells of two seeds of one encoder are left out.
 
     Args:
         matrix: the table of `matrix_table`.
@@ -486,18 +490,18 @@ def _averaged(matrix: pd.DataFrame) -> pd.DataFrame:
 
 
 def _averages(cells: pd.DataFrame) -> pd.DataFrame:
-    """How many cells there are of each reading and direction, and the means of their wMPPC and floors."""
+    """The number of cells per reading and direction, and the means of their wMPPC and floors."""
     return cells.groupby(_DIRECTION).agg(cells=("wmppc", "size"), wmppc=("wmppc", "mean"), floor=("floor", "mean"))
 
 
 def layerwise_table(pairs: Sequence[tuple[str, str]], stores: Stores) -> pd.DataFrame:
-    """WMPPC and MPPC from each layer of one member to each of another, in both directions.
+    """wMPPC and MPPC between all layers of two members, in both directions.
 
-    ``floor`` is the wMPPC where the target's samples are shuffled; ``cka`` and ``mutual_knn`` are of the two
-    layers' global tokens, NaN for two seeds of one encoder.
+    ``floor`` is the wMPPC with the target's samples shuffled; ``cka`` and ``mutual_knn`` compare the global tokens of
+    the two layers, NaN for two seeds of one encoder.
 
     Raises:
-        StoreError: where a store is missing, or no feature of a member is active.
+        StoreError: if a store is missing, or no feature of a member is active.
     """
     rows = []
     members = {member for pair in pairs for member in pair}
@@ -533,15 +537,15 @@ def layerwise_table(pairs: Sequence[tuple[str, str]], stores: Stores) -> pd.Data
 def pair_table(a: str, b: str, stores: Stores) -> pd.DataFrame:
     """Every feature of two members with its best match in the other: the features of ``a``, then those of ``b``.
 
-    ``rho`` is the largest correlation with any feature of any layer of the target, ``match_feature`` of
-    ``match_layer``; both are -1, and rho is 0, for a feature that never varies. ``beyond_shuffled``: whether rho is
-    larger than with shuffled samples, as in `matrix_table`. ``log10_p``: the chance of so large a rho among unrelated
-    features by the paper's appendix B, NaN for a feature that never varies and for 3 samples or less. ``significant``:
-    whether Benjamini and Hochberg take it for shared by that chance, at a false discovery rate of 5% over the features
-    of one direction. That is too many: see `metrics.significance`.
+    ``rho`` is the largest correlation with any feature of any layer of the target, attained by ``match_feature`` of
+    ``match_layer``; both are -1, and rho is 0, for a constant feature. ``beyond_shuffled``: whether rho is larger than
+    with shuffled samples, as in `matrix_table`. ``log10_p``: the p-value of rho by the paper's appendix B, NaN for a
+    constant feature and for 3 samples or fewer. ``significant``: whether the feature counts as shared by that p-value,
+    by Benjamini and Hochberg at a false discovery rate of 5% over the features of one direction. These are too many:
+    see `metrics.significance`.
 
     Raises:
-        StoreError: where a store is missing, or no feature of a member is active.
+        StoreError: if a store is missing, or no feature of a member is active.
     """
     statistics = {member: stores.active(member) for member in (a, b)}
     tables = []
@@ -551,7 +555,7 @@ def pair_table(a: str, b: str, stores: Stores) -> pd.DataFrame:
         rho, match = (np.take_along_axis(of, best, 0)[0] for of in (pair.best.rho_ab, pair.best.match_ab))
         varying = pair.best.match_ab.max(axis=0) >= 0
         log10_p, significant = np.full(len(rho), np.nan), np.zeros(len(rho), bool)
-        log10_p[varying], significant[varying] = _chances(
+        log10_p[varying], significant[varying] = _significance(
             rho[varying], pair.samples, sum(active_counts(statistics[target]))
         )
         sizes, (S, density) = pair.best.sizes_a, side_by_side(of_source)
@@ -577,7 +581,7 @@ def pair_table(a: str, b: str, stores: Stores) -> pd.DataFrame:
 
 
 def read_direction(folder: Path, source: str, target: str) -> pd.DataFrame:
-    """The strengths and correlations of the source's features in a pair's table: ``source, target, strength, rho``."""
+    """Read the columns ``source, target, strength, rho`` of the source's features in a pair's table."""
     path = folder / f"{pair_name(as_member(source), as_member(target))}.parquet"
     columns = ["source", "target", "strength", "rho"]
     table = read_table(path, "pairs", columns, [("source", "==", source)])
@@ -587,12 +591,12 @@ def read_direction(folder: Path, source: str, target: str) -> pd.DataFrame:
 def sharedness_table(
     source: str, shared_with: Sequence[str], not_shared_with: Sequence[str], stores: Stores
 ) -> pd.DataFrame:
-    """The source's last-layer features by Comparative Sharedness, the most shared with G and least with H first.
+    """The source's last-layer features ranked by Comparative Sharedness: most shared with G and least with H first.
 
-    A feature's rho with a member is its best match in that member's last layer.
+    A feature's rho with a member is that of its best match in the member's last layer.
 
     Raises:
-        StoreError: where a store is missing, or no feature of a member is active.
+        StoreError: if a store is missing, or no feature of a member is active.
     """
     statistics = stores.active(source)
     for member in (*shared_with, *not_shared_with):
@@ -612,15 +616,15 @@ def ranking(
     shared_with: Sequence[str],
     not_shared_with: Sequence[str],
 ) -> pd.DataFrame:
-    """The F features of a layer by Comparative Sharedness; ``top`` marks the first 1%, as the paper reads them.
+    """Rank the F features of a layer by Comparative Sharedness; ``top`` marks the first 1%, as in the paper.
 
-    Ties keep the features' order. ``shared_with`` and ``not_shared_with`` hold the groups, members after a comma each.
+    Ties keep the features' order. ``shared_with`` and ``not_shared_with`` list the groups, separated by commas.
 
     Args:
-        source: the member they are of.
+        source: the member of the features.
         layer: the layer.
-        statistics: of that layer.
-        rho: ``[F]`` their best matches, by member of both groups.
+        statistics: statistics of that layer.
+        rho: ``[F]`` rho of their best matches, by member of both groups.
         shared_with: the group G.
         not_shared_with: the group H.
     """
@@ -649,19 +653,19 @@ def ranking(
 
 
 def top_count(features: int) -> int:
-    """How many of so many ranked features are the top: 1%, at least one."""
+    """Number of top features in a ranking: 1%, at least one."""
     return max(1, features // 100)
 
 
 def overlap_table(rankings: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """How many top features every two rankings of one source have in common, and how many they would have by chance.
+    """Number of top features that every two rankings of one source have in common, and the number expected by chance.
 
-    ``expected`` is top^2 / F, and ``log10_p`` the chance of so many or more, by the hypergeometric distribution.
+    ``expected`` is top^2 / F, and ``log10_p`` the probability of this many or more in the hypergeometric distribution.
 
     Args:
         rankings: tables of `sharedness_table`, by name.
     """
-    from scipy.stats import hypergeom  # slower to import than all that the other tables need
+    from scipy.stats import hypergeom  # slow to import
 
     rows = []
     for (first, a), (second, b) in combinations(sorted(rankings.items()), 2):
@@ -686,15 +690,15 @@ def overlap_table(rankings: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def named_features(
     ranking: pd.DataFrame, features: Sequence[int] = (), other: pd.DataFrame | None = None
 ) -> pd.DataFrame:
-    """The rows of a ranking that are named: by their features, or as the top of another ranking of its source too.
+    """Select rows of a ranking: given features, or those that are also at the top of another ranking of its source.
 
     Args:
         ranking: a table of `sharedness_table`.
-        features: the features to keep; all without it.
-        other: another such table of the same features; those kept are the top of both.
+        features: the features to keep; by default all.
+        other: another such table of the same features; only features at the top of both are kept.
 
     Raises:
-        StudyError: if one of the features is not among the ranking's, or if no feature is at the top of both.
+        StudyError: if one of the features is not in the ranking, or if no feature is at the top of both.
     """
     if other is not None:
         ranking = ranking[ranking.top & ranking.feature.isin(other.feature[other.top])]
@@ -702,7 +706,7 @@ def named_features(
             raise StudyError("no feature is at the top of both rankings; leave the other one out, or name features")
     unknown = sorted(set(features) - set(ranking.feature))
     if unknown:
-        raise StudyError(f"feature {unknown[0]} is not among the {len(ranking)} of the ranking")
+        raise StudyError(f"feature {unknown[0]} is not among the {len(ranking)} of the ranking; name one of them")
     return ranking[ranking.feature.isin(features) | (not features)].reset_index(drop=True)
 
 
@@ -710,7 +714,7 @@ def sae_table(members: Sequence[Member], saes: Path, features: Path) -> pd.DataF
     """Size and quality of every SAE: FVU, L0 and dead latents over all tokens and over global tokens.
 
     Raises:
-        StoreError: where an SAE's metrics are missing or unreadable.
+        StoreError: if an SAE's metrics are missing or unreadable.
     """
     rows = []
     for member in members:
@@ -720,11 +724,11 @@ def sae_table(members: Sequence[Member], saes: Path, features: Path) -> pd.DataF
             folder, record = sae_of(saes / member.encoder, layer, member.seed)
             if record["digest"] != digests[str(layer)]:
                 raise StoreError(
-                    f"{folder}: not the SAE that the features of {member} are of; delete these and run the features "
+                    f"{folder}: not the SAE that made the features of {member}; delete these and run the features "
                     f"stage again"
                 )
             try:
-                found = json.loads(sae_file(folder, "metrics.json", record).read_text(encoding="utf-8"))
+                quality = json.loads(sae_file(folder, "metrics.json", record).read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise StoreError(f"{folder}: no readable metrics ({error}); {REMEDY}") from None
             rows.append(
@@ -733,9 +737,9 @@ def sae_table(members: Sequence[Member], saes: Path, features: Path) -> pd.DataF
                     "seed": member.seed,
                     "layer": layer,
                     "latents": len(statistics.strength),
-                    "steps": found["steps"],
-                    **{f"{key}_all": found["all_tokens"][key] for key in ("fvu", "l0", "dead")},
-                    **{f"{key}_global": found["global_tokens"][key] for key in ("fvu", "l0", "dead")},
+                    "steps": quality["steps"],
+                    **{f"{key}_all": quality["all_tokens"][key] for key in ("fvu", "l0", "dead")},
+                    **{f"{key}_global": quality["global_tokens"][key] for key in ("fvu", "l0", "dead")},
                     "silent_features": int((statistics.density == 0).sum()),
                 }
             )
@@ -743,11 +747,11 @@ def sae_table(members: Sequence[Member], saes: Path, features: Path) -> pd.DataF
 
 
 def write_table(table: pd.DataFrame, out: Path) -> None:
-    """Write a table as CSV at ``out`` and as Parquet next to it, which says what the table's ``attrs`` do."""
-    said, table = table.attrs, table.copy(deep=False)
+    """Write a table as CSV to ``out`` and as Parquet next to it, which also records the table's ``attrs``."""
+    attributes, table = table.attrs, table.copy(deep=False)
     table.attrs = {}
     with atomic_output(out.with_suffix(".parquet"), PARQUET) as partial:
-        write_parquet(pa.Table.from_pandas(table, preserve_index=False), partial, out.stem, said)
+        write_parquet(pa.Table.from_pandas(table, preserve_index=False), partial, out.stem, attributes)
     with atomic_output(out, CSV) as partial:
         table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
 
@@ -755,33 +759,35 @@ def write_table(table: pd.DataFrame, out: Path) -> None:
 def read_table(
     path: Path, kind: str, columns: Sequence[str] | None = None, filters: Sequence[tuple[str, str, Any]] | None = None
 ) -> pd.DataFrame:
-    """A table of `write_table`, as Parquet, which is checked, or as CSV, of which nothing but its columns can be.
+    """Read a table of `write_table`: Parquet, whose seal is checked, or CSV, where only the columns can be checked.
 
     Args:
         path: the table.
-        kind: what table it is, such as ``"matrix"``.
-        columns: of Parquet, those to read; all without it.
-        filters: of Parquet, the rows to read.
+        kind: kind of the table, such as ``"matrix"``.
+        columns: columns to read from Parquet; by default all.
+        filters: rows to read from Parquet.
 
     Returns:
-        The table; its ``attrs`` are what it says of itself.
+        The table; its ``attrs`` are its record.
 
     Raises:
-        StoreError: where there is none, it is damaged, of another kind, or lacks rows.
+        StoreError: if the table is missing, damaged, of another kind, or has no rows.
     """
     stage = kind if kind in _STAGES else "metrics"
     if path.suffix == ".csv":
         try:
-            # A text is as it is written: an encoder may be called NA, or 007.
+            # Keep texts unconverted: an encoder may be called NA, or 007.
             table = pd.read_csv(path, dtype=dict.fromkeys(_TEXTS, str), keep_default_na=False, na_values=[""])
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise StoreError(f"{path}: no such table; run the {stage} stage") from None
         except (OSError, ValueError) as error:
-            said = " ".join(str(error).split())
-            raise StoreError(f"{path}: no readable table ({said}); delete it and run the {stage} stage again") from None
+            message = " ".join(str(error).split())
+            raise StoreError(
+                f"{path}: no readable table ({message}); delete it and run the {stage} stage again"
+            ) from None
     else:
-        found, record = read_parquet(path, stage, columns, filters)
-        table = found.to_pandas()
+        stored, record = read_parquet(path, stage, columns, filters)
+        table = stored.to_pandas()
         table.attrs = record
     fault = _fault(table, kind, columns)
     if fault is not None:
@@ -790,22 +796,22 @@ def read_table(
 
 
 def _fault(table: pd.DataFrame, kind: str, columns: Sequence[str] | None) -> str | None:
-    """What keeps a table from being one of its kind, of which some columns were read, or all; None if nothing does."""
+    """Describe why a table, or the columns read from it, is not of its kind; None if it is."""
     keys, others = _COLUMNS[kind]
     read = columns or (*keys, *others)
     missing = next((name for name in read if name not in table.columns), None)
     if missing is not None:
-        return f"no table of the kind {kind}, without a column {missing}"
+        return f"not a table of the kind {kind}: it has no column {missing}"
     if table.empty:
         return None if kind in _MAYBE_EMPTY else f"a table of the kind {kind} without rows"
-    wordy = next((name for name in read if name not in _TEXTS and not is_numeric_dtype(table[name])), None)
-    if wordy is not None:
-        return f"no table of the kind {kind}, with something else than numbers in its column {wordy}"
+    not_numeric = next((name for name in read if name not in _TEXTS and not is_numeric_dtype(table[name])), None)
+    if not_numeric is not None:
+        return f"not a table of the kind {kind}: its column {not_numeric} has values that are not numbers"
     if columns is not None:
         return None
     blank = next((name for name in (*keys, *others) if name in _NEVER_BLANK and table[name].isna().any()), None)
     if blank is not None:
-        return f"no table of the kind {kind}, with an empty cell in its column {blank}"
+        return f"not a table of the kind {kind}: its column {blank} has an empty cell"
     if table.duplicated(list(keys)).any():
-        return f"no table of the kind {kind}, with two rows of one {', '.join(keys)}"
+        return f"not a table of the kind {kind}: it has two rows with the same {', '.join(keys)}"
     return None

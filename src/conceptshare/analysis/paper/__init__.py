@@ -1,6 +1,6 @@
-"""The numbers that the paper printed, and how far a study's agree with them.
+"""The paper's printed values, and a study's agreement with them.
 
-Beside this file, ``wmppc.csv`` has its Tables 6 to 21 and ``modality_averages.csv`` its Table 3 (arXiv 2507.18512).
+In this folder, ``wmppc.csv`` holds its Tables 6 to 21 and ``modality_averages.csv`` its Table 3 (arXiv 2507.18512).
 """
 
 from pathlib import Path
@@ -10,56 +10,56 @@ import pandas as pd
 from conceptshare.io.errors import StudyError
 from conceptshare.metrics import correlation, modality_averages
 
-# The readings that the paper has, by what it calls their layers.
+# The paper's readings, by its name for their layers.
 _READINGS = {"all": "layer_mean", "last": "last"}
-# Of the paper's names, those that do not end in their modality.
+# Text encoders whose names in the paper do not end in the modality.
 _TEXT_ENCODERS = ("bert", "deberta")
 _DIRECTIONS = ("image to image", "image to text", "text to image", "text to text")
 _FOLDER = Path(__file__).parent
 
 
 def compare(table: pd.DataFrame, dataset: str, size: str) -> pd.DataFrame:
-    """Each cell of a wMPPC matrix that the paper has too, beside the paper's number.
+    """The cells of a wMPPC matrix that are also in the paper, next to the paper's values.
 
-    A member is the paper's encoder of its name without the seed, without ``.reference`` and without the size: it is
-    ``clip-image-large@0`` that is compared with the large ``clip-image``. Where several members are the same encoder of
-    the paper, the first of the table counts. ``layer_mean`` is what the paper has for all layers. Cells of an encoder
-    with itself are left out.
+    A member's name without the seed, ``.reference`` and the size is that of the paper's encoder: ``clip-image-large@0``
+    is compared with the large ``clip-image``. If several members are the same encoder of the paper, the first one in
+    the table is used. The paper's values for all layers are ``layer_mean``. Cells of an encoder with itself are left
+    out.
 
     Args:
         table: the tidy matrix table, with at least ``source, target, reading, wmppc, low, high``.
         dataset: ``coco``, ``laion`` or ``flowers``.
-        size: of the encoders, ``large`` or ``base``.
+        size: size of the encoders, ``large`` or ``base``.
 
     Returns:
-        ``reading, source, target, ours, low, high, paper, difference``, a row a cell in the table's order. Source and
-        target have the paper's names, and the difference is ours less the paper's.
+        ``reading, source, target, ours, low, high, paper, difference``, one row per cell in the table's order. Source
+        and target have the paper's names, and the difference is ours minus the paper's.
 
     Raises:
-        StudyError: where the paper has no such data set and size, or no cell of the table.
+        StudyError: if the paper has no such data set and size, or no cell of the table.
     """
     printed = _printed("wmppc.csv", dataset, size)
-    both = _renamed(table, size).merge(printed, on=["reading", "source", "target"], suffixes=("", "_of_paper"))
+    both = _with_paper_names(table, size).merge(printed, on=["reading", "source", "target"], suffixes=("", "_of_paper"))
     both = both[both.source != both.target]
     if both.empty:
         members = dict.fromkeys([*table["source"], *table["target"]])
         raise StudyError(
-            f"no two of the encoders {', '.join(members)} are among the paper's {size} ones on {dataset}; it has "
-            f"{', '.join(dict.fromkeys(printed.source))}, which are compared under these names and with -{size} added"
+            f"no two of the encoders {', '.join(members)} are among the paper's {size} encoders on {dataset}; use "
+            f"{', '.join(dict.fromkeys(printed.source))}, with or without -{size} at the end of the name"
         )
-    return _beside(both, ["source", "target"])
+    return _with_difference(both, ["source", "target"])
 
 
 def agreement(cells: pd.DataFrame) -> pd.DataFrame:
-    """How far a study's numbers agree with the paper's, for each reading.
+    """Agreement of a study's values with the paper's, per reading.
 
     Args:
-        cells: what `compare` gives. Cells without a number of ours are left out.
+        cells: the result of `compare`. Cells without a value of ours are left out.
 
     Returns:
-        ``reading, cells, spearman, pearson, mean_absolute_difference``, which are how many cells, the correlation of
-        their ranks (ties have their mean rank) and of their values, NaN where one side does not vary, and the mean of
-        the absolute differences.
+        ``reading, cells, spearman, pearson, mean_absolute_difference``: the number of cells, the correlation of their
+        ranks (ties have their mean rank) and of their values, NaN if one side is constant, and the mean absolute
+        difference.
     """
     rows = []
     for reading, of_reading in cells.groupby("reading", sort=False):
@@ -78,27 +78,27 @@ def agreement(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def table_3(table: pd.DataFrame, dataset: str, size: str) -> pd.DataFrame:
-    """The mean wMPPC from each modality to each in the way of the paper's Table 3, next to what it printed.
+    """The mean wMPPC between modalities as in the paper's Table 3, next to the printed values.
 
-    The means are over the paper's ten encoders of the size that are in the table, each paired with the others. Without
-    MambaVision, that is, of which the paper has the last layer alone.
+    The means are over the pairs of the paper's ten encoders of that size that are in the table, without MambaVision,
+    for which the paper only has the last layer.
 
     Args:
-        table: as for `compare`.
-        dataset: as for `compare`.
-        size: as for `compare`.
+        table: as in `compare`.
+        dataset: as in `compare`.
+        size: as in `compare`.
 
     Returns:
         The columns ``image to image``, ``image to text``, ``text to image`` and ``text to text``, and the rows
-        ``layer_mean`` and ``last``, each followed by the paper's, such as ``last (paper)``, which is NaN if one of the
-        ten encoders is missing.
+        ``layer_mean`` and ``last``, each followed by the paper's row, such as ``last (paper)``, which is NaN if one of
+        the ten encoders is missing.
 
     Raises:
         StudyError: if the paper has no such data set and size.
     """
     cells = _printed("wmppc.csv", dataset, size)
     encoders = set(cells.source[cells.layers == "all"])
-    ours = _renamed(table, size)
+    ours = _with_paper_names(table, size)
     ours = ours[ours.source.isin(encoders) & ours.target.isin(encoders)]
     rows: dict[str, dict[str, float]] = {}
     for printed in _printed("modality_averages.csv", dataset, size).to_dict("records"):
@@ -113,7 +113,7 @@ def table_3(table: pd.DataFrame, dataset: str, size: str) -> pd.DataFrame:
 
 
 def modality(name: str) -> str:
-    """What an encoder of the paper reads, ``image`` or ``text``, by the paper's name of it."""
+    """The modality of an encoder, ``image`` or ``text``, from the paper's name for it."""
     return "text" if name.endswith("-text") or name in _TEXT_ENCODERS else "image"
 
 
@@ -122,18 +122,18 @@ def _read(name: str) -> pd.DataFrame:
 
 
 def _printed(name: str, dataset: str, size: str) -> pd.DataFrame:
-    """What the paper printed for a data set and a size, with our names of the readings."""
+    """The paper's printed values for a data set and a size, with our names of the readings."""
     table = _read(name)
     chosen = table[(table.dataset == dataset) & (table["size"] == size)]
     if chosen.empty:
         known = table[["size", "dataset"]].drop_duplicates().itertuples(index=False)
-        has = ", ".join(f"{of_size} ones on {data}" for of_size, data in known)
-        raise StudyError(f"the paper has no {size} encoders on {dataset}; it has {has}")
+        available = ", ".join(f"{of_size} encoders on {data}" for of_size, data in known)
+        raise StudyError(f"the paper has no {size} encoders on {dataset}; it has {available}")
     return chosen.assign(reading=chosen.layers.map(_READINGS))
 
 
-def _renamed(table: pd.DataFrame, size: str) -> pd.DataFrame:
-    """A matrix table under the paper's names of its encoders, with the first member of each."""
+def _with_paper_names(table: pd.DataFrame, size: str) -> pd.DataFrame:
+    """A matrix table with the paper's names of its encoders, restricted to the first member of each."""
     names: dict[str, str] = {}
     for member in dict.fromkeys([*table["source"], *table["target"]]):
         name = _paper_name(member, size)
@@ -148,7 +148,7 @@ def _paper_name(member: str, size: str) -> str:
     return encoder.removesuffix(".reference").removesuffix(f"-{size}")
 
 
-def _beside(both: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    renamed = both.rename(columns={"wmppc": "ours", "wmppc_of_paper": "paper"}).reset_index(drop=True)
-    renamed["difference"] = renamed.ours - renamed.paper
-    return renamed[["reading", *keys, "ours", "low", "high", "paper", "difference"]]
+def _with_difference(both: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    cells = both.rename(columns={"wmppc": "ours", "wmppc_of_paper": "paper"}).reset_index(drop=True)
+    cells["difference"] = cells.ours - cells.paper
+    return cells[["reading", *keys, "ours", "low", "high", "paper", "difference"]]
