@@ -1,4 +1,4 @@
-# Two commands: `make demo` runs the default study, `make test` runs every test. Both make .venv first.
+# `make demo` runs the default study, `make test` runs all tests. Both create .venv first.
 PYTHON ?= python3
 CORES ?= 2
 BIN := .venv/bin
@@ -33,7 +33,7 @@ docs: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks
 
-# Everything comes from the lock, so nothing is resolved or added during the install.
+# All versions come from the lock, so the install does not resolve dependencies.
 $(READY): requirements.lock demo/requirements.txt tests/requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-deps -r requirements.lock
@@ -41,7 +41,7 @@ $(READY): requirements.lock demo/requirements.txt tests/requirements.txt pyproje
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $(READY)
 
-# Update the lock to the requirements of pyproject.toml, for every platform and Python from 3.11 on. Needs uv.
+# Update the lock from the requirements in pyproject.toml, for all platforms and Python 3.11 and later. Needs uv.
 lock:
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 		--all-extras pyproject.toml --output-file requirements.lock

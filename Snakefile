@@ -1,4 +1,4 @@
-# The workflow lives in workflow/, where workflow catalogs and deployment tools look for it.
+# The workflow is in workflow/, where workflow catalogs and deployment tools expect it.
 include: "workflow/Snakefile"
 
 
