@@ -195,7 +195,7 @@ def test_stores_of_different_samples_are_refused_in_one_line(run, stores, featur
         status, _, errors = run(*arguments)
         assert status == 1
         assert errors.count("\n") == 1
-        assert "bert@2.zarr are of different samples, or in another order; make both from the same data set" in errors
+        assert "bert@2.zarr have different samples, or another order; make both from the same data set" in errors
 
 
 def test_a_store_without_an_active_feature_is_refused_in_one_line(run, stores, groups, tmp_path, write_features):

@@ -207,7 +207,7 @@ def test_a_layer_that_is_the_same_for_all_samples_has_empty_fields(two_stores, t
 def test_stores_of_different_samples_are_refused(two_stores, tmp_path, write_activations, related):
     (path_a, _), _ = two_stores
     path = write_activations(tmp_path / "c.zarr", {0: list(related[0][:, None])}, content_hash="others")
-    with pytest.raises(StoreError, match=r"a\.zarr and .*c\.zarr are of different samples"):
+    with pytest.raises(StoreError, match=r"a\.zarr and .*c\.zarr have different samples"):
         compare_stores(path_a, path, tmp_path / "out.csv")
     assert not (tmp_path / "out.csv").exists()
 

@@ -871,7 +871,7 @@ def test_what_has_no_correlations_is_refused_in_one_line(change, message, rng):
 
 
 def test_an_unknown_precision_is_refused(rng):
-    with pytest.raises(NumericsError, match="precision 'float16': take one of float32, bfloat16"):
+    with pytest.raises(NumericsError, match="precision 'float16': use one of float32, bfloat16"):
         max_correlations(rng.random((20, 3)), rng.random((20, 3)), precision="float16")
 
 

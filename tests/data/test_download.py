@@ -559,9 +559,9 @@ def test_what_became_of_the_addresses_is_reported(server, make, capsys):
     server.pages["/busy"] = answer(b"", 503)
     rows = [*fine(server, 3), "/dead", "/busy"]
     make(rows)
-    assert "images: 3 fetched, 0 were there, 2 failed (1 for a reason that may pass)" in capsys.readouterr().err
+    assert "images: 3 fetched, 0 were there, 2 failed (1 with a transient error)" in capsys.readouterr().err
     make(rows)
-    assert "images: 0 fetched, 3 were there, 2 failed (1 for a reason that may pass)" in capsys.readouterr().err
+    assert "images: 0 fetched, 3 were there, 2 failed (1 with a transient error)" in capsys.readouterr().err
 
 
 def test_what_became_of_the_addresses_is_said_on_the_way_too(server, make, capsys, monkeypatch):

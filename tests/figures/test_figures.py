@@ -520,7 +520,7 @@ def test_a_ranking_is_drawn_of_its_own_features_and_samples_alone(tmp_path, data
     for suffix in ("csv", "parquet"):
         said = f"a.{suffix}: ranks the features of clip_image@0, and {bert} is of bert@0; give clip_image@0.zarr"
         assert said in refused(features=bert, table=tmp_path / f"a.{suffix}")
-    assert "are of different samples" in refused(features=shuffled)
+    assert "have different samples" in refused(features=shuffled)
     for other in lacking:
         assert f"a.csv: ranks features of layer 3 that {other} does not have" in refused(features=other)
     names = ["names", "--features", bert, "--data", tmp_path / "data", "--out", tmp_path / "names.parquet"]

@@ -1,18 +1,18 @@
 """Stage `correlations`: for every pair of layers of two encoders, each feature's best match in the other.
 
 `results/{dataset}/correlations/{sae}/{a}__{b}.zarr` holds both directions. The features of all layers of an encoder
-stand side by side, ``sizes_a [L_A]`` and ``sizes_b [L_B]`` telling how many each layer has:
+are concatenated; ``sizes_a [L_A]`` and ``sizes_b [L_B]`` are the numbers of features per layer:
 
-- ``rho_ab [L_B, F_A]`` float32: the largest Pearson correlation of a feature of A with any of a layer of B, and
-  ``match_ab [L_B, F_A]`` int32: which feature of that layer it is;
-- ``floor_ab [L_B, f_A]`` float32: the same rho of the first ``floor_sizes_a [L_A]`` features of each layer of A, where
-  B's samples are shuffled;
+- ``rho_ab [L_B, F_A]`` float32: the largest Pearson correlation of a feature of A with any feature of a layer of B, and
+  ``match_ab [L_B, F_A]`` int32: that feature's index in its layer;
+- ``floor_ab [L_B, f_A]`` float32: the same rho for the first ``floor_sizes_a [L_A]`` features of each layer of A, with
+  B's samples shuffled;
 - ``influence_ab [3, N]`` float32: each sample's influence on the wMPPC from A to B, by reading;
 - ``rho_ba [L_A, F_B]`` and so on: the same from B to A;
-- ``full/layer-NN__layer-MM [F_a, F_b]`` float32: all correlations of two layers, where they were asked for.
+- ``full/layer-NN__layer-MM [F_a, F_b]`` float32: the full correlation matrix of two layers, if requested.
 
-Both directions are the row and the column maxima of one matrix, so one product serves both. The matrix never exists
-but for a tile: features are standardised and multiplied a panel at a time, as wide as a memory budget allows.
+Both directions are the row and column maxima of one matrix, so one product serves both. Only a tile of the matrix is in
+memory: features are standardised and multiplied in panels, as wide as the memory budget allows.
 """
 
 from typing import TYPE_CHECKING

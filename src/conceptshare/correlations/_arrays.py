@@ -1,4 +1,4 @@
-"""Arrays of features as callers have them: checked once, where they come in."""
+"""Validation and conversion of the arrays that callers pass."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -15,23 +15,23 @@ _GIVE = "give dense NumPy, torch or Zarr arrays [samples, features], one for eac
 
 
 class Array(NamedTuple):
-    """What is known of an array that is not read yet."""
+    """Metadata of an array that is not read yet."""
 
     name: str
-    """For messages."""
+    """Name for error messages."""
     remedy: str
-    """What to do where a value is not finite, for messages."""
+    """Remedy for a value that is not finite, for error messages."""
     value_bytes: int
-    """Of a value as it is stored."""
+    """Size of a stored value in bytes."""
 
 
 def as_layers(side: Any, name: str) -> tuple[list[Any], list[Array]]:
-    """The layers of one side, and what is known of each. One array alone is one layer.
+    """The layers of one side, with metadata of each. A single array is one layer.
 
     Each layer has a shape, and is read by slices of both axes.
 
     Raises:
-        NumericsError: where there is none, or one is no dense matrix of real numbers with a column at least.
+        NumericsError: if there is no layer, or one is not a dense matrix of real numbers with at least one column.
     """
     if _is_array(side):
         given = {name: side}
@@ -44,7 +44,7 @@ def as_layers(side: Any, name: str) -> tuple[list[Any], list[Array]]:
 
 
 def _is_array(side: Any) -> bool:
-    # A nested tensor has no shape, and raises where it is asked for one.
+    # A nested tensor raises if its shape is accessed.
     return isinstance(side, Tensor) or any(
         hasattr(side, name) for name in ("shape", "__array__", "__array_interface__")
     )
@@ -53,9 +53,11 @@ def _is_array(side: Any) -> bool:
 def _layer(layer: Any, name: str) -> tuple[Any, Array]:
     kind = f"{name}, a {type(layer).__module__}.{type(layer).__qualname__},"
     if hasattr(layer, "todense") or (isinstance(layer, Tensor) and layer.layout is not torch.strided):
-        raise NumericsError(f"{kind} is sparse; give a dense array, as .toarray() of SciPy and .to_dense() of torch do")
+        raise NumericsError(
+            f"{kind} is sparse; give a dense array, such as .toarray() in SciPy or .to_dense() in torch"
+        )
     if np.ma.is_masked(layer):
-        raise NumericsError(f"{kind} has masked values; fill them, with .filled(0) say, or leave their samples out")
+        raise NumericsError(f"{kind} has masked values; fill them, such as with .filled(0), or leave their samples out")
     try:
         if hasattr(layer, "to_numpy"):  # a data frame
             layer = layer.to_numpy()
@@ -76,19 +78,19 @@ def _layer(layer: Any, name: str) -> tuple[Any, Array]:
 
 
 def as_tensor(values: Any, device: torch.device) -> Tensor:
-    """An array's values on a device.
+    """Copy an array's values to a device.
 
     Raises:
-        NumericsError: where they are no real numbers.
+        NumericsError: if they are not real numbers.
     """
     if not isinstance(values, Tensor):
         values = np.asarray(values)
         if values.dtype.kind not in "fiub" or values.dtype.itemsize > 8:
             raise NumericsError(f"values of type {values.dtype}: give real numbers, as .astype(float) makes them")
-        # What torch takes as it is: native order of bytes, strides forwards, and memory that it may write to.
+        # torch requires native byte order, positive strides and writable memory.
         native = values.astype(values.dtype.newbyteorder("="), copy=not values.flags.writeable)
         native = np.ascontiguousarray(native)
-        # To NumPy, an axis of one value is contiguous whatever its stride.
+        # For NumPy, an axis of length one is contiguous with any stride.
         if any(stride < 0 or stride % native.itemsize for stride in native.strides):
             native = native.copy()
         values = torch.from_numpy(native)
@@ -99,7 +101,7 @@ def as_tensor(values: Any, device: torch.device) -> Tensor:
 
 
 def sizes_of(layers: Sequence[Any]) -> NDArray[np.int64]:
-    """``[L]`` features of each layer."""
+    """``[L]`` number of features per layer."""
     return np.array([layer.shape[1] for layer in layers], np.int64)
 
 
@@ -107,7 +109,7 @@ def sample_count(layers: Sequence[Any]) -> int:
     """The number of samples that all layers have.
 
     Raises:
-        NumericsError: where they have different ones, or fewer than two.
+        NumericsError: if their numbers differ, or are below two.
     """
     counts = {int(layer.shape[0]) for layer in layers}
     if len(counts) != 1:

@@ -27,25 +27,26 @@ from conceptshare.io.errors import NumericsError
 from conceptshare.io.progress import progress
 from conceptshare.io.readers import MaxCorrelations
 
-# A rare feature is a little below its mean nearly everywhere. Added one by one in float32 to a sum near 1, as a product
-# of few columns adds them, 100,000 such samples are lost, and with them the third digit. Wide products add in blocks.
+# A sparse feature is slightly below its mean on nearly all samples. If 100,000 such values are added one by one in
+# float32 to a sum near 1, as in products of few columns, they are lost, which costs the third digit. Wide products add
+# in blocks.
 _SUMMED, _SUMMED_NARROW, _NARROW = 8192, 512, 256
 _GROUP = 32
 
 
 Full = Mapping[tuple[int, int], Any]
-"""Arrays to write whole matrices of correlations ``[F_a, F_b]`` to, by the positions of A's and of B's layer."""
+"""Arrays for full correlation matrices ``[F_a, F_b]``, by the positions of A's and B's layer."""
 
 
 class Kept(NamedTuple):
-    """Where a computation that was cut off can go on."""
+    """State from which an interrupted computation can resume."""
 
-    found: MaxCorrelations
+    best: MaxCorrelations
     """The maxima so far."""
     steps: int
-    """Steps that are in them: each is a panel of B with a group of panels of A."""
+    """Number of finished steps; each is a panel of B with a group of panels of A."""
     blocks: Blocks
-    """How the work was cut. Cut another way, as to another budget, its steps are others, and it starts anew."""
+    """Partition of the work. With another partition, such as for another budget, the computation starts over."""
 
 
 @full_float32()
@@ -61,33 +62,32 @@ def max_correlations(
 ) -> MaxCorrelations:
     """Correlate every feature of A with every feature of B over the same samples.
 
-    A feature with zero variance has no correlation: its rho is 0, its match -1, and it is nobody's best match.
-    Operands are standardised once, or where they do not fit the budget as often as they are needed. In float32 the
-    error of a correlation is below 1e-5: means and lengths are of float64 sums (on a CPU, of sums over some rows in
-    float32), products are summed in float32. In bfloat16 it is below 2e-3 for features as SAEs give them, and below
-    2^-7 for any.
+    A constant feature has no correlation: its rho is 0, its match -1, and it is never a best match. Operands are
+    standardised once, or, if they do not fit the budget, as often as they are needed. In float32 the error of a
+    correlation is below 1e-5: means and norms are computed from float64 sums (on a CPU, from sums over blocks of rows
+    in float32), products are summed in float32. In bfloat16 the error is below 2e-3 for SAE features, and below 2^-7
+    for any features.
 
     Args:
-        a: for each layer of A, an array ``[N, F]`` of real numbers: NumPy, torch or Zarr, or what NumPy makes one of,
-            such as a data frame. Only Zarr and what else is read in slices need not fit memory. One array alone is one
-            layer.
-        b: the same of B.
-        memory_bytes: bound of the working memory, of the GPU's where there is one; without it 1 GiB, or four fifths of
-            what is free on the GPU. What is returned comes on top.
-        precision: what standardised features are rounded to. ``bfloat16`` is for NVIDIA GPUs; a CPU computes in
-            float32.
-        full: arrays to write whole matrices to, for pairs of layers.
-        what: the step's name in the progress report.
-        kept: where to go on.
-        keep: called with where to go on, after each step.
+        a: for each layer of A, an array ``[N, F]`` of real numbers: NumPy, torch or Zarr, or anything that NumPy
+            converts, such as a data frame. Only Zarr and other arrays that are read in slices may exceed memory. A
+            single array is one layer.
+        b: the same for B.
+        memory_bytes: limit of the working memory, on the GPU if there is one; by default 1 GiB, or four fifths of the
+            free memory of the GPU. The result is not included.
+        precision: precision of standardised features. ``bfloat16`` is for NVIDIA GPUs; a CPU computes in float32.
+        full: arrays for full matrices, for pairs of layers.
+        what: name of the step in the progress report.
+        kept: state to resume from.
+        keep: called with the state after each step.
 
     Raises:
-        NumericsError: where something is no such array, is sparse or has masked values, sample counts differ, a value
-            is not finite, or the budget cannot hold the least block.
+        NumericsError: if an argument is not such an array, is sparse or has masked values, sample counts differ, a
+            value is not finite, or the budget cannot hold the smallest block.
     """
     (layers_a, known_a), (layers_b, known_b) = as_layers(a, "a"), as_layers(b, "b")
     if precision not in get_args(Precision):
-        raise NumericsError(f"precision {precision!r}: take one of {', '.join(get_args(Precision))}")
+        raise NumericsError(f"precision {precision!r}: use one of {', '.join(get_args(Precision))}")
     N = sample_count([*layers_a, *layers_b])
     device = default_device()
     sizes_a, sizes_b = sizes_of(layers_a), sizes_of(layers_b)
@@ -104,10 +104,10 @@ def max_correlations(
     done = 0
     if kept is not None and kept.blocks == plan:
         done = kept.steps
-        best_ab.go_on(kept.found.rho_ab, kept.found.match_ab)
-        best_ba.go_on(kept.found.rho_ba, kept.found.match_ba)
+        best_ab.restore(kept.best.rho_ab, kept.best.match_ab)
+        best_ba.restore(kept.best.rho_ba, kept.best.match_ba)
 
-    def found() -> MaxCorrelations:
+    def result() -> MaxCorrelations:
         return MaxCorrelations(*best_ab.result(), *best_ba.result(), sizes_a, sizes_b)
 
     size = plan.group or 1
@@ -123,8 +123,8 @@ def max_correlations(
                 if full and (panel_a.layer, panel_b.layer) in full:
                     _write_full(full[panel_a.layer, panel_b.layer], panel_a, panel_b, columns_a, columns_b, r)
             if keep is not None:
-                keep(Kept(found(), step + 1, plan))
-    return found()
+                keep(Kept(result(), step + 1, plan))
+    return result()
 
 
 def _budget(memory_bytes: int | None, device: torch.device) -> int:
@@ -134,7 +134,7 @@ def _budget(memory_bytes: int | None, device: torch.device) -> int:
 
 
 class _Side:
-    """The panels of one encoder, and what standardises each."""
+    """The panels of one encoder, with the statistics that standardise them."""
 
     def __init__(self, layers: Sequence[Any], known: Sequence[Array], plan: Blocks, device: torch.device) -> None:
         self.layers, self.rows, self.device = layers, plan.rows, device
@@ -147,11 +147,11 @@ class _Side:
         self._standards: dict[Panel, Standard] = {}
 
     def read(self, panel: Panel, start: int) -> Any:
-        """Values of a panel as they are stored, of the samples from ``start`` on, ``[rows, width]`` at most."""
+        """Stored values of a panel for the samples from ``start`` on, at most ``[rows, width]``."""
         return self.layers[panel.layer][start : start + self.rows, panel.first : panel.first + panel.width]
 
     def block(self, panel: Panel, values: Any, memory: Memory) -> Block:
-        """What was read of a panel, standardised."""
+        """Standardise values that were read from a panel."""
         x = as_tensor(values, self.device)
         N = self.layers[0].shape[0]
         if panel not in self._standards:
@@ -165,7 +165,7 @@ class _Side:
         return standardised(x, self._standards[panel], memory)
 
     def columns(self, panel: Panel) -> NDArray[np.int64]:
-        """The features of a panel that vary, in the order of its blocks' columns."""
+        """The non-constant features of a panel, in the order of its blocks' columns."""
         columns: NDArray[np.int64] = self._standards[panel].columns.cpu().numpy()
         return columns
 
@@ -175,7 +175,7 @@ Step = tuple[list[Panel], Panel]
 
 
 class _Tiles:
-    """Correlations ``[v_a, v_b]`` of the panels of each step, one tile at a time in the same memory."""
+    """Correlations ``[v_a, v_b]`` of the panels of each step, tile by tile, reusing the same memory."""
 
     def __init__(
         self, a: _Side, b: _Side, steps: Sequence[Step], plan: Blocks, N: int, rounded_to: torch.dtype
@@ -190,7 +190,7 @@ class _Tiles:
         self._kept: list[Block] = []
 
     def close(self) -> None:
-        """End the thread that reads ahead: it would not survive being collected while Python starts another."""
+        """End the prefetching thread; if it were garbage-collected while a thread starts, Python could hang."""
         self._read.close()
 
     def of_step(self) -> Iterator[tuple[Panel, Panel, Tensor]]:
@@ -209,11 +209,11 @@ class _Tiles:
         for n, panel_a in enumerate(group):
             if n == len(self._kept):
                 self._kept.append(self._a.block(panel_a, next(self._read), self._memory_a[n]))
-            self._product.add(self._kept[n], block_b, anew=True)
+            self._product.add(self._kept[n], block_b, reset=True)
             yield panel_a, panel_b, self._product.correlations()
 
     def _loads(self) -> Iterator[Callable[[], Any]]:
-        """What the steps read, in their order."""
+        """Yield the reads of all steps in order."""
         before: list[Panel] = []
         for group, panel_b in self._steps:
             if len(self._starts) > 1:
@@ -228,7 +228,7 @@ class _Tiles:
 
 
 def _read_ahead(loads: Iterator[Callable[[], Any]]) -> Generator[Any, None, None]:
-    """What each load gives, read while the one before is worked on."""
+    """Yield the result of each load, with prefetching of the next one."""
     with ThreadPoolExecutor(1) as pool:
         ahead = None
         for load in loads:
@@ -241,34 +241,34 @@ def _read_ahead(loads: Iterator[Callable[[], Any]]) -> Generator[Any, None, None
 
 
 class _Product:
-    """Correlations as a sum of products of blocks of samples, in memory that is used again for the next ones."""
+    """Correlations as a sum of products of blocks of samples, reusing the same memory."""
 
     def __init__(self, device: torch.device, rounded_to: torch.dtype) -> None:
         self._rounded = rounded_to == torch.bfloat16
         self._memory, self._part = Memory(torch.float32, device), Memory(torch.float32, device)
 
-    def add(self, a: Block, b: Block, anew: bool) -> None:
-        """Add the products of some samples, or start with them."""
-        if anew:
+    def add(self, a: Block, b: Block, reset: bool) -> None:
+        """Add the products of a block of samples, after a reset if requested."""
+        if reset:
             self._sum = self._memory.view(a.values.shape[1], b.values.shape[1]).zero_()
             self._squares_a, self._squares_b = torch.zeros_like(a.squares), torch.zeros_like(b.squares)
         r = self._sum
         self._squares_a += a.squares
         self._squares_b += b.squares
-        at_once = _SUMMED_NARROW if min(r.shape) < _NARROW else _SUMMED
-        for start in range(0, len(a.values), at_once):
-            one, other = a.values[start : start + at_once].T, b.values[start : start + at_once]
+        rows = _SUMMED_NARROW if min(r.shape) < _NARROW else _SUMMED
+        for start in range(0, len(a.values), rows):
+            one, other = a.values[start : start + rows].T, b.values[start : start + rows]
             if self._rounded:
                 r.add_(torch.mm(one, other, out_dtype=torch.float32))
             else:
                 r.add_(torch.mm(one, other, out=self._part.view(*r.shape)))
 
     def correlations(self) -> Tensor:
-        """``[v_a, v_b]`` float32, until more is added."""
+        """``[v_a, v_b]`` float32, valid until more is added."""
         r = self._sum
         if self._rounded:
             r.mul_(self._squares_a.rsqrt()[:, None]).mul_(self._squares_b.rsqrt())
-        # Rounding can take a perfect correlation a little beyond 1, where artanh has no value.
+        # Rounding can push a perfect correlation slightly beyond 1, where artanh is undefined.
         return r.clamp_(-1, 1)
 
 
@@ -279,8 +279,8 @@ class _Best:
         self._rho = np.full((layers, count), -np.inf, np.float32)
         self._match = np.full((layers, count), -1, np.int32)
 
-    def go_on(self, rho: NDArray[np.float32], match: NDArray[np.int32]) -> None:
-        """Take over what `result` gave."""
+    def restore(self, rho: NDArray[np.float32], match: NDArray[np.int32]) -> None:
+        """Restore the maxima from an earlier `result`."""
         self._rho = np.where(match < 0, np.float32(-np.inf), rho)
         self._match = match.copy()
 
@@ -294,21 +294,21 @@ class _Best:
         rho: Tensor,
         match: Tensor,
     ) -> None:
-        """Take in the maxima ``rho`` of a panel's ``columns``, at places ``match`` of the columns ``matched``."""
-        places = panel.start + columns
-        found = rho.cpu().numpy()
+        """Merge the maxima ``rho`` of a panel's ``columns``, at indices ``match`` into the columns ``matched``."""
+        indices = panel.start + columns
+        values = rho.cpu().numpy()
         numbers = first + matched[match.cpu().numpy()]
-        better = found > self._rho[layer, places]
-        self._rho[layer, places[better]] = found[better]
-        self._match[layer, places[better]] = numbers[better]
+        better = values > self._rho[layer, indices]
+        self._rho[layer, indices[better]] = values[better]
+        self._match[layer, indices[better]] = numbers[better]
 
     def result(self) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        """The maxima; 0 and -1 where there was nothing to correlate."""
+        """The maxima and matches; 0 and -1 for features without a correlation."""
         return np.where(self._match < 0, np.float32(0), self._rho), self._match.copy()
 
 
 def _row_maxima(r: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of each row of ``r [n, m]``, and where it is."""
+    """The maximum of each row of ``r [n, m]``, and its index."""
     n, m = r.shape
     if m % _GROUP:
         return r.max(dim=1)
@@ -319,9 +319,9 @@ def _row_maxima(r: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _column_maxima(r: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of each column of ``r [n, m]``, and where it is.
+    """The maximum of each column of ``r [n, m]``, and its index.
 
-    Values alone are found ten times as fast as values and places, so first a group of rows is found, then the row.
+    Maxima without indices are ten times as fast, so first the group of rows is found, then the row.
     """
     n, m = r.shape
     if n % _GROUP:

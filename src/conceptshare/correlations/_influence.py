@@ -1,4 +1,4 @@
-"""Each sample's influence on a wMPPC, from which its error bar comes without another product of all features."""
+"""Each sample's influence on a wMPPC, which gives its confidence interval without recomputing products of features."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,16 +22,16 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Encoder:
-    """The features of one encoder over N samples, and what standardises them."""
+    """The features of one encoder over N samples, with the statistics that standardise them."""
 
     layers: Sequence[Any]
-    """For each layer ``[N, F]``; a number may have been added to all values of a feature."""
+    """For each layer ``[N, F]``; a constant may have been added to all values of a feature."""
     strength: NDArray[np.float64]
-    """``[F]`` S, of all layers side by side."""
+    """``[F]`` S, of all layers concatenated."""
     mean: NDArray[np.float64]
-    """``[F]`` of the layers as they are."""
+    """``[F]`` mean of the values in ``layers``."""
     deviation: NDArray[np.float64]
-    """``[F]`` over the population of samples."""
+    """``[F]`` population standard deviation over the samples."""
 
 
 @full_float32()
@@ -40,15 +40,15 @@ def influences(
 ) -> NDArray[np.float32]:
     """The influence of each sample on the wMPPC from A to B, by reading: ``[3, N]``.
 
-    See `influence_weights` for what it is. It takes one pass over the features, and a product for each feature
-    with its best match alone. Sums are in float32, of which the error is some 1e-5 of the largest influence.
+    See `influence_weights` for the definition. It takes one pass over the features, and only the product of each
+    feature with its best match. Sums are in float32, with an error of about 1e-5 of the largest influence.
 
     Args:
         a: the source.
         b: the target.
         found: the best matches from A to B.
-        memory_bytes: bound of the working memory.
-        what: the step's name in the progress report.
+        memory_bytes: limit of the working memory.
+        what: name of the step in the progress report.
     """
     N = int(a.layers[0].shape[0])
     device = default_device()
@@ -57,7 +57,7 @@ def influences(
     starts_b = np.cumsum(found.sizes_b) - found.sizes_b
     best, last = found.rho_ab.max(axis=0), found.rho_ab[-1, of_layers[-1]]
     weights = influence_weights(best, last, a.strength, found.sizes_a, N)
-    # Features of B are counted through all layers; -1 is none.
+    # Features of B are numbered through all layers; -1 means none.
     layer = found.rho_ab.argmax(axis=0)
     matched = np.where(
         found.match_ab.max(axis=0) < 0, -1, starts_b[layer] + np.take_along_axis(found.match_ab, layer[None], axis=0)[0]
@@ -79,18 +79,18 @@ def influences(
 def influence_weights(
     best: ArrayLike, last: ArrayLike, weights: ArrayLike, sizes: ArrayLike, samples: int
 ) -> tuple[Array, Array]:
-    """What each feature of the source adds to a sample's influence on the wMPPC, for each of the `READINGS`.
+    """Weights of the source's features in a sample's influence on the wMPPC, for each of the `READINGS`.
 
     The influence of sample s, to first order and with the matches held fixed (the infinitesimal jackknife), is
 
         psi_s = sum_i c1_i (a_si - mean a_i) + sum_i c2_i (z_si z'_si - rho_i / 2 (z_si^2 + z'_si^2)),
 
-    where a_i is the source's feature, z_i the same of mean 0 and population variance 1, and z'_i its best match,
-    likewise. The first sum is the influence on the weights, the second that on the correlations. A feature that was
-    never matched has no z: take 0. The psi_s of all samples sum to 0.
+    where a_i is the source's feature, z_i the same standardised to mean 0 and population variance 1, and z'_i its
+    standardised best match. The first sum is the influence on the weights, the second that on the correlations. For
+    features without a match, z is 0. The psi_s of all samples sum to 0.
 
-    With T the wMPPC of the features taken together, c1_i = (rho_i - T) N / sum S and c2_i = S_i / sum S. For
-    ``layer_mean`` these are taken for each layer and times its share of the features of all active layers.
+    With T the wMPPC of the features, c1_i = (rho_i - T) N / sum S and c2_i = S_i / sum S. For ``layer_mean`` these are
+    computed per layer and multiplied by the layer's share of the features of all active layers.
 
     Args:
         best: ``[F]`` rho with the best match in all layers of the target, for ``pooled`` and ``layer_mean``.
@@ -100,8 +100,8 @@ def influence_weights(
         samples: N.
 
     Returns:
-        c1 and c2, each ``[3, F]``: zero where a feature takes no part in a reading, as it does in a layer that was
-        never active.
+        c1 and c2, each ``[3, F]``: zero for features that do not take part in a reading, such as those of a layer that
+        was never active.
     """
     best, last = np.asarray(best, np.float64), np.asarray(last, np.float64)
     S, sizes = np.asarray(weights, np.float64), np.asarray(sizes)
@@ -116,7 +116,7 @@ def influence_weights(
 
 
 def _jackknife(rho: Array, S: Array, samples: int) -> Array:
-    """``[2, F]`` c1 and c2 of features whose wMPPC is taken together; zeros where none is active."""
+    """``[2, F]`` c1 and c2 of the features of one wMPPC; zeros if none is active."""
     total = S.sum()
     if total == 0:
         return np.zeros((2, len(S)))
@@ -125,7 +125,7 @@ def _jackknife(rho: Array, S: Array, samples: int) -> Array:
 
 
 class _Layer:
-    """A layer of A over some samples: x ``[n, F]`` and z, what standardises it."""
+    """A layer of A over a block of samples: deviations from the mean, and standardised values z."""
 
     def __init__(self, x: Tensor, a: Encoder, place: slice, weights: tuple[Any, Any]) -> None:
         self._device = x.device
@@ -136,11 +136,11 @@ class _Layer:
     def influence(
         self, readings: slice, rho: Any, b: Encoder, of_b: Sequence[Tensor], matched: NDArray[np.int64]
     ) -> NDArray[np.float32]:
-        """``[readings, n]`` by the matches ``matched [F]`` in B, of correlations ``rho [F]``."""
+        """``[readings, n]`` influences for the matches ``matched [F]`` in B with correlations ``rho [F]``."""
         scale = np.where(matched < 0, 0, _inverse(b.deviation[matched]))
         y = self._gathered(of_b, matched)
         z = y.sub_(self._on_device(b.mean[matched])).mul_(self._on_device(scale))
-        # A pair without a correlation has no part in the error of one.
+        # Pairs without a correlation do not contribute.
         products = self._z * z - self._on_device(rho / 2) * (self._z**2 + z**2)
         result = self._c1[readings] @ self._deviations.T + self._c2[readings] @ products.T
         return result.cpu().numpy()
@@ -165,6 +165,6 @@ def _inverse(deviation: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _rows(a: Encoder, b: Encoder, memory_bytes: int) -> int:
-    """Samples at once: all layers of B as they are stored, and some copies of a layer of A in float32."""
+    """Number of samples per block: all stored layers of B and float32 copies of a layer of A are in memory."""
     a_sample = 4 * 6 * int(sizes_of(a.layers).max()) + 8 * int(sizes_of(b.layers).sum())
     return max(1, min(_ROWS, memory_bytes // a_sample))

@@ -1,4 +1,4 @@
-"""Operands: the features of a panel with mean 0 and length 1 over the samples, so that products are correlations."""
+"""Standardisation of features to mean 0 and norm 1 over the samples, so that products are correlations."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,65 +10,65 @@ from conceptshare.correlations._arrays import Array
 from conceptshare.io.errors import NumericsError
 
 _CACHED_BYTES = 2**20
-# Parts that a GPU takes a panel in. What is computed of one, up to 40 bytes a value, is less than the byte or more a
-# value of a whole panel that is read ahead: that is part of the budget, and waits in the machine's memory.
+# Number of parts in which a GPU processes a panel. Temporary values of a part, up to 40 bytes per value, take less than
+# the budget's share for the prefetched panel (at least one byte per value), which is in the host's memory.
 _GPU_PARTS = 64
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Some neighbouring features of one layer."""
+    """Consecutive features of one layer."""
 
     layer: int
     first: int
     """The first feature within the layer."""
     width: int
     start: int
-    """Where the first stands when the features of all layers stand side by side."""
+    """Index of the first feature when the features of all layers are concatenated."""
     array: Array
-    """Where they are from, for messages."""
+    """The array of the features, for error messages."""
 
 
 @dataclass(frozen=True)
 class Standard:
-    """What standardises a panel: z = (x - centre) scale + bias, for those of its features that vary."""
+    """Parameters that standardise the non-constant features of a panel: z = (x - centre) scale + bias."""
 
     columns: Tensor
-    """``[v]`` int64: the features within the panel."""
+    """``[v]`` int64: indices of these features within the panel."""
     centre: Tensor
-    """``[v]`` the mean, in the type of the arithmetic."""
+    """``[v]`` mean, in the dtype of the arithmetic."""
     scale: Tensor
     """``[v]``"""
     bias: Tensor
-    """``[v]`` what the centre's rounding left, scaled."""
+    """``[v]`` scaled rounding error of the centre."""
     everything: bool
-    """Whether the columns are all of the panel's."""
+    """Whether the columns are all columns of the panel."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Standardised features of some samples."""
+    """Standardised features of a block of samples."""
 
     values: Tensor
-    """``[n, v]`` float32 or bfloat16, each feature of length 1 over all samples."""
+    """``[n, v]`` float32 or bfloat16, each feature of norm 1 over all samples."""
     squares: Tensor
-    """``[v]`` float32 sums of squares of values in bfloat16, which rounding has changed; else zeros."""
+    """``[v]`` float32 sums of squares of the rounded values in bfloat16; zeros in float32."""
 
 
 def standard_of(chunks: Callable[[], Iterator[Tensor]], panel: Panel) -> Standard:
-    """Mean and length of each feature of a panel, in two passes over its samples.
+    """Compute mean and norm of each feature of a panel, in two passes over its samples.
 
     Args:
-        chunks: gives all samples anew, ``[n, width]`` at a time.
-        panel: which features, for messages.
+        chunks: returns an iterator over all samples, ``[n, width]`` at a time; called for each pass.
+        panel: the panel, for error messages.
 
     Raises:
-        NumericsError: where a value is not finite.
+        NumericsError: if a value is not finite.
     """
     N, first, total = 0, torch.empty(0), torch.zeros(panel.width, dtype=torch.float64)
     for chunk in chunks():
         if not N:
-            # Sums are of deviations from the first sample: a constant feature has a mean that is exactly its value.
+            # Sum deviations from the first sample, so that the mean of a constant feature is exact.
             first, total = _working(chunk[0]), total.to(chunk.device)
         N += len(chunk)
         for x in _cached(chunk):
@@ -97,20 +97,20 @@ def standard_of(chunks: Callable[[], Iterator[Tensor]], panel: Panel) -> Standar
 
 
 class Memory:
-    """Memory that is used again: new memory has to be asked of the system, which can take longer than filling it."""
+    """A reusable buffer, because allocating memory can take longer than filling it."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._values = torch.empty(0, dtype=dtype, device=device)
 
     def view(self, rows: int, columns: int) -> Tensor:
-        """``[rows, columns]``, of whatever was there."""
+        """``[rows, columns]`` uninitialised view of the buffer."""
         if self._values.numel() < rows * columns:
             self._values = self._values.new_empty(rows * columns)
         return self._values[: rows * columns].view(rows, columns)
 
 
 def standardised(x: Tensor, standard: Standard, memory: Memory) -> Block:
-    """Standardise samples ``[n, width]`` of a panel, into ``memory`` and to its type."""
+    """Standardise samples ``[n, width]`` of a panel into ``memory``, in its dtype."""
     values = memory.view(len(x), len(standard.columns))
     squares, start = torch.zeros(values.shape[1], device=values.device), 0
     for part in _cached(x):
@@ -124,12 +124,12 @@ def standardised(x: Tensor, standard: Standard, memory: Memory) -> Block:
 
 
 def _working(x: Tensor) -> Tensor:
-    """In float32 where squares and fourth powers of any value fit it, which is float16's; else in float64."""
+    """Convert float16 to float32, which can hold squares and fourth powers of its values, and all else to float64."""
     return x.to(torch.float32 if x.dtype == torch.float16 else torch.float64, copy=True)
 
 
 def _cached(x: Tensor) -> Iterator[Tensor]:
-    """Working copies of some rows of ``x [n, w]`` each, few enough to stay in a core's cache, or in a GPU's budget."""
+    """Yield working copies of blocks of rows of ``x [n, w]`` that fit a core's cache, or a GPU's budget."""
     rows = max(16, _CACHED_BYTES // (4 * max(1, x.shape[1])))
     if x.device.type != "cpu":
         rows = max(rows, -(-len(x) // _GPU_PARTS))
@@ -138,7 +138,7 @@ def _cached(x: Tensor) -> Iterator[Tensor]:
 
 
 def _sums(x: Tensor) -> Tensor:
-    """``[w]`` sums of the rows of ``x [n, w]``, in float64; in x's type on a CPU, which has few rows at a time."""
+    """``[w]`` sums of the rows of ``x [n, w]``, in float64; in x's dtype on a CPU, which sums few rows at a time."""
     return x.sum(0, dtype=None if x.device.type == "cpu" else torch.float64)
 
 

@@ -1,4 +1,4 @@
-"""The store of a pair of members: matches, shuffled floor, influences, and whole matrices where they are asked for."""
+"""The store of a pair of members: matches, shuffled floor, influences, and full matrices if requested."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,20 +31,20 @@ def correlate_stores(
     precision: Precision = "float32",
     full: Sequence[tuple[int, int]] = (),
 ) -> None:
-    """Correlate two feature stores and write the store ``out``; what an attempt that was cut off left is gone on with.
+    """Correlate two feature stores and write the store ``out``, resuming an interrupted attempt if there is one.
 
     Args:
         path_a: a feature store.
-        path_b: another of the same samples, or the same.
+        path_b: another feature store of the same samples, or the same store.
         out: the store to write.
         memory_bytes: as in `max_correlations`.
-        precision: as there.
-        full: pairs of a layer of A and one of B, whose whole matrix is written too.
+        precision: as in `max_correlations`.
+        full: pairs of a layer of A and one of B whose full matrix is written too.
 
     Raises:
-        StoreError: where a store is not whole, has no such layer or no active feature, or they are not of the same
-            samples in the same order.
-        NumericsError: where a feature is not finite, or there is but one sample.
+        StoreError: if a store is incomplete or damaged, has no such layer or no active feature, or they have different
+            samples or another order.
+        NumericsError: if a feature is not finite, or there is only one sample.
     """
     inputs = Unchanged(path_a, path_b)
     a, b = FeatureStore(path_a), FeatureStore(path_b)
@@ -79,7 +79,7 @@ def correlate_stores(
             arrays |= {f"floor_{direction}": pair.floor, f"floor_sizes_{direction[0]}": pair.floor_sizes}
             arrays[f"influence_{direction}"] = pair.influence
         for name, values in arrays.items():
-            if name in store:  # of an attempt that was cut off among these
+            if name in store:  # from an attempt that was interrupted while writing these
                 del store[name]
             save_array(store, name, values)
         progress.remove()
@@ -89,12 +89,12 @@ def check_pair(a: "FeatureStore", b: "FeatureStore") -> None:
     """Make sure that two stores can be correlated.
 
     Raises:
-        StoreError: where they are not of the same samples in the same order, or no feature of one is active.
-        NumericsError: where there is but one sample.
+        StoreError: if they have different samples or another order, or no feature of one is active.
+        NumericsError: if there is only one sample.
     """
     if a.content_hash != b.content_hash:
         raise StoreError(
-            f"{a.path} and {b.path} are of different samples, or in another order; make both from the same data set"
+            f"{a.path} and {b.path} have different samples, or another order; make both from the same data set"
         )
     sample_count([*a.arrays, *b.arrays])
     for store in (a, b):
@@ -111,7 +111,7 @@ def judged(
     memory_bytes: int | None = None,
     precision: Precision = "float32",
 ) -> PairCorrelations:
-    """The best matches from a source to a target, with what they are judged by: floor and influences."""
+    """Add the floor and the influences to the best matches from a source to a target."""
     floor = shuffled_floor(source.arrays, target.arrays, memory_bytes, precision, f"floor of {source.name}")
     budget = memory_bytes or MEMORY_BYTES
     influence = influences(source.encoder(), target.encoder(), found, budget, f"influence, {source.name}")
@@ -121,10 +121,10 @@ def judged(
 def shuffled_floor(
     a: Sequence[Any], b: Sequence[Any], memory_bytes: int | None, precision: Precision, what: str
 ) -> MaxCorrelations:
-    """What best matches amount to by chance: those of the first features of each layer of A, with B's samples shuffled.
+    """Best matches by chance: those of the first features of each layer of A, with B's samples shuffled.
 
-    Samples are in random order, so that it is enough to pair each with the one half of them further on: no sample
-    meets itself, and reading stays in sequence.
+    Samples are in random order, so it suffices to pair sample i with sample i + N/2: no sample is paired with itself,
+    and reading stays sequential.
     """
     N = a[0].shape[0]
     first = [_View(layer, min(FLOOR_FEATURES, layer.shape[1]), 0) for layer in a]
@@ -137,10 +137,10 @@ class FeatureStore:
     """A feature store, open for reading."""
 
     def __init__(self, path: Path) -> None:
-        """Open it.
+        """Open the store.
 
         Raises:
-            StoreError: where it is not whole.
+            StoreError: if it is missing, incomplete or damaged.
         """
         store: Any = open_store(path, FEATURES)
         self.path, self.name, self.digest = path, path.stem, str(store.attrs["digest"])
@@ -149,7 +149,7 @@ class FeatureStore:
         self.samples: int = spec["samples"]
         self.content_hash: str = spec["content_hash"]
         features = [FeatureArray(store, n, path) for n in self.layers]
-        # An offset changes no correlation, and would take up digits.
+        # The offset does not affect correlations, and adding it would cost precision.
         self.arrays = [layer.stored for layer in features]
         self._offset = np.concatenate([layer.offset.astype(np.float64) for layer in features])
         self._strength, self._deviation = (
@@ -158,15 +158,15 @@ class FeatureStore:
         )
 
     def encoder(self) -> Encoder:
-        """Its features, and what standardises them."""
+        """The features, with the statistics that standardise them."""
         mean = self._strength / self.samples - self._offset
         return Encoder(self.arrays, self._strength, mean, self._deviation)
 
     def position(self, layer: int) -> int:
-        """Which of its layers it is, from 0.
+        """The position of a layer among the store's layers, from 0.
 
         Raises:
-            StoreError: where it has no such layer.
+            StoreError: if it has no such layer.
         """
         if layer not in self.layers:
             raise StoreError(f"{self.path}: no layer {layer}; it has {', '.join(map(str, self.layers))}")
@@ -174,7 +174,7 @@ class FeatureStore:
 
 
 class _View:
-    """The first features of a layer ``[N, F]``, its samples taken from ``shift`` on and round again."""
+    """The first features of a layer ``[N, F]``, with its samples rotated by ``shift``."""
 
     def __init__(self, layer: Any, width: int, shift: int) -> None:
         self._layer, self._shift, self.shape = layer, shift, (layer.shape[0], width)
@@ -193,13 +193,13 @@ class _View:
 
 
 class _Progress:
-    """The maxima so far, in one file that is replaced as a whole, and the chunks that whole matrices had then."""
+    """The maxima so far, in a file that is replaced atomically, with the chunks of full matrices at that time."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def read(self) -> Kept | None:
-        """What an earlier attempt left."""
+        """Read the progress of an earlier attempt, if any."""
         if not self._path.is_file():
             return None
         with np.load(self._path) as kept:
@@ -210,19 +210,19 @@ class _Progress:
             return Kept(found, int(kept["steps"]), Blocks(*kept["blocks"].tolist()))
 
     def write(self, kept: Kept) -> None:
-        """Keep what there is."""
+        """Save the progress."""
         with unlocked_output(self._path, FILE) as partial, partial.open("wb") as file:
             chunks = (self._path.parent / "full").glob("*/c/*/*")
             files = np.array(sorted(str(chunk.relative_to(self._path.parent)) for chunk in chunks), np.str_)
-            np.savez(file, steps=kept.steps, blocks=np.array(kept.blocks), files=files, **vars(kept.found))
+            np.savez(file, steps=kept.steps, blocks=np.array(kept.blocks), files=files, **vars(kept.best))
 
     def remove(self) -> None:
-        """It is not part of the store."""
+        """Remove the file, which is not part of the finished store."""
         self._path.unlink(missing_ok=True)
 
 
 def _matrix(store: zarr.Group, layer_a: int, layer_b: int, a: FeatureStore, b: FeatureStore) -> Full:
-    """The array for a whole matrix."""
+    """The array for a full matrix."""
     name = f"full/{layer_name(layer_a)}__{layer_name(layer_b)}"
     if name not in store:
         shape = a.arrays[a.position(layer_a)].shape[1], b.arrays[b.position(layer_b)].shape[1]

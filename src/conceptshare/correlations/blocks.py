@@ -1,4 +1,4 @@
-"""How the stage `correlations` cuts its work to a memory budget. Without torch, so that `plan` can ask as well."""
+"""Partition of the work of the stage `correlations` for a memory budget. Free of torch, because `plan` uses it too."""
 
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -11,47 +11,47 @@ Precision = Literal["float32", "bfloat16"]
 MEMORY_BYTES = 2**30
 """Default memory budget on a CPU."""
 
-# Of a standardised value, at most; of a value of the product, its sum and what its maxima are found with.
+# Maximum bytes per standardised value, and per value of the product with its sum and the search for maxima.
 _STANDARD_BYTES = 4
 _PRODUCT_BYTES = 10
 
 
 class Blocks(NamedTuple):
-    """How the work is cut."""
+    """Partition of the work."""
 
     width: int
-    """Features of a panel, at most."""
+    """Maximum number of features per panel."""
     rows: int
-    """Samples that are read and multiplied at once."""
+    """Number of samples that are read and multiplied at a time."""
     group: int
-    """Panels of A whose standardised features stay in memory together; none where not all samples are read at once."""
+    """Number of panels of A whose standardised features are kept in memory; 0 if samples are read in several blocks."""
     times_a: int
     """How often A is read."""
     times_b: int
-    """How often B is."""
+    """How often B is read."""
     bytes: int
-    """What it takes."""
+    """Working memory in bytes."""
 
 
 def plan_blocks(N: int, sizes_a: Sequence[int], sizes_b: Sequence[int], raw: int, budget: int) -> Blocks:
-    """The way to cut the work that reads least within the budget.
+    """Choose the partition that reads the least data within the budget.
 
-    Either panels of A are kept, as many as the budget holds, and B is read once for each group of them: where all are
-    kept, both sides are read once. Or nothing is kept, and both are read for each product of two panels, some samples
-    at a time, after two readings for means and lengths.
+    Either as many panels of A as the budget allows are kept, and B is read once per group of panels; if all panels fit,
+    both sides are read once. Or nothing is kept, and both sides are read for each product of two panels, in blocks of
+    samples, after two passes for means and norms.
 
     Args:
-        N: samples.
-        sizes_a: features of each layer of A.
-        sizes_b: the same of B.
-        raw: bytes of a value as it is stored.
-        budget: bytes.
+        N: number of samples.
+        sizes_a: number of features per layer of A.
+        sizes_b: number of features per layer of B.
+        raw: size of a stored value in bytes.
+        budget: memory budget in bytes.
 
     Raises:
-        NumericsError: where the budget cannot hold one feature of one block.
+        NumericsError: if the budget cannot hold one feature of one block.
     """
     widest, rows, per_pair = max(*sizes_a, *sizes_b), min(N, FEATURE_ROWS), _PRODUCT_BYTES
-    # Both operands; what is being read, what is read ahead.
+    # Both operands, the values being read and the prefetched values.
     per_value = 2 * _STANDARD_BYTES + 2 * raw
     choices = []
     for width in _widths(_widest(budget, N * per_value, per_pair, widest)):
@@ -75,7 +75,7 @@ def _panels(sizes: Sequence[int], width: int) -> int:
 
 
 def _widths(largest: int) -> Iterator[int]:
-    """Widths to choose from: a narrower panel leaves room for more of them, a wider one multiplies faster."""
+    """Yield candidate widths: with narrower panels more of them fit, while wider panels multiply faster."""
     width = largest
     while width:
         yield width
@@ -83,7 +83,7 @@ def _widths(largest: int) -> Iterator[int]:
 
 
 def _widest(budget: int, per_feature: int, per_pair: int, widest: int) -> int:
-    """The largest width w with w per_feature + w^2 per_pair within the budget, in whole chunks if it can be; or 0."""
+    """The largest width w with w per_feature + w^2 per_pair within the budget, in whole chunks if possible; else 0."""
     if budget < per_feature + per_pair:
         return 0
     width = int((-per_feature + (per_feature**2 + 4 * per_pair * budget) ** 0.5) / (2 * per_pair))

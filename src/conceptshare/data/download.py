@@ -1,13 +1,13 @@
-"""Downloads the images of a data set that holds only their addresses.
+"""Downloads the images of a data set that only contains their URLs.
 
 The well-kept downloader img2dataset cannot be installed with our lock: its 1.47.0 needs pandas < 3 (we have 3) and
 brings wandb, opencv and albumentations; hence this small one on httpx2.
 
-The addresses come from strangers. So each connection is checked to lead to a public machine before anything is sent
-over it, proxies of the environment are not used, and time, size and redirects are bounded.
+URLs are untrusted. Before anything is sent over a connection, it is checked that it leads to a public machine; proxies
+of the environment are not used; and time, size and redirects are limited.
 
-A file that arrived whole and passed the caller's check is kept in the downloads folder as `ab/abcd...`, after the
-SHA-256 of its address. An address that failed for good is noted in `dead.jsonl` there; a later run asks for neither.
+A complete file that passed the caller's check is kept in the downloads folder as `ab/abcd...`, the SHA-256 of its URL.
+A URL that failed permanently is recorded in `dead.jsonl` there; a later run requests neither again.
 """
 
 import asyncio
@@ -35,25 +35,25 @@ from conceptshare.config.catalog import Download
 from conceptshare.io import progress
 
 MAX_REDIRECTS = 5
-"""How many redirects of one address are followed."""
+"""Maximum number of redirects per URL."""
 TRY_TIMEOUTS = 6
-"""How many time-outs one try of one address may take as a whole."""
+"""Maximum duration of one attempt at a URL, in multiples of the timeout."""
 FIRST_PAUSE = 0.5
-"""Seconds before the second try, about; each later pause is twice as long."""
+"""Approximate number of seconds before the second attempt; each later pause is twice as long."""
 LONGEST_PAUSE = 30.0
-"""Seconds that a pause lasts at most, whatever the server's Retry-After asks for."""
+"""Maximum pause in seconds, even if the server's Retry-After is longer."""
 HOPELESS = 200
-"""After so many addresses, all of which failed for the network's sake, the connection must be broken."""
+"""If this many URLs fail, all with network errors, the connection is considered broken."""
 
 _PASSING_STATUSES = {408, 425, 429}
 
 
 class UnusableError(Exception):
-    """An address that gives no usable file, however often it is asked; raised by the caller's check too.
+    """A URL has no usable file, so retrying is useless; also raised by the caller's check.
 
     Args:
-        reason: what is wrong with it.
-        for_good: whether that holds under any settings; else a later run asks again.
+        reason: the reason.
+        for_good: whether this holds under any settings; otherwise a later run tries again.
     """
 
     def __init__(self, reason: str, for_good: bool = True) -> None:
@@ -63,36 +63,36 @@ class UnusableError(Exception):
 
 @dataclass(frozen=True)
 class Failure:
-    """An address that gave no usable file, and why."""
+    """The reason why a URL gave no usable file."""
 
     reason: str
 
 
 @dataclass
 class Counts:
-    """What became of the addresses so far."""
+    """Number of URLs by outcome."""
 
     fetched: int = 0
-    """Asked for, and got."""
+    """Downloaded."""
     there: int = 0
-    """Got by an earlier run."""
+    """Downloaded by an earlier run."""
     dead: int = 0
-    """Failed for good, now or in an earlier run."""
-    passing: int = 0
-    """Failed for a reason that may pass; a later run asks again."""
+    """Failed permanently, now or in an earlier run."""
+    transient: int = 0
+    """Failed with a transient error; a later run tries again."""
     answers: int = 0
-    """Answers of any kind that a server gave in this run."""
+    """Responses of any kind from servers in this run."""
     unreachable: int = 0
-    """Of the passing failures, those for the network's sake: no connection, no answer in time, or one cut short."""
+    """Transient failures of the network: no connection, a timeout, or a response cut short."""
 
 
-class _PassingError(Exception):
-    """A try that failed for a reason that may pass.
+class _TransientError(Exception):
+    """An attempt failed with a transient error.
 
     Args:
-        reason: what went wrong.
-        network: whether no server answered in full.
-        wait: seconds that the server asks to wait.
+        reason: the reason.
+        network: whether no server responded completely.
+        wait: seconds to wait, as requested by the server.
     """
 
     def __init__(self, reason: str, network: bool = False, wait: float = 0.0) -> None:
@@ -102,12 +102,12 @@ class _PassingError(Exception):
 
 
 class Downloads:
-    """Downloads files by address, many at once, from an event loop in a thread of its own.
+    """Downloads files concurrently, in an event loop that runs in its own thread.
 
     Args:
-        folder: where files and `dead.jsonl` are kept; made if absent.
-        options: how to download.
-        check: is given each file's bytes, and raises UnusableError where they are of no use. Runs in ``pool``.
+        folder: folder of the files and `dead.jsonl`; created if missing.
+        options: settings of the downloads.
+        check: called with each file's bytes; raises UnusableError if they are unusable. Runs in ``pool``.
         pool: runs the checks.
         what: the data set's name, for progress.
     """
@@ -126,9 +126,9 @@ class Downloads:
         self._dead = _read_dead(folder / "dead.jsonl")
         self._failed: dict[str, str] = {}
         self._under_way: dict[str, asyncio.Task[Path | Failure]] = {}
-        self._said = time.monotonic()
+        self._reported = time.monotonic()
         self._loop = asyncio.new_event_loop()
-        self._loop.set_default_executor(ThreadPoolExecutor(options.parallel, "resolve"))  # it resolves names
+        self._loop.set_default_executor(ThreadPoolExecutor(options.parallel, "resolve"))  # resolves host names
         self._thread = threading.Thread(target=self._loop.run_forever, name="downloads", daemon=True)
         self._slots = asyncio.Semaphore(options.parallel)
         self._client = httpx.AsyncClient(
@@ -140,7 +140,7 @@ class Downloads:
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
             timeout=options.timeout,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=options.parallel),
-            verify=httpx.create_ssl_context(),  # with the environment's certificates, which trust_env would leave out
+            verify=httpx.create_ssl_context(),  # uses the environment's certificates despite trust_env=False
             trust_env=False,
         )
 
@@ -155,19 +155,19 @@ class Downloads:
         self._loop.close()
 
     def fetch(self, address: str) -> "Future[Path | Failure]":
-        """The file of an address, soon: its path, or why there is none. An address under way is not asked twice."""
+        """Start the download of a URL, unless it is running: a future of the file's path, or of the failure."""
         return asyncio.run_coroutine_threadsafe(self._shared(address), self._loop)
 
     def all_unreachable(self) -> bool:
-        """Whether no server answered at all, and no file is there from an earlier run."""
+        """Whether no server responded at all, and there is no file from an earlier run."""
         return self.counts.unreachable > 0 and self.counts.answers == 0 and self.counts.there == 0
 
     def report(self) -> str:
-        """What became of the addresses so far, in words."""
+        """The counts so far, as a line for the log."""
         counts = self.counts
         return (
             f"{self._what}: images: {counts.fetched:,} fetched, {counts.there:,} were there, "
-            f"{counts.dead + counts.passing:,} failed ({counts.passing:,} for a reason that may pass)"
+            f"{counts.dead + counts.transient:,} failed ({counts.transient:,} with a transient error)"
         )
 
     async def _close(self) -> None:
@@ -183,13 +183,13 @@ class Downloads:
             task = self._under_way[address] = asyncio.create_task(self._outcome(address))
             task.add_done_callback(lambda _: self._under_way.pop(address, None))
         outcome = await task
-        if time.monotonic() - self._said >= progress.SECONDS_BETWEEN_LINES:
-            self._said = time.monotonic()
+        if time.monotonic() - self._reported >= progress.SECONDS_BETWEEN_LINES:
+            self._reported = time.monotonic()
             progress.info(self.report())
         return outcome
 
     async def _outcome(self, address: str) -> Path | Failure:
-        """What there is already of an address, or else what asking for it gives."""
+        """The known outcome of a URL, or the outcome of downloading it."""
         path = self._path(address)
         try:
             if address in self._dead:
@@ -199,21 +199,21 @@ class Downloads:
             if await self._is_there(path):
                 self.counts.there += 1
             else:
-                await self._ask(address, path)
+                await self._download(address, path)
                 self.counts.fetched += 1
         except UnusableError as error:
             self.counts.dead += 1
             self._mark_dead(address, error)
             return Failure(str(error))
-        except _PassingError as error:
-            self.counts.passing += 1
+        except _TransientError as error:
+            self.counts.transient += 1
             self.counts.unreachable += error.network
             self._failed[address] = self.last_failure = str(error)
             return Failure(str(error))
         return path
 
     async def _is_there(self, path: Path) -> bool:
-        """Whether an earlier run got the file. One that a crash of the machine damaged is fetched again."""
+        """Whether there is an intact file from an earlier run. A damaged one is removed and downloaded again."""
         if not path.is_file():
             return False
         try:
@@ -223,12 +223,12 @@ class Downloads:
             return False
         return True
 
-    async def _ask(self, address: str, path: Path) -> None:
-        """Get a file, in as many tries as it may take.
+    async def _download(self, address: str, path: Path) -> None:
+        """Download a file, with retries.
 
         Raises:
-            UnusableError: where that failed for good.
-            _PassingError: where it failed in the last try for a reason that may pass.
+            UnusableError: if it failed permanently.
+            _TransientError: if the last attempt failed with a transient error.
         """
         partial = path.with_name(path.name + ".partial")
         path.parent.mkdir(exist_ok=True)
@@ -238,7 +238,7 @@ class Downloads:
                     async with self._slots:
                         await self._try(address, partial)
                     break
-                except _PassingError as error:
+                except _TransientError as error:
                     if tried == self._options.attempts:
                         raise
                     await asyncio.sleep(pause(tried, error.wait))
@@ -258,19 +258,19 @@ class Downloads:
                         if size > self._options.max_mb * 1e6:
                             raise UnusableError(f"larger than {self._options.max_mb:g} MB", for_good=False)
                         file.write(part)
-        except (UnusableError, _PassingError):
+        except (UnusableError, _TransientError):
             raise
         except TimeoutError:
-            raise _PassingError(f"no whole answer within {seconds:g} s", network=True) from None
+            raise _TransientError(f"no complete response within {seconds:g} s", network=True) from None
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             raise UnusableError(f"not a valid http or https address: {_words(error)}") from None
-        except Exception as error:  # whatever a stranger's bytes provoke costs this row, not the run
-            raise _PassingError(_words(error), network=isinstance(error, httpx.TransportError)) from error
+        except Exception as error:  # untrusted data may raise any type, which must only cost this row
+            raise _TransientError(_words(error), network=isinstance(error, httpx.TransportError)) from error
 
     async def _parts(self, address: str) -> AsyncGenerator[bytes, None]:
-        """The bytes at an address, unpacked, as they come, after its redirects.
+        """Yield the decompressed bytes at a URL, following redirects.
 
-        httpx would read the body of a redirect to its end, whatever its length; so they are followed here.
+        Redirects are followed here because httpx would read the whole body of a redirect, whatever its size.
         """
         request = self._client.build_request("GET", address, extensions={"trace": self._check_connected})
         for _ in range(MAX_REDIRECTS + 1):
@@ -298,7 +298,7 @@ class Downloads:
                 raise
 
     def _check_peer(self, stream: Any) -> None:
-        """Refuse a connection to a machine that may not be asked, whatever its name resolved to when."""
+        """Reject a connection to a machine that is not public, independent of name resolution."""
         host = stream.get_extra_info("server_addr")[0]
         if not self._options.allow_private and not is_public(host):
             raise UnusableError(f"forbidden: it leads to {host}, which is not on the public internet", for_good=False)
@@ -322,10 +322,10 @@ class Downloads:
 
 
 def is_public(host: str) -> bool:
-    """Whether a machine's address, such as ``10.0.0.1`` or ``fe80::1%eth0``, is on the public internet."""
+    """Whether an IP address, such as ``10.0.0.1`` or ``fe80::1%eth0``, is on the public internet."""
     ip = ipaddress.ip_address(host.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        # Packets to these end up at an IPv4 address. Those of NAT64 and Teredo are reserved anyway.
+        # These lead to an embedded IPv4 address. Those of NAT64 and Teredo are reserved anyway.
         inner = ip.ipv4_mapped or ip.sixtofour
         if inner is not None and not is_public(str(inner)):
             return False
@@ -335,18 +335,18 @@ def is_public(host: str) -> bool:
 
 
 def pause(tried: int, wait: float) -> float:
-    """Seconds to wait after so many tries: twice as long each time, give or take half, so that tries spread out.
+    """Seconds to wait after a number of attempts: exponential backoff with a jitter of 50%.
 
     Args:
-        tried: how many tries there were.
-        wait: seconds that the server asks for; no less is waited, up to LONGEST_PAUSE.
+        tried: number of attempts so far.
+        wait: minimum number of seconds, as requested by the server; limited by LONGEST_PAUSE.
     """
     grown: float = FIRST_PAUSE * 2 ** (tried - 1) * random.uniform(0.5, 1.5)
     return min(max(grown, wait), LONGEST_PAUSE)
 
 
 def retry_after(value: str, now: datetime) -> float:
-    """Seconds to wait by a Retry-After header: a number of seconds, or a date; 0 where it is neither."""
+    """Seconds to wait according to a Retry-After header: a number of seconds or a date; 0 if it is neither."""
     try:
         if value.strip().isdigit():
             return float(value)
@@ -359,7 +359,7 @@ def _check_status(answer: httpx.Response) -> None:
     status = answer.status_code
     if status >= 500 or status in _PASSING_STATUSES:
         wait = retry_after(answer.headers.get("Retry-After", ""), datetime.now(UTC))
-        raise _PassingError(f"HTTP {status}", wait=wait)
+        raise _TransientError(f"HTTP {status}", wait=wait)
     if not 200 <= status < 300:
         raise UnusableError(f"HTTP {status}")
 
@@ -369,7 +369,7 @@ def _words(error: Exception) -> str:
 
 
 def _read_dead(path: Path) -> dict[str, str]:
-    """The addresses noted as dead, with the reason. A line that a kill cut short is ended, and its address left out."""
+    """Read the URLs recorded as dead, with reasons. A truncated last line is ended, and its URL is skipped."""
     dead = {}
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
     for line in lines:

@@ -1,8 +1,8 @@
-"""How a result came about: `provenance.json` in its folder, or `{name}.provenance.json` beside its file.
+"""Provenance of results: `provenance.json` in a result's folder, or `{name}.provenance.json` next to its file.
 
-It tells the commit, the versions, the command with its settings and seeds, the hardware, and what the job took. It is
-the one file that differs between two runs of the same, so it is no part of what makes two results equal. Nothing of the
-environment is written but what is named here: no user, no token, and no path of the user's home.
+It records the commit, the versions, the command with its settings and seeds, the hardware, and the job's time and
+memory. It is the only file that differs between identical runs, so it is ignored when results are compared. Nothing
+else of the environment is recorded: no user, no token, and no path in the user's home.
 """
 
 import functools
@@ -41,12 +41,12 @@ _PACKAGES = (
 )
 _CLONE = Path(__file__).parents[3]
 _GIT_SECONDS = 10
-# Inside a rule the profile takes SLURM_JOB_GPUS and others away, so that its jobs can start jobs.
+# Inside a rule, the profile unsets SLURM_JOB_GPUS and others, so that jobs can start jobs.
 _SLURM = ("SLURM_JOB_ID", "SLURMD_NODENAME", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE")
 
 
 class _Job(NamedTuple):
-    """What this process was started for."""
+    """The command line and start of this process."""
 
     arguments: list[str]
     began: datetime
@@ -57,29 +57,29 @@ _job: _Job | None = None
 
 
 def begin(arguments: Sequence[str]) -> None:
-    """Let all that is recorded from now on tell these arguments of the command line, and count time from here."""
+    """Set the command-line arguments that records will contain, and start counting time."""
     global _job
     _job = _Job([shown(text) for text in arguments], datetime.now(UTC), time.monotonic())
 
 
 def record(result: Path) -> None:
-    """Write how a result came about: into it, where it is a folder, and else beside it.
+    """Write the provenance of a result: into it if it is a folder, and next to it otherwise.
 
-    Called before the result gets its final name. What a library's user calls without the command line has no
-    ``arguments``, and no time.
+    Called before the result is renamed to its final name. Without the command line, in use as a library, the record has
+    no ``arguments`` and no time.
     """
     path = result / FILE if result.is_dir() else result.with_name(f"{result.stem}.{FILE}")
-    _write(path, PROVENANCE_RECORD, json.dumps({"job": _of_job(), **surroundings()}, indent=1) + "\n")
+    _write(path, PROVENANCE_RECORD, json.dumps({"job": _of_job(), **environment()}, indent=1) + "\n")
 
 
 def record_study(study: str, out: Path) -> None:
-    """Write a whole study, given as JSON, with the versions and the machine it is run on, as the file ``out``."""
-    account = {"study": json.loads(shown(study)), **surroundings()}
-    _write(out, PROVENANCE_RECORD, json.dumps(account, indent=1) + "\n")
+    """Write a study, given as JSON, with the versions and the machine to the file ``out``."""
+    content = {"study": json.loads(shown(study)), **environment()}
+    _write(out, PROVENANCE_RECORD, json.dumps(content, indent=1) + "\n")
 
 
-def surroundings() -> dict[str, Any]:
-    """The library with its commit, the versions of what it uses, and the hardware; what is not known is None."""
+def environment() -> dict[str, Any]:
+    """The library with its commit, the versions of its dependencies, and the hardware; unknown values are None."""
     return {
         "conceptshare": {"version": _version("conceptshare"), **_commit()},
         "python": platform.python_version(),
@@ -110,7 +110,7 @@ def _write(path: Path, kind: Kind, content: str) -> None:
 
 
 def shown(text: str) -> str:
-    """An argument without the folders that lead to the project, and without the user's home."""
+    """Shorten an argument: replace the working directory by ``.`` and the user's home by ``~``."""
     for folder, short in ((Path.cwd(), "."), (Path.home(), "~")):
         if folder != Path(folder.anchor):
             text = re.sub(rf'{re.escape(str(folder))}(?=[/"]|$)', short, text)
@@ -126,20 +126,20 @@ def _version(package: str) -> str | None:
 
 @functools.cache
 def _commit() -> dict[str, Any]:
-    """The commit of the clone that this library is part of, and whether files in it were changed since."""
+    """The commit of the clone that contains this library, and whether its files were changed."""
     unknown = {"commit": None, "dirty": None}
     if not (_CLONE / ".git").exists():
-        return unknown  # installed from a package; whatever clone its environment may lie in is another's
+        return unknown  # installed from a package, whose environment may be inside an unrelated clone
     describe = ["git", "--no-optional-locks", "-C", str(_CLONE), "describe", "--always", "--dirty", "--abbrev=40"]
     own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
-        # Without its tags, git describes a commit by its name alone.
-        found = subprocess.run(
+        # With tags excluded, git describes a commit by its hash.
+        commit = subprocess.run(
             [*describe, "--exclude=*"], capture_output=True, text=True, check=True, timeout=_GIT_SECONDS, env=own
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return unknown
-    return {"commit": found.removesuffix("-dirty"), "dirty": found.endswith("-dirty")}
+    return {"commit": commit.removesuffix("-dirty"), "dirty": commit.endswith("-dirty")}
 
 
 def _hardware() -> dict[str, Any]:
@@ -158,7 +158,7 @@ def _hardware() -> dict[str, Any]:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
