@@ -398,7 +398,7 @@ def test_equal_bytes_on_two_runs_and_however_much_is_read_at_once(
     name_features(store, data, outs[1])
     monkeypatch.setattr(names, "_RANKED", 1)
     name_features(store, data, outs[2])
-    monkeypatch.setattr(names, "_COLUMNS", 4)
+    monkeypatch.setattr(names, "FEATURE_COLUMNS", 4)
     name_features(store, data, outs[3])
     assert pd.read_parquet(outs[0]).name.notna().sum() >= 8
     assert len({out.read_bytes() for out in outs}) == 1
@@ -494,7 +494,7 @@ def test_a_command_is_told_of_features_and_names_them(evident, script, name, tmp
     assert found.score[4] == pytest.approx(name(data, x, "without").score[0])
     assert np.isnan(found.score[5])
 
-    monkeypatch.setattr(names, "_COLUMNS", 1)
+    monkeypatch.setattr(names, "FEATURE_COLUMNS", 1)
     pd.testing.assert_frame_equal(name(data, {1: x, 2: x[:, :2]}, "narrow", command), found)
 
 
