@@ -118,7 +118,9 @@ def test_a_table_with_no_cell_of_the_papers_is_an_error_that_says_which_names_it
 @pytest.mark.parametrize(("dataset", "size"), [("openclipart", "large"), ("laion", "base"), ("coco", "small")])
 def test_a_data_set_or_size_that_the_paper_has_not_is_an_error_that_says_what_it_has(dataset, size):
     table = matrix(["vit@0", "bert@0"])
-    with pytest.raises(StudyError, match=f"no {size} encoders on {dataset}; it has large encoders on coco, base encoders"):
+    with pytest.raises(
+        StudyError, match=f"no {size} encoders on {dataset}; it has large encoders on coco, base encoders"
+    ):
         compare(table, dataset, size)
 
 
