@@ -64,7 +64,7 @@ def test_this_machine_has_what_a_run_needs_and_says_it_in_a_line_a_check():
     assert {line.split()[0] for line in lines} <= {"ok", "warning"}
     for name in ("Python", "packages", "torch", "GPU", "results", "hub cache", "hub", "Snakemake", "Slurm", "conda"):
         assert any(line[9:].startswith(name) for line in lines), name
-    assert "config.yaml: openclipart is sound" in found.stdout
+    assert "config.yaml: openclipart is valid" in found.stdout
     assert "offline by choice" in found.stdout
 
 

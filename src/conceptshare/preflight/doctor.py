@@ -1,6 +1,6 @@
-"""What this machine has of all that a run needs, and what to do about what it lacks.
+"""Checks that this machine has everything a run needs, with a remedy for each missing item.
 
-No check is trusted: what one raises becomes its finding, and disks and machines that do not answer are not waited for.
+Checks may fail: an exception becomes a finding, and checks of disks and servers that do not respond time out.
 """
 
 import fcntl
@@ -25,24 +25,24 @@ from conceptshare.io.errors import ConceptshareError, DeviceError, StudyError
 from conceptshare.io.provenance import cores
 from conceptshare.preflight.plan import RESULTS, Rates, format_bytes, make_plan
 
-# Seconds that a request has, and that a check has which waits for others.
+# Timeouts in seconds of a request, and of a check that depends on other machines.
 _REQUEST, _CHECK = 3.0, 5.0
-# Checks of what is in memory or on the Python's own disk, from which importing torch can take long.
-_PATIENT = {"Python", "packages", "torch"}
+# Checks without a timeout: they only depend on memory and Python's own disk, but importing torch can take long.
+_NO_TIMEOUT = {"Python", "packages", "torch"}
 
 
 class Finding(NamedTuple):
-    """What one check found."""
+    """Result of one check."""
 
     name: str
     status: Literal["ok", "warning", "missing"]
-    """``missing`` is what no run can do without; a ``warning`` some can."""
+    """``missing`` if every run needs it; ``warning`` if only some runs do."""
     found: str
     remedy: str = ""
 
 
 def examine(config: Path | None, results: Path = RESULTS) -> list[Finding]:
-    """Check this machine, and a study where one is given.
+    """Check this machine, and a study if one is given.
 
     Args:
         config: the study.
@@ -63,13 +63,13 @@ def examine(config: Path | None, results: Path = RESULTS) -> list[Finding]:
     }
     if config is not None:
         checks["study"] = lambda: _study(config, results)
-    # At once, as several wait for an answer of others.
+    # In parallel, because several wait for other machines.
     waiting = [_start(name, check) for name, check in checks.items()]
     return [finding for finish in waiting for finding in finish()]
 
 
 def as_text(findings: list[Finding]) -> str:
-    """A line a check: its status, its name, what was found and what to do about it."""
+    """One line per check: status, name, finding and remedy."""
     width = max(len(finding.name) for finding in findings)
     return "\n".join(
         f"{finding.status:<9}{finding.name:<{width}}  {'; '.join(filter(None, [finding.found, finding.remedy]))}"
@@ -78,28 +78,28 @@ def as_text(findings: list[Finding]) -> str:
 
 
 def as_json(findings: list[Finding]) -> str:
-    """The same for machines: a list of mappings."""
+    """Findings as JSON: a list of objects."""
     return json.dumps([finding._asdict() for finding in findings])
 
 
 def _start(name: str, check: Callable[[], list[Finding]]) -> Callable[[], list[Finding]]:
-    """Begin a check in a thread of its own; what is returned gives what it finds."""
-    found: list[list[Finding]] = []
+    """Start a check in its own thread, and return a function that waits for its findings."""
+    findings: list[list[Finding]] = []
 
     def run() -> None:
         try:
-            found.append(check())
-        except Exception as error:  # a machine can lack anything
-            said = " ".join(str(error).split())
-            found.append([Finding(name, "warning", f"could not be checked ({type(error).__name__}: {said})")])
+            findings.append(check())
+        except Exception as error:  # anything can be missing on a machine
+            message = " ".join(str(error).split())
+            findings.append([Finding(name, "warning", f"could not be checked ({type(error).__name__}: {message})")])
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     started = time.monotonic()
 
     def finish() -> list[Finding]:
-        thread.join(None if name in _PATIENT else max(0.0, started + _CHECK - time.monotonic()))
-        return found[0] if found else [Finding(name, "warning", f"no answer in {_CHECK:.0f} seconds")]
+        thread.join(None if name in _NO_TIMEOUT else max(0.0, started + _CHECK - time.monotonic()))
+        return findings[0] if findings else [Finding(name, "warning", f"no answer in {_CHECK:.0f} seconds")]
 
     return finish
 
@@ -138,15 +138,15 @@ def _packages() -> list[Finding]:
 def _torch() -> list[Finding]:
     try:
         import torch
-    except Exception as error:  # a library that it loads can be absent in many ways
-        said = " ".join(str(error).split())
-        return [Finding("torch", "missing", f"cannot be imported ({type(error).__name__}: {said})", "install it again")]
+    except Exception as error:  # missing shared libraries raise many types
+        message = " ".join(str(error).split())
+        return [Finding("torch", "missing", f"cannot be imported ({type(error).__name__}: {message})", "reinstall it")]
     has = Finding("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads of {cores()} cores")
     return [has, _gpus()]
 
 
 def _gpus() -> Finding:
-    """Whether jobs here would compute on a GPU."""
+    """Check whether jobs on this machine use a GPU."""
     import torch
 
     from conceptshare.device import DEVICE, devices, find_driver, why_no_gpu
@@ -168,11 +168,11 @@ def _gpus() -> Finding:
 
 
 def _disk(name: str, folder: Path, status: Literal["warning", "missing"]) -> Finding:
-    """Whether files can be written and locked where a folder is, or will be."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    """Check whether files can be written and locked in a folder, or in its nearest existing parent."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
-        with tempfile.TemporaryFile(dir=there) as file:
-            free = f"{folder}: {format_bytes(shutil.disk_usage(there).free)} free"
+        with tempfile.TemporaryFile(dir=existing) as file:
+            free = f"{folder}: {format_bytes(shutil.disk_usage(existing).free)} free"
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -187,7 +187,7 @@ def _disk(name: str, folder: Path, status: Literal["warning", "missing"]) -> Fin
 def _hub() -> list[Finding]:
     from huggingface_hub import constants, get_token
 
-    # Nothing but whether there is one: a token is a secret.
+    # Only report whether there is a token, because it is a secret.
     token = "a token is set" if get_token() else "no token is set, which gated models and data sets need"
     if constants.is_offline_mode():
         return [Finding("hub", "ok", f"offline by choice (HF_HUB_OFFLINE); {token}")]
@@ -198,7 +198,7 @@ def _hub() -> list[Finding]:
     except urllib.error.HTTPError as error:
         if error.code >= 500:
             return [Finding("hub", "warning", f"{constants.ENDPOINT} answers {error.code} {error.reason}", remedy)]
-    except (OSError, ValueError) as error:  # the second where the address is none
+    except (OSError, ValueError) as error:  # ValueError for an invalid URL
         reason = getattr(error, "reason", error)
         return [Finding("hub", "warning", f"{constants.ENDPOINT} cannot be reached ({reason})", remedy)]
     return [Finding("hub", "ok", f"{constants.ENDPOINT} answers; {token}")]
@@ -210,7 +210,7 @@ def _snakemake() -> list[Finding]:
         found = shutil.which("snakemake")
         if found is None:
             remedy = f"{sys.executable} -m pip install snakemake"
-            return [Finding("Snakemake", "missing", "no command snakemake beside Python or on PATH", remedy)]
+            return [Finding("Snakemake", "missing", "no command snakemake next to Python or on PATH", remedy)]
         program = Path(found)
     plugin = importlib.metadata.version("snakemake-executor-plugin-slurm")
     version = importlib.metadata.version("snakemake")
@@ -225,19 +225,19 @@ def _slurm() -> list[Finding]:
             return [Finding("Slurm", "warning", f"sbatch is on PATH, but no {program}", "add it, or leave Slurm out")]
     ping = _run("scontrol", "ping")
     if ping.returncode != 0 or " UP" not in ping.stdout:
-        said = next(iter((ping.stderr or ping.stdout).splitlines()), "no further word")
-        remedy = "ask those who run the cluster, or run without --profile slurm"
-        return [Finding("Slurm", "warning", f"its controller does not answer ({said.strip()})", remedy)]
+        message = next(iter((ping.stderr or ping.stdout).splitlines()), "no details")
+        remedy = "ask the cluster's administrators, or run without --profile slurm"
+        return [Finding("Slurm", "warning", f"its controller does not answer ({message.strip()})", remedy)]
     partitions = _run("sinfo", "--noheader", "--format=%P %D nodes, GPUs %G").stdout.splitlines()
     accounts = _run("sacct", "--noheader", "--allocations").returncode == 0
-    tells = (
-        Finding("accounting", "ok", "sacct answers, which jobs are asked after with")
+    accounting = (
+        Finding("accounting", "ok", "sacct answers; it is used to query the state of jobs")
         if accounts
         else Finding(
             "accounting", "warning", "sacct does not answer", "set slurm-status-command: squeue in the profile"
         )
     )
-    return [Finding("Slurm", "ok", "; ".join(line.strip() for line in partitions) or "no partitions"), tells]
+    return [Finding("Slurm", "ok", "; ".join(line.strip() for line in partitions) or "no partitions"), accounting]
 
 
 def _run(*command: str) -> "subprocess.CompletedProcess[str]":
@@ -257,17 +257,17 @@ def _study(config: Path, results: Path) -> list[Finding]:
         study = load_study(config)
     except ConceptshareError as error:
         return [Finding("study", "missing", line) for line in str(error).splitlines()]
-    sound = Finding("study", "ok", f"{config}: {study.study} is sound")
+    valid = Finding("study", "ok", f"{config}: {study.study} is valid")
     try:
         needed = make_plan(study, Rates(), results=results).total().written
     except StudyError as error:
-        return [sound, Finding("disk", "warning", f"what the study needs is not known ({error})")]
-    there = next(path for path in (results, *results.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    says = f"the study needs {format_bytes(needed)} where nothing of it is made, and {format_bytes(free)} are free"
+        return [valid, Finding("disk", "warning", f"the size of the study is unknown ({error})")]
+    existing = next(path for path in (results, *results.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    sizes = f"the study needs {format_bytes(needed)} without existing results, and {format_bytes(free)} are free"
     if needed <= free:
-        return [sound, Finding("disk", "ok", says)]
+        return [valid, Finding("disk", "ok", sizes)]
     return [
-        sound,
-        Finding("disk", "warning", says, "link results/ to a larger disk, set stream: true, or limit the data"),
+        valid,
+        Finding("disk", "warning", sizes, "link results/ to a larger disk, set stream: true, or limit the data"),
     ]
