@@ -584,7 +584,7 @@ def test_the_floor_is_of_shuffled_samples(larger_stores, tmp_path, monkeypatch):
                 np.testing.assert_allclose(pair.floor[row, start : start + size], expected, rtol=0, atol=1e-5)
             start += size
     planted = read_correlations(out, "vit@0")
-    assert planted.found.rho_ab[1, 30:50].min() > 0.6
+    assert planted.best.rho_ab[1, 30:50].min() > 0.6
     assert planted.floor.max() < 0.4  # of 310 best matches among 310 over 300 samples
 
 
@@ -741,7 +741,7 @@ def test_both_orders_of_a_pair_say_the_same(larger_stores, tmp_path):
     correlate_stores(path_b, path_a, tmp_path / "other.zarr")
     for source in ("vit@0", "bert@1"):
         one, other = (read_correlations(tmp_path / f"{name}.zarr", source) for name in ("one", "other"))
-        np.testing.assert_allclose(one.found.rho_ab, other.found.rho_ab, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(one.best.rho_ab, other.best.rho_ab, rtol=0, atol=1e-6)
         np.testing.assert_allclose(one.floor, other.floor, rtol=0, atol=1e-6)
         np.testing.assert_allclose(one.influence, other.influence, rtol=1e-3, atol=1e-4)
 

@@ -115,7 +115,7 @@ def clone(tmp_path, monkeypatch):
 
 
 def commit():
-    told = provenance.surroundings()["conceptshare"]
+    told = provenance.environment()["conceptshare"]
     return told["commit"], told["dirty"]
 
 
@@ -154,7 +154,7 @@ def test_where_git_refuses_there_is_no_commit(clone):
 
 def test_it_imports_no_torch(tmp_path):
     code = (
-        "import sys; from conceptshare.io import provenance; provenance.surroundings(); print('torch' in sys.modules)"
+        "import sys; from conceptshare.io import provenance; provenance.environment(); print('torch' in sys.modules)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
