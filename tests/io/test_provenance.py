@@ -153,9 +153,7 @@ def test_where_git_refuses_there_is_no_commit(clone):
 
 
 def test_it_imports_no_torch(tmp_path):
-    code = (
-        "import sys; from conceptshare.io import provenance; provenance.environment(); print('torch' in sys.modules)"
-    )
+    code = "import sys; from conceptshare.io import provenance; provenance.environment(); print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
 
