@@ -449,23 +449,24 @@ def test_the_95_percent_interval_covers_the_wmppc_of_the_population(rng):
         c1, c2 = (c[0] for c in influence_weights(found, found, a.sum(0), [F], N))
         z_a, z_b = standardised(a), standardised(b)
         psi = (a - a.mean(0)) @ c1 + (z_a * z_b - found / 2 * (z_a**2 + z_b**2)) @ c2
-        low, high = metrics.bootstrap_interval(metrics.wmppc(found, a.sum(0)), psi, replicates=500, seed=repetition)
+        value = [metrics.wmppc(found, a.sum(0))]
+        ((low, high),) = metrics.bootstrap_intervals(value, psi[None], replicates=500, seed=repetition)
         covered += low <= population <= high
     assert 0.9 <= covered / repetitions <= 0.98
 
 
 def test_a_bootstrap_interval_is_the_same_for_the_same_seed_alone_or_among_others(rng):
     psi = rng.standard_normal((3, 100))
-    alone = metrics.bootstrap_interval(0.4, psi[1], replicates=300)
+    alone = metrics.bootstrap_intervals([0.4], psi[1:2], replicates=300)
     among = metrics.bootstrap_intervals([0.1, 0.4, 0.9], psi, replicates=300)
-    assert alone == pytest.approx(tuple(among[1]), abs=1e-12)
-    assert metrics.bootstrap_interval(0.4, psi[1], replicates=300, seed=1) != alone
+    assert alone == pytest.approx(among[1:2], abs=1e-12)
+    assert (metrics.bootstrap_intervals([0.4], psi[1:2], replicates=300, seed=1) != alone).all()
 
 
 def test_a_bootstrap_interval_is_wider_at_a_higher_level_and_as_wide_as_the_deviation_says(rng):
     psi = rng.standard_normal(5000)
     for level, deviations in [(0.95, 1.96), (0.5, 0.674)]:
-        low, high = metrics.bootstrap_interval(2.0, psi, level, replicates=5000)
+        ((low, high),) = metrics.bootstrap_intervals([2.0], psi[None], level, replicates=5000)
         expected = psi.std() / math.sqrt(5000) * deviations
         assert (low - 2 - psi.mean(), high - 2 - psi.mean()) == pytest.approx((-expected, expected), rel=0.06)
 
@@ -479,7 +480,7 @@ def test_a_bootstrap_of_float32_influences_is_that_of_float64(rng):
 
 @pytest.mark.filterwarnings("error")
 def test_the_bootstrap_interval_of_nan_is_nan():
-    assert np.isnan(metrics.bootstrap_interval(math.nan, np.zeros(10))).all()
+    assert np.isnan(metrics.bootstrap_intervals([math.nan], np.zeros((1, 10)))).all()
 
 
 def test_modality_averages_leave_out_an_encoder_with_itself():

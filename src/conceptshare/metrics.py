@@ -265,22 +265,6 @@ def bootstrap_intervals(
     return intervals
 
 
-def bootstrap_interval(
-    value: float, influence: ArrayLike, level: float = 0.95, replicates: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Lower and upper end of one value's interval, see `bootstrap_intervals`.
-
-    Args:
-        value: the value. The interval of NaN is NaN.
-        influence: ``[N]`` influence of each sample.
-        level: the share of resamples within the interval.
-        replicates: number of resamples.
-        seed: seed of the draws.
-    """
-    low, high = bootstrap_intervals([value], np.asarray(influence)[None], level, replicates, seed)[0]
-    return float(low), float(high)
-
-
 def overlap(a: ArrayLike, b: ArrayLike, top: int) -> int:
     """Number of features among the first ``top`` of both rankings, which contain each feature once."""
     return len(np.intersect1d(np.asarray(a)[:top], np.asarray(b)[:top]))

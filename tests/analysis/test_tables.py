@@ -201,8 +201,8 @@ def test_a_matrixs_intervals_are_those_of_the_samples_influences(study, monkeypa
     stores, _ = study
     for (source, target, reading), row in cells_of(matrix_table(MEMBERS, stores)):
         influence = stored(stores, source, target, "influence")[READINGS.index(reading)]
-        expected = metrics.bootstrap_interval(row.wmppc, influence)
-        assert (row.low, row.high) == pytest.approx(expected, abs=1e-5)
+        (expected,) = metrics.bootstrap_intervals([row.wmppc], influence[None])
+        assert (row.low, row.high) == pytest.approx(tuple(expected), abs=1e-5)
         assert row.low < row.wmppc < row.high
 
 
@@ -397,7 +397,8 @@ def test_averages_are_the_means_of_the_cells_of_two_modalities(study):
         assert row.floor == pytest.approx(np.mean([cell.floor for cell in cells]))
         n = READINGS.index(row.reading)
         influence = np.mean([stored(stores, cell.source, cell.target, "influence")[n] for cell in cells], axis=0)
-        assert (row.low, row.high) == pytest.approx(metrics.bootstrap_interval(row.wmppc, influence), abs=1e-5)
+        (expected,) = metrics.bootstrap_intervals([row.wmppc], influence[None])
+        assert (row.low, row.high) == pytest.approx(tuple(expected), abs=1e-5)
 
 
 def test_averages_leave_out_two_seeds_of_one_encoder(study):
