@@ -16,6 +16,7 @@ import yaml
 from typer.testing import CliRunner
 
 from conceptshare.cli import app
+from conceptshare.config.catalog import DatasetSpec
 from conceptshare.config.settings import SAESettings
 from conceptshare.config.study import build_study
 from conceptshare.sae import train_sae
@@ -182,6 +183,16 @@ def test_what_pages_say_goes_into_a_config_is_sound(document, pieces, tmp_path, 
                 for local in filter(lambda path: str(path).startswith("./"), (entry.get("source"), entry.get("model"))):
                     (tmp_path / local).mkdir(parents=True)
     build_study(study, origin=document)
+
+
+def test_the_saes_and_downloads_that_the_guide_to_configs_shows_are_sound():
+    whole, *pieces = map(
+        yaml.safe_load, re.findall(r"```yaml\n(.*?)```", (CLONE / "config/README.md").read_text(), re.S)
+    )
+    shown = {key: entries for piece in pieces for key, entries in piece.items()}
+    study = build_study(whole | {"saes": shown["saes"]}, origin="config/README.md")
+    assert {name for settings in study.saes.values() for name in settings.model_fields_set} > {"auxk", "clip_norm"}
+    assert DatasetSpec(**shown["datasets"]["my-list"]).download.timeout == 30
 
 
 class Page(HTMLParser):

@@ -162,65 +162,15 @@ def analyses_naming(text):
     }
 
 
-PAIR = {"layerwise": {"l": {"pairs": [["vit@1", "bert"]]}}}
-
-
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        (["vit@1", 3, "brt", 5], "'brt': the study has no encoder 'brt'; did you mean 'bert'?"),
-        (["vit@7", 3, "bert", 5], "'vit@7': vit has the seeds [0, 1]; add '7' to encoders.vit.seeds"),
-        (
-            ["vit@1", 12, "bert", 5],
-            "['vit@1', 12, 'bert', 5]: layer 12 of vit@1 is not recorded; its layers are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, "
-            "10, 11",
-        ),
-        (["bert", 5, "vit@1", 12], "['bert', 5, 'vit@1', 12]: layer 12 of vit@1 is not recorded; its layers are 0, 1,"),
-        (
-            ["vit", 3, "bert", 5],
-            "['vit', 3, 'bert', 5]: no analysis compares vit with bert; name a pair that one does, or add an analysis",
-        ),
-        (["bert", 3, "bert", 5], "['bert', 3, 'bert', 5]: no analysis compares bert with bert; name a pair"),
-    ],
-    ids=["encoder", "seed", "layer", "layer of the second", "pair", "itself"],
-)
-def test_a_whole_matrix_that_cannot_be_stored_is_refused(fault, entry, message):
-    found = fault(correlations={"full": [["vit@1", 0, "bert", 0], entry]}, analyses=PAIR)
-    assert found.startswith(f"study.yaml: correlations.full: {message}")
-
-
-def test_a_whole_matrix_of_layers_that_are_not_recorded_is_refused(fault):
-    encoders = {"vit": {"seeds": [0, 1], "use_layers": [3, 7]}, "bert": None}
-    message = fault(correlations={"full": [["vit@1", 4, "bert", 0]]}, encoders=encoders, analyses=PAIR)
-    assert "layer 4 of vit@1 is not recorded; its layers are 3, 7" in message
-
-
 @pytest.mark.parametrize(
     ("values", "key"),
     [
         ({"precision": "float16"}, "precision"),
         ({"memory_mb": 0}, "memory_mb"),
-        ({"full": [["vit", 3]]}, "full.0"),
-        ({"full": [["vit", "x", "bert", 1]]}, "full.0.1"),
     ],
 )
 def test_correlation_settings_that_cannot_be_are_refused(fault, values, key):
-    assert fault(correlations=values, analyses=PAIR).startswith(f"study.yaml: correlations.{key}")
-
-
-def test_correlations_are_keyed_by_their_precision_and_their_own_whole_matrices_in_sorted_order(build):
-    full = [["vit@1", 3, "bert", 5], ["bert@0", 5, "vit@1", 3], ["bert", 0, "vit@1", 11], ["vit@0", 1, "vit@1", 2]]
-    analyses = {"layerwise": {"l": {"pairs": [["vit@1", "bert"], ["vit@1", "vit@0"], ["vit@0", "bert"]]}}}
-    bert, vit0, vit1 = Member("bert", 0), Member("vit", 0), Member("vit", 1)
-    plain = build(analyses=analyses, correlations={"memory_mb": 77, "precision": "float32"})
-    assert plain.correlations_key(bert, vit1) == build(analyses=analyses).correlations_key(vit1, bert) == "{}"
-    study = build(analyses=analyses, correlations={"full": full})
-    assert study.correlations_key(bert, vit1) == study.correlations_key(vit1, bert) == '{"full": [[0, 11], [5, 3]]}'
-    assert study.correlations_key(vit0, vit1) == '{"full": [[1, 2]]}'
-    assert study.correlations_key(bert, vit0) == "{}"
-    rounded = build(analyses=analyses, correlations={"full": list(reversed(full)), "precision": "bfloat16"})
-    assert rounded.correlations_key(bert, vit1) == '{"full": [[0, 11], [5, 3]], "precision": "bfloat16"}'
-    assert rounded.correlations_key(bert, vit0) == '{"precision": "bfloat16"}'
+    assert fault(correlations=values).startswith(f"study.yaml: correlations.{key}")
 
 
 @pytest.mark.parametrize("place", analyses_naming(""))
@@ -659,7 +609,6 @@ def keys_of(study):
         "matrices": {name: study.matrix_key(name) for name in study.analyses.matrices},
         "layerwise": {name: study.layerwise_key(name) for name in study.analyses.layerwise},
         "sharedness": {name: study.sharedness_key(name) for name in study.analyses.sharedness},
-        "correlations": [study.correlations_key(*pair) for pair in study.pairs()],
         "similarity": study.similarity_pairs(),
         "overlapping": study.overlapping(),
         "saes": {name: study.sae_key(name) for name in study.saes},
@@ -670,11 +619,9 @@ def keys_of(study):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_order_of_the_config_changes_neither_pairs_nor_keys(catalog, seed):
-    full = [["vit@1", 3, "bert", 5], ["bert", 0, "vit@1", 2], ["dinov2", 4, "vit", 1]]
-    given = config(analyses=ANALYSES, datasets={"coco": {"limit": 10}, "laion": None}, correlations={"full": full})
+    given = config(analyses=ANALYSES, datasets={"coco": {"limit": 10}, "laion": None})
     expected = keys_of(build_study(given, "study.yaml", catalog))
     other = shuffled(given, random.Random(seed))
-    other["correlations"]["full"].reverse()
     other["analyses"]["matrices"]["few"]["members"].reverse()
     other["analyses"]["sharedness"]["seen"]["shared_with"].reverse()
     assert keys_of(build_study(other, "study.yaml", catalog)) == expected

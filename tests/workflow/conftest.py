@@ -175,7 +175,7 @@ def miniature_config():
                 "own": {"source": "reader", "shared_with": ["reader@1"], "not_shared_with": ["viewer"]},
             },
         },
-        "correlations": {"memory_mb": 100, "full": [["viewer", 1, "reader", 0]]},
+        "correlations": {"memory_mb": 100},
     }
 
 

@@ -137,15 +137,6 @@ def test_similarity_equals_a_direct_computation_from_the_activations(finished):
     assert matrix[matrix.reading == "last"].cka.tolist() == pytest.approx([cka, cka], abs=1e-4)
 
 
-def test_the_whole_matrix_that_the_study_asks_for_is_stored(finished):
-    store = zarr.open_group(finished.folder / "results/squares/correlations/tiny/reader@0__viewer@0.zarr", mode="r")
-    assert set(store["full"].array_keys()) == {"layer-00__layer-01"}
-    reader, viewer = stored_features(finished, "reader@0")[0], stored_features(finished, "viewer@0")[1]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        r = np.corrcoef(reader.T, viewer.T)[: reader.shape[1], reader.shape[1] :]
-    np.testing.assert_allclose(store["full/layer-00__layer-01"][:], np.nan_to_num(r), atol=1e-5)
-
-
 def test_saes_learnt(finished):
     for path in (finished.folder / "results/squares/saes/tiny").rglob("loss.csv"):
         losses = pd.read_csv(path).loss

@@ -17,7 +17,7 @@ from conceptshare.preflight.differences import differences, in_words
 from conceptshare.io.errors import ConceptshareError, system_error_message
 from conceptshare.io.files import read_object
 from conceptshare.config import products
-from conceptshare.config.members import Member, as_member, encoder_pairs, sorted_pair
+from conceptshare.config.members import as_member, encoder_pairs, sorted_pair
 from conceptshare.config.study import build_study, write_study
 from conceptshare.io import layout
 from snakemake.exceptions import WorkflowError
@@ -259,12 +259,6 @@ def names_of(member, wildcards):
 def correlations_of(pairs, wildcards):
     """The correlation stores of pairs of members."""
     return [filled(layout.CORRELATIONS, wildcards, a=a, b=b) for a, b in (sorted_pair(*pair) for pair in pairs)]
-
-
-def correlations_key(wildcards):
-    """The settings that the correlations of a pair depend on."""
-    members = (text.rpartition("@") for text in (wildcards.a, wildcards.b))
-    return STUDY.correlations_key(*(Member(encoder, int(seed)) for encoder, _, seed in members))
 
 
 def correlations_memory(wildcards):

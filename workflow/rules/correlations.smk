@@ -18,7 +18,7 @@ rule correlations:
         runtime=grown(720),
         bound=correlations_memory,
     params:
-        settings=correlations_key,
+        precision=STUDY.correlations.precision,
     shell:
-        "python -m conceptshare correlations {input.a:q} {input.b:q} --settings {params.settings:q}"
+        "python -m conceptshare correlations {input.a:q} {input.b:q} --precision {params.precision}"
         " {resources.bound} --threads {threads} --out {output:q} --gpus {resources.gpu} > {log:q} 2>&1"

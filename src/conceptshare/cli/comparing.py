@@ -7,8 +7,6 @@ from typing import Annotated, Literal
 import typer
 
 from conceptshare.cli.options import GPUs, Threads, in_bytes, out_option, use_gpus, use_threads
-from conceptshare.config.catalog import parse, parse_yaml
-from conceptshare.config.settings import PairSettings
 from conceptshare.io.errors import StudyError
 from conceptshare.io.files import CSV, PARQUET, PROVENANCE_SIDECAR, store_kind
 
@@ -38,7 +36,6 @@ def correlations(
         list[str],
         typer.Option(help="LAYER_A:LAYER_B, whose full correlation matrix is stored (repeatable)."),
     ] = [],  # noqa: B006 - typer copies it
-    settings: Annotated[str, typer.Option(help="Both options as JSON, which takes precedence over them.")] = "{}",
     memory_mb: MemoryMB = None,
     threads: Threads = 1,
     gpus: GPUs = None,
@@ -51,9 +48,8 @@ def correlations(
     for entry in full:
         if not re.fullmatch(r"\d+:\d+", entry):
             raise StudyError(f"--full {entry}: write LAYER_A:LAYER_B, such as 3:5")
-    given = {"precision": precision, "full": [entry.split(":") for entry in full]}
-    chosen = parse(PairSettings, given | parse_yaml(settings, "--settings"), "settings")
-    correlate_stores(a, b, out, in_bytes(memory_mb), chosen.precision, chosen.full)
+    layers = [(int(layer_a), int(layer_b)) for layer_a, layer_b in (entry.split(":") for entry in full)]
+    correlate_stores(a, b, out, in_bytes(memory_mb), precision, layers)
 
 
 @app.command()

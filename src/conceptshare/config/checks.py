@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from conceptshare.config.catalog import local_path
-from conceptshare.config.members import sorted_pair
 from conceptshare.config.products import taken_by
 from conceptshare.config.settings import paper_encoders
 from conceptshare.io.errors import StudyError
@@ -36,7 +35,6 @@ def check_study(study: "Study") -> None:
     _check_layerwise(study)
     _check_sharedness(study)
     _check_analysis_names(study)
-    _check_full(study)
     _check_names(study)
     _check_encoders(study)
     _check_saes(study)
@@ -66,7 +64,6 @@ def _named_members(study: "Study") -> Iterator[tuple[str, str]]:
         yield f"analyses.sharedness.{name}.source", analysis.source
         yield from ((f"analyses.sharedness.{name}.shared_with", text) for text in analysis.shared_with)
         yield from ((f"analyses.sharedness.{name}.not_shared_with", text) for text in analysis.not_shared_with)
-    yield from (("correlations.full", text) for a, _, b, _ in study.correlations.full for text in (a, b))
 
 
 def _check_members(study: "Study") -> None:
@@ -135,24 +132,6 @@ def _check_analysis_names(study: "Study") -> None:
         for name in analyses:
             if taken := taken_by(kind, name) & analyses.keys():
                 raise ValueError(f"analyses.{kind}.{min(taken)}: a file of {name} has that name; choose another name")
-
-
-def _check_full(study: "Study") -> None:
-    compared = study.pairs()
-    for entry in study.correlations.full:
-        text_a, layer_a, text_b, layer_b = entry
-        for text, layer in ((text_a, layer_a), (text_b, layer_b)):
-            layers = study.encoders[study.member(text).encoder].layer_numbers()
-            if layer not in layers:
-                raise ValueError(
-                    f"correlations.full: {list(entry)}: layer {layer} of {text} is not recorded; its layers are "
-                    f"{', '.join(map(str, layers))}"
-                )
-        if sorted_pair(study.member(text_a), study.member(text_b)) not in compared:
-            raise ValueError(
-                f"correlations.full: {list(entry)}: no analysis compares {text_a} with {text_b}; name a pair that one "
-                f"does, or add an analysis"
-            )
 
 
 def _check_names(study: "Study") -> None:

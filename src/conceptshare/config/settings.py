@@ -79,15 +79,6 @@ class SAESettings(Spec):
 _GAO = {"auxk": 1 / 32, "initial_b_dec": "mean", "unit_norm_decoder": True, "learning_rate": None}
 
 
-class PairSettings(Spec):
-    """Correlation settings of one pair of members."""
-
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of standardised features in the product."""
-    full: list[tuple[int, int]] = Field(default=[])
-    """Pairs of layers, of the first and of the second member, whose complete correlation matrix is stored."""
-
-
 class CorrelationSettings(Spec):
     """Correlations of features."""
 
@@ -96,9 +87,6 @@ class CorrelationSettings(Spec):
     GPUs, with an error below 2e-3 in any correlation; CPUs use float32 instead, so the same config works on both."""
     memory_mb: Positive | None = None
     """Working memory of a job in MB; none means 1 GiB on a CPU, and most of the free memory of a GPU."""
-    full: list[tuple[str, int, str, int]] = Field(default=[])
-    """Pairs of layers whose complete correlation matrix is stored in addition to the best matches: member, layer,
-    member, layer. An analysis must compare the two members."""
 
 
 class Matrix(Spec):

@@ -33,7 +33,6 @@ from conceptshare.config.settings import (
     Analyses,
     CorrelationSettings,
     NameSettings,
-    PairSettings,
     SAESettings,
     Sharedness,
     or_empty,
@@ -286,18 +285,6 @@ class Study(Spec):
         features = {name: settings.expansion * spec.width for name, settings in self.saes.items()}
         named = {"name": str(member), "encoder": member.encoder, "seed": member.seed, "layers": spec.layer_numbers()}
         return named | {"modality": spec.modality, "kind": spec.kind, "features": features}
-
-    def correlations_key(self, a: Member, b: Member) -> str:
-        """What the correlations of a pair depend on beside its features, as canonical JSON.
-
-        Layers stand in the pair's sorted order, ``[layer of the first, layer of the second]``.
-        """
-        full = set()
-        for text_a, layer_a, text_b, layer_b in self.correlations.full:
-            (first, layer), (second, other) = sorted([(self.member(text_a), layer_a), (self.member(text_b), layer_b)])
-            if (first, second) == sorted_pair(a, b):
-                full.add((layer, other))
-        return canonical(PairSettings(precision=self.correlations.precision, full=sorted(full)))
 
     def sae_key(self, name: str) -> str:
         """What an SAE depends on beside its activations and seed, as canonical JSON."""

@@ -13,7 +13,6 @@ from shlex import quote
 from typing import Any, NamedTuple
 
 from conceptshare.config.catalog import ModelSpec, Spec
-from conceptshare.config.settings import PairSettings
 from conceptshare.config.study import Study
 from conceptshare.io import layout
 from conceptshare.io.files import PROVENANCE, read_object
@@ -81,10 +80,9 @@ def _of_saes(study: Study, sae: str, at: Callable[..., Path]) -> Iterator[Differ
 
 def _of_correlations(study: Study, at: Callable[..., Path]) -> Iterator[Difference]:
     for first, second in study.pairs():
-        store, key = at(layout.CORRELATIONS, a=first, b=second), study.correlations_key(first, second)
-        found = {name: value for name, value in _spec(store).items() if name in PairSettings.model_fields}
-        if found:
-            yield from _compared(store, store, key, PairSettings, found, json.loads(key))
+        store, wanted = at(layout.CORRELATIONS, a=first, b=second), study.correlations.precision
+        if spec := _spec(store):
+            yield from _compared(store, store, wanted, None, {"precision": spec["precision"]}, {"precision": wanted})
 
 
 def _of_names(study: Study, at: Callable[..., Path]) -> Iterator[Difference]:
