@@ -81,7 +81,7 @@ def _of_saes(study: Study, sae: str, at: Callable[..., Path]) -> Iterator[Differ
 def _of_correlations(study: Study, at: Callable[..., Path]) -> Iterator[Difference]:
     for first, second in study.pairs():
         store, wanted = at(layout.CORRELATIONS, a=first, b=second), study.correlations.precision
-        if spec := _spec(store):
+        if "precision" in (spec := _spec(store)):
             yield from _compared(store, store, wanted, None, {"precision": spec["precision"]}, {"precision": wanted})
 
 
