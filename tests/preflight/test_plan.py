@@ -476,7 +476,7 @@ def test_the_command_says_of_which_encoders_it_guesses_the_tokens(tmp_path):
     config["encoders"]["minilm"] = {"tokens": None}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     assert (
-        "guessed, for want of `tokens` in the entry: minilm." in run("--config", str(tmp_path / "config.yaml")).output
+        "guessed, as these entries have no `tokens`: minilm." in run("--config", str(tmp_path / "config.yaml")).output
     )
     assert "guessed" not in run().output
 

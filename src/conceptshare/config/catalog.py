@@ -246,10 +246,10 @@ class EncoderSpec(ModelSpec, extra="forbid"):
 
     def activations_key(self) -> str:
         """What the `weights` and `activations` stages depend on, as canonical JSON."""
-        return canonical(self, set(type(self).model_fields) - TOLD_ONLY - {"seeds", "parts"})
+        return canonical(self, set(type(self).model_fields) - INFORMATIVE_KEYS - {"seeds", "parts"})
 
 
-TOLD_ONLY = {"samples", "tokens", "gflops", "trained_on", "note"}
+INFORMATIVE_KEYS = {"samples", "tokens", "gflops", "trained_on", "note"}
 """Keys for readers and estimates, which change no result."""
 
 
@@ -425,7 +425,7 @@ def complete(name: str, given: dict[str, Any] | None, entries: dict[str, dict[st
 
 
 def parse(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
-    """Validate ``values``, with every fault told as one line ``where.key: what is wrong``.
+    """Validate ``values``, and report every fault as one line ``where.key: what is wrong``.
 
     Raises:
         StudyError: where a key is unknown or missing, or a value is wrong.

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from conceptshare.config.catalog import (
     CATALOG,
-    TOLD_ONLY,
+    INFORMATIVE_KEYS,
     DatasetSpec,
     EncoderSpec,
     Name,
@@ -252,15 +252,15 @@ class Study(Spec):
         return sorted(self.encoders[encoder].seeds)
 
     def matrix_key(self, name: str) -> str:
-        """What a matrix depends on beside its inputs, as canonical JSON: its members, their groups and other seeds."""
+        """Settings of a matrix as canonical JSON: its members, their groups and other seeds."""
         return _json(self.grouped_members(name))
 
     def layerwise_key(self, name: str) -> str:
-        """What a layerwise analysis depends on beside its inputs, as canonical JSON: its pairs in order."""
+        """Settings of a layerwise analysis as canonical JSON: its pairs in order."""
         return _json(self.layerwise_names(name))
 
     def sharedness_key(self, name: str) -> str:
-        """What a ranking depends on beside its inputs, as canonical JSON: its source and its groups."""
+        """Settings of a ranking as canonical JSON: its source and its groups."""
         return _json(dict(zip(("source", "shared_with", "not_shared_with"), self.sharedness_names(name), strict=True)))
 
     def pages_key(self) -> str:
@@ -287,17 +287,17 @@ class Study(Spec):
         return named | {"modality": spec.modality, "kind": spec.kind, "features": features}
 
     def sae_key(self, name: str) -> str:
-        """What an SAE depends on beside its activations and seed, as canonical JSON."""
+        """Settings of an SAE as canonical JSON."""
         return canonical(self.saes[name])
 
     def dataset_key(self, name: str) -> str:
         """What a data set depends on, as canonical JSON."""
-        return canonical(self.datasets[name], set(DatasetSpec.model_fields) - TOLD_ONLY)
+        return canonical(self.datasets[name], set(DatasetSpec.model_fields) - INFORMATIVE_KEYS)
 
     def study_key(self) -> str:
         """The whole study as completed by the catalog, but for what changes no result, as canonical JSON."""
-        told = {"encoders": {"__all__": TOLD_ONLY}, "datasets": {"__all__": TOLD_ONLY}}
-        return _json(self.model_dump(mode="json", exclude=told))
+        excluded = {"encoders": {"__all__": INFORMATIVE_KEYS}, "datasets": {"__all__": INFORMATIVE_KEYS}}
+        return _json(self.model_dump(mode="json", exclude=excluded))
 
     def _analysis(self, kind: str, name: str) -> Any:
         analyses = getattr(self.analyses, kind)

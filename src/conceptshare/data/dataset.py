@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
-from conceptshare.config.catalog import TOLD_ONLY, DatasetSpec, canonical
+from conceptshare.config.catalog import INFORMATIVE_KEYS, DatasetSpec, canonical
 from conceptshare.data.download import HOPELESS, Downloads, Failure, UnusableError
 from conceptshare.data.images import decode, formats
 from conceptshare.data.rows import Unusable, columns_of, cut, hash_of, image_path, read_rows, too_large
@@ -189,7 +189,7 @@ def make_dataset(spec: DatasetSpec, out: Path) -> None:
             _check_share(spec, len(samples), dropped)
             content_hash, checksums = samples.shuffle(folder / "samples.arrow", spec.order_seed)
         manifest = {
-            "settings": json.loads(canonical(spec, set(DatasetSpec.model_fields) - TOLD_ONLY)),
+            "settings": json.loads(canonical(spec, set(DatasetSpec.model_fields) - INFORMATIVE_KEYS)),
             "source": spec.source,
             "revision": source.revision,
             **({} if source.configuration is None else {"configuration": source.configuration}),

@@ -1,4 +1,4 @@
-"""What a study will cost, reckoned from the study alone: disk, arithmetic, memory and hours on one GPU.
+"""Estimate what a study will cost from the study alone: disk, arithmetic, memory and hours on one GPU.
 
 It follows what each stage does, and runs none: no torch, no model, and of data only the rows of tables. Sizes are
 those of the arrays; of them, features, half of which are zero, are compressed to about half.
@@ -39,7 +39,7 @@ GPU_MEMORY_BYTES = 64 * 10**9
 
 # A photograph as COCO has them, where the data set is neither made nor a file on this machine.
 _SAMPLE_BYTES = 160_000
-# Side of pictures and of patches, and length of captions, where an entry says nothing of its tokens.
+# Side of images and patches, and length of captions, for entries without `tokens`.
 _IMAGE_SIZE, _PATCH = 224, 14
 _CAPTION_TOKENS = 16
 # Python with torch and a library of models, before it has loaded anything.
@@ -50,7 +50,7 @@ _THUMBNAIL_BYTES = 5_000
 _SHOWN_BYTES, _BAR_BYTES, _MATCH_BYTES = 16, 4, 16
 # Samples of a feature that are shown besides the strongest.
 _WEAKER_SAMPLES = len(QUANTILES) * NEAR
-# What Python takes for the activations of a feature in a sample, beside themselves.
+# Python's overhead for the activations of a feature in a sample.
 _FIRES_BYTES = 400
 # A pair of layers in a table of similarities.
 _SIMILARITY_BYTES = 32
@@ -86,7 +86,7 @@ class Cost:
     """Peak memory of the largest job in bytes, the GPU's part in it."""
 
     def hours(self, rates: Rates) -> float:
-        """Hours on one GPU, where nothing goes on at the same time."""
+        """Hours on one GPU, one thing at a time."""
         computing = self.flops / (rates.tflops * 1e12) + self.cpu_flops / (rates.cpu_gflops * 1e9)
         return (computing + (self.read + self.written) / (rates.disk_mb_per_s * 1e6)) / 3600
 
@@ -112,7 +112,7 @@ class Plan:
 
 
 def make_plan(study: Study, rates: Rates, samples: int | None = None, results: Path = RESULTS) -> Plan:
-    """Reckon what a study costs, as if nothing of it were made.
+    """Estimate what a study costs, as if no results existed.
 
     Args:
         study: the study.
@@ -369,7 +369,7 @@ def usual_tokens(spec: EncoderSpec) -> int:
 
 
 def stored_tokens(spec: EncoderSpec) -> int:
-    """Training tokens of a sample: all of its own, the padding too for ``reference``, and a mean beside them."""
+    """Training tokens of a sample: its own, with padding for ``reference``, and the mean if it is the global token."""
     tokens = positions(spec) if spec.global_token == "reference" else usual_tokens(spec)
     tokens += spec.global_token in {"mean", "last"}
     return tokens if spec.max_tokens is None else min(tokens, spec.max_tokens)
@@ -450,7 +450,7 @@ def _assumptions(plan: Plan) -> list[str]:
         "counts their jobs, and those that are left.",
     ]
     if plan.guessed:
-        lines.append(f"Tokens of a sample guessed, for want of `tokens` in the entry: {', '.join(plan.guessed)}.")
+        lines.append(f"Tokens per sample guessed, as these entries have no `tokens`: {', '.join(plan.guessed)}.")
     return lines
 
 
