@@ -95,7 +95,7 @@ def remove_leftovers():
     ours = {path for path in files if any(record_of("metadata", place).exists() for place in (path, *path.parents))}
     for path in ours:
         path.unlink()
-        print(f"{path}: removed, as the study no longer makes it", file=sys.stderr)
+        print(f"{path}: removed, because it is no longer part of the study", file=sys.stderr)
     for folder in sorted({parent for path in ours for parent in path.parents}, reverse=True):
         if not any(folder.iterdir()):
             folder.rmdir()

@@ -443,10 +443,10 @@ def _assumptions(plan: Plan) -> list[str]:
         f"Samples: {samples}.",
         f"Rates: {rates.tflops:g} TFLOP/s on the GPU (--tflops), {rates.disk_mb_per_s:g} MB/s from and to disk",
         f"(--disk-mb-per-s), {rates.cpu_gflops:g} GFLOP/s on the CPU (--cpu-gflops), where features are computed.",
-        "Hours: one job after another on one GPU, computing and reading in turns.",
-        "Disk: before compression; models in the hub's cache not counted. Memory: of the largest job, the GPU's in it.",
+        "Hours: jobs run one after another on one GPU; computation and reading do not overlap.",
+        "Disk: before compression; models in the hub's cache not counted. Memory: of the largest job, with the GPU's.",
         "Correlations: memory as in correlations.memory_mb, or 64 GB of a GPU.",
-        "Nothing is taken as done, and nothing as still in the file cache. Other rules take seconds; `snakemake -n`",
+        "It assumes that there are no results yet and nothing is cached. Other rules take seconds; `snakemake -n`",
         "counts their jobs, and those that are left.",
     ]
     if plan.guessed:
