@@ -491,7 +491,7 @@ def test_named_features_and_those_at_the_top_of_two_rankings_are_drawn_by_one_co
     assert draw("--also-top-of", tmp_path / "b.parquet") == [6, 5]
     assert draw("--also-top-of", tmp_path / "b.parquet", "--feature", 5) == [5]
     assert "feature 8 is not among the 8" in draw("--feature", 8)
-    assert "c.parquet: ranks the features of bert@0, and" in draw("--also-top-of", tmp_path / "c.parquet")
+    assert "c.parquet: ranks the features of bert@0, but" in draw("--also-top-of", tmp_path / "c.parquet")
     assert "no feature is at the top of both" in draw("--also-top-of", tmp_path / "d.parquet")
 
 
@@ -518,7 +518,7 @@ def test_a_ranking_is_drawn_of_its_own_features_and_samples_alone(tmp_path, data
         return str(error)
 
     for suffix in ("csv", "parquet"):
-        said = f"a.{suffix}: ranks the features of clip_image@0, and {bert} is of bert@0; give clip_image@0.zarr"
+        said = f"a.{suffix}: ranks the features of clip_image@0, but {bert} is of bert@0; give clip_image@0.zarr"
         assert said in refused(features=bert, table=tmp_path / f"a.{suffix}")
     assert "have different samples" in refused(features=shuffled)
     for other in lacking:
