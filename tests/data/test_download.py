@@ -468,7 +468,7 @@ def test_machines_that_are_not_public_are_not_asked(server, make, tmp_path):
 def test_a_redirect_to_a_machine_that_is_not_public_is_not_followed(server, make, monkeypatch, checked):
     """Here the server's own address counts as public, so that there is one to redirect from."""
     monkeypatch.setattr(download, "is_public", lambda host: host == "127.0.0.1")
-    if checked == "after the answer":  # as if httpx told of a new connection in another way
+    if checked == "after the answer":  # as if httpx reported new connections differently
         monkeypatch.setattr(Downloads, "_check_connected", AsyncMock())
     with serving(Server("127.0.0.2")) as other:
         server.pages["/away"] = answer(b"", 302, Location=other.address + fine(other, 1)[0])

@@ -115,8 +115,8 @@ def clone(tmp_path, monkeypatch):
 
 
 def commit():
-    told = provenance.environment()["conceptshare"]
-    return told["commit"], told["dirty"]
+    found = provenance.environment()["conceptshare"]
+    return found["commit"], found["dirty"]
 
 
 def test_it_tells_the_commit_whatever_its_tags(clone):

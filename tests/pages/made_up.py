@@ -135,7 +135,7 @@ def make_details(rng, modality, first, table, captions):
         if modality == "text" and number != 2:
             feature["tokens"] = []
             for place, (sample, _) in enumerate(pairs[:9]):
-                # The last piece goes on with the word before it; the first blank is a piece of its own.
+                # The last piece continues the word before it; the first blank is its own piece.
                 one, *others = captions[sample].split(" ")
                 text = ["[CLS]", " ", one, *(f" {word}" for word in others), "[SEP]"]
                 strengths = rounded(

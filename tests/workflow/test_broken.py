@@ -170,14 +170,14 @@ def test_changed_settings_are_told_where_snakemake_cannot_know_of_them(study):
     shutil.rmtree(notes)
     study.config = before
     assert study.plan() == {}
-    for apply, told in CHANGES:
+    for apply, difference in CHANGES:
         study.config = before
         config = study.config
         apply(config)
         study.config = config
         refused = study.run("--cores", "1", "-n")
         assert refused.returncode == 1
-        assert told in refused.stdout + refused.stderr
+        assert difference in refused.stdout + refused.stderr
         assert "delete these and run again" in refused.stdout + refused.stderr
     # What the message says helps.
     shutil.rmtree(study.folder / "results/studies/miniature")
