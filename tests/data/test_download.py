@@ -1,5 +1,6 @@
 """Downloading images by address, against a real server on this machine that misbehaves in every way there is."""
 
+import gc
 import gzip
 import hashlib
 import io
@@ -222,6 +223,11 @@ FAULTS = {
     "redirect to nowhere": (answer(b"", 302), False, "HTTP 302"),
     "redirect to a file": (answer(b"", 302, Location="file:///etc/passwd"), False, "not a valid http or https address"),
     "redirect to nonsense": (answer(b"", 302, Location="http://[::bad/"), False, "HTTP 302"),
+    "redirect to no port": (
+        answer(b"", 302, Location="http://127.0.0.1:99999/"),
+        False,
+        "not a valid http or https address: the port 99999 is not between 1 and 65535",
+    ),
     "redirect that never ends": (pour_redirect, False, "more than 5 redirects"),
     "redirect to itself": (answer(b"", 301, Location="?"), False, "more than 5 redirects"),
     "too many pixels": (answer(picture(1, 400)), False, "400 x 400 pixels, more than max_pixels = 100000"),
@@ -298,6 +304,39 @@ def test_what_is_no_web_address_is_dropped_with_a_reason(address, server, tmp_pa
     (dropped,) = AsRead(tmp_path / "set" / "data").manifest["dropped"]
     assert "address" in dropped["reason"]
     assert dropped["row"] == 2
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("http://127.0.0.1:99999/a", "https://127.0.0.1:65536/", "http://127.0.0.1:-1/a", "http://127.0.0.1:0/a"),
+        *("http://127.0.0.1:http/a", "http://:80/a", "http:///a.png", "http:/a.png", "//127.0.0.1/a", "gopher://x/a"),
+        *("http://a b/c", "http://a\nb/c", "http://a\0b/c", "http://a\x7fb/c", "http://\u3000/", "http://a|b/"),
+        *("http://%31/", "http://[::1/", "http://[zz]/", "http://::1/", "http://256.1.1.1/", "http://a..b/"),
+        *("http://xn--0.example/", "http://\u2603.invalid/", f"http://{'a' * 64}.com/", f"http://{'a.' * 128}com/"),
+        *("http://127.0.0.1/\udcff", "http://\udcff/"),
+    ],
+)
+def test_an_address_that_can_never_work_is_permanently_dropped_without_a_retry(address, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "pause", lambda *_: pytest.fail("tried again"))
+    with (
+        ThreadPoolExecutor(1) as pool,
+        Downloads(tmp_path, Download(**FAST), lambda _: None, pool, "set") as downloads,
+    ):
+        failure = downloads.fetch(address).result()
+        assert (downloads.counts.dead, downloads.counts.unreachable) == (1, 0)
+    assert failure.reason.startswith("not a valid http or https address: ")
+    assert len(failure.reason.splitlines()) == 1
+
+
+@pytest.mark.parametrize("host", ["xn--ls8h.la", "xn--fa-hia.de", "b\u00fccher.de", "my_host.org.", "[::1]", "127.1"])
+def test_an_unusual_host_is_valid(host):
+    assert download._valid(f"http://{host}:8080/a.png").port == 8080
+
+
+def test_a_group_of_errors_is_reported_as_its_first():
+    error = ExceptionGroup("unhandled errors in a TaskGroup", [ExceptionGroup("", [OSError("cable cut")])])
+    assert download._words(error) == "OSError: cable cut"
 
 
 def test_what_fails_and_then_works_is_a_sample(server, make):
@@ -718,6 +757,19 @@ def test_leaving_the_downloads_in_the_midst_ends_them(server, tmp_path):
             until(lambda: server.asked)
         assert future.done()
     assert not list((tmp_path / "downloads").rglob("*.partial"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_ending_while_connections_are_opened_leaves_no_coroutine_behind(tmp_path):
+    port = closed_port()
+    options = Download(timeout=30, attempts=1, allow_private=True)
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(5):
+            with Downloads(tmp_path / "downloads", options, lambda _: None, pool, "set") as downloads:
+                for name in range(1000):
+                    downloads.fetch(f"http://127.0.0.1:{port}/{name}")
+                until(lambda downloads=downloads: downloads.counts.transient > 100)
+    gc.collect()
 
 
 def test_a_file_or_a_failure_is_given(server, tmp_path):

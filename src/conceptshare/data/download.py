@@ -15,6 +15,7 @@ import hashlib
 import ipaddress
 import json
 import random
+import re
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -46,6 +47,7 @@ HOPELESS = 200
 """If this many URLs fail, all with network errors, the connection is considered broken."""
 
 _PASSING_STATUSES = {408, 425, 429}
+_HOST_NAME = re.compile(r"(?=.{1,254}\Z)([a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?", re.IGNORECASE)
 
 
 class UnusableError(Exception):
@@ -171,9 +173,9 @@ class Downloads:
         )
 
     async def _close(self) -> None:
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in tasks:
+        for task in self._under_way.values():  # not the tasks they started, which they cancel themselves
             task.cancel()
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._client.aclose()
 
@@ -262,8 +264,6 @@ class Downloads:
             raise
         except TimeoutError:
             raise _TransientError(f"no complete response within {seconds:g} s", network=True) from None
-        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-            raise UnusableError(f"not a valid http or https address: {_words(error)}") from None
         except Exception as error:  # untrusted data may raise any type, which must only cost this row
             raise _TransientError(_words(error), network=isinstance(error, httpx.TransportError)) from error
 
@@ -272,7 +272,8 @@ class Downloads:
 
         Redirects are followed here because httpx would read the whole body of a redirect, whatever its size.
         """
-        request = self._client.build_request("GET", address, extensions={"trace": self._check_connected})
+        url = _valid(address)
+        request = self._client.build_request("GET", url, extensions={"trace": self._check_connected})
         for _ in range(MAX_REDIRECTS + 1):
             answer = await self._client.send(request, stream=True)
             try:
@@ -284,6 +285,7 @@ class Downloads:
                         yield part
                     return
                 request = answer.next_request
+                _valid(request.url)
             finally:
                 await answer.aclose()
         raise UnusableError(f"more than {MAX_REDIRECTS} redirects")
@@ -355,6 +357,27 @@ def retry_after(value: str, now: datetime) -> float:
         return 0.0
 
 
+def _valid(address: str | httpx.URL) -> httpx.URL:
+    """Parse a URL, and reject one that no server can have: errors of the connection would be taken for transient."""
+    try:
+        url = httpx.URL(address)
+        host = url.raw_host.decode()
+        for label in re.findall(r"\bxn--([^.]*)", host):
+            label.encode().decode("punycode")
+    except (httpx.InvalidURL, UnicodeError) as error:
+        fault = " ".join(str(error).split())[:200]
+    else:
+        if url.scheme not in {"http", "https"}:
+            fault = "it does not start with http:// or https://"
+        elif ":" not in host and not _HOST_NAME.fullmatch(host):  # httpx has checked IPv6 addresses
+            fault = f"{host[:100]!r} is not the name of a host"
+        elif url.port is not None and not 0 < url.port < 2**16:
+            fault = f"the port {url.port} is not between 1 and 65535"
+        else:
+            return url
+    raise UnusableError(f"not a valid http or https address: {fault}")
+
+
 def _check_status(answer: httpx.Response) -> None:
     status = answer.status_code
     if status >= 500 or status in _PASSING_STATUSES:
@@ -365,7 +388,9 @@ def _check_status(answer: httpx.Response) -> None:
 
 
 def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:200].removesuffix(": ")
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return " ".join(f"{type(error).__name__}: {error}"[:200].split()).removesuffix(":")
 
 
 def _read_dead(path: Path) -> dict[str, str]:
