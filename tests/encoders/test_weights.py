@@ -790,7 +790,16 @@ def test_a_study_whose_encoders_are_loaded_is_checked_for_each_of_them(tmp_path)
     assert checked.exit_code == 1
     errors = [line for line in checked.stderr.splitlines() if line.startswith("error: ")]
     assert errors == [f"error: encoders.wrong: {wrong.model}, layer 0: width 24, but its entry has 20; set width: 24"]
-    assert f"{good.model}: it works: 3 layers of width 16" in checked.stderr
+    assert f"encoders.good: {good.model}: it works: 3 layers of width 16" in checked.stderr
+
+
+def test_a_warning_of_an_encoder_that_is_loaded_names_its_entry(tmp_path):
+    models.save_bert(tmp_path / "bert", padding_side="left")
+    spec = models.entry(tmp_path / "bert", "text", "reference", kind="language")
+    checked = CliRunner().invoke(app, ["check", study_of({"left": spec, "same": spec}), "--load"])
+    warnings = [line for line in checked.stderr.splitlines() if line.startswith("warning: ")]
+    padded = f"{spec.model}: its tokenizer pads on the left, so global_token: reference reads padding"
+    assert warnings == [f"warning: encoders.{name}: {padded}" for name in ("left", "same")]
 
 
 def test_the_stage_refuses_an_encoder_that_does_not_fit_its_entry_and_leaves_no_record(tmp_path):

@@ -714,7 +714,16 @@ def test_many_dead_latents_are_a_warning_that_says_what_to_change(stored, tmp_pa
     train_sae(stored, 3, SETTINGS.model_copy(update={"max_dead": 0.0}), seed=0, out=tmp_path / "some")
     assert "of the latents are dead, more than max_dead = 0; train longer (epochs)" in capsys.readouterr().err
     train_sae(stored, 3, SETTINGS.model_copy(update={"max_dead": 1.0}), seed=0, out=tmp_path / "all")
-    assert "warning" not in capsys.readouterr().err
+    assert "latents are dead" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("settings", "worse"), [({}, True), ({"epochs": 100, "learning_rate": 1e-2}, False)])
+def test_global_tokens_that_their_mean_explains_better_are_a_warning(stored, tmp_path, capsys, settings, worse):
+    train_sae(stored, 3, SETTINGS.model_copy(update=settings), seed=0, out=tmp_path / "sae")
+    fvu = json.loads((tmp_path / "sae/metrics.json").read_text())["global_tokens"]["fvu"]
+    assert (fvu > 1) is worse
+    warning = f"FVU {fvu:.2f} of the global tokens, so their mean explains them better than the SAE"
+    assert (warning in capsys.readouterr().err) is worse
 
 
 TRAIN = """

@@ -287,3 +287,10 @@ def test_few_undecodable_images_are_dropped_for_all_encoders_and_listed(new_stud
     assert [row["row"] for row in manifest["dropped"]] == [0, 1, 2]
     for store in stores:
         assert zarr.open_group(new_study.folder / store, mode="r")["layer-00/global"].shape[0] == 37
+    (warning,) = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert warning.startswith(
+        "warning: ./squares.parquet: 3 of 40 rows dropped, such as row 0: image cannot be decoded"
+    )
+    assert warning.endswith("results/squares/data/manifest.json lists them [results/logs/squares/dataset.log]")
+    again = new_study.run("--cores", "1", "results/squares/saes/tiny/reader/layer-00/seed-0/cfg.json")
+    assert "rows dropped" not in again.stderr  # only jobs of this run are reported

@@ -107,6 +107,17 @@ def remove_leftovers():
             )
 
 
+def report_warnings():
+    """Repeat the warnings of this run's jobs, a line per job with its log."""
+    logs = sorted(Path(log) for job in workflow.dag.finished_jobs for log in job.log)
+    for log in filter(Path.is_file, logs):
+        with log.open(encoding="utf-8", errors="replace") as lines:
+            warnings = [line.rstrip() for line in lines if line.startswith("warning: ")]
+        if warnings:
+            more = f" (and {len(warnings) - 1} more)" if warnings[1:] else ""
+            print(f"{warnings[0]}{more} [{log}]", file=sys.stderr)
+
+
 def report_unwritable_results():
     """Report why results cannot be written, for jobs that could not even write to their logs."""
     try:

@@ -13,6 +13,7 @@ from conceptshare.config.study import load_study
 from conceptshare.io import provenance
 from conceptshare.io.errors import ConceptshareError, StoreError
 from conceptshare.io.files import PROVENANCE_RECORD
+from conceptshare.io.progress import about
 from conceptshare.preflight.differences import differences, in_words
 from conceptshare.preflight.plan import Rates, make_plan, plan_as_json, plan_as_text
 
@@ -46,7 +47,7 @@ def _try_encoders(encoders: dict[str, EncoderSpec]) -> None:
     faults = 0
     for name, spec in encoders.items():
         try:
-            with TemporaryDirectory() as folder:
+            with TemporaryDirectory() as folder, about(f"encoders.{name}"):
                 try_encoder(spec, locate(spec, made=Path(folder) / "model"))
         except ConceptshareError as error:
             faults += 1

@@ -33,12 +33,12 @@ from conceptshare.config.catalog import INFORMATIVE_KEYS, DatasetSpec, canonical
 from conceptshare.data.download import HOPELESS, Downloads, Failure, UnusableError
 from conceptshare.data.images import decode, formats
 from conceptshare.data.rows import Unusable, columns_of, cut, hash_of, image_path, read_rows, too_large
-from conceptshare.data.sources import Source, locate
+from conceptshare.data.sources import Source, locate, printable
 from conceptshare.io import provenance
 from conceptshare.io.ahead import in_order
 from conceptshare.io.errors import DatasetError
 from conceptshare.io.files import DATASET, atomic_output
-from conceptshare.io.progress import info, progress
+from conceptshare.io.progress import info, progress, warn
 from conceptshare.io.seals import is_text_intact, seal_text
 
 MAX_RATIO = 100
@@ -212,7 +212,11 @@ def make_dataset(spec: DatasetSpec, out: Path) -> None:
         provenance.record(folder)
     for line in source.not_read.lines()[reported:]:
         info(f"{spec.source}: {line}")
-    info(f"{spec.source}: {manifest['rows']:,} samples, {dropped.count} dropped")
+    info(f"{spec.source}: {manifest['rows']:,} samples, {dropped.count:,} dropped")
+    if dropped.count:
+        first = printable(f"row {dropped.first[0].row}: {dropped.first[0].reason}")
+        rows = f"{dropped.count:,} of {manifest['rows_read']:,} rows"
+        warn(f"{spec.source}: {rows} dropped, such as {first}; {out / 'manifest.json'} lists them")
 
 
 class _SampleFile:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from conceptshare.config.catalog import EncoderSpec
 from conceptshare.device import full_float32
 from conceptshare.io.errors import EncoderError
-from conceptshare.io.progress import info
+from conceptshare.io.progress import warn
 
 Samples = Sequence[Image.Image] | Sequence[str]
 
@@ -305,12 +305,12 @@ def check_reading(encoder: Encoder) -> None:
     try:
         together = exact.activations(samples)
     except UnlikeImagesError as error:
-        info(f"{error}, unless all images of the data set are of one size")
+        warn(f"{error}, unless all images of the data set are of one size")
         return
     if spec.global_token == "reference":  # like the paper's code, which also reads padding
         mask = exact.prepare(samples).mask
         if mask is not None and not mask[:, 0].all():
-            info(f"{spec.model}: its tokenizer pads on the left, so global_token: reference reads padding")
+            warn(f"{spec.model}: its tokenizer pads on the left, so global_token: reference reads padding")
         return
     for n, single in enumerate(apart):
         for layer, x in together.tokens.items():
@@ -325,7 +325,7 @@ def check_reading(encoder: Encoder) -> None:
 
     if all((x[0] - x[1]).norm() <= 1e-5 * x[0].norm() for x in together.global_token.values()):
         other = "eot" if spec.modality == "text" else "mean"
-        info(f"{spec.model}: its global token is the same for two samples; unless intended, set global_token: {other}")
+        warn(f"{spec.model}: its global token is the same for two samples; unless intended, set global_token: {other}")
 
 
 def has_class_token(tower: nn.Module) -> bool:

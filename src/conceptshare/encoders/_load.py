@@ -20,7 +20,7 @@ from conceptshare.device import default_device
 from conceptshare.encoders._encoder import Encoder, check_reading, in_one_line
 from conceptshare.encoders.weights import check_record, fingerprint, locate, recorded_location
 from conceptshare.io.errors import ConceptshareError, EncoderError
-from conceptshare.io.progress import info
+from conceptshare.io.progress import info, warn
 
 # Far more than any published model has.
 _MAX_LAYERS = 10_000
@@ -59,7 +59,7 @@ def try_encoder(spec: EncoderSpec, location: Path) -> None:
     # 16-bit weights take twice their size when loaded as float32, and the library needs memory too.
     needed, free = 2**30 + 2 * sum(path.stat().st_size for path in _files_of(location)), _free_memory()
     if needed > free:
-        info(
+        warn(
             f"{spec.model}: not loaded for a test, because it may need {needed / 2**30:.1f} GiB of memory and "
             f"{free / 2**30:.1f} GiB are free; run conceptshare check --load on a machine with more"
         )

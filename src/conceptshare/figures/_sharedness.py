@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from conceptshare.figures._style import PAGE, PLACED, STYLE, save, text_width
-from conceptshare.io.progress import info
+from conceptshare.io.progress import warn
 
 if TYPE_CHECKING:  # heavy, and other figures do not need them
     from conceptshare.data.dataset import Data
@@ -217,7 +217,7 @@ def _missing_letters_in_one_line(out: Path) -> Iterator[None]:
     if letters:
         some, more = "".join(sorted(letters)[:20]), len(letters) - 20
         shown = f"{some} and {more} more" if more > 0 else some
-        info(
+        warn(
             f"{out}: no font here has {shown}, drawn as boxes; install one that has, such as Noto Sans CJK, delete "
             f"fontlist-*.json in {mpl.get_cachedir()}, where matplotlib lists fonts, and draw the figure again"
         )

@@ -3,6 +3,8 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -10,6 +12,7 @@ from tqdm import tqdm
 Item = TypeVar("Item")
 
 SECONDS_BETWEEN_LINES = 30.0
+_SUBJECT: ContextVar[str] = ContextVar("subject", default="")
 
 
 def progress(items: Iterable[Item], total: int | None, what: str, unit: str) -> Iterator[Item]:
@@ -41,4 +44,19 @@ def progress(items: Iterable[Item], total: int | None, what: str, unit: str) -> 
 
 def info(message: str) -> None:
     """Write one line to standard error and flush it, so that a log can be followed."""
-    print(message, file=sys.stderr, flush=True)
+    print(f"{_SUBJECT.get()}{message}", file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """Like `info`, for a line that the workflow repeats on the terminal, because it says what may be wrong."""
+    print(f"warning: {_SUBJECT.get()}{message}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def about(subject: str) -> Iterator[None]:
+    """Begin the lines of `info` and `warn` with a subject."""
+    token = _SUBJECT.set(f"{subject}: ")
+    try:
+        yield
+    finally:
+        _SUBJECT.reset(token)

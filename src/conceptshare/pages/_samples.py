@@ -7,7 +7,7 @@ from conceptshare.data.dataset import Data
 from conceptshare.io.ahead import in_order
 from conceptshare.io.errors import DatasetError
 from conceptshare.io.files import SAMPLE_PAGES, atomic_output
-from conceptshare.io.progress import info, progress
+from conceptshare.io.progress import progress, warn
 from conceptshare.pages._script import write_script
 
 TOGETHER = 500
@@ -46,7 +46,7 @@ def _thumbnail(data: Data, sample: int, folder: Path) -> tuple[int, int] | None:
     try:
         image = data.image(sample)
     except DatasetError as error:
-        info(f"warning: no thumbnail of sample {sample}: {error}")
+        warn(f"no thumbnail of sample {sample}: {error}")
         return None
     image.thumbnail((_SIDE, _SIDE))
     folder.mkdir(exist_ok=True)

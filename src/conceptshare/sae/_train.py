@@ -23,7 +23,7 @@ from conceptshare.io import provenance
 from conceptshare.io.ahead import in_order
 from conceptshare.io.errors import NumericsError, StoreError
 from conceptshare.io.files import SAE, Unchanged, atomic_output
-from conceptshare.io.progress import info, progress
+from conceptshare.io.progress import info, progress, warn
 from conceptshare.sae import _order
 from conceptshare.sae._checkpoints import PREEMPTED, Checkpoints, stop_on_sigterm
 from conceptshare.sae._metrics import Evaluation, density_histogram, evaluate
@@ -247,10 +247,15 @@ def write_sae(
     window = f"of {quality.tokens:,} {'held-out' if report.held_out else 'training'} tokens"
     info(f"{report.origin}: FVU {quality.fvu:.3f}, L0 {quality.l0:.1f}, dead {quality.dead:.1%} {window}")
     if quality.dead > settings.max_dead:
-        info(
-            f"warning: {report.origin}: {quality.dead:.0%} of the latents are dead, more than max_dead = "
+        warn(
+            f"{report.origin}: {quality.dead:.0%} of the latents are dead, more than max_dead = "
             f"{settings.max_dead:g}; train longer (epochs), or with fewer latents (expansion), a larger k or another "
             f"learning_rate"
+        )
+    if (fvu := report.global_tokens.quality.fvu) > 1:
+        warn(
+            f"{report.origin}: FVU {fvu:.2f} of the global tokens, so their mean explains them better than the SAE "
+            f"and its features mean little; train on more samples, or do not interpret this layer"
         )
 
 
