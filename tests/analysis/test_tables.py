@@ -555,6 +555,22 @@ def run(*arguments):
     assert result.exit_code == 0, result.output
 
 
+def test_commands_without_similarities_warn_unless_there_are_none(study, tmp_path):
+    stores, _ = study
+    seeds = ["vit@0", "vit@7"]
+    study_json = study_file(
+        tmp_path / "study.json",
+        [(*m[:3],) for m in (*MEMBERS, SECOND_SEED)],
+        layerwise={"seeds": {"pairs": [seeds]}, "both": {"pairs": [seeds, ["bert@1", "vit@0"]]}},
+        matrices={"all": None},
+    )
+    places = ["--study", study_json, "--features", stores.features, "--correlations", stores.correlations]
+    warning = "warning: without --similarity, the columns of CKA and mutual nearest neighbours are empty"
+    for table, name, warns in (("matrix", "all", True), ("layerwise", "both", True), ("layerwise", "seeds", False)):
+        arguments = ["metrics", table, name, *places, "--out", tmp_path / f"{name}.csv"]
+        assert (warning in CliRunner().invoke(app, [*map(str, arguments)]).stderr) is warns
+
+
 def test_commands_write_the_tables_and_figures_of_a_matrix(study, tmp_path):
     stores, _ = study
     places = ["--features", stores.features, "--correlations", stores.correlations]

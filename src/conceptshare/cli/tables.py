@@ -1,13 +1,16 @@
 """Commands that write a study's tables from its stores: `conceptshare metrics`."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from conceptshare.cli.options import StudyFile, TableOut, out_option
+from conceptshare.config.members import as_member
 from conceptshare.config.study import load_study
 from conceptshare.io.files import MATRICES
+from conceptshare.io.progress import warn
 
 app = typer.Typer(help="Tables of a study, from its stores.", no_args_is_help=True)
 
@@ -19,6 +22,11 @@ Similarity = Annotated[
 ]
 Matrix = Annotated[Path, typer.Option("--table", help="The matrix, as Parquet.")]
 Analysis = Annotated[str, typer.Argument(help="Name of the analysis in the study.", show_default=False)]
+
+
+def _warn_without(similarity: Path | None, members: Iterable[str]) -> None:
+    if similarity is None and len({as_member(member).encoder for member in members}) > 1:
+        warn("without --similarity, the columns of CKA and mutual nearest neighbours are empty")
 
 
 @app.command()
@@ -34,6 +42,7 @@ def matrix(
     from conceptshare.analysis.tables import Stores, matrix_table, write_table
 
     members = load_study(study).grouped_members(analysis)
+    _warn_without(similarity, (entry.member for entry in members))
     write_table(matrix_table(members, Stores(features, correlations, similarity)), out)
 
 
@@ -107,6 +116,7 @@ def layerwise(
     from conceptshare.analysis.tables import Stores, layerwise_table, write_table
 
     pairs = load_study(study).layerwise_names(analysis)
+    _warn_without(similarity, (member for pair in pairs for member in pair))
     write_table(layerwise_table(pairs, Stores(features, correlations, similarity)), out)
 
 
