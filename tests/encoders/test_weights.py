@@ -785,8 +785,8 @@ def study_of(entries):
 def test_a_study_whose_encoders_are_loaded_is_checked_for_each_of_them(tmp_path):
     good, wrong = models.bert(tmp_path / "good").spec, models.vit(tmp_path / "wrong").spec
     study = study_of({"wrong": wrong.model_copy(update={"width": 20}), "good": good})
-    assert CliRunner().invoke(app, ["check", study]).exit_code == 0
-    checked = CliRunner().invoke(app, ["check", study, "--load"])
+    assert CliRunner().invoke(app, ["check", "--study", study]).exit_code == 0
+    checked = CliRunner().invoke(app, ["check", "--study", study, "--load"])
     assert checked.exit_code == 1
     errors = [line for line in checked.stderr.splitlines() if line.startswith("error: ")]
     assert errors == [f"error: encoders.wrong: {wrong.model}, layer 0: width 24, but its entry has 20; set width: 24"]
@@ -796,7 +796,7 @@ def test_a_study_whose_encoders_are_loaded_is_checked_for_each_of_them(tmp_path)
 def test_a_warning_of_an_encoder_that_is_loaded_names_its_entry(tmp_path):
     models.save_bert(tmp_path / "bert", padding_side="left")
     spec = models.entry(tmp_path / "bert", "text", "reference", kind="language")
-    checked = CliRunner().invoke(app, ["check", study_of({"left": spec, "same": spec}), "--load"])
+    checked = CliRunner().invoke(app, ["check", "--study", study_of({"left": spec, "same": spec}), "--load"])
     warnings = [line for line in checked.stderr.splitlines() if line.startswith("warning: ")]
     padded = f"{spec.model}: its tokenizer pads on the left, so global_token: reference reads padding"
     assert warnings == [f"warning: encoders.{name}: {padded}" for name in ("left", "same")]

@@ -83,7 +83,7 @@ def test_machines_get_json_and_nobody_gets_the_token(tmp_path):
 
 def test_a_broken_study_is_missing(tmp_path):
     (tmp_path / "study.yaml").write_text("study: a b\n")
-    found = command("--config", "study.yaml", cwd=tmp_path, HF_HUB_OFFLINE="1")
+    found = command("--study", "study.yaml", cwd=tmp_path, HF_HUB_OFFLINE="1")
     assert found.returncode == 1
     assert "missing  study" in found.stdout
     assert "study.yaml: study: 'a b' is not a name" in found.stdout

@@ -457,7 +457,7 @@ def run(*arguments):
 
 
 def test_the_command_prints_an_aligned_table_with_what_it_assumes_below():
-    output = run("--config", "config/coco-large.yaml", "--samples", "1000", "--tflops", "50").output
+    output = run("--study", "config/coco-large.yaml", "--samples", "1000", "--tflops", "50").output
     head, table, below = output.split("\n\n", 2)
     assert head == "study coco-large"
     lines = table.splitlines()
@@ -475,19 +475,17 @@ def test_the_command_says_of_which_encoders_it_guesses_the_tokens(tmp_path):
     config = yaml.safe_load((CLONE / "config.yaml").read_text())
     config["encoders"]["minilm"] = {"tokens": None}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    assert (
-        "guessed, as these entries have no `tokens`: minilm." in run("--config", str(tmp_path / "config.yaml")).output
-    )
+    assert "guessed, as these entries have no `tokens`: minilm." in run("--study", str(tmp_path / "config.yaml")).output
     assert "guessed" not in run().output
 
 
 def test_the_command_speaks_json():
-    found = json.loads(run("--config", "config/coco-base.yaml", "--json").output)
+    found = json.loads(run("--study", "config/coco-base.yaml", "--json").output)
     assert found["study"] == "coco-base"
     assert found["jobs"]["stream"] == 10
     assert found["total"]["written"] == pytest.approx(sum(cost["written"] for cost in found["costs"].values()))
     assert found["total"]["hours"] == pytest.approx(sum(cost["hours"] for cost in found["costs"].values()))
-    fast = json.loads(run("--config", "config/coco-base.yaml", "--json", "--disk-mb-per-s", "1e9").output)
+    fast = json.loads(run("--study", "config/coco-base.yaml", "--json", "--disk-mb-per-s", "1e9").output)
     assert fast["total"]["hours"] < found["total"]["hours"]
     assert fast["total"]["read"] == found["total"]["read"]
 

@@ -22,21 +22,21 @@ app = typer.Typer()
 
 @app.command()
 def check(
-    config: Annotated[Path, typer.Argument(help="A study.")] = Path("config.yaml"),
+    study: StudyFile = Path("config.yaml"),
     load: Annotated[
         bool,
         typer.Option("--load", help="Also find or fetch each encoder, load it, and test it on two samples."),
     ] = False,
 ) -> None:
     """Check a study and list its data sets, encoders, members and pairs."""
-    study = load_study(config)
-    typer.echo(f"{config}: study {study.study!r} is valid")
-    typer.echo(f"  data sets: {', '.join(study.datasets)}")
-    typer.echo(f"  encoders:  {', '.join(study.encoders)}")
-    typer.echo(f"  SAE settings: {', '.join(study.saes)}")
-    typer.echo(f"  {len(study.members())} members, {len(study.pairs())} pairs to correlate")
+    read = load_study(study)
+    typer.echo(f"{study}: study {read.study!r} is valid")
+    typer.echo(f"  data sets: {', '.join(read.datasets)}")
+    typer.echo(f"  encoders:  {', '.join(read.encoders)}")
+    typer.echo(f"  SAE settings: {', '.join(read.saes)}")
+    typer.echo(f"  members: {len(read.members())}, pairs to correlate: {len(read.pairs())}")
     if load:
-        _try_encoders(study.encoders)
+        _try_encoders(read.encoders)
 
 
 def _try_encoders(encoders: dict[str, EncoderSpec]) -> None:
@@ -58,7 +58,7 @@ def _try_encoders(encoders: dict[str, EncoderSpec]) -> None:
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Option(help="A study.")] = Path("config.yaml"),
+    study: StudyFile = Path("config.yaml"),
     samples: Annotated[int | None, typer.Option(help="Number of samples to assume per data set.", min=2)] = None,
     tflops: Annotated[float, typer.Option(help="Float32 TFLOP/s of the GPU.", min=1e-6)] = Rates.tflops,
     disk_mb_per_s: Annotated[float, typer.Option(help="MB/s of the disk.", min=1e-6)] = Rates.disk_mb_per_s,
@@ -66,13 +66,13 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes, operations and hours.")] = False,
 ) -> None:
     """Estimate the cost of a study: jobs, disk, memory and hours. Uses only the study; nothing is run."""
-    estimate = make_plan(load_study(config), Rates(tflops, disk_mb_per_s, cpu_gflops), samples)
+    estimate = make_plan(load_study(study), Rates(tflops, disk_mb_per_s, cpu_gflops), samples)
     typer.echo(plan_as_json(estimate) if as_json else plan_as_text(estimate))
 
 
 @app.command()
 def doctor(
-    config: Annotated[
+    study: Annotated[
         Path | None, typer.Option(help="A study; by default config.yaml, if it exists.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -82,7 +82,7 @@ def doctor(
     from conceptshare.preflight.doctor import as_text, examine
 
     default = Path("config.yaml")
-    findings = examine(config or (default if default.is_file() else None))
+    findings = examine(study or (default if default.is_file() else None))
     typer.echo(in_json(findings) if as_json else as_text(findings))
     if any(finding.status == "missing" for finding in findings):
         raise typer.Exit(1)
