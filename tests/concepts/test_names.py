@@ -406,7 +406,7 @@ def test_equal_bytes_on_two_runs_and_however_much_is_read_at_once(
 
 
 def test_the_clearest_names_of_each_layer_are_listed(rng, make_data, tmp_path, write_features, monkeypatch):
-    monkeypatch.setattr(names, "CLEAREST", 2)
+    monkeypatch.setattr(names, "CLEAREST_NAMES", 2)
     data = make_data(planted(rng))
     captions = captions_of(data)
     x = np.stack([on(captions, "zebra", rng, strength) for strength in (0.5, 8.0, 2.0)] + [np.zeros(400)], 1)

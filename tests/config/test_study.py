@@ -108,7 +108,7 @@ def test_a_study_is_completed_from_the_catalog(build):
                 }
             },
             "analyses.sharedness.s.picture",
-            "pictured",
+            "features_shown",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

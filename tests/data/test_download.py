@@ -574,8 +574,8 @@ def test_no_connection_at_all_is_said_and_nothing_is_noted_as_dead(make, tmp_pat
 
 
 def test_no_connection_at_all_is_noticed_before_every_row_was_tried(make, monkeypatch):
-    monkeypatch.setattr(download, "HOPELESS", 20)
-    monkeypatch.setattr("conceptshare.data.dataset.HOPELESS", 20)
+    monkeypatch.setattr(download, "MAX_UNREACHABLE", 20)
+    monkeypatch.setattr("conceptshare.data.dataset.MAX_UNREACHABLE", 20)
     port = closed_port()
     addresses = [f"http://127.0.0.1:{port}/{n}" for n in range(5000)]
     with pytest.raises(DatasetError, match=r"none of the (\d{2,3}) image URLs"):
@@ -629,7 +629,7 @@ def test_pauses_grow_and_differ_and_have_an_end():
     first, third = [pause(1, 0) for _ in range(50)], [pause(3, 0) for _ in range(50)]
     assert max(first) < min(third)
     assert len(set(first)) > 40
-    assert pause(99, 0) == pause(1, 1e9) == download.LONGEST_PAUSE
+    assert pause(99, 0) == pause(1, 1e9) == download.MAX_PAUSE
     assert pause(1, 7) == 7
 
 

@@ -435,8 +435,8 @@ def test_pictures_are_in_a_square_grid_the_strongest_first_and_keep_their_aspect
 
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_more_features_are_more_grids_and_no_more_than_the_ranking_has(tmp_path, data, drawn, unsaved):
-    for count, pictured in ((4, 3), (4, 4), (2, 4)):
-        draw_sharedness(ranking(count), statistics(), data, pictured, tmp_path / "figure.png")
+    for count, features_shown in ((4, 3), (4, 4), (2, 4)):
+        draw_sharedness(ranking(count), statistics(), data, features_shown, tmp_path / "figure.png")
     headings = [
         [words for words in written_on(figure) if words.startswith("#") and "feature" in words] for figure in drawn
     ]

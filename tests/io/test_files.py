@@ -100,7 +100,7 @@ def test_the_remains_of_a_killed_attempt_are_cleared_away(tmp_path, as_folder):
 MAKE = """
 import sys
 from pathlib import Path
-from conceptshare.io.errors import MadeMeanwhileError
+from conceptshare.io.errors import AlreadyMadeError
 from conceptshare.io.errors import OutputError, StoreError
 from conceptshare.io.files import FILE, SAE, Kind, Unchanged, check_replaceable, atomic_output
 
@@ -112,7 +112,7 @@ try:
         print("making", flush=True)
         sys.stdin.readline()
         partial.write_text(content)
-except MadeMeanwhileError as message:
+except AlreadyMadeError as message:
     print(message)
 """
 

@@ -151,8 +151,8 @@ CHANGES = [
     (change("correlations", "precision", to="bfloat16"), "reader@1.zarr: made with precision: float32, not bfloat16"),
     (change("names", to={"command": "true"}), "names/tiny/reader@0.parquet: made with names.command: , not true"),
     (
-        change("analyses", "sharedness", "own", "pictured", to=2),
-        "studies/miniature: made with analyses.sharedness.own.pictured: 6, not 2",
+        change("analyses", "sharedness", "own", "features_shown", to=2),
+        "studies/miniature: made with analyses.sharedness.own.features_shown: 6, not 2",
     ),
 ]
 

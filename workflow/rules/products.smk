@@ -72,8 +72,8 @@ def figure_command(figure):
         "features": lambda w, files: f"--features {quote(str(files.features))}",
         "names": lambda w, files: f"--names {quote(files.names)}",
         "data": lambda w, files: f"--data {folder_of(files.data)}",
-        "shown": lambda w, files: f"--pictured {STUDY.analyses.sharedness[w.name].pictured}",
-        "first": lambda w, files: "--pictured 1 --samples 100",
+        "shown": lambda w, files: f"--features-shown {STUDY.analyses.sharedness[w.name].features_shown}",
+        "first": lambda w, files: "--features-shown 1 --samples 100",
         "saes": lambda w, files: f"--saes {saes_folder(w)}",
     }
 

@@ -17,7 +17,7 @@ from conceptshare.io.files import MATRICES, atomic_output
 from conceptshare.metrics import READINGS
 
 _MODALITIES = ("image", "text")
-_ITSELF = "-"
+_DIAGONAL = "-"
 """Shown instead of the wMPPC of a member with itself, which is not a measurement."""
 
 
@@ -70,7 +70,7 @@ def _write(cells: pd.DataFrame, corner: str, itself: NDArray[np.bool_], out: Pat
     """Write a table as CSV, Markdown and LaTeX; CSV and Markdown have ``corner`` as the header of the row names."""
     exact = cells.map("{:.6g}".format).mask(itself, "")
     exact.to_csv(out.with_suffix(".csv"), index_label=corner, lineterminator="\n")
-    printed = cells.map("{:.3f}".format).mask(itself, _ITSELF)
+    printed = cells.map("{:.3f}".format).mask(itself, _DIAGONAL)
     numbers = printed.shape[1]
     # Keep the numbers' formatting: tabulate would print 0.100 as 0.1.
     as_text: Any = {"disable_numparse": True, "colalign": ("left", *["right"] * numbers)}

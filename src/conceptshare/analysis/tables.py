@@ -789,13 +789,13 @@ def read_table(
         stored, record = read_parquet(path, stage, columns, filters)
         table = stored.to_pandas()
         table.attrs = record
-    fault = _fault(table, kind, columns)
+    fault = _problem_of(table, kind, columns)
     if fault is not None:
         raise StoreError(f"{path}: {fault}; name another, or move it away and run the {stage} stage")
     return table
 
 
-def _fault(table: pd.DataFrame, kind: str, columns: Sequence[str] | None) -> str | None:
+def _problem_of(table: pd.DataFrame, kind: str, columns: Sequence[str] | None) -> str | None:
     """Describe why a table, or the columns read from it, is not of its kind; None if it is."""
     keys, others = _COLUMNS[kind]
     read = columns or (*keys, *others)

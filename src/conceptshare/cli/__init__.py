@@ -8,7 +8,7 @@ import typer
 
 from conceptshare.cli import comparing, concepts, encoders, figures, pages, saes, study, tables
 from conceptshare.io import provenance
-from conceptshare.io.errors import ConceptshareError, MadeMeanwhileError, system_error_message
+from conceptshare.io.errors import AlreadyMadeError, ConceptshareError, system_error_message
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -37,7 +37,7 @@ def main() -> NoReturn:
     """Run the command line; user errors are printed as one message, without a traceback."""
     try:
         app(standalone_mode=True)
-    except MadeMeanwhileError as message:
+    except AlreadyMadeError as message:
         print(message, file=sys.stderr)
     except ConceptshareError as error:
         print(f"error: {error}", file=sys.stderr)

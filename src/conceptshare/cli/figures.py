@@ -64,7 +64,7 @@ def sharedness(
     features: Annotated[Path, typer.Option(help="The source's feature store.")],
     data: DataFolder,
     out: FigureOut,
-    pictured: Annotated[int, typer.Option(help="Number of top features to show.", min=1)] = 6,
+    features_shown: Annotated[int, typer.Option(help="Number of top features to show.", min=1)] = 6,
     samples: Annotated[int, typer.Option(help="Maximum number of samples per feature.", min=1)] = 9,
     feature: Annotated[
         list[int] | None,
@@ -92,11 +92,11 @@ def sharedness(
         check_ranking(also_top_of, other, features, statistics)
     ranking = named_features(ranking, feature or [], other)
     if feature or also_top_of:
-        pictured = len(ranking)
+        features_shown = len(ranking)
     called = None if names is None else read_table(names, "names")
     if names is not None and called is not None:
         check_made_from(names, called, features, "names")
-    draw_sharedness(ranking, statistics, shown, pictured, out, samples, modality, called)
+    draw_sharedness(ranking, statistics, shown, features_shown, out, samples, modality, called)
 
 
 @app.command("saes")

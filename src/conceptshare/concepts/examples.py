@@ -45,14 +45,14 @@ from conceptshare.sae.folder import sae_of
 # Working memory for the activations of a block of features.
 _BLOCK_BYTES = 2**28
 # Marks of tokenizers for pieces that begin, end or continue a word, and pieces that are not text.
-_BEGINS, _ENDS, _GOES_ON = ("▁", "Ġ", " "), "</w>", "##"
+_WORD_STARTS, _WORD_END, _CONTINUATION = ("▁", "Ġ", " "), "</w>", "##"
 _SPECIAL = re.compile(r"<.+>|\[.+\]")
 # Letters that stand for bytes in byte-level tokenizers, such as those of GPT-2 and CLIP.
 _PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTES = {chr(byte): byte for byte in _PRINTED}
 _BYTES |= {chr(0x100 + n): byte for n, byte in enumerate(byte for byte in range(0x100) if byte not in _PRINTED)}
 # Maximum number of tokens before those of an image's grid: a class token and registers.
-_MOST_BEFORE = 16
+_MAX_TOKENS_BEFORE = 16
 
 _SPREAD = {
     "near": pa.list_(
@@ -280,7 +280,7 @@ def _grid(batch: Batch, tokens: int) -> tuple[Tensor, int]:
     """Positions of an image's square grid, which are the last tokens, and its side; empty if there is no such grid."""
     side = isqrt(tokens)
     before = tokens - side**2
-    if batch.mask is not None or before > _MOST_BEFORE:  # the patches keep the image's aspect ratio
+    if batch.mask is not None or before > _MAX_TOKENS_BEFORE:  # the patches keep the image's aspect ratio
         return torch.empty(0, dtype=torch.long), 0
     return torch.arange(before, tokens), side
 
@@ -311,18 +311,18 @@ def with_blanks(pieces: Sequence[str], others: Sequence[str] = ()) -> list[str]:
     """
     marked = [*pieces, *others]
     texts = _as_texts(pieces, marked)
-    ended = any(_ENDS in piece for piece in marked)
-    begun = not ended and any(mark in piece for piece in marked for mark in _BEGINS)
+    ended = any(_WORD_END in piece for piece in marked)
+    begun = not ended and any(mark in piece for piece in marked for mark in _WORD_STARTS)
     result: list[str] = []
     before = ""
     for text in texts:
         if ended:
-            begins, plain = before.endswith(_ENDS), text.removesuffix(_ENDS)
+            begins, plain = before.endswith(_WORD_END), text.removesuffix(_WORD_END)
         elif begun:
-            spaced = re.sub("|".join(_BEGINS), " ", text)
+            spaced = re.sub("|".join(_WORD_STARTS), " ", text)
             begins, plain = spaced.startswith(" "), spaced.lstrip(" ")
         else:
-            begins, plain = not text.startswith(_GOES_ON), text.removeprefix(_GOES_ON)
+            begins, plain = not text.startswith(_CONTINUATION), text.removeprefix(_CONTINUATION)
         special = _SPECIAL.fullmatch(text) or _SPECIAL.fullmatch(before)
         blank = (special or begins) if plain else (begun and begins)
         result.append(" " * bool(result and blank) + plain)
@@ -332,7 +332,7 @@ def with_blanks(pieces: Sequence[str], others: Sequence[str] = ()) -> list[str]:
 
 def _as_texts(pieces: Sequence[str], marked: Sequence[str]) -> list[str]:
     """Decode the pieces of a byte-level tokenizer, with each letter at its last byte; other pieces are unchanged."""
-    if not any(mark in piece for piece in marked for mark in ("Ġ", _ENDS)):
+    if not any(mark in piece for piece in marked for mark in ("Ġ", _WORD_END)):
         return [*pieces]
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:

@@ -47,18 +47,18 @@ from conceptshare.io.store import open_store
 
 ERROR_RATE = 0.05
 """Maximum probability that any word of the vocabulary passes the threshold for a meaningless feature."""
-LEAST_SAMPLES = 5
+MIN_SAMPLES = 5
 """Minimum number of naming samples that activate a feature for it to be named."""
-LEAST_CAPTIONS = 3
+MIN_CAPTIONS = 3
 """Minimum number of naming captions with a word of the vocabulary. Rarer words cannot pass, and would only raise the
 threshold for all others."""
-MOST_TOP_SAMPLES = 50
+MAX_TOP_SAMPLES = 50
 """Maximum number of naming samples that a feature is named by, see `top_count`."""
 MEASURED_SAMPLES = 2**17
 """Names are evaluated on the held-out samples among this many first samples, whose values fit in memory."""
-MOST_WORDS = 3
+MAX_WORDS = 3
 """Maximum number of terms in a name, each a word or a pair of adjacent words."""
-CLEAREST = 20
+CLEAREST_NAMES = 20
 """Number of names per layer in the list of the clearest names."""
 
 _SCHEMA = pa.schema(
@@ -71,12 +71,12 @@ _SCHEMA = pa.schema(
 _LISTED = ["layer", "feature", "name", "auc", "auc_low", "score", "held_out", "density"]
 # Number of values ranked at a time, at about 50 bytes each.
 _RANKED = 2**22
-# Words are first counted by hash in this many bins. A word whose bin has fewer than `LEAST_CAPTIONS` is rare.
+# Words are first counted by hash in this many bins. A word whose bin has fewer than `MIN_CAPTIONS` is rare.
 _BINS = 2**27
 # Separators across which words are not adjacent: punctuation except apostrophes and hyphens within words.
 _BREAKS = re.compile(r"[^\w\s'’-]+|\s-+\s")
 _EVIDENCE = 20
-_LONGEST_NAME = 80
+_MAX_NAME_LENGTH = 80
 _Z = float(norm.isf(0.025))
 
 _Names = dict[tuple[int, int], str | None]
@@ -160,7 +160,7 @@ def name_features(features: Path, data: Path, out: Path, command: str | None = N
 
     A name is clear if z is significant at `ERROR_RATE` after Bonferroni correction over the vocabulary, the 95%
     interval of the held-out AUC is above 0.5, and a third of the `SHOWN_SAMPLES` strongest samples have any of its
-    words. The `CLEAREST` names of each layer, those with the highest ``auc_low``, are also written to
+    words. The `CLEAREST_NAMES` names of each layer, those with the highest ``auc_low``, are also written to
     ``{name}.clearest.csv`` next to the table, clearest first.
 
     Args:
@@ -169,7 +169,7 @@ def name_features(features: Path, data: Path, out: Path, command: str | None = N
         out: the table to write.
         command: a command line that reads each feature's evidence as JSON lines and prints names as JSON lines, which
             replace the candidates; then only the held-out captions decide. The command is not asked for features with
-            fewer than `LEAST_SAMPLES` samples.
+            fewer than `MIN_SAMPLES` samples.
 
     Raises:
         StoreError: if the store is incomplete or damaged, or was made from another data set.
@@ -208,7 +208,7 @@ def top_count(samples: int) -> int:
 
     In a small data set, more would include ordinary samples; with fewer, common words could not pass the threshold.
     """
-    return min(MOST_TOP_SAMPLES, max(LEAST_SAMPLES, samples // 40))
+    return min(MAX_TOP_SAMPLES, max(MIN_SAMPLES, samples // 40))
 
 
 def log_odds(top: csr_array, words: csr_array) -> csr_array:
@@ -282,7 +282,7 @@ def lower_end(
 def _clearest(table: pd.DataFrame) -> pd.DataFrame:
     """The clearest names of each layer, clearest first."""
     order = table[table.name.notna()].sort_values(["layer", "auc_low"], ascending=[True, False], kind="stable")
-    return order.groupby("layer").head(CLEAREST)[_LISTED]
+    return order.groupby("layer").head(CLEAREST_NAMES)[_LISTED]
 
 
 def _counts(top: csr_array, words: csr_array) -> csr_array:
@@ -306,12 +306,12 @@ def _read_words(data: Data) -> _Words:
     bins = bytearray(_BINS)
     for row in naming:
         for place in {crc32(word.encode()) % _BINS for word in split(data.caption(row))}:
-            bins[place] = min(bins[place] + 1, LEAST_CAPTIONS)
+            bins[place] = min(bins[place] + 1, MIN_CAPTIONS)
 
     def common(text: str) -> list[str]:
-        return [word for word in split(text) if bins[crc32(word.encode()) % _BINS] == LEAST_CAPTIONS]
+        return [word for word in split(text) if bins[crc32(word.encode()) % _BINS] == MIN_CAPTIONS]
 
-    counter = CountVectorizer(analyzer=common, binary=True, min_df=LEAST_CAPTIONS, dtype=np.int32)
+    counter = CountVectorizer(analyzer=common, binary=True, min_df=MIN_CAPTIONS, dtype=np.int32)
     try:
         naming_words = csr_array(counter.fit_transform(map(data.caption, naming)))
     except ValueError:  # no word is in enough captions
@@ -323,7 +323,7 @@ def _read_words(data: Data) -> _Words:
 def _candidates(layer: _Layer, block: slice, words: _Words, names: _Names | None = None) -> list[_Candidate]:
     """Candidate names of each feature of a block: from the command if it named the feature, else from captions."""
     count = top_count(layer.values.shape[0])
-    rows = [row[:count] if len(row) >= LEAST_SAMPLES else row[:0] for row in layer.top(block)]
+    rows = [row[:count] if len(row) >= MIN_SAMPLES else row[:0] for row in layer.top(block)]
     indices, ends = np.concatenate(rows), np.cumsum([0, *map(len, rows)])
     top = csr_array((np.ones(len(indices)), indices, ends), shape=(len(rows), words.naming.shape[0]))
     scores = log_odds(top, words.naming)
@@ -359,7 +359,7 @@ def _candidate(
     chosen: dict[str, int] = {}
     used: set[str] = set()
     for word, i in of_word.items():
-        if word not in inside and used.isdisjoint(word.split()) and len(chosen) < MOST_WORDS:
+        if word not in inside and used.isdisjoint(word.split()) and len(chosen) < MAX_WORDS:
             chosen[word] = i
             used.update(word.split())
     best = list(chosen.values()) or [order[0]]
@@ -494,11 +494,11 @@ def _evidence(layer: _Layer, block: slice, words: _Words, data: Data) -> Iterato
     The ``others`` are drawn from samples that do not activate the feature or, if there are too few, activate it least.
     """
     tops = layer.top(block)
-    if all(len(top) < LEAST_SAMPLES for top in tops):
+    if all(len(top) < MIN_SAMPLES for top in tops):
         return
     values = layer.values[:MEASURED_SAMPLES, block][::2]
     for i, (top, candidate) in enumerate(zip(tops, _candidates(layer, block, words), strict=True)):
-        if len(top) < LEAST_SAMPLES:
+        if len(top) < MIN_SAMPLES:
             continue
         feature = block.start + i
         order = np.random.default_rng([layer.number, feature]).permutation(len(values))
@@ -518,4 +518,4 @@ def _clean(name: str) -> str | None:
     """Put a name on one line, without invisible characters such as control characters; None if it is empty."""
     line = " ".join(name.split())
     shown = "".join(letter for letter in line if unicodedata.category(letter) not in ("Cc", "Cf", "Cs"))
-    return shown[:_LONGEST_NAME].strip() or None
+    return shown[:_MAX_NAME_LENGTH].strip() or None

@@ -32,14 +32,14 @@ CATALOG = Path(__file__).parents[3] / "workflow" / "catalog"
 # A name becomes part of paths such as a@0__b@1.zarr, so it can hold neither "@" nor "__" nor "/".
 NAME = re.compile(r"[A-Za-z0-9]+([._-][A-Za-z0-9]+)*")
 # Twice, with seeds and endings, in the name of a file, which most disks bound to 255 bytes.
-LONGEST_NAME = 80
+MAX_NAME_LENGTH = 80
 
 # Bounds of a config file, its aliases written out: far more than any study has, and little enough to be read at once.
-_MOST_BYTES = 10 * 2**20
-_MOST_VALUES = 1_000_000
-_DEEPEST = 20
+_MAX_BYTES = 10 * 2**20
+_MAX_VALUES = 1_000_000
+_MAX_DEPTH = 20
 # Letters of a wrong value that an error shows.
-_LONGEST_SHOWN = 200
+_MAX_SHOWN_LENGTH = 200
 
 Positive = Annotated[int, Field(ge=1, le=10**9)]
 """A count without a tighter limit of its own."""
@@ -50,8 +50,8 @@ Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 def _as_name(value: str) -> str:
     if not isinstance(value, str) or not NAME.fullmatch(value):
         raise ValueError(f"{value!r} is not a name: use letters, digits, and single '.', '_' or '-' between them")
-    if len(value) > LONGEST_NAME:
-        raise ValueError(f"{value!r} has {len(value)} letters, where a name has {LONGEST_NAME} at most; shorten it")
+    if len(value) > MAX_NAME_LENGTH:
+        raise ValueError(f"{value!r} has {len(value)} letters, where a name has {MAX_NAME_LENGTH} at most; shorten it")
     return value
 
 
@@ -65,7 +65,7 @@ class Spec(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_value_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _reject_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse ``yes``, ``no``, ``on`` and ``off`` where a number is due: YAML reads them as true and false."""
         wanted = cls.model_fields[str(info.field_name)].annotation
         if wanted is not bool and any(isinstance(item, bool) for item in _leaves(value)):
@@ -321,14 +321,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
+            content = file.read(_MAX_BYTES + 1)
         text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise StudyError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise StudyError(f"{path}: not a readable text file: {error}") from None
-    if len(content) > _MOST_BYTES:
-        raise StudyError(f"{path}: larger than {_MOST_BYTES >> 20} MiB; a config file is a few lines of YAML")
+    if len(content) > _MAX_BYTES:
+        raise StudyError(f"{path}: larger than {_MAX_BYTES >> 20} MiB; a config file is a few lines of YAML")
     return parse_yaml(text, str(path))
 
 
@@ -345,7 +345,7 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
         node = loader.get_single_node()
         content = None
         if node is not None:
-            _count_values(node, {}, _DEEPEST)
+            _count_values(node, {}, _MAX_DEPTH)
             content = loader.construct_document(node)
     except RecursionError:
         raise StudyError(f"{origin}: {_TOO_DEEP}") from None
@@ -367,14 +367,14 @@ def _yaml_fault(error: yaml.YAMLError) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else " ".join(str(error).split())
 
 
-_TOO_DEEP = f"nested more than {_DEEPEST} levels deep, or an alias that refers to itself; write it flatter"
+_TOO_DEEP = f"nested more than {_MAX_DEPTH} levels deep, or an alias that refers to itself; write it flatter"
 
 
 def _count_values(node: yaml.Node, counts: dict[int, int], levels: int) -> int:
     """How many values a YAML node holds with its aliases written out, counting each node once.
 
     Raises:
-        yaml.YAMLError: where there are more than `_MOST_VALUES`, or more levels than ``levels``.
+        yaml.YAMLError: where there are more than `_MAX_VALUES`, or more levels than ``levels``.
     """
     if levels == 0:
         raise yaml.YAMLError(_TOO_DEEP)
@@ -383,8 +383,8 @@ def _count_values(node: yaml.Node, counts: dict[int, int], levels: int) -> int:
         if isinstance(node, yaml.MappingNode):
             parts = [part for pair in parts for part in pair]
         counts[id(node)] = 1 + sum(_count_values(part, counts, levels - 1) for part in parts)
-        if counts[id(node)] > _MOST_VALUES:
-            raise yaml.YAMLError(f"more than {_MOST_VALUES:,} values once its aliases are written out; use fewer")
+        if counts[id(node)] > _MAX_VALUES:
+            raise yaml.YAMLError(f"more than {_MAX_VALUES:,} values once its aliases are written out; use fewer")
     return counts[id(node)]
 
 
@@ -395,7 +395,7 @@ def read_catalog(what: Literal["datasets", "encoders"], catalog: Path = CATALOG)
     for entry in entries.values():
         for key in ("source", "model", "weights"):
             if isinstance(entry.get(key), str):
-                entry[key] = _from_here(entry[key], root)
+                entry[key] = _from_root(entry[key], root)
     return entries
 
 
@@ -446,7 +446,7 @@ def _unknown(name: str, entries: dict[str, dict[str, Any]], what: str) -> str:
     return f"{name!r} is not in the catalog of {what}; {suggest(name, list(entries))}"
 
 
-def _from_here(text: str, root: Path) -> str:
+def _from_root(text: str, root: Path) -> str:
     """A catalog's path as seen from the working directory, so that a study keeps no absolute path of its own."""
     path = local_path(text, root)
     if path is None or path.is_absolute():
@@ -478,7 +478,7 @@ def _shown(value: Any) -> str:
         text = repr(value)
     except ValueError:  # Python writes no number of more than 4,300 digits
         return "a number of very many digits"
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+    return text if len(text) <= _MAX_SHOWN_LENGTH else f"{text[:_MAX_SHOWN_LENGTH]}..."
 
 
 def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 _NOT_DATASETS = {"weights", "studies", "logs", "readme.md", "pages", "provenance.json", "report.zip"}
 
 # Bytes that most disks allow in a file's name. Slurm's logs join all names of a job, by an underscore each.
-_LONGEST_FILE_NAME = 255
+_MAX_FILE_NAME_LENGTH = 255
 
 # Features are numbered by int32.
-_MOST_LATENTS = 2**31 - 1
+_MAX_LATENTS = 2**31 - 1
 
 
 def check_study(study: "Study") -> None:
@@ -144,10 +144,10 @@ def _check_names(study: "Study") -> None:
     first = [study.study, max(study.datasets, key=len), max(study.saes, key=len)]
     for last in (members[-2:], analyses[-1:]):
         joined = "_".join([*first, *last])
-        if len(joined) > _LONGEST_FILE_NAME:
+        if len(joined) > _MAX_FILE_NAME_LENGTH:
             raise ValueError(
                 f"the names {', '.join([*first, *last])} have {len(joined)} letters together, and Slurm's logs join "
-                f"them in the name of one folder, which has {_LONGEST_FILE_NAME} at most; shorten one"
+                f"them in the name of one folder, which has {_MAX_FILE_NAME_LENGTH} at most; shorten one"
             )
 
 
@@ -174,10 +174,10 @@ def _check_saes(study: "Study") -> None:
             )
         for encoder, spec in study.encoders.items():
             latents = settings.expansion * spec.width
-            if latents > _MOST_LATENTS:
+            if latents > _MAX_LATENTS:
                 raise ValueError(
                     f"saes.{name}.expansion: {settings.expansion} gives {study.name_in_config(encoder)} {latents} "
-                    f"latents, and more than {_MOST_LATENTS} cannot be numbered; lower it"
+                    f"latents, and more than {_MAX_LATENTS} cannot be numbered; lower it"
                 )
             if settings.k > latents:
                 raise ValueError(

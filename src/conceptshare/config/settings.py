@@ -67,7 +67,7 @@ class SAESettings(Spec):
         """How many of so many samples, the last ones, are not trained on."""
         return int(samples * self.held_out)
 
-    def samples_a_step(self, modality: str) -> int:
+    def samples_per_step(self, modality: str) -> int:
         """How many samples of a modality one step trains on."""
         return self.batch_captions if modality == "text" else self.batch_samples
 
@@ -115,7 +115,7 @@ class Sharedness(Spec):
     """The group G of members that should share them."""
     not_shared_with: list[str] = Field(min_length=1)
     """The group H of members that should not."""
-    pictured: int = Field(default=6, ge=1, le=1000)
+    features_shown: int = Field(default=6, ge=1, le=1000)
     """Number of top features in the figure of their samples."""
 
 

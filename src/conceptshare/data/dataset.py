@@ -30,7 +30,7 @@ import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
 from conceptshare.config.catalog import INFORMATIVE_KEYS, DatasetSpec, canonical
-from conceptshare.data.download import HOPELESS, Downloads, Failure, UnusableError
+from conceptshare.data.download import MAX_UNREACHABLE, Downloads, Failure, UnusableError
 from conceptshare.data.images import decode, formats
 from conceptshare.data.rows import Unusable, columns_of, cut, hash_of, image_path, read_rows, too_large
 from conceptshare.data.sources import Source, locate, printable
@@ -54,8 +54,8 @@ _SCHEMA = pa.schema(
 _REMEDY = "delete the folder and run the dataset stage again"
 _ELSEWHERE = "name a folder that the dataset stage made"
 _BATCH_ROWS = 256
-_LONGEST_ID = 200  # characters of a dropped row's id in a manifest
-_LONGEST_ADDRESS = 8000
+_MAX_ID_LENGTH = 200  # characters of a dropped row's id in a manifest
+_MAX_URL_LENGTH = 8000
 _BASE64 = re.compile(r"(data:[^,]{0,100},)?[A-Za-z0-9+/_\s-]{50,}={0,2}")
 
 
@@ -105,7 +105,7 @@ class Data:
         if checksums != self.manifest["checksums"]:
             raise DatasetError(f"{folder}: samples.arrow is damaged, or does not belong to manifest.json; {_REMEDY}")
         self._starts = np.cumsum([0, *(len(chunk) for chunk in self._table["id"].chunks)])
-        self._sound: set[tuple[str, int]] = set()
+        self._checked: set[tuple[str, int]] = set()
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -147,12 +147,12 @@ class Data:
         """One value of a sample. Arrow trusts the offsets in a file, so each batch is validated before use."""
         n = int(np.searchsorted(self._starts, row, side="right")) - 1
         chunk = self._table[column].chunk(n)
-        if (column, n) not in self._sound:
+        if (column, n) not in self._checked:
             try:
                 chunk.validate(full=True)
             except pa.ArrowException:
                 raise self._damaged(row) from None
-            self._sound.add((column, n))
+            self._checked.add((column, n))
         return chunk[row - int(self._starts[n])].as_py()
 
     def _damaged(self, row: int) -> DatasetError:
@@ -334,7 +334,7 @@ def _check_image(image: bytes, max_pixels: int) -> None:
     try:
         width, height = decode(image, max_pixels).size
     except Image.DecompressionBombError as error:
-        raise UnusableError(f"image is too large ({error})", for_good=False) from None
+        raise UnusableError(f"image is too large ({error})", permanent=False) from None
     except UnidentifiedImageError:  # whose message contains a memory address, which differs between runs
         raise UnusableError("image cannot be decoded (no file of a kind that is read here)") from None
     except Exception as error:  # PIL's decoders raise many types; the sample is unusable in any case
@@ -368,7 +368,7 @@ def _downloaded(
     with Downloads(folder, spec.download, check, pool, spec.source) as downloads:
         started = (_start_download(spec, number, row, downloads) for number, (_, row) in rows)
         for outcome in in_order(started, ahead):
-            if downloads.counts.unreachable >= HOPELESS:
+            if downloads.counts.unreachable >= MAX_UNREACHABLE:
                 _check_connection(spec, downloads)
             yield outcome
         _check_connection(spec, downloads)
@@ -400,7 +400,7 @@ def _start_download(
     def finish() -> Sample | Dropped:
         result = future.result()
         if isinstance(result, Failure):
-            return Dropped(number, cut(id_, _LONGEST_ID), result.reason, cut(address, _LONGEST_ID * 5))
+            return Dropped(number, cut(id_, _MAX_ID_LENGTH), result.reason, cut(address, _MAX_ID_LENGTH * 5))
         return Sample(id_, result.read_bytes(), caption)
 
     return finish
@@ -434,7 +434,7 @@ def _id(spec: DatasetSpec, number: int, row: dict[str, Any]) -> str:
 
 def _shown_id(spec: DatasetSpec, number: int, row: dict[str, Any]) -> str:
     """The id of a dropped row, shortened, even if it is not usable as an id."""
-    return f"{number:08d}" if spec.id is None else cut(str(row["id"]), _LONGEST_ID)
+    return f"{number:08d}" if spec.id is None else cut(str(row["id"]), _MAX_ID_LENGTH)
 
 
 def _caption(spec: DatasetSpec, number: int, row: dict[str, Any]) -> str:
@@ -479,7 +479,7 @@ def _address(cell: Any) -> str:
         raise _UnusableRowError("no image address")
     if not isinstance(cell, str):
         raise _UnusableRowError(f"image address is {type(cell).__name__}, not text")
-    if len(cell) > _LONGEST_ADDRESS:
+    if len(cell) > _MAX_URL_LENGTH:
         raise _UnusableRowError(f"image address of {len(cell):,} letters: {cut(cell)}")
     return cell.strip()
 
@@ -502,10 +502,10 @@ def _image_bytes(value: Any, folder: Path, source: Source, longest: int) -> byte
     try:
         path = Path(image_path(value, folder, source))
         if source.revision is not None and not path.is_relative_to(source.folder):
-            raise _UnusableRowError(f"image's path leads out of the data set: {cut(value, _LONGEST_ID)}")
+            raise _UnusableRowError(f"image's path leads out of the data set: {cut(value, _MAX_ID_LENGTH)}")
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # reading a device may never end, and a pipe may block
-            raise _UnusableRowError(f"image cannot be read (no regular file: {cut(value, _LONGEST_ID)})")
+            raise _UnusableRowError(f"image cannot be read (no regular file: {cut(value, _MAX_ID_LENGTH)})")
         if status.st_size > longest:
             raise _UnusableRowError(f"image cannot be read ({too_large(status.st_size, longest)})")
         return path.read_bytes()
@@ -519,7 +519,7 @@ def _why_unreadable(cell: str, error: OSError | ValueError) -> str:
     if _BASE64.fullmatch(cell[:4096].rstrip()):
         return f"image cannot be read ({len(cell):,} letters that look like base64, {cut(cell)}; decode them to bytes)"
     message = error.strerror if isinstance(error, OSError) else str(error)
-    return f"image cannot be read ({type(error).__name__}: {message}: {cut(cell, _LONGEST_ID)!r})"
+    return f"image cannot be read ({type(error).__name__}: {message}: {cut(cell, _MAX_ID_LENGTH)!r})"
 
 
 def _check_share(spec: DatasetSpec, samples: int, dropped: _DroppedRows) -> None:

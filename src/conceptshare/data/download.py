@@ -41,9 +41,9 @@ TRY_TIMEOUTS = 6
 """Maximum duration of one attempt at a URL, in multiples of the timeout."""
 FIRST_PAUSE = 0.5
 """Approximate number of seconds before the second attempt; each later pause is twice as long."""
-LONGEST_PAUSE = 30.0
+MAX_PAUSE = 30.0
 """Maximum pause in seconds, even if the server's Retry-After is longer."""
-HOPELESS = 200
+MAX_UNREACHABLE = 200
 """If this many URLs fail, all with network errors, the connection is considered broken."""
 
 _PASSING_STATUSES = {408, 425, 429}
@@ -55,12 +55,12 @@ class UnusableError(Exception):
 
     Args:
         reason: the reason.
-        for_good: whether this holds under any settings; otherwise a later run tries again.
+        permanent: whether this holds under any settings; otherwise a later run tries again.
     """
 
-    def __init__(self, reason: str, for_good: bool = True) -> None:
+    def __init__(self, reason: str, permanent: bool = True) -> None:
         super().__init__(reason)
-        self.for_good = for_good
+        self.permanent = permanent
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ class Downloads:
                     async for part in parts:
                         size += len(part)
                         if size > self._options.max_mb * 1e6:
-                            raise UnusableError(f"larger than {self._options.max_mb:g} MB", for_good=False)
+                            raise UnusableError(f"larger than {self._options.max_mb:g} MB", permanent=False)
                         file.write(part)
         except (UnusableError, _TransientError):
             raise
@@ -303,7 +303,7 @@ class Downloads:
         """Reject a connection to a machine that is not public, independent of name resolution."""
         host = stream.get_extra_info("server_addr")[0]
         if not self._options.allow_private and not is_public(host):
-            raise UnusableError(f"forbidden: it leads to {host}, which is not on the public internet", for_good=False)
+            raise UnusableError(f"forbidden: it leads to {host}, which is not on the public internet", permanent=False)
 
     async def _checked(self, path: Path) -> None:
         await self._loop.run_in_executor(self._pool, lambda: self._check(path.read_bytes()))
@@ -315,7 +315,7 @@ class Downloads:
     def _mark_dead(self, address: str, error: UnusableError) -> None:
         if address in self._dead:
             return
-        if not error.for_good:
+        if not error.permanent:
             self._failed[address] = str(error)
             return
         self._dead[address] = str(error)
@@ -341,10 +341,10 @@ def pause(tried: int, wait: float) -> float:
 
     Args:
         tried: number of attempts so far.
-        wait: minimum number of seconds, as requested by the server; limited by LONGEST_PAUSE.
+        wait: minimum number of seconds, as requested by the server; limited by MAX_PAUSE.
     """
     grown: float = FIRST_PAUSE * 2 ** (tried - 1) * random.uniform(0.5, 1.5)
-    return min(max(grown, wait), LONGEST_PAUSE)
+    return min(max(grown, wait), MAX_PAUSE)
 
 
 def retry_after(value: str, now: datetime) -> float:

@@ -17,7 +17,7 @@ _FORMATS = {
 
 # The transpose that undoes each EXIF orientation.
 _ORIENTATION = 0x0112
-_TURNS = {
+_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -137,7 +137,7 @@ def _to_8_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
 def _upright(image: Image.Image, rgb: Image.Image) -> Image.Image:
     """Rotate ``rgb`` by the EXIF orientation of ``image``."""
     try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+        turn = _TRANSPOSES.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # PIL raises many types for damaged EXIF data; the pixels are usable
         return rgb
     return rgb if turn is None else rgb.transpose(turn)

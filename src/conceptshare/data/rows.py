@@ -39,9 +39,9 @@ LISTED = 5000
 
 _BRACES = {"{", "}"}
 _BATCH_BYTES = 2**23
-_LONGEST_PATH = 4096
+_MAX_PATH_LENGTH = 4096
 _BUFFER = 2**20
-_LONGEST_HEADER = 2**20  # of a tar's member: long names and extended headers, which tarfile reads in one piece
+_MAX_HEADER_BYTES = 2**20  # of a tar's member: long names and extended headers, which tarfile reads in one piece
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks
 
 # Members of a WebDataset are named KEY.COLUMN, split at the first dot of the file name.
@@ -113,7 +113,7 @@ def _named_images(spec: DatasetSpec, source: Source) -> Iterator[str]:
     """Yield the image paths in the tables of a source."""
     for folder, row in itertools.islice(_rows(spec, source, {"image": spec.image}, paths_only=True), spec.limit):
         cell = row["image"].get("path") if isinstance(row["image"], dict) else row["image"]
-        if isinstance(cell, str) and len(cell) < _LONGEST_PATH:
+        if isinstance(cell, str) and len(cell) < _MAX_PATH_LENGTH:
             yield image_path(cell, folder, source)
 
 
@@ -472,7 +472,7 @@ class _Member(tarfile.TarInfo):
             member = super().frombuf(buf, encoding, errors)
         except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
             raise tarfile.ReadError(f"damaged header: {error}") from None
-        if member.type in _HEADERS and member.size > _LONGEST_HEADER:
+        if member.type in _HEADERS and member.size > _MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"an extended header of {member.size:,} bytes")
         return member
 

@@ -105,7 +105,7 @@ class Encoder:
     """Whether blocks return ``[B, T, D]`` instead of ``[T, B, D]``."""
     words: Callable[[list[int]], list[str]] | None = None
     """Converts token ids to texts, for a text encoder."""
-    sees_padding: bool = False
+    attends_to_padding: bool = False
     """Whether the model was trained on padded texts, so that the last position represents a text even if it is
     padding."""
     class_token: bool = True
@@ -256,7 +256,7 @@ class Encoder:
                 return torch.zeros(len(mask), dtype=torch.long, device=self.device)
             case "last":
                 final = mask.shape[1] - 1
-                if self.sees_padding:
+                if self.attends_to_padding:
                     return torch.full((len(mask),), final, device=self.device)
                 return final - mask.flip(1).int().argmax(1)
             case "eot":

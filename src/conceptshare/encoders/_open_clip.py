@@ -48,15 +48,15 @@ def load_open_clip(spec: EncoderSpec, location: Path, device: torch.device) -> E
     model.eval()
     if spec.modality == "image":
         tower = model.visual
-        (prepare, forward), words, sees_padding = _images(model, transform, spec), None, False
+        (prepare, forward), words, attends_to_padding = _images(model, transform, spec), None, False
     else:
         tower = model.text if hasattr(model, "text") else model.transformer
         tokenizer = _speed_up(_tokenizer(name))
         (prepare, forward), words = _texts(model, tokenizer, spec), _words(tokenizer)
-        sees_padding = _pool_type(_settings(model)) == "last"
+        attends_to_padding = _pool_type(_settings(model)) == "last"
     batch_first = next((m.batch_first for m in tower.modules() if hasattr(m, "resblocks")), True)
     blocks, class_token = find_blocks(tower, spec), has_class_token(tower)
-    return Encoder(spec, device, blocks, prepare, forward, batch_first, words, sees_padding, class_token)
+    return Encoder(spec, device, blocks, prepare, forward, batch_first, words, attends_to_padding, class_token)
 
 
 def _tokenizer(name: str) -> Any:

@@ -36,7 +36,7 @@ from conceptshare.io.errors import EncoderError
 from conceptshare.io.progress import info
 
 # Longest text in tokens if neither the study, the tokenizer nor the model sets a limit.
-_LONGEST_TEXT = 512
+_MAX_TEXT_TOKENS = 512
 # Names of the image and text towers in transformers.
 _TOWERS = {
     "image": ("vision_model", "image_model", "vision_tower", "visual"),
@@ -73,10 +73,10 @@ def load_transformers(spec: EncoderSpec, folder: Path, device: torch.device) -> 
 
     blocks = find_blocks(tower, spec)
     _check_weights(spec, model, tower, blocks, missing)
-    sees_padding = spec.modality == "text" and _sees_padding(config)
+    attends_to_padding = spec.modality == "text" and _attends_to_padding(config)
     batch_first = config.model_type != "xlnet"
     class_token = spec.remote_code or has_class_token(tower)  # remote code may use any name for it
-    encoder = Encoder(spec, device, blocks, prepare, forward, batch_first, words, sees_padding, class_token)
+    encoder = Encoder(spec, device, blocks, prepare, forward, batch_first, words, attends_to_padding, class_token)
     if not spec.remote_code:
         _check_residual_stream(encoder, forward)
     return encoder
@@ -266,16 +266,16 @@ def _prepare_texts(spec: EncoderSpec, folder: Path, tower: Any, config: Any, tak
         # transformers would continue without a vocabulary and read every word as unknown.
         raise EncoderError(f"{spec.model}: no tokenizer in {folder}; put {' or '.join(sorted(files))} there")
     ensure_pad_token(tokenizer)
-    length, sees_padding = _length(spec, tokenizer, tower, config), _sees_padding(config)
+    length, attends_to_padding = _length(spec, tokenizer, tower, config), _attends_to_padding(config)
     clean: Callable[[str], str] = str
-    names = set(tokenizer.model_input_names) | (set() if sees_padding else {"attention_mask"})
+    names = set(tokenizer.model_input_names) | (set() if attends_to_padding else {"attention_mask"})
     if "input_ids" in takes:
         names &= takes
     padding = "longest"
     if spec.global_token != "reference":  # which reproduces the paper's code, even where it reads padding
         # Positions count from the left, so padding on that side would shift a caption's positions in every batch.
         tokenizer.padding_side = "right"
-        if sees_padding:
+        if attends_to_padding:
             names, padding, clean = names - {"attention_mask"}, "max_length", _cleaning(tokenizer)
 
     def prepare(samples: Samples) -> Batch:
@@ -300,7 +300,7 @@ def _prepare_texts(spec: EncoderSpec, folder: Path, tower: Any, config: Any, tak
     return prepare, tokenizer.convert_ids_to_tokens
 
 
-def _sees_padding(config: Any) -> bool:
+def _attends_to_padding(config: Any) -> bool:
     """Whether texts are read with full, unmasked padding, as SigLIP was trained."""
     return str(config.model_type).startswith("siglip")
 
@@ -331,5 +331,5 @@ def _length(spec: EncoderSpec, tokenizer: Any, tower: Any, config: Any) -> int:
         return spec.context_length
     bounds = [n for n in (tokenizer.model_max_length, positions) if n is not None and 0 < n < _NO_BOUND]
     if not bounds:
-        info(f"{spec.model}: has no maximum length; texts are cut at {_LONGEST_TEXT} tokens, or at context_length")
-    return int(min(bounds, default=_LONGEST_TEXT))
+        info(f"{spec.model}: has no maximum length; texts are cut at {_MAX_TEXT_TOKENS} tokens, or at context_length")
+    return int(min(bounds, default=_MAX_TEXT_TOKENS))

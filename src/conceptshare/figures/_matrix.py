@@ -11,12 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from conceptshare.analysis.formats import short_labels
-from conceptshare.figures._style import PAGE, PLACED, READING_TITLES, STYLE, fitted, heatmap, save, text_width
+from conceptshare.figures._style import FIXED_LAYOUT, PAGE, READING_TITLES, STYLE, fitted, heatmap, save, text_width
 
 # In inches.
 _WORD, _GAP, _TITLE, _BAR = 0.2, 0.14, 0.36, 0.66
 """Room for the words "from" and "to", between panels, for a panel's title, and for the colour bar."""
-_LARGEST, _SMALLEST = 0.6, 0.21
+_MAX_CELL, _MIN_CELL = 0.6, 0.21
 """Sides of a cell. If one row of panels needs smaller cells, there are two rows."""
 _LABEL = 2.0
 """Longer names of members are shortened."""
@@ -44,7 +44,7 @@ def draw_matrix(table: pd.DataFrame, out: Path) -> None:
     members = list(dict.fromkeys(table["source"]))
     groups = _groups(table.drop_duplicates("source"))
     top = float(table.wmppc.max()) if table.wmppc.max() > 0 else 1.0
-    with mpl.rc_context(STYLE | PLACED):
+    with mpl.rc_context(STYLE | FIXED_LAYOUT):
         figure, axes, bar, cell = _panels(short_labels(members), groups)
         letters = min(7.0, 72 * cell / 2.7)  # a number is 2.3 times as wide as high, and lines take some of a cell
         for ax, (reading, title) in zip(axes, READING_TITLES.items(), strict=True):
@@ -81,13 +81,13 @@ def _panels(labels: Sequence[str], groups: Sequence[_Group]) -> tuple[Figure, li
     names = [f"{_MODALITIES[group.modality]}, {_KINDS[group.kind]}" for group in groups]
     labels = [fitted(label, _LABEL, 6.5) for label in labels]
     for columns in (3, 2):
-        cell, letters = _LARGEST, 6.5
+        cell, letters = _MAX_CELL, 6.5
         for _ in range(3):  # smaller letters leave more room, which makes larger cells
             label = max(text_width(words, letters) for words in labels)
             left = _WORD + max(text_width(words, letters) for words in (*names, _HEADING)) + 0.2 + label
-            cell = min(_LARGEST, (PAGE - left - _BAR - (columns - 1) * _GAP) / columns / len(labels))
+            cell = min(_MAX_CELL, (PAGE - left - _BAR - (columns - 1) * _GAP) / columns / len(labels))
             letters = min(6.5, 0.85 * 72 * cell)
-        if cell >= _SMALLEST:
+        if cell >= _MIN_CELL:
             break
     slanted = 72 * cell >= 12
     below = _WORD + 0.08 + label * (0.75 if slanted else 1)

@@ -21,7 +21,7 @@ from matplotlib.ticker import (
 )
 from numpy.typing import NDArray
 
-from conceptshare.figures._style import COLOURS, PLACED, STYLE, fitted, layer_ticks, save
+from conceptshare.figures._style import COLOURS, FIXED_LAYOUT, STYLE, fitted, layer_ticks, save
 from conceptshare.io.errors import StoreError
 from conceptshare.io.files import SAE_FIGURES, atomic_output
 from conceptshare.sae.folder import REMEDY, sae_file, sae_of
@@ -51,7 +51,7 @@ def draw_saes(table: pd.DataFrame, saes: Path, out: Path) -> None:
         StoreError: if an SAE's loss curve or densities are missing or unreadable.
     """
     trainings = [_read_training(row, saes) for row in table.itertuples()]
-    with mpl.rc_context(STYLE | PLACED):
+    with mpl.rc_context(STYLE | FIXED_LAYOUT):
         save(_overview(trainings), out)
         with atomic_output(out.with_suffix(""), SAE_FIGURES) as folder:
             folder.mkdir()

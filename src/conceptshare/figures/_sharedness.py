@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from conceptshare.figures._style import PAGE, PLACED, STYLE, save, text_width
+from conceptshare.figures._style import FIXED_LAYOUT, PAGE, STYLE, save, text_width
 from conceptshare.io.progress import warn
 
 if TYPE_CHECKING:  # heavy, and other figures do not need them
@@ -53,7 +53,7 @@ def draw_sharedness(
     table: pd.DataFrame,
     statistics: "dict[int, FeatureStatistics]",
     data: "Data",
-    pictured: int,
+    features_shown: int,
     out: Path,
     samples: int = 9,
     modality: str = "image",
@@ -68,14 +68,14 @@ def draw_sharedness(
         table: the ranking.
         statistics: the statistics of the source's features, by layer.
         data: the samples.
-        pictured: how many features are shown, if the ranking has that many.
+        features_shown: how many features are shown, if the ranking has that many.
         out: where the PNG goes; the PDF goes next to it.
         samples: how many per feature: 9 are 3 x 3 (the paper's Figure 2), 100 are 10 x 10 (its Figure 4). Fewer if the
             feature is active on fewer or the store keeps fewer.
         modality: the source's, ``image`` or ``text``.
         names: the source's table of names; without it, features have none.
     """
-    top = table.head(pictured)
+    top = table.head(features_shown)
     found = [statistics[int(row.layer)].top_samples[int(row.feature)][:samples] for row in top.itertuples()]
     found = [of_feature[of_feature >= 0] for of_feature in found]
     side = int(np.ceil(np.sqrt(samples)))
@@ -86,7 +86,7 @@ def draw_sharedness(
     columns = min(len(top), max(1, int((PAGE + _BETWEEN) / (grid[0] + _BETWEEN))))
     width = columns * (grid[0] + _BETWEEN) - _BETWEEN + 2 * _MARGIN
     title = f"Features of {table.source[0]}, layer {table.layer[0]}, by Comparative Sharedness"
-    with _missing_letters_in_one_line(out), mpl.rc_context(STYLE | PLACED | {"font.family": _fonts()}):
+    with _one_warning_for_missing_letters(out), mpl.rc_context(STYLE | FIXED_LAYOUT | {"font.family": _fonts()}):
         heading = _wrapped(title, width - 2 * _MARGIN, 4, 9, "bold").splitlines()
         groups = [
             line
@@ -111,7 +111,7 @@ def draw_sharedness(
             place = f"#{row.rank}  layer {row.layer}, feature {row.feature}"
             ax.text(x, y, place, va="top", fontsize=7.5, fontweight="bold")
             if names is not None:
-                words, colour = _called(names, int(row.layer), int(row.feature))
+                words, colour = _name_and_colour(names, int(row.layer), int(row.feature))
                 line = _wrapped(words, grid[0], 1, 7)
                 ax.text(x, y + 0.25, line, va="baseline", fontsize=7, color=colour, parse_math=False)
             numbers = f"$\\Delta$ {row.delta:.3g}, $\\rho_G$ {row.rho_g:.2f}, $\\rho_H$ {row.rho_h:.2f}"
@@ -126,7 +126,7 @@ def draw_sharedness(
         save(figure, out)
 
 
-def _called(names: pd.DataFrame, layer: int, feature: int) -> tuple[str, str]:
+def _name_and_colour(names: pd.DataFrame, layer: int, feature: int) -> tuple[str, str]:
     """A feature's name or best candidate, and its colour."""
     row = names[(names.layer == layer) & (names.feature == feature)].iloc[0]
     if isinstance(row["name"], str):
@@ -203,7 +203,7 @@ def _drawable(words: str) -> str:
 
 
 @contextmanager
-def _missing_letters_in_one_line(out: Path) -> Iterator[None]:
+def _one_warning_for_missing_letters(out: Path) -> Iterator[None]:
     """Report letters that no font has in one line, in place of matplotlib's warning for each."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

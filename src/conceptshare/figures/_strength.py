@@ -17,8 +17,8 @@ from conceptshare.analysis.formats import short_labels
 from conceptshare.figures._style import (
     BLUE,
     COLOURS,
+    FIXED_LAYOUT,
     PAGE,
-    PLACED,
     STYLE,
     annotate_empty,
     fitted,
@@ -54,7 +54,7 @@ def draw_strength(pairs: Iterable[tuple[str, str, pd.DataFrame]], out: Path) -> 
     members = list(dict.fromkeys([*sources, *targets]))
     targets = [member for member in members if member in targets]
     label = dict(zip(members, short_labels(members), strict=True))
-    with mpl.rc_context(STYLE | PLACED | {"xtick.labelsize": 6.5, "ytick.labelsize": 6.5}):
+    with mpl.rc_context(STYLE | FIXED_LAYOUT | {"xtick.labelsize": 6.5, "ytick.labelsize": 6.5}):
         figure, axes, first = _grid(len(sources), [f"to {label[target]}" for target in targets])
         images = []
         edges = _edges(list(chosen.values()))

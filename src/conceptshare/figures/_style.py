@@ -28,7 +28,7 @@ STYLE: Any = {
     "pdf.fonttype": 42,
 }
 # For figures placed in inches: no search for the bounding box, nor for titles that overlap.
-PLACED: Any = {"savefig.bbox": None, "axes.titley": 1.0}
+FIXED_LAYOUT: Any = {"savefig.bbox": None, "axes.titley": 1.0}
 PAGE = 7.2
 """Width of a printed page in inches. Figures are drawn for it, so font sizes are those in print."""
 _RULER_DPI = 200

@@ -64,5 +64,5 @@ class HubError(ConceptshareError):
     """Files of a model hub are neither on this machine nor can they be fetched."""
 
 
-class MadeMeanwhileError(ConceptshareError):
+class AlreadyMadeError(ConceptshareError):
     """Another process made the same result while this one waited for the lock: nothing is left to do."""

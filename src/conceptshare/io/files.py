@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from conceptshare.io.errors import ConceptshareError, MadeMeanwhileError, OutputError, StoreError
+from conceptshare.io.errors import AlreadyMadeError, ConceptshareError, OutputError, StoreError
 from conceptshare.io.progress import info
 
 PROVENANCE = "provenance.json"
@@ -39,7 +39,7 @@ _SYNCS_AT_ONCE = 16
 class Kind(NamedTuple):
     """A kind of result, and how to distinguish it from other files and folders."""
 
-    what: str
+    label: str
     """Its name in messages, such as ``"a CSV file"``."""
     files: str | None = None
     """For a folder, a regular expression that matches the relative path of each file in it; None for a file."""
@@ -150,9 +150,9 @@ def check_replaceable(path: Path, kind: Kind) -> None:
         OutputError: if something else is there, or ``path`` cannot be replaced.
     """
     if path.name in ("", ".."):
-        raise OutputError(f"{path}: this folder cannot be replaced; name {kind.what} in it")
+        raise OutputError(f"{path}: this folder cannot be replaced; name {kind.label} in it")
     if not path.name.endswith(kind.suffix):
-        raise OutputError(f"{path}: the output is {kind.what}; choose a name that ends in {kind.suffix}")
+        raise OutputError(f"{path}: the output is {kind.label}; choose a name that ends in {kind.suffix}")
     for parent in path.absolute().parents:
         if os.path.lexists(parent):
             if not parent.is_dir():
@@ -160,12 +160,12 @@ def check_replaceable(path: Path, kind: Kind) -> None:
             break
     real = path.absolute().parent.resolve() / path.name
     if any(real in (place, *place.parents) for place in (Path.cwd(), Path("~").expanduser().resolve())):
-        raise OutputError(f"{path}: contains the working directory or the home folder; name {kind.what} in it")
+        raise OutputError(f"{path}: contains the working directory or the home folder; name {kind.label} in it")
     if os.path.lexists(path):
         other = _describe_other(path, kind)
         if other:
             raise OutputError(
-                f"{path}: {other} is there, and {kind.what} must not replace it; choose another name, or move it away"
+                f"{path}: {other} is there, and {kind.label} must not replace it; choose another name, or move it away"
             )
 
 
@@ -178,7 +178,7 @@ def _check_unfinished(path: Path, kind: Kind) -> None:
     names = rf"{kind.files}|{kind.unfinished}|(.+/)?[^/]+\.partial"
     begun = kind._replace(files=kind.files and names, is_valid=lambda _: True)
     if os.path.lexists(path) and (other := _describe_other(path, begun)):
-        raise OutputError(f"{path}: {other} is there, but this path is needed to write {kind.what}; move it away")
+        raise OutputError(f"{path}: {other} is there, but this path is needed to write {kind.label}; move it away")
 
 
 def _describe_other(path: Path, kind: Kind) -> str | None:
@@ -238,7 +238,7 @@ def atomic_output(path: Path, kind: Kind = FILE, resume: bool = False, key: str 
 
     Raises:
         OutputError: if something that is not a result of this kind is at ``path`` or at the temporary path.
-        MadeMeanwhileError: if another process made the result with the same ``key`` while this one waited.
+        AlreadyMadeError: if another process made the result with the same ``key`` while this one waited.
     """
     check_replaceable(path, kind)
     _make_folder(path.parent)
@@ -262,7 +262,7 @@ def unlocked_output(path: Path, kind: Kind = FILE, resume: bool = False) -> Iter
         yield partial
         # A later run must recognize this result as its own kind. Only a `MODEL` is written by third-party code.
         if kind is not FILE and (other := _describe_other(partial, kind)):
-            raise OutputError(f"{partial}: {other} was written instead of {kind.what}; fix the code that writes it")
+            raise OutputError(f"{partial}: {other} was written instead of {kind.label}; fix the code that writes it")
         _sync(partial)
     except BaseException as error:
         if not resume or isinstance(error, ConceptshareError):
@@ -346,11 +346,11 @@ class Lock:
         """Record the key of the result in the lock file, for the processes that wait.
 
         Raises:
-            MadeMeanwhileError: if the process that this one waited for made the same result.
+            AlreadyMadeError: if the process that this one waited for made the same result.
         """
         made = _identity(self._path) not in (None, self._before)
         if key is not None and made and (self._other.get("key"), self._other.get("code")) == (key, _code()):
-            raise MadeMeanwhileError(f"{self._path}: made by {self._other['who']} while this process waited")
+            raise AlreadyMadeError(f"{self._path}: made by {self._other['who']} while this process waited")
         self._key = key
         if self._lock.is_locked:
             with self._file.open("r+b") as file:

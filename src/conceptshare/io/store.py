@@ -51,7 +51,7 @@ def new_store(path: Path, kind: str, spec: dict[str, Any], resume: bool = False)
             an empty group.
 
     Raises:
-        MadeMeanwhileError: if another process made the same store while this one waited for the lock.
+        AlreadyMadeError: if another process made the same store while this one waited for the lock.
     """
     described: dict[str, Any] = {
         "kind": kind,

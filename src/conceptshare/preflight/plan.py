@@ -204,7 +204,7 @@ def sae_cost(spec: EncoderSpec, settings: SAESettings, N: int) -> Cost:
         written=4 * (sae_parameters(spec, settings) + F),
         read=size
         if in_memory
-        else samples * _sample_read(spec, settings.samples_a_step(spec.modality))
+        else samples * _sample_read(spec, settings.samples_per_step(spec.modality))
         + measured(N, settings) * chunk_bytes(spec),
         flops=training_flops(spec, settings, N),
         memory=_PROCESS_BYTES + in_memory * size + _optimised_bytes(spec, settings) + _latents_bytes(spec, settings),
@@ -218,7 +218,7 @@ def training_flops(spec: EncoderSpec, settings: SAESettings, N: int) -> float:
     """
     D, F, k = spec.width, settings.expansion * spec.width, settings.k
     trained, tokens = N - settings.held_out_samples(N), stored_tokens(spec)
-    steps = settings.epochs * -(-trained // settings.samples_a_step(spec.modality))
+    steps = settings.epochs * -(-trained // settings.samples_per_step(spec.modality))
     return (
         settings.epochs * trained * tokens * (2 * D * F + 10 * k * D)
         + steps * sae_parameters(spec, settings) * _ADAM_FLOPS
@@ -260,7 +260,7 @@ def _optimised_bytes(spec: EncoderSpec, settings: SAESettings) -> int:
 
 def _latents_bytes(spec: EncoderSpec, settings: SAESettings) -> int:
     """Latents of one batch before and after ReLU, and their order."""
-    tokens = max(settings.samples_a_step(spec.modality), 32) * stored_tokens(spec)
+    tokens = max(settings.samples_per_step(spec.modality), 32) * stored_tokens(spec)
     return 4 * 3 * tokens * settings.expansion * spec.width
 
 

@@ -63,14 +63,14 @@ def train_stream(
         EncoderError: if the encoder does not match its catalog entry.
         StoreError: if the partial store of an earlier attempt is damaged.
         StudyError: if the settings' precision would also change that of the encoder.
-        MadeMeanwhileError: if another process trained the same SAEs while this one waited for the lock.
+        AlreadyMadeError: if another process trained the same SAEs while this one waited for the lock.
         SystemExit: with the status PREEMPTED, after SIGTERM.
     """
     if settings.precision == "tf32":
         raise StudyError("precision: tf32 would also round the products of the encoder; use bfloat16, or store tokens")
     spec, name, N = encoder.spec, saes.name, len(data)
     described = describe(encoder, data, name)
-    steps = _order.steps(N, settings.samples_a_step(spec.modality), spec.batch_size, settings)
+    steps = _order.steps(N, settings.samples_per_step(spec.modality), spec.batch_size, settings)
     key = {"settings": settings.model_dump(mode="json"), "seeds": list(seeds), "made_from": described}
     checkpoints = Checkpoints(saes.with_name(name + ".checkpoints"), key)
     with (

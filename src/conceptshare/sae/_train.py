@@ -181,7 +181,7 @@ def train_sae(token_store: Path, layer: int, settings: SAESettings, seed: int, o
     Raises:
         StoreError: if the store is incomplete, damaged or empty, or lacks the layer.
         NumericsError: if training diverges.
-        MadeMeanwhileError: if another process made the same folder while this one waited for the lock.
+        AlreadyMadeError: if another process made the same folder while this one waited for the lock.
         SystemExit: with the status PREEMPTED, after SIGTERM.
     """
     inputs = Unchanged(token_store)
@@ -191,7 +191,7 @@ def train_sae(token_store: Path, layer: int, settings: SAESettings, seed: int, o
     origin = Origin(token_store.stem, layer, seed)
     key = {"settings": settings.model_dump(mode="json"), "seed": seed, "layer": layer, "made_from": tokens.made_from}
     checkpoints = Checkpoints(out.with_name(out.name + ".checkpoints"), key)
-    batch_samples = settings.samples_a_step(tokens.modality)
+    batch_samples = settings.samples_per_step(tokens.modality)
     with atomic_output(out, SAE, key=checkpoints.key) as folder, inputs:
         sae, losses = train(tokens, settings, origin.mixed_seed(), batch_samples, str(origin), checkpoints)
         batches = _order.evaluated(len(tokens), settings)
