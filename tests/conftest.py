@@ -1,4 +1,4 @@
-"""Small inputs that several stages' tests are built from. No test reaches the network."""
+"""Small inputs shared by the tests of several stages. No test uses the network."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Of the processes that tests start, too: two test processes share the machine.
+# Also for processes that tests start: several test processes share the machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
@@ -22,26 +22,26 @@ from conceptshare.sae import TopKSAE, save_sae
 from conceptshare.sae.features import record_features
 from tests.helpers.browser import browser, open_tab  # noqa: F401 - fixtures
 
-# The same examples on every run: a failure on one machine is a failure on all.
+# The same examples on every run, so failures are reproducible on any machine.
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("repeatable")
 
 
-# Folders whose tests share what takes long to make: a Slurm, the miniature study's run, a browser.
-TOGETHER = ("slurm", "workflow", "pages")
-# What takes longest starts first. The tests on Slurm mostly wait for it.
+# Folders whose tests share expensive fixtures: a Slurm, the miniature study's run, a browser.
+SAME_PROCESS = ("slurm", "workflow", "pages")
+# The longest tests start first. The tests on Slurm mostly wait for it.
 FIRST = ("slurm", "workflow", "test_figures", "test_broken", "hub", "pages")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the markers
 def pytest_collection_modifyitems(items):
-    """Run the tests of a file, or of a folder, in one process, which makes their fixtures once."""
+    """Run the tests of a file or folder in one process, so their fixtures are made once."""
     places = {}
     for item in items:
         group = item.get_closest_marker("xdist_group")
         if group is None:
             folder = item.path.relative_to(Path(__file__).parent).parts[0]
-            group = pytest.mark.xdist_group(folder if folder in TOGETHER else item.path.stem)
+            group = pytest.mark.xdist_group(folder if folder in SAME_PROCESS else item.path.stem)
             item.add_marker(group)
         (name,) = group.args
         places[item] = FIRST.index(name) if name in FIRST else len(FIRST)
@@ -65,7 +65,7 @@ def rng():
 
 @contextmanager
 def _store_of(path, kind, layers, content_hash, modality):
-    """A store to fill, and a function that adds rows to it."""
+    """An empty store and a function that adds rows to it."""
     samples = next(iter(layers.values()))
     spec = {
         "name": path.stem,
@@ -89,7 +89,7 @@ def _store_of(path, kind, layers, content_hash, modality):
 
 @pytest.fixture(scope="session")
 def write_activations():
-    """Writes a store of global tokens of ``{layer: [tokens of each sample]}``, of which the first is global."""
+    """Writes a store of global tokens from ``{layer: [tokens of each sample]}``; the first token is global."""
 
     def write(path, layers, content_hash="the same samples", modality="image"):
         with _store_of(path, "activations", layers, content_hash, modality) as (_, add):
@@ -102,7 +102,7 @@ def write_activations():
 
 @pytest.fixture(scope="session")
 def write_tokens():
-    """Writes a store of all tokens of ``{layer: [tokens of each sample]}``, of which the first is global."""
+    """Writes a store of all tokens from ``{layer: [tokens of each sample]}``; the first token is global."""
 
     def write(path, layers, content_hash="the same samples", modality="image"):
         with _store_of(path, "tokens", layers, content_hash, modality) as (store, add):
@@ -119,7 +119,7 @@ def write_tokens():
 
 @pytest.fixture(scope="session")
 def write_features_from(write_activations):
-    """Writes ``{member}.zarr`` in a folder with the given features, by ``{layer: [N, F] not negative}``.
+    """Writes ``{member}.zarr`` in a folder with the given non-negative features, ``{layer: [N, F]}``.
 
     They go through the real stage: SAEs whose encoders are the identity turn activations into equal features. Both are
     written to ``source / member``.
@@ -154,13 +154,13 @@ def write_features_from(write_activations):
 
 @pytest.fixture
 def write_features(tmp_path, write_features_from):
-    """The same from activations and SAEs in ``tmp_path / "made"``."""
+    """The same, with activations and SAEs in ``tmp_path / "made"``."""
     return partial(write_features_from, tmp_path / "made")
 
 
 @pytest.fixture(scope="session")
 def own_disks(tmp_path_factory):
-    """Skip where a test cannot mount disks that no other process sees."""
+    """Skip if a test cannot mount disks in a private namespace."""
     folder = tmp_path_factory.mktemp("disk")
     command = ["unshare", "--user", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "disk", str(folder)]
     if subprocess.run(command, capture_output=True, check=False).returncode:

@@ -1,4 +1,4 @@
-"""The stores hold what the encoder gives, rounded to float16, at the rows that their offsets say."""
+"""The stores hold the encoder's activations, rounded to float16, at the rows given by their offsets."""
 
 import io
 import re
@@ -25,7 +25,7 @@ from tests.helpers.forks import run_forked
 from tests.helpers.models import CAPTIONS, LAYERS
 from tests.helpers.samples import contents
 
-# Of the last batch, only one sample is left.
+# The last batch has only one sample.
 BATCH = 3
 ROWS = [*CAPTIONS, "a mat", "zebra"]
 FAMILIES = [
@@ -63,7 +63,7 @@ def data(data_folder):
 
 @pytest.fixture(scope="module")
 def extracted(data, tmp_path_factory):
-    """For each family: its entry, the folder of its stores, and its encoder's activations of each batch. Made once."""
+    """For each model family, computed once: its entry, the folder of its stores, and its activations per batch."""
     made = {}
 
     def get(make):
@@ -122,7 +122,7 @@ def assert_nothing_written(folder):
 
 
 @pytest.mark.parametrize("make", FAMILIES, **by_name)
-def test_store_holds_the_encoders_activations_as_float16(extracted, make):
+def test_stores_activations_as_float16(extracted, make):
     spec, folder, batches = extracted(make)
     of_globals, of_all = open_both(folder)
     for layer in spec.layer_numbers():
@@ -139,7 +139,7 @@ def test_store_holds_the_encoders_activations_as_float16(extracted, make):
 
 
 @pytest.mark.parametrize("make", FAMILIES, **by_name)
-def test_global_token_of_each_sample_is_one_of_its_training_rows(extracted, make):
+def test_global_token_is_one_of_the_training_rows(extracted, make):
     spec, folder, _ = extracted(make)
     layer = spec.layer_numbers()[-1]
     reader = open_reader(folder, layer)
@@ -155,7 +155,7 @@ def test_global_token_of_each_sample_is_one_of_its_training_rows(extracted, make
 
 
 @pytest.mark.parametrize("make", [models.deberta_v2, models.siglip_image], **by_name)
-def test_mean_is_stored_as_the_last_training_row_of_its_sample(extracted, make):
+def test_mean_is_stored_as_the_last_training_row(extracted, make):
     reader = open_reader(extracted(make)[1], layer=2)
     for sample, token in enumerate(reader.read_global(np.arange(len(ROWS))).numpy()):
         rows = reader.read(np.array([sample])).numpy()
@@ -165,7 +165,7 @@ def test_mean_is_stored_as_the_last_training_row_of_its_sample(extracted, make):
 
 @pytest.mark.parametrize("in_memory", [True, False])
 @pytest.mark.parametrize("samples", [[4, 0, 4, 6], [6], [0, 1, 2, 3, 4, 5, 6]])
-def test_reader_gives_the_rows_of_any_samples_in_their_order(extracted, monkeypatch, samples, in_memory):
+def test_reader_returns_rows_in_the_order_of_the_requested_samples(extracted, monkeypatch, samples, in_memory):
     spec, folder, batches = extracted(models.bert)
     if not in_memory:
         monkeypatch.setattr(extraction, "IN_MEMORY_BYTES", 0)
@@ -179,7 +179,7 @@ def test_reader_gives_the_rows_of_any_samples_in_their_order(extracted, monkeypa
     assert reader.width == spec.width
 
 
-def test_many_small_shards_hold_the_same(extracted, data, tmp_path, monkeypatch):
+def test_many_small_shards_store_the_same_values(extracted, data, tmp_path, monkeypatch):
     spec, _, batches = extracted(models.bert)
     monkeypatch.setattr(store, "CHUNK_BYTES", 2 * spec.width * 3)
     monkeypatch.setattr(sizes, "SHARD_BYTES", 2 * spec.width * 6)
@@ -191,7 +191,7 @@ def test_many_small_shards_hold_the_same(extracted, data, tmp_path, monkeypatch)
     assert np.array_equal(of_globals["layer-02/global"][:], np.stack(global_tokens))
 
 
-def test_store_says_what_it_was_made_from(extracted, data):
+def test_store_records_its_inputs(extracted, data):
     spec, folder, _ = extracted(models.bert)
     described, of_all = (opened.attrs["spec"] for opened in open_both(folder))
     assert described == of_all
@@ -202,7 +202,7 @@ def test_store_says_what_it_was_made_from(extracted, data):
     assert described["encoder"]["global_token"] == "first"
 
 
-def test_only_the_layers_in_use_are_stored_and_another_is_an_error_that_names_them(extracted, data, tmp_path):
+def test_stores_only_the_selected_layers_and_lists_them_in_the_error(extracted, data, tmp_path):
     spec, folder, _ = extracted(models.bert)
     extract(load_encoder(batched(spec, use_layers=[0, 2])), data, tmp_path)
     whole, everything = open_reader(folder, layer=2), np.arange(len(ROWS))
@@ -211,13 +211,13 @@ def test_only_the_layers_in_use_are_stored_and_another_is_an_error_that_names_th
         open_reader(tmp_path, layer=1)
 
 
-def test_global_tokens_alone_are_no_tokens_to_train_on(extracted):
+def test_a_store_of_global_tokens_only_cannot_be_trained_on(extracted):
     _, folder, _ = extracted(models.bert)
     with pytest.raises(StoreError, match=r"tiny\.zarr: a store of 'activations', but one of 'tokens' is needed"):
         TokenReader.open(folder / "activations" / "tiny.zarr", layer=0)
 
 
-def test_an_activation_that_is_not_finite_is_an_error_that_names_encoder_layer_and_sample(data, tmp_path):
+def test_a_non_finite_activation_names_encoder_layer_and_sample(data, tmp_path):
     models.save_bert(tmp_path / "model")
     word = models.bert_tokenizer().convert_tokens_to_ids("hat")
     poison(tmp_path / "model", "embeddings.word_embeddings.weight", lambda x: x[word].fill_(torch.nan))
@@ -229,7 +229,7 @@ def test_an_activation_that_is_not_finite_is_an_error_that_names_encoder_layer_a
     assert_nothing_written(tmp_path)
 
 
-def test_an_activation_beyond_float16_is_an_error_that_names_encoder_layer_and_sample(data, tmp_path):
+def test_a_float16_overflow_names_encoder_layer_and_sample(data, tmp_path):
     models.save_bert(tmp_path / "model")
     poison(tmp_path / "model", "encoder.layer.1.output.LayerNorm.bias", lambda x: x[3:4].fill_(1e5))
     encoder = load_encoder(batched(models.entry(tmp_path / "model", "text", "first", kind="language")))
@@ -238,9 +238,9 @@ def test_an_activation_beyond_float16_is_an_error_that_names_encoder_layer_and_s
     assert_nothing_written(tmp_path)
 
 
-def test_an_activation_beyond_float16_at_any_token_is_an_error_that_names_its_sample(data, tmp_path):
+def test_a_float16_overflow_at_any_token_names_its_sample(data, tmp_path):
     model = models.save_clip(tmp_path / "model")
-    # The z of the last caption alone; nothing of a caption reaches back to its first token, the global one here.
+    # The z of the last caption only; attention is causal, so its first token, here the global one, is unaffected.
     letter = models.clip_tokenizer().convert_tokens_to_ids("z")
     poison(tmp_path / "model", "text_model.embeddings.token_embedding.weight", lambda x: x[letter].fill_(1e6))
     encoder = load_encoder(batched(models.entry(tmp_path / "model", "text", "first")))
@@ -251,7 +251,7 @@ def test_an_activation_beyond_float16_at_any_token_is_an_error_that_names_its_sa
     assert_nothing_written(tmp_path)
 
 
-def test_an_encoder_of_another_width_leaves_no_store(data, tmp_path):
+def test_an_encoder_with_an_unexpected_width_leaves_no_store(data, tmp_path):
     models.save_bert(tmp_path / "model")
     spec = batched(models.entry(tmp_path / "model", "text", "first", kind="language"), width=20)
     with pytest.raises(EncoderError, match="set width: 16"):
@@ -259,7 +259,7 @@ def test_an_encoder_of_another_width_leaves_no_store(data, tmp_path):
     assert_nothing_written(tmp_path)
 
 
-def test_an_overflow_at_low_precision_says_that_float32_may_help(data, tmp_path):
+def test_an_overflow_at_low_precision_suggests_float32(data, tmp_path):
     models.save_bert(tmp_path / "model")
     poison(tmp_path / "model", "encoder.layer.1.output.dense.bias", lambda x: x[3:4].fill_(1e5))
     poison(tmp_path / "model", "encoder.layer.1.output.LayerNorm.weight", lambda x: x.fill_(1e6))
@@ -271,7 +271,7 @@ def test_an_overflow_at_low_precision_says_that_float32_may_help(data, tmp_path)
 
 
 @pytest.mark.parametrize("make", [models.bert, models.siglip_text, models.siglip_image, models.clip_text], **by_name)
-def test_a_cap_keeps_so_many_tokens_of_a_sample_and_the_global_one_among_them(extracted, data, tmp_path, make):
+def test_max_tokens_limits_the_tokens_per_sample_and_keeps_the_global_token(extracted, data, tmp_path, make):
     spec, folder, _ = extracted(make)
     extract(load_encoder(batched(spec, max_tokens=4)), data, tmp_path)
     for layer in spec.layer_numbers():
@@ -281,13 +281,13 @@ def test_a_cap_keeps_so_many_tokens_of_a_sample_and_the_global_one_among_them(ex
         for sample in range(len(ROWS)):
             there, kept = (reader.read(np.array([sample])).numpy() for reader in (whole, some))
             assert len(kept) == min(4, len(there))
-            # In their order, and each of them one that is there.
+            # In their original order, and each is an existing token.
             places = [int(np.flatnonzero((there == row).all(axis=1))[0]) for row in kept]
             assert places == sorted(set(places))
             assert (kept == global_tokens[sample]).all(axis=1).any()
 
 
-def test_a_cap_draws_by_the_seed_and_by_the_sample_and_not_by_the_batch(extracted, data, tmp_path):
+def test_max_tokens_samples_by_seed_and_sample_but_not_batch(extracted, data, tmp_path):
     spec, _, _ = extracted(models.clip_image)
 
     def drawn(name, **values):
@@ -300,7 +300,7 @@ def test_a_cap_draws_by_the_seed_and_by_the_sample_and_not_by_the_batch(extracte
     assert not torch.allclose(drawn("seeded", token_seed=1), first, rtol=0, atol=1e-2)
 
 
-def test_a_cap_draws_each_token_alike(extracted):
+def test_max_tokens_samples_tokens_uniformly(extracted):
     spec, _, batches = extracted(models.clip_image)
     found, capped = batches[0], batched(spec, max_tokens=5)
     tokens = found.training.shape[1]
@@ -308,7 +308,7 @@ def test_a_cap_draws_each_token_alike(extracted):
     for start in range(0, 6000, BATCH):
         seen += extraction._draw_tokens(found, capped, np.arange(start, start + BATCH)).cpu().numpy().sum(0)
     assert seen[0] == 6000
-    # 4 of the 16 others each time: 1500 is expected, with a standard deviation of 34.
+    # Each draw keeps 4 of the 16 others: 1500 expected, with a standard deviation of 34.
     assert np.abs(seen[1:] - 6000 * 4 / (tokens - 1)).max() < 5 * 34
 
 
@@ -351,18 +351,18 @@ print(writes)
 
 
 def run_extraction(spec, data, folder, last=0):
-    """Extract in a process of its own, which kills itself before its ``last``-th write to a store, or rename."""
+    """Extract in a separate process, which kills itself before its ``last``-th write to a store or rename."""
     folder.mkdir(exist_ok=True)
     return run_forked(EXTRACT, spec.model_dump_json(), data, folder, last)
 
 
-def going_on(result):
-    """The sample that a run said it went on at, if it did."""
+def resumed_at(result):
+    """The sample at which a run reported that it resumed, if it did."""
     return [int(number) for number in re.findall(r"resuming at sample (\d+)", result.stderr)]
 
 
 @pytest.mark.parametrize(("make", "moments"), [(models.bert, [0.6, 0.3, 0.15]), (models.siglip_image, [0.85])])
-def test_a_killed_extraction_goes_on_at_its_last_finished_shard_and_ends_with_the_same_bytes(
+def test_a_killed_extraction_resumes_at_its_last_finished_shard_with_the_same_bytes(
     data_folder, tmp_path, make, moments
 ):
     spec = batched(make(tmp_path / "model").spec, use_layers=[0, 2], batch_size=2)
@@ -372,8 +372,8 @@ def test_a_killed_extraction_goes_on_at_its_last_finished_shard_and_ends_with_th
     starts = [0]
     for moment in [*moments, 0]:
         result = run_extraction(spec, data_folder, out, round(moment * int(whole.stdout)))
-        starts += going_on(result)
-        if result.returncode == 0:  # what was left was less than this moment
+        starts += resumed_at(result)
+        if result.returncode == 0:  # fewer writes were left than that
             break
         assert result.returncode == -signal.SIGKILL, result.stderr
         assert not list(out.glob("*/tiny.zarr"))
@@ -382,7 +382,7 @@ def test_a_killed_extraction_goes_on_at_its_last_finished_shard_and_ends_with_th
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_a_kill_between_the_two_renames_ends_with_the_same_bytes_in_both(data_folder, tmp_path):
+def test_a_kill_between_the_two_renames_still_gives_the_same_bytes_in_both(data_folder, tmp_path):
     spec = batched(models.bert(tmp_path / "model").spec, batch_size=2)
     whole = run_extraction(spec, data_folder, tmp_path / "whole")
     out = tmp_path / "killed"
@@ -391,7 +391,7 @@ def test_a_kill_between_the_two_renames_ends_with_the_same_bytes_in_both(data_fo
     assert sorted(path.relative_to(out).as_posix() for path in out.glob("*/tiny*")) == left
     assert run_extraction(spec, data_folder, out).returncode == 0
     assert contents(out) == contents(tmp_path / "whole")
-    shutil.rmtree(out / "tokens")  # as Snakemake removes what such a job has finished
+    shutil.rmtree(out / "tokens")  # Snakemake deletes the outputs of a killed job
     (out / "activations" / "tiny.zarr").rename(out / "activations" / "tiny.zarr.partial")
     assert run_extraction(spec, data_folder, out).returncode == 0
     assert contents(out) == contents(tmp_path / "whole")
@@ -406,7 +406,7 @@ def test_a_kill_between_the_two_renames_ends_with_the_same_bytes_in_both(data_fo
         ("tokens", "global_rows/c/0"),
     ],
 )
-def test_a_chunk_that_an_unfinished_store_lost_is_an_error_and_then_made_again(data_folder, tmp_path, kind, lost):
+def test_a_chunk_missing_from_an_unfinished_store_is_an_error_and_then_rewritten(data_folder, tmp_path, kind, lost):
     spec = batched(models.bert(tmp_path / "model").spec, batch_size=2)
     out = tmp_path / "out"
     whole = run_extraction(spec, data_folder, out)
@@ -422,7 +422,7 @@ def test_a_chunk_that_an_unfinished_store_lost_is_an_error_and_then_made_again(d
 
 
 @pytest.mark.parametrize("change", ["spec", "weights"])
-def test_what_was_left_of_another_extraction_is_not_gone_on_with(data_folder, tmp_path, change):
+def test_does_not_resume_another_extraction(data_folder, tmp_path, change):
     spec = batched(models.bert(tmp_path / "model").spec, batch_size=2)
     out = tmp_path / "out"
     whole = run_extraction(spec, data_folder, out)

@@ -1,4 +1,4 @@
-"""An extraction by parts ends with the bytes of one in one go."""
+"""An extraction in parts gives the same bytes as a single one."""
 
 import io
 import re
@@ -27,7 +27,7 @@ from tests.helpers.forks import run_forked
 from tests.helpers.models import CAPTIONS
 from tests.helpers.samples import contents
 
-SAMPLES, BATCH = 23, 2  # of the last batch, only one is left
+SAMPLES, BATCH = 23, 2  # the last batch has only one
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def data_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def spec_of(tmp_path_factory):
-    """An encoder's entry, whose files are made once."""
+    """An encoder's entry; its files are written once."""
     made = {}
 
     def get(make, **values):
@@ -59,7 +59,7 @@ def spec_of(tmp_path_factory):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    """Shards of few rows, so that several lie across a border of parts, at samples of either store."""
+    """Shards of few rows, so that several straddle a boundary between parts in either store."""
 
     def shrink(rows, samples, width=16):
         monkeypatch.setattr(store, "CHUNK_BYTES", 2 * width)
@@ -82,7 +82,7 @@ def in_parts(encoder, data, folder, parts):
 
 
 def stores_in(folder):
-    """Every file of both stores, and of what else lies beside them."""
+    """Every file of both stores, and any other file next to them."""
     return {
         f"{kind}/{name}": content
         for kind in ("activations", "tokens")
@@ -109,7 +109,7 @@ def join(folder, paths):
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_every_file_of_both_stores_is_that_of_one_go(make, values, spec_of, data_folder, tmp_path, small_shards):
+def test_both_stores_equal_those_of_a_single_extraction(make, values, spec_of, data_folder, tmp_path, small_shards):
     encoder, data = load_encoder(spec_of(make, **values)), Data(data_folder)
     for rows, samples, numbers in ((7, 3, (1, 5)), (40, 5, (2, 3))):
         small_shards(rows, samples, encoder.spec.width)
@@ -120,13 +120,15 @@ def test_every_file_of_both_stores_is_that_of_one_go(make, values, spec_of, data
 
 
 @pytest.mark.parametrize("parts", [12, 30])
-def test_parts_beyond_the_batches_or_shards_are_empty(parts, spec_of, data_folder, tmp_path, small_shards):
+def test_surplus_parts_are_empty(parts, spec_of, data_folder, tmp_path, small_shards):
     encoder, data = load_encoder(spec_of(models.bert)), Data(data_folder)
     small_shards(50, 9)
     assert in_parts(encoder, data, tmp_path / "parts", parts) == in_one_go(encoder, data, tmp_path / "whole")
 
 
-def test_no_shard_is_in_two_parts_and_little_is_read_twice(spec_of, data_folder, tmp_path, small_shards, monkeypatch):
+def test_no_shard_is_in_two_parts_and_few_samples_are_read_twice(
+    spec_of, data_folder, tmp_path, small_shards, monkeypatch
+):
     encoder, data, read = load_encoder(spec_of(models.clip_image)), Data(data_folder), []
     small_shards(20, 4, encoder.spec.width)
     monkeypatch.setattr(Data, "image", lambda self, row, image=Data.image: read.append(row) or image(self, row))
@@ -135,12 +137,12 @@ def test_no_shard_is_in_two_parts_and_little_is_read_twice(spec_of, data_folder,
         path.relative_to(part).as_posix() for part in (tmp_path / "parts").iterdir() for path in part.rglob("c/*/0")
     ]
     assert len(shards) == len(set(shards))
-    # The first picture tells each part how many tokens one has; a shard that lies across a border is at most 4 samples.
+    # Each part reads the first image to get the number of tokens; a shard across a boundary is at most 4 samples.
     assert set(read) == set(range(SAMPLES))
     assert len(read) <= SAMPLES + 3 + 2 * (4 + BATCH)
 
 
-def test_finished_stores_share_their_files_with_the_parts_or_copy_them(spec_of, data_folder, tmp_path, monkeypatch):
+def test_joined_stores_hard_link_or_copy_the_files_of_the_parts(spec_of, data_folder, tmp_path, monkeypatch):
     encoder, data = load_encoder(spec_of(models.bert)), Data(data_folder)
     linked = in_parts(encoder, data, tmp_path, 1)
     shard = "layer-00/tokens/c/0/0"
@@ -155,7 +157,7 @@ def test_finished_stores_share_their_files_with_the_parts_or_copy_them(spec_of, 
     assert not (tmp_path / "tokens" / "tiny.zarr" / shard).samefile(part / shard)
 
 
-def test_parts_of_another_extraction_or_too_few_are_refused(spec_of, data_folder, tmp_path):
+def test_refuses_parts_of_another_extraction_or_missing_parts(spec_of, data_folder, tmp_path):
     data = Data(data_folder)
     for name, values in (("one", {}), ("other", {"context_length": 6})):
         encoder = load_encoder(spec_of(models.bert, **values))
@@ -168,8 +170,8 @@ def test_parts_of_another_extraction_or_too_few_are_refused(spec_of, data_folder
     assert join(tmp_path, [tmp_path / "one/2.zarr", tmp_path / "one/1.zarr"])
 
 
-def test_pictures_with_different_numbers_of_tokens_are_refused(data_folder, tmp_path):
-    """SigLIP2 in its NaFlex form sees each picture in its own proportions."""
+def test_refuses_images_with_different_numbers_of_tokens(data_folder, tmp_path):
+    """SigLIP2 NaFlex reads each image at its own aspect ratio."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
     Siglip2VisionModel(Siglip2VisionConfig(**sizes, patch_size=8, num_patches=16)).save_pretrained(tmp_path / "model")
     Siglip2ImageProcessor(patch_size=8, max_num_patches=16).save_pretrained(tmp_path / "model")
@@ -190,14 +192,14 @@ def test_pictures_with_different_numbers_of_tokens_are_refused(data_folder, tmp_
     ],
     ids=str,
 )
-def test_the_command_says_how_a_part_is_given(options, message):
+def test_the_command_explains_how_to_specify_a_part(options, message):
     command = ["activations", "--encoder", "minilm", "--weights", "w.json", "--data", "data", "--out", "a.zarr"]
     result = CliRunner().invoke(app, [*command, *options])
     assert isinstance(result.exception, StudyError)
     assert message in str(result.exception)
 
 
-def test_the_commands_make_the_stores_of_one_go(spec_of, data_folder, tmp_path):
+def test_the_commands_write_the_stores_of_a_single_extraction(spec_of, data_folder, tmp_path):
     spec = spec_of(models.bert)
     fetch_weights(spec, tmp_path / "w.json")
 
@@ -245,7 +247,7 @@ print(writes)
 """
 
 
-def test_a_killed_part_goes_on_at_its_last_finished_shard(spec_of, data_folder, tmp_path, small_shards):
+def test_a_killed_part_resumes_at_its_last_finished_shard(spec_of, data_folder, tmp_path, small_shards):
     spec = spec_of(models.bert)
 
     def run(last=0):

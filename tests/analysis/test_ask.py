@@ -1,4 +1,4 @@
-"""Questions put to feature stores on the command line, against numbers worked out from the features themselves."""
+"""Commands that query feature stores, against numbers computed directly from the features."""
 
 import json
 import re
@@ -23,7 +23,7 @@ N = 60
 
 @pytest.fixture
 def features(rng):
-    """The features of three members in two layers each."""
+    """Features of three members with two layers each."""
     common = rng.lognormal(0, 1, (N, 4))
     found = {}
     for member, width in WIDTHS.items():
@@ -38,13 +38,13 @@ def features(rng):
 
 @pytest.fixture
 def stores(tmp_path, features, write_features):
-    """Their stores, by member."""
+    """Feature stores by member."""
     return {member: write_features(tmp_path / "features", member, layers) for member, layers in features.items()}
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs a command as a shell would, and gives its exit status, output and errors."""
+    """Runs a command as a shell would and returns its exit status, stdout and stderr."""
 
     def command(*arguments):
         monkeypatch.setattr(sys, "argv", ["conceptshare", *map(str, arguments)])
@@ -92,7 +92,7 @@ def test_wmppc_is_printed_for_both_directions_as_a_table(run, stores, features):
     assert next(rows, None) is None
 
 
-def test_wmppc_is_that_of_a_study(run, stores, tmp_path):
+def test_wmppc_equals_that_of_a_study(run, stores, tmp_path):
     """In JSON with all digits: also the interval, the floor, and the features beyond shuffled samples."""
     for name in ("bert@1__vit@0", "bert@1__clip-text@0", "clip-text@0__vit@0"):
         a, b = name.split("__")
@@ -107,12 +107,12 @@ def test_wmppc_is_that_of_a_study(run, stores, tmp_path):
         pd.testing.assert_frame_equal(found, expected, check_dtype=False, check_names=False, atol=1e-5)
 
 
-def test_a_store_has_all_of_its_own_concepts(stores):
+def test_a_store_shares_all_concepts_with_itself(stores):
     own = wmppc_between(stores["vit@0"], stores["vit@0"])
     np.testing.assert_allclose(own.wmppc, 1, atol=1e-6)
 
 
-def test_stores_of_one_name_are_told_apart_by_their_paths(stores, features, tmp_path, write_features_from):
+def test_stores_with_the_same_name_are_labelled_by_their_paths(stores, features, tmp_path, write_features_from):
     other = write_features_from(tmp_path / "other", tmp_path / "elsewhere", "vit@0", features["bert@1"])
     table = wmppc_between(stores["vit@0"], other)
     assert table.source.unique().tolist() == [str(stores["vit@0"]), str(other)]
@@ -124,7 +124,7 @@ def groups(stores):
     return ["--source", source, "--shared-with", shared, "--not-shared-with", unshared]
 
 
-def test_sharedness_is_that_of_a_study(stores, tmp_path):
+def test_sharedness_equals_that_of_a_study(stores, tmp_path):
     for a, b in (("bert@1", "clip-text@0"), ("clip-text@0", "vit@0")):
         correlate_stores(stores[a], stores[b], tmp_path / f"correlations/{a}__{b}.zarr")
     found = sharedness_of(stores["clip-text@0"], [stores["bert@1"]], [stores["vit@0"]])
@@ -133,7 +133,7 @@ def test_sharedness_is_that_of_a_study(stores, tmp_path):
     pd.testing.assert_frame_equal(found, expected, atol=1e-5)
 
 
-def test_only_last_layers_are_read_for_sharedness(stores, features, monkeypatch):
+def test_sharedness_reads_only_the_last_layers(stores, features, monkeypatch):
     read, get = [], StoredArray.__getitem__
     monkeypatch.setattr(StoredArray, "__getitem__", lambda array, place: read.append(str(array)) or get(array, place))
     table = sharedness_of(stores["clip-text@0"], [stores["bert@1"]], [stores["vit@0"]])
@@ -142,7 +142,7 @@ def test_only_last_layers_are_read_for_sharedness(stores, features, monkeypatch)
     assert {path.split("/")[-2] for path in read if path.endswith("/features")} == {"layer-03"}
 
 
-def test_the_top_of_a_ranking_is_printed_and_all_of_it_written(run, groups, tmp_path):
+def test_prints_the_top_of_a_ranking_and_writes_all_of_it(run, groups, tmp_path):
     status, output, _ = run("sharedness", *groups, "--top", 3, "--out", tmp_path / "table.csv")
     assert status == 0
     table = pd.read_csv(tmp_path / "table.csv")
@@ -154,12 +154,14 @@ def test_the_top_of_a_ranking_is_printed_and_all_of_it_written(run, groups, tmp_
         assert [float(number) for number in line.split()] == pytest.approx(list(row), rel=1e-3)
 
 
-def test_one_percent_of_a_ranking_is_printed_where_nothing_is_said(run, groups):
+def test_prints_one_percent_of_a_ranking_by_default(run, groups):
     _, output, _ = run("sharedness", *groups)
     assert len(output.splitlines()) == 1 + 1
 
 
-def test_the_least_over_the_one_group_and_the_largest_over_the_other_count(stores, features, tmp_path, write_features):
+def test_sharedness_takes_the_minimum_over_one_group_and_the_maximum_over_the_other(
+    stores, features, tmp_path, write_features
+):
     x = {1: features["vit@0"][3], 3: features["vit@0"][1]}
     other = write_features(tmp_path / "features", "dinov2@0", x)
     last = {member: rho(features["clip-text@0"][3], of[3]) for member, of in (features | {"dinov2@0": x}).items()}
@@ -180,7 +182,7 @@ def test_the_least_over_the_one_group_and_the_largest_over_the_other_count(store
     ],
     ids=["source in G", "source in H", "both groups", "absent"],
 )
-def test_groups_that_make_no_sense_are_refused_in_one_line(run, groups, stores, spoil, message):
+def test_refuses_invalid_groups_in_one_line(run, groups, stores, spoil, message):
     status, output, errors = run("sharedness", *spoil(groups, stores))
     assert status == 1
     assert output == ""
@@ -189,7 +191,7 @@ def test_groups_that_make_no_sense_are_refused_in_one_line(run, groups, stores, 
     assert errors.count("\n") == 1
 
 
-def test_stores_of_different_samples_are_refused_in_one_line(run, stores, features, groups, tmp_path, write_features):
+def test_refuses_stores_of_different_samples_in_one_line(run, stores, features, groups, tmp_path, write_features):
     other = write_features(tmp_path / "elsewhere", "bert@2", features["bert@1"], content_hash="other samples")
     for arguments in (["wmppc", stores["vit@0"], other], ["sharedness", *groups, "--shared-with", other]):
         status, _, errors = run(*arguments)
@@ -198,7 +200,7 @@ def test_stores_of_different_samples_are_refused_in_one_line(run, stores, featur
         assert "bert@2.zarr have different samples, or another order; make both from the same data set" in errors
 
 
-def test_a_store_without_an_active_feature_is_refused_in_one_line(run, stores, groups, tmp_path, write_features):
+def test_refuses_a_store_without_active_features_in_one_line(run, stores, groups, tmp_path, write_features):
     silent = write_features(tmp_path / "elsewhere", "silent@0", {3: np.zeros((N, 4))})
     for arguments in (["wmppc", stores["vit@0"], silent], ["sharedness", *groups, "--shared-with", silent]):
         status, _, errors = run(*arguments)
@@ -207,7 +209,7 @@ def test_a_store_without_an_active_feature_is_refused_in_one_line(run, stores, g
         assert "silent@0.zarr: no sample activates any of its features" in errors
 
 
-def test_a_path_where_nothing_is_is_one_line(run, stores):
+def test_a_missing_path_is_a_one_line_error(run, stores):
     assert run("wmppc", stores["vit@0"], "absent.zarr")[::2] == (
         1,
         "error: absent.zarr: no features store there; run the features stage\n",
@@ -220,7 +222,7 @@ def test_a_path_where_nothing_is_is_one_line(run, stores):
 @pytest.mark.parametrize(
     "command", [["metrics", "matrix"], ["metrics", "layerwise"], ["metrics", "sharedness"], ["figures", "layerwise"]]
 )
-def test_an_analysis_that_the_study_does_not_have_is_one_line(run, tmp_path, command):
+def test_an_unknown_analysis_is_a_one_line_error(run, tmp_path, command):
     study = study_file(tmp_path / "study.json", [("deit@0", "image", "vision"), ("gpt@0", "text", "language")])
     places = ["--features", "none", "--correlations", "none"] if command[0] == "metrics" else ["--table", "none.csv"]
     out = tmp_path / ("out.csv" if command[0] == "metrics" else "out.png")
@@ -229,7 +231,7 @@ def test_an_analysis_that_the_study_does_not_have_is_one_line(run, tmp_path, com
     assert "the study has no 'absent'" in errors or "none.csv" in errors
 
 
-def test_a_study_that_is_not_there_or_none_is_one_line(run, tmp_path):
+def test_a_missing_or_invalid_study_is_a_one_line_error(run, tmp_path):
     (tmp_path / "other.json").write_text('{"study": "x"}')
     for name, said in (("absent.json", "no such file"), ("other.json", "datasets")):
         status, _, errors = run(
@@ -240,7 +242,7 @@ def test_a_study_that_is_not_there_or_none_is_one_line(run, tmp_path):
         assert "Traceback" not in errors
 
 
-def test_of_a_table_of_another_kind_nothing_is_said_to_be_deleted(run, tmp_path):
+def test_the_error_for_a_table_of_another_kind_does_not_advise_deleting_it(run, tmp_path):
     foreign = pd.DataFrame({"url": ["https://example.org/cat.jpg"]})
     foreign.to_parquet(tmp_path / "coco.parquet")
     foreign.to_csv(tmp_path / "coco.csv")
@@ -253,7 +255,7 @@ def test_of_a_table_of_another_kind_nothing_is_said_to_be_deleted(run, tmp_path)
 
 
 @pytest.mark.parametrize("command", ["wmppc", "correlations"])
-def test_of_what_is_no_feature_store_nothing_is_said_to_be_deleted(run, stores, tmp_path, command):
+def test_the_error_for_a_folder_that_is_not_a_feature_store_does_not_advise_deleting_it(run, stores, tmp_path, command):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"")
     activations = tmp_path / "vit.zarr"
@@ -267,7 +269,7 @@ def test_of_what_is_no_feature_store_nothing_is_said_to_be_deleted(run, stores, 
         assert "delete" not in errors
 
 
-def test_correlations_take_their_precision_and_whole_matrices_from_options(run, stores, tmp_path, features):
+def test_correlations_have_options_for_precision_and_full_matrices(run, stores, tmp_path, features):
     out = tmp_path / "bert@1__vit@0.zarr"
     options = ["--precision", "bfloat16", "--full", "3:1", "--full", "1:1", "--memory-mb", "10"]
     status, _, _ = run("correlations", stores["bert@1"], stores["vit@0"], "--out", out, *options)
@@ -288,7 +290,7 @@ def test_correlations_take_their_precision_and_whole_matrices_from_options(run, 
         (["--full", "2:1"], "no layer 2"),
     ],
 )
-def test_settings_of_correlations_that_cannot_be_are_one_line(run, stores, tmp_path, arguments, message):
+def test_invalid_correlation_settings_are_a_one_line_error(run, stores, tmp_path, arguments, message):
     out = tmp_path / "out.zarr"
     status, _, errors = run("correlations", stores["bert@1"], stores["vit@0"], "--out", out, *arguments)
     assert status == 1

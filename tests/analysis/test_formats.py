@@ -1,4 +1,4 @@
-"""Matrices as CSV, Markdown and LaTeX: read back by means of their own, with names that are markup in each of them."""
+"""Matrices as CSV, Markdown and LaTeX, parsed back independently, with names that look like markup in each format."""
 
 import csv
 import re
@@ -18,7 +18,7 @@ def matrix(members, rng):
     rows = [
         {"source": source, "target": target, "reading": reading, "wmppc": rng.uniform(0, 1)}
         for source in members
-        for target in reversed(members)  # the columns are in the order of the sources all the same
+        for target in reversed(members)  # the columns still follow the order of the sources
         if source != target
         for reading in reversed(READINGS)
     ]
@@ -41,7 +41,7 @@ def from_csv(path):
 
 
 def from_markdown(path):
-    """The cells of a Markdown table: split where a pipe is not escaped."""
+    """The cells of a Markdown table, split at unescaped pipes."""
     lines = path.read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     assert all(re.fullmatch(":?-+:?", cell) for cell in rows[1])
@@ -57,7 +57,7 @@ LATEX = {
 
 
 def from_latex(path):
-    """The cells of a LaTeX table, once its environments, rules and braces are seen to be balanced."""
+    """The cells of a LaTeX table, after checking that its environments, rules and braces are balanced."""
     text = path.read_text(encoding="utf-8")
     begin, *body, end = text.splitlines()
     columns = re.fullmatch(r"\\begin\{tabular\}\{(lr+)\}", begin).group(1)
@@ -71,7 +71,7 @@ def from_latex(path):
         assert len(cells) == len(columns)
         plain = re.compile("|".join(re.escape(code) for code in LATEX))
         for cell in cells:
-            assert not re.search(r"[&%$#_{}~^\\]", plain.sub("", cell)), cell  # nothing that LaTeX would act on
+            assert not re.search(r"[&%$#_{}~^\\]", plain.sub("", cell)), cell  # no unescaped LaTeX
         rows.append([plain.sub(lambda found: LATEX[found.group()], cell) for cell in cells])
     return rows
 
@@ -81,7 +81,7 @@ def values(table, members, reading):
     return [[None if a == b else of[a, b] for b in members] for a in members]
 
 
-def test_each_reading_is_a_matrix_in_each_format(tmp_path, rng):
+def test_writes_each_reading_as_a_matrix_in_each_format(tmp_path, rng):
     table = matrix(MEMBERS, rng)
     write_matrices(table, averages(rng), tmp_path / "all")
     names = [*READINGS, "averages"]
@@ -102,7 +102,7 @@ def test_each_reading_is_a_matrix_in_each_format(tmp_path, rng):
         assert from_latex(path.with_suffix(".tex")) == [["", *labels], *printed]
 
 
-def test_names_that_are_markup_are_read_as_they_are(tmp_path, rng):
+def test_names_that_look_like_markup_are_escaped(tmp_path, rng):
     write_matrices(matrix(MARKUP, rng), averages(rng), tmp_path / "all")
     labels = [name.removesuffix("@0") for name in MARKUP]
     for read, kind in ((from_csv, "csv"), (from_markdown, "md"), (from_latex, "tex")):
@@ -111,7 +111,7 @@ def test_names_that_are_markup_are_read_as_they_are(tmp_path, rng):
         assert [row[0] for row in rows[1:]] == labels
 
 
-def test_numbers_keep_their_three_decimals(tmp_path, rng):
+def test_numbers_have_three_decimals(tmp_path, rng):
     table = matrix(MEMBERS[:2], rng).assign(wmppc=0.1)
     write_matrices(table, averages(rng).assign(wmppc=0.2004), tmp_path / "all")
     for read, kind in ((from_markdown, "md"), (from_latex, "tex")):
@@ -119,7 +119,7 @@ def test_numbers_keep_their_three_decimals(tmp_path, rng):
         assert {cell for row in read(tmp_path / "all" / f"averages.{kind}")[1:] for cell in row[1:]} == {"0.200"}
 
 
-def test_a_value_that_is_missing_is_told_from_the_diagonal(tmp_path, rng):
+def test_missing_values_differ_from_the_diagonal(tmp_path, rng):
     table = matrix(MEMBERS[:2], rng)
     table.loc[(table.source == MEMBERS[0]) & (table.reading == "last"), "wmppc"] = np.nan
     write_matrices(table, averages(rng), tmp_path / "all")
@@ -139,7 +139,7 @@ def test_averages_have_the_shape_of_table_3(tmp_path, rng):
     assert rows[1:] == [[reading, *(f"{of[reading, a, b]:.6g}" for a, b in directions)] for reading in READINGS]
 
 
-def test_averages_of_one_modality_have_one_column(tmp_path, rng):
+def test_averages_over_one_modality_have_one_column(tmp_path, rng):
     write_matrices(matrix(MEMBERS, rng), averages(rng, ("text",)), tmp_path / "all")
     for read, kind in ((from_csv, "csv"), (from_markdown, "md"), (from_latex, "tex")):
         rows = read(tmp_path / "all" / f"averages.{kind}")
@@ -147,13 +147,13 @@ def test_averages_of_one_modality_have_one_column(tmp_path, rng):
         assert [row[0] for row in rows[1:]] == list(READINGS)
 
 
-def test_averages_of_one_encoder_have_no_column(tmp_path, rng):
+def test_averages_over_one_encoder_have_no_columns(tmp_path, rng):
     write_matrices(matrix(MEMBERS[1:3], rng), averages(rng)[:0], tmp_path / "all")
     assert from_csv(tmp_path / "all" / "averages.csv") == [["reading"], *([reading] for reading in READINGS)]
     assert from_markdown(tmp_path / "all" / "averages.md") == [["reading"], *([reading] for reading in READINGS)]
 
 
-def test_what_an_earlier_run_wrote_is_replaced_as_a_whole(tmp_path, rng):
+def test_replaces_all_files_of_an_earlier_run(tmp_path, rng):
     (tmp_path / "all").mkdir()
     (tmp_path / "all" / "table-3.csv").write_text("stale")
     table = matrix(MEMBERS, rng)
@@ -164,6 +164,6 @@ def test_what_an_earlier_run_wrote_is_replaced_as_a_whole(tmp_path, rng):
     assert not (tmp_path / "all" / "table-3.csv").exists()
 
 
-def test_labels_leave_out_seeds_that_tell_nothing_apart():
+def test_labels_omit_redundant_seeds():
     assert short_labels(["vit@0", "bert@3"]) == ["vit", "bert"]
     assert short_labels(["vit@0", "vit@1", "bert@3"]) == ["vit@0", "vit@1", "bert"]

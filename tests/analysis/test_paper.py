@@ -1,4 +1,4 @@
-"""Comparison with the paper: every encoder of the catalog finds its name, and agreement is that of SciPy."""
+"""Comparison with the paper: catalog encoders map to the paper's names, and agreement equals SciPy's."""
 
 import csv
 from importlib.resources import files
@@ -27,7 +27,7 @@ SETTINGS = [("coco", "large"), ("coco", "base"), ("laion", "large"), ("flowers",
 
 
 def printed(dataset, size):
-    """What the paper has, by reading, source and target, without encoders with themselves."""
+    """The paper's values by reading, source and target, without the diagonal."""
     return {
         (READINGS[cell["layers"]], cell["source"], cell["target"]): float(cell["wmppc"])
         for cell in CELLS
@@ -36,7 +36,7 @@ def printed(dataset, size):
 
 
 def catalog(size):
-    """The encoders of a size that the catalog has, and what each reads."""
+    """The catalog's encoders of a size, with their modalities."""
     entries = yaml.safe_load((CATALOG / "encoders.yaml").read_text(encoding="utf-8"))
     return {name: entry["modality"] for name, entry in entries.items() if name.endswith(f"-{size}")}
 
@@ -59,7 +59,7 @@ def keys(cells):
 
 @pytest.mark.parametrize(("dataset", "size"), SETTINGS)
 @pytest.mark.parametrize("suffix", ["@0", ".reference@3"])
-def test_the_catalogs_encoders_are_compared_in_every_cell_that_the_paper_has(dataset, size, suffix):
+def test_compares_the_catalogs_encoders_in_every_cell_of_the_paper(dataset, size, suffix):
     expected = printed(dataset, size)
     table = matrix([f"{name}{suffix}" for name in catalog(size)])
     cells = compare(table, dataset, size)
@@ -74,16 +74,16 @@ def test_the_catalogs_encoders_are_compared_in_every_cell_that_the_paper_has(dat
 
 
 @pytest.mark.parametrize("size", ["large", "base"])
-def test_every_encoder_of_the_catalog_has_the_papers_name_and_modality(size):
+def test_catalog_encoders_have_the_papers_names_and_modalities(size):
     names = {cell["source"] for cell in CELLS if cell["size"] == size}
     of_catalog = {name.removesuffix(f"-{size}"): reads for name, reads in catalog(size).items()}
-    # The paper has no table with the base MambaVision.
+    # No table of the paper includes the base MambaVision.
     assert set(of_catalog) - names == ({"mambavision"} if size == "base" else set())
     assert names <= set(of_catalog)
     assert {name: modality(name) for name in of_catalog} == of_catalog
 
 
-def test_the_direction_is_the_papers():
+def test_directions_match_the_papers():
     cells = compare(matrix(["clip-image-large@0", "bert-large@0"]), "coco", "large").set_index("reading")
     assert list(cells.loc["layer_mean"].source) == ["clip-image", "bert"]
     expected = printed("coco", "large")
@@ -92,8 +92,8 @@ def test_the_direction_is_the_papers():
     assert list(cells.loc["layer_mean"].paper) == [forth, back]
 
 
-def test_another_seed_of_an_encoder_is_left_out_and_so_is_another_size():
-    """The first in the table's order counts, be its seed larger."""
+def test_excludes_further_seeds_and_other_sizes():
+    """The first in the table's order counts, even if its seed is larger."""
     members = ["bert-large@1", "bert-large@0", "vit-base@0", "vit-large@2", "bert-large.reference@0", "vit@0"]
     table = matrix(members)
     cells = compare(table, "coco", "large")
@@ -104,19 +104,19 @@ def test_another_seed_of_an_encoder_is_left_out_and_so_is_another_size():
     assert cells.set_index(["reading", "source"]).ours["last", "bert"] == ours["last", "bert-large@1", "vit-large@2"]
 
 
-def test_encoders_under_the_papers_own_names_are_compared_too():
+def test_compares_encoders_named_as_in_the_paper():
     assert len(compare(matrix(["vit@0", "bert@0"]), "laion", "large")) == 4
 
 
 @pytest.mark.parametrize("members", [["minilm@0", "dinov2-small@0"], ["vit-large@0", "minilm@0"], ["vit-large@0"] * 2])
-def test_a_table_with_no_cell_of_the_papers_is_an_error_that_says_which_names_it_has(members):
+def test_a_table_without_cells_of_the_paper_is_an_error_that_lists_its_names(members):
     table = matrix(["a@0", "b@0"]).replace({"a@0": members[0], "b@0": members[1]})
     with pytest.raises(StudyError, match=f"(?s){members[0]}.*siglip2-image.*deberta.*-large"):
         compare(table, "coco", "large")
 
 
 @pytest.mark.parametrize(("dataset", "size"), [("openclipart", "large"), ("laion", "base"), ("coco", "small")])
-def test_a_data_set_or_size_that_the_paper_has_not_is_an_error_that_says_what_it_has(dataset, size):
+def test_a_data_set_or_size_absent_from_the_paper_is_an_error_that_lists_those_present(dataset, size):
     table = matrix(["vit@0", "bert@0"])
     with pytest.raises(
         StudyError, match=f"no {size} encoders on {dataset}; it has large encoders on coco, base encoders"
@@ -125,7 +125,7 @@ def test_a_data_set_or_size_that_the_paper_has_not_is_an_error_that_says_what_it
 
 
 def as_ours(dataset, size):
-    """The paper's own cells as a study would have them, MambaVision's too, with a reading that the paper has not."""
+    """The paper's cells in a study's format, including MambaVision's, plus a reading absent from the paper."""
     cells = pd.DataFrame(
         [
             (reading, f"{a}-{size}@0", f"{b}-{size}@0", value)
@@ -136,13 +136,13 @@ def as_ours(dataset, size):
     return pd.concat([cells, cells[cells.reading == "last"].assign(reading="pooled", wmppc=7.0)])
 
 
-# The means of the printed cells are printed in Table 3 to the last digit, but for two. In `coco, base` Table 10 lacks a
-# cell. In `laion` the mean is 0.12256, from cells that are rounded themselves.
+# The means of the printed cells equal Table 3 to the last digit, with two exceptions. In `coco, base` Table 10 lacks a
+# cell. In `laion` the mean is 0.12256, computed from rounded cells.
 OTHERWISE = {("coco", "base", "layer_mean", "text to image"): 0.176, ("laion", "large", "last", "text to image"): 0.123}
 
 
 @pytest.mark.parametrize(("dataset", "size"), SETTINGS)
-def test_table_3_follows_from_the_papers_cells_to_the_printed_digits(dataset, size):
+def test_table_3_follows_from_the_papers_cells_to_printed_precision(dataset, size):
     found = table_3(as_ours(dataset, size), dataset, size)
     assert list(found.index) == ["layer_mean", "layer_mean (paper)", "last", "last (paper)"]
     of_paper = [row for row in read_paper("modality_averages.csv") if (row["dataset"], row["size"]) == (dataset, size)]
@@ -155,8 +155,8 @@ def test_table_3_follows_from_the_papers_cells_to_the_printed_digits(dataset, si
             assert round(found.loc[reading, direction], 3) == expected, direction
 
 
-def test_table_3_is_the_mean_over_ordered_pairs_of_the_papers_encoders_alone():
-    """MambaVision, an encoder that the paper has not, a second seed and a missing value all stay out."""
+def test_table_3_averages_only_ordered_pairs_of_the_papers_encoders():
+    """Excludes MambaVision, an encoder absent from the paper, a second seed and a missing value."""
     table = matrix(
         ["clip-image-large@0", "bert-large@0", "mambavision-large@0", "vit-large@0", "bert-large@1", "own@0"]
     )
@@ -173,7 +173,7 @@ def test_table_3_is_the_mean_over_ordered_pairs_of_the_papers_encoders_alone():
     assert found.loc[layers, "text to image"] == pytest.approx(
         np.mean([value[layers, bert, clip], value[layers, bert, vit]])
     )
-    # Of three encoders the means are over other pairs than the paper's.
+    # With three encoders, the means are over other pairs than the paper's.
     assert found.loc[["layer_mean (paper)", "last (paper)"]].isna().all(axis=None)
     assert np.isnan(found.loc[layers, "text to text"])
 
@@ -194,7 +194,7 @@ def test_table_3_is_written_with_the_matrices(tmp_path):
     assert not list((tmp_path / "none").glob("table-3*"))
 
 
-def test_agreement_is_scipys_for_each_reading():
+def test_agreement_equals_scipys_for_each_reading():
     cells = compare(matrix([f"{name}@0" for name in catalog("large")]), "coco", "large")
     cells["ours"] = cells.ours.round(2)  # ties
     cells["difference"] = cells.ours - cells.paper
@@ -210,13 +210,13 @@ def test_agreement_is_scipys_for_each_reading():
         assert row.spearman != pytest.approx(row.pearson, abs=1e-3)
 
 
-def test_agreement_leaves_out_cells_without_a_number_of_ours():
+def test_agreement_ignores_cells_missing_from_our_results():
     cells = compare(matrix([f"{name}@0" for name in catalog("base")]), "coco", "base")
     missing = cells.assign(ours=cells.ours.where(cells.index >= 20))
     pd.testing.assert_frame_equal(agreement(missing), agreement(cells[20:]))
 
 
-def test_agreement_of_nothing_is_nan_and_no_error():
+def test_agreement_of_no_cells_is_nan():
     cells = compare(matrix(["vit@0", "bert@0"]), "coco", "large").assign(ours=np.nan, difference=np.nan)
     found = agreement(cells)
     assert list(found.cells) == [0, 0]

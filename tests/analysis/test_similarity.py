@@ -13,7 +13,7 @@ from conceptshare.io.errors import NumericsError, StoreError
 
 
 def cka_by_kernels(x, y):
-    """CKA as the alignment of centred kernel matrices, which Kornblith et al. show to be the same."""
+    """CKA as the alignment of centred kernel matrices, which Kornblith et al. show to be equivalent."""
     n = len(x)
     centring = np.eye(n) - np.full((n, n), 1 / n)
     k, m = (centring @ (z.astype(np.float64) @ z.T.astype(np.float64)) @ centring for z in (x, y))
@@ -21,7 +21,7 @@ def cka_by_kernels(x, y):
 
 
 def neighbours_by_hand(x, k):
-    """Each sample's set of neighbours, by a sort on (-cosine, sample)."""
+    """Each sample's neighbours, by sorting on (-cosine, sample)."""
     unit = np.array([row / math.sqrt((row**2).sum()) if row.any() else row for row in x.astype(np.float64)])
     found = []
     for i in range(len(x)):
@@ -38,14 +38,14 @@ def mutual_by_hand(x, y, k):
 
 @pytest.fixture
 def related(rng):
-    """Two representations of 700 samples (more than a block) that have three of their dimensions in common."""
+    """Two representations of 700 samples (more than a block) that share three dimensions."""
     common = rng.standard_normal((700, 3))
     x, y = (common @ rng.standard_normal((3, width)) + rng.standard_normal((700, width)) for width in (12, 20))
     return x + rng.uniform(-1, 1, 12), y
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_cka_is_the_alignment_of_centred_kernels(related, dtype):
+def test_cka_equals_the_alignment_of_centred_kernels(related, dtype):
     x, y = (z.astype(dtype) for z in related)
     expected = cka_by_kernels(x, y)
     assert 0.2 < expected < 0.9
@@ -59,17 +59,17 @@ def test_cka_ignores_rotation_scale_translation_and_direction(related, rng):
     expected = linear_cka(x, y)
     assert linear_cka(y, x) == pytest.approx(expected, abs=1e-6)
     assert linear_cka(x, y @ rotation * 1e-30 + rng.standard_normal(20) * 1e-28) == pytest.approx(expected, abs=1e-6)
-    # It does not ignore the scale of one dimension.
+    # It depends on the scale of a single dimension.
     assert abs(linear_cka(x, y * np.r_[100.0, np.ones(19)]) - expected) > 0.05
 
 
-def test_cka_keeps_its_digits_where_the_mean_is_huge(related):
+def test_cka_keeps_precision_far_from_zero(related):
     x, y = related
     assert linear_cka(x + 1e8, y - 1e8) == pytest.approx(cka_by_kernels(x, y), abs=1e-6)
 
 
-def test_cka_does_not_lose_many_small_samples_beside_one_that_is_large():
-    """One sample pulls the two together, 9,999 apart, each by less than the last digit of a float32 near 1."""
+def test_cka_keeps_the_contribution_of_many_small_samples_next_to_a_large_one():
+    """One sample aligns the two; 9,999 oppose it, each by less than the float32 precision near 1."""
     small = np.where(np.arange(10_000) % 2, 1.6e-4, -1.6e-4)[:, None] * [1.0, 0.5]
     x, y = small.copy(), -small
     x[0] = y[0] = 1
@@ -79,7 +79,7 @@ def test_cka_does_not_lose_many_small_samples_beside_one_that_is_large():
     assert linear_cka(x, y) == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_representation_is_wholly_similar_to_itself(related):
+def test_a_representation_has_similarity_one_with_itself(related):
     x, _ = related
     assert linear_cka(x, x) == pytest.approx(1, abs=1e-6)
     assert mutual_knn(x, x) == 1
@@ -94,7 +94,7 @@ def test_unrelated_representations_are_near_chance(rng):
 
 @pytest.mark.parametrize("k", [1, 10, 40])
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
-def test_mutual_neighbours_are_those_found_by_hand(related, k, dtype):
+def test_mutual_neighbours_equal_brute_force(related, k, dtype):
     x, y = (z[:530].astype(dtype) for z in related)
     expected = mutual_by_hand(x, y, k)
     assert k / 529 * 2 < expected < 0.9
@@ -108,8 +108,8 @@ def test_mutual_neighbours_ignore_rotation_and_the_length_of_a_row(related, rng)
     assert mutual_knn(x, y @ rotation * rng.uniform(0.1, 10, (700, 1))) == mutual_knn(x, y)
 
 
-def test_of_equally_near_samples_the_earlier_is_the_neighbour(rng):
-    """Many samples are the same, as captions are, and a product of theirs is not always; zeros are as near to all."""
+def test_ties_between_neighbours_go_to_the_earlier_sample(rng):
+    """Many samples are equal, like captions, but products of equal rows can differ; zeros are equally near to all."""
     x = rng.standard_normal((20, 333))[rng.integers(20, size=700)]
     x[rng.integers(700, size=6)] = 0
     y = rng.standard_normal((700, 3))
@@ -122,7 +122,7 @@ def test_of_equally_near_samples_the_earlier_is_the_neighbour(rng):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("value", [0.0, 0.1, -1e8])
-def test_a_representation_that_is_the_same_for_all_samples_is_similar_to_nothing(related, value):
+def test_a_constant_representation_has_similarity_nan(related, value):
     x, _ = related
     constant = np.full((700, 4), value)
     for a, b in [(x, constant), (constant, x), (constant, constant)]:
@@ -130,7 +130,7 @@ def test_a_representation_that_is_the_same_for_all_samples_is_similar_to_nothing
         assert math.isnan(mutual_knn(a, b))
 
 
-def test_representations_of_different_or_too_few_samples_are_refused(related):
+def test_refuses_representations_of_different_or_too_few_samples(related):
     x, y = related
     for compare in (linear_cka, mutual_knn):
         with pytest.raises(NumericsError, match="of 700 and 699 samples"):
@@ -143,7 +143,7 @@ def test_representations_of_different_or_too_few_samples_are_refused(related):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_value_that_is_not_finite_is_refused(related, value):
+def test_refuses_non_finite_values(related, value):
     x, y = related
     y[612, 3] = value
     for compare in (linear_cka, mutual_knn):
@@ -153,7 +153,7 @@ def test_a_value_that_is_not_finite_is_refused(related, value):
 
 @pytest.fixture
 def two_stores(tmp_path, write_activations, related, rng):
-    """Stores ``a`` of layers 1 and 11, and ``b`` of layers 0 and 2, and what is in them as float16."""
+    """Stores ``a`` of layers 1 and 11 and ``b`` of layers 0 and 2, and their values as float16."""
     x, y = related
     layers = {
         "a": {1: x, 11: rng.standard_normal((700, 12))},
@@ -169,7 +169,7 @@ def as_stored(x):
     return x.astype(np.float16)
 
 
-def test_two_stores_are_compared_layer_by_layer(two_stores, tmp_path):
+def test_compares_two_stores_layer_by_layer(two_stores, tmp_path):
     (path_a, a), (path_b, b) = two_stores
     out = tmp_path / "similarity" / "a__b.csv"
     compare_stores(path_a, path_b, out)
@@ -184,7 +184,7 @@ def test_two_stores_are_compared_layer_by_layer(two_stores, tmp_path):
     assert table["cka"].nunique() == table["mutual_knn"].nunique() == 4
 
 
-def test_of_many_samples_the_first_are_compared(two_stores, tmp_path, monkeypatch):
+def test_large_data_sets_are_compared_on_their_first_samples(two_stores, tmp_path, monkeypatch):
     (path_a, a), (path_b, b) = two_stores
     monkeypatch.setattr(similarity, "CKA_SAMPLES", 300)
     monkeypatch.setattr(similarity, "NEIGHBOUR_SAMPLES", 200)
@@ -196,7 +196,7 @@ def test_of_many_samples_the_first_are_compared(two_stores, tmp_path, monkeypatc
     assert first["mutual_knn"] == pytest.approx(mutual_by_hand(x[:200], y[:200], 10), abs=1e-6)
 
 
-def test_a_layer_that_is_the_same_for_all_samples_has_empty_fields(two_stores, tmp_path, write_activations, related):
+def test_a_constant_layer_has_empty_fields(two_stores, tmp_path, write_activations, related):
     (path_a, _), _ = two_stores
     path = write_activations(tmp_path / "c.zarr", {0: list(np.ones((700, 1, 4))), 5: list(related[1][:, None])})
     compare_stores(path_a, path, tmp_path / "out.csv")
@@ -204,7 +204,7 @@ def test_a_layer_that_is_the_same_for_all_samples_has_empty_fields(two_stores, t
     assert pd.read_csv(tmp_path / "out.csv")["cka"].isna().tolist() == [True, False, True, False]
 
 
-def test_stores_of_different_samples_are_refused(two_stores, tmp_path, write_activations, related):
+def test_refuses_stores_of_different_samples(two_stores, tmp_path, write_activations, related):
     (path_a, _), _ = two_stores
     path = write_activations(tmp_path / "c.zarr", {0: list(related[0][:, None])}, content_hash="others")
     with pytest.raises(StoreError, match=r"a\.zarr and .*c\.zarr have different samples"):
@@ -213,7 +213,7 @@ def test_stores_of_different_samples_are_refused(two_stores, tmp_path, write_act
 
 
 @pytest.mark.parametrize("samples", [1, 10])
-def test_stores_of_too_few_samples_are_refused(samples, tmp_path, write_activations, rng):
+def test_refuses_stores_of_too_few_samples(samples, tmp_path, write_activations, rng):
     paths = [
         write_activations(tmp_path / name, {0: list(rng.standard_normal((samples, 1, 4)))})
         for name in ("a.zarr", "b.zarr")
@@ -222,7 +222,7 @@ def test_stores_of_too_few_samples_are_refused(samples, tmp_path, write_activati
         compare_stores(*paths, tmp_path / "out.csv")
 
 
-def test_a_layer_with_a_value_that_is_not_finite_is_named(two_stores, tmp_path, write_activations, related):
+def test_names_a_layer_with_non_finite_values(two_stores, tmp_path, write_activations, related):
     (path_a, _), _ = two_stores
     broken = related[1].copy()
     broken[640, 2] = np.nan
@@ -232,7 +232,7 @@ def test_a_layer_with_a_value_that_is_not_finite_is_named(two_stores, tmp_path, 
     assert list(tmp_path.glob("out.csv*")) == []
 
 
-def test_a_store_of_another_kind_is_refused(two_stores, tmp_path, write_features):
+def test_refuses_a_store_of_another_kind(two_stores, tmp_path, write_features):
     (path_a, _), _ = two_stores
     path = write_features(tmp_path, "c@0", {0: np.ones((700, 4))})
     with pytest.raises(StoreError, match="but one of 'activations' is needed"):

@@ -1,4 +1,4 @@
-"""Tables from real stores, against wMPPC and Comparative Sharedness worked out from the features themselves."""
+"""Tables from real stores, against wMPPC and Comparative Sharedness computed directly from the features."""
 
 import re
 import shutil
@@ -51,7 +51,7 @@ SIMILARITIES = {"bert__vit": 0.1, "bert__clip-text": 0.2, "clip-text__vit": 0.3}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, write_features_from):
-    """Stores of four members with two layers each, every pair of them, and the features in them."""
+    """Stores of four members with two layers each, the correlations of every pair, and the features."""
     folder, rng = tmp_path_factory.mktemp("made"), np.random.default_rng(0)
     features = {}
     common = rng.lognormal(0, 1, (60, 4))
@@ -79,13 +79,13 @@ def made(tmp_path_factory, write_features_from):
 
 
 def activations_of(folder, member):
-    """The digest of the activations that a member's features are of."""
+    """The digest of the activations that a member's features come from."""
     return open_store(folder / f"features/{member}.zarr", "features").attrs["spec"]["made_from"]["activations"]
 
 
 @pytest.fixture
 def study(made, tmp_path):
-    """A copy of these stores, to change, and the features in them."""
+    """A copy of these stores that a test may change, and their features."""
     folder, features = made
     shutil.copytree(folder, tmp_path / "stores")
     return stores_in(tmp_path / "stores"), features
@@ -96,14 +96,14 @@ def stores_in(folder):
 
 
 def correlate(stores, members):
-    """Make the correlation store of every two members."""
+    """Write the correlation store of every pair of members."""
     for pair in combinations(sorted(as_member(member) for member in members), 2):
         paths = [stores.features / f"{member}.zarr" for member in pair]
         correlate_stores(*paths, stores.correlations / f"{pair_name(*pair)}.zarr")
 
 
 def rho(x, y):
-    """Largest correlation of each feature of x with one of y; 0 for a constant one."""
+    """Largest correlation of each feature of x with any of y; 0 for constant features."""
     with np.errstate(invalid="ignore", divide="ignore"):
         r = np.corrcoef(x, y, rowvar=False)[: x.shape[1], x.shape[1] :]
     r = np.where(np.isnan(r), -np.inf, r).max(1)
@@ -140,7 +140,7 @@ def test_matrix_table(study):
                 assert cells.mppc[reading] == pytest.approx(mppc, abs=1e-5), (source, target, reading)
 
 
-def test_matrix_table_tells_the_group_of_source_and_target(study):
+def test_matrix_table_has_the_groups_of_source_and_target(study):
     table = matrix_table(MEMBERS, study[0])
     groups = {member: (modality, kind) for member, modality, kind, _ in MEMBERS}
     for row in table.itertuples():
@@ -152,7 +152,7 @@ READINGS = ("pooled", "layer_mean", "last")
 
 
 def by_reading(best, last, S):
-    """The wMPPC of each reading, from the best correlations over all layers and those of the last layers, by layer."""
+    """The wMPPC of each reading, from best correlations by layer, over all layers and over the last layer."""
     return {
         "pooled": weighted(np.concatenate(best), np.concatenate(S)),
         "layer_mean": np.mean([weighted(r, s) for r, s in zip(best, S, strict=True)]),
@@ -172,7 +172,7 @@ def stored(stores, source, target, name):
     return store[f"{name}_{direction}"][:].astype(np.float64)
 
 
-def test_a_matrixs_floor_is_the_wmppc_of_the_features_that_met_shuffled_samples(study):
+def test_a_matrixs_floor_is_the_wmppc_with_shuffled_samples(study):
     stores, features = study
     for (source, target, reading), row in cells_of(matrix_table(MEMBERS, stores)):
         floor = stored(stores, source, target, "floor")
@@ -183,7 +183,7 @@ def test_a_matrixs_floor_is_the_wmppc_of_the_features_that_met_shuffled_samples(
         assert row.floor == pytest.approx(expected, abs=1e-6), (source, target, reading)
 
 
-def test_a_matrixs_ceiling_is_the_wmppc_to_the_other_seed_of_the_source(study):
+def test_a_matrixs_ceiling_is_the_wmppc_with_another_seed_of_the_source(study):
     stores, features = study
     a, b = features["vit@0"], features["vit@7"]
     best = [np.max([rho(x, y) for y in b.values()], axis=0) for x in a.values()]
@@ -196,7 +196,7 @@ def test_a_matrixs_ceiling_is_the_wmppc_to_the_other_seed_of_the_source(study):
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 256])
-def test_a_matrixs_intervals_are_those_of_the_samples_influences(study, monkeypatch, at_once):
+def test_a_matrixs_intervals_come_from_the_samples_influences(study, monkeypatch, at_once):
     monkeypatch.setattr(tables, "_CELLS_PER_BLOCK", at_once)
     stores, _ = study
     for (source, target, reading), row in cells_of(matrix_table(MEMBERS, stores)):
@@ -206,7 +206,7 @@ def test_a_matrixs_intervals_are_those_of_the_samples_influences(study, monkeypa
         assert row.low < row.wmppc < row.high
 
 
-def test_a_matrix_counts_the_features_that_appendix_b_takes_as_shared_and_those_beyond_shuffled_samples(study):
+def test_a_matrix_counts_features_shared_by_appendix_b_and_by_the_shuffled_baseline(study):
     stores, features = study
     counts = []
     for (source, target, reading), row in cells_of(matrix_table(MEMBERS, stores)):
@@ -234,10 +234,8 @@ def test_a_matrix_counts_the_features_that_appendix_b_takes_as_shared_and_those_
     assert min(constant for _, constant in counts) > 0
 
 
-def test_features_that_never_vary_are_not_tested_and_those_of_the_target_are_no_candidates(
-    tmp_path, write_features, rng
-):
-    """Of many features with all correlations from none to perfect, the borders tell what was counted."""
+def test_constant_features_are_neither_tested_nor_candidates(tmp_path, write_features, rng):
+    """Correlations range from none to perfect, so the counts show which features are included."""
     N, mixed = 100, np.linspace(0, 0.6, 60)
     common = rng.random((N, 60))
     a, b = np.zeros((2, 2, N, 100))
@@ -275,19 +273,19 @@ def test_features_that_never_vary_are_not_tested_and_those_of_the_target_are_no_
 def test_a_matrix_takes_the_best_layers_of_the_encoders_own_similarities(study):
     stores, _ = study
     table = matrix_table(MEMBERS, stores).set_index(["source", "target", "reading"])
-    # By layers of the first and the second name: (1, 1) 0, (1, 3) 1, (3, 1) 2, (3, 3) 3.
+    # By layer of the first and second member: (1, 1) 0, (1, 3) 1, (3, 1) 2, (3, 3) 3.
     steps = {"last": 3, "pooled": 3}
     for name, first in SIMILARITIES.items():
         a, b = (next(m for m in WIDTHS if m.startswith(part)) for part in name.split("__"))
         for source, target in ((a, b), (b, a)):
-            # The best target layer of each source layer: 1 and 3 from the first name, 2 and 3 from the second.
+            # The best target layer per source layer: 1 and 3 from the first member, 2 and 3 from the second.
             for reading, step in (steps | {"layer_mean": 2 if source == a else 2.5}).items():
                 cell = table.loc[source, target, reading]
                 assert cell.cka == pytest.approx(first + step / 100)
                 assert cell.mutual_knn == pytest.approx(first + step / 1000)
 
 
-def test_layers_whose_tokens_never_vary_have_no_similarity_and_count_for_none(study):
+def test_layers_with_constant_tokens_have_no_similarity_and_are_ignored(study):
     stores, _ = study
     table = read_table(stores.similarity / "bert__vit.parquet", "similarity")
     table.loc[table.source_layer == 3, "cka"] = np.nan
@@ -298,7 +296,7 @@ def test_layers_whose_tokens_never_vary_have_no_similarity_and_count_for_none(st
     assert np.isnan(found["vit@0", "bert@1", "last"])
 
 
-def test_without_similarities_and_between_two_seeds_of_one_encoder_there_are_none(study):
+def test_similarity_columns_are_empty_without_tables_and_between_seeds_of_one_encoder(study):
     stores, _ = study
     alone = matrix_table(MEMBERS[:2], stores._replace(similarity=None))
     assert alone[["cka", "mutual_knn"]].isna().all(axis=None)
@@ -306,7 +304,7 @@ def test_without_similarities_and_between_two_seeds_of_one_encoder_there_are_non
     assert matrix_table(seeds, stores)[["cka", "mutual_knn"]].isna().all(axis=None)
 
 
-def test_correlations_and_similarities_of_other_features_are_refused(study, write_features_from, rng):
+def test_refuses_correlations_and_similarities_of_other_features(study, write_features_from, rng):
     stores, _ = study
     shutil.rmtree(stores.features / "vit@0.zarr")
     other = {layer: rng.random((60, 6)) for layer in (1, 3)}
@@ -323,7 +321,7 @@ def test_correlations_and_similarities_of_other_features_are_refused(study, writ
         stores.similar("bert@1", "vit@0")
 
 
-def test_averages_are_of_the_correlations_that_the_matrix_is_of(study):
+def test_averages_come_from_the_same_correlations_as_the_matrix(study):
     stores, _ = study
     matrix = matrix_table(MEMBERS, stores)
     matrix.attrs["features"] = matrix.attrs["features"] | {"vit@0": "others"}
@@ -331,14 +329,14 @@ def test_averages_are_of_the_correlations_that_the_matrix_is_of(study):
         averages_table(matrix, stores.correlations)
 
 
-def test_a_missing_table_of_similarities_is_named(study):
+def test_names_a_missing_table_of_similarities(study):
     stores, _ = study
     (stores.similarity / "bert__vit.parquet").unlink()
     with pytest.raises(StoreError, match=r"bert__vit\.parquet: no such table; run the similarity stage"):
         matrix_table(MEMBERS, stores)
 
 
-def test_a_matrix_has_the_columns_that_the_formats_page_lists(study):
+def test_a_matrix_has_the_documented_columns(study):
     assert list(matrix_table(MEMBERS, study[0]).columns) == [
         *("source", "target", "source_modality", "target_modality", "source_kind", "target_kind", "reading"),
         *("wmppc", "low", "high", "floor", "ceiling", "mppc", "features", "beyond_shuffled", "significant"),
@@ -346,7 +344,7 @@ def test_a_matrix_has_the_columns_that_the_formats_page_lists(study):
     ]
 
 
-def test_three_samples_tell_no_significance(tmp_path, write_features, rng):
+def test_three_samples_give_no_significance(tmp_path, write_features, rng):
     for member in ("a@0", "b@0"):
         write_features(tmp_path, member, {0: rng.random((3, 4))})
     stores = Stores(tmp_path, tmp_path)
@@ -358,7 +356,7 @@ def test_three_samples_tell_no_significance(tmp_path, write_features, rng):
     assert not pairs.significant.any()
 
 
-def test_a_member_without_an_active_feature_is_named_by_every_table(study, write_features):
+def test_every_table_names_a_member_without_active_features(study, write_features):
     stores, _ = study
     write_features(stores.features, "silent@0", {n: np.zeros((60, 5)) for n in (1, 3)})
     silent = GroupedMember("silent@0", "text", "language")
@@ -375,7 +373,7 @@ def test_a_member_without_an_active_feature_is_named_by_every_table(study, write
             table()
 
 
-def test_averages_are_the_means_of_the_cells_of_two_modalities(study):
+def test_averages_are_the_means_over_the_cells_of_two_modalities(study):
     stores, _ = study
     matrix = matrix_table(MEMBERS, stores)
     table = averages_table(matrix, stores.correlations)
@@ -401,8 +399,8 @@ def test_averages_are_the_means_of_the_cells_of_two_modalities(study):
         assert (row.low, row.high) == pytest.approx(tuple(expected), abs=1e-5)
 
 
-def test_averages_leave_out_two_seeds_of_one_encoder(study):
-    stores = study[0]._replace(similarity=None)  # whose tables are of the activations of one of the two
+def test_averages_exclude_two_seeds_of_one_encoder(study):
+    stores = study[0]._replace(similarity=None)  # whose tables cover the activations of only one of them
     seeds = [GroupedMember("vit@0", "image", "vision"), GroupedMember("vit@7", "image", "vision")]
     three = averages_table(matrix_table([*seeds, MEMBERS[1]], stores), stores.correlations)
     assert set(three.source_modality + three.target_modality) == {"imagetext", "textimage"}
@@ -411,7 +409,7 @@ def test_averages_leave_out_two_seeds_of_one_encoder(study):
     assert list(two.columns) == list(three.columns)
 
 
-def test_layerwise_table_has_both_directions_of_every_pair_of_layers(study):
+def test_layerwise_table_has_both_directions_for_every_pair_of_layers(study):
     stores, features = study
     table = layerwise_table([("vit@0", "clip-text@0"), ("bert@1", "vit@0")], stores)
     assert len(table) == 2 * 2 * 4
@@ -432,13 +430,13 @@ def test_layerwise_table_has_both_directions_of_every_pair_of_layers(study):
     assert found == {("vit@0", "clip-text@0"), ("clip-text@0", "vit@0"), ("bert@1", "vit@0"), ("vit@0", "bert@1")}
 
 
-def test_two_seeds_of_one_encoder_have_layers_without_similarity(study):
+def test_layerwise_table_of_two_seeds_of_one_encoder_has_no_similarity(study):
     table = layerwise_table([("vit@0", "vit@7")], study[0])
     assert table[["cka", "mutual_knn"]].isna().all(axis=None)
     assert table.wmppc.notna().all()
 
 
-def test_a_pairs_table_has_every_feature_with_its_best_match_in_both_directions(study):
+def test_pair_table_has_every_features_best_match_in_both_directions(study):
     stores, features = study
     table = pair_table("clip-text@0", "vit@0", stores)
     assert list(table.columns) == [
@@ -471,7 +469,7 @@ def test_a_pairs_table_has_every_feature_with_its_best_match_in_both_directions(
         assert 0 < rows.significant.sum() < varying.sum()
 
 
-def test_a_direction_of_a_pairs_table_is_read_by_its_source(study, tmp_path):
+def test_reads_one_direction_of_a_pair_table_by_its_source(study, tmp_path):
     table = pair_table("clip-text@0", "vit@0", study[0])
     write_table(table, tmp_path / "clip-text@0__vit@0.csv")
     for source, target in (("vit@0", "clip-text@0"), ("clip-text@0", "vit@0")):
@@ -500,7 +498,7 @@ def test_sharedness_table_ranks_last_layer_features(study):
         np.testing.assert_allclose(table[column], values[order], rtol=1e-4, atol=1e-4, err_msg=column)
 
 
-def test_sharedness_table_takes_the_least_over_g_and_the_largest_over_h(study):
+def test_sharedness_table_takes_the_minimum_over_g_and_the_maximum_over_h(study):
     stores, features = study
     x = features["vit@0"][3]
     r = {member: rho(x, features[member][3]) for member in ("bert@1", "clip-text@0")}
@@ -510,8 +508,8 @@ def test_sharedness_table_takes_the_least_over_g_and_the_largest_over_h(study):
     np.testing.assert_allclose(both.rho_h, np.maximum(*r.values()), atol=1e-5)
 
 
-def test_features_that_tie_keep_their_order_and_one_in_a_hundred_is_top(tmp_path, write_features, rng):
-    x = np.zeros((10, 250))  # so many that an unstable sort would mix them
+def test_ties_keep_their_order_and_one_percent_of_features_is_top(tmp_path, write_features, rng):
+    x = np.zeros((10, 250))  # enough that an unstable sort would reorder them
     x[0, 17] = 5
     for member, features in (("a@0", x), ("b@0", x), ("c@0", rng.random((10, 3)))):
         write_features(tmp_path, member, {0: features})
@@ -526,7 +524,7 @@ def some_ranking(source, order, top):
     return pd.DataFrame({"source": source, "feature": order, "top": np.arange(len(order)) < top})
 
 
-def test_overlaps_are_those_of_every_two_rankings_of_one_source(rng):
+def test_overlap_table_has_every_two_rankings_of_one_source(rng):
     orders = [rng.permutation(40) for _ in range(3)]
     rankings = {name: some_ranking("vit@0", order, 9) for name, order in zip("cab", orders, strict=True)}
     rankings["other"] = some_ranking("bert@0", orders[0], 9)
@@ -537,12 +535,12 @@ def test_overlaps_are_those_of_every_two_rankings_of_one_source(rng):
         a, b = (set(rankings[name].feature[:9]) for name in (row.first, row.second))
         assert (row.source, row.top, row.overlap) == ("vit@0", 9, len(a & b))
         assert row.expected == pytest.approx(9 * 9 / 40)
-        # The chance that 9 of 40 hold so many or more of 9 others.
+        # The chance that 9 of 40 include at least this many of 9 others.
         p = sum(comb(9, n) * comb(31, 9 - n) for n in range(len(a & b), 10)) / comb(40, 9)
         assert row.log10_p == pytest.approx(np.log10(p))
 
 
-def test_the_same_ranking_twice_overlaps_wholly_by_a_chance_that_does_not_underflow():
+def test_identical_rankings_overlap_fully_without_underflow_of_the_chance():
     F, top = 8192, 81
     order = np.arange(F)
     (row,) = overlap_table({n: some_ranking("a@0", order, top) for n in "xy"}).itertuples()
@@ -636,7 +634,7 @@ def test_commands_compare_a_matrix_with_the_papers(study, tmp_path):
     assert (tmp_path / "all.paper.pdf").stat().st_size > 0
 
 
-def test_commands_tell_the_overlap_of_rankings_that_lie_in_files(study, tmp_path):
+def test_commands_compute_the_overlap_of_ranking_files(study, tmp_path):
     stores, _ = study
     rankings = {"text": (["bert@1"], ["vit@7"]), "image": (["vit@7"], ["bert@1"])}
     for name, groups in rankings.items():
@@ -648,7 +646,7 @@ def test_commands_tell_the_overlap_of_rankings_that_lie_in_files(study, tmp_path
     assert found[["first", "second"]].to_numpy().tolist() == [["image", "text"]]
 
 
-def test_a_matrix_of_two_seeds_of_one_encoder_has_all_files_but_those_of_several_encoders(study, tmp_path):
+def test_a_matrix_of_two_seeds_of_one_encoder_omits_files_that_need_several_encoders(study, tmp_path):
     stores, _ = study
     seeds = [GroupedMember("vit@0", "image", "vision", "vit@7"), GroupedMember("vit@7", "image", "vision", "vit@0")]
     matrix = matrix_table(seeds, stores)
@@ -691,7 +689,7 @@ def test_sae_table(study, saes):
     assert first["steps"] == 10
 
 
-def test_an_sae_that_the_features_are_not_of_is_refused(study, saes):
+def test_refuses_an_sae_that_did_not_produce_the_features(study, saes):
     folder = saes / "vit" / "layer-03" / "seed-0"
     seal(folder, {"spec": {"trained": "again"}})
     with pytest.raises(StoreError, match=r"layer-03/seed-0: not the SAE that made the features of vit@0"):
@@ -699,7 +697,7 @@ def test_an_sae_that_the_features_are_not_of_is_refused(study, saes):
 
 
 @pytest.mark.parametrize("content", [None, "{"])
-def test_missing_or_damaged_metrics_of_an_sae_are_named(study, saes, content):
+def test_names_missing_or_damaged_sae_metrics(study, saes, content):
     path = saes / "vit" / "layer-03" / "seed-0" / "metrics.json"
     path.unlink()
     if content:
@@ -708,7 +706,7 @@ def test_missing_or_damaged_metrics_of_an_sae_are_named(study, saes, content):
         sae_table([Member("vit", 0)], saes, study[0].features)
 
 
-def test_a_missing_pair_is_named(study):
+def test_names_a_missing_pair(study):
     stores, _ = study
     shutil.rmtree(stores.correlations / "bert@1__vit@0.zarr")
     with pytest.raises(StoreError, match=r"bert@1__vit@0\.zarr: no correlations store"):
@@ -745,14 +743,14 @@ def test_writing_again_gives_the_same_bytes(study, tmp_path):
 
 
 @pytest.mark.parametrize(("text", "encoder", "seed"), [("vit@0", "vit", 0), ("clip-vit.l-14@12", "clip-vit.l-14", 12)])
-def test_members_are_read_from_their_names(text, encoder, seed):
+def test_parses_members(text, encoder, seed):
     assert as_member(text) == (encoder, seed)
     assert str(as_member(text)) == text
 
 
 @pytest.fixture
 def written(study, saes, tmp_path):
-    """Every table that a command reads, as CSV, and the commands that do."""
+    """Every table that a command reads, as CSV, and those commands."""
     stores, folder = study[0], tmp_path / "tables"
     matrix, groups = matrix_table(MEMBERS, stores), (["bert@1"], ["clip-text@0"])
     names = {"vit@0": "vit-base@0", "clip-text@0": "clip-text-base@0", "bert@1": "bert-base@1"}
@@ -791,7 +789,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_table_that_is_none_of_its_kind_is_one_line_whoever_reads_it(command, written, monkeypatch):
+def test_a_table_of_the_wrong_kind_is_a_one_line_error_in_every_command(command, written, monkeypatch):
     made, folder = written
     monkeypatch.chdir(folder)
     _, _, *given = command.split()
@@ -815,8 +813,8 @@ def test_a_table_that_is_none_of_its_kind_is_one_line_whoever_reads_it(command, 
         assert not Path(out).exists()
 
 
-def test_tables_of_two_studies_are_not_read_together(written, study, monkeypatch):
-    """A CSV file does not say what it was made from: what is in it shows."""
+def test_refuses_tables_of_two_studies(written, study, monkeypatch):
+    """A CSV file does not record its inputs, so this is detected from its content."""
     made, folder = written
     monkeypatch.chdir(folder)
     ranking = made["ranking"].copy()
@@ -849,7 +847,7 @@ def test_tables_of_two_studies_are_not_read_together(written, study, monkeypatch
         check_made_from(Path("names.csv"), read_table(Path("names.csv"), "names"), store, "names")
 
 
-def test_texts_of_a_csv_table_are_as_they_are_written(tmp_path):
+def test_reads_texts_of_a_csv_table_verbatim(tmp_path):
     rows = {"encoder": ["NA", "007"], "seed": [0, 1], "layer": [0, 0], "latents": 4, "steps": 2}
     numbers = {f"{name}_{tokens}": [0.5, np.nan] for name in ("fvu", "l0", "dead") for tokens in ("all", "global")}
     write_table(pd.DataFrame(rows | numbers), tmp_path / "saes.csv")

@@ -1,4 +1,4 @@
-"""What shows a feature: where it fires, against the tokens that the `activations` stage stores, and NumPy."""
+"""Examples of features: where they activate, against the tokens that the `activations` stage stores, and NumPy."""
 
 import io
 from itertools import cycle, islice
@@ -58,7 +58,7 @@ class Stage:
             self.saes[layer] = TopKSAE(spec.width, F, 4, generator)
             with torch.no_grad():
                 self.saes[layer].b_dec.copy_(torch.randn(spec.width, generator=generator) / 10)
-                self.saes[layer].W_enc_T[5] = 0  # a feature that is never active
+                self.saes[layer].W_enc_T[5] = 0  # a feature that never activates
             place = folder / "saes" / layer_name(layer) / f"seed-{SEED}"
             place.mkdir(parents=True)
             save_sae(self.saes[layer], place, "a", f"layer {layer}")
@@ -73,17 +73,17 @@ class Stage:
         return pd.read_parquet(self.folder / "a@3" / f"{layer_name(layer)}.parquet").to_dict("records")
 
     @property
-    def told(self):
+    def messages(self):
         rows = pd.read_parquet(self.folder / "a@3" / "samples.parquet").to_dict("records")
         return {row.pop("sample"): row for row in rows}
 
     def fires(self, layer, sample, feature):
-        """By the stored tokens, in float64."""
+        """Computed from the stored tokens, in float64."""
         store, sae = open_store(self.folder / "tokens.zarr", "tokens"), self.saes[layer]
         first, last = store["offsets"][sample : sample + 2]
         x = store[layer_name(layer)]["tokens"][first:last].astype(np.float64)
         weights, bias = sae.W_enc_T[feature].detach().double().numpy(), sae.b_dec.detach().double().numpy()
-        places = x[:-1] if self.spec.global_token == "mean" else x  # which is the last, and stands for no place
+        places = x[:-1] if self.spec.global_token == "mean" else x  # the last token, which has no position in the image
         return np.maximum((places - bias) @ weights, 0)
 
 
@@ -100,7 +100,7 @@ def stage_of(data, tmp_path_factory):
     return get
 
 
-# Encoders of every library, and how many of a picture's tokens stand before its grid.
+# Encoders of every library, and how many of an image's tokens precede its grid.
 IMAGES = [
     (models.vit, 1, {}),
     (models.dinov2, 1, {}),
@@ -113,17 +113,17 @@ TEXTS = [(models.bert, {}), (models.deberta_v2, {}), (models.clip_text, {}), (mo
 
 
 @pytest.mark.parametrize(("make", "before", "values"), IMAGES, ids=lambda value: getattr(value, "__name__", ""))
-def test_pictures_fire_where_their_stored_tokens_do(make, before, values, stage_of):
+def test_images_activate_where_their_stored_tokens_do(make, before, values, stage_of):
     stage = stage_of(make, **values)
     stored = open_store(stage.folder / "a@3.zarr", "features")
     for layer in stage.layers:
-        group, told = stored[layer_name(layer)], stage.told
+        group, messages = stored[layer_name(layer)], stage.messages
         for feature, row in enumerate(stage.rows(layer)):
             samples, values_ = group["top_samples"][feature, :9], group["top_values"][feature, :9]
             assert [one["sample"] for one in row["top"]] == list(samples[samples >= 0])
             assert [one["value"] for one in row["top"]] == list(values_[samples >= 0])
             for one in row["top"]:
-                found = told[one["sample"]]
+                found = messages[one["sample"]]
                 fires = stage.fires(layer, one["sample"], feature)[before:]
                 assert found["rows"] * found["columns"] == len(fires)
                 assert one["fires_highest"] == pytest.approx(fires.max(), rel=1e-3, abs=1e-4)
@@ -132,20 +132,20 @@ def test_pictures_fire_where_their_stored_tokens_do(make, before, values, stage_
 
 
 @pytest.mark.parametrize(("make", "values"), TEXTS, ids=lambda value: getattr(value, "__name__", ""))
-def test_captions_fire_at_the_pieces_that_the_tokenizer_makes_of_them(make, values, stage_of):
+def test_captions_activate_at_the_tokenizers_pieces(make, values, stage_of):
     stage = stage_of(make, **values)
     for layer in stage.layers:
-        told = stage.told
+        messages = stage.messages
         for feature, row in enumerate(stage.rows(layer)):
             for one in row["top"]:
-                pieces, fires = list(told[one["sample"]]["tokens"]), stage.fires(layer, one["sample"], feature)
+                pieces, fires = list(messages[one["sample"]]["tokens"]), stage.fires(layer, one["sample"], feature)
                 assert len(pieces) == len(fires)
                 shares = np.frombuffer(one["fires"], np.uint8) / 255
                 np.testing.assert_allclose(shares * one["fires_highest"], fires, atol=fires.max() / 250 + 1e-4)
-    for sample, found in stage.told.items():
+    for sample, found in stage.messages.items():
         said = "".join(piece for piece in found["tokens"] if not piece.strip().startswith(("[", "<")))
         assert said
-        assert stage.data.caption(sample).startswith(said.strip())  # some read a few pieces only
+        assert stage.data.caption(sample).startswith(said.strip())  # some have a short context
 
 
 @pytest.mark.parametrize(
@@ -165,11 +165,11 @@ def test_captions_fire_at_the_pieces_that_the_tokenizer_makes_of_them(make, valu
         ),
         (["<s>", "caf", "Ã", "©", "Ġçº¢", "</s>"], ["<s>", " caf", "", "é", " 红", " </s>"]),
         (["caf", "Ã©</w>", "naÃ¯", "ve</w>"], ["caf", "é", " naï", "ve"]),
-        (["naïve</w>", "é</w>"], ["naïve", " é"]),  # letters that stand for themselves
+        (["naïve</w>", "é</w>"], ["naïve", " é"]),  # literal characters
         (["n", "\N{REPLACEMENT CHARACTER}"], ["n", " \N{REPLACEMENT CHARACTER}"]),
     ],
 )
-def test_pieces_of_a_word_are_put_together_again(pieces, said):
+def test_joins_the_pieces_of_a_word(pieces, said):
     assert with_blanks(pieces) == said
 
 
@@ -182,7 +182,7 @@ def test_pieces_of_a_word_are_put_together_again(pieces, said):
         (["un", "##bel"], ["a", "b"], ["un", "bel"]),
     ],
 )
-def test_a_caption_of_one_word_is_put_together_by_the_marks_of_its_tokenizer(pieces, of_another, said):
+def test_joins_a_one_word_caption_by_its_tokenizers_markers(pieces, of_another, said):
     assert with_blanks(pieces, of_another) == said
 
 
@@ -194,7 +194,7 @@ def test_a_feature_that_is_never_active_has_no_samples(stage_of):
     assert row["highest"] == 0
 
 
-def test_weaker_samples_and_histograms_are_numpys(rng, monkeypatch):
+def test_weaker_samples_and_histograms_equal_numpys(rng, monkeypatch):
     x = np.maximum(rng.standard_normal((400, 30)) - rng.uniform(-1, 3, 30), 0).astype(np.float16)
     for block in (1, 2**28):
         monkeypatch.setattr(examples, "_BLOCK_BYTES", block)
@@ -205,7 +205,7 @@ def test_weaker_samples_and_histograms_are_numpys(rng, monkeypatch):
                 assert near["quantile"] == q
                 assert list(column[near["samples"]]) == list(near["values"])
                 assert not {*near["samples"]} & (top | taken)
-                assert near["samples"].flags.owndata  # views would keep the values of all samples in memory
+                assert near["samples"].flags.owndata  # views would keep all samples' values in memory
                 assert near["values"].flags.owndata
                 taken |= {*near["samples"]}
                 if len(order) > 100:
@@ -220,7 +220,7 @@ def test_weaker_samples_and_histograms_are_numpys(rng, monkeypatch):
 
 
 @pytest.mark.parametrize("active", [*range(31), 1000])
-def test_no_sample_is_shown_twice_however_few_there_are(active):
+def test_no_sample_is_shown_twice(active):
     ranks = [rank for near in ranks_near(active) for rank in range(active)[near]]
     assert len(ranks) == len(set(ranks))
     assert all(9 <= rank < active for rank in ranks)
@@ -228,7 +228,7 @@ def test_no_sample_is_shown_twice_however_few_there_are(active):
 
 
 def crop_of(width, height):
-    """What a centre crop of 7/8 of the shorter side sees, in shares."""
+    """The box of a centre crop of 7/8 of the shorter side, as fractions of the image."""
     side = min(width, height)
     x, y = 0.875 * side / width / 2, 0.875 * side / height / 2
     return [0.5 - x, 0.5 - y, 0.5 + x, 0.5 + y]
@@ -241,7 +241,7 @@ def padded(width, height):
 
 
 class Seeing:
-    """An encoder that prepares pictures in a way of its own."""
+    """An encoder with its own image preprocessing."""
 
     def __init__(self, way):
         self.way = way
@@ -278,22 +278,22 @@ def pad(picture):
 @pytest.mark.parametrize(
     ("way", "expected"), [(cut, crop_of), (pad, padded), (lambda picture: picture, lambda *_: [0, 0, 1, 1])]
 )
-def test_the_part_of_a_picture_that_an_encoder_sees_is_found(way, expected, size):
+def test_finds_the_part_of_an_image_that_an_encoder_sees(way, expected, size):
     found = Frame(Seeing(way)).box(size)
     np.testing.assert_allclose(found, expected(*size), atol=0.04)
 
 
-def test_a_picture_that_is_not_just_cut_and_resized_has_no_such_part():
+def test_finds_no_such_part_if_an_image_is_not_only_cropped_and_resized():
     assert Frame(Seeing(lambda picture: Image.new("RGB", picture.size, "red"))).box((64, 48)) is None
 
 
-def test_two_runs_and_other_batches_give_the_same_bytes(stage_of):
+def test_results_do_not_depend_on_the_run_or_batch_size(stage_of):
     stage = stage_of(models.bert)
     stage.record("again")
     assert contents(stage.folder / "again") == contents(stage.folder / "a@3")
 
 
-def test_features_of_other_samples_or_of_another_encoder_are_refused(stage_of, tmp_path):
+def test_refuses_features_of_other_samples_or_another_encoder(stage_of, tmp_path):
     stage = stage_of(models.vit)
     other = stage_of(models.dinov2)
     with pytest.raises(StoreError, match=r"a@3.zarr: features of other samples, another encoder .*; delete"):

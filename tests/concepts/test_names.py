@@ -1,4 +1,4 @@
-"""Names: the paper's log-odds, measures that scikit-learn and SciPy agree with, and none where there is nothing."""
+"""Names: the paper's log-odds, measures equal to scikit-learn's and SciPy's, and no names for noise."""
 
 import io
 import json
@@ -26,19 +26,19 @@ from conceptshare.data.dataset import Data, make_dataset
 from conceptshare.io.errors import StoreError, StudyError
 
 MEMBER = "made_up@0"
-# Of texts, so that what is null stays None.
+# As objects, so that nulls stay None.
 TYPES = {"name": object, "candidate": object}
 FILLING = [f"word{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
 
 
 def filling(rng, count):
-    """Captions of five words, some of which are common."""
+    """Captions of five words, some of them common."""
     share = 1 / np.arange(1, len(FILLING) + 1)
     return [" ".join(rng.choice(FILLING, 5, replace=False, p=share / share.sum())) for _ in range(count)]
 
 
 def planted(rng, count=400, word="zebra", every=10):
-    """The same, where every tenth has another word."""
+    """The same, with an extra word in every tenth."""
     return [f"{word} {text}" if n % every == 0 else text for n, text in enumerate(filling(rng, count))]
 
 
@@ -58,14 +58,14 @@ def make_data(tmp_path):
 
 
 def captions_of(data):
-    """In the order of samples."""
+    """Captions in sample order."""
     found = Data(data)
     return [found.caption(row) for row in range(len(found))]
 
 
 @pytest.fixture
 def name(tmp_path, write_features_from):
-    """Writes features ``[N, F]`` of a data set, or a dictionary of them by layer, and gives the table of names."""
+    """Writes features ``[N, F]`` of a data set, or a dictionary of them by layer, and returns the table of names."""
 
     def run(data, layers, folder="features", command=None):
         layers = layers if isinstance(layers, dict) else {0: layers}
@@ -82,18 +82,18 @@ def name(tmp_path, write_features_from):
 
 
 def on(captions, word, rng, strength=2.0):
-    """``[N]`` a feature that is strong where a caption has a word, and weak and often silent elsewhere."""
+    """``[N]`` a feature that is strong on captions with a word, and weak and often zero elsewhere."""
     noise = np.maximum(rng.normal(-0.5, 0.5, len(captions)), 0)
     return noise + strength * np.array([word in text.split() for text in captions])
 
 
 def has_any(candidate, caption):
-    """Whether a caption of plain words has any of a candidate's."""
+    """Whether a caption of plain words contains any of a candidate's words."""
     return any(f" {word} " in f" {caption} " for word in candidate.split(", "))
 
 
 def paper(top, words):
-    """z by the paper's formula, one word after the other."""
+    """z by the paper's formula, one word at a time."""
     z = np.zeros((len(top), words.shape[1]))
     V, totals = words.shape[1], words.sum(0)
     for f, chosen in enumerate(top.astype(bool)):
@@ -107,7 +107,7 @@ def paper(top, words):
     return z
 
 
-def test_log_odds_are_those_of_the_paper(rng):
+def test_log_odds_equal_the_papers_formula(rng):
     words = (rng.random((60, 30)) < rng.uniform(0.02, 0.5, 30)).astype(float)
     words[0] = 1
     top = (rng.random((12, 60)) < 0.2).astype(float)
@@ -118,13 +118,13 @@ def test_log_odds_are_those_of_the_paper(rng):
     pattern = csr_array((np.ones(found.nnz), found.indices, found.indptr), shape=found.shape)
     np.testing.assert_array_equal(pattern.toarray(), has)
     np.testing.assert_allclose(found.toarray()[has], expected[has], rtol=1e-10, atol=1e-12)
-    # What is not worked out could not be a name.
+    # Words that are skipped could not become a name.
     assert (expected[1:][~has[1:]] < 0).all()
 
 
 @pytest.mark.parametrize("auc", [0.03, 0.5, 0.71, 0.98, 1.0])
 @pytest.mark.parametrize(("p", "q"), [(1, 900), (2, 40), (30, 900), (500, 7)])
-def test_lower_end_is_where_hanleys_and_mcneils_interval_reaches_the_auc(auc, p, q):
+def test_lower_end_solves_hanley_and_mcneils_interval(auc, p, q):
     def beyond(theta):
         q1, q2 = theta / (2 - theta), 2 * theta**2 / (1 + theta)
         variance = theta * (1 - theta) + (p - 1) * (q1 - theta**2) + (q - 1) * (q2 - theta**2)
@@ -139,18 +139,18 @@ def test_lower_end_is_seldom_above_the_truth(rng):
     positive, negative = rng.normal(1, 1, (trials, p)), rng.normal(0, 1, (trials, q))
     auc = (positive[:, :, None] > negative[:, None, :]).mean((1, 2))
     above = (lower_end(auc, np.full(trials, p), np.full(trials, q)) > truth).mean()
-    # 2.5% at most; of normal values, Hanley's and McNeil's variance is somewhat too large.
+    # At most 2.5%; for normal values, Hanley and McNeil's variance is slightly too large.
     assert 0.002 < above < 0.03
 
 
-def test_one_caption_on_top_of_all_is_no_proof():
+def test_a_single_top_caption_is_not_evidence():
     low = lower_end(np.ones(3), np.array([1, 2, 20]), np.full(3, 900))
     assert low[0] < 0.5
     assert low[1] < low[2] < 1
     assert np.isnan(lower_end(np.array([np.nan]), np.array([0]), np.array([9]))).all()
 
 
-def test_a_planted_concept_is_named_by_its_word(rng, make_data, name):
+def test_names_a_planted_concept_by_its_word(rng, make_data, name):
     data = make_data(planted(rng))
     captions = captions_of(data)
     concept = on(captions, "zebra", rng)
@@ -167,8 +167,8 @@ def test_a_planted_concept_is_named_by_its_word(rng, make_data, name):
     assert found.score[1] < found.score[0]
 
 
-def test_score_is_that_of_the_papers_formula(rng, make_data, name):
-    # A word counts once in a caption, however often it is there.
+def test_score_equals_the_papers_formula(rng, make_data, name):
+    # A word counts once per caption, however often it occurs.
     data = make_data([f"{text} {text.split()[0]}" for text in planted(rng)])
     captions = captions_of(data)
     x = on(captions, "zebra", rng).astype(np.float16)
@@ -189,7 +189,7 @@ def test_score_is_that_of_the_papers_formula(rng, make_data, name):
     assert found.score > norm.isf(0.05 / len(vocabulary))
 
 
-def test_measures_are_those_of_scikit_learn_and_scipy(rng, make_data, name):
+def test_measures_equal_scikit_learns_and_scipys(rng, make_data, name):
     data = make_data(planted(rng, 1200))
     captions = captions_of(data)
     strengths = [0.1, 0.4, 0.8, 2.0]
@@ -225,7 +225,7 @@ def test_noise_has_no_clear_name(rng, make_data, name):
     captions = captions_of(data)[::2]
     for text in captions:
         words.update(text.split())
-    # Bigrams make the vocabulary larger, and the threshold higher, than this.
+    # Bigrams make the vocabulary larger than this, and the threshold higher.
     passed = found.score > norm.isf(0.05 / len(words))
     assert passed.mean() < 0.05
     assert found.name.notna().mean() < 0.01
@@ -233,11 +233,11 @@ def test_noise_has_no_clear_name(rng, make_data, name):
     assert (found.auc < 0.5).mean() > 0.3
 
 
-def test_a_word_that_does_not_hold_on_held_out_captions_is_no_name(rng, make_data, name):
+def test_a_word_that_fails_on_held_out_captions_is_not_a_name(rng, make_data, name):
     data = make_data(planted(rng))
     captions = captions_of(data)
     x = on(captions, "zebra", rng)
-    # Of the samples that are held out, those of other captions are strong.
+    # Among held-out samples, other captions are strong.
     x[1::2] = rng.permutation(x[1::2] * ["zebra" not in text for text in captions[1::2]])
     found = name(data, x[:, None]).iloc[0]
     assert found.candidate == "zebra"
@@ -246,7 +246,7 @@ def test_a_word_that_does_not_hold_on_held_out_captions_is_no_name(rng, make_dat
     assert found["name"] is None
 
 
-def test_held_out_captions_do_not_name(rng, make_data, name):
+def test_held_out_captions_do_not_propose_names(rng, make_data, name):
     source = planted(rng)
     data = make_data(source)
     captions = captions_of(data)
@@ -270,13 +270,13 @@ def test_held_out_captions_do_not_name(rng, make_data, name):
     assert again.name[1] is None
 
 
-def test_dead_features_and_those_of_few_samples_have_no_candidate(rng, make_data, name):
+def test_dead_and_rare_features_have_no_candidate(rng, make_data, name):
     data = make_data(planted(rng))
     x = np.zeros((400, 4))
     x[8:16:2, 1] = [1, 2, 3, 4]
     x[1:100:2, 1] = 5.0
     x[8:18:2, 2] = [1, 2, 3, 4, 5]
-    # Held-out samples are the top ones, so that those of the naming half are not among the stored ones.
+    # The top samples are held out, so those of the naming half are not among the stored ones.
     x[:, 3] = np.where(np.arange(400) % 2, 2, 1)
     found = name(data, {0: x, 1: np.zeros((400, 3))})
     few = found[(found.layer == 1) | (found.feature != 2)]
@@ -291,7 +291,7 @@ def test_dead_features_and_those_of_few_samples_have_no_candidate(rng, make_data
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("captions", [["the zebra", "of"], ["a", "the of 1"], ["unique{}", "single{}"]])
-def test_a_vocabulary_of_a_word_or_none(captions, rng, make_data, name):
+def test_a_vocabulary_of_one_word_or_none(captions, rng, make_data, name):
     data = make_data([captions[n % 2].format(n) for n in range(60)])
     found = name(data, rng.random((60, 3)))
     assert found.candidate.isna().all()
@@ -324,7 +324,7 @@ def test_captions_of_all_kinds(rng, make_data, name):
         assert text.isprintable()
 
 
-def test_neighbours_that_belong_together_are_one_word(rng, make_data, name):
+def test_bigrams_count_as_one_word(rng, make_data, name):
     texts = [
         f"{text}. {more}"
         for text, more in zip(
@@ -338,7 +338,7 @@ def test_neighbours_that_belong_together_are_one_word(rng, make_data, name):
     x = np.array(["Red Square" in text for text in captions]) * (1 + rng.random(1800))
     found = name(data, x[:, None]).iloc[0]
     assert sorted(found["name"].split(", ")) == ["flag", "red square"]
-    # Of the circle, the colour is elsewhere as often, so that words of both stay apart.
+    # The circle's colour is as frequent elsewhere, so its two words are not merged.
     x = np.array(["red" in text.lower() for text in captions]) * (1 + rng.random(1800))
     found = name(data, x[:, None], "reds").iloc[0]
     assert 1 <= len(found["name"].split(", ")) <= 3
@@ -346,12 +346,12 @@ def test_neighbours_that_belong_together_are_one_word(rng, make_data, name):
     assert len(parts) == len(set(parts))
 
 
-def test_a_small_data_set_names_by_fewer_samples_and_the_strongest_have_the_name(rng, make_data, name):
-    # The strongest 24 samples are zebras; then come ordinary ones, of which some 40 would be among the stored 100.
+def test_small_data_sets_use_fewer_top_samples(rng, make_data, name):
+    # The strongest 24 samples are zebras; of the others, some 40 would be among the stored 100.
     data = make_data(planted(rng, 538, every=22))
     captions = captions_of(data)
     x = np.maximum(rng.normal(0, 0.5, 538), 0) + 3 * np.array(["zebra" in text for text in captions])
-    # A feature that fires on zebras, but on nine samples of other kinds still more.
+    # A feature that activates on zebras, but more strongly on nine other samples.
     other = x.copy()
     other[np.argsort(x)[:9]] = 9
     found = name(data, np.stack([x, other], 1))
@@ -362,7 +362,7 @@ def test_a_small_data_set_names_by_fewer_samples_and_the_strongest_have_the_name
     assert [names.top_count(n) for n in (2, 200, 1888, 2000, 10**6)] == [5, 5, 47, 50, 50]
 
 
-def test_memory_grows_with_little_but_captions(rng, make_data, tmp_path, write_features_from, monkeypatch):
+def test_memory_grows_only_with_captions(rng, make_data, tmp_path, write_features_from, monkeypatch):
     monkeypatch.setattr(names, "MEASURED_SAMPLES", 300)
     monkeypatch.setattr(names, "_BINS", 2**16)
     peaks = []
@@ -378,7 +378,7 @@ def test_memory_grows_with_little_but_captions(rng, make_data, tmp_path, write_f
     assert (peaks[2] - peaks[1]) / 800 < 500  # bytes per sample; the first run imports modules
 
 
-def test_samples_of_another_data_set_are_refused(rng, make_data, tmp_path, write_features):
+def test_refuses_samples_of_another_data_set(rng, make_data, tmp_path, write_features):
     data = make_data(planted(rng))
     store = write_features(tmp_path / "features", MEMBER, {0: rng.random((400, 2))}, "other samples")
     with pytest.raises(StoreError, match="different samples; make both from the same data set"):
@@ -386,9 +386,7 @@ def test_samples_of_another_data_set_are_refused(rng, make_data, tmp_path, write
     assert not (tmp_path / "names.parquet").exists()
 
 
-def test_equal_bytes_on_two_runs_and_however_much_is_read_at_once(
-    rng, make_data, tmp_path, write_features, monkeypatch
-):
+def test_results_do_not_depend_on_the_run_or_block_size(rng, make_data, tmp_path, write_features, monkeypatch):
     data = make_data(planted(rng))
     captions = captions_of(data)
     x = np.stack([on(captions, word, rng) for word in ("zebra", "worda", "wordb") * 4] + [np.zeros(400)] * 3, 1)
@@ -405,7 +403,7 @@ def test_equal_bytes_on_two_runs_and_however_much_is_read_at_once(
     assert (tmp_path / "0" / "names.provenance.json").is_file()
 
 
-def test_the_clearest_names_of_each_layer_are_listed(rng, make_data, tmp_path, write_features, monkeypatch):
+def test_lists_the_clearest_names_of_each_layer(rng, make_data, tmp_path, write_features, monkeypatch):
     monkeypatch.setattr(names, "CLEAREST_NAMES", 2)
     data = make_data(planted(rng))
     captions = captions_of(data)
@@ -422,7 +420,7 @@ def test_the_clearest_names_of_each_layer_are_listed(rng, make_data, tmp_path, w
     np.testing.assert_allclose(listed.auc_low, table.auc_low[listed.index], rtol=1e-5)
 
 
-def test_columns_have_their_types_where_nothing_is_named(make_data, tmp_path, write_features):
+def test_columns_keep_their_types_without_any_names(make_data, tmp_path, write_features):
     data = make_data(["a", "the"] * 10)
     store = write_features(tmp_path / "features", MEMBER, {0: np.zeros((20, 2))}, Data(data).content_hash)
     name_features(store, data, tmp_path / "names.parquet")
@@ -436,7 +434,7 @@ def test_columns_have_their_types_where_nothing_is_named(make_data, tmp_path, wr
 
 @pytest.fixture
 def script(tmp_path):
-    """Writes a program that has the lines of its standard input as ``asked``, and gives the command that runs it."""
+    """Writes a program that has the lines of its stdin in ``asked``, and returns the command that runs it."""
 
     def write(body):
         path = tmp_path / "name them.py"
@@ -448,7 +446,7 @@ def script(tmp_path):
 
 @pytest.fixture
 def evident(rng, make_data):
-    """A data set, and features of it: a concept, noise, a dead one, and one of few samples."""
+    """A data set and its features: a concept, noise, a dead feature and a rare one."""
     data = make_data(planted(rng))
     captions = captions_of(data)
     x = np.stack([on(captions, "zebra", rng), rng.random(400), np.zeros(400), np.zeros(400)], 1)
@@ -456,7 +454,7 @@ def evident(rng, make_data):
     return data, x
 
 
-def test_a_command_is_told_of_features_and_names_them(evident, script, name, tmp_path, monkeypatch):
+def test_a_command_receives_features_and_names_them(evident, script, name, tmp_path, monkeypatch):
     data, x = evident
     captions = captions_of(data)
     log = tmp_path / "asked.json"
@@ -475,13 +473,13 @@ def test_a_command_is_told_of_features_and_names_them(evident, script, name, tmp
     assert set(asked[0]) == {"member", "layer", "feature", "candidate", "top", "others"}
     assert asked[0]["member"] == MEMBER
     assert asked[0]["candidate"] == "zebra"
-    # Strongest first, of the naming half alone; the others are silent there.
+    # Strongest first, from the naming half only; the others are zero there.
     halves = x[::2].astype(np.float16)
     assert asked[0]["top"] == [captions[2 * row] for row in np.argsort(-halves[:, 0], kind="stable")[:20]]
     silent = [captions[2 * row] for row in np.flatnonzero(halves[:, 0] == 0)]
     assert len(asked[0]["others"]) == 20
     assert set(asked[0]["others"]) <= set(silent)
-    # A feature that is nowhere silent: those where it is weakest.
+    # For a feature that is zero nowhere, the samples on which it is weakest.
     assert asked[1]["others"] == [captions[2 * row] for row in np.argsort(halves[:, 1], kind="stable")[:20]]
 
     assert found.candidate.tolist() == [None, "A zebra, or WordZ", None, None, "A zebra, or WordZ", "q" * 80]
@@ -519,7 +517,7 @@ ANSWER = "print(json.dumps({'layer': each['layer'], 'feature': each['feature'], 
         ("sys.stdout.buffer.write(b'\\xff\\xfe{')", "as line 1 "),
     ],
 )
-def test_a_command_that_fails_is_one_error(body, message, evident, script, name, tmp_path):
+def test_a_failing_command_is_one_error(body, message, evident, script, name, tmp_path):
     data, x = evident
     with pytest.raises(StudyError, match=f"(?s)name the features of {MEMBER}.*{message}") as error:
         name(data, x, command=script(body))
@@ -528,13 +526,13 @@ def test_a_command_that_fails_is_one_error(body, message, evident, script, name,
 
 
 @pytest.mark.parametrize("command", ["", "  ", "no-such-program-anywhere --now", "program 'unclosed"])
-def test_a_command_that_cannot_be_run_is_one_error(command, evident, name):
+def test_a_command_that_cannot_run_is_one_error(command, evident, name):
     data, x = evident
     with pytest.raises(StudyError, match=r"cannot be run .*fix the command that names features"):
         name(data, x, command=command)
 
 
-def test_a_command_that_does_not_read_is_heard(evident, tmp_path, name):
+def test_a_command_may_ignore_its_input(evident, tmp_path, name):
     data, x = evident
     path = tmp_path / "deaf.py"
     path.write_text(f"import json\nfor n in (0, 1):\n    each = {{'layer': 0, 'feature': n}}\n    {ANSWER}\n")

@@ -1,4 +1,4 @@
-"""Tables and figures by their lines: what has to be there for each."""
+"""Every line of the table of products has the command, caption and function it needs."""
 
 import typer.main
 from typer.testing import CliRunner
@@ -8,7 +8,7 @@ from conceptshare.config.products import FIGURES, TABLES, taken_by
 from tests.workflow.conftest import CLONE
 
 
-def test_every_table_and_figure_has_a_command_a_caption_and_a_name_of_its_own():
+def test_every_table_and_figure_has_a_command_a_caption_and_a_unique_name():
     commands = typer.main.get_command(app).commands
     assert {table.name for table in TABLES} <= commands["metrics"].commands.keys()
     assert {figure.command or figure.name for figure in FIGURES} == commands["figures"].commands.keys()
@@ -19,19 +19,19 @@ def test_every_table_and_figure_has_a_command_a_caption_and_a_name_of_its_own():
     assert len({one.file for one in FIGURES}) == len(FIGURES)
 
 
-def test_the_tables_that_products_are_made_from_are_there():
+def test_the_input_tables_of_products_exist():
     names = {table.name for table in TABLES}
     assert {figure.table for figure in FIGURES} <= names
     assert {table.table for table in TABLES if table.table} <= names
 
 
-def test_functions_of_figures_are_found():
+def test_figure_functions_exist():
     for figure in FIGURES:
         module, _, function = figure.function.partition(":")
         assert hasattr(__import__(f"conceptshare.figures.{module}", fromlist=["_"]), function)
 
 
-def test_an_analysis_takes_the_names_of_its_files():
+def test_file_names_of_analyses_are_reserved():
     assert taken_by("matrices", "all") == {
         f"all.{part}" for part in ("averages", "intervals", "similarity", "strength", "paper", "paper-agreement")
     }
@@ -39,6 +39,6 @@ def test_an_analysis_takes_the_names_of_its_files():
     assert taken_by("layerwise", "seeds") == set()
 
 
-def test_help_of_a_figure_names_what_it_shows():
+def test_the_help_of_a_figure_describes_it():
     shown = CliRunner().invoke(app, ["figures", "intervals", "--help"]).stdout
     assert "interval, floor and ceiling" in " ".join(shown.split())

@@ -1,4 +1,4 @@
-"""What a study may say, what its errors tell, and what its jobs are keyed by."""
+"""The settings of a study, its error messages, and the keys of its jobs."""
 
 import json
 import random
@@ -58,7 +58,7 @@ def build(catalog):
 
 @pytest.fixture
 def fault(build):
-    """The message of the error that a configuration gives."""
+    """The error message that a config produces."""
 
     def message(**changes):
         with pytest.raises(StudyError) as caught:
@@ -68,13 +68,13 @@ def fault(build):
     return message
 
 
-def test_the_default_study_is_sound(monkeypatch):
+def test_the_default_study_is_valid(monkeypatch):
     monkeypatch.chdir(ROOT)
     study = load_study("config.yaml")
     assert study.pairs()
 
 
-def test_a_study_is_completed_from_the_catalog(build):
+def test_completes_a_study_from_the_catalog(build):
     study = build(encoders={"vit": {"batch_size": 7}}, saes={"paper": {"k": 16}})
     assert study.encoders["vit"].width == 768
     assert study.encoders["vit"].batch_size == 7
@@ -103,21 +103,26 @@ def test_a_study_is_completed_from_the_catalog(build):
             {
                 "analyses": {
                     "sharedness": {
-                        "s": {"source": "vit", "shared_with": ["bert"], "not_shared_with": ["dinov2"], "picture": 3}
+                        "s": {
+                            "source": "vit",
+                            "shared_with": ["bert"],
+                            "not_shared_with": ["dinov2"],
+                            "feature_shown": 3,
+                        }
                     }
                 }
             },
-            "analyses.sharedness.s.picture",
+            "analyses.sharedness.s.feature_shown",
             "features_shown",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_an_unknown_key_is_named_by_its_path_with_the_nearest_known_one(fault, changes, place, suggestion):
+def test_names_the_path_of_an_unknown_key_and_suggests_the_nearest(fault, changes, place, suggestion):
     assert fault(**changes) == f"study.yaml: {place}: unknown key; did you mean {suggestion!r}?"
 
 
-def test_a_missing_key_is_named(fault, build, catalog):
+def test_names_a_missing_key(fault, build, catalog):
     given = config()
     del given["saes"]
     with pytest.raises(StudyError, match=r"^study\.yaml: saes: missing"):
@@ -141,12 +146,12 @@ def test_a_missing_key_is_named(fault, build, catalog):
         ({"datasets": {"zzz": None}}, "there are: coco, laion"),
     ],
 )
-def test_an_unknown_name_suggests_the_nearest_or_lists_those_there_are(fault, changes, words):
+def test_suggests_the_nearest_known_name_or_lists_all(fault, changes, words):
     assert words in fault(**changes)
 
 
 def analyses_naming(text):
-    """Every place of a study that can name a member, with one that names ``text``."""
+    """Every place in a study that can name a member, with ``text`` there."""
     return {
         "matrices.a.members": {"matrices": {"a": {"members": ["vit", text]}}},
         "layerwise.a.pairs": {"layerwise": {"a": {"pairs": [["vit", text]]}}},
@@ -169,19 +174,19 @@ def analyses_naming(text):
         ({"memory_mb": 0}, "memory_mb"),
     ],
 )
-def test_correlation_settings_that_cannot_be_are_refused(fault, values, key):
+def test_refuses_invalid_correlation_settings(fault, values, key):
     assert fault(correlations=values).startswith(f"study.yaml: correlations.{key}")
 
 
 @pytest.mark.parametrize("place", analyses_naming(""))
-def test_an_analysis_that_names_an_absent_encoder_suggests_the_nearest(fault, place):
+def test_suggests_the_nearest_encoder_for_an_unknown_one_in_an_analysis(fault, place):
     message = fault(analyses=analyses_naming("dinov1")[place])
     assert f"analyses.{place}: 'dinov1': the study has no encoder 'dinov1'; did you mean 'dinov2'?" in message
 
 
 @pytest.mark.parametrize("place", analyses_naming(""))
 @pytest.mark.parametrize("seed", ["7", "x", "-1"])
-def test_an_analysis_that_names_an_absent_seed_says_which_there_are(fault, place, seed):
+def test_lists_the_seeds_for_an_unknown_one_in_an_analysis(fault, place, seed):
     message = fault(analyses=analyses_naming(f"bert@{seed}")[place])
     assert f"analyses.{place}: 'bert@{seed}': bert has the seeds [0]" in message
 
@@ -189,7 +194,7 @@ def test_an_analysis_that_names_an_absent_seed_says_which_there_are(fault, place
 @pytest.mark.parametrize(
     "analyses", [analyses_naming("dinov1")["matrices.a.members"], {"layerwise": {"a": {"pairs": [["vit", "vit"]]}}}]
 )
-def test_an_error_is_a_line_that_names_the_key_and_not_the_whole_study(fault, analyses):
+def test_an_error_is_one_line_that_names_the_key(fault, analyses):
     message = fault(analyses=analyses)
     assert message.startswith("study.yaml: analyses.")
     assert "hub/model" not in message
@@ -197,17 +202,17 @@ def test_an_error_is_a_line_that_names_the_key_and_not_the_whole_study(fault, an
 
 
 @pytest.mark.parametrize("layers", [[12], [-1], [0, 3, 99]])
-def test_a_layer_the_encoder_lacks_is_refused(fault, layers):
+def test_refuses_a_layer_the_encoder_lacks(fault, layers):
     message = fault(encoders={"vit": {"use_layers": layers}})
     assert message.startswith("study.yaml: encoders.vit")
     assert "it has layers 0 to 11" in message
 
 
-def test_no_layers_at_all_are_refused(fault):
+def test_refuses_an_empty_list_of_layers(fault):
     assert "use_layers is empty" in fault(encoders={"vit": {"use_layers": []}})
 
 
-def test_layers_can_be_all_the_last_or_a_list(build):
+def test_layers_are_all_the_last_or_a_list(build):
     encoders = {
         "vit": None,
         "bert": {"use_layers": "last"},
@@ -219,12 +224,12 @@ def test_layers_can_be_all_the_last_or_a_list(build):
     assert study.encoders["dinov2"].layer_numbers() == [1, 5]
 
 
-def test_a_seed_named_twice_is_refused(fault):
+def test_refuses_a_duplicate_seed(fault):
     assert "seeds names a seed twice: [0, 1, 0]" in fault(encoders={"vit": {"seeds": [0, 1, 0]}})
 
 
 @pytest.mark.parametrize("seeds", [[], [-1], ["a"], 3])
-def test_seeds_that_cannot_be_are_refused(fault, seeds):
+def test_refuses_invalid_seeds(fault, seeds):
     assert "encoders.vit.seeds" in fault(encoders={"vit": {"seeds": seeds}})
 
 
@@ -236,7 +241,7 @@ def test_seeds_that_cannot_be_are_refused(fault, seeds):
         *({"learning_rate": float("inf")}, {"clip_norm": float("inf")}, {"held_out": float("nan")}, {"k": 10**5000}),
     ],
 )
-def test_sae_settings_that_cannot_be_are_refused(fault, values):
+def test_refuses_invalid_sae_settings(fault, values):
     (key,) = values
     assert fault(saes={"paper": values}).startswith(f"study.yaml: saes.paper.{key}: ")
 
@@ -248,30 +253,30 @@ def test_sae_settings_that_cannot_be_are_refused(fault, values):
         *({"layers": True}, {"use_layers": [False]}, {"seeds": [True]}, {"seeds": [2**64]}, {"revision": False}),
     ],
 )
-def test_encoders_that_cannot_be_are_refused(fault, values):
+def test_refuses_invalid_encoders(fault, values):
     (key,) = values
     message = fault(encoders={"vit": values})
     assert message.startswith(f"study.yaml: encoders.vit.{key}")
     assert len(message) < 400
 
 
-def test_a_number_of_latents_that_int32_does_not_hold_is_refused(fault):
+def test_refuses_more_latents_than_int32_can_hold(fault):
     assert "saes.paper.expansion: 9000 gives vit" in fault(
         saes={"paper": {"expansion": 9000}}, encoders={"vit": {"width": 300_000}}
     )
 
 
-def test_a_long_wrong_value_is_shown_in_part(fault):
+def test_truncates_a_long_wrong_value(fault):
     assert len(fault(encoders={"vit": {"layers": "x" * 10**6}})) < 400
 
 
 @pytest.mark.parametrize("name", ["weights", "studies", "logs", "Logs", "pages", "README.md"])
-def test_a_data_set_has_a_folder_of_its_own(fault, name):
+def test_a_data_set_cannot_use_a_reserved_folder_name(fault, name):
     assert f"datasets.{name}: results/ has something else of that name" in fault(datasets={name: {"source": "hub/x"}})
 
 
-def test_names_that_are_too_long_together_are_refused(build, fault):
-    """Slurm's logs lie in a folder whose name joins all names of a job."""
+def test_refuses_names_that_are_too_long_together(build, fault):
+    """Slurm's logs are in a folder whose name joins all names of a job."""
     matrices = {"matrices": {"all": None}}
     encoders = {letter * 70: {"base": "vit"} for letter in "ab"}
     build(encoders=encoders, analyses=matrices)
@@ -288,12 +293,12 @@ def test_names_that_are_too_long_together_are_refused(build, fault):
     )
 
 
-def test_a_learning_rate_that_yaml_reads_as_text_is_a_number_all_the_same(build):
+def test_accepts_a_learning_rate_that_yaml_reads_as_text(build):
     assert yaml.safe_load("5e-5") == "5e-5"
     assert build(saes={"paper": {"learning_rate": "5e-5"}}).saes["paper"].learning_rate == 5e-5
 
 
-def test_base_derives_a_variant_and_overrides_it(build):
+def test_base_derives_a_variant_with_overrides(build):
     study = build(encoders={"vit": None, "vit-mean": {"base": "vit", "global_token": "mean"}})
     assert study.encoders["vit"].global_token == "first"
     variant = study.encoders["vit-mean"]
@@ -318,7 +323,7 @@ def test_an_encoder_can_be_described_in_full(build):
     ("modality", "kind", "sound"),
     [("image", "language", False), ("text", "vision", False), ("image", "vlm", True), ("text", "vlm", True)],
 )
-def test_what_an_encoder_reads_must_suit_what_it_was_trained_on(build, modality, kind, sound):
+def test_an_encoders_modality_must_fit_its_kind(build, modality, kind, sound):
     entry = {"base": "vit", "modality": modality, "kind": kind}
     if sound:
         build(encoders={"mine": entry})
@@ -327,7 +332,7 @@ def test_what_an_encoder_reads_must_suit_what_it_was_trained_on(build, modality,
             build(encoders={"mine": entry})
 
 
-def test_a_study_is_told_apart_by_all_that_results_depend_on_and_nothing_else(build):
+def test_a_studys_key_depends_on_exactly_the_settings_that_affect_results(build):
     encoders = {"vit": None, "bert": {"seeds": [0, 1]}}
     key = build(encoders=encoders).study_key()
     assert json.loads(key)["encoders"]["bert"]["seeds"] == [0, 1]
@@ -338,14 +343,14 @@ def test_a_study_is_told_apart_by_all_that_results_depend_on_and_nothing_else(bu
         assert build(encoders=encoders | {"vit": changed}).study_key() != key
 
 
-def test_a_layerwise_pair_with_itself_is_refused(fault, build):
+def test_refuses_a_layerwise_pair_with_itself(fault, build):
     message = fault(analyses={"layerwise": {"a": {"pairs": [["vit", "vit@0"]]}}})
     assert "analyses.layerwise.a: vit is paired with itself" in message
     build(analyses={"layerwise": {"a": {"pairs": [["vit@0", "vit@1"]]}}})
 
 
 @pytest.mark.parametrize("group", ["shared_with", "not_shared_with"])
-def test_a_sharedness_source_in_its_own_group_is_refused(fault, build, group):
+def test_refuses_a_sharedness_source_in_its_own_group(fault, build, group):
     analysis = {"source": "vit", "shared_with": ["bert"], "not_shared_with": ["dinov2"]}
     assert "analyses.sharedness.a: the source vit is also in a group" in fault(
         analyses={"sharedness": {"a": analysis | {group: ["clip-text", "vit@0"]}}}
@@ -354,7 +359,7 @@ def test_a_sharedness_source_in_its_own_group_is_refused(fault, build, group):
 
 
 @pytest.mark.parametrize("name", ["vit", "vit@0"])
-def test_a_sharedness_member_in_both_groups_is_refused_by_its_name(fault, name):
+def test_refuses_a_sharedness_member_in_both_groups(fault, name):
     """Its rho would count for and against each feature."""
     analysis = {"source": "bert", "shared_with": ["clip-text", "vit@0"], "not_shared_with": ["dinov2", name]}
     message = fault(analyses={"sharedness": {"a": analysis}})
@@ -367,9 +372,7 @@ def test_two_seeds_of_one_encoder_can_be_in_the_two_groups(build):
 
 
 @pytest.mark.parametrize(("k", "sound"), [(1536, True), (1537, False)])
-def test_more_latents_kept_than_there_are_is_an_error_that_names_the_sae_setting_and_the_encoder(
-    build, fault, k, sound
-):
+def test_refuses_k_larger_than_the_number_of_latents(build, fault, k, sound):
     changes = {
         "encoders": {"vit": None, "narrow": {"base": "vit", "width": 192}},
         "saes": {"paper": None, "wide": {"k": k}},
@@ -384,7 +387,7 @@ def test_more_latents_kept_than_there_are_is_an_error_that_names_the_sae_setting
 
 
 @pytest.mark.parametrize("place", analyses_naming(""))
-def test_an_empty_seed_is_refused_and_not_taken_for_the_first(fault, place):
+def test_refuses_an_empty_seed(fault, place):
     message = fault(analyses=analyses_naming("bert@")[place])
     assert f"analyses.{place}: 'bert@': no seed after '@'; write bert, or bert@0" in message
 
@@ -399,7 +402,7 @@ PRESET = {
 }
 
 
-def test_the_reference_preset_reads_position_0_of_every_encoder_under_a_name_of_its_own(build):
+def test_the_reference_preset_renames_encoders_and_reads_position_0(build):
     own, reference = build(**PRESET), build(preset="reference", **PRESET)
     assert build(preset="own", **PRESET) == own
     assert list(own.encoders) == ["clip-text", "vit", "bert"]
@@ -412,7 +415,7 @@ def test_the_reference_preset_reads_position_0_of_every_encoder_under_a_name_of_
         assert changed.activations_key() != spec.activations_key()
 
 
-def test_analyses_name_encoders_alike_under_either_preset(build):
+def test_analyses_use_the_same_encoder_names_under_both_presets(build):
     def renamed(members):
         return [Member(f"{encoder}.reference", seed) for encoder, seed in members]
 
@@ -424,14 +427,14 @@ def test_analyses_name_encoders_alike_under_either_preset(build):
     assert json.loads(reference.sharedness_key("s"))["source"] == "vit.reference@0"
 
 
-def test_an_analysis_can_name_an_encoder_as_paths_and_tables_do(build):
+def test_an_analysis_can_use_the_encoder_names_of_paths_and_tables(build):
     suffixed = {"layerwise": {"l": {"pairs": [["vit.reference@1", "bert.reference"]]}}}
     plain = {"layerwise": {"l": {"pairs": [["vit@1", "bert"]]}}}
     given = {"preset": "reference", "encoders": PRESET["encoders"]}
     assert build(analyses=suffixed, **given).pairs() == build(analyses=plain, **given).pairs()
 
 
-def test_under_the_reference_preset_the_configs_own_names_come_first(build):
+def test_the_configs_names_take_precedence_under_the_reference_preset(build):
     encoders = {"vit": None, "vit.reference": {"base": "vit", "image_size": 98}}
     study = build(preset="reference", encoders=encoders)
     assert study.encoders[study.member("vit.reference").encoder].image_size == 98
@@ -453,24 +456,24 @@ def test_under_the_reference_preset_the_configs_own_names_come_first(build):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_under_the_reference_preset_errors_name_the_configs_own_names(fault, changes, words):
+def test_errors_use_the_configs_names_under_the_reference_preset(fault, changes, words):
     given = {"encoders": {"vit": None, "bert": None}} | changes
     assert words in fault(preset="reference", **given)
 
 
-def test_an_unknown_preset_is_refused(fault):
+def test_refuses_an_unknown_preset(fault):
     assert fault(preset="papers").startswith("study.yaml: preset: ")
 
 
 @pytest.mark.parametrize("members", [[], ["vit"], ["vit", "vit@0"]])
-def test_a_matrix_of_fewer_than_two_members_is_refused(fault, members):
-    """There would be nothing to correlate, and the job that draws the matrix would fail."""
+def test_refuses_a_matrix_of_fewer_than_two_members(fault, members):
+    """There would be nothing to correlate, so the job that draws the matrix would fail."""
     assert "analyses.matrices.a" in fault(analyses={"matrices": {"a": {"members": members}}})
 
 
 @pytest.mark.parametrize("name", ["a@b", "a__b", "a/b", "", "-a", "a b", ".", "..", "a.", "ä"])
 @pytest.mark.parametrize("place", ["study", "datasets", "encoders", "saes", "matrices", "layerwise", "sharedness"])
-def test_a_name_that_would_break_a_path_is_refused(fault, place, name):
+def test_refuses_a_name_that_would_break_a_path(fault, place, name):
     sound = {
         "datasets": {"source": "hub/x"},
         "encoders": {"base": "vit"},
@@ -489,7 +492,7 @@ def test_a_name_that_would_break_a_path_is_refused(fault, place, name):
 
 
 @pytest.mark.parametrize("name", ["vit-l-14", "CLIP_ViT.L14", "a", "7b"])
-def test_names_as_models_have_them_are_sound(build, name):
+def test_accepts_names_like_those_of_models(build, name):
     assert name in build(encoders={name: {"base": "vit"}}).encoders
 
 
@@ -510,13 +513,13 @@ def test_names_as_models_have_them_are_sound(build, name):
     ],
     ids=str,
 )
-def test_values_of_the_wrong_kind_are_errors_of_the_study(fault, changes):
-    """YAML reads ``1:`` as a number and ``on:`` as true; whatever it reads, the user gets a message."""
+def test_values_of_the_wrong_type_are_study_errors(fault, changes):
+    """YAML reads ``1:`` as a number and ``on:`` as true; the user always gets a message."""
     place = next(iter(changes))
     assert f"study.yaml: {place}" in fault(**changes)
 
 
-def test_a_missing_path_is_refused(fault, build, tmp_path):
+def test_refuses_a_missing_path(fault, build, tmp_path):
     assert "datasets.mine.source: ./absent.csv does not exist" in fault(datasets={"mine": {"source": "./absent.csv"}})
     assert "encoders.vit.model: /absent does not exist" in fault(encoders={"vit": {"model": "/absent"}})
     assert "script:absent.py does not exist" in fault(encoders={"vit": {"model": "script:absent.py"}})
@@ -524,7 +527,7 @@ def test_a_missing_path_is_refused(fault, build, tmp_path):
     build(datasets={"mine": {"source": str(tmp_path / "there.csv")}})
 
 
-def test_paths_of_the_catalog_are_relative_to_the_clone(catalog, tmp_path, monkeypatch):
+def test_catalog_paths_are_relative_to_the_clone(catalog, tmp_path, monkeypatch):
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "pairs.csv").touch()
     (catalog / "datasets.yaml").write_text("pairs: {source: ./demo/pairs.csv}")
@@ -536,7 +539,7 @@ def test_paths_of_the_catalog_are_relative_to_the_clone(catalog, tmp_path, monke
 
 
 def aliases(form, first="[x]"):
-    """A short YAML text whose aliases, written out, hold 10^9 values and more."""
+    """A short YAML text whose aliases expand to 10^9 values or more."""
     lines = [f"a0: &a0 {first}"]
     for n in range(1, 40):
         lines.append(f"a{n}: &a{n} " + form.format(f"*a{n - 1}, *a{n - 1}" if "0" not in form else f"*a{n - 1}"))
@@ -563,7 +566,7 @@ def aliases(form, first="[x]"):
         (b"? [a, b]\n: 1", ""),
     ],
 )
-def test_a_file_that_is_no_study_is_named(tmp_path, catalog, content, words):
+def test_names_a_file_that_is_not_a_study(tmp_path, catalog, content, words):
     path = tmp_path / "mine.yaml"
     if content is not None:
         path.write_bytes(content)
@@ -571,13 +574,13 @@ def test_a_file_that_is_no_study_is_named(tmp_path, catalog, content, words):
         load_study(path, catalog)
 
 
-def test_a_folder_is_no_study(tmp_path, catalog):
+def test_refuses_a_folder_in_place_of_a_study(tmp_path, catalog):
     with pytest.raises(StudyError, match=str(tmp_path)):
         load_study(tmp_path, catalog)
 
 
-def test_a_key_written_twice_is_refused(tmp_path, catalog):
-    """YAML's reader would keep the second and forget the first without a word."""
+def test_refuses_a_duplicate_key(tmp_path, catalog):
+    """YAML's reader would silently keep the last value."""
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config()) + "saes:\n  other:\n")
     with pytest.raises(StudyError, match=r"mine\.yaml: .*saes"):
         load_study(tmp_path / "mine.yaml", catalog)
@@ -602,7 +605,7 @@ def shuffled(value, order):
 
 
 def keys_of(study):
-    """Everything that a workflow passes to its jobs."""
+    """Everything that the workflow passes to its jobs."""
     return {
         "members": study.members_key(),
         "pairs": study.pairs(),
@@ -618,7 +621,7 @@ def keys_of(study):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_order_of_the_config_changes_neither_pairs_nor_keys(catalog, seed):
+def test_pairs_and_keys_do_not_depend_on_the_order_of_the_config(catalog, seed):
     given = config(analyses=ANALYSES, datasets={"coco": {"limit": 10}, "laion": None})
     expected = keys_of(build_study(given, "study.yaml", catalog))
     other = shuffled(given, random.Random(seed))
@@ -627,7 +630,7 @@ def test_the_order_of_the_config_changes_neither_pairs_nor_keys(catalog, seed):
     assert keys_of(build_study(other, "study.yaml", catalog)) == expected
 
 
-def test_pairs_are_those_the_analyses_need_each_sorted_and_once(build):
+def test_pairs_are_those_the_analyses_need_sorted_and_unique(build):
     first_seeds = [Member(name, 0) for name in ENCODERS]
     needed = {tuple(sorted(pair)) for pair in combinations(first_seeds, 2)}
     vit1 = Member("vit", 1)
@@ -650,7 +653,7 @@ def test_a_members_ceiling_is_the_first_other_seed_of_its_encoder(build):
     assert study.ceiling_of(Member("bert", 0)) is None
 
 
-def test_a_matrix_needs_the_ceilings_of_its_members_and_other_analyses_none(build):
+def test_only_matrices_need_ceilings(build):
     encoders = {"vit": {"seeds": [0, 1, 2]}, "bert": None, "dinov2": {"seeds": [4, 3]}}
     matrix = build(encoders=encoders, analyses={"matrices": {"m": {"members": ["vit@2", "bert", "dinov2"]}}})
     assert matrix.ceiling_pairs("m") == [
@@ -669,7 +672,7 @@ def test_a_matrix_needs_the_ceilings_of_its_members_and_other_analyses_none(buil
     assert layerwise.pairs() == [(Member("bert", 0), Member("vit", 0))]
 
 
-def test_similarity_is_between_the_different_encoders_of_matrices_and_layerwise_analyses(build):
+def test_similarity_compares_different_encoders_of_matrix_and_layerwise_analyses(build):
     analyses = {
         "matrices": {"m": {"members": ["vit@0", "vit@1", "dinov2"]}},
         "layerwise": {"l": {"pairs": [["vit@1", "vit@0"], ["vit", "bert"], ["bert", "vit@1"]]}},
@@ -679,7 +682,7 @@ def test_similarity_is_between_the_different_encoders_of_matrices_and_layerwise_
     assert build(analyses={"sharedness": analyses["sharedness"]}).similarity_pairs() == []
 
 
-def test_rankings_overlap_where_they_have_the_same_source(build):
+def test_rankings_with_the_same_source_have_an_overlap(build):
     def ranking(source):
         return {"source": source, "shared_with": ["clip-text"], "not_shared_with": ["dinov2"]}
 
@@ -692,7 +695,7 @@ def test_rankings_overlap_where_they_have_the_same_source(build):
 PAPER_ENCODERS = {"bert-large": {"base": "bert"}, "dinov2-large": {"base": "dinov2"}, "bert-base": {"base": "bert"}}
 
 
-def test_a_matrix_is_compared_with_the_paper_on_the_papers_data_sets(build):
+def test_compares_a_matrix_with_the_paper_on_the_papers_data_sets(build):
     def datasets(size, names=("coco", "laion")):
         members = ["bert-large", "dinov2-large"] if size != "base" else ["bert-base", "dinov2-base"]
         encoders = PAPER_ENCODERS | {"dinov2-base": {"base": "dinov2"}}
@@ -708,7 +711,7 @@ def test_a_matrix_is_compared_with_the_paper_on_the_papers_data_sets(build):
     assert datasets(None) == []
 
 
-def test_the_papers_data_sets_and_encoders_are_those_of_its_numbers():
+def test_the_papers_data_sets_and_encoders_match_its_published_numbers():
     for size, expected in {"large": ("coco", "laion", "flowers"), "base": ("coco",)}.items():
         assert tuple(data for data, of_size in paper_encoders() if of_size == size) == expected
     assert len(paper_encoders()["coco", "large"]) == 11
@@ -730,24 +733,24 @@ def test_the_papers_data_sets_and_encoders_are_those_of_its_numbers():
         ),
     ],
 )
-def test_a_comparison_with_numbers_that_the_paper_lacks_is_refused(fault, size, datasets, message):
+def test_refuses_a_comparison_absent_from_the_paper(fault, size, datasets, message):
     analyses = {"matrices": {"m": {"paper": size}}}
     found = fault(encoders=PAPER_ENCODERS, datasets=dict.fromkeys(datasets), analyses=analyses)
     assert found.startswith(f"study.yaml: analyses.matrices.m.paper: {message}")
 
 
-def test_a_size_that_the_paper_lacks_is_refused(fault):
+def test_refuses_a_size_absent_from_the_paper(fault):
     assert fault(analyses={"matrices": {"m": {"paper": "huge"}}}).startswith("study.yaml: analyses.matrices.m.paper: ")
 
 
-def test_under_the_reference_preset_the_papers_encoders_are_known_by_their_own_names(build):
+def test_the_papers_encoders_keep_their_names_under_the_reference_preset(build):
     analyses = {"matrices": {"m": {"paper": "large"}}}
     study = build(preset="reference", encoders=PAPER_ENCODERS, analyses=analyses)
     assert study.paper_datasets("m") == ["coco"]
 
 
 @pytest.mark.parametrize("part", ["averages", "intervals", "similarity", "strength", "paper", "paper-agreement"])
-def test_a_matrix_whose_files_would_be_another_ones_is_refused(fault, build, part):
+def test_refuses_a_matrix_whose_files_collide_with_anothers(fault, build, part):
     message = fault(analyses={"matrices": {"all": None, f"all.{part}": None}})
     assert f"analyses.matrices.all.{part}: a file of all has that name" in message
     build(analyses={"matrices": {f"all.{part}": None}})
@@ -759,25 +762,25 @@ def test_members_are_those_the_analyses_need(build):
     assert build().members() == []
 
 
-def test_without_a_seed_a_member_is_of_the_encoders_first(build):
+def test_a_member_without_a_seed_uses_the_encoders_first(build):
     pairs = {"layerwise": {"l": {"pairs": [["vit", "bert"]]}}}
     study = build(encoders={"vit": {"seeds": [7, 3]}, "bert": None}, analyses=pairs)
     assert study.pairs() == [(Member("bert", 0), Member("vit", 7))]
     assert study.member("vit@3") == Member("vit", 3)
 
 
-def test_a_matrix_is_grouped_as_the_papers_tables(build):
+def test_a_matrix_is_grouped_like_the_papers_tables(build):
     members = build(analyses=ANALYSES).matrix_members("all")
     assert [str(member) for member in members] == ["clip-image@0", "dinov2@0", "vit@0", "clip-text@0", "bert@0"]
 
 
-def test_a_pair_has_one_name_whichever_way_round():
+def test_a_pairs_name_does_not_depend_on_the_order():
     a, b = Member("vit", 0), Member("bert", 10)
     assert pair_name(a, b) == pair_name(b, a) == "bert@10__vit@0"
     assert pair_name(Member("vit", 10), Member("vit", 9)) == "vit@9__vit@10"
 
 
-def test_keys_leave_out_defaults_and_what_the_stage_does_not_depend_on(build):
+def test_keys_omit_defaults_and_irrelevant_settings(build):
     plain = build(encoders={"vit": None})
     same = build(
         encoders={"vit": {"seeds": [3, 4], "note": "mine", "batch_size": 32, "use_layers": "all", "parts": 3}},
@@ -790,7 +793,7 @@ def test_keys_leave_out_defaults_and_what_the_stage_does_not_depend_on(build):
     assert not {"weights", "revision", "seeds", "note"} & json.loads(same.encoders["vit"].activations_key()).keys()
 
 
-def test_a_stream_is_no_extraction_of_parts(build):
+def test_a_stream_cannot_be_split_into_parts(build):
     assert build(encoders={"vit": {"parts": 2}}).parted_encoders() == ["vit"]
     with pytest.raises(
         StudyError, match=r"encoders\.vit\.parts: a stream is one job.*; leave parts out, or set stream"
@@ -801,13 +804,13 @@ def test_a_stream_is_no_extraction_of_parts(build):
 @pytest.mark.parametrize(
     "change", [{"batch_size": 8}, {"use_layers": "last"}, {"global_token": "mean"}, {"image_size": 98}]
 )
-def test_what_activations_depend_on_is_in_their_key(build, change):
+def test_the_key_of_activations_has_every_setting_they_depend_on(build, change):
     plain, changed = build(encoders={"vit": None}), build(encoders={"vit": change})
     assert plain.encoders["vit"].activations_key() != changed.encoders["vit"].activations_key()
 
 
 @pytest.mark.parametrize("preset", ["own", "reference"])
-def test_a_written_study_is_read_as_it_was(build, tmp_path, preset):
+def test_a_study_survives_a_round_trip_through_its_file(build, tmp_path, preset):
     study = build(analyses=ANALYSES, preset=preset)
     write_study(study, tmp_path / "study.json")
     read = load_study(tmp_path / "study.json")
@@ -856,7 +859,7 @@ PAPER = {
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_catalog_holds_each_encoder_of_the_paper_with_what_a_reader_asks(name):
+def test_the_catalog_describes_each_encoder_of_the_paper(name):
     entry = EncoderSpec(**read_catalog("encoders")[name])
     found = (entry.library, entry.model, entry.modality, entry.layers, entry.width, entry.global_token)
     assert found == PAPER[name]
@@ -868,7 +871,7 @@ def test_the_catalog_holds_each_encoder_of_the_paper_with_what_a_reader_asks(nam
 
 
 @pytest.mark.parametrize("name", [name for name, row in PAPER.items() if row[0] == "open_clip"])
-def test_sizes_of_the_catalogs_open_clip_encoders_are_open_clips_own(name):
+def test_catalog_sizes_of_open_clip_encoders_equal_open_clips(name):
     entry = EncoderSpec(**read_catalog("encoders")[name])
     known = {"hf-hub:apple/DFN2B-CLIP-ViT-B-16": "ViT-B-16", "hf-hub:apple/DFN2B-CLIP-ViT-L-14": "ViT-L-14"}
     config = open_clip.get_model_config(known.get(entry.model, entry.model))
@@ -882,7 +885,7 @@ def test_sizes_of_the_catalogs_open_clip_encoders_are_open_clips_own(name):
     assert entry.weights is None or entry.weights in open_clip.list_pretrained_tags_by_model(entry.model)
 
 
-def test_a_path_needs_no_dot_before_it_if_it_is_there_or_has_more_parts_than_a_hub_id(fault, tmp_path, monkeypatch):
+def test_recognises_an_existing_or_deep_path_without_a_leading_dot(fault, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert local_path("models/vit") is None
     (tmp_path / "models/vit").mkdir(parents=True)

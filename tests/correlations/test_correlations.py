@@ -1,4 +1,4 @@
-"""Best matches, against numpy.corrcoef in float64 over the same numbers."""
+"""Best matches, against numpy.corrcoef in float64."""
 
 import contextlib
 import shutil
@@ -33,17 +33,17 @@ from tests.helpers.samples import contents
 
 
 def all_correlations(a, b):
-    """``[F_A, F_B]`` Pearson correlations by NumPy in float64; NaN where a feature is constant."""
+    """``[F_A, F_B]`` Pearson correlations by NumPy in float64; NaN for constant features."""
     with np.errstate(invalid="ignore", divide="ignore"):
         r = np.corrcoef(a.astype(np.float64), b.astype(np.float64), rowvar=False)[: a.shape[1], a.shape[1] :]
-    # NumPy's own rounding may leave a constant column a variance of 1e-33.
+    # Rounding in NumPy may give a constant column a variance of 1e-33.
     r[(a == a[0]).all(0)] = np.nan
     r[:, (b == b[0]).all(0)] = np.nan
     return r
 
 
 def assert_best_matches(rho, match, a, b):
-    """Every feature's rho is its largest correlation, and its match is a feature that has it."""
+    """Every feature's rho is its largest correlation, and its match attains it."""
     r = np.where(np.isnan(all_correlations(a, b)), -np.inf, all_correlations(a, b))
     nothing = np.isinf(r).all(1)
     assert (rho[nothing] == 0).all()
@@ -110,13 +110,13 @@ def test_both_directions_equal_numpy(name_a, name_b, rng):
     arrays(np.float16, (7, 4), elements=st.sampled_from([0, 0, 0, 0.5, 1, 2, 60000])),
     arrays(np.float16, (7, 3), elements=st.sampled_from([0, 0, 0, 0.5, 1, 2, 60000])),
 )
-def test_any_sparse_features_equal_numpy(a, b):
+def test_random_sparse_features_equal_numpy(a, b):
     found = max_correlations([a], [b])
     assert_best_matches(found.rho_ab[0], found.match_ab[0], a, b)
     assert_best_matches(found.rho_ba[0], found.match_ba[0], b, a)
 
 
-def test_every_pair_of_layers_has_its_own_maxima(rng):
+def test_maxima_are_per_pair_of_layers(rng):
     a = [rng.standard_normal((40, width)).astype(np.float32) for width in (7, 5)]
     b = [rng.standard_normal((40, width)).astype(np.float32) for width in (4, 9, 6)]
     found = max_correlations(a, b)
@@ -133,7 +133,7 @@ def test_every_pair_of_layers_has_its_own_maxima(rng):
             assert_best_matches(found.rho_ba[i, of_b], found.match_ba[i, of_b], y, x)
 
 
-def test_a_constant_feature_is_nobodys_match_even_where_all_others_are_anticorrelated():
+def test_a_constant_feature_never_matches_even_if_all_others_are_anticorrelated():
     falling = np.array([[5], [4], [3], [2], [1], [0]], np.float32)
     rising = np.stack([np.full(6, 3.0), np.arange(6), np.zeros(6)], axis=1).astype(np.float32)
     found = max_correlations([falling], [rising])
@@ -152,7 +152,7 @@ def test_indices_point_at_the_right_feature(rng):
 
 
 @pytest.mark.parametrize("memory_bytes", [2**30, 10_000])
-def test_exchanging_the_two_sides_exchanges_the_directions(memory_bytes, rng):
+def test_swapping_the_sides_swaps_the_directions(memory_bytes, rng):
     a, b = [example("low density", rng), example("random", rng)], [example("constant", rng, width=11)]
     one = max_correlations(a, b, memory_bytes).reverse()
     other = max_correlations(b, a, memory_bytes)
@@ -168,8 +168,8 @@ def test_a_feature_is_its_own_best_match(rng):
         assert found.rho_ab[layer, start : start + width] == pytest.approx(1, abs=1e-6)
 
 
-def test_no_correlation_is_above_one_or_below_minus_one(rng):
-    """Else artanh, and with it every significance, is NaN."""
+def test_correlations_are_between_minus_one_and_one(rng):
+    """Otherwise artanh, and with it every significance, is NaN."""
     x = rng.standard_normal((500, 300)).astype(np.float32)
     found = max_correlations([x], [x])
     assert found.rho_ab.max() <= 1
@@ -177,7 +177,7 @@ def test_no_correlation_is_above_one_or_below_minus_one(rng):
 
 
 @pytest.mark.parametrize("memory_bytes", [1_500, 5_000, 20_000])
-def test_a_small_memory_budget_changes_nothing(memory_bytes, rng):
+def test_results_do_not_depend_on_the_memory_budget(memory_bytes, rng):
     a = [example("random", rng, samples=50, width=33), example("low density", rng, samples=50, width=8)]
     b = [example("constant", rng, samples=50, width=21), example("one-hot", rng, samples=50, width=13)]
     large, small = max_correlations(a, b), max_correlations(a, b, memory_bytes)
@@ -193,7 +193,7 @@ def test_a_small_memory_budget_changes_nothing(memory_bytes, rng):
 
 
 @pytest.mark.parametrize("samples", [2, 50, 118_287])
-def test_a_budget_too_small_says_how_much_is_enough(samples, rng):
+def test_reports_the_minimum_budget_if_too_small(samples, rng):
     x = rng.standard_normal((samples, 2)).astype(np.float16)
     with pytest.raises(NumericsError, match=f"{samples} samples need [0-9,]+ bytes") as caught:
         max_correlations([x], [x], memory_bytes=20)
@@ -205,7 +205,7 @@ def test_a_budget_too_small_says_how_much_is_enough(samples, rng):
 
 @pytest.mark.parametrize("width", [1, 3, 8, 64])
 def test_the_error_stays_below_1e_5_over_all_samples_of_coco(width, rng):
-    """However wide a panel is: the last one of a layer can be as narrow as one feature."""
+    """For every panel width: the last panel of a layer can have a single feature."""
     samples = 118_287
     x = np.zeros((samples, width), np.float16)
     for column in x.T:
@@ -216,12 +216,12 @@ def test_the_error_stays_below_1e_5_over_all_samples_of_coco(width, rng):
     assert found.match_ab[0].tolist() == list(range(width))[::-1]
 
 
-def test_different_numbers_of_samples_are_refused(rng):
+def test_refuses_different_numbers_of_samples(rng):
     with pytest.raises(NumericsError, match=r"\[49, 50\]"):
         max_correlations([example("random", rng)], [example("random", rng, samples=49)])
 
 
-def test_one_sample_is_refused(rng):
+def test_refuses_a_single_sample(rng):
     x = example("random", rng, samples=1)
     with pytest.raises(NumericsError, match="at least 2"):
         max_correlations([x], [x])
@@ -229,7 +229,7 @@ def test_one_sample_is_refused(rng):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("side", ["a", "b"])
-def test_a_value_that_is_not_finite_is_refused_and_named(bad, side, rng):
+def test_names_a_non_finite_value(bad, side, rng):
     good, other = [example("random", rng), example("random", rng)], [example("random", rng), example("random", rng)]
     other[1][3, 4] = bad
     with pytest.raises(NumericsError, match=rf"^{side}\[1\]: row 3, column 4 is {bad}; replace it, or leave out"):
@@ -238,7 +238,7 @@ def test_a_value_that_is_not_finite_is_refused_and_named(bad, side, rng):
         max_correlations(*((other[1], good[1]) if side == "a" else (good[1], other[1])))
 
 
-def test_numpy_torch_and_zarr_arrays_give_the_same(rng, tmp_path):
+def test_numpy_torch_and_zarr_arrays_give_the_same_result(rng, tmp_path):
     x, y = example("low density", rng), example("float16", rng)
     stored = zarr.create_array(tmp_path / "x.zarr", shape=x.shape, dtype=x.dtype, chunks=(7, 4))
     stored[...] = x
@@ -257,7 +257,7 @@ def expected_maximum(count, samples):
     return float((np.tanh(z / np.sqrt(samples - 3)) * of_largest).sum() * (z[1] - z[0]))
 
 
-def test_planted_features_are_found_and_shuffled_samples_give_the_noise_floor(rng):
+def test_finds_planted_features_and_the_noise_floor_of_shuffled_samples(rng):
     samples, F = 1000, 96
     a = np.exp(rng.standard_normal((samples, F)) * 0.1).astype(np.float32)
     order = rng.permutation(F)
@@ -271,7 +271,7 @@ def test_planted_features_are_found_and_shuffled_samples_give_the_noise_floor(rn
 
 
 def adversarial(name, samples, width, rng):
-    """Features that a correlation of rounded numbers gets wrong, each in its way; as SAEs give them or not."""
+    """Features on which correlations of rounded numbers fail in different ways."""
     if name == "activations":
         return np.maximum(rng.standard_normal((samples, width)) - 0.5, 0).astype(np.float16)
     if name == "constant":
@@ -306,7 +306,7 @@ ADVERSARIAL = [
 
 
 def assert_exact(a, b):
-    """Every correlation, and the wMPPC, is as near to float64's as documented; matches are as good as the best."""
+    """Correlations and wMPPC are within the documented error of float64, and matches are as good as the best."""
     r = all_correlations(a, b)
     whole = np.full(r.shape, np.nan, np.float32)
     found = max_correlations(a, b, full={(0, 0): whole})
@@ -320,14 +320,14 @@ def assert_exact(a, b):
 
 @pytest.mark.parametrize("samples", [300, 2000])
 @pytest.mark.parametrize("name_a", ADVERSARIAL)
-def test_every_correlation_is_within_its_error(name_a, samples, rng):
+def test_correlations_are_within_the_documented_error(name_a, samples, rng):
     a = adversarial(name_a, samples, 130, rng)
     assert_exact(a, a)
     for name_b in ADVERSARIAL:
         assert_exact(a, adversarial(name_b, samples, 70, rng))
 
 
-def test_a_cpu_takes_float32_for_bfloat16(rng, monkeypatch):
+def test_the_cpu_uses_float32_in_place_of_bfloat16(rng, monkeypatch):
     monkeypatch.setenv(DEVICE, "cpu")
     a, b = adversarial("activations", 500, 40, rng), adversarial("rare", 500, 24, rng)
     expected, found = max_correlations(a, b), max_correlations(a, b, precision="bfloat16")
@@ -336,8 +336,8 @@ def test_a_cpu_takes_float32_for_bfloat16(rng, monkeypatch):
 
 
 @pytest.mark.parametrize("memory_bytes", [2**30, 400_000, 100_000])
-def test_rows_and_columns_of_the_full_matrix_are_those_of_the_features(memory_bytes, rng):
-    """Whatever way the work is cut, and whatever features are left out or put last on the way."""
+def test_rows_and_columns_of_the_full_matrix_are_in_feature_order(memory_bytes, rng):
+    """However the work is split, and whichever features are skipped or moved to the end internally."""
     a = [adversarial(name, 1500, 45, rng) for name in ("constant", "rare")]
     b = [adversarial(name, 1500, 37, rng) for name in ("rare", "activations", "binary")]
     b[1][:, ::4] = a[0][:, :40:4]
@@ -366,11 +366,11 @@ class Counting:
         return self.x[place]
 
 
-def test_within_the_budget_every_value_is_read_once(rng):
+def test_reads_every_value_once_if_the_budget_allows(rng):
     a, b = ([Counting(adversarial("activations", 600, 40, rng)) for _ in range(3)] for _ in range(2))
     max_correlations(a, b)
     for layer in a + b:
-        layer.reads[0, 0] -= 1  # to see its type
+        layer.reads[0, 0] -= 1  # for its dtype
         assert (layer.reads == 1).all()
 
 
@@ -384,7 +384,7 @@ def test_within_the_budget_every_value_is_read_once(rng):
         (1_000, [64] * 2, 820_000, 1_000, 1, 2),
     ],
 )
-def test_work_is_cut_to_the_budget(N, sizes, budget, rows, group, times_b):
+def test_blocks_fit_the_budget(N, sizes, budget, rows, group, times_b):
     blocks = plan_blocks(N, sizes, sizes, 2, budget)
     assert (blocks.rows, blocks.group, blocks.times_b) == (rows, group, times_b)
     assert blocks.bytes <= budget
@@ -441,7 +441,7 @@ def memory_of(samples, layers, width, budget):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's peak memory")
-def test_ten_times_the_samples_take_the_same_memory():
+def test_memory_does_not_grow_with_the_number_of_samples():
     budget = 48 * 2**20
     few, many = (memory_of(samples, 1, 1024, budget) for samples in (4_000, 40_000))
     # One layer of the many, standardised, would be 164 MB.
@@ -450,8 +450,8 @@ def test_ten_times_the_samples_take_the_same_memory():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's peak memory")
-def test_a_budget_that_holds_no_layer_is_kept_to():
-    """A layer's features, as they are stored, are 40 MB; the matrix of two layers 16 MB."""
+def test_keeps_to_a_budget_smaller_than_one_layer():
+    """A layer's stored features are 40 MB, the matrix of two layers 16 MB."""
     assert memory_of(10_000, 2, 2048, 8 * 2**20) < 14 * 2**20
 
 
@@ -461,7 +461,7 @@ class KilledError(Exception):
 
 @pytest.mark.parametrize("memory_bytes", [2_000_000, 400_000, 100_000])
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_what_was_cut_off_goes_on_after_its_last_step_and_ends_the_same(steps, memory_bytes, rng):
+def test_resumes_after_the_last_finished_step_with_the_same_result(steps, memory_bytes, rng):
     a = [Counting(adversarial(name, 1500, 45, rng)) for name in ("constant", "rare")]
     b = [Counting(adversarial(name, 1500, 37, rng)) for name in ("rare", "activations")]
     whole = max_correlations(a, b, memory_bytes)
@@ -480,11 +480,11 @@ def test_what_was_cut_off_goes_on_after_its_last_step_and_ends_the_same(steps, m
     for name, values in vars(whole).items():
         np.testing.assert_array_equal(values, getattr(found, name), err_msg=name)
     if memory_bytes == 2_000_000:
-        assert (b[0].reads[1:] == 0).all()  # it was done with
+        assert (b[0].reads[1:] == 0).all()  # it was already finished
 
 
-def test_a_failure_leaves_no_thread_that_reads_ahead(rng):
-    """Python may collect what is left of it while it starts another thread, and wait for itself."""
+def test_a_failure_ends_the_prefetch_thread(rng):
+    """Garbage collection during the start of another thread could otherwise deadlock."""
     a, b = ([adversarial(name, 1500, 45, rng) for name in ("constant", "rare")] for _ in range(2))
     before = set(threading.enumerate())
 
@@ -494,12 +494,14 @@ def test_a_failure_leaves_no_thread_that_reads_ahead(rng):
     with pytest.raises(KilledError) as caught:
         max_correlations(a, b, 100_000, keep=keep)
     left = set(threading.enumerate()) - before
-    assert not [thread for thread in left if thread.name.startswith("ThreadPoolExecutor")], caught  # it holds the rest
+    assert not [thread for thread in left if thread.name.startswith("ThreadPoolExecutor")], (
+        caught
+    )  # keeps the traceback
 
 
 @pytest.fixture
 def two_stores(tmp_path, write_features, rng):
-    """Two feature stores, of two layers and of one, and the features in them."""
+    """Two feature stores, with two layers and one layer, and their features."""
     a = {0: example("low density", rng, width=5), 2: example("low density", rng, width=5)}
     b = {1: example("low density", rng, width=7)}
     for x in [*a.values(), *b.values()]:
@@ -507,7 +509,7 @@ def two_stores(tmp_path, write_features, rng):
     return write_features(tmp_path, "vit@0", a), write_features(tmp_path, "bert@1", b), a, b
 
 
-def test_stores_are_correlated_and_read_from_either_side(two_stores, tmp_path):
+def test_correlates_stores_and_reads_them_from_either_side(two_stores, tmp_path):
     path_a, path_b, a, b = two_stores
     out = tmp_path / "correlations" / "bert@1__vit@0.zarr"
     correlate_stores(path_b, path_a, out)
@@ -523,7 +525,7 @@ def test_stores_are_correlated_and_read_from_either_side(two_stores, tmp_path):
                 assert_best_matches(pair.best.rho_ab[row, place], pair.best.match_ab[row, place], x, y)
 
 
-def test_the_type_of_each_array_is_as_documented(two_stores, tmp_path):
+def test_arrays_have_the_documented_types(two_stores, tmp_path):
     path_a, path_b, _, _ = two_stores
     correlate_stores(path_a, path_b, tmp_path / "pair.zarr")
     found = read_correlations(tmp_path / "pair.zarr", "vit@0").best
@@ -531,7 +533,7 @@ def test_the_type_of_each_array_is_as_documented(two_stores, tmp_path):
     assert found.match_ab.dtype == found.match_ba.dtype == np.int32
 
 
-def test_stores_of_different_samples_are_refused(two_stores, tmp_path, write_features, rng):
+def test_refuses_stores_of_different_samples(two_stores, tmp_path, write_features, rng):
     path_a, *_ = two_stores
     other = write_features(tmp_path, "other@0", {0: example("low density", rng)}, content_hash="other samples")
     with pytest.raises(StoreError, match="different samples"):
@@ -539,27 +541,27 @@ def test_stores_of_different_samples_are_refused(two_stores, tmp_path, write_fea
     assert not (tmp_path / "pair.zarr").exists()
 
 
-def test_a_member_that_is_not_of_the_pair_is_refused(two_stores, tmp_path):
+def test_refuses_a_member_outside_the_pair(two_stores, tmp_path):
     path_a, path_b, _, _ = two_stores
     correlate_stores(path_a, path_b, tmp_path / "pair.zarr")
     with pytest.raises(StoreError, match=r"bert@1, without vit@1|vit@0 and bert@1"):
         read_correlations(tmp_path / "pair.zarr", "vit@1")
 
 
-def test_a_missing_feature_store_is_named(two_stores, tmp_path):
+def test_names_a_missing_feature_store(two_stores, tmp_path):
     path_a, *_ = two_stores
     with pytest.raises(StoreError, match=r"absent@0\.zarr"):
         correlate_stores(path_a, tmp_path / "absent@0.zarr", tmp_path / "pair.zarr")
 
 
 def features_of(rng, samples, widths):
-    """Features of an encoder's layers, some of them common to all that are made of one generator's start."""
+    """Features of an encoder's layers; those made from the same generator state share some of them."""
     return {n: adversarial("activations", samples, width, rng) for n, width in widths.items()}
 
 
 @pytest.fixture
 def larger_stores(tmp_path, write_features, rng):
-    """Stores of 300 samples, of layers with more and with fewer features than a floor is made of."""
+    """Stores of 300 samples, with layers wider and narrower than the number of features in a floor."""
     a = features_of(rng, 300, {0: 300, 3: 40})
     b = features_of(rng, 300, {1: 30, 2: 280})
     b[2][:, 5:25] = a[0][:, 30:50] + 0.3 * b[2][:, 5:25]
@@ -567,7 +569,7 @@ def larger_stores(tmp_path, write_features, rng):
     return write_features(tmp_path, "vit@0", a), write_features(tmp_path, "bert@1", b), a, b
 
 
-def test_the_floor_is_of_shuffled_samples(larger_stores, tmp_path, monkeypatch):
+def test_the_floor_comes_from_shuffled_samples(larger_stores, tmp_path, monkeypatch):
     path_a, path_b, a, b = larger_stores
     monkeypatch.setattr(_store, "FLOOR_FEATURES", 200)
     out = tmp_path / "pair.zarr"
@@ -585,11 +587,11 @@ def test_the_floor_is_of_shuffled_samples(larger_stores, tmp_path, monkeypatch):
             start += size
     planted = read_correlations(out, "vit@0")
     assert planted.best.rho_ab[1, 30:50].min() > 0.6
-    assert planted.floor.max() < 0.4  # of 310 best matches among 310 over 300 samples
+    assert planted.floor.max() < 0.4  # for 310 best matches among 310 features over 300 samples
 
 
-def test_an_influence_is_how_a_wmppc_changes_with_the_weight_of_a_sample(larger_stores, tmp_path):
-    """By finite differences in float64, with the matches held fixed."""
+def test_influence_is_the_derivative_of_wmppc_by_a_samples_weight(larger_stores, tmp_path):
+    """By finite differences in float64 with fixed matches."""
     path_a, path_b, a, b = larger_stores
     out = tmp_path / "pair.zarr"
     correlate_stores(path_a, path_b, out)
@@ -604,7 +606,7 @@ def test_an_influence_is_how_a_wmppc_changes_with_the_weight_of_a_sample(larger_
         last = starts[-2] + found.match_ab[-1, -ours[-1].shape[1] :]
 
         def readings(weights, ours=ours, everything=everything, best=best, last=last, N=N):
-            """The wMPPC by reading, of samples with so much weight each."""
+            """The wMPPC of each reading with these sample weights."""
 
             def rho(x, y):
                 x, y = (z - weights @ z / N for z in (x, y))
@@ -629,7 +631,7 @@ def test_an_influence_is_how_a_wmppc_changes_with_the_weight_of_a_sample(larger_
             np.testing.assert_allclose(pair.influence[:, sample], changed, rtol=2e-3, atol=2e-3)
 
 
-def test_whole_matrices_of_chosen_layers_are_stored(larger_stores, tmp_path):
+def test_stores_full_matrices_of_selected_layers(larger_stores, tmp_path):
     path_a, path_b, a, b = larger_stores
     correlate_stores(path_a, path_b, tmp_path / "pair.zarr", full=[(3, 2), (0, 1)])
     store = open_store(tmp_path / "pair.zarr", "correlations")
@@ -639,7 +641,7 @@ def test_whole_matrices_of_chosen_layers_are_stored(larger_stores, tmp_path):
         np.testing.assert_allclose(r, np.nan_to_num(all_correlations(a[layer_a], b[layer_b])), rtol=0, atol=1e-5)
 
 
-def test_a_whole_matrix_of_a_layer_that_is_not_there_is_refused(larger_stores, tmp_path):
+def test_refuses_a_full_matrix_of_a_missing_layer(larger_stores, tmp_path):
     path_a, path_b, _, _ = larger_stores
     with pytest.raises(StoreError, match=r"bert@1\.zarr: no layer 7; it has 1, 2"):
         correlate_stores(path_a, path_b, tmp_path / "pair.zarr", full=[(0, 7)])
@@ -677,7 +679,7 @@ KILLED = """if True:
     ("name", "stop"),
     [("panel", 1), ("panel", 3), ("shuffled_floor", 1), ("influences", 0), ("save_array", 0), ("save_array", 5)],
 )
-def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(name, stop, larger_stores, tmp_path, monkeypatch):
+def test_a_killed_job_resumes_with_the_same_bytes(name, stop, larger_stores, tmp_path, monkeypatch):
     path_a, path_b, *_ = larger_stores
     out, undisturbed = tmp_path / "cut" / "pair.zarr", tmp_path / "whole" / "pair.zarr"
     blocks = []
@@ -693,10 +695,10 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(name, stop, larger_st
     assert [path.name for path in out.parent.iterdir()] == ["pair.zarr"]
     assert blocks[0] < all_blocks
     if name != "panel":
-        assert blocks[0] == 0  # all matches were found
+        assert blocks[0] == 0  # all matches were already found
 
 
-def test_what_was_cut_off_of_other_features_is_not_gone_on_with(larger_stores, tmp_path, write_features, rng):
+def test_does_not_resume_a_job_on_other_features(larger_stores, tmp_path, write_features, rng):
     path_a, path_b, *_ = larger_stores
     out = tmp_path / "pair.zarr"
     arguments = ["2", "panel", *map(str, (path_a, path_b, out))]
@@ -709,7 +711,7 @@ def test_what_was_cut_off_of_other_features_is_not_gone_on_with(larger_stores, t
 
 
 @pytest.mark.parametrize("damage", ["torn", "garbled", "empty"])
-def test_a_damaged_progress_file_is_one_clear_error_and_gone(damage, larger_stores, tmp_path):
+def test_a_damaged_progress_file_is_one_error_and_deleted(damage, larger_stores, tmp_path):
     path_a, path_b, *_ = larger_stores
     out = tmp_path / "pair.zarr"
     arguments = ["2", "panel", *map(str, (path_a, path_b, out))]
@@ -723,7 +725,7 @@ def test_a_damaged_progress_file_is_one_clear_error_and_gone(damage, larger_stor
     assert out.exists()
 
 
-def test_a_member_may_be_paired_with_itself(larger_stores, tmp_path):
+def test_a_member_can_be_paired_with_itself(larger_stores, tmp_path):
     path_a, _, a, _ = larger_stores
     correlate_stores(path_a, path_a, tmp_path / "pair.zarr")
     pair = read_correlations(tmp_path / "pair.zarr", "vit@0")
@@ -735,7 +737,7 @@ def test_a_member_may_be_paired_with_itself(larger_stores, tmp_path):
     np.testing.assert_array_equal(pair.best.rho_ab, pair.best.rho_ba)
 
 
-def test_both_orders_of_a_pair_say_the_same(larger_stores, tmp_path):
+def test_both_orders_of_a_pair_give_the_same_result(larger_stores, tmp_path):
     path_a, path_b, *_ = larger_stores
     correlate_stores(path_a, path_b, tmp_path / "one.zarr")
     correlate_stores(path_b, path_a, tmp_path / "other.zarr")
@@ -746,7 +748,7 @@ def test_both_orders_of_a_pair_say_the_same(larger_stores, tmp_path):
         np.testing.assert_allclose(one.influence, other.influence, rtol=1e-3, atol=1e-4)
 
 
-def test_stores_without_an_active_feature_or_of_one_sample_are_refused(larger_stores, tmp_path, write_features, rng):
+def test_refuses_stores_without_active_features_or_with_one_sample(larger_stores, tmp_path, write_features, rng):
     path_a, *_ = larger_stores
     silent = write_features(tmp_path, "silent@0", {0: np.zeros((300, 5), np.float16)})
     with pytest.raises(StoreError, match=r"silent@0\.zarr: no sample activates any"):
@@ -757,7 +759,7 @@ def test_stores_without_an_active_feature_or_of_one_sample_are_refused(larger_st
     assert not list(tmp_path.glob("pair*"))
 
 
-def test_a_lost_or_cut_chunk_of_features_is_named_and_nothing_written(larger_stores, tmp_path):
+def test_names_a_missing_or_truncated_chunk_of_features_and_writes_nothing(larger_stores, tmp_path):
     path_a, path_b, *_ = larger_stores
     chunk = next(path for path in sorted((path_a / "layer-00" / "features").rglob("*")) if path.parent.name == "0")
     whole = chunk.read_bytes()
@@ -769,7 +771,7 @@ def test_a_lost_or_cut_chunk_of_features_is_named_and_nothing_written(larger_sto
     assert not list(tmp_path.glob("pair*"))
 
 
-def test_features_of_an_older_version_are_to_be_made_again(larger_stores, tmp_path):
+def test_refuses_features_of_an_older_version(larger_stores, tmp_path):
     path_a, path_b, *_ = larger_stores
     root = path_a / "zarr.json"
     root.write_text(root.read_text().replace('"version": 4', '"version": 3'))
@@ -778,14 +780,14 @@ def test_features_of_an_older_version_are_to_be_made_again(larger_stores, tmp_pa
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
-def test_one_array_alone_is_one_layer(rng, kind):
+def test_a_single_array_is_one_layer(rng, kind):
     a, b = (rng.standard_normal((50, 4)).astype(np.float32) for _ in range(2))
     alone, listed = max_correlations(kind(a), kind(b)), max_correlations([a], [b])
     np.testing.assert_array_equal(alone.rho_ab, listed.rho_ab)
     np.testing.assert_array_equal(alone.match_ba, listed.match_ba)
 
 
-def test_another_memory_budget_does_not_go_on_with_steps_that_were_others(larger_stores, tmp_path):
+def test_does_not_resume_with_another_memory_budget(larger_stores, tmp_path):
     path_a, path_b, *_ = larger_stores
     out = tmp_path / "pair.zarr"
     arguments = ["3", "panel", *map(str, (path_a, path_b, out))]
@@ -795,7 +797,7 @@ def test_another_memory_budget_does_not_go_on_with_steps_that_were_others(larger
     assert contents(out) == contents(tmp_path / "whole" / "pair.zarr")
 
 
-def test_a_chunk_that_an_attempt_lost_of_a_whole_matrix_is_noticed(larger_stores, tmp_path):
+def test_detects_a_missing_chunk_of_an_unfinished_full_matrix(larger_stores, tmp_path):
     path_a, path_b, *_ = larger_stores
     out = tmp_path / "pair.zarr"
     arguments = ["0", "influences", *map(str, (path_a, path_b, out))]
@@ -807,7 +809,7 @@ def test_a_chunk_that_an_attempt_lost_of_a_whole_matrix_is_noticed(larger_stores
 
 
 @pytest.mark.parametrize("name", ["features", "strength", "deviation"])
-def test_a_changed_chunk_of_features_or_of_their_statistics_is_named(name, larger_stores, tmp_path):
+def test_names_a_changed_chunk_of_features_or_statistics(name, larger_stores, tmp_path):
     path_a, path_b, *_ = larger_stores
     chunk = max((path_a / "layer-00" / name / "c").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
     content = bytearray(chunk.read_bytes())
@@ -819,7 +821,7 @@ def test_a_changed_chunk_of_features_or_of_their_statistics_is_named(name, large
 
 
 @pytest.mark.parametrize(("old", "new"), [('"float16"', '"floatX6"'), ('"layer', '"layex'), ('"shape"', '"shapx"')])
-def test_changed_metadata_of_features_is_named(old, new, larger_stores, tmp_path):
+def test_names_changed_metadata_of_features(old, new, larger_stores, tmp_path):
     path_a, path_b, *_ = larger_stores
     metadata = path_a / "layer-00" / "features" / "zarr.json"
     text = metadata.read_text()
@@ -831,7 +833,7 @@ def test_changed_metadata_of_features_is_named(old, new, larger_stores, tmp_path
 
 
 @pytest.mark.parametrize("key", ["content_hash", "layers", "samples"])
-def test_a_store_that_does_not_say_what_it_is_of_is_refused(key, larger_stores, tmp_path):
+def test_refuses_a_store_with_changed_root_metadata(key, larger_stores, tmp_path):
     path_a, path_b, *_ = larger_stores
     root = path_a / "zarr.json"
     root.write_text(root.read_text().replace(f'"{key}"', f'"{key[::-1]}"'))
@@ -862,7 +864,7 @@ def test_a_store_that_does_not_say_what_it_is_of_is_refused(key, larger_stores, 
         (lambda x: torch.tensor(x).to("meta"), "a torch.Tensor, cannot be read as an array"),
     ],
 )
-def test_what_has_no_correlations_is_refused_in_one_line(change, message, rng):
+def test_refuses_invalid_arrays_in_one_line(change, message, rng):
     x = rng.random((20, 3))
     for sides in ((change(x), x), (x, change(x))):
         with pytest.raises(NumericsError, match=message) as raised:
@@ -870,13 +872,13 @@ def test_what_has_no_correlations_is_refused_in_one_line(change, message, rng):
         assert "\n" not in str(raised.value)
 
 
-def test_an_unknown_precision_is_refused(rng):
+def test_refuses_an_unknown_precision(rng):
     with pytest.raises(NumericsError, match="precision 'float16': use one of float32, bfloat16"):
         max_correlations(rng.random((20, 3)), rng.random((20, 3)), precision="float16")
 
 
 class OnlyItsValues:
-    """What other libraries' arrays have in common: `__array__`."""
+    """An array of another library, with only `__array__`."""
 
     def __init__(self, values):
         self._values = values
@@ -903,7 +905,7 @@ class OnlyItsValues:
         lambda x: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
     ],
 )
-def test_arrays_of_any_kind_and_order_are_read(change, rng):
+def test_reads_arrays_of_any_kind_and_order(change, rng):
     x, y = (rng.random((20, 3)).astype(np.float32) for _ in range(2))
     expected = max_correlations(x, y)
     np.testing.assert_array_equal(max_correlations(change(x), y).rho_ab, expected.rho_ab)
@@ -911,13 +913,13 @@ def test_arrays_of_any_kind_and_order_are_read(change, rng):
 
 
 @pytest.mark.parametrize("kind", ["?", "i1", "u2", "u8", "i8", "f8"])
-def test_numbers_of_any_type_are_read(kind, rng):
+def test_reads_numbers_of_any_type(kind, rng):
     x, y = (rng.integers(0, 2 if kind == "?" else 100, (20, 3)).astype(kind) for _ in range(2))
     expected = max_correlations(x.astype(float), y.astype(float))
     np.testing.assert_array_equal(max_correlations(x, y).rho_ab, expected.rho_ab)
 
 
-def test_torch_tensors_in_bfloat16_are_read(rng):
+def test_reads_bfloat16_torch_tensors(rng):
     x, y = (torch.from_numpy(rng.random((20, 3))).bfloat16() for _ in range(2))
     expected = max_correlations(x.float(), y.float())
     np.testing.assert_allclose(max_correlations(x, y).rho_ab, expected.rho_ab, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Reading image-caption pairs from every kind of source, in order, dropping and saying what is unusable."""
+"""Reads image-caption pairs from every kind of source, in order, and drops and reports unusable rows."""
 
 import io
 import json
@@ -50,7 +50,7 @@ def parquet_of_structs(folder):
 
 
 def parquet_of_the_hub(folder):
-    """With the features that Hugging Face's library notes in the file, by which it would decode the images."""
+    """With the features that Hugging Face's library records in the file to decode images."""
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
     rows = {"image": [{"bytes": image, "path": None} for image in IMAGES], "caption": CAPTIONS}
     datasets.Dataset.from_dict(rows, features).to_parquet(folder / "pairs.parquet")
@@ -109,7 +109,7 @@ def parquet_of_paths(folder):
 
 
 def folder_of_tables(folder):
-    """Two Parquet files, with paths relative to the folder they are in."""
+    """Two Parquet files with paths relative to their folder."""
     (folder / "set").mkdir()
     paths = pictures(folder / "set")
     for n, rows in enumerate([slice(0, 2), slice(2, 5)]):
@@ -184,7 +184,7 @@ SOURCES = [
 
 @pytest.fixture
 def make(tmp_path):
-    """Writes a Parquet source of the given columns, makes the data set of it, and opens that."""
+    """Writes a Parquet source of the given columns, makes a data set of it and opens it."""
 
     def made(images=None, captions=None, name="made", ids=None, **keys):
         images = IMAGES if images is None else images
@@ -199,7 +199,7 @@ def make(tmp_path):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_every_kind_of_source_gives_the_same_samples_in_order(source, tmp_path, make):
+def test_all_kinds_of_source_give_the_same_samples_in_order(source, tmp_path, make):
     make_dataset(DatasetSpec(source=str(source(tmp_path))), tmp_path / "data")
     data = AsRead(tmp_path / "data")
     assert len(data) == 5
@@ -213,7 +213,7 @@ def test_every_kind_of_source_gives_the_same_samples_in_order(source, tmp_path, 
     assert data.content_hash == make().content_hash
 
 
-def test_the_samples_are_an_arrow_file_as_documented(make, tmp_path):
+def test_samples_are_a_documented_arrow_file(make, tmp_path):
     make(ids=list("abcde"), order_seed=3)
     with pa.memory_map(str(tmp_path / "made" / "samples.arrow")) as source:
         table = pa.ipc.open_file(source).read_all()
@@ -229,7 +229,7 @@ def test_the_samples_are_an_arrow_file_as_documented(make, tmp_path):
     assert set(contents(tmp_path / "made")) == {"manifest.json", "samples.arrow"}
 
 
-def test_the_order_of_samples_is_a_permutation_drawn_by_its_seed_alone(make):
+def test_the_order_of_samples_is_a_permutation_drawn_from_its_seed(make):
     images, captions = [IMAGES[n % 5] for n in range(600)], [f"caption {n}" for n in range(600)]
     first, again, other = (
         Data.ids(make(images, captions, name=name, order_seed=seed)) for name, seed in [("a", 0), ("b", 0), ("c", 1)]
@@ -241,7 +241,7 @@ def test_the_order_of_samples_is_a_permutation_drawn_by_its_seed_alone(make):
     assert abs(np.corrcoef(places, np.arange(600))[0, 1]) < 0.2
 
 
-def test_order_is_kept_over_many_batches(make):
+def test_keeps_the_order_over_many_batches(make):
     count = 600
     captions = [f"caption {n}" for n in np.random.default_rng(0).permutation(count)]
     data = make([IMAGES[n % 5] for n in range(count)], captions, ids=[f"id {n}" for n in range(count)])
@@ -250,11 +250,11 @@ def test_order_is_kept_over_many_batches(make):
     assert data.image(599).getpixel((0, 0)) == RGB[599 % 5]
 
 
-def test_ids_of_numbers_become_strings(make):
+def test_numeric_ids_become_strings(make):
     assert make(ids=[30, 10, 20, 50, 40]).ids() == ["30", "10", "20", "50", "40"]
 
 
-def test_the_content_hash_tells_what_differs(make):
+def test_the_content_hash_depends_on_images_captions_and_ids(make):
     original = make(name="original").content_hash
     assert make(name="again").content_hash == original
     swapped = [1, 0, 2, 3, 4]
@@ -270,21 +270,21 @@ def test_the_content_hash_tells_what_differs(make):
     assert len(set(hashes)) == len(hashes)
 
 
-def test_the_content_hash_tells_where_a_caption_ends_and_the_next_id_begins(make):
+def test_the_content_hash_separates_captions_from_ids(make):
     seed = next(seed for seed in range(9) if np.random.default_rng(seed).permutation(2).tolist() == [0, 1])
     one = make(IMAGES[:2], ["a", "b"], ids=["1", "x2"], name="one", order_seed=seed)
     two = make(IMAGES[:2], ["ax", "b"], ids=["1", "2"], name="two", order_seed=seed)
     assert one.content_hash != two.content_hash
 
 
-def test_the_content_hash_depends_neither_on_the_form_nor_on_the_place_of_the_source(make, tmp_path):
+def test_the_content_hash_does_not_depend_on_the_sources_format_or_location(make, tmp_path):
     (tmp_path / "deep").mkdir()
     make_dataset(DatasetSpec(source=str(csv_of_paths(tmp_path / "deep"))), tmp_path / "from csv")
     assert AsRead(tmp_path / "from csv").content_hash == make().content_hash
 
 
 @pytest.mark.parametrize(("key", "column"), [("image", "picture"), ("caption", "text"), ("id", "key")])
-def test_a_missing_column_is_named_with_those_there_are(make, tmp_path, key, column):
+def test_names_a_missing_column_and_lists_the_existing_ones(make, tmp_path, key, column):
     with pytest.raises(DatasetError, match=rf"no column '{column}'; the columns are image, caption: set {key} to"):
         make(**{key: column})
     assert not (tmp_path / "made").exists()
@@ -297,7 +297,7 @@ def test_columns_can_have_any_name(tmp_path):
     assert AsRead(tmp_path / "data").ids() == ["0", "1", "2", "3", "4"]
 
 
-def test_unusable_rows_are_dropped_and_listed(make):
+def test_drops_and_lists_unusable_rows(make):
     truncated = png(Image.effect_noise((64, 64), 50))[:500]
     images = [IMAGES[0], b"no image at all", None, truncated, IMAGES[1], IMAGES[2], IMAGES[3], b""]
     captions = ["first", "b", "c", "d", "", None, "last", "h"]
@@ -315,18 +315,18 @@ def test_unusable_rows_are_dropped_and_listed(make):
     assert (data.manifest["rows_read"], data.manifest["rows"]) == (8, 2)
 
 
-def test_a_caption_of_blanks_is_no_caption(make):
+def test_a_blank_caption_counts_as_missing(make):
     data = make(captions=["a", " \t\n", "c", "d", "e"], max_dropped=0.5)
     assert [d["reason"] for d in data.manifest["dropped"]] == ["no caption"]
 
 
-def test_a_row_without_an_id_is_dropped(make):
+def test_drops_a_row_without_an_id(make):
     data = make(ids=["a", None, "c", None, "e"], max_dropped=0.5)
     assert data.ids() == ["a", "c", "e"]
     assert [(d["row"], d["reason"]) for d in data.manifest["dropped"]] == [(1, "no id"), (3, "no id")]
 
 
-def test_a_missing_picture_is_dropped_by_name(tmp_path):
+def test_drops_a_missing_image_by_name(tmp_path):
     csv_of_paths(tmp_path)
     (tmp_path / "pictures" / "2.png").unlink()
     make_dataset(DatasetSpec(source=str(tmp_path / "pairs.csv"), max_dropped=0.5), tmp_path / "data")
@@ -335,12 +335,12 @@ def test_a_missing_picture_is_dropped_by_name(tmp_path):
     assert "2.png" in dropped["reason"]
 
 
-def test_captions_that_are_numbers_are_said_to_be_no_text(make, tmp_path):
+def test_numeric_captions_are_reported_as_not_text(make, tmp_path):
     with pytest.raises(DatasetError, match="caption is int, not text"):
         make(captions=[1, 2, 3, 4, 5])
 
 
-def test_more_unusable_rows_than_allowed_are_an_error_and_leave_nothing(make, tmp_path):
+def test_too_many_unusable_rows_are_an_error_and_leave_nothing(make, tmp_path):
     images = [*IMAGES[:4], b"broken"]
     with pytest.raises(
         DatasetError, match=r"1 of 5 rows are unusable, more than max_dropped = 0\.1.*row 4 \(00000004\)"
@@ -350,7 +350,7 @@ def test_more_unusable_rows_than_allowed_are_an_error_and_leave_nothing(make, tm
     assert len(make(images, max_dropped=0.2)) == 4
 
 
-def test_memory_holds_a_few_bytes_of_each_row(tmp_path):
+def test_memory_needs_a_few_bytes_per_row(tmp_path):
     N = 5_000
     tracemalloc.start()
     with dataset._SampleFile(tmp_path / "as-read") as samples, dataset._DroppedRows(tmp_path / "dropped") as dropped:
@@ -363,7 +363,7 @@ def test_memory_holds_a_few_bytes_of_each_row(tmp_path):
     assert DATASET.is_valid(tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 150 * N  # which an id alone would take
+    assert peak < 150 * N  # the size of the ids alone
 
 
 def test_duplicate_ids_are_an_error(make, tmp_path):
@@ -384,31 +384,31 @@ def test_one_usable_sample_is_too_few(make):
         make(captions=["a", "", "", "", ""], max_dropped=1)
 
 
-def test_limit_reads_the_first_rows_alone(make):
+def test_limit_reads_only_the_first_rows(make):
     data = make([*IMAGES[:3], b"never read", b"nor this"], limit=3)
     assert [data.caption(i) for i in range(len(data))] == CAPTIONS[:3]
     assert len(make(name="more", limit=99)) == 5
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_names_a_missing_file(tmp_path):
     with pytest.raises(DatasetError, match=r"absent\.parquet: no such file"):
         make_dataset(DatasetSpec(source=str(tmp_path / "absent.parquet")), tmp_path / "data")
 
 
-def test_a_file_that_is_no_table_is_refused_with_the_suffixes_that_are(tmp_path):
+def test_refuses_a_file_that_is_not_a_table_and_lists_the_known_suffixes(tmp_path):
     (tmp_path / "pairs.xlsx").touch()
     with pytest.raises(DatasetError, match=r"cannot read '\.xlsx' files; use \.parquet, \.csv"):
         make_dataset(DatasetSpec(source=str(tmp_path / "pairs.xlsx")), tmp_path / "data")
 
 
-def test_a_damaged_table_is_named(tmp_path):
+def test_names_a_damaged_table(tmp_path):
     path = parquet_of_bytes(tmp_path)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DatasetError, match=r"pairs\.parquet: cannot be read"):
         make_dataset(DatasetSpec(source=str(path)), tmp_path / "data")
 
 
-def test_making_it_again_gives_the_same_bytes(make, tmp_path):
+def test_two_runs_give_the_same_bytes(make, tmp_path):
     make()
     first = contents(tmp_path / "made")
     make()
@@ -416,7 +416,7 @@ def test_making_it_again_gives_the_same_bytes(make, tmp_path):
     assert set(first) == {"samples.arrow", "manifest.json"}
 
 
-def test_data_that_is_missing_or_damaged_is_refused(make, tmp_path):
+def test_refuses_missing_or_damaged_data(make, tmp_path):
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "manifest.json").write_text('{"kind": "sae"}')
     for folder in ("absent", "others"):
@@ -445,11 +445,11 @@ def test_data_that_is_missing_or_damaged_is_refused(make, tmp_path):
 
 
 FLIPS = 60
-"""Bytes of each file that are changed, one after another."""
+"""Bytes changed in each file, one at a time."""
 
 
 def everything(folder):
-    """All that can be read of a data set; or the message of the error that says why it cannot."""
+    """The full content of a data set, or the message of the error."""
     try:
         data = Data(folder)
         rows = range(len(data))
@@ -459,7 +459,7 @@ def everything(folder):
 
 
 @pytest.mark.parametrize("name", ["samples.arrow", "manifest.json"])
-def test_any_flipped_bit_is_noticed_or_changes_nothing(make, tmp_path, name, rng):
+def test_detects_any_flipped_bit_that_matters(make, tmp_path, name, rng):
     make()
     whole, path = everything(tmp_path / "made"), tmp_path / "made" / name
     kept = path.read_bytes()
@@ -471,7 +471,7 @@ def test_any_flipped_bit_is_noticed_or_changes_nothing(make, tmp_path, name, rng
         assert found == whole or re.fullmatch(r"\S+/made: .*; delete the folder and run the dataset stage again", found)
 
 
-def test_transparency_is_laid_on_white():
+def test_transparency_is_composited_on_white():
     picture = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
     picture.putpixel((1, 0), (0, 0, 0, 0))
     found = decode(png(picture))
@@ -481,7 +481,7 @@ def test_transparency_is_laid_on_white():
     assert decode(png(Image.new("LA", (1, 1), (0, 0)))).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_a_palette_with_a_transparent_colour_is_laid_on_white():
+def test_a_transparent_palette_colour_is_composited_on_white():
     picture = Image.new("P", (2, 1), 0)
     picture.putpalette([255, 0, 0, 0, 0, 255])
     picture.putpixel((1, 0), 1)
@@ -503,7 +503,7 @@ def test_a_palette_with_a_transparent_colour_is_laid_on_white():
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_every_kind_of_picture_becomes_rgb(picture, form, expected):
+def test_every_image_mode_becomes_rgb(picture, form, expected):
     found = decode(png(picture, format=form))
     assert (found.mode, found.size) == ("RGB", picture.size)
     assert found.getpixel((0, 0)) == pytest.approx(expected, abs=4)
@@ -517,7 +517,7 @@ def test_16_bit_greys_keep_their_brightness(form):
     assert np.asarray(found, int)[0, :, 0] == pytest.approx([0, 64, 128, 255], abs=1)
 
 
-def test_a_picture_that_cannot_be_decoded_raises():
+def test_an_undecodable_image_raises():
     with pytest.raises(OSError, match="cannot identify"):
         decode(b"not a picture")
 
@@ -527,7 +527,7 @@ def test_a_picture_that_cannot_be_decoded_raises():
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Puts a source onto a hub on this machine as ``someone/pairs``, and gives its commit."""
+    """Uploads a source to a local hub as ``someone/pairs`` and returns its commit."""
     with running() as server:
         use(monkeypatch, server.endpoint, tmp_path / "hub")
 
@@ -536,7 +536,7 @@ def hub(tmp_path, monkeypatch):
             folder.mkdir()
             made = source(folder)
             if made.is_file() and (folder / "pictures").is_dir():
-                # Among so many pictures, the hub's library sees a table only where the data set's card names it.
+                # Among so many images, the hub's library finds a table only if the data set's card names it.
                 card = f"---\nconfigs:\n- config_name: default\n  data_files: {made.name}\n---\n"
                 (folder / "README.md").write_text(card)
             return server.add("someone/pairs", made if made.is_dir() else folder, "dataset", revision)
@@ -557,7 +557,7 @@ def hub(tmp_path, monkeypatch):
         folder_of_web_tars,
     ],
 )
-def test_a_data_set_of_the_hub_gives_the_same_samples_and_its_exact_commit(source, hub, make, tmp_path):
+def test_a_hub_data_set_gives_the_same_samples_and_records_its_commit(source, hub, make, tmp_path):
     commit = hub(source)
     make_dataset(DatasetSpec(source="someone/pairs", max_dropped=0.0), tmp_path / "data")
     data = AsRead(tmp_path / "data")
@@ -567,7 +567,7 @@ def test_a_data_set_of_the_hub_gives_the_same_samples_and_its_exact_commit(sourc
     assert data.content_hash == make().content_hash
 
 
-def test_the_revision_that_is_asked_for_is_the_one_that_is_read(hub, tmp_path):
+def test_reads_the_requested_revision(hub, tmp_path):
     old, new = hub(web_tar, "v1"), hub(parquet_of_structs)
     assert old != new
     for revision, commit in [("v1", old), (old, old), (None, new)]:
@@ -575,14 +575,14 @@ def test_the_revision_that_is_asked_for_is_the_one_that_is_read(hub, tmp_path):
         assert AsRead(tmp_path / "data").manifest["revision"] == commit
 
 
-def test_a_data_set_that_the_hub_lacks_is_an_error_of_the_hub(hub, tmp_path):
+def test_a_data_set_missing_from_the_hub_is_a_hub_error(hub, tmp_path):
     with pytest.raises(HubError):
         make_dataset(DatasetSpec(source="someone/absent"), tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize("path", ["../../../secret.png", "/secret.png", "a/../../secret.png"])
-def test_a_table_of_the_hub_reads_no_file_outside_its_data_set(path, hub, tmp_path):
+def test_a_hub_table_cannot_read_files_outside_its_data_set(path, hub, tmp_path):
     (tmp_path / "secret.png").write_bytes(IMAGES[0])
     path = str(tmp_path / "secret.png") if path.startswith("/") else path
 
@@ -615,13 +615,13 @@ SEVERAL = [["one", "two", "three"], [None, "", "only"], ["  ", "first", None, " 
         ("joined", ["one two three", "only", "first second", "x y", "lonely"]),
     ],
 )
-def test_of_several_captions_the_first_or_all_are_taken(make, policy, expected):
+def test_takes_the_first_of_several_captions_or_all(make, policy, expected):
     data = make(captions=SEVERAL, several_captions=policy)
     assert [data.caption(row) for row in range(5)] == expected
     assert data.manifest["several_captions"] == policy
 
 
-def test_a_caption_drawn_by_chance_depends_on_the_seed_and_the_row_alone(make):
+def test_a_random_caption_depends_only_on_the_seed_and_the_row(make):
     images = [IMAGES[n % 5] for n in range(200)]
     captions = [[f"{n}-{i}" for i in range(5)] for n in range(200)]
 
@@ -641,19 +641,19 @@ def test_a_caption_drawn_by_chance_depends_on_the_seed_and_the_row_alone(make):
     assert drawn("limited", caption_seed=3, limit=50).items() <= original.items()
 
 
-def test_the_seed_of_the_draw_is_in_the_manifest(make):
+def test_the_manifest_records_the_caption_seed(make):
     manifest = make(captions=SEVERAL, several_captions="sampled", caption_seed=7).manifest
     assert (manifest["several_captions"], manifest["caption_seed"]) == ("sampled", 7)
 
 
 @pytest.mark.parametrize("policy", ["first", "joined", "sampled"])
-def test_a_row_whose_captions_are_all_empty_is_dropped(make, policy):
+def test_drops_a_row_whose_captions_are_all_empty(make, policy):
     captions = [["a"], [], None, ["", None, " \n"], ["b"]]
     data = make(captions=captions, several_captions=policy, max_dropped=0.6)
     assert [(d["row"], d["reason"]) for d in data.manifest["dropped"]] == [(n, "no caption") for n in (1, 2, 3)]
 
 
-def test_a_caption_that_is_no_text_is_dropped_by_the_name_of_its_kind():
+def test_drops_a_caption_that_is_not_text_and_names_its_type():
     def caption(cell):
         return dataset._caption(DatasetSpec(source="./x", several_captions="joined"), 0, {"caption": cell})
 
@@ -665,7 +665,7 @@ def test_a_caption_that_is_no_text_is_dropped_by_the_name_of_its_kind():
             caption(cell)
 
 
-def test_odd_captions_that_are_text_are_kept_as_they_are(make):
+def test_keeps_unusual_captions_unchanged(make):
     captions = [
         "x" * 1_000_000,
         "مرحبا بالعالم 👩‍👩‍👧",
@@ -677,7 +677,7 @@ def test_odd_captions_that_are_text_are_kept_as_they_are(make):
     assert [data.caption(row) for row in range(5)] == captions
 
 
-def test_a_caption_or_an_id_that_has_no_utf_8_is_dropped(tmp_path):
+def test_drops_captions_and_ids_that_cannot_be_encoded_as_utf_8(tmp_path):
     members = [("a.png", IMAGES[0]), ("a.json", b'"fine"'), ("b.png", IMAGES[1]), ("b.json", b'"lone \\ud800 half"')]
     members += [
         ("c.png", IMAGES[2]),
@@ -702,7 +702,7 @@ def json_lines(path, *rows):
     return DatasetSpec(source=str(path), max_dropped=0.9)
 
 
-def test_json_lines_may_hold_half_a_surrogate_pair_other_types_and_rows_that_lack_a_column(tmp_path):
+def test_json_lines_may_have_lone_surrogates_mixed_types_and_missing_columns(tmp_path):
     pictures(tmp_path)
     captions = ['"one"', '"half \\ud800"', '["two", "three"]', "7", "null"]
     rows = [f'{{"image": "pictures/{n}.png", "caption": {caption}}}' for n, caption in enumerate(captions)]
@@ -726,19 +726,19 @@ def test_json_lines_may_hold_half_a_surrogate_pair_other_types_and_rows_that_lac
         ('["pictures/1.png", "a caption"]', "line 2 is not an object of columns and cells"),
     ],
 )
-def test_a_line_that_is_no_row_is_named(line, fault, tmp_path):
+def test_names_a_line_that_is_not_a_row(line, fault, tmp_path):
     spec = json_lines(tmp_path / "a.jsonl", '{"image": "pictures/0.png", "caption": "a"}', line)
     with pytest.raises(DatasetError, match=fault):
         make_dataset(spec, tmp_path / "data")
 
 
-def test_json_lines_without_a_column_name_those_there_are(tmp_path):
+def test_lists_the_columns_of_json_lines_if_one_is_missing(tmp_path):
     spec = json_lines(tmp_path / "a.jsonl", '{"picture": "pictures/0.png", "caption": "a"}')
     with pytest.raises(DatasetError, match="no column 'image'; the columns are caption, picture: set image to one"):
         make_dataset(spec, tmp_path / "data")
 
 
-def test_a_caption_in_a_csv_file_that_reads_as_nothing_in_a_program_is_text(tmp_path):
+def test_csv_captions_such_as_null_are_text(tmp_path):
     captions = ["NA", "null", "None", "", "nan"]
     rows = [f"{path},{caption}" for path, caption in zip(pictures(tmp_path), captions, strict=True)]
     (tmp_path / "a.csv").write_text("\n".join(["image,caption", *rows]))
@@ -755,7 +755,7 @@ def web_spec(path, **keys):
     return DatasetSpec(**{"source": str(path), "image": "jpg;png", "caption": "txt", "id": "__key__", **keys})
 
 
-def test_a_web_data_set_has_its_keys_as_ids_and_its_members_as_columns(tmp_path):
+def test_webdataset_keys_are_ids_and_members_are_columns(tmp_path):
     jpeg = png(Image.new("RGB", (8, 8), (255, 0, 0)), format="JPEG")
     members = [
         ("train/0001.jpg", jpeg),
@@ -779,7 +779,7 @@ def test_a_web_data_set_has_its_keys_as_ids_and_its_members_as_columns(tmp_path)
     ]
 
 
-def test_a_web_data_set_of_another_first_sample_and_lacking_members_drops_those_alone(tmp_path):
+def test_drops_only_webdataset_samples_that_lack_members(tmp_path):
     members = [("1.json", b"{}"), ("2.png", IMAGES[0]), ("3.txt", b"three"), ("4.png", IMAGES[1]), ("4.txt", b"four")]
     members += [("5.png", IMAGES[2]), ("5.txt", b"\xff\xff"), ("6.txt", b"six"), ("6.png", IMAGES[3])]
     make_dataset(web_spec(tar_of(tmp_path / "a.tar", members), max_dropped=0.9), tmp_path / "data")
@@ -793,12 +793,12 @@ def test_a_web_data_set_of_another_first_sample_and_lacking_members_drops_those_
     assert (manifest["rows_read"], manifest["rows"]) == (6, 2)
 
 
-def test_a_column_that_no_member_has_is_named_with_the_extensions_there_are(tmp_path):
+def test_names_a_missing_webdataset_column_and_lists_the_extensions(tmp_path):
     with pytest.raises(DatasetError, match=r"no column 'text'; the members' extensions are caption, image, json"):
         make_dataset(web_spec(web_tar(tmp_path), image="image", caption="text", max_dropped=1), tmp_path / "data")
 
 
-def test_members_of_a_tar_never_touch_the_disk_whatever_their_names(tmp_path):
+def test_tar_members_are_never_extracted_to_disk(tmp_path):
     (tmp_path / "inner").mkdir()
     members = []
     for name in ("../../evil", str(tmp_path / "absolute"), "plain"):
@@ -815,20 +815,20 @@ def test_members_of_a_tar_never_touch_the_disk_whatever_their_names(tmp_path):
     assert AsRead(tmp_path / "inner" / "data").ids() == ["../../evil", str(tmp_path / "absolute"), "plain"]
 
 
-def test_two_members_of_one_name_are_an_error_that_names_the_sample(tmp_path):
+def test_names_a_sample_with_two_members_of_one_name(tmp_path):
     members = [("a.png", IMAGES[0]), ("a.png", IMAGES[1]), ("a.txt", b"a")]
     with pytest.raises(DatasetError, match=r"a\.tar: the sample 'a' has two members 'png'"):
         make_dataset(web_spec(tar_of(tmp_path / "a.tar", members)), tmp_path / "data")
 
 
-def test_a_tar_cut_short_is_an_error_that_names_it(tmp_path):
+def test_names_a_truncated_tar(tmp_path):
     path = web_tar(tmp_path)
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(DatasetError, match=r"pairs\.tar: cannot be read"):
         make_dataset(DatasetSpec(source=str(path)), tmp_path / "data")
 
 
-def test_the_split_of_a_folder_of_tars_is_chosen_by_its_name(tmp_path):
+def test_chooses_the_split_of_a_folder_of_tars_by_file_name(tmp_path):
     (tmp_path / "set").mkdir()
     tar_of(tmp_path / "set" / "train-0.tar", web_members([0, 1]))
     tar_of(tmp_path / "set" / "validation-0.tar", web_members([2, 3, 4]))
@@ -839,12 +839,12 @@ def test_the_split_of_a_folder_of_tars_is_chosen_by_its_name(tmp_path):
         make_dataset(DatasetSpec(source=str(tmp_path / "set"), split="test"), tmp_path / "data")
 
 
-def test_limit_reads_the_first_samples_of_a_tar_alone(tmp_path):
+def test_limit_reads_only_the_first_samples_of_a_tar(tmp_path):
     make_dataset(DatasetSpec(source=str(web_tar(tmp_path)), limit=2), tmp_path / "data")
     assert len(AsRead(tmp_path / "data")) == 2
 
 
-def test_a_missing_picture_of_an_image_folder_is_dropped_by_name(tmp_path):
+def test_drops_a_missing_image_of_an_image_folder_by_name(tmp_path):
     source = image_folder(tmp_path)
     (source / "train" / "pictures" / "2.png").unlink()
     make_dataset(DatasetSpec(source=str(source), max_dropped=0.5), tmp_path / "data")
@@ -853,11 +853,11 @@ def test_a_missing_picture_of_an_image_folder_is_dropped_by_name(tmp_path):
     assert "2.png" in dropped["reason"]
 
 
-# Odd pictures
+# Unusual images
 
 
 def raw_png(width, height, depth, colour, rows, *chunks):
-    """A PNG file put together by hand, for kinds that PIL does not write. ``rows`` are bytes, without filter bytes."""
+    """A PNG file of a kind that PIL does not write. ``rows`` are bytes, without filter bytes."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -878,7 +878,7 @@ def grey(*values):
     return [(value,) * 3 for value in values]
 
 
-def test_32_bit_greys_within_255_stay_as_they_are():
+def test_32_bit_greys_within_255_are_unchanged():
     picture = Image.fromarray(np.array([[0, 77, 255]], np.int32))
     assert picture.mode == "I"
     assert first_row(png(picture, format="TIFF")) == grey(0, 77, 255)
@@ -900,26 +900,26 @@ def test_32_bit_greys_within_255_stay_as_they_are():
         (np.array([[-5, -5]], np.int32), [0, 0]),
     ],
 )
-def test_32_bit_greys_are_scaled_by_the_range_they_are_in(values, expected):
+def test_32_bit_greys_are_scaled_by_their_range(values, expected):
     assert first_row(png(Image.fromarray(values), format="TIFF")) == [
         pytest.approx(value, abs=1) for value in grey(*expected)
     ]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_greys_that_are_not_finite_make_no_picture(value):
+def test_refuses_non_finite_greys(value):
     with pytest.raises(ValueError, match="not finite"):
         decode(png(Image.fromarray(np.array([[0, value]], np.float32)), format="TIFF"))
 
 
-def test_16_bit_greys_with_a_transparent_one_keep_their_brightness_and_lay_that_on_white():
+def test_16_bit_greys_keep_their_brightness_and_composite_transparency_on_white():
     greys = [0, 64 * 256, 64 * 256 + 1, 65535]
     rows = [b"".join(value.to_bytes(2, "big") for value in greys)]
     image = raw_png(4, 1, 16, 0, rows, (b"tRNS", (64 * 256).to_bytes(2, "big")))
     assert first_row(image) == grey(0, 255, 64, 255)
 
 
-def test_16_bit_colours_are_scaled_and_not_cut_off():
+def test_16_bit_colours_are_scaled_and_not_clipped():
     def row(*pixels):
         return [b"".join(value.to_bytes(2, "big") for pixel in pixels for value in pixel)]
 
@@ -928,7 +928,7 @@ def test_16_bit_colours_are_scaled_and_not_cut_off():
     assert first_row(raw_png(2, 1, 16, 4, row((32768, 65535), (0, 0)))) == grey(128, 255)
 
 
-def test_a_transparent_colour_of_16_bits_is_laid_on_white():
+def test_a_transparent_16_bit_colour_is_composited_on_white():
     pixels = [(65535, 0, 0), (0, 0, 65535)]
     rows = [b"".join(value.to_bytes(2, "big") for pixel in pixels for value in pixel)]
     image = raw_png(2, 1, 16, 2, rows, (b"tRNS", struct.pack(">HHH", 0, 0, 65535)))
@@ -949,7 +949,7 @@ def test_16_bit_colours_of_a_tiff_are_scaled():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_pictures_are_turned_upright_as_pil_itself_does(orientation, form):
+def test_images_are_rotated_upright_as_pil_does(orientation, form):
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (6, 9, 3), np.uint8)).resize((36, 24), Image.Resampling.NEAREST)
     exif = Image.Exif()
@@ -977,8 +977,8 @@ def packed_text(kind, length):
     ],
     ids=["text", "colour profile", "many texts", "bomb"],
 )
-def test_a_png_file_is_read_however_much_text_it_carries(chunks):
-    """PIL has global limits for what is no part of the image; they stay, and nothing is unpacked beyond them."""
+def test_reads_a_png_file_with_any_amount_of_text(chunks):
+    """PIL's global limits on metadata are unchanged, and nothing is decompressed beyond them."""
     exif = Image.Exif()
     exif[0x0112] = 6
     limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
@@ -994,27 +994,27 @@ def test_a_png_file_is_read_however_much_text_it_carries(chunks):
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0", b"MM"])
-def test_damaged_exif_data_do_not_cost_the_picture(exif):
+def test_ignores_damaged_exif_data(exif):
     image = png(Image.new("RGB", (9, 6), (0, 0, 255)), format="JPEG", exif=exif)
     assert decode(image).size == (9, 6)
 
 
-def test_of_an_animation_the_first_frame_is_taken():
+def test_takes_the_first_frame_of_an_animation():
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime")]
     for form in ("GIF", "WEBP", "PNG"):
         image = png(frames[0], format=form, save_all=True, append_images=frames[1:], duration=50)
         assert first_row(image)[0] == pytest.approx((255, 0, 0), abs=4), form
 
 
-def test_pictures_in_other_colour_spaces_keep_their_colours():
+def test_images_in_other_colour_spaces_keep_their_colours():
     red = Image.new("RGB", (2, 2), (200, 30, 60))
     profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
     for picture in (ImageCms.profileToProfile(red, *profiles, outputMode="LAB"), red.convert("YCbCr")):
         assert first_row(png(picture, format="TIFF"))[0] == pytest.approx((200, 30, 60), abs=6), picture.mode
 
 
-def test_pictures_with_too_many_pixels_are_dropped_before_they_are_decoded(make):
-    """The file's data are damaged: decoding it would say that, and not its size."""
+def test_drops_images_with_too_many_pixels_before_decoding(make):
+    """The file's data are damaged, so decoding would report that and not the size."""
     large = raw_png(50_000, 50_000, 8, 2, [])
     data = make([*IMAGES[:4], large], max_dropped=0.5, max_pixels=10_000_000)
     (dropped,) = data.manifest["dropped"]
@@ -1022,7 +1022,7 @@ def test_pictures_with_too_many_pixels_are_dropped_before_they_are_decoded(make)
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(12, 5), (11, 0)])
-def test_max_pixels_is_the_largest_that_is_kept(make, limit, kept):
+def test_max_pixels_is_inclusive(make, limit, kept):
     """IMAGES are 4 by 3."""
     if kept:
         assert len(make(max_pixels=limit)) == kept
@@ -1032,8 +1032,8 @@ def test_max_pixels_is_the_largest_that_is_kept(make, limit, kept):
 
 
 @pytest.mark.parametrize("side", [15, 60])
-def test_pils_own_guard_against_large_pictures_neither_warns_nor_refuses(side, make, monkeypatch):
-    """PIL warns above its limit, and refuses above twice that: of 200 pixels, so the first and the second side."""
+def test_pils_limit_on_image_size_is_disabled(side, make, monkeypatch):
+    """PIL warns above its limit, here 200 pixels (first side), and refuses above twice that (second side)."""
     image = png(Image.new("RGB", (side, side)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -1057,7 +1057,7 @@ def processors():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (3, 3), (3, 1), (1, MAX_RATIO), (MAX_RATIO, 1)])
-def test_what_is_kept_can_be_read_by_every_librarys_preprocessing(size, make):
+def test_kept_images_work_with_every_librarys_preprocessing(size, make):
     data = make([png(Image.new("RGB", size, (200, 0, 0))), *IMAGES[:2]])
     assert len(data) == 3
     for name, processor in processors():
@@ -1065,13 +1065,13 @@ def test_what_is_kept_can_be_read_by_every_librarys_preprocessing(size, make):
 
 
 @pytest.mark.parametrize("size", [(MAX_RATIO + 1, 1), (1, MAX_RATIO + 1), (2 * MAX_RATIO + 1, 2)])
-def test_pictures_too_narrow_to_be_resized_within_memory_are_dropped(size, make):
+def test_drops_images_too_narrow_to_resize_in_memory(size, make):
     data = make([png(Image.new("RGB", size)), *IMAGES[:2]], max_dropped=0.5)
     (dropped,) = data.manifest["dropped"]
     assert "is too narrow; sides may differ 100 fold" in dropped["reason"]
 
 
-def test_postscript_is_not_run(make):
+def test_does_not_run_postscript(make):
     data = make([png(Image.new("RGB", (9, 9)), format="EPS"), *IMAGES[:2]], max_dropped=0.5)
     assert [d["row"] for d in data.manifest["dropped"]] == [0]
 
@@ -1092,7 +1092,7 @@ MODES = {
 
 
 def odd_file(chance):
-    """An image file of a random kind and size, most often damaged."""
+    """An image file of a random kind and size, usually damaged."""
     form = chance.choice(list(MODES))
     mode = chance.choice(MODES[form])
     size = chance.choice([(1, 1), (1, 7), (40, 1), (9, 13), (33, 32), (600, 1), (64, 48)])
@@ -1125,7 +1125,7 @@ def odd_file(chance):
     return bytes(content)
 
 
-def test_whatever_a_file_holds_its_row_is_a_picture_or_dropped_with_a_reason_and_always_the_same(make):
+def test_any_file_gives_an_image_or_a_dropped_row_deterministically(make):
     chance = random.Random(0)
     images = [odd_file(chance) for _ in range(1500)]
     captions = [f"caption {n}" for n in range(len(images))]

@@ -1,4 +1,4 @@
-"""Downloading images by address, against a real server on this machine that misbehaves in every way there is."""
+"""Downloading images by URL, from a real local server that misbehaves in many ways."""
 
 import gc
 import gzip
@@ -41,7 +41,7 @@ def picture(number, side=4):
 
 
 def answer(body=b"", status=200, length=True, **headers):
-    """The bytes of an HTTP answer."""
+    """The bytes of an HTTP response."""
     lines = [f"HTTP/1.1 {status} Whatever", "Connection: close"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     if length is not False:
@@ -50,9 +50,9 @@ def answer(body=b"", status=200, length=True, **headers):
 
 
 class Server(ThreadingTCPServer):
-    """Answers each path by what ``pages`` holds for it: bytes, or a function of the socket and the number of the ask.
+    """Answers each path from ``pages``: bytes, or a function of the socket and the number of the request.
 
-    ``asked`` lists the paths asked for, in order, and ``heads`` the heads of the requests.
+    ``asked`` lists the requested paths in order, ``heads`` the heads of the requests.
     """
 
     daemon_threads = True
@@ -86,7 +86,7 @@ class Handler(StreamRequestHandler):
         try:
             self.request.sendall(page) if isinstance(page, bytes) else page(self.request, count)
         except OSError:
-            pass  # the client has hung up, as it should where it is made to wait
+            pass  # the client has hung up, as it should after its timeout
         finally:
             with self.server.lock:
                 self.server.busy -= 1
@@ -114,7 +114,7 @@ FAST = {"timeout": 3, "attempts": 2, "allow_private": True, "max_mb": 0.1}
 
 @pytest.fixture
 def make(tmp_path, server):
-    """Makes a data set of the images at some paths of the server (or at full addresses), and opens it."""
+    """Makes a data set of the images at some paths of the server (or at full URLs) and opens it."""
 
     def made(paths, name="set", **keys):
         options = {**FAST, **keys.pop("download", {})}
@@ -143,7 +143,7 @@ def reasons(data):
     return {dropped["row"]: dropped["reason"] for dropped in data.manifest["dropped"]}
 
 
-# What a server does, and: whether it may pass (so that it is tried twice and not noted as dead), and the reason.
+# The server's behaviour, whether it is transient (tried twice and not recorded as failed), and the reason.
 
 
 def hang(connection, _):
@@ -155,13 +155,13 @@ def wait_for_hangup(connection):
     connection.recv(1)
 
 
-def drip_head(connection, _):
+def send_head_slowly(connection, _):
     for byte in answer(picture(1)):
         connection.sendall(bytes([byte]))
         time.sleep(0.2)
 
 
-def drip_body(connection, _):
+def send_body_slowly(connection, _):
     whole = answer(picture(1))
     connection.sendall(whole[:-60])
     for byte in whole[-60:]:
@@ -175,19 +175,19 @@ def reset(connection, _):
     connection.close()
 
 
-def pour(connection, _):
+def send_endlessly(connection, _):
     connection.sendall(answer(length=False))
     while True:
         connection.sendall(b"x" * 10_000)
 
 
-def pour_redirect(connection, _):
+def redirect_endlessly(connection, _):
     connection.sendall(answer(status=302, length=False, Location="?"))
     while True:
         connection.sendall(b"x" * 10_000)
 
 
-def pour_chunks(connection, _):
+def send_chunks_endlessly(connection, _):
     connection.sendall(answer(length=False, Transfer_Encoding="chunked"))
     while True:
         connection.sendall(b"2710\r\n" + b"x" * 10_000 + b"\r\n")
@@ -205,8 +205,8 @@ FAULTS = {
     "busy": (answer(b"", 429), True, "HTTP 429"),
     "asked too slowly": (answer(b"", 408), True, "HTTP 408"),
     "never answers": (hang, True, "ReadTimeout"),
-    "drips its head": (drip_head, True, "no complete response within 2 s"),
-    "drips its body": (drip_body, True, "no complete response within 2 s"),
+    "drips its head": (send_head_slowly, True, "no complete response within 2 s"),
+    "drips its body": (send_body_slowly, True, "no complete response within 2 s"),
     "cut short": (answer(picture(1)[:-9], length=len(picture(1))), True, "RemoteProtocolError"),
     "reset": (reset, True, "Error"),
     "no http": (b"SSH-2.0-OpenSSH_9.6\r\n\r\n", True, "RemoteProtocolError"),
@@ -216,8 +216,8 @@ FAULTS = {
     "empty": (answer(b""), False, "cannot be decoded"),
     "no content": (answer(b"", 204, length=False), False, "cannot be decoded"),
     "large": (answer(b"x" * 200_000), False, "larger than 0.1 MB"),
-    "large and mute": (pour, False, "larger than 0.1 MB"),
-    "large in chunks": (pour_chunks, False, "larger than 0.1 MB"),
+    "large and mute": (send_endlessly, False, "larger than 0.1 MB"),
+    "large in chunks": (send_chunks_endlessly, False, "larger than 0.1 MB"),
     "bomb": (answer(BOMB, Content_Encoding="gzip"), False, "larger than 0.1 MB"),
     "no gzip": (answer(b"not gzip", Content_Encoding="gzip"), True, "DecodingError"),
     "redirect to nowhere": (answer(b"", 302), False, "HTTP 302"),
@@ -228,13 +228,13 @@ FAULTS = {
         False,
         "not a valid http or https address: the port 99999 is not between 1 and 65535",
     ),
-    "redirect that never ends": (pour_redirect, False, "more than 5 redirects"),
+    "redirect that never ends": (redirect_endlessly, False, "more than 5 redirects"),
     "redirect to itself": (answer(b"", 301, Location="?"), False, "more than 5 redirects"),
     "too many pixels": (answer(picture(1, 400)), False, "400 x 400 pixels, more than max_pixels = 100000"),
 }
 
 
-def test_every_misbehaviour_is_one_dropped_row_with_its_reason_and_nothing_hangs(server, make, tmp_path, monkeypatch):
+def test_every_misbehaving_server_gives_one_dropped_row_without_hanging(server, make, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "TRY_TIMEOUTS", 2)
     keys = {"max_pixels": 100_000, "download": {"timeout": 1}}
     paths = ["/0.png"]
@@ -265,7 +265,7 @@ def test_every_misbehaviour_is_one_dropped_row_with_its_reason_and_nothing_hangs
     assert set(dead_addresses(tmp_path / "set")) == {f"{server.address}/fault-{n}" for n in dead}
     assert not list((tmp_path / "set" / "downloads").rglob("*.partial"))
 
-    # A second run asks again for what may pass, also under other settings, and for nothing else.
+    # A second run retries only transient failures, with other settings too.
     server.asked.clear()
     again = make([*paths, "/1.png"], **keys)
     assert Counter(server.asked) == {f"/fault-{n}": 1 if n in by_setting else 2 for n in [*by_setting, *passing]}
@@ -290,7 +290,7 @@ def test_every_misbehaviour_is_one_dropped_row_with_its_reason_and_nothing_hangs
         "javascript://x",
     ],
 )
-def test_what_is_no_web_address_is_dropped_with_a_reason(address, server, tmp_path):
+def test_drops_invalid_urls_with_a_reason(address, server, tmp_path):
     table = {"url": [*(server.address + path for path in fine(server, 2)), address], "text": ["a", "b", "c"]}
     pq.write_table(pa.table(table), tmp_path / "set.parquet")
     spec = DatasetSpec(
@@ -339,7 +339,7 @@ def test_a_group_of_errors_is_reported_as_its_first():
     assert download._words(error) == "OSError: cable cut"
 
 
-def test_what_fails_and_then_works_is_a_sample(server, make):
+def test_a_url_that_works_on_the_second_attempt_is_a_sample(server, make):
     fine(server, 2)
     server.pages["/late"] = lambda connection, count: connection.sendall(
         answer(b"", 500) if count < 3 else answer(picture(9), Content_Type="image/png")
@@ -351,14 +351,14 @@ def test_what_fails_and_then_works_is_a_sample(server, make):
 
 
 @pytest.mark.parametrize("kind", ["text/html", "application/octet-stream", "image/jpeg", "nonsense"])
-def test_a_picture_is_a_picture_whatever_the_server_calls_it(server, make, kind):
+def test_ignores_the_content_type(server, make, kind):
     server.pages["/a"] = answer(picture(5), Content_Type=kind)
     server.pages["/b"] = answer(gzip.compress(picture(6)), Content_Type=kind, Content_Encoding="gzip")
     data = make(["/a", "/b"])
     assert [data.image(row).getpixel((0, 0)) for row in range(2)] == [(5, 0, 7), (6, 0, 7)]
 
 
-def test_five_redirects_are_followed_and_six_are_not(server, make):
+def test_follows_at_most_five_redirects(server, make):
     fine(server, 2)
     for left in range(1, 8):
         target = f"/hop/{left - 1}" if left > 1 else f"{server.address}/0.png"
@@ -368,7 +368,7 @@ def test_five_redirects_are_followed_and_six_are_not(server, make):
     assert data.image(0).getpixel((0, 0)) == (0, 0, 7)
 
 
-def test_order_is_that_of_the_rows_whatever_order_downloads_end_in(server, make):
+def test_samples_are_in_row_order_whatever_order_downloads_finish_in(server, make):
     paths = fine(server, 40)
     for number in range(0, 40, 3):
         page = server.pages[f"/{number}.png"]
@@ -378,7 +378,7 @@ def test_order_is_that_of_the_rows_whatever_order_downloads_end_in(server, make)
     assert [data.caption(row) for row in range(40)] == [f"caption {n}" for n in range(40)]
 
 
-def test_an_address_in_many_rows_is_asked_once_be_it_fine_or_not(server, make):
+def test_requests_a_url_once_even_if_many_rows_have_it(server, make):
     fine(server, 1)
     server.pages["/busy"] = answer(b"", 503)
     data = make(["/0.png", "/0.png", "/dead", "/busy", "/dead", "/busy", "/0.png"], download={"attempts": 1})
@@ -387,18 +387,18 @@ def test_an_address_in_many_rows_is_asked_once_be_it_fine_or_not(server, make):
     assert reasons(data) == {2: "HTTP 404", 4: "HTTP 404", 3: "HTTP 503", 5: "HTTP 503"}
 
 
-def test_no_more_requests_are_under_way_than_allowed(server, make):
+def test_limits_the_number_of_concurrent_requests(server, make):
     paths = fine(server, 30)
     for path in paths:
         page = server.pages[path]
         server.pages[path] = lambda connection, _, page=page: (time.sleep(0.03), connection.sendall(page))
     assert len(make(paths, download={"parallel": 3})) == 30
-    # The server still counts a request for a moment after its answer is read; with no bound, it would count 30.
+    # The server counts a request until shortly after its answer is read; without a bound, it would count 30.
     assert 2 <= server.busiest <= 6
 
 
-def test_the_rows_are_not_read_far_ahead_of_a_slow_download(server, tmp_path, monkeypatch):
-    """While the first image is kept back, only so many others are asked for."""
+def test_does_not_read_rows_far_ahead_of_a_slow_download(server, tmp_path, monkeypatch):
+    """While the first image is held back, only a limited number of others are requested."""
     release = threading.Event()
     paths = fine(server, 1200)
     page = server.pages["/0.png"]
@@ -426,7 +426,7 @@ def until(condition, seconds=600):
         time.sleep(0.01)
 
 
-def test_files_are_kept_by_the_hash_of_their_address(server, make, tmp_path):
+def test_files_are_named_by_the_hash_of_their_url(server, make, tmp_path):
     make(fine(server, 2))
     kept = {
         path.relative_to(tmp_path / "set" / "downloads").as_posix(): path.read_bytes()
@@ -437,13 +437,13 @@ def test_files_are_kept_by_the_hash_of_their_address(server, make, tmp_path):
     assert kept == {f"{name[:2]}/{name}": picture(n) for n, name in enumerate(names)}
 
 
-def test_the_manifest_says_where_the_images_came_from(server, make):
+def test_the_manifest_records_where_the_images_came_from(server, make):
     data = make(fine(server, 2))
     assert data.manifest["columns"] == {"id": None, "image_url": "url", "caption": "text"}
     assert all("conceptshare/" in head and "\r\nUser-Agent: " in head for head in server.heads)
 
 
-def test_rows_without_a_caption_are_not_asked_for(server, tmp_path):
+def test_does_not_download_rows_without_a_caption(server, tmp_path):
     table = {"url": [server.address + path for path in fine(server, 3)], "text": ["a", "", "c"]}
     pq.write_table(pa.table(table), tmp_path / "set.parquet")
     spec = DatasetSpec(
@@ -457,7 +457,7 @@ def test_rows_without_a_caption_are_not_asked_for(server, tmp_path):
     assert sorted(server.asked) == ["/0.png", "/2.png"]
 
 
-def test_a_damaged_file_of_an_earlier_run_is_fetched_again(server, make, tmp_path):
+def test_fetches_a_damaged_file_of_an_earlier_run_again(server, make, tmp_path):
     first = make(fine(server, 3))
     name = hashlib.sha256(f"{server.address}/1.png".encode()).hexdigest()
     (tmp_path / "set" / "downloads" / name[:2] / name).write_bytes(b"")
@@ -467,7 +467,7 @@ def test_a_damaged_file_of_an_earlier_run_is_fetched_again(server, make, tmp_pat
     assert dead_addresses(tmp_path / "set") == []
 
 
-def test_a_torn_line_among_the_dead_costs_nothing_but_itself(server, make, tmp_path):
+def test_skips_a_truncated_line_of_failed_urls(server, make, tmp_path):
     fine(server, 2)
     rows = ["/0.png", "/dead/1", "/dead/2", "/1.png"]
     make(rows, download={"parallel": 1})
@@ -479,7 +479,7 @@ def test_a_torn_line_among_the_dead_costs_nothing_but_itself(server, make, tmp_p
         assert server.asked == asked
 
 
-def test_what_a_setting_forbade_is_asked_again_under_another(server, make, tmp_path):
+def test_requests_a_url_again_once_the_settings_allow_it(server, make, tmp_path):
     fine(server, 2)
     noise = io.BytesIO()
     Image.effect_noise((400, 400), 90).save(noise, "PNG")
@@ -492,7 +492,7 @@ def test_what_a_setting_forbade_is_asked_again_under_another(server, make, tmp_p
     assert dead_addresses(tmp_path / "set") == []
 
 
-def test_machines_that_are_not_public_are_not_asked(server, make, tmp_path):
+def test_does_not_connect_to_private_hosts(server, make, tmp_path):
     port = server.server_address[1]
     fine(server, 1)
     hosts = ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "127.1", "[::ffff:127.0.0.1]", "0.0.0.0"]
@@ -504,8 +504,8 @@ def test_machines_that_are_not_public_are_not_asked(server, make, tmp_path):
 
 
 @pytest.mark.parametrize("checked", ["before the request", "after the answer"])
-def test_a_redirect_to_a_machine_that_is_not_public_is_not_followed(server, make, monkeypatch, checked):
-    """Here the server's own address counts as public, so that there is one to redirect from."""
+def test_does_not_follow_a_redirect_to_a_private_host(server, make, monkeypatch, checked):
+    """The server's own address counts as public here, so that it can redirect."""
     monkeypatch.setattr(download, "is_public", lambda host: host == "127.0.0.1")
     if checked == "after the answer":  # as if httpx reported new connections differently
         monkeypatch.setattr(Downloads, "_check_connected", AsyncMock())
@@ -516,8 +516,8 @@ def test_a_redirect_to_a_machine_that_is_not_public_is_not_followed(server, make
         assert other.asked == ([] if checked == "before the request" else ["/0.png"])
 
 
-def test_a_name_that_is_public_at_first_and_private_when_it_is_connected_to_is_refused(server, make, monkeypatch):
-    """Whatever a name resolves to, and however often, the machine that was connected to is what is checked."""
+def test_refuses_a_host_that_resolves_to_a_private_address_on_connection(server, make, monkeypatch):
+    """The check is on the connected address, whatever the name resolves to."""
     real, resolved = socket.getaddrinfo, []
 
     def rebinding(host, *rest, **more):
@@ -541,16 +541,16 @@ def test_a_name_that_is_public_at_first_and_private_when_it_is_connected_to_is_r
      "::ffff:127.0.0.1", "::ffff:10.0.0.1", "::ffff:7f00:1", "2002:7f00:1::", "2002:a00:1::", "64:ff9b::7f00:1",
      "64:ff9b::a00:1", "2001:db8::1", "2001:0:a00:1::f5ff:fffe", "::127.0.0.1", "100::1"],
 )  # fmt: skip
-def test_an_address_off_the_public_internet_is_refused(host):
+def test_refuses_a_private_address(host):
     assert not is_public(host)
 
 
 @pytest.mark.parametrize("host", ["8.8.8.8", "1.1.1.1", "172.32.0.1", "2606:4700:4700::1111", "2002:808:808::"])
-def test_an_address_on_the_public_internet_is_not_refused(host):
+def test_accepts_a_public_address(host):
     assert is_public(host)
 
 
-def test_no_proxy_of_the_environment_is_used(server, make, monkeypatch):
+def test_ignores_proxies_in_the_environment(server, make, monkeypatch):
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     assert len(make(fine(server, 2))) == 2
@@ -562,7 +562,7 @@ def closed_port():
         return free.getsockname()[1]
 
 
-def test_no_connection_at_all_is_said_and_nothing_is_noted_as_dead(make, tmp_path):
+def test_reports_a_missing_connection_and_records_no_failed_urls(make, tmp_path):
     port = closed_port()
     addresses = [f"http://127.0.0.1:{port}/{n}" for n in range(5)]
     with pytest.raises(
@@ -573,7 +573,7 @@ def test_no_connection_at_all_is_said_and_nothing_is_noted_as_dead(make, tmp_pat
     assert not (tmp_path / "set" / "data").exists()
 
 
-def test_no_connection_at_all_is_noticed_before_every_row_was_tried(make, monkeypatch):
+def test_detects_a_missing_connection_before_trying_every_row(make, monkeypatch):
     monkeypatch.setattr(download, "MAX_UNREACHABLE", 20)
     monkeypatch.setattr("conceptshare.data.dataset.MAX_UNREACHABLE", 20)
     port = closed_port()
@@ -582,19 +582,19 @@ def test_no_connection_at_all_is_noticed_before_every_row_was_tried(make, monkey
         make(addresses, download={"attempts": 1})
 
 
-def test_some_unreachable_machines_are_no_broken_connection(server, make):
+def test_some_unreachable_hosts_are_not_a_missing_connection(server, make):
     data = make([*fine(server, 2), f"http://127.0.0.1:{closed_port()}/a"])
     assert len(data) == 2
     assert "Connect" in reasons(data)[2]
 
 
-def test_too_many_failures_say_that_another_run_asks_again(server, make):
+def test_too_many_failures_suggest_another_run(server, make):
     server.pages["/busy"] = answer(b"", 503)
     with pytest.raises(DatasetError, match=r"1 of 3 rows are unusable.*HTTP 503.*run again"):
         make([*fine(server, 2), "/busy"], max_dropped=0.1)
 
 
-def test_what_became_of_the_addresses_is_reported(server, make, capsys):
+def test_reports_the_outcome_of_downloads(server, make, capsys):
     server.pages["/busy"] = answer(b"", 503)
     rows = [*fine(server, 3), "/dead", "/busy"]
     make(rows)
@@ -603,7 +603,7 @@ def test_what_became_of_the_addresses_is_reported(server, make, capsys):
     assert "images: 0 fetched, 3 were there, 2 failed (1 with a transient error)" in capsys.readouterr().err
 
 
-def test_what_became_of_the_addresses_is_said_on_the_way_too(server, make, capsys, monkeypatch):
+def test_reports_the_outcome_of_downloads_in_the_progress_too(server, make, capsys, monkeypatch):
     monkeypatch.setattr(download.progress, "SECONDS_BETWEEN_LINES", 0.0)
     make([*fine(server, 2), "/dead"])
     lines = [line for line in capsys.readouterr().err.splitlines() if "images: " in line]
@@ -612,7 +612,7 @@ def test_what_became_of_the_addresses_is_said_on_the_way_too(server, make, capsy
     assert "images: 2 fetched, 0 were there, 1 failed" in lines[-1]
 
 
-def test_a_server_that_asks_to_wait_is_not_asked_before(server, make):
+def test_waits_for_as_long_as_a_server_requests(server, make):
     fine(server, 2)
     times = []
 
@@ -625,7 +625,7 @@ def test_a_server_that_asks_to_wait_is_not_asked_before(server, make):
     assert times[1] - times[0] >= 1
 
 
-def test_pauses_grow_and_differ_and_have_an_end():
+def test_pauses_grow_with_jitter_up_to_a_maximum():
     first, third = [pause(1, 0) for _ in range(50)], [pause(3, 0) for _ in range(50)]
     assert max(first) < min(third)
     assert len(set(first)) > 40
@@ -633,7 +633,7 @@ def test_pauses_grow_and_differ_and_have_an_end():
     assert pause(1, 7) == 7
 
 
-def test_a_retry_after_is_seconds_or_a_date():
+def test_retry_after_is_in_seconds_or_a_date():
     now = datetime(2026, 1, 1, tzinfo=UTC)
     date = (now + timedelta(seconds=90)).strftime("%a, %d %b %Y %H:%M:%S GMT")
     assert [retry_after(value, now) for value in ("7", " 12 ", date)] == [7, 12, 90]
@@ -642,7 +642,7 @@ def test_a_retry_after_is_seconds_or_a_date():
 
 @contextmanager
 def encrypted(server, tmp_path, name):
-    """The server's address over TLS, with a certificate for ``name`` that nobody has signed; and that certificate."""
+    """The server's URL over TLS, with a self-signed certificate for ``name``, and that certificate."""
     subprocess.run(
         [
             "openssl",
@@ -674,7 +674,7 @@ def encrypted(server, tmp_path, name):
 
 
 @pytest.mark.parametrize(("certified", "trusted"), [("localhost", True), ("localhost", False), ("other.org", True)])
-def test_tls_is_verified_against_the_name_in_the_address(server, make, tmp_path, monkeypatch, certified, trusted):
+def test_verifies_tls_against_the_host_name(server, make, tmp_path, monkeypatch, certified, trusted):
     fine(server, 2)
     with encrypted(server, tmp_path, certified) as (address, certificate):
         if trusted:
@@ -687,7 +687,7 @@ def test_tls_is_verified_against_the_name_in_the_address(server, make, tmp_path,
                 make(rows, download={"attempts": 1})
 
 
-def test_a_run_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_bytes(server, tmp_path):
+def test_a_killed_run_resumes_with_the_same_bytes(server, tmp_path):
     rng = np.random.default_rng(0)
     count = 60
     rows = []
@@ -748,7 +748,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_bytes
     assert len(AsRead(tmp_path / "killed" / "data")) == count - 6
 
 
-def test_leaving_the_downloads_in_the_midst_ends_them(server, tmp_path):
+def test_leaving_the_context_cancels_downloads(server, tmp_path):
     server.pages["/hang"] = hang
     with ThreadPoolExecutor(1) as pool:
         options = Download(timeout=30, allow_private=True)
@@ -772,7 +772,7 @@ def test_ending_while_connections_are_opened_leaves_no_coroutine_behind(tmp_path
     gc.collect()
 
 
-def test_a_file_or_a_failure_is_given(server, tmp_path):
+def test_returns_a_file_or_a_failure(server, tmp_path):
     fine(server, 1)
     with ThreadPoolExecutor(1) as pool:
         options = Download(**FAST)
@@ -781,7 +781,7 @@ def test_a_file_or_a_failure_is_given(server, tmp_path):
             assert downloads.fetch(f"{server.address}/none").result() == Failure("HTTP 404")
 
 
-def test_what_failed_in_passing_is_not_asked_again_by_the_same_run(server, tmp_path):
+def test_transient_failures_are_not_retried_within_a_run(server, tmp_path):
     server.pages["/busy"] = answer(b"", 503)
     with ThreadPoolExecutor(1) as pool:
         options = Download(**FAST)

@@ -1,4 +1,4 @@
-"""What is read is what was named: the files of a source, their splits and configurations, and every row of them."""
+"""Sources are read completely: their files, splits and configurations, and every row."""
 
 import csv
 import io
@@ -54,7 +54,7 @@ def tar(path, *captions):
 
 
 def read(source, out=None, **keys):
-    """The captions of a source in its order, and the manifest."""
+    """The captions of a source in order, and the manifest."""
     out = out or source.parent / "made"
     make_dataset(DatasetSpec(source=str(source), **keys), out)
     data = AsRead(out)
@@ -69,7 +69,7 @@ ODD = ["a[0-9]", "b*", "c?", "d::e", "{f,g}", "100%", "zip:", "h i", "[!j]", "**
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_a_path_is_no_pattern(name, tmp_path):
+def test_paths_are_not_patterns(name, tmp_path):
     for other in ("a5", "bb", "cc", "f", "x"):
         parquet(tmp_path / other / "rows.parquet", "another", "folder's", "rows")
     parquet(tmp_path / name / "rows.parquet", "one", "two")
@@ -93,7 +93,7 @@ def test_a_path_is_no_pattern(name, tmp_path):
     ],
     ids=" ".join,
 )
-def test_every_row_of_every_file_is_read_in_the_order_of_paths_whatever_their_names(names, tmp_path):
+def test_reads_every_row_of_every_file_in_path_order(names, tmp_path):
     for name in names:
         table(tmp_path / "set" / name.removesuffix(".gz"), f"{name} 0", f"{name} 1")
         if name.endswith(".gz"):
@@ -113,7 +113,7 @@ NAMES = ["train-0.parquet", "train.parquet", "test.parquet"]
 
 
 @pytest.mark.parametrize("names", [SHARDS, FOLDERS, SAVED], ids=["shards", "folders", "shards in folders"])
-def test_declared_splits_are_chosen_and_what_is_left_out_is_reported(names, tmp_path, capsys):
+def test_chooses_declared_splits_and_reports_unread_files(names, tmp_path, capsys):
     for name in names:
         parquet(tmp_path / "set" / name, f"{name} 0", f"{name} 1")
     found, manifest = read(tmp_path / "set")
@@ -127,7 +127,7 @@ def test_declared_splits_are_chosen_and_what_is_left_out_is_reported(names, tmp_
         read(tmp_path / "set", split="dev")
 
 
-def test_files_that_are_only_named_as_splits_are_an_error_until_the_split_is_set(tmp_path):
+def test_files_named_like_splits_need_the_split_setting(tmp_path):
     for name in NAMES:
         parquet(tmp_path / "set" / name, f"{name} 0", f"{name} 1")
     with pytest.raises(DatasetError, match=r"named like splits \(test: test.parquet; train: .*set split to one of"):
@@ -137,7 +137,7 @@ def test_files_that_are_only_named_as_splits_are_an_error_until_the_split_is_set
     assert len(captions(tmp_path / "set", split="all")) == 6
 
 
-def test_a_data_set_without_splits_is_its_train_split_as_on_the_hub(tmp_path):
+def test_a_data_set_without_splits_is_its_train_split(tmp_path):
     for n in range(2):
         parquet(tmp_path / "set" / f"part-{n:05d}-of-00002.parquet", f"{n}")
     assert captions(tmp_path / "set", split="train") == captions(tmp_path / "set") == ["0", "1"]
@@ -162,7 +162,7 @@ DEEP = "/".join(["a" * 50] * 80)
         ("**/" * 80 + "*a" * 40 + "b", []),
     ],
 )
-def test_patterns_of_a_readme_match_as_on_the_hub_and_soon(pattern, names):
+def test_readme_patterns_match_quickly_and_as_on_the_hub(pattern, names):
     every = ["x.csv", "a/x.csv", "a/b/x.csv", "a/[y].tsv", DEEP]
     assert [name for name in every if sources._matches(name, pattern)] == names
 
@@ -171,7 +171,7 @@ def readme(folder, text):
     (folder / "README.md").write_text(f"---\n{text}\n---\n# A data set\n", encoding="utf-8")
 
 
-def test_configurations_and_splits_are_those_that_the_readme_declares(tmp_path):
+def test_configurations_and_splits_come_from_the_readme(tmp_path):
     for name in ("en/a-test.parquet", "en/b.parquet", "de/a.parquet", "de/c[1].parquet", "stray.parquet"):
         parquet(tmp_path / "set" / name, f"{name} 0", f"{name} 1")
     readme(
@@ -203,7 +203,7 @@ def test_configurations_and_splits_are_those_that_the_readme_declares(tmp_path):
         read(tmp_path / "set" / "stray.parquet", configuration="en")
 
 
-def test_a_table_named_readme_metadata_or_hidden_is_not_mixed_in(tmp_path):
+def test_tables_named_readme_or_metadata_and_hidden_ones_are_not_mixed_in(tmp_path):
     parquet(tmp_path / "set" / "rows.parquet", "one", "two")
     for name in (".hidden.parquet", "__MACOSX/rows.parquet", ".cache/rows.parquet"):
         parquet(tmp_path / "set" / name, "hidden")
@@ -224,7 +224,7 @@ def test_a_table_named_readme_metadata_or_hidden_is_not_mixed_in(tmp_path):
         read(tmp_path / "set" / "pipe.parquet")
 
 
-def test_files_of_several_kinds_are_an_error_that_names_them(tmp_path):
+def test_names_files_of_several_kinds(tmp_path):
     parquet(tmp_path / "set" / "a.parquet", "one", "two")
     table(tmp_path / "set" / "b.csv", "three")
     with pytest.raises(DatasetError, match=r"several kinds: parquet \(a\.parquet\), csv \(b\.csv\)\. Set source"):
@@ -235,7 +235,7 @@ def test_files_of_several_kinds_are_an_error_that_names_them(tmp_path):
         read(tmp_path / "set")
 
 
-def test_tars_are_read_with_the_tables_that_img2dataset_writes_next_to_them(tmp_path):
+def test_reads_tars_next_to_img2dataset_tables(tmp_path):
     for shard in ("00000", "00001"):
         tar(tmp_path / "set" / f"{shard}.tar", f"{shard} a", f"{shard} b")
         pq.write_table(pa.table({"url": ["http://x"], "caption": ["x"]}), tmp_path / "set" / f"{shard}.parquet")
@@ -248,7 +248,7 @@ def test_tars_are_read_with_the_tables_that_img2dataset_writes_next_to_them(tmp_
     ]
 
 
-def test_tables_are_read_without_the_statistics_that_img2dataset_writes_next_to_them(tmp_path):
+def test_ignores_the_statistics_that_img2dataset_writes_next_to_tables(tmp_path):
     parquet(tmp_path / "set" / "00000.parquet", "one", "two")
     (tmp_path / "set" / "00000_stats.json").write_text("{}")
     assert captions(tmp_path / "set") == ["one", "two"]
@@ -277,7 +277,7 @@ TEXTS = [
 @pytest.mark.parametrize(
     "name", ["a.csv", "a.tsv", "set/a.csv", "set/metadata.csv", "a.csv.zst", "bom.csv", "utf16.csv"]
 )
-def test_cells_of_text_tables_are_text_as_it_is_written(name, tmp_path):
+def test_reads_cells_of_text_tables_verbatim(name, tmp_path):
     first = "file_name" if "metadata" in name else "image"
     encoding = {"bom.csv": "utf-8-sig", "utf16.csv": "utf-16"}.get(name, "utf-8")
     path = tmp_path / name.removesuffix(".zst")
@@ -304,7 +304,7 @@ def test_cells_of_text_tables_are_text_as_it_is_written(name, tmp_path):
         ("image,caption,caption\n0.png,a,b\n", "2 columns are called 'caption'; rename all but one"),
     ],
 )
-def test_a_csv_file_that_does_not_say_its_cells_is_an_error_that_names_the_line(text, fault, tmp_path):
+def test_names_the_line_of_an_ambiguous_csv_file(text, fault, tmp_path):
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(DatasetError, match=rf"a\.csv: {fault}"):
         read(tmp_path / "a.csv")
@@ -453,13 +453,13 @@ def test_two_files_of_metadata_for_the_same_images_are_an_error(tmp_path):
         read(folder)
 
 
-def test_images_without_captions_are_an_error_that_says_how_to_give_them(tmp_path):
+def test_images_without_captions_are_an_error_with_a_remedy(tmp_path):
     image_folder(tmp_path / "set", name="none")
     with pytest.raises(DatasetError, match=r"but no captions; add a metadata\.csv"):
         read(tmp_path / "set")
 
 
-def test_metadata_of_an_image_folder_without_file_names_say_so(tmp_path):
+def test_reports_image_folder_metadata_without_file_names(tmp_path):
     image_folder(tmp_path / "set", name="none")
     table(tmp_path / "set" / "metadata.csv", "a", "b")
     with pytest.raises(
@@ -469,10 +469,10 @@ def test_metadata_of_an_image_folder_without_file_names_say_so(tmp_path):
         read(tmp_path / "set")
 
 
-# Images that are no files, or too much
+# Images that are not regular files or too large
 
 
-def test_only_regular_files_of_a_bounded_size_are_read_as_images(tmp_path):
+def test_only_regular_files_of_limited_size_are_read_as_images(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with (tmp_path / "sparse.png").open("wb") as file:
         file.truncate(3 * 10**9)
@@ -502,20 +502,20 @@ def test_only_regular_files_of_a_bounded_size_are_read_as_images(tmp_path):
     assert max(map(len, reasons)) < 300
 
 
-def test_paths_are_relative_to_their_table_or_else_to_the_folder_of_the_data_set(tmp_path):
+def test_paths_are_relative_to_their_table_or_the_data_sets_folder(tmp_path):
     table(tmp_path / "set" / "tables" / "a.csv", "one", "two")
     (tmp_path / "set" / "tables" / "1.png").rename(tmp_path / "set" / "1.png")
     assert captions(tmp_path / "set") == ["one", "two"]
 
 
-def test_a_table_may_name_images_whose_names_are_no_utf_8(tmp_path):
+def test_a_table_can_name_images_whose_names_are_not_utf_8(tmp_path):
     for name in (b"caf\xe9.png", b"0.png"):
         (tmp_path / os.fsdecode(name)).write_bytes(png(0))
     (tmp_path / "a.csv").write_bytes(b"image,caption\ncaf\xe9.png,one\n0.png,two\n")
     assert captions(tmp_path / "a.csv") == ["one", "two"]
 
 
-def test_text_that_looks_like_base64_is_said_to_be_that_and_cut(tmp_path):
+def test_reports_base64_like_text_and_truncates_it(tmp_path):
     import base64
 
     rng = np.random.default_rng(0)
@@ -537,7 +537,7 @@ def add(file, name, content=b"", size=None, kind=tarfile.REGTYPE):
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n", "\n\n", ""])
-def test_the_final_line_break_of_a_text_file_is_none_of_the_caption(ending, tmp_path):
+def test_strips_the_final_line_break_of_a_text_file(ending, tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as file:
         for n in range(2):
             add(file, f"{n}.png", png(n))
@@ -547,7 +547,7 @@ def test_the_final_line_break_of_a_text_file_is_none_of_the_caption(ending, tmp_
 
 
 @pytest.mark.parametrize("order", ["images first", "json last"])
-def test_members_of_a_sample_that_do_not_stand_together_are_an_error_with_the_remedy(order, tmp_path):
+def test_scattered_members_of_a_sample_are_an_error_with_a_remedy(order, tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as file:
         for n in range(4):
             add(file, f"{n}.image", png(n))
@@ -559,7 +559,7 @@ def test_members_of_a_sample_that_do_not_stand_together_are_an_error_with_the_re
         read(tmp_path / "a.tar", max_dropped=1)
 
 
-def test_a_member_too_large_costs_its_row_and_is_not_read(tmp_path):
+def test_drops_the_row_of_an_oversized_member_without_reading_it(tmp_path):
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as file:
         add(file, "0.image", b"\0" * 3_000_000)
         add(file, "0.caption", b"large")
@@ -576,7 +576,7 @@ def test_a_member_too_large_costs_its_row_and_is_not_read(tmp_path):
     ]
 
 
-def test_headers_that_are_damaged_or_vast_are_errors_and_not_the_end_of_a_tar(tmp_path):
+def test_damaged_or_oversized_tar_headers_are_errors(tmp_path):
     tar(tmp_path / "a.tar", "one", "two", "three")
     content = bytearray((tmp_path / "a.tar").read_bytes())
     place = content.index(b"two1.image")
@@ -594,10 +594,10 @@ def test_headers_that_are_damaged_or_vast_are_errors_and_not_the_end_of_a_tar(tm
         read(tmp_path / "b.tar")
 
 
-# What Snakemake is given
+# Inputs for Snakemake
 
 
-def test_the_images_that_a_table_names_are_inputs_and_very_many_of_them_a_digest(tmp_path, monkeypatch):
+def test_images_named_by_a_table_are_inputs_or_for_many_a_digest(tmp_path, monkeypatch):
     table(tmp_path / "a.csv", "one", "two", "three")
     spec = DatasetSpec(source=str(tmp_path / "a.csv"))
     (tmp_path / "2.png").unlink()
@@ -614,7 +614,7 @@ def test_the_images_that_a_table_names_are_inputs_and_very_many_of_them_a_digest
 
 
 @pytest.mark.parametrize("name", ["{0}.png", os.fsdecode(b"caf\xe9.png")])
-def test_images_whose_names_snakemake_cannot_hold_are_in_the_digest(name, tmp_path):
+def test_image_names_unsupported_by_snakemake_are_in_the_digest(name, tmp_path):
     folder = image_folder(tmp_path / "set")
     (folder / name).write_bytes(png(0))
     files, digest = inputs(DatasetSpec(source=str(folder)))

@@ -1,4 +1,4 @@
-"""Results appear whole or not at all, and one process at a time makes one."""
+"""Results appear complete or not at all, and only one process at a time makes each."""
 
 import errno
 import fcntl
@@ -30,19 +30,19 @@ def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_appears_under_its_name_only_when_it_is_complete(tmp_path):
+def test_a_file_has_its_name_only_once_complete(tmp_path):
     out = tmp_path / "deep" / "table.csv"
     with atomic_output(out, FILE) as partial:
         partial.write_text("half")
         assert not out.exists()
-        assert partial.parent == out.parent  # or renaming could cross file systems
+        assert partial.parent == out.parent  # otherwise renaming could cross file systems
     assert out.read_text() == "half"
     assert names_in(out.parent) == ["table.csv"]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("as_folder", [True, False])
-def test_what_failed_leaves_nothing_behind_and_the_old_output_as_it_was(tmp_path, error, as_folder):
+def test_a_failure_leaves_nothing_and_keeps_the_old_output(tmp_path, error, as_folder):
     out = tmp_path / "result"
     if as_folder:
         out.mkdir()
@@ -65,7 +65,7 @@ def test_what_failed_leaves_nothing_behind_and_the_old_output_as_it_was(tmp_path
 
 @pytest.mark.parametrize("old", [None, "nothing", "old"])
 @pytest.mark.parametrize("as_folder", [True, False])
-def test_an_old_output_is_replaced_whole(tmp_path, old, as_folder):
+def test_replaces_an_old_output_completely(tmp_path, old, as_folder):
     out = tmp_path / "result"
     if old and as_folder:
         out.mkdir()
@@ -83,7 +83,7 @@ def test_an_old_output_is_replaced_whole(tmp_path, old, as_folder):
 
 
 @pytest.mark.parametrize("as_folder", [True, False])
-def test_the_remains_of_a_killed_attempt_are_cleared_away(tmp_path, as_folder):
+def test_removes_the_remains_of_a_killed_attempt(tmp_path, as_folder):
     remains = tmp_path / "result.partial"
     if as_folder:
         remains.mkdir()
@@ -119,7 +119,7 @@ except AlreadyMadeError as message:
 
 @pytest.fixture
 def make():
-    """Start another process that makes a result, and finishes it when it is sent a line."""
+    """Starts another process that makes a result and finishes it when it receives a line."""
     started = []
 
     def start(path, key, content):
@@ -134,7 +134,7 @@ def make():
         process.communicate()
 
 
-def until_it_waits(process):
+def wait_until_it_waits(process):
     line = process.stderr.readline()
     assert "waiting for process" in line
     return line
@@ -146,11 +146,11 @@ def finish(process):
     return out
 
 
-def test_who_waited_for_the_same_result_takes_it_as_it_is(tmp_path, make):
+def test_a_process_that_waited_for_the_same_result_keeps_it(tmp_path, make):
     first = make(tmp_path / "result", "same", "of the first")
     assert first.stdout.readline() == "making\n"
     second = make(tmp_path / "result", "same", "of the second")
-    line = until_it_waits(second)
+    line = wait_until_it_waits(second)
     assert str(first.pid) in line
     finish(first)
     assert f"{tmp_path / 'result'}: made by process {first.pid}" in finish(second)
@@ -159,23 +159,23 @@ def test_who_waited_for_the_same_result_takes_it_as_it_is(tmp_path, make):
 
 
 @pytest.mark.parametrize("keys", [("one", "other"), ("", "")])
-def test_who_waited_for_another_result_of_the_same_name_replaces_it(tmp_path, make, keys):
+def test_a_process_that_waited_for_another_result_of_the_same_name_replaces_it(tmp_path, make, keys):
     first = make(tmp_path / "result", keys[0], "of the first")
     assert first.stdout.readline() == "making\n"
     second = make(tmp_path / "result", keys[1], "of the second")
-    until_it_waits(second)
+    wait_until_it_waits(second)
     finish(first)
     assert finish(second) == "making\n"
     assert (tmp_path / "result").read_text() == "of the second"
     assert names_in(tmp_path) == ["result"]
 
 
-def test_nobody_waits_for_a_process_that_was_killed(tmp_path, make):
+def test_does_not_wait_for_a_killed_process(tmp_path, make):
     (tmp_path / "result").write_text("old")
     first = make(tmp_path / "result", "same", "of the first")
     assert first.stdout.readline() == "making\n"
     second = make(tmp_path / "result", "same", "of the second")
-    until_it_waits(second)
+    wait_until_it_waits(second)
     first.kill()
     assert finish(second) == "making\n"
     assert (tmp_path / "result").read_text() == "of the second"
@@ -184,7 +184,7 @@ def test_nobody_waits_for_a_process_that_was_killed(tmp_path, make):
 @pytest.mark.parametrize(
     "number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, 524], ids=str
 )
-def test_where_there_are_no_locks_a_result_is_made_with_a_warning(tmp_path, monkeypatch, capsys, number):
+def test_warns_and_continues_on_a_file_system_without_locks(tmp_path, monkeypatch, capsys, number):
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
@@ -197,7 +197,7 @@ def test_where_there_are_no_locks_a_result_is_made_with_a_warning(tmp_path, monk
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, 524, errno.EIO], ids=str)
-def test_a_file_system_that_cannot_sync_is_borne_and_a_broken_disk_is_not(tmp_path, monkeypatch, number):
+def test_tolerates_a_file_system_without_sync_but_not_a_broken_disk(tmp_path, monkeypatch, number):
     def refuse(_):
         raise OSError(number, os.strerror(number))
 
@@ -214,7 +214,7 @@ def test_a_file_system_that_cannot_sync_is_borne_and_a_broken_disk_is_not(tmp_pa
     assert names_in(tmp_path) == ([] if number == errno.EIO else ["result"])
 
 
-def test_all_of_a_result_is_synced_before_it_has_its_name_and_then_the_name(tmp_path, monkeypatch):
+def test_syncs_a_result_before_and_after_it_is_renamed(tmp_path, monkeypatch):
     done, sync, rename = [], os.fsync, Path.rename
 
     def note_sync(number):
@@ -231,13 +231,13 @@ def test_all_of_a_result_is_synced_before_it_has_its_name_and_then_the_name(tmp_
         (partial / "part").mkdir(parents=True)
         (partial / "part" / "file").write_text("made")
     made = [f"{tmp_path}/above/result.partial{rest}" for rest in ("", "/part", "/part/file")]
-    assert done[0] == str(tmp_path)  # holds the new folder above
+    assert done[0] == str(tmp_path)  # has the new folder above
     assert sorted(done[1:4]) == made
     assert done[4:] == ["renamed", f"{tmp_path}/above"]
 
 
-def somebodys(folder):
-    """What nobody wants to lose."""
+def foreign_files(folder):
+    """Files that must not be lost."""
     (folder / "thesis").mkdir()
     (folder / "thesis" / "cfg.json").write_text("{}")
     (folder / "thesis" / "chapter.tex").write_text("In the beginning")
@@ -252,8 +252,8 @@ def somebodys(folder):
     "name", ["thesis", "letter", "link", "nowhere", "queue", "letter/sae", ".", "..", "/", "thesis/.."]
 )
 @pytest.mark.parametrize("kind", [SAE, FILE])
-def test_what_is_no_result_of_the_kind_is_never_replaced(tmp_path, monkeypatch, name, kind):
-    somebodys(tmp_path)
+def test_never_replaces_anything_but_a_result_of_the_same_kind(tmp_path, monkeypatch, name, kind):
+    foreign_files(tmp_path)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
     before = sorted((str(path), path.lstat().st_ino) for path in tmp_path.rglob("*"))
@@ -268,7 +268,7 @@ def test_what_is_no_result_of_the_kind_is_never_replaced(tmp_path, monkeypatch, 
     assert sorted((str(path), path.lstat().st_ino) for path in tmp_path.rglob("*")) == before
 
 
-def test_an_empty_home_or_working_folder_or_one_above_is_not_replaced(tmp_path, monkeypatch):
+def test_does_not_replace_the_home_or_working_folder_or_their_parents(tmp_path, monkeypatch):
     for name in ("home", "work/here"):
         (tmp_path / name).mkdir(parents=True)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -279,7 +279,7 @@ def test_an_empty_home_or_working_folder_or_one_above_is_not_replaced(tmp_path, 
     check_replaceable(Path("../new"), FOLDER)
 
 
-def test_what_appears_while_a_result_is_made_stays_and_so_does_the_result(tmp_path):
+def test_keeps_files_that_appear_while_a_result_is_made(tmp_path):
     out = tmp_path / "result"
 
     def make():
@@ -296,7 +296,7 @@ def test_what_appears_while_a_result_is_made_stays_and_so_does_the_result(tmp_pa
 
 
 @pytest.mark.parametrize("as_folder", [True, False])
-def test_an_input_that_is_replaced_is_an_error_whatever_else_went_wrong(tmp_path, as_folder):
+def test_a_replaced_input_is_an_error_whatever_else_failed(tmp_path, as_folder):
     given, out = tmp_path / "input", tmp_path / "result"
     if as_folder:
         given.mkdir()
@@ -325,11 +325,11 @@ def test_an_input_that_is_replaced_is_an_error_whatever_else_went_wrong(tmp_path
 @pytest.mark.parametrize("aside", ["result.partial", "result.replaced.partial", ".result.lock"])
 @pytest.mark.parametrize("kind", [SAE, FILE])
 @pytest.mark.parametrize("resume", [False, True])
-def test_what_has_the_name_of_an_unfinished_result_and_is_none_stays(tmp_path, aside, kind, resume):
+def test_keeps_foreign_files_named_like_an_unfinished_result(tmp_path, aside, kind, resume):
     for name in ("thesis", "letter", "link", "queue"):
         folder = tmp_path / name
         folder.mkdir()
-        somebodys(folder)
+        foreign_files(folder)
         (folder / name).rename(folder / aside)
         before = {path: path.lstat().st_ino for path in folder.rglob("*")}
         if (name, kind) == ("letter", FILE) and aside != ".result.lock":
@@ -344,7 +344,7 @@ def test_what_has_the_name_of_an_unfinished_result_and_is_none_stays(tmp_path, a
 
 
 @pytest.mark.parametrize("kind", [PNG, PARQUET, PROVENANCE_RECORD])
-def test_a_file_with_the_name_of_an_unfinished_one_that_begins_otherwise_stays(tmp_path, kind):
+def test_keeps_a_file_named_like_an_unfinished_one_with_other_content(tmp_path, kind):
     out = tmp_path / f"result{kind.suffix}"
     partial = out.with_name(f"{out.name}.partial")
     partial.write_text("Dear")

@@ -1,4 +1,4 @@
-"""Progress: nothing is lost on the way, a log gets plain lines, a terminal a bar."""
+"""Progress passes every item on, and reports plain lines in logs and a bar on terminals."""
 
 import contextlib
 import fcntl
@@ -14,25 +14,25 @@ from conceptshare.io.progress import info, progress
 
 
 @pytest.mark.parametrize("total", [None, 5])
-def test_every_item_passes_in_order(total, capsys):
+def test_yields_every_item_in_order(total, capsys):
     assert list(progress(iter("abcde"), total, "letters", "items")) == list("abcde")
     assert capsys.readouterr().out == ""
 
 
-def test_the_end_is_reported_in_one_plain_line(capsys):
+def test_reports_the_end_in_one_plain_line(capsys):
     list(progress(range(1234), 1234, "features of vit@0", "layers"))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("features of vit@0: 1,234 layers in ")
     assert line.endswith("/s)")
 
 
-def test_no_items_are_no_error(capsys):
+def test_accepts_no_items(capsys):
     assert list(progress([], 0, "nothing", "items")) == []
     assert "nothing: 0 items" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("total", "words"), [(3, "steps: 2 of 3 items, "), (None, "steps: 2 items (")])
-def test_a_log_gets_a_line_now_and_then(total, words, capsys, monkeypatch):
+def test_writes_a_line_to_logs_at_intervals(total, words, capsys, monkeypatch):
     monkeypatch.setattr(module, "SECONDS_BETWEEN_LINES", 0.0)
     list(progress(range(3), total, "steps", "items"))
     err = capsys.readouterr().err
@@ -42,7 +42,7 @@ def test_a_log_gets_a_line_now_and_then(total, words, capsys, monkeypatch):
     assert "\r" not in err
 
 
-def test_items_are_taken_one_at_a_time():
+def test_consumes_items_one_at_a_time():
     taken = []
 
     def items():
@@ -55,7 +55,7 @@ def test_items_are_taken_one_at_a_time():
     assert taken == [0, 1]
 
 
-def test_a_terminal_gets_a_bar(monkeypatch):
+def test_shows_a_bar_on_terminals(monkeypatch):
     controller, terminal = os.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     with os.fdopen(terminal, "w") as stderr:
@@ -69,15 +69,15 @@ def test_a_terminal_gets_a_bar(monkeypatch):
 
 
 def _all_of(controller):
-    """What was written to a terminal that is closed; a read gives as much as has come through so far."""
+    """Everything written to a terminal until it was closed; each read returns what has arrived so far."""
     shown = b""
-    with contextlib.suppress(OSError):  # Linux's way to say that the other end is closed
+    with contextlib.suppress(OSError):  # on Linux: the other end is closed
         while part := os.read(controller, 10_000):
             shown += part
     return shown.decode()
 
 
-def test_a_line_is_written_at_once_to_standard_error(capsys):
+def test_writes_lines_to_stderr_immediately(capsys):
     info("hello")
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "hello\n")

@@ -1,4 +1,4 @@
-"""How a result came about, as it stands beside it."""
+"""The provenance record of a result."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_it_lies_in_a_folder_and_beside_a_file(tmp_path):
+def test_the_record_is_in_a_folder_or_next_to_a_file(tmp_path):
     (tmp_path / "folder").mkdir()
     provenance.record(tmp_path / "folder")
     provenance.record(tmp_path / "a@0__b.csv")
@@ -39,7 +39,7 @@ def test_it_lies_in_a_folder_and_beside_a_file(tmp_path):
     ]
 
 
-def test_it_tells_the_versions_and_the_hardware(tmp_path):
+def test_records_versions_and_hardware(tmp_path):
     provenance.record(tmp_path)
     told = read(tmp_path / "provenance.json")
     assert told["conceptshare"]["version"] == version("conceptshare")
@@ -52,7 +52,7 @@ def test_it_tells_the_versions_and_the_hardware(tmp_path):
     assert told["hardware"]["memory_bytes"] == pytest.approx(in_all, rel=0.01)
 
 
-def test_it_tells_the_command_and_what_it_took(tmp_path, monkeypatch):
+def test_records_the_command_and_its_resources(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/someone")
     before = datetime.now(UTC).replace(microsecond=0)
@@ -71,13 +71,13 @@ def test_it_tells_the_command_and_what_it_took(tmp_path, monkeypatch):
     assert job["peak_gpu_memory_bytes"] is None or torch.cuda.is_available()
 
 
-def test_a_call_from_python_has_no_command(tmp_path):
+def test_calls_from_python_have_no_command(tmp_path):
     provenance.record(tmp_path)
     job = read(tmp_path / "provenance.json")["job"]
     assert job["arguments"] is job["began"] is job["seconds"] is None
 
 
-def test_nothing_of_the_environment_is_written_but_what_is_named(tmp_path, monkeypatch):
+def test_records_only_listed_environment_variables(tmp_path, monkeypatch):
     home = tmp_path / "home" / "someone"
     home.mkdir(parents=True)
     monkeypatch.setenv("HOME", str(home))
@@ -102,7 +102,7 @@ def git(folder, *arguments):
 
 @pytest.fixture
 def clone(tmp_path, monkeypatch):
-    """A git clone that the library is taken to be in."""
+    """A git clone that the library seems to be in."""
     folder = tmp_path / "clone"
     folder.mkdir()
     git(folder, "init", "-q")
@@ -119,16 +119,16 @@ def commit():
     return found["commit"], found["dirty"]
 
 
-def test_it_tells_the_commit_whatever_its_tags(clone):
+def test_records_the_commit_regardless_of_tags(clone):
     assert commit() == (git(clone, "rev-parse", "HEAD"), False)
 
 
-def test_it_tells_that_files_were_changed(clone):
+def test_records_uncommitted_changes(clone):
     (clone / "code.py").write_text("2\n")
     assert commit() == (git(clone, "rev-parse", "HEAD"), True)
 
 
-def test_another_repository_that_git_is_pointed_to_is_not_taken_for_it(clone, tmp_path, monkeypatch):
+def test_ignores_another_repository_set_by_git_variables(clone, tmp_path, monkeypatch):
     git(tmp_path, "init", "-q", "other")
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))
     found = commit()
@@ -136,30 +136,30 @@ def test_another_repository_that_git_is_pointed_to_is_not_taken_for_it(clone, tm
     assert found == (git(clone, "rev-parse", "HEAD"), False)
 
 
-def test_a_library_that_is_installed_inside_a_clone_has_no_commit(clone, monkeypatch):
+def test_a_library_installed_inside_a_clone_has_no_commit(clone, monkeypatch):
     (clone / "site-packages").mkdir()
     monkeypatch.setattr(provenance, "_CLONE", clone / "site-packages")
     assert commit() == (None, None)
 
 
-def test_where_git_is_absent_there_is_no_commit(clone, monkeypatch):
+def test_records_no_commit_without_git(clone, monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert commit() == (None, None)
 
 
-def test_where_git_refuses_there_is_no_commit(clone):
+def test_records_no_commit_if_git_fails(clone):
     (clone / ".git" / "HEAD").write_text("nonsense")
     assert commit() == (None, None)
 
 
-def test_it_imports_no_torch(tmp_path):
+def test_does_not_import_torch(tmp_path):
     code = "import sys; from conceptshare.io import provenance; provenance.environment(); print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
 
 
-def test_it_tells_the_gpus_that_torch_sees(tmp_path, monkeypatch):
-    # There is none where tests run, so this is what torch says of two.
+def test_records_the_gpus_that_torch_sees(tmp_path, monkeypatch):
+    # Test machines have no GPU, so this imitates torch with two.
     cuda = SimpleNamespace(
         is_available=lambda: True,
         device_count=lambda: 2,
@@ -175,7 +175,7 @@ def test_it_tells_the_gpus_that_torch_sees(tmp_path, monkeypatch):
     assert told["job"]["peak_gpu_memory_bytes"] == [10, 11]
 
 
-def test_a_store_has_it_from_the_moment_it_is_there_and_is_whole_without_it(tmp_path):
+def test_a_store_appears_with_its_record_and_is_valid_without_it(tmp_path):
     path = tmp_path / "a.zarr"
     with new_store(path, "activations", {}) as group:
         save_array(group, "x", np.arange(3))
@@ -193,7 +193,7 @@ def study_of(encoders):
     return {"study": "s", "datasets": {}, "encoders": encoders, "saes": {}, "analyses": analyses, "stream": False}
 
 
-def test_a_study_is_told_without_the_users_home(tmp_path, monkeypatch):
+def test_the_record_of_a_study_omits_the_users_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     study = study_of({"a": {"model": "/home/someone/a"}})
     provenance.record_study(json.dumps(study), tmp_path / "s" / "provenance.json")

@@ -1,4 +1,4 @@
-"""A store that is not whole does not open."""
+"""Only complete stores can be opened."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from conceptshare.io.store import (
 )
 
 FLIPS = 40
-"""Bytes of each file that are changed, one after another."""
+"""Bytes changed in each file, one at a time."""
 
 
 def names_in(folder):
@@ -48,7 +48,7 @@ def chunks(path):
     return sorted(p for p in path.rglob("*") if p.is_file() and p.name not in {"zarr.json", "provenance.json"})
 
 
-def test_a_store_comes_back_as_it_was_written(store):
+def test_a_store_survives_a_round_trip(store):
     group = open_store(store, "numbers")
     assert group.attrs["spec"] == {"of": "nothing", "layers": [0]}
     assert group.attrs["complete"] is True
@@ -58,12 +58,12 @@ def test_a_store_comes_back_as_it_was_written(store):
     assert zarr.open_group(store, mode="r").metadata.zarr_format == 3
 
 
-def test_zeros_too_are_written_to_disk(store):
+def test_chunks_of_zeros_are_written_to_disk(store):
     assert len(chunks(store / "zeros")) == 4 * 2
     assert len(chunks(store / "sharded")) == 3
 
 
-def test_a_store_is_marked_incomplete_while_it_is_written_and_not_there_if_that_fails(tmp_path):
+def test_a_store_is_incomplete_while_written_and_absent_after_a_failure(tmp_path):
     path = tmp_path / "some.zarr"
 
     def fail():
@@ -78,12 +78,12 @@ def test_a_store_is_marked_incomplete_while_it_is_written_and_not_there_if_that_
     assert names_in(tmp_path) == []
 
 
-def test_a_missing_store_is_refused(tmp_path):
+def test_refuses_a_missing_store(tmp_path):
     with pytest.raises(StoreError, match=r"absent\.zarr: no numbers store"):
         open_store(tmp_path / "absent.zarr", "numbers")
 
 
-def test_a_store_of_another_kind_is_refused(store):
+def test_refuses_a_store_of_another_kind(store):
     with pytest.raises(StoreError, match="'numbers', but one of 'features' is needed"):
         open_store(store, "features")
 
@@ -91,19 +91,19 @@ def test_a_store_of_another_kind_is_refused(store):
 @pytest.mark.parametrize(
     ("key", "value", "message"), [("version", 999, "version 999"), ("complete", False, "incomplete")]
 )
-def test_a_store_of_another_version_or_unfinished_is_refused(store, key, value, message):
+def test_refuses_an_unfinished_store_or_one_of_another_version(store, key, value, message):
     zarr.open_group(store, mode="r+").attrs[key] = value
     with pytest.raises(StoreError, match=message):
         open_store(store, "numbers")
 
 
-def test_a_folder_that_zarr_made_for_others_is_refused(tmp_path):
+def test_refuses_a_foreign_zarr_group(tmp_path):
     zarr.open_group(tmp_path / "other.zarr", mode="w", zarr_format=3)
     with pytest.raises(StoreError, match="a store of None"):
         open_store(tmp_path / "other.zarr", "numbers")
 
 
-def test_any_missing_chunk_is_noticed(store):
+def test_detects_any_missing_chunk(store):
     assert len(chunks(store)) == 8 + 3 + 1
     for chunk in chunks(store):
         kept = chunk.read_bytes()
@@ -114,7 +114,7 @@ def test_any_missing_chunk_is_noticed(store):
     open_store(store, "numbers")
 
 
-def test_any_truncated_chunk_is_noticed(store):
+def test_detects_any_truncated_chunk(store):
     for chunk in chunks(store):
         kept = chunk.read_bytes()
         chunk.write_bytes(kept[:-1])
@@ -125,21 +125,21 @@ def test_any_truncated_chunk_is_noticed(store):
 
 
 def everything(path):
-    """All that a store holds, as a reader gets it."""
+    """The full content of a store, as a reader gets it."""
     group = open_store(path, "numbers")
     names = sorted(name for name, member in group.members(max_depth=None) if hasattr(member, "shape"))
     return [group.attrs["spec"], names, *(StoredArray(group, name, path)[:].tolist() for name in names)]
 
 
 def outcome(path):
-    """The same, or the message of the error that says why it cannot be had."""
+    """The full content, or the message of the error."""
     try:
         return everything(path)
     except StoreError as error:
         return str(error)
 
 
-def test_any_flipped_bit_is_noticed_or_changes_nothing(store, rng):
+def test_detects_any_flipped_bit_that_matters(store, rng):
     whole = everything(store)
     for path in sorted(store.rglob("*")):
         if not path.is_file() or path.name == "provenance.json":
@@ -155,8 +155,8 @@ def test_any_flipped_bit_is_noticed_or_changes_nothing(store, rng):
     assert everything(store) == whole
 
 
-def test_exchanged_files_are_noticed(store):
-    """Two chunks of one array, two arrays' metadata, and a chunk that is written when none is missing."""
+def test_detects_swapped_files(store):
+    """Two chunks of one array, the metadata of two arrays, and a chunk moved to another's place."""
     for one, other in [("sharded/c/0/0", "sharded/c/1/0"), ("sharded/zarr.json", "zeros/zarr.json")]:
         exchange(store / one, store / other)
         with pytest.raises(StoreError, match=rf"some\.zarr: {one}.*run the numbers stage again"):
@@ -172,7 +172,7 @@ def exchange(one, other):
     aside.rename(other)
 
 
-def test_two_stores_that_were_exchanged_are_noticed(store, tmp_path):
+def test_detects_swapped_stores(store, tmp_path):
     with new_store(tmp_path / "another.zarr", "numbers", {"of": "something else"}) as group:
         save_array(group, "plain", np.arange(3.0))
     exchange(store, tmp_path / "another.zarr")
@@ -180,31 +180,31 @@ def test_two_stores_that_were_exchanged_are_noticed(store, tmp_path):
         open_store(store, "numbers")
 
 
-def test_of_one_layer_no_file_of_another_is_read(store):
+def test_reading_a_layer_opens_no_files_of_others(store):
     (store / "layer-00" / "plain" / "c" / "0").unlink()
     open_store(store, "numbers", layer=1)
     with pytest.raises(StoreError, match="is missing"):
         open_store(store, "numbers", layer=0)
 
 
-def test_a_missing_array_description_is_noticed(store):
+def test_detects_missing_array_metadata(store):
     (store / "zeros" / "zarr.json").unlink()
     with pytest.raises(StoreError, match=r"zeros/zarr\.json is missing"):
         open_store(store, "numbers")
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}"])
-def test_a_damaged_root_is_refused_as_a_damaged_store(store, content):
+def test_refuses_damaged_root_metadata(store, content):
     (store / "zarr.json").write_text(content)
     with pytest.raises(StoreError, match=r"some\.zarr"):
         open_store(store, "numbers")
 
 
-def test_what_snakemake_and_nfs_put_into_a_store_does_no_harm(tmp_path):
+def test_ignores_files_of_snakemake_and_nfs_in_a_store(tmp_path):
     store = tmp_path / "some.zarr"
     with new_store(store, "numbers", {}) as group:
         new_array(group, "sharded", (6, 4), np.float16)[...] = 0
-        silly = tmp_path / "some.zarr.partial" / "sharded" / ".nfs0001"  # a removed file that is still open
+        silly = tmp_path / "some.zarr.partial" / "sharded" / ".nfs0001"  # NFS: a deleted file that is still open
         silly.touch()
     silly = store / "sharded" / ".nfs0001"
     silly.unlink()
@@ -218,14 +218,14 @@ def test_a_store_can_be_moved(store, tmp_path):
     assert len(open_store(tmp_path / "elsewhere" / "some.zarr", "numbers")["sharded"][:]) == 6
 
 
-def test_an_absent_layer_is_named_with_those_there_are(store):
+def test_names_a_missing_layer_and_lists_the_existing_ones(store):
     group = open_store(store, "numbers")
     assert (layer_array(group, 0, "plain", store)[:] == np.arange(5)).all()
     with pytest.raises(StoreError, match="no layer 3; it has layer-00"):
         layer_array(group, 3, "plain", store)
 
 
-def test_an_absent_layer_or_a_broken_root_says_no_more_than_its_error(store, recwarn):
+def test_a_missing_layer_or_damaged_root_gives_no_warnings(store, recwarn):
     with pytest.raises(StoreError, match=r"no layer 3; it has layer-00$"):
         layer_array(open_store(store, "numbers"), 3, "plain", store)
     (store / ".zgroup").write_text('{"zarr_format": 2}')
@@ -235,18 +235,18 @@ def test_an_absent_layer_or_a_broken_root_says_no_more_than_its_error(store, rec
     assert [str(warning.message) for warning in recwarn] == []
 
 
-def test_layer_names_sort_as_numbers_do():
+def test_layer_names_sort_numerically():
     assert layer_name(3) == "layer-03"
     assert sorted(layer_name(n) for n in range(100)) == [layer_name(n) for n in range(100)]
 
 
-# Rows so wide that a chunk holds 8 of them, and a shard 16.
+# Wide rows: a chunk has 8 of them, a shard 16.
 WIDTH = 2**14
 
 
 @settings(max_examples=15)
 @given(st.lists(st.integers(0, 20), max_size=6))
-def test_rows_come_back_in_order_however_they_were_appended(tmp_path_factory, lengths):
+def test_rows_keep_their_order_however_they_are_appended(tmp_path_factory, lengths):
     path = tmp_path_factory.mktemp("rows") / "rows.zarr"
     parts, start = [], 0
     for length in lengths:
@@ -264,7 +264,7 @@ def test_rows_come_back_in_order_however_they_were_appended(tmp_path_factory, le
     np.testing.assert_array_equal(found[:], np.concatenate([np.empty((0, WIDTH), np.float16), *parts]))
 
 
-def test_rows_of_zeros_are_written_to_disk(tmp_path):
+def test_rows_of_zeros_are_stored_on_disk(tmp_path):
     with new_store(tmp_path / "rows.zarr", "numbers", {}) as group:
         writer = RowWriter(group, "x", WIDTH, np.float16, shard_bytes=2**19)
         writer.append(np.zeros((40, WIDTH), np.float16))
@@ -272,7 +272,7 @@ def test_rows_of_zeros_are_written_to_disk(tmp_path):
     assert len(chunks(tmp_path / "rows.zarr")) == 3
 
 
-def test_float16_holds_what_fits():
+def test_float16_accepts_values_in_range():
     values = np.array([[0.1, -65504.0], [65519.0, 1e-9]], np.float32)  # 65519 is rounded to the largest, 65504
     halves = as_float16(values, "vit, layer 3", np.array([0, 1]))
     assert halves.dtype == np.float16
@@ -290,7 +290,7 @@ def test_float16_holds_what_fits():
     ],
 )
 @pytest.mark.parametrize("shape", [(4, 3), (4, 2, 3)])
-def test_float16_refuses_what_does_not_fit_and_names_layer_and_sample(value, words, shape):
+def test_float16_overflow_names_layer_and_sample(value, words, shape):
     values = np.ones(shape, np.float32)
     values[2, ..., 1] = value
     with pytest.raises(NumericsError) as caught:
@@ -299,7 +299,7 @@ def test_float16_refuses_what_does_not_fit_and_names_layer_and_sample(value, wor
     assert words in str(caught.value)
 
 
-def test_what_another_version_left_is_not_gone_on_with(tmp_path, monkeypatch):
+def test_does_not_resume_a_store_of_another_version(tmp_path, monkeypatch):
     path = tmp_path / "resumed.zarr"
 
     def begin(version):
