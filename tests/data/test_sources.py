@@ -12,11 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from conceptshare.cli import app
 from conceptshare.config.catalog import DatasetSpec
 from conceptshare.data import sources
 from conceptshare.data.dataset import make_dataset
-from conceptshare.data.rows import inputs
+from conceptshare.data.rows import check_columns, inputs
 from conceptshare.io.errors import DatasetError
 from tests.helpers.samples import AsRead
 
@@ -620,3 +622,59 @@ def test_image_names_unsupported_by_snakemake_are_in_the_digest(name, tmp_path):
     files, digest = inputs(DatasetSpec(source=str(folder)))
     assert files == [str(folder / "metadata.csv")]
     assert digest
+
+
+def rows_of(form, path):
+    """A data set of two rows, in one of the forms that are read, with columns `name`, `image` and `caption`."""
+    cells = {"name": ["a", "b"], "image": ["0.png", "1.png"], "caption": ["one", "two"]}
+    objects = [dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)]
+    match form:
+        case "csv":
+            path.write_text("name,image,caption\n" + "".join(",".join(row.values()) + "\n" for row in objects))
+        case "parquet":
+            pq.write_table(pa.table(cells), path)
+        case "arrow":
+            with pa.ipc.new_file(str(path), pa.table(cells).schema) as file:
+                file.write_table(pa.table(cells))
+        case "jsonl":  # whose first rows may lack a column
+            path.write_text("\n".join(json.dumps(row) for row in [{"name": "c"}, *objects]))
+        case "json":
+            path.write_text(json.dumps(objects))
+        case "tar":
+            tar(path, "one", "two")
+        case "zip":
+            with zipfile.ZipFile(path, "w") as packed:
+                packed.writestr("metadata.csv", "file_name,caption\n0.png,one\n1.png,two\n")
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet", "arrow", "jsonl", "json", "tar", "zip"])
+def test_a_wrong_column_fails_the_check_with_the_words_of_the_stage(form, tmp_path):
+    path = tmp_path / f"rows.{form}"
+    rows_of(form, path)
+
+    def check(name, **keys):
+        study = {"study": "s", "datasets": {"d": {"source": str(path), **keys}}, "saes": {"a": {"k": 4}}}
+        study |= {"encoders": {"minilm": {}, "tiny-clip-text": {}}, "analyses": {"matrices": {"a": {}}}}
+        (tmp_path / name).write_text(json.dumps(study))
+        return CliRunner().invoke(app, ["check", "--study", str(tmp_path / name)])
+
+    assert check("right.yaml").exit_code == 0
+    for key in ("caption", "image", "image_url", "id"):
+        ended = check("wrong.yaml", **{key: "Text"})
+        assert ended.exit_code == 1
+        with pytest.raises(DatasetError) as caught:
+            read(path, **{key: "Text"})
+        assert f"error: datasets.d: {caught.value}\n" == ended.stderr
+        assert f"no column '{'Text_file_name' if (form, key) == ('zip', 'image') else 'Text'}'; the " in ended.stderr
+
+
+def test_a_check_of_columns_reads_no_further_than_it_takes(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("image,caption\n0.png,one\n1.png,two,three\n")
+    check_columns(DatasetSpec(source=str(path)))
+    (tmp_path / "other.csv").write_text("image,text\n0.png,one\n")
+    with pytest.raises(
+        DatasetError, match=r"other\.csv: no column 'caption'; the columns are image, text: set caption"
+    ):
+        check_columns(DatasetSpec(source=str(tmp_path)))
+    check_columns(DatasetSpec(source=str(tmp_path), caption="text", limit=1))

@@ -1,14 +1,15 @@
 """Commands for a whole study."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
 from conceptshare.cli.options import StudyFile, out_option
-from conceptshare.config.catalog import EncoderSpec
+from conceptshare.config.catalog import DatasetSpec, EncoderSpec, is_path
 from conceptshare.config.study import load_study
 from conceptshare.io import provenance
 from conceptshare.io.errors import ConceptshareError, StoreError
@@ -19,6 +20,8 @@ from conceptshare.preflight.plan import Rates, make_plan, plan_as_json, plan_as_
 
 app = typer.Typer()
 
+T = TypeVar("T")
+
 
 @app.command()
 def check(
@@ -28,32 +31,46 @@ def check(
         typer.Option("--load", help="Also find or fetch each encoder, load it, and test it on two samples."),
     ] = False,
 ) -> None:
-    """Check a study and list its data sets, encoders, members and pairs."""
+    """Check a study and the columns of its local data sets, and list its data sets, encoders, members and pairs."""
     read = load_study(study)
     typer.echo(f"{study}: study {read.study!r} is valid")
     typer.echo(f"  data sets: {', '.join(read.datasets)}")
     typer.echo(f"  encoders:  {', '.join(read.encoders)}")
     typer.echo(f"  SAE settings: {', '.join(read.saes)}")
     typer.echo(f"  members: {len(read.members())}, pairs to correlate: {len(read.pairs())}")
+    local = {name: spec for name, spec in read.datasets.items() if is_path(spec.source)}
+    sound = _all_pass("datasets", local, _check_columns)
     if load:
-        _try_encoders(read.encoders)
+        sound &= _all_pass("encoders", read.encoders, _try_encoder)
+    if not sound:
+        raise typer.Exit(1)
 
 
-def _try_encoders(encoders: dict[str, EncoderSpec]) -> None:
-    """Load every encoder, and exit with 1 in the end if any cannot be loaded."""
+def _all_pass(part: str, specs: dict[str, T], check: Callable[[T], None]) -> bool:
+    """Whether all entries of a part of the study pass a check; prints what each of the others raises."""
+    faults = 0
+    for name, spec in specs.items():
+        try:
+            with about(f"{part}.{name}"):
+                check(spec)
+        except ConceptshareError as error:
+            faults += 1
+            print(f"error: {part}.{name}: {error}", file=sys.stderr)
+    return not faults
+
+
+def _check_columns(spec: DatasetSpec) -> None:
+    from conceptshare.data.rows import check_columns
+
+    check_columns(spec)
+
+
+def _try_encoder(spec: EncoderSpec) -> None:
     from conceptshare.encoders import try_encoder
     from conceptshare.encoders.weights import locate
 
-    faults = 0
-    for name, spec in encoders.items():
-        try:
-            with TemporaryDirectory() as folder, about(f"encoders.{name}"):
-                try_encoder(spec, locate(spec, made=Path(folder) / "model"))
-        except ConceptshareError as error:
-            faults += 1
-            print(f"error: encoders.{name}: {error}", file=sys.stderr)
-    if faults:
-        raise typer.Exit(1)
+    with TemporaryDirectory() as folder:
+        try_encoder(spec, locate(spec, made=Path(folder) / "model"))
 
 
 @app.command()

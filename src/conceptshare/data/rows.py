@@ -69,8 +69,22 @@ def read_rows(spec: DatasetSpec, source: Source) -> Iterator[tuple[Path, dict[st
     Raises:
         DatasetError: if a file cannot be read, or lacks a column.
     """
-    columns = {key: column for key, column in columns_of(spec).items() if column is not None}
-    yield from itertools.islice(_rows(spec, source, columns), spec.limit)
+    yield from itertools.islice(_rows(spec, source, _named_columns(spec)), spec.limit)
+
+
+def check_columns(spec: DatasetSpec) -> None:
+    """Check that the files of a local data set have the named columns. Files are read no further than it takes.
+
+    Raises:
+        DatasetError: if a file cannot be read, or lacks a column.
+    """
+    source = locate(spec)
+    seen_columns = _SeenColumns(source, _named_columns(spec))
+    for file in source.files if spec.limit is None else source.files[:1]:  # the others may not be read
+        for _ in _file_rows(spec, source, file, seen_columns):
+            if not seen_columns.missing():
+                break
+    seen_columns.check()
 
 
 def inputs(spec: DatasetSpec) -> tuple[list[str], str]:
@@ -144,35 +158,40 @@ def too_large(size: int, longest: int) -> str:
     return f"{size / 1e6:,.1f} MB, more than max_mb = {longest / 1e6:g}"
 
 
+def _named_columns(spec: DatasetSpec) -> dict[str, str]:
+    return {key: column for key, column in columns_of(spec).items() if column is not None}
+
+
 def _rows(
     spec: DatasetSpec, source: Source, columns: dict[str, str], paths_only: bool = False
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    if source.kind == "images" and "image" in columns:
-        columns = columns | {"image": _in_metadata(columns["image"])}
-    longest = int(spec.max_mb * 1e6)
-    seen_columns = _SeenColumns(columns, "members' extensions" if source.kind == "tars" else "columns")
-    seen = array("Q")
+    seen_columns, seen = _SeenColumns(source, columns), array("Q")
     for file in source.files:
-        where = source.name if len(source.files) == 1 else f"{source.name}: {_relative(file, source)}"
-        with _as_dataset_error(where, source):
-            if source.kind == "tars":
-                yield from ((file.parent, row) for row in _tar_rows(file, columns, where, seen_columns, longest))
-            elif form(file.name) == "zip":
-                yield from (
-                    (file.parent, row) for row in _zip_rows(file, columns, where, seen_columns, longest, source)
-                )
-            else:
-                # Opened by Python, because Arrow only accepts file names in UTF-8.
-                with file.open("rb") as stream:
-                    kind, packing, separator = form(file.name) or "", file.suffix.lower(), source.separator
-                    table = _Table(stream, kind, packing, where, longest, separator)
-                    for row in _table_rows(table, columns, seen_columns, paths_only):
-                        if source.kind == "images" and isinstance(row.get("image"), str):
-                            seen.append(hash_of(os.path.normpath(file.parent / row["image"])))
-                        yield file.parent, row
-    seen_columns.check(source.name)
+        for row in _file_rows(spec, source, file, seen_columns, paths_only):
+            if source.kind == "images" and isinstance(row.get("image"), str):
+                seen.append(hash_of(os.path.normpath(file.parent / row["image"])))
+            yield file.parent, row
+    seen_columns.check()
     if source.kind == "images" and "image" in columns:
         _report_images_without_row(source, np.array(seen))
+
+
+def _file_rows(
+    spec: DatasetSpec, source: Source, file: Path, seen_columns: "_SeenColumns", paths_only: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one file."""
+    columns, longest = seen_columns.columns, int(spec.max_mb * 1e6)
+    where = source.name if len(source.files) == 1 else f"{source.name}: {_relative(file, source)}"
+    with _as_dataset_error(where, source):
+        if source.kind == "tars":
+            yield from _tar_rows(file, columns, where, seen_columns, longest)
+        elif form(file.name) == "zip":
+            yield from _zip_rows(file, columns, where, seen_columns, longest, source)
+        else:
+            # Opened by Python, because Arrow only accepts file names in UTF-8.
+            with file.open("rb") as stream:
+                table = _Table(stream, form(file.name) or "", file.suffix.lower(), where, longest, source.separator)
+                yield from _table_rows(table, columns, seen_columns, paths_only)
 
 
 def _relative(file: Path, source: Source) -> str:
@@ -223,20 +242,32 @@ def _as_dataset_error(where: str, source: Source) -> Iterator[None]:
 class _SeenColumns:
     """Columns seen in any row so far, for formats whose rows may lack some columns."""
 
-    def __init__(self, columns: dict[str, str], what: str) -> None:
-        self._columns = columns
+    def __init__(self, source: Source, columns: dict[str, str]) -> None:
+        if source.kind == "images" and "image" in columns:
+            columns = columns | {"image": _in_metadata(columns["image"])}
+        self.columns = columns
+        self._source = source
         self._there: set[str] = set()
-        self._what = what
 
     def add(self, names: Iterable[str]) -> None:
         self._there.update(names)
 
-    def check(self, where: str) -> None:
+    def missing(self) -> list[tuple[str, str]]:
+        """The key and name of each required column that was in no row."""
+        if not self._there:
+            return []
+        in_tars = self._source.kind == "tars"
+        return [
+            (key, column)
+            for key, column in self.columns.items()
+            if column != "__key__" and self._there.isdisjoint(column.lower().split(";") if in_tars else [column])
+        ]
+
+    def check(self) -> None:
         """Raise a DatasetError if a required column was in no row."""
-        for key, column in self._columns.items():
-            wanted = column.lower().split(";") if self._what != "columns" else [column]
-            if self._there and column != "__key__" and self._there.isdisjoint(wanted):
-                raise _no_column(where, key, column, sorted(self._there), self._what)
+        for key, column in self.missing():
+            what = "members' extensions" if self._source.kind == "tars" else "columns"
+            raise _no_column(self._source.name, key, column, sorted(self._there), what)
 
 
 def _no_column(where: str, key: str, column: str, there: Iterable[str], what: str = "columns") -> DatasetError:
