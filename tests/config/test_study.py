@@ -10,7 +10,7 @@ import open_clip
 import pytest
 import yaml
 
-from conceptshare.config.catalog import EncoderSpec, local_path, read_catalog
+from conceptshare.config.catalog import EncoderSpec, local_path, parse_yaml, read_catalog
 from conceptshare.config.members import Member, pair_name
 from conceptshare.config.settings import paper_encoders
 from conceptshare.config.study import build_study, load_study, write_study
@@ -584,6 +584,28 @@ def test_refuses_a_duplicate_key(tmp_path, catalog):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config()) + "saes:\n  other:\n")
     with pytest.raises(StudyError, match=r"mine\.yaml: .*saes"):
         load_study(tmp_path / "mine.yaml", catalog)
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        *(("010", "8"), ("-017", "-15"), ("1_000", "1000"), ("1:30", "90"), ("190:20:30.15", "685230.15")),
+        *(("0x10", "16"), ("0b11", "3"), ("1_0.5", "10.5"), ("2020-01-01", "datetime.date(2020, 1, 1)")),
+        *(("!!int 010", "8"), ("0x" + "f" * 5000, "a number of very many digits")),
+    ],
+)
+def test_what_yaml_reads_otherwise_than_it_looks_is_refused(text, read):
+    with pytest.raises(StudyError) as caught:
+        parse_yaml(f"a:\n- {text}\n", "mine.yaml")
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith("mine.yaml: not valid YAML: line 2, column 3: YAML reads '")
+    assert f" as {read}; write a decimal number, or quote text" in line
+
+
+def test_numbers_that_everyone_reads_alike_and_quoted_text_are_kept():
+    text = "[0, 10, -3, +5, 0.5, .5, 5., 1.5e+3, 1.0e-4, .inf, '010', \"1:30\", 1e3, 1.2.3, v1_0, 08, '2020-01-01']"
+    kept = [0, 10, -3, 5, 0.5, 0.5, 5.0, 1500.0, 1e-4, float("inf"), "010", "1:30", "1e3", "1.2.3", "v1_0", "08"]
+    assert parse_yaml(f"a: {text}", "")["a"] == [*kept, "2020-01-01"]
 
 
 ANALYSES = {

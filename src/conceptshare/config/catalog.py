@@ -34,6 +34,12 @@ NAME = re.compile(r"[A-Za-z0-9]+([._-][A-Za-z0-9]+)*")
 # Twice, with seeds and endings, in the name of a file, which most disks bound to 255 bytes.
 MAX_NAME_LENGTH = 80
 
+# A number that everyone reads alike; YAML 1.1 also has octal 010, 1_000, and 1:30 to base 60.
+_DECIMAL = re.compile(
+    r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+)
+_AMBIGUOUS = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp")}
+
 # Bounds of a config file, its aliases written out: far more than any study has, and little enough to be read at once.
 _MAX_BYTES = 10 * 2**20
 _MAX_VALUES = 1_000_000
@@ -291,15 +297,19 @@ def local_path(text: str, base: Path = Path()) -> Path | None:
     return Path(text).expanduser() if is_path(text, base) else None
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """A safe loader that refuses a key written twice, of which YAML would keep the second without a word."""
+class _StrictLoader(yaml.SafeLoader):
+    """A safe loader that rejects what YAML silently reads otherwise than it looks: equal keys, and odd numbers."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep)
+            value = super().construct_object(node, deep)
         except ValueError as error:  # a number of 5,000 digits, or the 31st of June
             message = str(error).partition(";")[0]
             raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from None
+        if node.tag in _AMBIGUOUS and not _DECIMAL.fullmatch(node.value):
+            message = f"YAML reads {_shown(node.value)} as {_shown(value)}; write a decimal number, or quote text"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -341,7 +351,7 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
     """
     loader = None
     try:
-        loader = _UniqueKeys(text)  # which refuses control characters
+        loader = _StrictLoader(text)  # which refuses control characters
         node = loader.get_single_node()
         content = None
         if node is not None:
