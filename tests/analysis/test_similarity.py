@@ -1,4 +1,4 @@
-"""CKA and mutual neighbours against brute force in float64, and two stores compared layer by layer."""
+"""CKA and mutual nearest neighbours against brute force in float64, and two stores compared layer by layer."""
 
 import math
 

@@ -670,7 +670,7 @@ def test_the_scatter_shows_each_feature_and_marks_and_counts_the_top(tmp_path, r
     assert numbered == {str(n): (row.rho_h, row.rho_g) for n, row in enumerate(first[:5].itertuples(), 1)}
     more, less = (table.rho_g > table.rho_h).sum(), (table.rho_g < table.rho_h).sum()
     counts = f"{more:,} with $\\rho_G > \\rho_H$, {less:,} with $\\rho_G < \\rho_H$"
-    assert counts + (f", {silent} with both equal" if silent else "") in written_on(drawn[0])
+    assert counts + (f", {silent} with both 0 (no match)" if silent else "") in written_on(drawn[0])
     assert f"siglip2-image-large@0, layer 23: {features:,} features" in written_on(drawn[0])
     assert f"top 1% by $\\Delta$: {len(first)}" in written_on(drawn[0])
 
@@ -695,9 +695,10 @@ def test_the_scatter_is_the_same_twice(tmp_path, rng, pdf):
     check_twice(lambda out: draw_sharedness_scatter(table, out), tmp_path, colours_at_least=30)
 
 
-def test_the_scatter_of_features_none_of_which_is_active(tmp_path, rng):
+def test_the_scatter_of_features_none_of_which_is_active(tmp_path, rng, drawn):
     table = scattered(50, rng, 50)
     check(lambda out: draw_sharedness_scatter(table, out), tmp_path / "drawn", colours_at_least=20)
+    assert any(text.endswith(", 50 with both 0 (no match)") for text in written_on(drawn[0]))
 
 
 KINDS = ("all", "global")
@@ -748,7 +749,7 @@ def panels(figure, ylabel):
 
 def cells(figure):
     """Of a member's figure: by layer, its panels of loss and density."""
-    losses, densities = panels(figure, "loss / first loss"), panels(figure, "latents")
+    losses, densities = panels(figure, "loss / first loss (log)"), panels(figure, "latents")
     return {ax.get_title(loc="left"): (ax, density) for ax, density in zip(losses, densities, strict=True)}
 
 
@@ -823,7 +824,7 @@ def test_a_member_that_is_gone_leaves_no_figure(tmp_path, saes, unsaved):
 def test_the_overview_shows_the_tables_numbers_and_each_curve_from_its_start(tmp_path, saes, drawn, unsaved):
     table, folder = saes
     draw_saes(table, folder, tmp_path / "drawn" / "saes.png")
-    for label, column in (("FVU", "fvu"), ("dead latents", "dead")):
+    for label, column in (("FVU (log)", "fvu"), ("dead latents", "dead")):
         for ax, encoder in zip(panels(drawn[0], label), ("vit", "mini_lm"), strict=True):
             lines = {tuple(line.get_ydata()) for line in ax.lines if list(line.get_xdata()) == [0, 2, 5]}
             expected = {
@@ -832,7 +833,9 @@ def test_the_overview_shows_the_tables_numbers_and_each_curve_from_its_start(tmp
                 for tokens in KINDS
             }
             assert lines == expected
-    for ax, (encoder, count) in zip(panels(drawn[0], "loss / first loss"), (("vit", 6), ("mini_lm", 3)), strict=True):
+    for ax, (encoder, count) in zip(
+        panels(drawn[0], "loss / first loss (log)"), (("vit", 6), ("mini_lm", 3)), strict=True
+    ):
         assert ax.get_title(loc="left") == encoder
         assert ax.get_yscale() == "log"
         assert len(ax.lines) == count
@@ -879,7 +882,7 @@ def test_figures_of_saes_are_readable_whatever_their_number(tmp_path, drawn, lay
     draw_saes(table, folder, tmp_path / "drawn" / "saes.png")
     for figure in drawn:
         assert_readable(figure)
-        for ax in panels(figure, "loss / first loss"):
+        for ax in panels(figure, "loss / first loss (log)"):
             low, high = ax.get_ylim()
             assert sum(low <= tick <= high for tick in ax.get_yticks()) >= 2
     for figure in drawn[1:]:
@@ -910,8 +913,8 @@ def test_overview_of_saes_whose_fvu_spans_orders_of_magnitude(tmp_path, saes, dr
     table, folder = saes
     draw_saes(table.assign(fvu_global=table.fvu_global * scale), folder, tmp_path / "drawn" / "saes.png")
     assert_readable(drawn[0])
-    low, high = panels(drawn[0], "FVU")[0].get_ylim()
-    assert 2 <= sum(low <= tick <= high for tick in panels(drawn[0], "FVU")[0].get_yticks()) <= 9
+    low, high = panels(drawn[0], "FVU (log)")[0].get_ylim()
+    assert 2 <= sum(low <= tick <= high for tick in panels(drawn[0], "FVU (log)")[0].get_yticks()) <= 9
 
 
 def test_saes_with_fvu_that_is_nan_and_with_none_active(tmp_path, drawn):
@@ -1078,6 +1081,7 @@ def test_averages_are_written_on_their_cells(tmp_path, rng, drawn, modalities, p
         }
         (image,) = panels[title].images
         np.testing.assert_array_equal(image.get_array().ravel(), of.wmppc)
+    assert not any("grey" in text for text in written_on(drawn[0]))
 
 
 @pytest.mark.parametrize("missing", [1, 12])
@@ -1087,6 +1091,7 @@ def test_averages_that_are_missing_are_grey_and_without_a_number(tmp_path, rng, 
     check(lambda out: draw_averages(averages, out), tmp_path / "drawn")
     assert sum(" to " in text for text in written_on(drawn[0])) == 12 - missing
     assert "nan" not in " ".join(written_on(drawn[0]))
+    assert "grey: no pair of different encoders" in written_on(drawn[0])
 
 
 def test_averages_of_one_encoder_are_none(tmp_path, rng, drawn):
@@ -1105,7 +1110,7 @@ def test_similarity_shows_each_cell_and_scipys_rank_correlations(tmp_path, rng, 
     check_twice(lambda out: draw_similarity(table, out), tmp_path)
     assert_readable(drawn[0])
     panels = by_title(drawn[0])
-    for measure, title in (("cka", "Linear CKA"), ("mutual_knn", "Mutual kNN")):
+    for measure, title in (("cka", "Linear CKA"), ("mutual_knn", "Mutual nearest neighbours")):
         known = table[table.reading != "pooled"].dropna(subset=["wmppc", measure])
         ranks = []
         for reading, name, points in zip(
@@ -1113,8 +1118,9 @@ def test_similarity_shows_each_cell_and_scipys_rank_correlations(tmp_path, rng, 
         ):
             of = known[known.reading == reading]
             np.testing.assert_array_equal(points.get_offsets(), of[["wmppc", measure]])
-            ranks.append(f"{name} {stats.spearmanr(of.wmppc, of[measure]).statistic:.2f}")
-        assert panels[title].get_title() == f"{title}\nSpearman: {', '.join(ranks)}"
+            rank = stats.spearmanr(of.wmppc, of[measure]).statistic
+            ranks.append(f"Spearman, {name}: {rank:.2f} (n = {len(of)})")
+        assert panels[title].get_title() == "\n".join([title, *ranks])
         (low, high), (bottom, top) = panels[title].get_xlim(), panels[title].get_ylim()
         assert low <= 0 < known.wmppc.max() < high
         assert bottom <= 0 < known[measure].max() < top
@@ -1124,7 +1130,7 @@ def test_similarity_of_two_seeds_has_nothing_to_compare(tmp_path, rng, drawn):
     table = full_matrix(SOME["two"], rng).assign(cka=np.nan)
     check(lambda out: draw_similarity(table, out), tmp_path / "drawn")
     assert written_on(drawn[0]).count("nothing to compare") == 1  # CKA alone is missing
-    assert any(text.startswith("Mutual kNN\nSpearman") for text in written_on(drawn[0]))
+    assert any(text.startswith("Mutual nearest neighbours\nSpearman") for text in written_on(drawn[0]))
 
 
 def features(source, targets, rng, count=3000, silent=200):
@@ -1240,7 +1246,7 @@ def test_our_numbers_are_drawn_against_the_papers(tmp_path, rng, drawn, pdf):
         spearman, pearson = (f(of.ours, of.paper).statistic for f in (stats.spearmanr, stats.pearsonr))
         far = (of.ours - of.paper).abs().mean()
         assert ax.get_title().splitlines()[1:] == [
-            f"Spearman {spearman:.2f}, Pearson {pearson:.2f}",
+            f"Spearman {spearman:.2f}, Pearson {pearson:.2f} (n = {len(of)})",
             f"mean absolute difference {far:.3f}",
         ]
         assert ax.get_xlim() == ax.get_ylim()

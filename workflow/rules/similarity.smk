@@ -12,7 +12,7 @@ rule similarity:
             subcategory="{dataset}, SAEs {sae}",
             labels={
                 "encoders": "{encoder_a} and {encoder_b}",
-                "shows": "CKA and mutual neighbours",
+                "shows": "CKA and mutual nearest neighbours",
                 "data set": "{dataset}",
                 "SAEs": "{sae}",
                 "type": "table",

@@ -98,7 +98,7 @@ class Stores(NamedTuple):
         return read_pair(self.correlations, source, target, self.digests((source, target)))
 
     def similar(self, source: str, target: str) -> dict[str, pd.DataFrame]:
-        """CKA and mutual kNN of two members' encoders: rows are the source's layers, columns the target's.
+        """CKA and mutual nearest neighbours of two members' encoders, ``[source layers, target layers]`` each.
 
         Empty for two seeds of one encoder, and without a folder of such tables.
 

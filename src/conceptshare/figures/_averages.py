@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from conceptshare.figures._style import READING_TITLES, STYLE, annotate_empty, heatmap, letters_on, save
+from conceptshare.figures._style import READING_TITLES, STYLE, annotate_empty, explain_grey, heatmap, letters_on, save
 
 
 def draw_averages(averages: pd.DataFrame, out: Path) -> None:
@@ -41,6 +41,8 @@ def draw_averages(averages: pd.DataFrame, out: Path) -> None:
             _annotate(ax, cells, images[-1])
             ax.set_xlabel("to")
         axes[0].set_ylabel("from")
+        if any(np.ma.getmaskarray(image.get_array()).any() for image in images):
+            explain_grey(figure, "no pair of different encoders")
         if images:
             figure.colorbar(images[0], ax=axes, label="mean wMPPC")
         save(figure, out)

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from conceptshare.config.members import as_member
-from conceptshare.figures._style import STYLE, heatmap, layer_ticks, save
+from conceptshare.figures._style import STYLE, explain_grey, heatmap, layer_ticks, save
 from conceptshare.io.errors import StudyError
 
 _PANEL = 2.15
@@ -62,6 +62,8 @@ def draw_layerwise(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], out: P
             ax.set_ylabel(label_a)
         for ax in axes.flat[len(pairs) :]:
             ax.remove()
+        if any(panel.wmppc.isna().any() for panel in chosen):
+            explain_grey(figure, "no value")
         figure.colorbar(image, ax=list(axes.flat[: len(pairs)]), label="wMPPC", shrink=0.85)
         save(figure, out)
 

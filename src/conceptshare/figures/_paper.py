@@ -53,7 +53,9 @@ def draw_paper(cells: pd.DataFrame, out: Path) -> None:
         for ax, measured in zip(axes.flat, measures.itertuples(), strict=True):
             here = (cells.reading == measured.reading).to_numpy()
             _panel(ax, cells[here], [d for d, is_here in zip(directions, here, strict=True) if is_here], top)
-            numbers_of = f"Spearman {known(measured.spearman)}, Pearson {known(measured.pearson)}"
+            numbers_of = (
+                f"Spearman {known(measured.spearman)}, Pearson {known(measured.pearson)} (n = {measured.cells})"
+            )
             far = f"mean absolute difference {known(measured.mean_absolute_difference, 3)}"
             ax.set_title(f"{READING_TITLES[measured.reading]}\n{numbers_of}\n{far}")
             ax.set(

@@ -38,6 +38,9 @@ _TOKENS = {"all": _Look("all tokens", "#1f6fb4", "#a9cbe8"), "global": _Look("gl
 _SEED_LINES: Any = ("-", "--", ":", "-.")
 _POINTS = 300
 """Points per curve; a panel is not many more pixels wide."""
+_FEW_STEPS = 50
+"""Curves of fewer steps are only shown smoothed."""
+_RAW, _SMOOTH = "0.83", "0.15"
 _MEMBER_DPI = 110
 _SMALL: Any = {"xtick.labelsize": 7, "ytick.labelsize": 7, "axes.labelsize": 7, "axes.titlesize": 8.5}
 
@@ -192,8 +195,8 @@ def _overview(trainings: Sequence[_Training]) -> Figure:
         _by_layer(fvu, saes, lambda sae: sae.fvu, lines)
         _by_layer(dead, saes, lambda sae: sae.dead, lines)
         dead.set_ylim(-0.03, 1.03)
-        curves.set_ylabel("loss / first loss")
-        fvu.set_ylabel("FVU")
+        curves.set_ylabel("loss / first loss (log)")
+        fvu.set_ylabel("FVU (log)")
         dead.set_ylabel("dead latents")
         dead.yaxis.set_major_formatter(PercentFormatter(1))
         fvu.axhline(1, color="0.6", linewidth=0.7, zorder=0)
@@ -208,6 +211,7 @@ def _overview(trainings: Sequence[_Training]) -> Figure:
     ]
     if len(seeds) > 1:
         handles += [Line2D([], [], color="0.3", linestyle=lines[seed], label=f"seed {seed}") for seed in seeds]
+    handles.append(Line2D([], [], color="0.6", linewidth=0.7, label="FVU 1: predicting the mean"))
     at = (0.995, _from_top(figure, 0.05))
     figure.legend(handles=handles, loc="upper right", bbox_to_anchor=at, ncols=len(handles), frameon=False, fontsize=8)
     return figure
@@ -303,19 +307,22 @@ def _member_figure(member: str, saes: Sequence[_Training]) -> Figure:
         ax.remove()
     name = fitted(member, figure.get_figwidth() - 0.2, 11, "bold")
     figure.text(0.01, _from_top(figure, 0.06), name, va="top", fontsize=11, fontweight="bold")
-    names = [Patch(facecolor=look.face, edgecolor=look.colour, label=look.name) for look in _TOKENS.values()]
+    names: list[Any] = [Line2D([], [], color=_SMOOTH, label="loss, smoothed")]
+    if any(sae.steps >= _FEW_STEPS for sae in saes):
+        names.append(Line2D([], [], color=_RAW, label="each step"))
+    names += [Patch(facecolor=look.face, edgecolor=look.colour, label=look.name) for look in _TOKENS.values()]
     place = (1 - 0.15 / figure.get_figwidth(), _from_top(figure, 0.22))
-    figure.legend(handles=names, loc="upper right", bbox_to_anchor=place, ncols=2, frameon=False, fontsize=7.5)
+    figure.legend(handles=names, loc="upper right", bbox_to_anchor=place, ncols=len(names), frameon=False, fontsize=7.5)
     return figure
 
 
 def _loss_panel(ax: Axes, sae: _Training) -> None:
-    if sae.steps >= 50:
-        ax.plot(*sae.raw, color="0.83", linewidth=0.6)
-    ax.plot(*sae.smooth, color="0.15", linewidth=1.1, marker="o" if sae.steps == 1 else None, markersize=3)
+    if sae.steps >= _FEW_STEPS:
+        ax.plot(*sae.raw, color=_RAW, linewidth=0.6)
+    ax.plot(*sae.smooth, color=_SMOOTH, linewidth=1.1, marker="o" if sae.steps == 1 else None, markersize=3)
     ax.set_title(f"layer {sae.layer}", loc="left")
     ax.set_title(f"loss {sae.losses[0]:.3g} → {sae.losses[1]:.3g}", loc="right", fontsize=7, fontweight="normal")
-    ax.set_ylabel("loss / first loss")
+    ax.set_ylabel("loss / first loss (log)")
 
 
 def _density_panel(ax: Axes, sae: _Training) -> None:

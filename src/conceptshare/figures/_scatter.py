@@ -42,7 +42,9 @@ def draw_sharedness_scatter(table: pd.DataFrame, out: Path) -> None:
     limits = (float(low - 0.03 * (high - low)), float(high + 0.05 * (high - low)))
     more, less = (int((sign * (points[:, 0] - points[:, 1]) > 0).sum()) for sign in (1, -1))
     counts = [f"{more:,} with $\\rho_G > \\rho_H$", f"{less:,} with $\\rho_G < \\rho_H$"]
-    counts += [f"{len(table) - more - less:,} with both equal"] if more + less < len(table) else []
+    zero = len(points) - int(points.any(axis=1).sum())
+    equal = len(points) - more - less - zero
+    counts += [f"{count:,} with both {what}" for count, what in ((zero, "0 (no match)"), (equal, "equal")) if count]
     with mpl.rc_context(STYLE | {"font.size": 8}):
         figure = Figure(figsize=(_PANEL + 1.2, _PANEL + 1.2), layout="constrained")
         ax = figure.subplots()

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from conceptshare.figures._style import BLUE, PAGE, RED, STYLE, annotate_empty, known, save
 from conceptshare.metrics import correlation
 
-_MEASURES = {"cka": "Linear CKA", "mutual_knn": "Mutual kNN"}
+_MEASURES = {"cka": "Linear CKA", "mutual_knn": "Mutual nearest neighbours"}
 _LOOKS: Any = {
     "layer_mean": {"label": "mean over layers", "color": BLUE, "marker": "o"},
     "last": {"label": "last layer", "color": RED, "marker": "s"},
@@ -21,7 +21,7 @@ _LOOKS: Any = {
 
 
 def draw_similarity(table: pd.DataFrame, out: Path) -> None:
-    """CKA and mutual kNN against wMPPC, a point per cell, with the rank correlation for each reading.
+    """CKA and mutual nearest neighbours against wMPPC, a point per cell, with the rank correlation for each reading.
 
     Cells that lack either value are left out.
 
@@ -47,11 +47,11 @@ def _panel(ax: Axes, cells: pd.DataFrame, measure: str) -> None:
         if len(of_reading):
             ax.scatter(of_reading.wmppc, of_reading[measure], s=16, alpha=0.75, linewidths=0, **look)
             ranks = correlation(of_reading.wmppc.rank(), of_reading[measure].rank())
-            found.append(f"{look['label']} {known(ranks)}")
+            found.append(f"Spearman, {look['label']}: {known(ranks)} (n = {len(of_reading)})")
     if not found:
         annotate_empty(ax, "nothing to compare")
         return
-    ax.set_title(f"{_MEASURES[measure]}\nSpearman: {', '.join(found)}")
+    ax.set_title("\n".join([_MEASURES[measure], *found]))
     ax.set_xlim(left=min(0.0, ax.get_xlim()[0]))
     ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
     ax.grid(color="0.9", linewidth=0.6)

@@ -93,6 +93,11 @@ def _ruler() -> Any:
     return canvas.get_renderer()
 
 
+def explain_grey(figure: Figure, words: str) -> None:
+    """Write below the panels of a figure with matplotlib's layout what grey cells are."""
+    figure.supxlabel(f"grey: {words}", x=0.01, ha="left", fontsize=7)
+
+
 def annotate_empty(ax: Axes, words: str, size: float | None = None) -> None:
     """Write on a panel why it is empty, in letters of ``size`` points or of the style's size."""
     ax.text(0.5, 0.5, words, ha="center", va="center", color="0.4", fontsize=size, transform=ax.transAxes)
