@@ -106,18 +106,18 @@ def test_overview_shows_the_numbers(tab, site):
 
 def test_readings_of_a_matrix(tab, site):
     page = tab.open()
-    page.get_by_label("Reading of the matrices").select_option("last")
+    page.get_by_label("Reading (how layers are combined)").select_option("last")
     expect(page).to_have_url(re.compile(r"#/\?reading=last$"))
     last = read_data(site, "study")["matrices"][0]["readings"]["last"]
     shown = seen(page.locator("table.heat").first.locator("tbody td a"))
     assert shown == [f"{value:.2f}" for row in last for value in row if value is not None]
     page.go_back()
-    expect(page.get_by_label("Reading of the matrices")).to_have_value("pooled")
+    expect(page.get_by_label("Reading (how layers are combined)")).to_have_value("pooled")
     expect(page.get_by_text("by chance: with shuffled samples, it is 0.05 to 0.13 here")).to_be_visible()
 
 
 def test_all_heatmaps_share_a_scale(tab, site):
-    """The colour of a cell is matplotlib's viridis (about: of 16 colours), between the least and largest of all."""
+    """The colour of a cell is matplotlib's viridis (of 16 colours), from 0, as in the figures, to the largest."""
     page = tab.open()
     page.locator(".heats").scroll_into_view_if_needed()
     expect(page.locator("table.heat")).to_have_count(3)
@@ -125,7 +125,7 @@ def test_all_heatmaps_share_a_scale(tab, site):
     matrix = study["matrices"][0]["readings"]
     everything = [value for table in matrix.values() for row in table for value in row if value is not None]
     everything += [v for pair in study["layerwise"][0]["pairs"] for row in pair["wmppc"] for v in row]
-    low, high = min(everything), max(everything)
+    low, high = 0, max(everything)
     for table, values in zip(
         page.locator("table.heat").all(),
         [matrix["pooled"], *(pair["wmppc"][::-1] for pair in study["layerwise"][0]["pairs"])],
@@ -480,6 +480,7 @@ def test_tokens_are_marked_by_strength(tab, site):
 def test_a_feature_that_was_never_active(tab):
     page = tab.open(VIEWS["never active"])
     expect(page.locator("main")).to_contain_text("This feature was never active on these samples.")
+    expect(page.locator(".facts")).not_to_contain_text("rank")
     assert page.get_by_role("heading", name="Weaker samples").count() == 0
     assert page.locator(".match", has_text="No match").count() == len(NAMES) - 1
 
@@ -498,6 +499,13 @@ def test_ranking(tab, site):
         "paths => paths.map(path => path.getAttribute('d').split('M').length - 1)"
     )
     assert dots == [FEATURES - 10, 10]
+    more, less = (
+        sum(sign * (g - h) > 0 for g, h in zip(ranking["rho_g"], ranking["rho_h"], strict=True)) for sign in (1, -1)
+    )
+    counts = (
+        f"{more} above the diagonal (ρ G > ρ H), {less} below, 0 with both 0 (no match). Large dots: the top 1% by Δ."
+    )
+    expect(page.locator(".scatter figcaption")).to_have_text(counts)
     overlap = study["overlaps"][0]
     row = page.locator("section", has=page.get_by_role("heading", name="Overlap")).locator("tbody tr")
     texts = seen(row.locator("th, td"))

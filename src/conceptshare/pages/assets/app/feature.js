@@ -106,7 +106,9 @@ async function featureView(parts) {
         [
           "S",
           size(table.strength[n]),
-          h("span", { class: "quiet" }, ` rank ${whole(rank)} of ${whole(table.strength.length)}`),
+          feature.top.length
+            ? h("span", { class: "quiet" }, ` rank ${whole(rank)} of ${whole(table.strength.length)}`)
+            : null,
         ],
         ["Density", percent(table.density[n])],
         ...deltas.map(([ranking, values]) => {

@@ -4,7 +4,7 @@ const ITSELF = "an encoder with itself";
 const READINGS = {
   pooled: "all layers, pooled (Eq. 6)",
   layer_mean: "all layers, mean over layers",
-  last: "last layers only",
+  last: "last layer",
 };
 
 function rankingItem(ranking) {
@@ -36,7 +36,7 @@ function setSection(at, choice, update) {
       .flat(2)
       .filter((value) => value !== null);
   const all = every("readings", "wmppc");
-  const scale = { low: Math.min(...all), high: Math.max(...all) };
+  const scale = { low: 0, high: Math.max(0, ...all) };
   const floors = every("floors", "floor");
   const missing = [
     ...matrices.flatMap(({ readings }) => Object.values(readings)).flatMap((rows) =>
@@ -169,7 +169,7 @@ function overview() {
   const sections = study.datasets.flatMap(({ name }) =>
     study.saes.map((sae) => {
       const choice = control(
-        "Reading of the matrices",
+        "Reading (how layers are combined)",
         "reading",
         {},
         readings.map((reading) => [reading, READINGS[reading] ?? reading]),

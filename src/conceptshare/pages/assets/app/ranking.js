@@ -59,7 +59,11 @@ function scatter(ranking, at, called) {
   drawing.addEventListener("click", () => {
     if (nearest >= 0) location.hash = featureLink({ ...at, feature: ranking.features[nearest] });
   });
-  return h("figure", { class: "scatter" }, drawing, said);
+  const count = (has) => whole(points.filter(([h, g]) => h !== null && g !== null && has(h, g)).length);
+  const counts =
+    `${count((h, g) => g > h)} above the diagonal (ρ G > ρ H), ${count((h, g) => g < h)} below, ` +
+    `${count((h, g) => h === 0 && g === 0)} with both 0 (no match). Large dots: the top 1% by Δ.`;
+  return h("figure", { class: "scatter" }, drawing, h("figcaption", { class: "quiet" }, counts), said);
 }
 
 /** Rows by the most frequent word of their names. */
@@ -221,7 +225,7 @@ async function rankingView(parts) {
           h(
             "p",
             { class: "quiet" },
-            `The top ${plural(ranking.top, "feature")}, grouped by the most frequent word of their names.`,
+            `${plural(ranking.top, "feature")}, grouped by the most frequent word in the names.`,
           ),
           h(
             "div",
