@@ -9,7 +9,7 @@ import pytest
 
 LIBRARY = Path(__file__).parents[1] / "src/conceptshare"
 
-# As docs/architecture.md draws them: a package imports only from those in lines above its own.
+# As in docs/architecture.md: a package imports only from those on lines above its own.
 LEVELS = (
     ("io", "_on_demand"),
     ("metrics", "device"),

@@ -1,4 +1,4 @@
-"""The committed tiny-clip as anyone gets it: read by open_clip from its folder."""
+"""The committed tiny-clip, loaded by open_clip from its folder."""
 
 import importlib.util
 from pathlib import Path

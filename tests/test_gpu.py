@@ -1,4 +1,4 @@
-"""On a GPU, every stage gives what it gives on the CPU up to rounding, and the same bytes each time."""
+"""On a GPU, every stage agrees with the CPU up to rounding and is deterministic."""
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.gpu
 
 SETTINGS = SAESettings(expansion=4, k=3, batch_samples=8, batch_captions=8, learning_rate=1e-3, encoder_bias=True)
 LAYERS = (0, 1, 2)
-# Rounding to float16, in which activations and features are stored, can fall to either side.
+# Activations and features are stored as float16, and rounding can go either way.
 FLOAT16 = {"rtol": 2e-3, "atol": 2e-3}
 
 
@@ -49,7 +49,7 @@ def on(monkeypatch):
 
 
 class Stages:
-    """Every stage, from the ``inputs`` of all and the results in ``made`` to those in another folder."""
+    """Every stage, from the ``inputs`` and the results in ``made`` to those in another folder."""
 
     def __init__(self, inputs, made):
         self.inputs, self.made, self.data = inputs, made, Data(inputs / "data")
@@ -111,7 +111,7 @@ def arrays(folder):
 @pytest.mark.parametrize(
     "stage", ["activations", "sae", "stream", "features", "correlations", "similarity", "examples"]
 )
-def test_a_stage_gives_the_same_bytes_each_time_and_what_the_cpu_gives(stage, stages, on, tmp_path):
+def test_a_stage_is_deterministic_and_agrees_with_the_cpu(stage, stages, on, tmp_path):
     outs = {name: tmp_path / name for name in ("cpu", "gpu", "again")}
     for name, out in outs.items():
         out.mkdir()
@@ -123,7 +123,7 @@ def test_a_stage_gives_the_same_bytes_each_time_and_what_the_cpu_gives(stage, st
     assert expected.keys() == found.keys()
     for name, values in expected.items():
         if name.partition("/")[2].startswith(("match", "floor_sizes")) or "top_samples" in name:
-            # Of nearly equal candidates, rounding may choose another.
+            # Rounding may choose another of nearly equal candidates.
             assert (values == found[name]).mean() > 0.95, name
         else:
             np.testing.assert_allclose(
@@ -131,12 +131,12 @@ def test_a_stage_gives_the_same_bytes_each_time_and_what_the_cpu_gives(stage, st
             )
     for path in outs["cpu"].rglob("*.csv"):
         other = outs["gpu"] / path.relative_to(outs["cpu"])
-        skipped = {"latents"}  # of which one may be a little above or below a bin's edge
+        skipped = {"latents"}  # a value may be just above or below a bin's edge
         a, b = (pd.read_csv(file).drop(columns=skipped, errors="ignore") for file in (path, other))
         pd.testing.assert_frame_equal(a, b, rtol=1e-2, atol=1e-4)
 
 
-def test_a_stream_trains_the_saes_of_stored_tokens(stages, on, tmp_path):
+def test_a_stream_trains_the_same_saes_as_stored_tokens(stages, on, tmp_path):
     on_gpu = Stages(stages.inputs, tmp_path)
     for stage, out in ((on_gpu.activations, tmp_path), (on_gpu.sae, tmp_path), (on_gpu.stream, tmp_path / "streamed")):
         out.mkdir(exist_ok=True)
@@ -152,7 +152,7 @@ FAMILIES = [
 
 
 @pytest.mark.parametrize("make", FAMILIES, ids=lambda make: make.__name__)
-def test_an_encoder_gives_the_same_bits_each_time_and_what_it_gives_on_the_cpu(make, on, tmp_path):
+def test_an_encoder_is_deterministic_and_agrees_with_the_cpu(make, on, tmp_path):
     family = make(tmp_path / "model")
     expected = on("cpu", lambda: load_encoder(family.spec).activations(family.samples))
     encoder = on("cuda", lambda: load_encoder(family.spec))
@@ -176,7 +176,7 @@ OPTIONS = [
 
 
 def trained(settings, place, steps=60, width=16):
-    """All of a training's state."""
+    """The full state of a training."""
     trainer, generator = Trainer(width, settings, 0, steps, torch.device(place)), torch.Generator().manual_seed(1)
     for _ in range(steps):
         trainer.train_on(torch.randn(200, width, generator=generator).to(place))
@@ -184,17 +184,17 @@ def trained(settings, place, steps=60, width=16):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_training_gives_the_same_bits_each_time_and_the_losses_of_the_cpu(options):
+def test_training_is_deterministic_and_its_losses_agree_with_the_cpu(options):
     settings = SAESettings(expansion=4, k=4, learning_rate=1e-3, **options)
     one, again = trained(settings, "cuda"), trained(settings, "cuda")
     assert all(torch.equal(x, again[name]) for name, x in one.items())
-    # Products of rounded factors choose other latents now and then.
+    # Rounded products occasionally select other latents.
     rtol = 1e-4 if settings.precision == "float32" else 2e-2
     torch.testing.assert_close(one["losses"], trained(settings, "cpu")["losses"], rtol=rtol, atol=0)
 
 
 class Operations(TorchDispatchMode):
-    """What torch does, by name."""
+    """Records the names of torch operations."""
 
     def __init__(self):
         super().__init__()
@@ -205,12 +205,12 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# Of those that torch's use_deterministic_algorithms lists for GPUs, what sums floating-point numbers in any order.
+# Operations in torch's use_deterministic_algorithms list for GPUs that sum floats in arbitrary order.
 IN_ANY_ORDER = {"index_add", "scatter_add", "bincount", "embedding_dense_backward", "cumsum", "put", "histc"}
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_no_step_of_training_adds_in_any_order(options):
+def test_training_uses_no_nondeterministic_sums(options):
     with Operations() as done:
         trained(SAESettings(expansion=4, k=4, **options), "cuda", steps=3)
     assert {name.rstrip("_") for name in done.names} & IN_ANY_ORDER == set()
@@ -222,9 +222,9 @@ def test_no_step_of_training_adds_in_any_order(options):
 def test_correlations_keep_within_their_budget(megabytes, dtype, precision, rng):
     layers = [rng.normal(size=(4000, 600)).clip(0).astype(dtype) for _ in range(4)]
     for layer in layers:
-        layer[:, ::7] = 1  # features that do not vary are left out, which takes a copy
+        layer[:, ::7] = 1  # dropping constant features takes a copy
     a, b = layers[:2], layers[2:]
-    max_correlations([x[:, :8] for x in a], b, precision=precision)  # CUDA's libraries take their own memory once
+    max_correlations([x[:, :8] for x in a], b, precision=precision)  # CUDA libraries allocate their own memory once
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -233,7 +233,7 @@ def test_correlations_keep_within_their_budget(megabytes, dtype, precision, rng)
 
 
 @pytest.mark.parametrize("megabytes", [1, 60])
-def test_correlations_in_bfloat16_are_within_their_error_and_the_same_each_time(megabytes, on, rng):
+def test_bfloat16_correlations_are_within_their_error_and_deterministic(megabytes, on, rng):
     samples, width = 2000, 60
     dense = rng.normal(size=(samples, width)).clip(0)
     rare = rng.lognormal(size=(samples, width)) * (rng.random((samples, width)) < 1e-3)
@@ -247,11 +247,11 @@ def test_correlations_in_bfloat16_are_within_their_error_and_the_same_each_time(
     varies = x.std(0) > 0
     np.testing.assert_allclose(wholes[0][np.ix_(varies, varies)], np.corrcoef(x[:, varies].T), rtol=0, atol=2e-3)
     assert (wholes[0][~varies] == 0).all()
-    np.testing.assert_allclose(wholes[0].diagonal()[varies], 1, atol=1e-5)  # rounding changes no feature's length
+    np.testing.assert_allclose(wholes[0].diagonal()[varies], 1, atol=1e-5)  # rounding preserves the features' lengths
 
 
 def test_sums_of_a_panel_are_float64(rng):
-    # Far from zero, with a first sample that is far from the mean, sums in float32 would lose the third digit.
+    # Far from zero, and with a first sample far from the mean, float32 sums would lose the third digit.
     x = np.full((200_000, 2), 2000.0)
     x[0] = 0
     x[1:, 1] += rng.integers(0, 2, len(x) - 1)

@@ -1,4 +1,4 @@
-"""Damaged, lost and exchanged results: the result of a whole study, or one line that says what to run again."""
+"""Damaged, missing and swapped results give an unchanged study, or one line that says which stage to run again."""
 
 import itertools
 import os
@@ -42,7 +42,7 @@ from tests.helpers import models
 from tests.helpers.samples import contents, write_rows
 
 DAMAGES = 12
-"""Of what each stage reads, tried one after another."""
+"""Damages tried on the inputs of each stage, one at a time."""
 SAMPLES, LAYERS, SEEDS = 24, (0, 2), (0, 1)
 LINE = r"{}/\S+.*: .*(run .* stages?( again)?|name the folder of one SAE).*"
 SETTINGS = SAESettings(expansion=2, k=3, learning_rate=1e-2, batch_samples=8, batch_captions=8)
@@ -60,7 +60,7 @@ def stores_in(study):
 
 
 class Stages:
-    """Each stage, which reads results in a folder and writes its own into another, or gives them back."""
+    """Each stage reads results in one folder and writes its own to another, or returns them."""
 
     def __init__(self, encoders):
         self._encoders = encoders
@@ -123,7 +123,7 @@ class Stages:
         write_pair(study / "correlations" / "bert@0__vit@0.zarr", "vit@0", "bert@0", "pair", out / "pair")
 
 
-# What each stage reads.
+# The inputs of each stage.
 READS = {
     "activations": ["data"],
     "sae": ["tokens/vit.zarr"],
@@ -152,9 +152,9 @@ def stages(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(stages, tmp_path_factory):
-    """The results of a study of two encoders, one of them with two seeds."""
-    study = tmp_path_factory.mktemp("whole")
+def complete(stages, tmp_path_factory):
+    """The results of a study of two encoders, one with two seeds."""
+    study = tmp_path_factory.mktemp("complete")
     write_data(study)
     for name, encoder in stages._encoders.items():
         places = study / "activations" / f"{name}.zarr", study / "tokens" / f"{name}.zarr"
@@ -181,13 +181,13 @@ def whole(stages, tmp_path_factory):
 
 
 def files_of(result):
-    """The files of a result, but for the records of how it came about, which no stage reads."""
+    """The files of a result, except provenance records, which no stage reads."""
     paths = result.rglob("*") if result.is_dir() else [result]
     return [path for path in paths if path.is_file() and not path.name.endswith("provenance.json")]
 
 
 def outcome(stage, study, out):
-    """What a stage makes; or the message of its error."""
+    """The result of a stage, or the message of its error."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     try:
@@ -208,7 +208,7 @@ def cut(path, rng):
 
 
 def zero(path, rng):
-    """As after a power cut."""
+    """As after a power failure."""
     path.write_bytes(bytes(path.stat().st_size))
 
 
@@ -217,16 +217,16 @@ def lose(path, rng):
 
 
 def exchange(one, other):
-    aside = one.with_name("aside")
-    one.rename(aside)
+    temporary = one.with_name("temporary")
+    one.rename(temporary)
     other.rename(one)
-    aside.rename(other)
+    temporary.rename(other)
 
 
 @pytest.mark.parametrize("name", READS)
-def test_any_damage_is_one_line_or_changes_nothing(name, stages, whole, tmp_path, rng):
+def test_any_damage_is_a_one_line_error_or_changes_nothing(name, stages, complete, tmp_path, rng):
     stage, study = getattr(stages, name), tmp_path / "study"
-    shutil.copytree(whole, study)
+    shutil.copytree(complete, study)
     expected = outcome(stage, study, tmp_path / "out")
     assert isinstance(expected, dict), expected
     files = sorted(path for read in READS[name] for path in files_of(study / read) if path.stat().st_size)
@@ -273,9 +273,9 @@ EXCHANGES = [
 
 
 @pytest.mark.parametrize(("name", "one", "other"), EXCHANGES)
-def test_what_was_exchanged_is_one_line(name, one, other, stages, whole, tmp_path):
+def test_swapped_results_are_a_one_line_error(name, one, other, stages, complete, tmp_path):
     study = tmp_path / "study"
-    shutil.copytree(whole, study)
+    shutil.copytree(complete, study)
     exchange(study / one, study / other)
     found = outcome(getattr(stages, name), study, tmp_path / "out")
     assert isinstance(found, str)
@@ -283,10 +283,10 @@ def test_what_was_exchanged_is_one_line(name, one, other, stages, whole, tmp_pat
     assert (one.rpartition("/")[2] in found) or (other.rpartition("/")[2] in found), found
 
 
-def test_results_of_another_run_are_not_mixed_with_these(stages, whole, tmp_path):
-    """Features that were made again, of SAEs that were trained again, and what was made of them before."""
+def test_does_not_mix_results_of_two_runs(stages, complete, tmp_path):
+    """New features of retrained SAEs, and results made from the old ones."""
     study = tmp_path / "study"
-    shutil.copytree(whole, study)
+    shutil.copytree(complete, study)
     settings = SETTINGS.model_copy(update={"k": 4})
     shutil.rmtree(study / "saes" / "vit" / "layer-00" / "seed-0")
     train_sae(study / "tokens" / "vit.zarr", 0, settings, 0, study / "saes" / "vit" / "layer-00" / "seed-0")
@@ -298,5 +298,5 @@ def test_results_of_another_run_are_not_mixed_with_these(stages, whole, tmp_path
     shutil.rmtree(study / "features" / "vit@0.zarr")
     stages.features(study, study / "features")
     for name, what in (("tables", "vit@0.zarr"), ("pages", "names/vit@0.parquet")):
-        said = again(getattr(stages, name))
-        assert re.search(rf"{what}: made from other features of vit@0 than the current ones; delete it and run", said)
+        error = again(getattr(stages, name))
+        assert re.search(rf"{what}: made from other features of vit@0 than the current ones; delete it and run", error)

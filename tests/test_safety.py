@@ -1,4 +1,4 @@
-"""Nothing that is downloaded, and no name or text of a study, runs code, leaves its folder or reaches a shell."""
+"""Downloads and a study's names and texts cannot run code, leave their folder or reach a shell."""
 
 import io
 import json
@@ -43,7 +43,7 @@ class Payload:
 
 @pytest.fixture
 def marker(tmp_path):
-    """A file that is there only if a payload was executed; checked after each test that asks for it."""
+    """A file that exists only if a payload was executed; checked after each test that uses it."""
     marker = tmp_path / "it ran"
     yield marker
     assert not marker.exists()
@@ -72,7 +72,7 @@ def as_pickle(weights, path, marker, zipped):
     ],
     ids=["transformers", "remote code", "timm", "open_clip"],
 )
-def test_code_in_pickled_weights_is_not_run(tmp_path, marker, make, weights, pickled, zipped):
+def test_does_not_run_code_in_pickled_weights(tmp_path, marker, make, weights, pickled, zipped):
     spec = make(tmp_path / "model").spec
     folder = Path(spec.model)
     as_pickle(folder / weights, folder / pickled, marker, zipped)
@@ -80,7 +80,7 @@ def test_code_in_pickled_weights_is_not_run(tmp_path, marker, make, weights, pic
         load_encoder(spec)
 
 
-def test_code_in_a_checkpoint_of_a_named_open_clip_model_is_not_run(tmp_path, marker):
+def test_does_not_run_code_in_a_named_open_clip_models_checkpoint(tmp_path, marker):
     torch.save({"state_dict": Payload(marker)}, tmp_path / "checkpoint.pt")
     spec = models.entry("RN50", "image", "first", library="open_clip", weights=str(tmp_path / "checkpoint.pt"))
     with pytest.raises(EncoderError, match=r"cannot load .*checkpoint\.pt"):
@@ -150,11 +150,11 @@ def with_a_configuration_that_lets_open_clip_run_code(folder, marker):
         with_a_configuration_that_lets_open_clip_run_code,
     ],
 )
-def test_code_that_comes_with_a_model_is_run_by_no_other_way_in(tmp_path, marker, make, monkeypatch):
-    # Someone at a terminal would be asked, and might say yes.
+def test_does_not_run_a_models_code_in_any_other_way(tmp_path, marker, make, monkeypatch):
+    # At a terminal, a user would be asked and might agree.
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     spec = make(tmp_path / "model", marker)
-    with suppress(EncoderError):  # some then lack what the code would have been
+    with suppress(EncoderError):  # some then lack the class from the code
         load_encoder(spec)
 
 
@@ -164,12 +164,12 @@ def pickled_sae(folder, marker):
     (folder / "sae_weights.safetensors").write_bytes(pickle.dumps(Payload(marker)))
 
 
-def test_code_in_an_saes_weights_is_not_run(tmp_path, marker):
+def test_does_not_run_code_in_sae_weights(tmp_path, marker):
     (tmp_path / "sae").mkdir()
     pickled_sae(tmp_path / "sae", marker)
     with pytest.raises(StoreError, match="sae"):
         load_sae(tmp_path / "sae")
-    (tmp_path / "sae" / "manifest.json").unlink()  # else the changed file is noticed before it is read
+    (tmp_path / "sae" / "manifest.json").unlink()  # otherwise the changed file is detected before it is read
     with pytest.raises(StoreError, match="do not match or are damaged"):
         import_sae(tmp_path / "sae", tmp_path / "imported")
     (tmp_path / "sae" / "sae_weights.safetensors").rename(tmp_path / "sae" / "sae.safetensors")
@@ -177,7 +177,7 @@ def test_code_in_an_saes_weights_is_not_run(tmp_path, marker):
         import_sae(tmp_path / "sae", tmp_path / "imported")
 
 
-def test_code_in_what_unfinished_correlations_left_is_not_run(tmp_path, marker):
+def test_does_not_run_code_in_unfinished_correlations(tmp_path, marker):
     payload = np.empty(1, dtype=object)
     payload[0] = Payload(marker)
     np.savez(tmp_path / "progress.npz", files=payload)
@@ -191,7 +191,7 @@ def png():
     return file.getvalue()
 
 
-def test_code_in_an_arrow_extension_type_is_not_run(tmp_path, marker):
+def test_does_not_run_code_in_an_arrow_extension_type(tmp_path, marker):
     metadata = {
         b"ARROW:extension:name": b"arrow.py_extension_type",
         b"ARROW:extension:metadata": pickle.dumps(Payload(marker)),
@@ -205,7 +205,7 @@ def test_code_in_an_arrow_extension_type_is_not_run(tmp_path, marker):
 
 
 @pytest.mark.parametrize("name", ["data.npy", "data.pkl", "data.pickle", "data.pt"])
-def test_data_in_pickles_is_not_read(tmp_path, marker, name):
+def test_does_not_read_pickled_data(tmp_path, marker, name):
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / name).write_bytes(pickle.dumps(Payload(marker)))
@@ -215,7 +215,7 @@ def test_data_in_pickles_is_not_read(tmp_path, marker, name):
         make_dataset(DatasetSpec(source=str(folder)), tmp_path / "made")
 
 
-def test_a_script_that_comes_with_data_is_not_run(tmp_path, marker):
+def test_does_not_run_a_data_sets_script(tmp_path, marker):
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "folder.py").write_text(f"from pathlib import Path\nPath({str(marker)!r}).touch()\n")
@@ -223,7 +223,7 @@ def test_a_script_that_comes_with_data_is_not_run(tmp_path, marker):
         make_dataset(DatasetSpec(source=str(folder)), tmp_path / "made")
 
 
-def test_pickles_in_a_tar_are_not_read_whatever_their_column(tmp_path, marker):
+def test_does_not_read_pickles_in_a_tar(tmp_path, marker):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, content in (("a.png", png()), ("a.pyd", pickle.dumps(Payload(marker)))):
             member = tarfile.TarInfo(name)
@@ -234,7 +234,7 @@ def test_pickles_in_a_tar_are_not_read_whatever_their_column(tmp_path, marker):
 
 
 @pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
-def test_links_and_devices_in_a_tar_are_left_alone(tmp_path, kind):
+def test_ignores_links_and_devices_in_a_tar(tmp_path, kind):
     secret = tmp_path / "secret.png"
     secret.write_bytes(png())
     source = tmp_path / "set" / "a.tar"
@@ -283,7 +283,7 @@ def small_study():
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
-    """`build_study` with a catalog that holds nothing, which is read at once."""
+    """`build_study` with an empty catalog, which is read quickly."""
     catalog = tmp_path_factory.mktemp("catalog")
     for what in ("datasets", "encoders"):
         (catalog / f"{what}.yaml").touch()
@@ -291,7 +291,7 @@ def build(tmp_path_factory):
 
 
 def rename(config, where, name):
-    """Give the study another name, or the only or first entry at a place of it."""
+    """Rename the study, or the only or first entry at a place in it."""
     if where == "study":
         config["study"] = name
         return
@@ -331,7 +331,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES, ids=[ascii(name)[:20] for name in NAMES])
-def test_names_are_neither_paths_nor_words_of_a_shell(build, name):
+def test_refuses_names_that_are_paths_or_shell_syntax(build, name):
     for where in PLACES:
         config = small_study()
         rename(config, where, name)
@@ -343,7 +343,7 @@ def test_names_are_neither_paths_nor_words_of_a_shell(build, name):
 
 
 @pytest.mark.parametrize("name", ["x" * 80, "CON", "nul", "aux.txt", "0", "a.b-c_d"])
-def test_other_names_are_names(build, name):
+def test_accepts_other_names(build, name):
     for where in PLACES:
         config = small_study()
         rename(config, where, name)
@@ -351,14 +351,14 @@ def test_other_names_are_names(build, name):
 
 
 @pytest.mark.parametrize("seed", ["0; touch x", "$(touch x)", "../x", -1, 1.5, "0\n1"])
-def test_seeds_are_whole_numbers(build, seed):
+def test_seeds_must_be_integers(build, seed):
     config = small_study()
     config["encoders"]["one"]["seeds"] = [seed]
     with pytest.raises(StudyError, match=r"encoders\.one\.seeds"):
         build(config)
 
 
-def test_an_encoder_does_not_take_the_name_of_another_ones_provenance(build):
+def test_an_encoder_cannot_have_the_name_of_anothers_provenance_file(build):
     config = small_study()
     rename(config, "encoders", "two.provenance")
     with pytest.raises(StudyError, match=r"encoders\.two\.provenance: .* choose another name"):
@@ -374,12 +374,12 @@ def commands(group, *names):
             yield (*names, name), command
 
 
-# Options that name what a command writes; `--tokens`, `--saes` and `--activations` of others name what they read.
+# Options for the outputs of a command; `--tokens`, `--saes` and `--activations` of others are inputs.
 WRITTEN = {"out", "agreement"}
 WRITTEN_HERE = {("activations",): {"tokens"}, ("join",): {"tokens"}, ("stream",): {"saes", "activations"}}
 
 
-def test_no_command_replaces_what_is_no_result_of_its_kind(tmp_path, monkeypatch):
+def test_commands_only_replace_results_of_their_kind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("In the beginning")

@@ -233,12 +233,12 @@ def test_an_unknown_analysis_is_a_one_line_error(run, tmp_path, command):
 
 def test_a_missing_or_invalid_study_is_a_one_line_error(run, tmp_path):
     (tmp_path / "other.json").write_text('{"study": "x"}')
-    for name, said in (("absent.json", "no such file"), ("other.json", "datasets")):
+    for name, expected in (("absent.json", "no such file"), ("other.json", "datasets")):
         status, _, errors = run(
             "pages", "index", "--results", "none", "--study", tmp_path / name, "--out", tmp_path / "o"
         )
         assert status == 1
-        assert said in errors
+        assert expected in errors
         assert "Traceback" not in errors
 
 

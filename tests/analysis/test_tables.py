@@ -824,19 +824,21 @@ def test_refuses_tables_of_two_studies(written, study, monkeypatch):
     names = made["ranking"][["layer", "feature"]].assign(name="cat", candidate="cat", score=1, auc=1, source="captions")
     names.to_csv("names.csv", index=False)
 
-    def said(command):
+    def error_of(command):
         words = [*command.split(), "--out", "out" if "formats" in command else "out.csv"]
         error = CliRunner().invoke(app, words).exception
         assert isinstance(error, StoreError), error
         return str(error)
 
     assert re.match(
-        r"other\.csv: ranks other features .* than ranking\.csv;", said("metrics overlaps ranking.csv other.csv")
+        r"other\.csv: ranks other features .* than ranking\.csv;", error_of("metrics overlaps ranking.csv other.csv")
     )
     formats = "metrics formats --table matrix.csv --averages averages.csv"
-    assert said(formats).startswith("averages.csv: not the averages of this matrix; ")
+    assert error_of(formats).startswith("averages.csv: not the averages of this matrix; ")
     correlations = f"--correlations {study[0].correlations}"
-    assert said(f"metrics averages --table matrix.csv {correlations}").startswith("matrix.csv: does not record which")
+    assert error_of(f"metrics averages --table matrix.csv {correlations}").startswith(
+        "matrix.csv: does not record which"
+    )
     store = study[0].features / "vit@0.zarr"
     with pytest.raises(StoreError, match=r"^other\.csv: ranks other features of vit@0 than those of .*vit@0\.zarr;"):
         check_ranking(

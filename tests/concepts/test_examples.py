@@ -143,13 +143,13 @@ def test_captions_activate_at_the_tokenizers_pieces(make, values, stage_of):
                 shares = np.frombuffer(one["fires"], np.uint8) / 255
                 np.testing.assert_allclose(shares * one["fires_highest"], fires, atol=fires.max() / 250 + 1e-4)
     for sample, found in stage.messages.items():
-        said = "".join(piece for piece in found["tokens"] if not piece.strip().startswith(("[", "<")))
-        assert said
-        assert stage.data.caption(sample).startswith(said.strip())  # some have a short context
+        shown_text = "".join(piece for piece in found["tokens"] if not piece.strip().startswith(("[", "<")))
+        assert shown_text
+        assert stage.data.caption(sample).startswith(shown_text.strip())  # some have a short context
 
 
 @pytest.mark.parametrize(
-    ("pieces", "said"),
+    ("pieces", "expected_text"),
     [
         (["[CLS]", "north", "ame", "##rica", ".", "[SEP]"], ["[CLS]", " north", " ame", "rica", " .", " [SEP]"]),
         (["▁north", "▁ame", "rica", ".", "</s>"], ["north", " ame", "rica", ".", " </s>"]),
@@ -169,12 +169,12 @@ def test_captions_activate_at_the_tokenizers_pieces(make, values, stage_of):
         (["n", "\N{REPLACEMENT CHARACTER}"], ["n", " \N{REPLACEMENT CHARACTER}"]),
     ],
 )
-def test_joins_the_pieces_of_a_word(pieces, said):
-    assert with_blanks(pieces) == said
+def test_joins_the_pieces_of_a_word(pieces, expected_text):
+    assert with_blanks(pieces) == expected_text
 
 
 @pytest.mark.parametrize(
-    ("pieces", "of_another", "said"),
+    ("pieces", "of_another", "expected_text"),
     [
         (["un", "bel", "ief"], ["a", "Ġb"], ["un", "bel", "ief"]),
         (["<s>", "un", "bel", "</s>"], ["▁a", "▁b"], ["<s>", " un", "bel", " </s>"]),
@@ -182,8 +182,8 @@ def test_joins_the_pieces_of_a_word(pieces, said):
         (["un", "##bel"], ["a", "b"], ["un", "bel"]),
     ],
 )
-def test_joins_a_one_word_caption_by_its_tokenizers_markers(pieces, of_another, said):
-    assert with_blanks(pieces, of_another) == said
+def test_joins_a_one_word_caption_by_its_tokenizers_markers(pieces, of_another, expected_text):
+    assert with_blanks(pieces, of_another) == expected_text
 
 
 def test_a_feature_that_is_never_active_has_no_samples(stage_of):

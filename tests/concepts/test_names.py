@@ -458,13 +458,13 @@ def test_a_command_receives_features_and_names_them(evident, script, name, tmp_p
     data, x = evident
     captions = captions_of(data)
     log = tmp_path / "asked.json"
-    said = "[None, 'A  zebra,\\n\\x07\\u202eor WordZ \\ud800', 'q' * 100][each['layer'] + each['feature'] - 1]"
+    answers = "[None, 'A  zebra,\\n\\x07\\u202eor WordZ \\ud800', 'q' * 100][each['layer'] + each['feature'] - 1]"
     command = script(
         f"open({str(log)!r}, 'w').write(json.dumps([asked, sys.argv]))\n"
         "print('thinking', file=sys.stderr)\n"
         "print()\n"
         "for each in reversed(asked):\n"
-        f"    print(json.dumps({{'layer': each['layer'], 'feature': each['feature'], 'name': {said}}}))\n"
+        f"    print(json.dumps({{'layer': each['layer'], 'feature': each['feature'], 'name': {answers}}}))\n"
     )
     found = name(data, {1: x, 2: x[:, :2]}, command=command)
     asked, arguments = json.loads(log.read_text())

@@ -1,4 +1,4 @@
-"""Activations are the residual stream that the encoder's own library computes, at the tokens that they should be."""
+"""Activations equal the residual stream that the encoder's own library computes, at the documented tokens."""
 
 import json
 import random
@@ -32,7 +32,7 @@ by_name = {"ids": lambda make: make.__name__}
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """Each family's model, encoder and activations of its samples, made once."""
+    """Each family's model, encoder and activations, computed once."""
     made = {}
 
     def get(make):
@@ -68,7 +68,7 @@ def expected_position(spec, mask):
 
 
 @pytest.mark.parametrize("make", FAMILIES, **by_name)
-def test_every_layer_is_the_librarys_own_hidden_state_at_every_position(loaded, make):
+def test_every_layer_equals_the_librarys_hidden_state_at_every_position(loaded, make):
     family, _, found, truth = loaded(make)
     assert sorted(found.tokens) == family.spec.layer_numbers()
     for layer, own in zip(family.spec.layer_numbers(), truth.hidden, strict=True):
@@ -79,11 +79,11 @@ def test_every_layer_is_the_librarys_own_hidden_state_at_every_position(loaded, 
 @pytest.mark.parametrize(
     "make", [models.vit, models.bert, models.mambavision, models.timm_vit, models.open_clip_image], **by_name
 )
-def test_every_pass_is_in_full_float32_with_cudnn_whatever_the_process_has_set(make, tmp_path):
+def test_forward_passes_use_full_float32_regardless_of_process_settings(make, tmp_path):
     cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
 
     def look(module, _inputs):
-        if list(module.parameters()):  # the steps of preparing an image are modules too
+        if list(module.parameters()):  # preprocessing steps are modules too
             seen.add(settings())
 
     def settings():
@@ -94,14 +94,14 @@ def test_every_pass_is_in_full_float32_with_cudnn_whatever_the_process_has_set(m
         patch.setattr(cuda, "allow_tf32", True)
         before = settings()
         hook = nn.modules.module.register_module_forward_pre_hook(look)
-        load_encoder(family.spec).activations(family.samples)  # loading runs the model as well, to check its blocks
+        load_encoder(family.spec).activations(family.samples)  # loading also runs the model, to check its blocks
         hook.remove()
         assert settings() == before == ("tf32", "tf32", True, True, False)
     assert seen == {("ieee", "ieee", False, True, True)}
 
 
 @pytest.mark.parametrize("make", HEADED, **by_name)
-def test_global_token_through_the_models_own_head_is_its_own_embedding(loaded, make):
+def test_the_models_head_maps_the_global_token_to_its_embedding(loaded, make):
     family, _, found, truth = loaded(make)
     with torch.no_grad():
         embedding = family.head(found.global_token[family.spec.layers - 1].cpu())
@@ -109,7 +109,7 @@ def test_global_token_through_the_models_own_head_is_its_own_embedding(loaded, m
 
 
 @pytest.mark.parametrize("make", FAMILIES, **by_name)
-def test_global_token_of_every_layer_is_at_its_position(loaded, make):
+def test_every_layers_global_token_is_at_its_position(loaded, make):
     family, _, found, truth = loaded(make)
     positions = expected_position(family.spec, truth.mask)
     for layer, own in zip(family.spec.layer_numbers(), truth.hidden, strict=True):
@@ -128,7 +128,7 @@ def test_training_positions_are_the_unpadded_ones_and_the_global_token(loaded, m
 
 
 @pytest.mark.parametrize("make", TEXTS, **by_name)
-def test_captions_of_a_batch_have_padding_to_leave_out(loaded, make):
+def test_batches_of_captions_contain_padding(loaded, make):
     _, _, found, truth = loaded(make)
     lengths = truth.mask.sum(1)
     assert len(set(lengths.tolist())) > 2
@@ -136,7 +136,7 @@ def test_captions_of_a_batch_have_padding_to_leave_out(loaded, make):
 
 
 @pytest.mark.parametrize("make", FAMILIES, **by_name)
-def test_a_batch_gives_what_its_samples_give_alone(loaded, make):
+def test_a_batch_gives_the_same_as_its_samples_alone(loaded, make):
     family, encoder, found, _ = loaded(make)
     for i, sample in enumerate(family.samples):
         alone = encoder.activations([sample])
@@ -154,14 +154,14 @@ def test_a_second_pass_gives_the_same(loaded, make):
     assert all(torch.equal(again.tokens[layer], x) for layer, x in found.tokens.items())
 
 
-def test_last_is_the_last_padded_position_even_where_it_is_padding(loaded):
+def test_last_is_the_last_position_even_if_it_is_padding(loaded):
     _, _, found, truth = loaded(models.siglip_text)
     assert not truth.mask[0, -1]
     assert found.tokens[0].shape[1] == CONTEXT
     assert torch.equal(found.global_token[1], found.tokens[1][:, -1])
 
 
-def test_mean_leaves_padding_out(bert):
+def test_mean_excludes_padding(bert):
     spec, _ = bert
     found = load_encoder(change(spec, global_token="mean")).activations(["dog", "a cat on a mat"])
     assert found.training.sum(1).tolist() == [3, 7]
@@ -169,8 +169,8 @@ def test_mean_leaves_padding_out(bert):
 
 
 @pytest.mark.parametrize("kind", models.LANGUAGE_MODELS)
-def test_a_caption_is_read_alone_as_in_a_batch_whatever_the_side_its_tokenizer_pads_on(tmp_path, kind):
-    """And as transformers reads it alone, where it is not padded."""
+def test_padding_on_either_side_does_not_change_a_captions_activations(tmp_path, kind):
+    """The result also equals transformers' for the caption alone, without padding."""
     model = models.language_model(kind, tmp_path, positions=20)
     tower = model.encoder if kind in ("T5", "Bart") else model
     found = load_encoder(models.entry(tmp_path, "text", "eot", kind="language")).activations(CAPTIONS)
@@ -178,13 +178,13 @@ def test_a_caption_is_read_alone_as_in_a_batch_whatever_the_side_its_tokenizer_p
         with torch.no_grad():
             inputs = models.word_tokenizer()([caption], return_tensors="pt", return_token_type_ids=False)
             states = tower(**inputs, output_hidden_states=True).hidden_states[1:]
-        for layer in range(LAYERS - 1):  # many models normalise the last of their hidden states
+        for layer in range(LAYERS - 1):  # many models normalise their last hidden state
             assert close(found.tokens[layer][sample][found.training[sample]].cpu(), states[layer][0]), layer
             assert close(found.global_token[layer][sample].cpu(), states[layer][0, -1]), layer
 
 
 @pytest.mark.parametrize("kind", ["FNet", "MobileBert"])
-def test_a_text_encoder_that_reads_padding_is_refused_unless_nothing_is_padded(tmp_path, kind):
+def test_refuses_a_text_encoder_that_attends_to_padding_unless_nothing_is_padded(tmp_path, kind):
     sizes = {"vocab_size": 4 + len(models.WORDS), "hidden_size": WIDTH, "num_hidden_layers": LAYERS}
     more = {"embedding_size": WIDTH, "intra_bottleneck_size": WIDTH, "num_attention_heads": 2}
     config = getattr(transformers, f"{kind}Config")(**sizes, **more, intermediate_size=32)
@@ -198,7 +198,7 @@ def test_a_text_encoder_that_reads_padding_is_refused_unless_nothing_is_padded(t
 
 @pytest.mark.parametrize("global_token", ["eot", "last"])
 @pytest.mark.parametrize("end", [None, "[SEP]"])
-def test_a_language_model_without_padding_token_is_read_at_its_last_real_token(tmp_path, global_token, end):
+def test_a_language_model_without_a_padding_token_is_read_at_its_last_real_token(tmp_path, global_token, end):
     model = models.language_model("GPT2", tmp_path, pad_token=None, eos_token=end)
     found = load_encoder(models.entry(tmp_path, "text", global_token, kind="language")).activations(CAPTIONS)
     for sample, caption in enumerate(CAPTIONS):
@@ -208,7 +208,7 @@ def test_a_language_model_without_padding_token_is_read_at_its_last_real_token(t
         assert close(found.global_token[0][sample].cpu(), own[0, -1])
 
 
-def test_last_is_the_end_of_text_of_models_that_were_not_trained_to_read_padding(loaded):
+def test_last_is_the_end_of_text_for_models_not_trained_on_padding(loaded):
     for make in (models.bert, models.open_clip_text):
         family, _, found, truth = loaded(make)
         last = load_encoder(change(family.spec, global_token="last")).activations(family.samples)
@@ -216,7 +216,7 @@ def test_last_is_the_end_of_text_of_models_that_were_not_trained_to_read_padding
         assert torch.equal(last.global_token[1].cpu(), found.tokens[1].cpu()[range(len(ends)), ends])
 
 
-def test_a_caption_without_any_token_is_an_error_that_shows_it(tmp_path):
+def test_shows_a_caption_without_tokens(tmp_path):
     models.language_model("GPT2", tmp_path)
     backend = models.word_tokenizer().backend_tokenizer
     backend.post_processor = tokenizers.processors.TemplateProcessing(single="$A", special_tokens=[])
@@ -229,7 +229,7 @@ def test_a_caption_without_any_token_is_an_error_that_shows_it(tmp_path):
 SHOUTED = ["A Dog!", "THE CAT, on a mat.", "It's  a HAT"]
 
 
-def test_siglip_2_reads_lower_case_as_it_was_trained_and_as_transformers_own_tokenizer_for_it_does(loaded):
+def test_siglip_2_lowercases_captions_as_transformers_does(loaded):
     family, encoder, _, _ = loaded(models.siglip2_text)
     vocabulary = json.loads((Path(family.spec.model) / "tokenizer.json").read_text())["model"]["vocab"]
     own = transformers.Siglip2Tokenizer(vocab=vocabulary, merges=[], padding_side="right", add_eos_token=True)
@@ -240,20 +240,20 @@ def test_siglip_2_reads_lower_case_as_it_was_trained_and_as_transformers_own_tok
         assert row[: len(expected) - 1] == expected[:-1]
 
 
-def test_siglip_1_reads_no_punctuation_either_as_open_clip_prepares_its_captions(loaded):
+def test_siglip_1_also_strips_punctuation_as_open_clip_does(loaded):
     _, encoder, _, _ = loaded(models.siglip_text)
     cleaned = [open_clip.tokenizer._clean_canonicalize(caption) for caption in SHOUTED]
     assert cleaned == ["a dog", "the cat on a mat", "its a hat"]
     assert torch.equal(encoder.prepare(SHOUTED).ids, encoder.prepare(cleaned).ids)
 
 
-def test_reference_reads_the_case_of_a_caption_as_the_papers_code_does(loaded):
+def test_reference_keeps_the_case_of_captions_like_the_papers_code(loaded):
     family, _, _, _ = loaded(models.siglip2_text)
     encoder = load_encoder(change(family.spec, global_token="reference"))
     assert not torch.equal(encoder.prepare(["A Dog"]).ids, encoder.prepare(["a dog"]).ids)
 
 
-def test_reference_reads_siglip_as_the_papers_code_does_padded_to_a_batch_and_without_a_mask(loaded):
+def test_reference_pads_siglip_to_the_batch_without_a_mask_like_the_papers_code(loaded):
     family, _, _, _ = loaded(models.siglip_text)
     model = transformers.SiglipModel.from_pretrained(family.spec.model).text_model
     own = models.text_truth(model.eval(), models.siglip_tokenizer())(CAPTIONS[:3])
@@ -262,7 +262,7 @@ def test_reference_reads_siglip_as_the_papers_code_does_padded_to_a_batch_and_wi
 
 
 @pytest.mark.parametrize("global_token", ["eot", "mean", "first"])
-def test_siglip_reads_all_its_padding_whatever_its_global_token(loaded, global_token):
+def test_siglip_reads_all_padding_for_any_global_token(loaded, global_token):
     family, _, found, _ = loaded(models.siglip_text)
     other = load_encoder(change(family.spec, global_token=global_token)).activations(family.samples)
     assert torch.equal(other.tokens[2], found.tokens[2])
@@ -274,14 +274,14 @@ def test_an_image_has_no_end_of_text(loaded):
         load_encoder(change(family.spec, global_token="eot")).activations(family.samples)
 
 
-def test_training_positions_of_a_causal_tower_do_not_depend_on_the_choice_of_global_token(loaded):
+def test_training_positions_of_a_causal_tower_do_not_depend_on_the_global_token(loaded):
     family, _, eot, _ = loaded(models.open_clip_text)
     first = load_encoder(change(family.spec, global_token="first")).activations(family.samples)
     assert torch.equal(first.training, eot.training)
     assert torch.equal(first.global_token[1], eot.tokens[1][:, 0])
 
 
-def test_blocks_that_put_tokens_before_samples_give_the_same_residual_stream():
+def test_blocks_with_tokens_before_samples_give_the_same_residual_stream():
     tower = models.randomise(open_clip.transformer.Transformer(WIDTH, LAYERS, heads=2, batch_first=False))
     x = torch.randn(4, 5, WIDTH, generator=torch.Generator().manual_seed(0))
     encoder = Encoder(
@@ -318,22 +318,22 @@ REMEDIES += [r"(use_layers): (last), (width): (\d+)"]
 
 
 @pytest.mark.parametrize("kind", STAGED)
-def test_the_remedies_for_an_encoder_in_stages_lead_to_its_last_grid_of_tokens(tmp_path, kind):
-    spec, said = models.staged(kind, tmp_path), []
+def test_the_remedies_for_a_hierarchical_encoder_lead_to_its_last_grid_of_tokens(tmp_path, kind):
+    spec, messages = models.staged(kind, tmp_path), []
     for _ in range(5):
         try:
             encoder = load_encoder(spec)
             break
         except EncoderError as error:
-            said.append(str(error).replace(str(tmp_path), ""))
-        given = [match.groups() for remedy in REMEDIES for match in [re.search(remedy, said[-1])] if match]
+            messages.append(str(error).replace(str(tmp_path), ""))
+        given = [match.groups() for remedy in REMEDIES for match in [re.search(remedy, messages[-1])] if match]
         spec = change(
             spec, **{key: value for pairs in given for key, value in zip(pairs[::2], pairs[1::2], strict=True)}
         )
-    assert any("single residual stream" in line or "not one residual stream" in line for line in said)
+    assert any("single residual stream" in line or "not one residual stream" in line for line in messages)
     found = encoder.activations(models.pictures())
     assert len(found.tokens) == 1
-    # Of all shapes between blocks, the smallest grid is the last stage's; it may hold a class token.
+    # The smallest grid between blocks is the last stage's; it may include a class token.
     shapes = set()
     hooks = [
         m.register_forward_hook(lambda _, __, out: shapes.add(getattr(out, "shape", (0,)))) for m in encoder.blocks
@@ -347,21 +347,21 @@ def test_the_remedies_for_an_encoder_in_stages_lead_to_its_last_grid_of_tokens(t
 
 
 @pytest.mark.parametrize("token", ["first", "last"])
-def test_no_corner_of_a_grid_stands_for_an_image(tmp_path, token):
+def test_refuses_a_corner_of_a_grid_as_global_token(tmp_path, token):
     spec = change(models.staged("ConvNext", tmp_path), global_token=token)
     for _ in range(5):
         with pytest.raises(EncoderError) as caught:
             load_encoder(spec)
-        said = str(caught.value)
-        if "no token for the whole image; set global_token: mean" in said:
+        message = str(caught.value)
+        if "no token for the whole image; set global_token: mean" in message:
             break
-        pairs = [match.groups() for remedy in REMEDIES for match in [re.search(remedy, said)] if match]
+        pairs = [match.groups() for remedy in REMEDIES for match in [re.search(remedy, message)] if match]
         spec = change(spec, **{k: v for given in pairs for k, v in zip(given[::2], given[1::2], strict=True)})
     assert load_encoder(change(spec, global_token="mean", width=32))
 
 
 def swin_of_tokens(folder):
-    """The last stage of a Swin: tokens ``[B, T, D]`` that are places of a grid."""
+    """The last stage of a Swin: tokens ``[B, T, D]`` that are positions of a grid."""
     how = {"blocks": "encoder.layers.3.blocks", "layers": 1, "width": 64}
     return change(models.staged("Swin", folder), **how)
 
@@ -398,7 +398,7 @@ WITHOUT_CLASS_TOKEN = {
 
 @pytest.mark.parametrize("token", ["first", "last"])
 @pytest.mark.parametrize("make", WITHOUT_CLASS_TOKEN.values(), ids=WITHOUT_CLASS_TOKEN)
-def test_no_patch_stands_for_an_image_in_an_encoder_without_a_class_token(make, token, tmp_path):
+def test_refuses_a_patch_as_global_token_without_a_class_token(make, token, tmp_path):
     spec = make(tmp_path / "model")
     with pytest.raises(EncoderError, match=r"is a patch or register.*set global_token: mean"):
         load_encoder(change(spec, global_token=token))
@@ -407,7 +407,7 @@ def test_no_patch_stands_for_an_image_in_an_encoder_without_a_class_token(make, 
 
 
 @pytest.mark.parametrize("make", [models.vit, models.timm_vit, models.open_clip_image], **by_name)
-def test_the_last_patch_stands_for_no_image_with_a_class_token_either(make, tmp_path):
+def test_refuses_the_last_patch_as_global_token_with_a_class_token(make, tmp_path):
     spec = make(tmp_path / "model").spec
     load_encoder(spec)
     with pytest.raises(EncoderError, match=r"last.*is a patch or register.*set global_token: mean"):
@@ -415,8 +415,8 @@ def test_the_last_patch_stands_for_no_image_with_a_class_token_either(make, tmp_
 
 
 @pytest.mark.parametrize("width", [10, 14, 20, 99])
-def test_rows_of_a_grid_are_never_taken_for_tokens(width):
-    """A grid of 14 x 10 or 14 x 14 places with a width of 20, in both layouts."""
+def test_never_treats_rows_of_a_grid_as_tokens(width):
+    """A grid of 14 x 10 or 14 x 14 positions with a width of 20, in both layouts."""
     for shape in [(20, 14, 14), (14, 14, 20), (20, 14, 10), (14, 10, 20)]:
         block = nn.Identity()
         encoder = Encoder(
@@ -433,7 +433,7 @@ def test_rows_of_a_grid_are_never_taken_for_tokens(width):
                 encoder.activations(models.pictures(3))
 
 
-def test_blocks_at_a_given_path_are_used_instead():
+def test_uses_blocks_at_a_given_path():
     tower = nn.Module()
     tower.long = nn.ModuleList(nn.LayerNorm(2) for _ in range(3))
     tower.short = nn.ModuleList(nn.LayerNorm(2) for _ in range(2))
@@ -441,14 +441,14 @@ def test_blocks_at_a_given_path_are_used_instead():
     assert all(a is b for a, b in zip(found, tower.short, strict=True))
 
 
-def test_blocks_at_a_given_path_give_the_same_as_found(bert):
+def test_blocks_at_a_given_path_give_the_same_as_detected_ones(bert):
     spec, _ = bert
     found = load_encoder(spec).activations(CAPTIONS)
     given = load_encoder(change(spec, blocks="encoder.layer")).activations(CAPTIONS)
     assert all(torch.equal(x, found.tokens[layer]) for layer, x in given.tokens.items())
 
 
-def test_blocks_at_a_wrong_path_are_an_error_that_names_it_and_the_lists_there_are(bert):
+def test_names_a_wrong_path_of_blocks_and_lists_the_candidates(bert):
     spec, _ = bert
     with pytest.raises(EncoderError, match=r"blocks: encoder\.layers; lists are at: encoder\.layer$"):
         load_encoder(change(spec, blocks="encoder.layers"))
@@ -457,14 +457,14 @@ def test_blocks_at_a_wrong_path_are_an_error_that_names_it_and_the_lists_there_a
 @pytest.mark.parametrize(
     ("place", "layers"), [("embeddings", 5), ("encoder.layer.0", 3), ("encoder.layer.0.output", 3)]
 )
-def test_parts_of_an_encoder_that_are_no_list_of_blocks_are_an_error_that_names_the_lists(bert, place, layers):
+def test_lists_the_candidates_if_a_path_is_not_a_list_of_blocks(bert, place, layers):
     spec, _ = bert
     with pytest.raises(EncoderError, match=rf"blocks: {place} is not a list of blocks; lists are at: encoder\.layer$"):
         load_encoder(change(spec, blocks=place, layers=layers, use_layers="last"))
 
 
 @pytest.mark.parametrize("layers", [2, 5])
-def test_blocks_of_another_number_are_an_error_that_names_both_and_the_remedy(bert, layers):
+def test_names_both_numbers_of_blocks_and_the_remedy_if_they_differ(bert, layers):
     spec, _ = bert
     with pytest.raises(
         EncoderError,
@@ -473,13 +473,13 @@ def test_blocks_of_another_number_are_an_error_that_names_both_and_the_remedy(be
         load_encoder(change(spec, layers=layers))
 
 
-def test_blocks_of_another_width_are_an_error_that_names_both_and_the_remedy(bert):
+def test_names_both_widths_and_the_remedy_if_they_differ(bert):
     spec, _ = bert
     with pytest.raises(EncoderError, match="layer 0: width 16, but its entry has 20; set width: 16"):
         load_encoder(change(spec, width=20))
 
 
-def test_blocks_that_give_no_residual_stream_are_an_error():
+def test_refuses_blocks_without_a_residual_stream():
     tower = nn.Sequential(nn.Linear(WIDTH, WIDTH))
     encoder = Encoder(
         models.entry("tower", "text", "first", layers=1),
@@ -492,10 +492,10 @@ def test_blocks_that_give_no_residual_stream_are_an_error():
         encoder.activations(CAPTIONS)
 
 
-def test_blocks_keep_no_hooks_though_the_model_fails(bert):
+def test_removes_hooks_even_if_the_model_fails(bert):
     spec, _ = bert
     encoder = load_encoder(spec)
-    before = [list(block._forward_hooks) for block in encoder.blocks]  # transformers leaves some of its own
+    before = [list(block._forward_hooks) for block in encoder.blocks]  # transformers leaves some itself
     encoder.activations(CAPTIONS)
     broken = Encoder(spec, encoder.device, encoder.blocks, encoder.prepare, forward=lambda inputs: 1 / 0)
     with pytest.raises(EncoderError, match=r"its forward pass fails \(ZeroDivisionError: division by zero\)"):
@@ -504,7 +504,7 @@ def test_blocks_keep_no_hooks_though_the_model_fails(bert):
 
 
 @pytest.mark.parametrize(("layers", "recorded"), [("last", [2]), ([1], [1]), ([2, 0, 2], [0, 2])])
-def test_a_subset_gives_the_same_tensors_as_all(bert, layers, recorded):
+def test_a_subset_of_layers_gives_the_same_tensors(bert, layers, recorded):
     spec, _ = bert
     whole = load_encoder(spec).activations(CAPTIONS)
     some = load_encoder(change(spec, use_layers=layers)).activations(CAPTIONS)
@@ -533,9 +533,7 @@ def test_weights_in_half_precision_are_computed_in_single_precision(tmp_path):
         ("T5", 512, {"model_max_length": 10**30}),
     ],
 )
-def test_captions_are_cut_at_the_models_own_length_and_where_it_has_none_that_is_said(
-    tmp_path, kind, longest, settings, capsys
-):
+def test_truncates_captions_at_the_models_length_and_reports_if_it_has_none(tmp_path, kind, longest, settings, capsys):
     models.language_model(kind, tmp_path, positions=600, **settings)
     found = load_encoder(models.entry(tmp_path, "text", "eot", kind="language")).activations(["a cat " * 500])
     assert found.tokens[0].shape[1] == longest
@@ -543,7 +541,7 @@ def test_captions_are_cut_at_the_models_own_length_and_where_it_has_none_that_is
 
 
 @pytest.mark.parametrize("kind", ["Roberta", "GPT2"])
-def test_a_context_of_more_positions_than_a_model_has_is_an_error(tmp_path, kind):
+def test_refuses_a_context_longer_than_the_model(tmp_path, kind):
     models.language_model(kind, tmp_path, positions=16)
     spec = models.entry(tmp_path, "text", "eot", kind="language")
     load_encoder(change(spec, context_length=16)).activations(["a cat " * 20])
@@ -551,7 +549,7 @@ def test_a_context_of_more_positions_than_a_model_has_is_an_error(tmp_path, kind
         load_encoder(change(spec, context_length=17))
 
 
-def test_captions_are_cut_to_the_given_context(bert):
+def test_truncates_captions_to_the_given_context(bert):
     spec, model = bert
     how = {"max_length": 5}
     truth = models.text_truth(model, models.bert_tokenizer(), **how)(CAPTIONS)
@@ -561,7 +559,7 @@ def test_captions_are_cut_to_the_given_context(bert):
 
 
 @pytest.mark.parametrize("blocks", [None, "encoder.layer"])
-def test_blocks_that_the_weights_lack_are_an_error_and_not_random(bert, blocks):
+def test_missing_block_weights_are_an_error(bert, blocks):
     spec, _ = bert
     file = Path(spec.model) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 5}))
@@ -569,7 +567,7 @@ def test_blocks_that_the_weights_lack_are_an_error_and_not_random(bert, blocks):
         load_encoder(change(spec, layers=5, blocks=blocks))
 
 
-def test_a_head_that_the_weights_lack_is_no_error_and_no_alarm(bert, capfd):
+def test_missing_head_weights_are_silently_accepted(bert, capfd):
     spec, model = bert
     file = Path(spec.model) / "model.safetensors"
     weights = {name: x for name, x in load_file(file).items() if not name.startswith("pooler")}
@@ -590,19 +588,19 @@ ABSURD = {
 
 
 @pytest.mark.parametrize(("key", "value"), ABSURD.items())
-def test_a_configuration_of_an_absurd_size_is_an_error_before_it_is_built(bert, key, value):
+def test_refuses_a_configuration_of_absurd_size_before_building_it(bert, key, value):
     spec, _ = bert
     file = Path(spec.model) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    said = (
+    pattern = (
         "more than any model has" if key in ("num_hidden_layers", "depths") else "a far larger model than its weights"
     )
-    with pytest.raises(EncoderError, match=f"{said}; use the configuration that belongs to its weights$"):
+    with pytest.raises(EncoderError, match=f"{pattern}; use the configuration that belongs to its weights$"):
         load_encoder(spec)
 
 
 @pytest.mark.parametrize(("part", "key", "value"), [("text_cfg", "layers", 10**6), ("vision_cfg", "layers", 9000)])
-def test_a_configuration_of_open_clip_of_an_absurd_size_is_an_error_before_it_is_built(tmp_path, part, key, value):
+def test_refuses_an_open_clip_configuration_of_absurd_size_before_building_it(tmp_path, part, key, value):
     spec, file = models.open_clip_text(tmp_path).spec, tmp_path / "open_clip_config.json"
     config = json.loads(file.read_text())
     config["model_cfg"][part] |= {key: value, "width": 240}
@@ -611,7 +609,7 @@ def test_a_configuration_of_open_clip_of_an_absurd_size_is_an_error_before_it_is
         load_encoder(spec)
 
 
-def test_a_folder_without_tokenizer_is_an_error_and_not_a_model_of_unknown_words(bert):
+def test_a_folder_without_a_tokenizer_is_an_error(bert):
     spec, _ = bert
     for file in Path(spec.model).glob("tokenizer*"):
         file.unlink()
@@ -620,7 +618,7 @@ def test_a_folder_without_tokenizer_is_an_error_and_not_a_model_of_unknown_words
 
 
 @pytest.mark.parametrize("make", [models.bert, models.vit, models.open_clip_image, models.open_clip_text], **by_name)
-def test_a_folder_without_weights_is_an_error_that_names_library_and_folder(tmp_path, make):
+def test_names_library_and_folder_if_weights_are_missing(tmp_path, make):
     spec = make(tmp_path).spec
     for file in tmp_path.glob("*.safetensors"):
         file.unlink()
@@ -634,13 +632,13 @@ def test_a_folder_of_another_library_is_an_error(tmp_path):
         load_encoder(change(spec, library="transformers"))
 
 
-def test_a_context_longer_than_open_clips_own_is_an_error(tmp_path):
+def test_refuses_a_context_longer_than_open_clips(tmp_path):
     spec = models.open_clip_text(tmp_path).spec
     with pytest.raises(EncoderError, match=f"context_length 99 is more than the {CONTEXT} tokens"):
         load_encoder(change(spec, context_length=99))
 
 
-def test_a_very_long_word_is_split_as_open_clip_does_and_no_slower_than_many(tmp_path):
+def test_splits_a_very_long_word_like_open_clip_but_quickly(tmp_path):
     spec = models.open_clip_text(tmp_path).spec
     rng = random.Random(0)
     own = open_clip.SimpleTokenizer(context_length=CONTEXT)
@@ -648,13 +646,13 @@ def test_a_very_long_word_is_split_as_open_clip_does_and_no_slower_than_many(tmp
     words += ["<start_of_text> a <end_of_text>", "x" * 1000, "ö" * 100, ""]
     prepare = load_encoder(spec).prepare
     assert torch.equal(prepare(words).ids, own(words))
-    # open_clip itself would take hours for it.
+    # open_clip itself would take hours.
     assert prepare(["".join(rng.choices(string.ascii_lowercase, k=500_000))]).eot.item() == CONTEXT - 1
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A checkpoint of a model that open_clip knows by name, being entered in open_clip's own registry."""
+    """A checkpoint of a model that is registered with open_clip by name."""
     config = tmp_path / "conceptshare-tiny.json"
     config.write_text(json.dumps(models.open_clip_config()))
     open_clip.add_model_config(config)
@@ -677,7 +675,7 @@ def test_named_open_clip_models_load_from_a_checkpoint_file(checkpoint):
     assert all(close(found.tokens[layer].cpu(), x) for layer, x in enumerate(own.hidden))
 
 
-def test_named_open_clip_models_of_a_tag_see_pictures_and_compute_as_the_tag_says(checkpoint, monkeypatch):
+def test_open_clip_tags_set_preprocessing_and_computation(checkpoint, monkeypatch):
     images = models.pictures()
     settings = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear", "resize_mode": "squash"}
     tag = {"file": str(checkpoint), "quick_gelu": True, **settings}
@@ -688,7 +686,7 @@ def test_named_open_clip_models_of_a_tag_see_pictures_and_compute_as_the_tag_say
     assert all(close(found.tokens[layer].cpu(), x) for layer, x in enumerate(own.hidden))
 
 
-def test_minilm_of_the_catalog_gives_what_its_package_gives():
+def test_the_catalogs_minilm_equals_its_package():
     entry = read_catalog("encoders")["minilm"] | {"global_token": "mean"}
     encoder = load_encoder(EncoderSpec(**entry))
     captions = ["A red fox", "Line art of a bicycle with a basket, leaning on a tree", "dog " * 100]
@@ -719,7 +717,7 @@ def test_reference_is_position_0_of_every_sample_and_trains_on_padding(loaded):
         assert close(found.global_token[layer].cpu(), own[:, 0])
 
 
-def test_reference_of_a_tokenizer_that_pads_on_the_left_is_position_0_though_it_is_padding(tmp_path, capsys):
+def test_reference_is_position_0_even_with_left_padding(tmp_path, capsys):
     models.save_bert(tmp_path, padding_side="left")
     found = load_encoder(models.entry(tmp_path, "text", "reference", kind="language")).activations(CAPTIONS)
     assert torch.equal(found.global_token[2], found.tokens[2][:, 0])
@@ -735,7 +733,7 @@ def test_reference_is_the_same_for_every_caption_of_a_causal_tower(loaded, make)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_a_model_that_cannot_compute_in_half_precision_says_what_to_set_when_it_is_loaded(loaded, precision):
+def test_reports_on_loading_if_a_model_cannot_use_half_precision(loaded, precision):
     family, _, _, _ = loaded(models.deberta)
     with pytest.raises(EncoderError, match=r"its forward pass fails .*; set precision: float32; if that fails too"):
         load_encoder(change(family.spec, precision=precision))
@@ -743,18 +741,18 @@ def test_a_model_that_cannot_compute_in_half_precision_says_what_to_set_when_it_
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize("make", [models.bert, models.vit, models.open_clip_text, models.timm_vit], **by_name)
-def test_half_precision_gives_float32_activations_that_are_near_and_not_the_same(loaded, make, precision):
+def test_half_precision_gives_similar_float32_activations(loaded, make, precision):
     family, _, whole, _ = loaded(make)
     found = load_encoder(change(family.spec, precision=precision)).activations(family.samples)
     for layer, x in found.tokens.items():
         assert x.dtype == found.global_token[layer].dtype == torch.float32
         error = (x - whole.tokens[layer]).norm() / whole.tokens[layer].norm()
-        # bfloat16 has 8 bits, and a few dozen roundings lie between input and last layer.
+        # bfloat16 has 8 bits of precision, and the last layer is a few dozen roundings away from the input.
         assert 1e-6 < error < 0.05
 
 
 def recurrence(u, delta, A, B, C, D):
-    """The scan by its definition, one number at a time, in float64."""
+    """The scan by definition, one number at a time, in float64."""
     u, delta, A, B, C, D = (x.double().numpy() for x in (u, delta, A, B, C, D))
     y = np.zeros_like(u)
     for b, d in np.ndindex(*u.shape[:2]):
@@ -766,7 +764,7 @@ def recurrence(u, delta, A, B, C, D):
 
 
 @pytest.mark.parametrize("length", [1, 2, 49])
-def test_selective_scan_is_the_recurrence(length):
+def test_selective_scan_equals_the_recurrence(length):
     generator = torch.Generator().manual_seed(0)
     samples, width, states = 2, 5, 8
 
@@ -784,7 +782,7 @@ def test_selective_scan_is_the_recurrence(length):
     assert np.allclose(plain.numpy(), recurrence(u, delta.abs(), A, B, C, D), rtol=0, atol=1e-5)
 
 
-def test_selective_scan_of_half_precision_is_summed_in_single_precision():
+def test_selective_scan_accumulates_half_precision_in_single_precision():
     u, delta = torch.ones(1, 1, 4096, dtype=torch.bfloat16), torch.full((1, 1, 4096), 1e-3)
     A, B, D = torch.zeros(1, 1), torch.ones(1, 1, 4096), torch.zeros(1)
     found = selective_scan_fn(u, delta, A, B, B, D)
@@ -792,7 +790,7 @@ def test_selective_scan_of_half_precision_is_summed_in_single_precision():
     assert found[0, 0, -1].item() == pytest.approx(4.096, rel=2**-8)
 
 
-def test_code_that_comes_with_a_model_is_not_run_unless_its_entry_says_so(tmp_path):
+def test_runs_a_models_code_only_if_its_entry_allows_it(tmp_path):
     spec = models.mambavision(tmp_path / "model").spec
     marker = tmp_path / "it ran"
     for code in Path(spec.model).glob("*.py"):
@@ -806,13 +804,13 @@ def test_code_that_comes_with_a_model_is_not_run_unless_its_entry_says_so(tmp_pa
     assert marker.exists()
 
 
-def test_remote_code_of_a_model_that_has_none_is_an_error(bert):
+def test_remote_code_for_a_model_without_code_is_an_error(bert):
     spec, _ = bert
     with pytest.raises(EncoderError, match=r"config\.json names no class for AutoModel; leave remote_code out"):
         load_encoder(change(spec, remote_code=True))
 
 
-def test_weights_that_a_model_with_code_of_its_own_lacks_are_an_error_and_not_random(tmp_path):
+def test_missing_weights_of_a_model_with_custom_code_are_an_error(tmp_path):
     spec = models.mambavision(tmp_path / "model").spec
     file = Path(spec.model) / "model.safetensors"
     save_file({name: x for name, x in load_file(file).items() if "levels.3" not in name}, file)
@@ -820,7 +818,7 @@ def test_weights_that_a_model_with_code_of_its_own_lacks_are_an_error_and_not_ra
         load_encoder(spec)
 
 
-def test_a_model_with_code_of_its_own_loads_from_a_pickle_of_tensors_too(loaded, tmp_path):
+def test_a_model_with_custom_code_loads_from_a_pickle_of_tensors(loaded, tmp_path):
     family, _, found, _ = loaded(models.mambavision)
     folder = tmp_path / "model"
     shutil.copytree(family.spec.model, folder)
@@ -830,7 +828,7 @@ def test_a_model_with_code_of_its_own_loads_from_a_pickle_of_tensors_too(loaded,
     assert torch.equal(again.tokens[3], found.tokens[3])
 
 
-def test_a_pickle_of_more_than_tensors_is_refused(tmp_path):
+def test_refuses_a_pickle_with_more_than_tensors(tmp_path):
     spec = models.mambavision(tmp_path / "model").spec
     (Path(spec.model) / "model.safetensors").unlink()
     torch.save({"model.norm.weight": Path("/")}, Path(spec.model) / "pytorch_model.bin")
@@ -839,7 +837,7 @@ def test_a_pickle_of_more_than_tensors_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["embeddings.word_embeddings.weight", "encoder.layer.1.output.dense.weight"])
-def test_embeddings_too_that_the_weights_lack_are_an_error_and_not_random(bert, name):
+def test_missing_embedding_weights_are_an_error(bert, name):
     spec, _ = bert
     file = Path(spec.model) / "model.safetensors"
     save_file({key: x for key, x in load_file(file).items() if key != name}, file, metadata={"format": "pt"})
@@ -847,7 +845,7 @@ def test_embeddings_too_that_the_weights_lack_are_an_error_and_not_random(bert, 
         load_encoder(spec)
 
 
-def test_blocks_that_give_no_hidden_state_of_the_library_are_an_error(tmp_path):
+def test_refuses_blocks_that_do_not_match_the_librarys_hidden_states(tmp_path):
     config = transformers.XLMConfig(
         vocab_size=5 + len(models.WORDS), emb_dim=WIDTH, n_layers=LAYERS, n_heads=2, max_position_embeddings=CONTEXT
     )
@@ -857,7 +855,7 @@ def test_blocks_that_give_no_hidden_state_of_the_library_are_an_error(tmp_path):
         load_encoder(models.entry(tmp_path, "text", "first", kind="language"))
 
 
-def test_a_model_whose_layers_share_one_block_is_an_error_and_not_its_last_layer(tmp_path):
+def test_refuses_a_model_whose_layers_share_one_block(tmp_path):
     config = transformers.AlbertConfig(
         vocab_size=5 + len(models.WORDS),
         embedding_size=8,
@@ -872,7 +870,7 @@ def test_a_model_whose_layers_share_one_block_is_an_error_and_not_its_last_layer
         load_encoder(models.entry(tmp_path, "text", "first", kind="language", layers=1))
 
 
-def test_a_model_that_also_writes_is_read_by_its_encoder_alone(tmp_path):
+def test_reads_only_the_encoder_of_an_encoder_decoder(tmp_path):
     size = {"d_model": WIDTH, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_layers": LAYERS, "num_decoder_layers": 5}
     config = transformers.T5Config(vocab_size=5 + len(models.WORDS), decoder_start_token_id=0, **size)
     model = models.randomise(transformers.T5ForConditionalGeneration(config))
@@ -886,7 +884,7 @@ def test_a_model_that_also_writes_is_read_by_its_encoder_alone(tmp_path):
         assert close(found.tokens[layer].cpu(), states[layer + 1])
 
 
-def test_a_model_that_hides_patches_by_chance_is_refused(tmp_path):
+def test_refuses_a_model_that_masks_patches_randomly(tmp_path):
     config = transformers.ViTMAEConfig(**models._vision(), decoder_hidden_size=8, decoder_num_attention_heads=2)
     transformers.ViTMAEModel(config).save_pretrained(tmp_path)
     models.square_processor(transformers.ViTImageProcessor).save_pretrained(tmp_path)
@@ -924,14 +922,14 @@ def save_flava(folder):
 
 
 def save_flava_image(folder):
-    """Its image encoder alone, which transformers' AutoModel does not know."""
+    """Only its image encoder, which transformers' AutoModel does not know."""
     tower, processor = save_flava(folder)
     tower.save_pretrained(folder)
     return tower, processor
 
 
 @pytest.mark.parametrize("save", [save_llava, save_flava, save_flava_image], ids=["llava", "flava", "image"])
-def test_a_model_of_several_parts_is_read_by_the_one_that_reads_images(tmp_path, save):
+def test_reads_images_with_the_image_part_of_a_multimodal_model(tmp_path, save):
     tower, processor = save(tmp_path)
     found = load_encoder(models.entry(tmp_path, "image", "first")).activations(models.pictures())
     own = models.image_truth(tower, processor)(models.pictures())
@@ -960,7 +958,7 @@ PROCESSORS = {
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_an_image_size_that_is_the_models_own_changes_nothing_and_another_keeps_its_proportions(tmp_path, name):
+def test_another_image_size_keeps_the_proportions_of_preprocessing(tmp_path, name):
     model = models.randomise(transformers.Dinov2Model(transformers.Dinov2Config(**models._vision(), mlp_ratio=2)))
     model.save_pretrained(tmp_path)
     PROCESSORS[name]().save_pretrained(tmp_path)
@@ -969,20 +967,20 @@ def test_an_image_size_that_is_the_models_own_changes_nothing_and_another_keeps_
     own, same, other = (load_encoder(change(spec, image_size=size)).prepare(square) for size in (None, models.SIDE, 64))
     assert torch.equal(own.pixels, same.pixels)
     assert other.pixels.shape == (1, 3, 64, 64)
-    # What is seen of the image stays the same: shrunk again, it is what the own size shows.
+    # The visible part of the image stays the same: downscaled, it equals the original size's result.
     shrunk = nn.functional.interpolate(other.pixels, size=(8, 8), mode="area")
     assert (shrunk - nn.functional.interpolate(own.pixels, size=(8, 8), mode="area")).abs().max() < 0.6
 
 
 @pytest.mark.parametrize("make", [f for f in models.IMAGES if f is not models.mambavision], **by_name)
-def test_an_image_size_that_is_a_familys_own_gives_the_same_bytes(loaded, make):
+def test_setting_the_models_own_image_size_gives_the_same_bytes(loaded, make):
     family, _, _, _ = loaded(make)
     plain = load_encoder(change(family.spec, image_size=None))
     side = plain.prepare(family.samples).pixels.shape[-1]
     same = load_encoder(change(family.spec, image_size=side))
     assert torch.equal(same.prepare(family.samples).pixels, plain.prepare(family.samples).pixels)
     first, last = plain.activations(family.samples), same.activations(family.samples)
-    # With `image_size`, positions are interpolated to what they are already.
+    # With `image_size`, positions are interpolated to their own size.
     assert all(close(last.tokens[layer], x) for layer, x in first.tokens.items())
 
 
@@ -992,7 +990,7 @@ def save_naflex(folder):
     transformers.Siglip2ImageProcessor(patch_size=models.PATCH, max_num_patches=16).save_pretrained(folder)
 
 
-def test_an_image_size_for_a_processor_of_patches_is_an_error(tmp_path):
+def test_refuses_an_image_size_for_a_patch_processor(tmp_path):
     save_naflex(tmp_path)
     spec = models.entry(tmp_path, "image", "mean")
     load_encoder(spec).activations(models.pictures())
@@ -1000,14 +998,14 @@ def test_an_image_size_for_a_processor_of_patches_is_an_error(tmp_path):
         load_encoder(change(spec, image_size=64))
 
 
-def test_a_processor_that_makes_no_images_of_a_given_size_is_an_error(tmp_path):
+def test_refuses_a_processor_without_a_fixed_image_size(tmp_path):
     models.vit(tmp_path)
     transformers.ViTImageProcessor(do_resize=False).save_pretrained(tmp_path)
     with pytest.raises(EncoderError, match="its image processor cannot make images of image_size: 64; leave it out"):
         load_encoder(models.entry(tmp_path, "image", "first", kind="vision", image_size=64))
 
 
-def test_images_of_unlike_sizes_that_a_processor_keeps_need_batches_of_one(tmp_path, capsys):
+def test_images_of_different_sizes_need_batches_of_one(tmp_path, capsys):
     models.dinov2(tmp_path)
     transformers.BitImageProcessor(size={"shortest_edge": 32}, do_center_crop=False).save_pretrained(tmp_path)
     spec, remedy = models.entry(tmp_path, "image", "first", kind="vision"), "set batch_size: 1"
@@ -1020,7 +1018,7 @@ def test_images_of_unlike_sizes_that_a_processor_keeps_need_batches_of_one(tmp_p
     assert {one.activations([image]).tokens[0].shape[1] for image in models.pictures()} == {25, 17}
 
 
-def test_convolutions_whose_output_is_changed_in_place_are_recorded_as_they_gave_it():
+def test_records_outputs_before_they_are_changed_in_place():
     tower = nn.Sequential(nn.Conv2d(3, WIDTH, 4, stride=4), nn.ReLU(inplace=True))
     x = torch.randn(3, 3, 20, 20, generator=torch.Generator().manual_seed(0))
     encoder = Encoder(
@@ -1035,7 +1033,7 @@ def test_convolutions_whose_output_is_changed_in_place_are_recorded_as_they_gave
     assert torch.equal(encoder.activations(models.pictures(3)).tokens[0], own)
 
 
-def test_blocks_that_the_forward_pass_leaves_out_are_an_error():
+def test_refuses_blocks_that_the_forward_pass_skips():
     tower = nn.ModuleList([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)])
     encoder = Encoder(
         models.entry("tower", "image", "first", layers=2, width=WIDTH),
@@ -1048,7 +1046,7 @@ def test_blocks_that_the_forward_pass_leaves_out_are_an_error():
         encoder.activations(models.pictures(3))
 
 
-def test_blocks_of_another_length_than_the_tokenizers_are_an_error():
+def test_refuses_blocks_with_a_length_other_than_the_tokenizers():
     encoder = Encoder(
         models.entry("tower", "text", "first", layers=1),
         torch.device("cpu"),
@@ -1060,7 +1058,7 @@ def test_blocks_of_another_length_than_the_tokenizers_are_an_error():
         encoder.activations(CAPTIONS[:3])
 
 
-def test_a_grid_whose_width_and_sides_are_alike_is_an_error():
+def test_refuses_a_grid_whose_width_equals_its_sides():
     block = nn.Identity()
     encoder = Encoder(
         models.entry("tower", "image", "mean", layers=1, width=8),

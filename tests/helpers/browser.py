@@ -1,4 +1,4 @@
-"""A Chromium, and pages on which every complaint of the browser is an error."""
+"""A Chromium, and pages on which every browser warning or error fails the test."""
 
 import base64
 import json
@@ -10,12 +10,12 @@ import pytest
 
 from tests.pages.made_up import MISSING_THUMBNAIL
 
-PATIENCE_MS = 60_000  # on a machine that is slow and busy
+PATIENCE_MS = 60_000  # for slow and busy machines
 
 
 @pytest.fixture(scope="session")
 def browser():
-    """The system's Chromium. Where there is none, tests are skipped, but in CI that is a failure."""
+    """The system's Chromium. Without one, tests are skipped, or fail in CI."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         reason = "no Chromium on this machine; on Debian: apt-get install chromium"
@@ -23,7 +23,7 @@ def browser():
     from playwright.sync_api import expect, sync_playwright
 
     expect.set_options(timeout=PATIENCE_MS)
-    # Chromium refuses its sandbox to root alone.
+    # Chromium's sandbox does not work for root.
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=chromium, args=arguments)
@@ -35,11 +35,11 @@ SIZE = {"width": 1280, "height": 900}
 
 
 class Tab:
-    """Pages of one browser context, with all that went wrong in them.
+    """Pages of one browser context, and the problems that occurred in them.
 
     Attributes:
-        allowed: Files that are not there; that the browser tells of them is no error. One thumbnail never is.
-        expected: Beginnings of messages on the console that are no error.
+        allowed: Files that may be missing without an error. One thumbnail always is.
+        expected: Prefixes of console messages that are not errors.
     """
 
     def __init__(self, context, folder):
@@ -48,15 +48,15 @@ class Tab:
         self.allowed = [f"{MISSING_THUMBNAIL:06d}.webp"]
         self.expected = ()
         self.wrong = []
-        heard = {
-            "console": self._heard,
+        handlers = {
+            "console": self._on_console,
             "weberror": lambda error: self.wrong.append(f"error: {error.error}"),
-            "requestfailed": self._failed,
-            "request": lambda request: self._asked(request.url),
+            "requestfailed": self._on_failure,
+            "request": lambda request: self._on_request(request.url),
         }
-        for event, handler in heard.items():
+        for event, handler in handlers.items():
             context.on(event, handler)
-        self._heard_by = heard
+        self._handlers = handlers
         self.page = context.pages[0] if context.pages else self.new_page()
 
     def new_page(self):
@@ -64,9 +64,9 @@ class Tab:
         page.set_default_timeout(PATIENCE_MS)
         return page
 
-    def leave(self):
-        """Stop listening, and let nothing of this be there for the next tab of the same context."""
-        for event, handler in self._heard_by.items():
+    def close(self):
+        """Stop listening, and reset the context for its next tab."""
+        for event, handler in self._handlers.items():
             self.context.remove_listener(event, handler)
         first, *others = self.context.pages
         for page in others:
@@ -75,21 +75,21 @@ class Tab:
         first.emulate_media(color_scheme="light")
         first.goto("about:blank")
 
-    def _heard(self, message):
-        # Chromium says nothing but that a resource is missing; which one, the failed request says.
+    def _on_console(self, message):
+        # Chromium only reports that a resource is missing; the failed request names it.
         missing = message.text.startswith("Failed to load resource") and any(
             name in message.location["url"] for name in self.allowed
         )
         if message.type in ("error", "warning") and not missing and not message.text.startswith(self.expected):
             self.wrong.append(f"console: {message.text}")
 
-    def _failed(self, request):
-        # One who leaves a page does not wait for its pictures.
+    def _on_failure(self, request):
+        # Leaving a page aborts loading its images.
         left = request.failure == "net::ERR_ABORTED"
         if not left and not any(name in request.url for name in self.allowed):
             self.wrong.append(f"failed: {request.url}, {request.failure}")
 
-    def _asked(self, url):
+    def _on_request(self, url):
         if not url.startswith((self.folder.as_uri() + "/", "data:")):
             self.wrong.append(f"outside: {url}")
 
@@ -97,7 +97,7 @@ class Tab:
         return f"{(self.folder / 'index.html').as_uri()}{route}"
 
     def open(self, route="#/", page=None):
-        """Go there and wait for the view."""
+        """Open a route and wait for its view."""
         page = page or self.page
         if page.url != "about:blank":
             page.goto("about:blank")
@@ -108,8 +108,8 @@ class Tab:
 
 @pytest.fixture
 def open_tab(browser):
-    """Open tabs on sites; at the end nothing may have gone wrong, nor any caption have run."""
-    # One context for all tabs without options of their own, as each takes a quarter of a second.
+    """Opens tabs on sites; afterwards checks that nothing went wrong and that no caption ran as code."""
+    # Tabs without options share a context, as creating one takes a quarter of a second.
     shared = browser.contexts[0] if browser.contexts else browser.new_context(viewport=SIZE)
     tabs = []
 
@@ -128,7 +128,7 @@ def open_tab(browser):
             if page.url != "about:blank":
                 ran.append(page.evaluate("window.pwned"))
                 page.evaluate("() => { try { localStorage.clear(); } catch {} }")
-        tab.leave()
+        tab.close()
         if tab.context is not shared:
             tab.context.close()
     assert wrong == []
@@ -136,7 +136,7 @@ def open_tab(browser):
 
 
 def read_data(folder, key):
-    """A data file's value, by Python and from the file alone."""
+    """The value of a data file, parsed in Python."""
     text = (folder / f"{key}.js").read_text(encoding="ascii").strip()
     before = f"conceptshare.add({json.dumps(key)}, "
     assert text.startswith(before)

@@ -1,8 +1,8 @@
-"""Runs SAELens's and sparsify's real code, in a process of its own.
+"""Runs SAELens's and sparsify's real code in a separate process.
 
-What they import and do not need to load, save or apply an SAE is stood in for there: reports to a website (wandb), and
-the placing and descending of a training (accelerate, schedulefree). transformers would act otherwise in every other
-test if accelerate were installed.
+Imports that they do not need to load, save or apply an SAE are mocked there: reports to a website (wandb), and
+device placement and optimisers (accelerate, schedulefree). If accelerate were installed, transformers would behave
+differently in all other tests.
 """
 
 import importlib.util
@@ -22,11 +22,11 @@ for name in ("wandb", "accelerate", "accelerate.utils", "schedulefree"):
 
 
 def run_elsewhere(libraries, code, *arguments, cwd=None):
-    """Run code that may import these libraries; skipped where they are not installed (tests/requirements.txt)."""
+    """Run code that may import these libraries; skip the test if they are not installed (tests/requirements.txt)."""
     for library in libraries:
         if importlib.util.find_spec(library) is None:
             pytest.skip(f"{library} is not installed")
-    # sparsify decodes with Triton wherever it is installed, which a CPU cannot run.
+    # If Triton is installed, sparsify decodes with it, which does not work on a CPU.
     environment = os.environ | {"SPARSIFY_DISABLE_TRITON": "1"}
     command = [sys.executable, "-c", _STAND_INS + code, *map(str, arguments)]
     ended = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)

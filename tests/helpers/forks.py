@@ -1,4 +1,4 @@
-"""Runs code in processes of their own, which start at once: forks of one that has imported what is slow to import."""
+"""Runs code in separate processes that start quickly: forks of one that has already done the slow imports."""
 
 import json
 import multiprocessing
@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 
 FORKS = multiprocessing.get_context("forkserver")
-# torch._dynamo is what an optimiser imports when it is made.
+# Optimisers import torch._dynamo when they are created.
 FORKS.set_forkserver_preload(
     [
         "datasets",
@@ -34,7 +34,7 @@ FORKS.set_forkserver_preload(
         *(f"conceptshare.concepts.{name}" for name in ("examples", "names")),
     ]
 )
-# Hands over what it was started with, and ends as that ended: 137 if it was killed.
+# Forwards its arguments and exits with the job's status: 137 if the job was killed.
 _CLIENT = """
 import json, os, socket, sys
 
@@ -49,9 +49,9 @@ os._exit(ended[0] if ended else 137)
 
 
 def run_forked(code, *arguments, folder=".", environment=None):
-    """Run code with command-line arguments in a folder, as ``python -c`` does, and tell how it ended."""
-    with TemporaryDirectory() as said:
-        output, errors = Path(said, "output"), Path(said, "errors")
+    """Run code with command-line arguments in a folder, like ``python -c``, and return the result."""
+    with TemporaryDirectory() as outputs:
+        output, errors = Path(outputs, "output"), Path(outputs, "errors")
         job = (code, [str(argument) for argument in arguments], folder, environment or {}, output, errors)
         process = FORKS.Process(target=_run, args=job)
         process.start()
@@ -71,7 +71,7 @@ def _run(code, arguments, folder, environment, output, errors):
 
 @contextmanager
 def forked_python():
-    """A program ``python`` whose ``-m`` runs a module in such a process, for programs that start many."""
+    """A ``python`` program whose ``-m`` runs a module in such a process, for programs that start many."""
     with TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as jobs:
         client, python, address = (Path(folder, name) for name in ("client.py", "python", "jobs"))
         client.write_text(_CLIENT)
@@ -95,7 +95,7 @@ def _accept(jobs, python):
 
 
 def _answer(job, python):
-    """Say how a job ended. That it is killed, the end of the connection says."""
+    """Run a job and send its exit status. If it is killed, the connection just ends."""
     ended = 1
     try:
         _run_module(job, python)
@@ -127,15 +127,15 @@ def _run_module(job, python):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    import_anew("conceptshare")
-    if module != "conceptshare":  # but Snakemake, whose jobs run what it runs in
+    reimport("conceptshare")
+    if module != "conceptshare":  # Snakemake, whose jobs run its own Python
         sys.executable = python
     sys.argv[1:] = arguments
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def import_anew(package):
-    """Take a package from where ``PYTHONPATH`` says, which may be another copy than the one imported before."""
+def reimport(package):
+    """Import a package from ``PYTHONPATH``, which may have another copy than the one already imported."""
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         del sys.modules[name]
     sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)

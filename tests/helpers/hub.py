@@ -1,4 +1,4 @@
-"""A model hub on this machine: what the hub's own client asks for, over HTTP, with the failures that tests want."""
+"""A local model hub: serves the requests of the hub's client over HTTP, with failures on demand."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ class Request:
 
 @dataclass
 class Repository:
-    """Its files by commit, and its branches and tags."""
+    """A repository: files by commit, and commits by branch or tag."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     revisions: dict[str, str] = field(default_factory=dict)
@@ -42,26 +42,26 @@ class Repository:
 
 @dataclass
 class Trouble:
-    """What goes wrong with the next so many requests that ``where`` is part of."""
+    """A failure of the next ``times`` requests that contain ``where``."""
 
     kind: str
     where: str
     times: int
     number: int
-    """A status, or the bytes of a body that are sent before it stops."""
+    """A status, or the number of bytes of the body that are sent before it stops."""
 
 
 class Hub:
-    """A running hub. `log` holds every request for a repository, `strangers` every other."""
+    """A running hub. `log` holds every request for a repository, `other_requests` every other."""
 
     def __init__(self) -> None:
         self.log: list[Request] = []
-        self.strangers: list[Request] = []
+        self.other_requests: list[Request] = []
         self.over = threading.Event()
         self.held = threading.Event()
-        """Set once a body is held."""
-        self.outwaited = False
-        """Whether a client waited for as long as this hub did not answer."""
+        """Set once a body is held back."""
+        self.timed_out = False
+        """Whether a client waited longer than this hub stays silent."""
         self._names: dict[str, str] = {}
         self._repositories: dict[tuple[str, str], Repository] = {}
         self._troubles: list[Trouble] = []
@@ -72,7 +72,7 @@ class Hub:
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def add(self, repository: str, files: Path | dict[str, bytes], kind: str = "model", revision: str = "main") -> str:
-        """Let a branch or tag of a repository hold these files; give its commit."""
+        """Set the files of a branch or tag of a repository; return its commit."""
         if isinstance(files, Path):
             files = {
                 path.relative_to(files).as_posix(): path.read_bytes() for path in files.rglob("*") if path.is_file()
@@ -85,27 +85,27 @@ class Hub:
         return commit
 
     def rename(self, old: str, new: str) -> None:
-        """Send those who ask for a model by an old name to its new one."""
+        """Redirect requests for a model's old name to its new one."""
         self._names[old] = new
 
     def gate(self, repository: str, kind: str = "model") -> None:
-        """Give the files to nobody, as to those who have not accepted a licence."""
+        """Refuse the files, as to users who have not accepted a licence."""
         self._repositories[kind, repository].gated = True
 
     def fail(self, status: int, times: int, where: str = "") -> None:
-        """Answer the next requests with a status."""
+        """Answer the next requests with an error status."""
         self._troubles.append(Trouble("fail", where, times, status))
 
     def cut(self, after: int, where: str, times: int = 1) -> None:
-        """Lose the connection in the middle of the next bodies."""
+        """Drop the connection in the middle of the next bodies."""
         self._troubles.append(Trouble("cut", where, times, after))
 
     def shorten(self, to: int, where: str) -> None:
-        """Answer the next request with the beginning of the file, as if that were all."""
+        """Answer the next request with the beginning of the file as if it were complete."""
         self._troubles.append(Trouble("shorten", where, 1, to))
 
     def hold(self, after: int, where: str) -> None:
-        """Send no more of the next body than its beginning, and keep the connection."""
+        """Send only the beginning of the next body and keep the connection open."""
         self._troubles.append(Trouble("hold", where, 1, after))
 
     def ignore(self, where: str, times: int = 1) -> None:
@@ -113,19 +113,19 @@ class Hub:
         self._troubles.append(Trouble("ignore", where, times, 0))
 
     def stop(self) -> None:
-        """Be unreachable."""
+        """Stop, so that the hub is unreachable."""
         self.over.set()
         self._server.shutdown()
         self._server.server_close()
 
     def asked(self, method: str, part: str = "") -> list[Request]:
-        """The requests of a method whose path holds ``part``."""
+        """The requests of a method whose path contains ``part``."""
         return [request for request in self.log if request.method == method and part in request.path]
 
     def trouble(self, request: Request) -> Trouble | None:
-        """What is to go wrong with a request."""
+        """The failure to apply to a request, if any."""
         if request.path == "/api/agent-harnesses":
-            self.strangers.append(request)  # the client asks this once a day, to tell by whom it is used
+            self.other_requests.append(request)  # the client requests this once a day, for usage statistics
             return None
         with self._lock:
             self.log.append(request)
@@ -136,7 +136,7 @@ class Hub:
         return None
 
     def answer(self, request: Request) -> "Answer":
-        """What the hub says to a request that nothing goes wrong with."""
+        """The hub's normal answer to a request."""
         parts = unquote(request.path).strip("/").split("/")
         if parts[0] == "api":
             kind, rest = parts[1].removesuffix("s"), parts[2:]
@@ -172,9 +172,9 @@ class Answer:
 
 
 def _failure(status: int, bearer: str) -> Answer:
-    """A failure that repeats the secret it was asked with, as careless servers do."""
-    said = f"refused to {bearer}"
-    return Answer(status, {"X-Error-Message": said}, json.dumps({"error": said}).encode())
+    """A failure that repeats the secret of the request, as careless servers do."""
+    message = f"refused to {bearer}"
+    return Answer(status, {"X-Error-Message": message}, json.dumps({"error": message}).encode())
 
 
 def _json(content: Any) -> Answer:
@@ -210,7 +210,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self._respond()
 
         def log_message(self, *args: Any) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
         def _respond(self) -> None:
             if hub.over.is_set():
@@ -221,7 +221,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             request = Request(self.command, urlsplit(self.path).path, self.headers["Range"], token)
             trouble = hub.trouble(request)
             if trouble is not None and trouble.kind == "ignore":
-                hub.outwaited |= not hub.over.wait(20)
+                hub.timed_out |= not hub.over.wait(20)
                 self.close_connection = True
                 return
             if trouble is not None and trouble.kind == "fail":
@@ -251,7 +251,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
 @contextmanager
 def running() -> Iterator[Hub]:
-    """A hub for as long as the block runs."""
+    """A hub that runs during the block."""
     hub = Hub()
     try:
         yield hub
@@ -261,7 +261,7 @@ def running() -> Iterator[Hub]:
 
 
 def use(monkeypatch: Any, endpoint: str, cache: Path) -> None:
-    """Let the hub's client in this process ask ``endpoint``, with no token and another cache."""
+    """Point the hub's client in this process at ``endpoint``, with no token and another cache."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
@@ -273,6 +273,6 @@ def use(monkeypatch: Any, endpoint: str, cache: Path) -> None:
 
 
 def environment(endpoint: str, cache: Path, **more: str) -> dict[str, str]:
-    """The environment of a process that asks ``endpoint``."""
+    """The environment of a process that uses ``endpoint``."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
     return {**own, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), **more}

@@ -1,4 +1,4 @@
-"""Tiny encoders of every kind, written by their own libraries, with what those libraries compute as the oracle."""
+"""Tiny encoders of every kind, written by their own libraries, whose results are the oracle."""
 
 import json
 import string
@@ -29,7 +29,7 @@ EMBEDDING = 8
 SIDE, PATCH = 32, 8
 CONTEXT = 12
 
-# Lengths differ, so batches hold padding, and the longest is longer than CONTEXT, so it is cut.
+# Lengths differ, so batches contain padding, and the longest exceeds CONTEXT, so it is truncated.
 CAPTIONS = ["a dog", "a cat on a mat", "dog", "the cat and the dog in a hat on a mat and a cat too", "a hat and a mat"]
 WORDS = sorted({word for caption in CAPTIONS for word in caption.split()})
 
@@ -41,7 +41,7 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Truth:
-    """What the library itself computes of some samples."""
+    """The library's own results for some samples."""
 
     hidden: list[Tensor]
     """``[B, T, D]`` after each block."""
@@ -63,7 +63,7 @@ class Family:
 
 
 def randomise(model: nn.Module) -> Any:
-    """Give every parameter, those of norms and biases too, a value that matters, the same on every run."""
+    """Give every parameter, including norms and biases, a non-trivial value that is the same on every run."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -82,7 +82,7 @@ def pictures(count: int = 3) -> list[Image.Image]:
 
 
 def entry(folder: Path | str, modality: str, global_token: str, **more: Any) -> EncoderSpec:
-    """An entry of the catalog, with the sizes that all models here have."""
+    """A catalog entry with the sizes that all models here share."""
     sizes = {"text": (LAYERS, WIDTH), "image": (IMAGE_LAYERS, IMAGE_WIDTH)}[modality]
     values = {"library": "transformers", "kind": "vlm", "layers": sizes[0], "width": sizes[1], **more}
     return EncoderSpec(model=str(folder), modality=modality, global_token=global_token, **values)
@@ -134,7 +134,7 @@ def bert(folder: Path) -> Family:
 
 
 def deberta(folder: Path) -> Family:
-    """As the paper's: disentangled attention of the first version, whose classifier reads the first token."""
+    """Like the paper's: disentangled attention of the first version, with a classifier on the first token."""
     config = transformers.DebertaConfig(
         **_deberta(), position_biased_input=False, relative_attention=True, pos_att_type=["c2p", "p2c"]
     )
@@ -201,7 +201,7 @@ def image_truth(model: Any, processor: Any, embed: Any = None, **how: Any) -> Ca
 
 
 def clip_tokenizer() -> Any:
-    """Pads, as CLIP does, with the end-of-text token."""
+    """Pads with the end-of-text token, as CLIP does."""
     vocabulary = {letter + end: i for i, (end, letter) in enumerate(_letters())}
     vocabulary |= {"<|startoftext|>": len(vocabulary), "<|endoftext|>": len(vocabulary) + 1}
     return transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=CONTEXT)
@@ -293,7 +293,7 @@ def clip_text(folder: Path) -> Family:
 
 
 def siglip_tokenizer() -> Any:
-    """Pads with the end-of-text token, and gives no attention mask, as the tokenizers of published SigLIPs do."""
+    """Pads with the end-of-text token and returns no attention mask, like the tokenizers of published SigLIPs."""
     vocabulary = {word: i for i, word in enumerate(["<unk>", "</s>", *WORDS])}
     backend = Tokenizer(token_models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -310,7 +310,7 @@ def siglip_tokenizer() -> Any:
 
 
 def save_siglip2_tokenizer(folder: Path) -> None:
-    """As published SigLIP2s have it: Gemma's, with an end of text, padded on the right with another token, no mask."""
+    """As in published SigLIP2s: Gemma's, with an end of text, right-padded with another token, without a mask."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     vocabulary = {token: i for i, token in enumerate([*special, "▁", *string.ascii_lowercase])}
     backend = Tokenizer(token_models.BPE(vocab=vocabulary, merges=[], fuse_unk=True, unk_token="<unk>"))
@@ -427,7 +427,7 @@ def vit_resized(folder: Path) -> Family:
 
 
 def fine_vit(folder: Path) -> EncoderSpec:
-    """A ViT of many small tokens, whose activations take much room and little time."""
+    """A ViT with many small tokens, whose activations are large but quick to compute."""
     sizes = {"layers": IMAGE_LAYERS, "width": IMAGE_WIDTH}
     model = transformers.ViTModel(transformers.ViTConfig(**_vision() | {"patch_size": 2}))
     model.save_pretrained(folder)
@@ -436,7 +436,7 @@ def fine_vit(folder: Path) -> EncoderSpec:
 
 
 def vit_classifier(folder: Path) -> Family:
-    """As the published ones of Google: no pooler, and a classifier of the normalised first token."""
+    """Like Google's published ones: no pooler, and a classifier on the normalised first token."""
     model = randomise(transformers.ViTForImageClassification(transformers.ViTConfig(**_vision(), num_labels=EMBEDDING)))
     model.save_pretrained(folder)
     processor = square_processor(transformers.ViTImageProcessor)
@@ -454,7 +454,7 @@ def vit_classifier(folder: Path) -> Family:
     return Family(entry(folder, "image", "first", kind="vision", image_size=SIDE), pictures(), truth, head)
 
 
-# MambaVision: the real code of the package mambavision, in a folder as NVIDIA publishes it
+# MambaVision: the real code of the package mambavision, in a folder like NVIDIA's
 
 MAMBA_CONFIGURATION = """
 from transformers import PretrainedConfig
@@ -495,7 +495,7 @@ class MambaVisionModel(PreTrainedModel):
 
 
 def save_mambavision(folder: Path) -> Any:
-    """Write a MambaVision with code of its own into ``folder`` and return it."""
+    """Write a MambaVision with its own code into ``folder`` and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "configuration_mambavision.py").write_text(MAMBA_CONFIGURATION)
     (folder / "modeling_mambavision.py").write_text(MAMBA_MODEL)
@@ -538,7 +538,7 @@ def mambavision(folder: Path) -> Family:
     return Family(spec, pictures(), truth, head)
 
 
-# Language models, whose tokenizer pads on the left as those of decoders do
+# Language models, with left-padding tokenizers like those of decoders
 
 
 def word_tokenizer(**more: Any) -> Any:
@@ -553,7 +553,7 @@ def word_tokenizer(**more: Any) -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special | {"padding_side": "left"} | more)
 
 
-# Of encoders, of encoders that also write, and of decoders, with positions of every kind.
+# Encoders, encoder-decoders and decoders, with every kind of positions.
 LANGUAGE_MODELS = (
     *("Bert", "Roberta", "XLMRoberta", "Deberta", "DebertaV2", "MPNet", "XLNet", "Electra", "DistilBert", "ModernBert"),
     *("T5", "Bart", "GPT2", "GPTNeoX", "Llama", "Gemma", "OPT", "Bloom", "CLIPText"),
@@ -562,7 +562,7 @@ LANGUAGE_MODELS = (
 
 def language_model(kind: str, folder: Path, positions: int = CONTEXT, **tokenizer: Any) -> Any:
     """Write a language model of transformers' class ``kind`` into ``folder`` and return it."""
-    from_0 = kind not in ("Roberta", "XLMRoberta", "MPNet")  # which count positions from behind the padding token
+    from_0 = kind not in ("Roberta", "XLMRoberta", "MPNet")  # which count positions from after the padding token
     common = {
         "vocab_size": 4 + len(WORDS),
         "hidden_size": WIDTH,
@@ -594,11 +594,11 @@ def language_model(kind: str, folder: Path, positions: int = CONTEXT, **tokenize
     return model
 
 
-# Encoders in stages, of several widths and numbers of tokens
+# Hierarchical encoders, with several widths and numbers of tokens
 
 
 def staged(kind: str, folder: Path) -> EncoderSpec:
-    """Write an encoder whose blocks stand in stages, and give an entry that takes them for one stack."""
+    """Write a hierarchical encoder, and return an entry that treats its blocks as one stack."""
     widths, depths, heads = [8, 16, 24, 32], [1, 1, 7, 1], [1, 2, 2, 2]
     library = "transformers"
     match kind:
@@ -675,7 +675,7 @@ def timm_vit_resized(folder: Path) -> Family:
 
 
 def timm_convnext(folder: Path) -> Family:
-    """Stages of different widths, whose outputs are grids with the width behind the samples."""
+    """Stages of different widths, whose outputs are grids ``[B, D, H, W]``."""
     model = save_timm(folder, "test_convnext")
 
     def hidden(pixels: Tensor) -> list[Tensor]:
@@ -745,7 +745,7 @@ def open_clip_image(folder: Path) -> Family:
 
 
 def open_clip_image_resized(folder: Path) -> Family:
-    """As open_clip itself loads it for another size of pictures."""
+    """As open_clip loads it for another image size."""
     save_open_clip(folder, open_clip_config())
     model, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}", force_image_size=48)
     truth = open_clip_image_truth(model.eval(), transform)
@@ -767,7 +767,7 @@ def open_clip_timm_image(folder: Path) -> Family:
 
 
 def open_clip_text(folder: Path, context: int | None = None) -> Family:
-    """A causal tower, whose embedding is read at the end of text. It pads with 0, which is also the id of a "!"."""
+    """A causal tower, whose embedding is at the end of text. It pads with 0, which is also the id of "!"."""
     model = save_open_clip(folder, open_clip_config())
     tokenizer = open_clip.SimpleTokenizer(context_length=context or CONTEXT)
 
@@ -786,12 +786,12 @@ def open_clip_text(folder: Path, context: int | None = None) -> Family:
 
 
 def open_clip_short_text(folder: Path) -> Family:
-    """Captions are cut shorter than the model's own context."""
+    """Captions are truncated below the model's own context."""
     return open_clip_text(folder, context=7)
 
 
 def open_clip_hf_text(folder: Path, global_token: str, custom_text: bool, **more: Any) -> Family:
-    """A tower with a tokenizer of transformers in its folder, which pads with the end of text."""
+    """A tower with a transformers tokenizer in its folder, which pads with the end of text."""
     text = {
         "context_length": CONTEXT,
         "vocab_size": 2 + len(WORDS),
@@ -821,7 +821,7 @@ def open_clip_hf_text(folder: Path, global_token: str, custom_text: bool, **more
 
 
 def open_clip_siglip_text(folder: Path) -> Family:
-    """As open_clip has SigLIP: it sees its padding, and the last position is the embedding."""
+    """Like SigLIP in open_clip: it attends to padding, and the last position is the embedding."""
     return open_clip_hf_text(folder, "last", custom_text=True, no_causal_mask=True, pool_type="last")
 
 
@@ -836,7 +836,7 @@ def open_clip_last_text(folder: Path) -> Family:
 
 
 def open_clip_coca_text(folder: Path) -> Family:
-    """A tower whose class token stands behind the text, and is its embedding."""
+    """A tower whose class token follows the text and is its embedding."""
     text = {"context_length": CONTEXT, "vocab_size": 49408, "width": WIDTH, "heads": 2, "layers": LAYERS}
     text |= {"embed_cls": True, "output_tokens": False}
     model = save_open_clip(folder, open_clip_config(custom_text=True, text_cfg=text))

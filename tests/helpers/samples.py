@@ -1,4 +1,4 @@
-"""Data sets and results as tests look at them."""
+"""Data sets and results in the form that tests need."""
 
 import io
 
@@ -12,7 +12,7 @@ from conceptshare.io import provenance
 
 
 def contents(folder):
-    """The bytes of every file below a folder, by relative path, but for its provenance and the study itself."""
+    """The bytes of every file below a folder, by relative path, except provenance and the study itself."""
     left_out = (provenance.FILE, "study.json")
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.endswith(left_out)]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
@@ -30,7 +30,7 @@ def write_rows(path, samples, words):
 
 
 class AsRead(Data):
-    """The samples in the order of their source, in which a test's expectations are written."""
+    """The samples in the order of their source, which tests expect."""
 
     def __init__(self, folder):
         super().__init__(folder)

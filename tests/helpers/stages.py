@@ -1,6 +1,6 @@
-"""Every stage at the command line, on tiny inputs, in a process of its own that can be stopped, starved or robbed.
+"""Every stage as a command on tiny inputs, in a separate process that tests can interrupt or restrict.
 
-Processes are forked from a server that has imported the libraries once, so that each costs what its stage does.
+Processes are forked from a server that has already imported the libraries, so they start quickly.
 """
 
 import json
@@ -28,15 +28,15 @@ STAGES = {
     "formats": ["tables/all"],
     "figures": ["tables/saes.png", "tables/saes.pdf", "tables/saes"],
 }
-"""What each makes, in the order in which they need one another."""
+"""The output of each stage, in the order of their dependencies."""
 
 SAMPLES = 40
 SETTINGS = json.dumps({"expansion": 4, "k": 3, "batch_samples": 8, "batch_captions": 8, "learning_rate": 1e-2})
 
 
 def write_inputs(folder):
-    """A table of noisy pictures and their words, and two encoders."""
-    from tests.helpers import models  # not above: each process imports this file, and waits for what it imports
+    """A table of noisy images and captions, and two encoders."""
+    from tests.helpers import models  # not at the top: each process imports this file and its imports
     from tests.helpers.samples import write_rows
 
     write_rows(folder / "rows.parquet", SAMPLES, models.WORDS)
@@ -46,7 +46,7 @@ def write_inputs(folder):
 
 
 def arguments(stage, made, out):
-    """The command line of a stage that reads the results in ``made`` and writes those of its own into ``out``."""
+    """The command line of a stage that reads the results in ``made`` and writes its own to ``out``."""
 
     def entry(encoder):
         return ["--encoder", (made / f"{encoder}.entry").read_text()]
@@ -84,7 +84,7 @@ def arguments(stage, made, out):
 
 
 def make_all(made):
-    """Run every stage once, undisturbed."""
+    """Run every stage once without interruption."""
     write_inputs(made)
     members = [("bert@0", "text", "language"), ("bert@1", "text", "language")]
     study_file(made / "study.json", members, matrices={"all": {"members": ["bert@0", "bert@1"]}})
@@ -109,40 +109,40 @@ class Ended:
     """How a process ended."""
 
     status: int
-    """Its exit status, or the negative number of the signal that ended it."""
-    said: str
+    """Exit status, or the negative number of the signal that ended it."""
+    output: str
     touched: int
-    """How often it opened a file to write, made, renamed or removed one in the watched folder."""
+    """Number of times it opened a file for writing, or created, renamed or removed one, in the watched folder."""
 
 
 def run(arguments, watched, at=0, sent=signal.SIGKILL, before=None):
-    """Run the command line in a process of its own.
+    """Run the command line in a separate process.
 
     Args:
         arguments: of the command line.
         watched: the folder that it writes into.
-        at: the process sends itself a signal when it is about to touch that folder for so many times; 0 for never.
-        sent: which.
+        at: the process sends itself a signal before this number of changes to that folder; 0 for never.
+        sent: the signal.
         before: called in the process first.
     """
     with tempfile.TemporaryDirectory() as folder:
-        said, touched = Path(folder) / "said", Path(folder) / "touched"
+        output, touched = Path(folder) / "output", Path(folder) / "touched"
         touched.touch()
-        job = (list(map(str, arguments)), str(watched), at, sent, before, said, touched)
+        job = (list(map(str, arguments)), str(watched), at, sent, before, output, touched)
         process = FORKS.Process(target=_conceptshare, args=job)
         process.start()
         process.join()
-        return Ended(process.exitcode, said.read_text(), touched.stat().st_size)
+        return Ended(process.exitcode, output.read_text(), touched.stat().st_size)
 
 
-def _conceptshare(arguments, watched, at, sent, before, said, touched):
+def _conceptshare(arguments, watched, at, sent, before, output, touched):
     import torch
 
     from conceptshare import cli
     from conceptshare.sae import _train
 
     for stream in (1, 2):
-        os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+        os.dup2(os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
     torch.set_num_threads(1)
     _train._SECONDS_BETWEEN_CHECKPOINTS = 0
     sys.argv = ["conceptshare", *arguments]
@@ -168,4 +168,4 @@ def _conceptshare(arguments, watched, at, sent, before, said, touched):
 
 
 def _done(ended):
-    assert ended.status == 0, ended.said
+    assert ended.status == 0, ended.output

@@ -1,4 +1,4 @@
-"""A study for commands that read one, with members that no model is behind."""
+"""A study for commands that read one, with members that have no models."""
 
 from conceptshare.config.study import build_study, write_study
 

@@ -322,25 +322,25 @@ def test_a_replaced_input_is_an_error_whatever_else_failed(tmp_path, as_folder):
     assert out.read_text() == "made"
 
 
-@pytest.mark.parametrize("aside", ["result.partial", "result.replaced.partial", ".result.lock"])
+@pytest.mark.parametrize("unfinished_name", ["result.partial", "result.replaced.partial", ".result.lock"])
 @pytest.mark.parametrize("kind", [SAE, FILE])
 @pytest.mark.parametrize("resume", [False, True])
-def test_keeps_foreign_files_named_like_an_unfinished_result(tmp_path, aside, kind, resume):
+def test_keeps_foreign_files_named_like_an_unfinished_result(tmp_path, unfinished_name, kind, resume):
     for name in ("thesis", "letter", "link", "queue"):
         folder = tmp_path / name
         folder.mkdir()
         foreign_files(folder)
-        (folder / name).rename(folder / aside)
+        (folder / name).rename(folder / unfinished_name)
         before = {path: path.lstat().st_ino for path in folder.rglob("*")}
-        if (name, kind) == ("letter", FILE) and aside != ".result.lock":
+        if (name, kind) == ("letter", FILE) and unfinished_name != ".result.lock":
             continue
         with (
-            pytest.raises(OutputError, match=f"^{re.escape(str(folder / aside))}: .*; move it away"),
+            pytest.raises(OutputError, match=f"^{re.escape(str(folder / unfinished_name))}: .*; move it away"),
             atomic_output(folder / "result", kind, resume),
         ):
             pytest.fail("began")
         assert {path: path.lstat().st_ino for path in folder.rglob("*")} == before
-        assert name != "letter" or (folder / aside).read_text() == "Dear"
+        assert name != "letter" or (folder / unfinished_name).read_text() == "Dear"
 
 
 @pytest.mark.parametrize("kind", [PNG, PARQUET, PROVENANCE_RECORD])

@@ -174,7 +174,7 @@ def test_gives_up_on_a_hub_that_never_answers(hub, monkeypatch):
     assert content(fetch_snapshot("us/tiny", "model", None)) == FILES
     hub.ignore("/api/", times=1000)
     assert "the host cannot be reached (ReadTimeout" in fault("us/other", "model", None)
-    assert not hub.outwaited
+    assert not hub.timed_out
 
 
 def test_never_returns_an_incomplete_snapshot(hub, cache):
@@ -372,10 +372,10 @@ def test_a_token_is_sent_to_the_hub_only(hub, cache, gated):
     if gated:
         hub.gate("us/tiny")
     ended = process(hub, cache, HF_TOKEN=TOKEN)
-    said = "".join(ended.communicate())
+    output = "".join(ended.communicate())
     assert {request.token for request in hub.log} == {TOKEN}
     assert (ended.returncode != 0) == gated
-    assert TOKEN not in said
+    assert TOKEN not in output
     assert not any(TOKEN.encode() in text for text in content(cache).values())
 
 
@@ -383,11 +383,11 @@ def test_a_long_fetch_reports_its_progress_in_lines(hub, monkeypatch, capsys):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     commit = hub.add("us/tiny", {"model.safetensors": bytes(2_500_000)})
     fetch_snapshot("us/tiny", "model", None)
-    said = capsys.readouterr().err.splitlines()
-    assert said[0] == f"us/tiny at {commit}: 1 files, from {hub.endpoint}"
-    assert said[1].startswith("2.5 of 2.5 MB (")
-    assert said[2].startswith("us/tiny: complete in ")
-    assert len(said) == 3
+    output = capsys.readouterr().err.splitlines()
+    assert output[0] == f"us/tiny at {commit}: 1 files, from {hub.endpoint}"
+    assert output[1].startswith("2.5 of 2.5 MB (")
+    assert output[2].startswith("us/tiny: complete in ")
+    assert len(output) == 3
 
 
 def test_the_real_client_works_with_this_hub(hub, cache):

@@ -41,15 +41,15 @@ def test_the_record_is_in_a_folder_or_next_to_a_file(tmp_path):
 
 def test_records_versions_and_hardware(tmp_path):
     provenance.record(tmp_path)
-    told = read(tmp_path / "provenance.json")
-    assert told["conceptshare"]["version"] == version("conceptshare")
-    assert told["versions"]["numpy"] == np.__version__
-    assert told["versions"]["open_clip_torch"] == version("open_clip_torch")
-    assert told["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert told["hardware"]["cores"] == len(os.sched_getaffinity(0))
-    assert told["hardware"]["threads"] == torch.get_num_threads()
+    record = read(tmp_path / "provenance.json")
+    assert record["conceptshare"]["version"] == version("conceptshare")
+    assert record["versions"]["numpy"] == np.__version__
+    assert record["versions"]["open_clip_torch"] == version("open_clip_torch")
+    assert record["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert record["hardware"]["cores"] == len(os.sched_getaffinity(0))
+    assert record["hardware"]["threads"] == torch.get_num_threads()
     in_all = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
-    assert told["hardware"]["memory_bytes"] == pytest.approx(in_all, rel=0.01)
+    assert record["hardware"]["memory_bytes"] == pytest.approx(in_all, rel=0.01)
 
 
 def test_records_the_command_and_its_resources(tmp_path, monkeypatch):
@@ -169,10 +169,10 @@ def test_records_the_gpus_that_torch_sees(tmp_path, monkeypatch):
     stand_in = SimpleNamespace(cuda=cuda, version=SimpleNamespace(cuda="13.0"), get_num_threads=lambda: 4)
     monkeypatch.setitem(sys.modules, "torch", stand_in)
     provenance.record(tmp_path)
-    told = read(tmp_path / "provenance.json")
-    assert told["hardware"]["gpus"] == ["GPU 0", "GPU 1"]
-    assert told["hardware"]["cuda"] == "13.0"
-    assert told["job"]["peak_gpu_memory_bytes"] == [10, 11]
+    record = read(tmp_path / "provenance.json")
+    assert record["hardware"]["gpus"] == ["GPU 0", "GPU 1"]
+    assert record["hardware"]["cuda"] == "13.0"
+    assert record["job"]["peak_gpu_memory_bytes"] == [10, 11]
 
 
 def test_a_store_appears_with_its_record_and_is_valid_without_it(tmp_path):
@@ -197,7 +197,7 @@ def test_the_record_of_a_study_omits_the_users_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     study = study_of({"a": {"model": "/home/someone/a"}})
     provenance.record_study(json.dumps(study), tmp_path / "s" / "provenance.json")
-    told = read(tmp_path / "s" / "provenance.json")
-    assert told["study"] == study_of({"a": {"model": "~/a"}})
+    record = read(tmp_path / "s" / "provenance.json")
+    assert record["study"] == study_of({"a": {"model": "~/a"}})
     assert [path for path in (tmp_path / "s").iterdir() if "someone" in path.read_text()] == []
-    assert told["versions"]["torch"] == version("torch")
+    assert record["versions"]["torch"] == version("torch")

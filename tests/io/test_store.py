@@ -166,10 +166,10 @@ def test_detects_swapped_files(store):
 
 
 def exchange(one, other):
-    aside = one.with_name("aside")
-    one.rename(aside)
+    temporary = one.with_name("temporary")
+    one.rename(temporary)
     other.rename(one)
-    aside.rename(other)
+    temporary.rename(other)
 
 
 def test_detects_swapped_stores(store, tmp_path):

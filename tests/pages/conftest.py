@@ -12,7 +12,7 @@ NARROW = {"width": 360, "height": 740}
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    """The folder of a made-up study's pages, which no test changes."""
+    """The folder of a made-up study's pages; tests must not change it."""
     folder = tmp_path_factory.mktemp("pages") / "site"
     made_up.write_site(folder)
     return folder
@@ -32,5 +32,5 @@ def tab(open_tab, site):
 
 @pytest.fixture
 def broken_site(site, tmp_path):
-    """A copy from which a test may take files: links to the same ones, which it must not write to."""
+    """A copy of hard links from which a test may delete files, but must not write to them."""
     return shutil.copytree(site, tmp_path / "site", copy_function=os.link)

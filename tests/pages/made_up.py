@@ -1,4 +1,4 @@
-"""A made-up site of concept pages in their format: the browser's files from the library, all else from a seed."""
+"""A made-up site of concept pages: the browser's files come from the library, the data from a seed."""
 
 import base64
 import json
@@ -80,14 +80,14 @@ def make_table(rng, member, others, features, layers, rankings):
                 ],
                 "feature": rng.integers(0, features, features).tolist(),
             }
-            for other in sorted(others)  # and not as the study has them
+            for other in sorted(others)  # in another order than the study's
         },
         "delta": {name: rounded(rng.normal(0, 40, features)) for name in rankings},
     }
 
 
 def make_map(rng, place):
-    """A map that fires in its lower left cell alone, with a box inside, beyond or equal to the picture."""
+    """A map that is active only in its lower left cell, with a box inside, beyond or equal to the image."""
     rows, columns = 4, 5
     values = np.zeros((rows, columns), np.uint8)
     values[-1, 0] = 255
@@ -102,7 +102,7 @@ def make_map(rng, place):
 
 
 def make_details(rng, modality, first, table, captions):
-    """What a file of details holds, and the maps that a file beside it does."""
+    """The content of a file of details, and of the file of maps next to it."""
     features, maps = [], []
     block = slice(first, first + BLOCK)
     for number, (name, candidate) in enumerate(
@@ -115,7 +115,7 @@ def make_details(rng, modality, first, table, captions):
             maps.append([])
             continue
         samples = rng.permutation(SAMPLES)[:21]
-        if number == 0:  # everything hostile, every shape, and what is missing
+        if number == 0:  # hostile texts, every shape, and missing values
             samples = np.arange(21)
         values = np.sort(rng.gamma(2, 1, 21))[::-1]
         pairs = [[int(sample), round(float(value), 3)] for sample, value in zip(samples, values, strict=True)]
@@ -135,7 +135,7 @@ def make_details(rng, modality, first, table, captions):
         if modality == "text" and number != 2:
             feature["tokens"] = []
             for place, (sample, _) in enumerate(pairs[:9]):
-                # The last piece continues the word before it; the first blank is its own piece.
+                # The last piece continues the previous word; the first blank is a separate piece.
                 one, *others = captions[sample].split(" ")
                 text = ["[CLS]", " ", one, *(f" {word}" for word in others), "[SEP]"]
                 strengths = rounded(
@@ -296,7 +296,7 @@ def write_site(folder, seed=0):
 
 
 def write_large_site(folder, features=8192, others=9, seed=1):
-    """One layer of many features, with best matches in nine other members; the same details for every block.
+    """One layer with many features and best matches in nine other members; every block has the same details.
 
     Members have names of up to 70 letters.
     """

@@ -1,4 +1,4 @@
-"""The concept pages in a browser, from file://: what they show, what links and keys do, that no data can harm them."""
+"""The concept pages in a browser, from file://: content, links, keys, and safety from hostile data."""
 
 import re
 import shutil
@@ -49,12 +49,12 @@ BLANK = re.compile(r"[\u0000-\u0020\u0085\u2028\u2029]+")
 
 
 def seen(locator):
-    """Texts of elements, white space as one blank."""
+    """Texts of elements, with white space collapsed."""
     return [BLANK.sub(" ", text).strip() for text in locator.all_text_contents()]
 
 
-def called(table, feature):
-    """What a page calls a feature, white space as one blank."""
+def feature_label(table, feature):
+    """The label of a feature on a page, with white space collapsed."""
     name, candidate = (BLANK.sub(" ", table[key][feature] or "").strip() for key in ("name", "candidate"))
     return name or (f"perhaps {candidate}" if candidate else "no clear name")
 
@@ -104,7 +104,7 @@ def test_overview_shows_the_numbers(tab, site):
     assert seen(page.locator(".rankings a")) == ["shared-with-text", "shared-with-vlms"]
 
 
-def test_readings_of_a_matrix(tab, site):
+def test_a_matrix_has_a_choice_of_readings(tab, site):
     page = tab.open()
     page.get_by_label("Reading (how layers are combined)").select_option("last")
     expect(page).to_have_url(re.compile(r"#/\?reading=last$"))
@@ -140,7 +140,7 @@ def test_all_heatmaps_share_a_scale(tab, site):
     assert seen(page.locator(".legend span"))[:3:2] == [f"{low:.2f}", f"{high:.2f}"]
 
 
-def test_a_heatmap_cell_leads_to_its_pair(tab, site):
+def test_a_heatmap_cell_links_to_its_pair(tab, site):
     page = tab.open()
     page.locator(".heats").scroll_into_view_if_needed()
     page.get_by_role("link", name="wMPPC from seer@0 layer 3 to reader@0 layer 5").click()
@@ -157,7 +157,7 @@ def test_a_heatmap_cell_leads_to_its_pair(tab, site):
     matches = [pairs["match"][2][n] for n in best[:100]]
     assert column(page, "reader@0") == ["–" if match < 0 else str(match) for match in matches]
     table = read_data(site, layer_key("reader@0", 5))
-    assert column(page, "Name of the match")[:5] == [called(table, n) for n in matches[:5]]
+    assert column(page, "Name of the match")[:5] == [feature_label(table, n) for n in matches[:5]]
     wmppc = read_data(site, "study")["layerwise"][0]["pairs"][0]["wmppc"][1][2]
     expect(page.locator(".lead")).to_contain_text(f"wMPPC {wmppc:.2f}, by chance 0.07.")
     page.get_by_label("S from").fill("100")
@@ -168,14 +168,14 @@ def test_a_heatmap_cell_leads_to_its_pair(tab, site):
     expect(page.get_by_role("status")).to_have_text(f"{FEATURES} features")
     page.get_by_role("link", name="The other direction").click()
     expect(page.locator("h1")).to_have_text("reader@0 layer 5 → seer@0 layer 3")
-    assert "wMPPC" not in page.locator(".lead").text_content()  # which no analysis has
+    assert "wMPPC" not in page.locator(".lead").text_content()  # which is in no analysis
     page.go_back()
     expect(page.locator("h1")).to_have_text("seer@0 layer 3 → reader@0 layer 5")
     page.locator("tbody tr").first.locator(".match-name a").click()
     expect(page.locator("h1")).to_have_text(f"Feature {matches[0]} of reader@0, layer 5")
 
 
-def test_a_matrix_cell_leads_to_best_matches_in_any_layer(tab, site):
+def test_a_matrix_cell_links_to_best_matches_in_any_layer(tab, site):
     page = tab.open()
     page.get_by_role("link", name="wMPPC from reader@0 to seer-clip@1").click()
     expect(page.locator("h1")).to_have_text("reader@0 layer 5 → seer-clip@1, any layer")
@@ -187,9 +187,9 @@ def test_a_matrix_cell_leads_to_best_matches_in_any_layer(tab, site):
     tables = {layer: read_data(site, layer_key("seer-clip@1", layer)) for layer in LAYERS}
     links = page.locator(".match-name a")
     for place, n in enumerate(order[:5]):
-        expect(links.nth(place)).to_have_text(called(tables[best["layer"][n]], best["feature"][n]))
+        expect(links.nth(place)).to_have_text(feature_label(tables[best["layer"][n]], best["feature"][n]))
     layers = page.get_by_role("navigation", name="Layer of seer-clip@1")
-    assert seen(layers.locator("a")) == ["any"]  # which no analysis compares by layers
+    assert seen(layers.locator("a")) == ["any"]  # which no layerwise analysis compares
     links.first.click()
     expect(page.locator("h1")).to_have_text(
         f"Feature {best['feature'][order[0]]} of seer-clip@1, layer {best['layer'][order[0]]}"
@@ -227,7 +227,7 @@ def test_sorting(tab, site):
 
 
 def test_filters_are_in_the_address(tab, site):
-    """Filters keep what Python keeps, and their address shows the same in a new page."""
+    """Filters agree with Python, and their URL shows the same in a new page."""
     page = tab.open(f"#/layer/{SET}/seer-clip@1/5")
     table = read_data(site, layer_key("seer-clip@1", 5))
     typed = {
@@ -259,7 +259,7 @@ def test_filters_are_in_the_address(tab, site):
     kept = [n for n in range(FEATURES) if all(passes(n))]
     alone = {place for n in range(FEATURES) if sum(found := passes(n)) == 8 for place in [found.index(False)]}
     assert kept
-    assert len(alone) == 9  # each of them keeps something out that the others do not
+    assert len(alone) == 9  # each of them excludes something that the others do not
     more = page.locator("summary")
     expect(more).to_have_text("More filters")
     expect(page.get_by_label("S to")).not_to_be_visible()
@@ -286,7 +286,7 @@ def test_filters_are_in_the_address(tab, site):
     expect(other.get_by_label("Named only")).to_be_checked()
 
 
-def test_search_by_number_and_nothing_left(tab):
+def test_search_by_number_and_without_results(tab):
     page = tab.open(f"#/layer/{SET}/seer@0/3?q=64")
     assert column(page, "Feature") == ["64"]
     page.get_by_label("Name or number").fill("no such words")
@@ -298,7 +298,7 @@ def test_search_by_number_and_nothing_left(tab):
     "query",
     ["s=abc", "page=99", "page=-3", "page=x", "sort=nonsense", "sort=-rho:nobody", "with=nobody&rho=0.1", "q=%E0"],
 )
-def test_odd_queries_do_no_harm(tab, query):
+def test_unusual_queries_are_harmless(tab, query):
     page = tab.open(f"#/layer/{SET}/seer@0/3?{query}")
     expect(page.locator("h1")).to_have_text("Features of seer@0, layer 3")
     expect(page.get_by_role("status")).to_contain_text("features")
@@ -323,7 +323,7 @@ def test_feature_page(tab, site):
     captions = (
         read_data(site, f"samples/{DATASET}/000")["captions"] + read_data(site, f"samples/{DATASET}/001")["captions"]
     )
-    expect(page.locator(".called")).to_have_text(table["name"][20])
+    expect(page.locator(".feature_label")).to_have_text(table["name"][20])
     facts = page.locator(".facts")
     expect(facts).to_contain_text(f"{table['score'][20]:.2f}")
     expect(facts).to_contain_text(f"{table['auc'][20]:.2f}")
@@ -347,7 +347,7 @@ def test_feature_page(tab, site):
     assert seen(page.locator(".match h3")) == [name for name in NAMES if name != "seer@0"]
 
 
-def test_follow_a_match_and_come_back(tab, site):
+def test_follows_a_match_and_goes_back(tab, site):
     page = tab.open(f"#/feature/{SET}/seer@0/3/20")
     best = read_data(site, layer_key("seer@0", 3))["best"]["reader@0"]
     layer, feature = best["layer"][20], best["feature"][20]
@@ -355,7 +355,7 @@ def test_follow_a_match_and_come_back(tab, site):
     card = page.locator(".match", has=page.get_by_role("heading", name="reader@0", exact=True))
     card.scroll_into_view_if_needed()
     expect(card.locator(".rho")).to_have_text(f"{best['rho'][20]:.2f}")
-    expect(card.locator(".name")).to_have_text(called(there, feature))
+    expect(card.locator(".name")).to_have_text(feature_label(there, feature))
     expect(card.locator("figure")).to_have_count(3)
     before = page.evaluate("scrollY")
     assert before > 0
@@ -369,7 +369,7 @@ def test_follow_a_match_and_come_back(tab, site):
     expect(page.locator("h1")).to_have_text(f"Feature {feature} of reader@0, layer {layer}")
 
 
-def test_neighbours_of_a_feature(tab):
+def test_links_to_the_neighbours_of_a_feature(tab):
     page = tab.open(f"#/feature/{SET}/seer@0/3/0")
     assert page.get_by_role("link", name="Previous").count() == 0
     page.get_by_role("link", name="Next").click()
@@ -378,15 +378,15 @@ def test_neighbours_of_a_feature(tab):
     assert page.get_by_role("link", name="Next").count() == 0
 
 
-def test_overlay_lies_on_what_the_encoder_saw(tab, site):
-    """On wide, tall and square pictures, whether the encoder saw a part of one or more than it."""
+def test_the_overlay_covers_the_part_that_the_encoder_saw(tab, site):
+    """On wide, tall and square images, whether the encoder saw a part of one or more than it."""
     page = tab.open(f"#/feature/{SET}/seer@0/0/0")
     assert page.locator("canvas").count() == 0
     page.get_by_label("Where it fires").check()
     expect(page).to_have_url(re.compile(r"overlay=yes$"))
     frames = page.locator("section").first.locator(".thumbnail")
     expect(page.locator("canvas")).to_have_count(8)
-    assert frames.nth(8).locator("canvas").count() == 0  # no map of this one
+    assert frames.nth(8).locator("canvas").count() == 0  # this one has no map
     rng = np.random.default_rng(0)
     shapes = set()
     for place in range(8):
@@ -401,7 +401,7 @@ def test_overlay_lies_on_what_the_encoder_saw(tab, site):
         assert canvas["height"] == pytest.approx((y1 - y0) * height, abs=0.6)
         shapes.add((place % 3, place % 4))
     assert len(shapes) == 8
-    # The lower left cell fires, and pictures share a scale: its colour is that of its share of the strongest of all.
+    # Images share a colour scale, so the colour of the active lower left cell is relative to the overall maximum.
     drawn = page.locator("canvas").evaluate_all(
         "all => all.map(one => [...one.getContext('2d').getImageData(0, 0, one.width, one.height).data])"
     )
@@ -419,7 +419,7 @@ def test_overlay_lies_on_what_the_encoder_saw(tab, site):
     expect(page.locator("canvas")).to_have_count(0)
 
 
-def test_overlay_scales_with_a_picture_that_is_shrunk(open_tab, site):
+def test_the_overlay_scales_with_a_shrunken_image(open_tab, site):
     page = open_tab(site, viewport={"width": 300, "height": 700}).open(f"#/feature/{SET}/seer@0/0/0?overlay=yes")
     frame = page.locator(".thumbnail").first
     image, canvas = frame.locator("img").bounding_box(), frame.locator("canvas").bounding_box()
@@ -430,14 +430,14 @@ def test_overlay_scales_with_a_picture_that_is_shrunk(open_tab, site):
 
 
 def test_icons_are_magnified(open_tab, broken_site):
-    """A picture of a few pixels is large enough to be seen, in its own proportions."""
+    """An image of a few pixels is shown large enough and keeps its aspect ratio."""
     details = read_data(broken_site, f"{layer_key('seer@0', 3)}/000")["features"][20]
     sample = details["top"][0][0]
     key = f"samples/{DATASET}/{sample // 500:03d}"
-    told = read_data(broken_site, key)
-    told["sizes"][sample % 500] = [6, 3]
-    (broken_site / f"{key}.js").unlink()  # a link to the site of other tests
-    write(broken_site, key, told)
+    samples = read_data(broken_site, key)
+    samples["sizes"][sample % 500] = [6, 3]
+    (broken_site / f"{key}.js").unlink()  # a hard link to the site of other tests
+    write(broken_site, key, samples)
     page = open_tab(broken_site).open(f"#/feature/{SET}/seer@0/3/20")
     box = page.locator("section").first.locator("img").first.bounding_box()
     assert (box["width"], box["height"]) == pytest.approx((96, 48), abs=0.6)
@@ -454,7 +454,7 @@ def test_tokens_are_marked_by_strength(tab, site):
     tokens = read_data(site, f"{layer_key('reader@0', 5)}/000")["features"][21]["tokens"]
     first = page.locator("section").first.locator("figure").first
     assert seen(first.locator(".tokens bdi")) == [piece.strip() for piece in tokens[0]["text"]]
-    assert first.locator(".tokens bdi").all_text_contents()[1] == " "  # which can be marked, too
+    assert first.locator(".tokens bdi").all_text_contents()[1] == " "  # also marked
     assert seen(first.locator(".tokens")) == ["".join(tokens[0]["text"])]
     marks = first.locator("mark")
     assert marks.count() == sum(value > 0 for value in tokens[0]["values"])
@@ -469,7 +469,7 @@ def test_tokens_are_marked_by_strength(tab, site):
     thickness = [thick for _, thick, _ in shown]
     assert thickness[int(np.argmax(above))] == max(thickness) == pytest.approx(4, abs=0.1)
     assert len({background for *_, background in shown}) == len(set(above))
-    last = page.locator("section").first.locator("figure").nth(8)  # of which there are no tokens
+    last = page.locator("section").first.locator("figure").nth(8)  # without tokens
     assert last.locator("mark").count() == 0
     assert last.locator(".caption").count() == 1
     tab.open(f"#/feature/{SET}/reader@0/5/2")
@@ -494,7 +494,7 @@ def test_ranking(tab, site):
     assert [float(text) for text in column(page, "ρ G")] == pytest.approx(ranking["rho_g"][:100], abs=5.1e-3)
     page.get_by_role("button", name="ρ H", exact=True).click()
     assert column(page, "Feature") == [str(ranking["features"][n]) for n in ordered(ranking["rho_h"])[:100]]
-    # One dot for each feature, the first of the ranking apart.
+    # One point per feature; the top of the ranking is separate.
     dots = page.locator("path.dots").evaluate_all(
         "paths => paths.map(path => path.getAttribute('d').split('M').length - 1)"
     )
@@ -515,7 +515,7 @@ def test_ranking(tab, site):
     assert texts[5].split() == [str(n) for n in both]
 
 
-def test_words_that_are_no_clear_name_are_grey_and_found_but_no_name(tab, site):
+def test_unclear_names_are_grey_and_searchable(tab, site):
     table = read_data(site, layer_key("seer@0", 3))
     some = [n for n, words in enumerate(table["candidate"]) if words]
     page = tab.open(f"#/layer/{SET}/seer@0/3?sort=feature&q=perhaps")
@@ -529,11 +529,11 @@ def test_words_that_are_no_clear_name_are_grey_and_found_but_no_name(tab, site):
     page.get_by_label("Named only").check()
     expect(page.get_by_role("status")).to_have_text(f"0 of {FEATURES} features")
     page = tab.open(f"#/feature/{SET}/seer@0/3/{some[0]}")
-    expect(page.locator(".called")).to_have_text(f"perhaps perhaps-{some[0]} (no clear name)")
+    expect(page.locator(".feature_label")).to_have_text(f"perhaps perhaps-{some[0]} (no clear name)")
 
 
 def test_typology_counts_words(tab, site):
-    """Each of the first features is under the word of its name that most of them have."""
+    """Each of the top features is listed under the most common word of its name."""
     page = tab.open(VIEWS["ranking"])
     ranking = read_data(site, "study")["sharedness"][0]
     names = read_data(site, layer_key("seer-clip@1", 5))["name"]
@@ -553,7 +553,7 @@ def test_typology_counts_words(tab, site):
     expect(page.locator("h1")).to_contain_text("of seer-clip@1, layer 5")
 
 
-def test_scatter_names_the_dot_and_opens_it(tab, site):
+def test_the_scatter_names_and_opens_points(tab, site):
     page = tab.open(VIEWS["ranking"])
     ranking = read_data(site, "study")["sharedness"][0]
     box = page.locator("path.axes").bounding_box()
@@ -577,7 +577,7 @@ def test_jump(tab):
     expect(page.get_by_label("Member", exact=True)).to_have_value("reader@0")
 
 
-def test_dark_is_remembered(tab):
+def test_remembers_the_dark_theme(tab):
     page = tab.open()
     paper = "getComputedStyle(document.body).backgroundColor"
     light = page.evaluate(paper)
@@ -593,7 +593,7 @@ def test_dark_is_remembered(tab):
     assert page.evaluate(paper) == light
 
 
-def test_the_system_is_followed_and_storage_may_be_forbidden(open_tab, site):
+def test_follows_the_systems_theme_without_storage(open_tab, site):
     opened = open_tab(site, color_scheme="dark")
     opened.page.add_init_script(
         """Object.defineProperty(window, 'localStorage', {
@@ -613,7 +613,7 @@ def focused(page):
 
 
 def tab_to(page, text, limit=60):
-    """Press Tab until what holds the focus has this text."""
+    """Press Tab until the focused element has this text."""
     for _ in range(limit):
         page.keyboard.press("Tab")
         if focused(page) == text:
@@ -653,7 +653,7 @@ def test_keyboard_alone(tab, site):
     expect(page.locator("h1")).to_contain_text("of seer@0, layer 3")
 
 
-def test_arrow_keys_pass_over_cells_without_a_value(tab):
+def test_arrow_keys_skip_cells_without_a_value(tab):
     page = tab.open()
     page.get_by_role("link", name="wMPPC from seer-clip@1 to seer@0").focus()
     page.keyboard.press("ArrowRight")
@@ -668,7 +668,7 @@ def test_arrow_keys_pass_over_cells_without_a_value(tab):
     assert focused(page).startswith("wMPPC from seer@0 to reader@0")
 
 
-def test_hostile_texts_are_texts(open_tab, site):
+def test_hostile_texts_are_escaped(open_tab, site):
     opened = open_tab(site)
     page = opened.open(f"#/feature/{SET}/seer@0/0/0")
     captions = page.locator("section").first.locator(".caption bdi").all_text_contents()
@@ -676,12 +676,12 @@ def test_hostile_texts_are_texts(open_tab, site):
     opened.open(f"#/layer/{SET}/reader-clip@1/0?sort=feature")
     rows = page.locator("tbody tr")
     assert rows.locator("th bdi").all_text_contents()[:9] == HOSTILE[:9]
-    expect(rows.nth(9).locator("th")).to_have_text("no clear name")  # an empty name cannot be read
+    expect(rows.nth(9).locator("th")).to_have_text("no clear name")  # an empty name has no text
     for number in range(len(HOSTILE)):
         opened.open(f"#/feature/{SET}/reader-clip@1/0/{number}")
-        expect(page.locator(".called")).to_have_text(HOSTILE[number] or "no clear name")
+        expect(page.locator(".feature_label")).to_have_text(HOSTILE[number] or "no clear name")
         assert page.locator("main script, main svg[onload], main img[src=x]").count() == 0
-    # What turns the direction of text ends with the text.
+    # Direction overrides end with the text.
     isolated = page.locator("bdi").first.evaluate("element => getComputedStyle(element).unicodeBidi")
     assert isolated == "isolate"
     assert not page.evaluate(
@@ -707,20 +707,20 @@ def test_hostile_texts_are_texts(open_tab, site):
         "#/%E0%A4%A",
     ],
 )
-def test_addresses_of_nothing(tab, route):
+def test_unknown_routes(tab, route):
     page = tab.open(route)
     expect(page.locator("h1")).to_have_text("Not found")
     page.get_by_role("link", name="Back to the overview").click()
     expect(page.locator("h1")).to_have_text("made-up")
 
 
-def test_missing_thumbnails_leave_their_place(open_tab, site):
+def test_missing_thumbnails_leave_a_placeholder(open_tab, site):
     opened = open_tab(site)
     page = opened.open(f"#/feature/{SET}/seer@0/0/0")
     captions = read_data(site, f"samples/{DATASET}/000")["captions"]
     page.get_by_role("heading", name="Around the 90th percentile").scroll_into_view_if_needed()
     gone = page.locator(".band").first.locator(".gone")
-    expect(gone).to_have_count(2)  # one file is not there, of the other none was made
+    expect(gone).to_have_count(2)  # one file is missing, the other was never written
     box = gone.first.bounding_box()
     assert (box["width"], box["height"]) == pytest.approx(SIZES[MISSING_THUMBNAIL % 3], abs=0.6)
     for at, sample in enumerate((MISSING_THUMBNAIL, UNRENDERED)):
@@ -741,7 +741,7 @@ def test_missing_thumbnails_leave_their_place(open_tab, site):
         (f"data/{SET}/pairs/seer@0__reader@0/layer-00.js", VIEWS["pair"], "missing"),
     ],
 )
-def test_a_data_file_that_is_not_there_is_named(open_tab, broken_site, file, route, harm):
+def test_names_a_missing_data_file(open_tab, broken_site, file, route, harm):
     opened = open_tab(broken_site)
     path = broken_site / file
     path.unlink()
@@ -759,7 +759,7 @@ def test_a_data_file_that_is_not_there_is_named(open_tab, broken_site, file, rou
         expect(page.locator("h1")).to_have_text("made-up")
 
 
-def test_a_part_that_is_missing_leaves_the_rest(open_tab, broken_site):
+def test_a_missing_part_leaves_the_rest(open_tab, broken_site):
     opened = open_tab(broken_site)
     captions = f"samples/{DATASET}/000.js"
     opened.allowed += [captions, "reader@0/layer-"]
@@ -778,7 +778,7 @@ def test_a_part_that_is_missing_leaves_the_rest(open_tab, broken_site):
 
 
 def test_a_large_layer(open_tab, large_site):
-    """8,192 features and their matches in nine others: all of them sorted, a hundred of them in the document."""
+    """8,192 features and their matches in nine others: all are sorted, and a hundred are in the document."""
     folder, table = large_site
     page = open_tab(folder).open(f"#/layer/{SET}/member-0@0/0")
     expect(page.get_by_role("status")).to_have_text("8,192 features")
@@ -813,8 +813,8 @@ def test_long_names_stay_in_their_cells(view, size, open_tab, large_site):
     assert max(rows, default=0) <= size["width"] / 2
 
 
-def test_only_what_is_seen_is_read(open_tab, large_site):
-    """Of 128 files of details, those of the rows in view; the rest once one scrolls to them."""
+def test_reads_only_visible_rows(open_tab, large_site):
+    """Of 128 files of details, only those of visible rows are read, and others on scrolling."""
     opened = open_tab(large_site[0])
     asked = []
     opened.page.on("request", lambda request: asked.append(request.url))
@@ -841,9 +841,9 @@ def test_over_http(open_tab, site):
     try:
         root = f"http://127.0.0.1:{server.server_port}"
         opened = open_tab(site)
-        opened.allowed.append("favicon.ico")  # which browsers ask of every server
+        opened.allowed.append("favicon.ico")  # which browsers request from every server
         opened.address = lambda route: f"{root}/{route}"
-        opened._asked = lambda url: url.startswith(f"{root}/") or opened.wrong.append(f"outside: {url}")
+        opened._on_request = lambda url: url.startswith(f"{root}/") or opened.wrong.append(f"outside: {url}")
         page = opened.open(f"#/feature/{SET}/seer@0/3/20")
         images = page.locator("section").first.locator("img")
         expect(images).to_have_count(9)
@@ -883,7 +883,7 @@ def contrast(a, b):
     return (high + 0.05) / (low + 0.05)
 
 
-# Every element with text of its own: its colour, and the backgrounds of it and what it lies in, inmost first.
+# Every element with text: its colour, and the backgrounds of it and its ancestors, innermost first.
 COLOURS = """
 () => {
     const canvas = new OffscreenCanvas(1, 1).getContext('2d', { willReadFrequently: true });
@@ -912,7 +912,7 @@ COLOURS = """
 
 
 def scroll(page):
-    """Have everything there that waits to be seen."""
+    """Scroll through the page so that lazy content loads."""
     page.evaluate(
         """async () => {
             for (let y = 0; y < Math.min(document.documentElement.scrollHeight, 9000); y += 600) {
@@ -925,7 +925,7 @@ def scroll(page):
 
 @pytest.mark.parametrize("name", VIEWS)
 def test_every_view(open_tab, site, name):
-    """Its structure, its contrasts, and that it fits a narrow screen; of all that it shows."""
+    """Checks the structure and contrast of the whole view, and that it fits a narrow screen."""
     page = open_tab(site).open(VIEWS[name])
     scroll(page)
     check_structure(page)
@@ -979,7 +979,7 @@ def check_structure(page):
     assert len(ids) == len(set(ids))
 
 
-def test_members_and_layers_all_open(tab):
+def test_every_member_and_layer_opens(tab):
     """Every link of the overview's list of layers has its table."""
     page = tab.open()
     links = page.locator(".members a").evaluate_all("links => links.map(link => link.getAttribute('href'))")

@@ -1,4 +1,4 @@
-"""What the stage writes of one member, from tables and stores as the stages before it leave them."""
+"""The data files of one member, from tables and stores like those of the previous stages."""
 
 import base64
 
@@ -53,8 +53,8 @@ def write(folder):
     return folder / "site"
 
 
-def test_a_member_of_images(tmp_path):
-    """Tables, details in files of 64, and beside those the maps of pictures whose places are known."""
+def test_writes_an_image_member(tmp_path):
+    """Tables, details in files of 64, and separate maps of images with known positions."""
     box = [-0.5, 0.0, 1.5, 1.0]
     samples = [{"sample": 0, "box": box, "rows": 1, "columns": 2}, {"sample": 1, "box": None, "rows": 1, "columns": 2}]
     tops = [
@@ -89,7 +89,7 @@ def test_a_member_of_images(tmp_path):
 
 
 @pytest.mark.parametrize(("rows", "fires"), [(0, None), (1, b"\xff")], ids=["no grid", "no box"])
-def test_pictures_without_known_places_have_no_maps(tmp_path, rows, fires):
+def test_images_without_known_positions_have_no_maps(tmp_path, rows, fires):
     samples = pa.Table.from_pylist(
         [{"sample": 0, "box": None, "rows": rows, "columns": rows}],
         pa.schema({"sample": pa.int32(), "box": pa.list_(pa.float32(), 4), "rows": pa.int32(), "columns": pa.int32()}),
@@ -102,8 +102,8 @@ def test_pictures_without_known_places_have_no_maps(tmp_path, rows, fires):
     assert not list((site / PLACE / "layer-03").glob("maps-*"))
 
 
-def test_a_member_of_texts(tmp_path):
-    """The tokens of each caption with their values, and none of a caption of which no token was read."""
+def test_writes_a_text_member(tmp_path):
+    """The tokens of each caption with their values, and none for a caption without tokens."""
     samples = [{"sample": 0, "tokens": ["a", "cat"]}, {"sample": 1, "tokens": []}]
     tops = [
         {"sample": 0, "value": 1.5, "fires": b"\x00\xff", "fires_highest": 2.0},

@@ -1,4 +1,4 @@
-"""What the doctor finds, on this machine as it is and on what is broken on purpose."""
+"""The findings of doctor, on this machine as it is and in deliberately broken setups."""
 
 import json
 import os
@@ -24,7 +24,7 @@ CLONE = Path(__file__).parents[2]
 
 
 def command(*arguments, cwd=CLONE, **surroundings):
-    """The doctor in a process of its own."""
+    """Run doctor in a separate process."""
     return subprocess.run(
         [sys.executable, "-m", "conceptshare", "doctor", *arguments],
         cwd=cwd,
@@ -46,7 +46,7 @@ def _in_the_clone(monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A function that lets the hub be at an address, and says what is found there."""
+    """A function that sets the hub's URL and returns the findings."""
 
     def ask(endpoint):
         use(monkeypatch, endpoint, tmp_path / "cache")
@@ -56,7 +56,7 @@ def hub(monkeypatch, tmp_path):
     return ask
 
 
-def test_this_machine_has_what_a_run_needs_and_says_it_in_a_line_a_check():
+def test_reports_one_line_per_check_on_this_machine():
     found = command(HF_HUB_OFFLINE="1")
     assert found.returncode == 0, found.stdout + found.stderr
     assert found.stderr == ""
@@ -68,7 +68,7 @@ def test_this_machine_has_what_a_run_needs_and_says_it_in_a_line_a_check():
     assert "offline by choice" in found.stdout
 
 
-def test_machines_get_json_and_nobody_gets_the_token(tmp_path):
+def test_prints_json_without_the_token(tmp_path):
     found = command("--json", cwd=tmp_path, HF_HUB_OFFLINE="1", HF_TOKEN=TOKEN)
     checks = {check["name"]: check for check in json.loads(found.stdout)}
     assert checks["hub"] == {
@@ -77,11 +77,11 @@ def test_machines_get_json_and_nobody_gets_the_token(tmp_path):
         "found": "offline by choice (HF_HUB_OFFLINE); a token is set",
         "remedy": "",
     }
-    assert "study" not in checks  # there is no config.yaml
+    assert "study" not in checks  # without config.yaml
     assert TOKEN not in found.stdout + found.stderr
 
 
-def test_a_broken_study_is_missing(tmp_path):
+def test_an_invalid_study_is_a_failure(tmp_path):
     (tmp_path / "study.yaml").write_text("study: a b\n")
     found = command("--study", "study.yaml", cwd=tmp_path, HF_HUB_OFFLINE="1")
     assert found.returncode == 1
@@ -90,7 +90,7 @@ def test_a_broken_study_is_missing(tmp_path):
     assert "Traceback" not in found.stderr
 
 
-def test_a_study_that_the_disk_cannot_hold_is_a_warning_with_both_sizes(monkeypatch):
+def test_warns_with_both_sizes_if_a_study_does_not_fit_the_disk(monkeypatch):
     assert by_name(doctor._study(CLONE / "config.yaml", Path("results")))["disk"].status == "ok"
     large = CLONE / "config" / "coco-large.yaml"
     needed = make_plan(load_study(large), Rates()).total().written
@@ -111,11 +111,11 @@ class Answering(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *args):
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.mark.parametrize(("status", "expected"), [(200, "ok"), (401, "ok"), (404, "ok"), (405, "ok"), (503, "warning")])
-def test_a_hub_that_answers_is_there(hub, status, expected):
+def test_a_hub_that_answers_is_reachable(hub, status, expected):
     handler = type("Handler", (Answering,), {"status": status})
     with HTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
@@ -124,7 +124,7 @@ def test_a_hub_that_answers_is_there(hub, status, expected):
     assert f"http://127.0.0.1:{server.server_port} answers" in finding.found
 
 
-def test_a_hub_that_refuses_is_a_warning_with_its_address(hub):
+def test_a_hub_that_refuses_is_a_warning_with_its_url(hub):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
@@ -134,7 +134,7 @@ def test_a_hub_that_refuses_is_a_warning_with_its_address(hub):
     assert "HF_ENDPOINT" in finding.remedy
 
 
-def test_a_hub_that_does_not_answer_is_not_waited_for(hub, monkeypatch):
+def test_does_not_wait_for_a_hub_that_does_not_answer(hub, monkeypatch):
     monkeypatch.setattr(doctor, "_REQUEST", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -144,13 +144,13 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(hub, monkeypatch):
     assert "timed out" in finding.found
 
 
-def test_an_endpoint_that_is_no_address_is_a_warning(hub):
+def test_an_invalid_endpoint_is_a_warning(hub):
     finding = hub("not an address")
     assert finding.status == "warning"
     assert "not an address cannot be reached (unknown url type" in finding.found
 
 
-def test_a_token_in_a_file_is_told_of_and_not_told(hub, tmp_path):
+def test_reports_a_token_file_without_its_content(hub, tmp_path):
     with HTTPServer(("127.0.0.1", 0), Answering) as server:
         for content, words in (("", "no token is set"), (TOKEN, "; a token is set")):
             threading.Thread(target=server.handle_request, daemon=True).start()
@@ -161,7 +161,7 @@ def test_a_token_in_a_file_is_told_of_and_not_told(hub, tmp_path):
             assert TOKEN not in str(finding)
 
 
-def test_what_does_not_end_is_not_waited_for(monkeypatch):
+def test_does_not_wait_for_a_check_that_hangs(monkeypatch):
     monkeypatch.setattr(doctor, "_CHECK", 0.1)
     over = threading.Event()
     (finding,) = doctor._start("Slurm", lambda: [over.wait()])()
@@ -170,7 +170,7 @@ def test_what_does_not_end_is_not_waited_for(monkeypatch):
     assert finding.found.startswith("no answer")
 
 
-def test_what_raises_is_a_warning_that_says_what(monkeypatch):
+def test_a_check_that_raises_is_a_warning_with_the_error(monkeypatch):
     def broken():
         raise ZeroDivisionError("by\nnought")
 
@@ -178,7 +178,7 @@ def test_what_raises_is_a_warning_that_says_what(monkeypatch):
     assert finding == ("GPU", "warning", "could not be checked (ZeroDivisionError: by nought)", "")
 
 
-def test_results_that_cannot_be_written_are_missing_and_a_cache_a_warning(tmp_path):
+def test_an_unwritable_results_folder_fails_and_an_unwritable_cache_warns(tmp_path):
     for name, status in (("results", "missing"), ("hub cache", "warning")):
         finding = doctor._disk(name, Path("/proc/no-such-folder"), status)
         assert finding.status == status
@@ -188,7 +188,7 @@ def test_results_that_cannot_be_written_are_missing_and_a_cache_a_warning(tmp_pa
     assert doctor._disk("results", tmp_path / "results", "missing").status == "missing"
 
 
-def test_a_folder_that_can_be_written_keeps_nothing_of_the_check(tmp_path):
+def test_checking_a_folder_leaves_nothing_in_it(tmp_path):
     finding = doctor._disk("results", tmp_path / "results" / "not there yet", "missing")
     assert finding.status == "ok"
     assert "locks work" in finding.found
@@ -196,7 +196,7 @@ def test_a_folder_that_can_be_written_keeps_nothing_of_the_check(tmp_path):
 
 
 def programs(folder, **scripts):
-    """A PATH with these shell scripts alone."""
+    """A PATH with only these shell scripts."""
     folder.mkdir()
     for name, script in scripts.items():
         (folder / name).write_text(f"#!/bin/sh\n{script}\n")
@@ -206,7 +206,7 @@ def programs(folder, **scripts):
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """A function that puts a cluster's programs on PATH, and says what is found."""
+    """A function that puts a cluster's programs on PATH and returns the findings."""
 
     def ask(**scripts):
         monkeypatch.setenv("PATH", programs(tmp_path / "bin", **scripts))
@@ -224,34 +224,34 @@ UP = {
 }
 
 
-def test_no_slurm_is_no_fault(slurm):
+def test_a_machine_without_slurm_is_fine(slurm):
     assert slurm()["Slurm"].status == "ok"
 
 
-def test_a_cluster_is_told_with_its_partitions_and_accounting(slurm):
+def test_reports_a_clusters_partitions_and_accounting(slurm):
     found = slurm(**UP)
     assert found["Slurm"] == ("Slurm", "ok", "gpu* 4 nodes, GPUs gpu:a100:8; cpu 10 nodes, GPUs (null)", "")
     assert found["accounting"].status == "ok"
 
 
-def test_a_cluster_without_accounting_says_which_command_the_profile_is_to_use(slurm):
+def test_suggests_a_status_command_for_a_cluster_without_accounting(slurm):
     found = slurm(**UP | {"sacct": "echo 'Slurm accounting storage is disabled' >&2; exit 1"})
     assert found["accounting"].status == "warning"
     assert "slurm-status-command: squeue" in found["accounting"].remedy
 
 
-def test_a_controller_that_does_not_answer_is_a_warning_with_its_words(slurm):
+def test_a_controller_that_does_not_answer_is_a_warning_with_its_message(slurm):
     found = slurm(**UP | {"scontrol": "echo 'Slurmctld(primary) at head is DOWN'"})["Slurm"]
     assert found.status == "warning"
     assert "at head is DOWN" in found.found
 
 
-def test_a_program_that_hangs_is_not_waited_for(slurm, monkeypatch):
+def test_does_not_wait_for_a_program_that_hangs(slurm, monkeypatch):
     monkeypatch.setattr(doctor, "_REQUEST", 0.2)
     assert slurm(**UP | {"scontrol": "exec /bin/sleep 20"})["Slurm"].status == "warning"
 
 
-def test_a_program_that_lacks_is_named(slurm):
+def test_names_a_missing_program(slurm):
     found = slurm(**{name: script for name, script in UP.items() if name != "squeue"})["Slurm"]
     assert (found.status, found.found) == ("warning", "sbatch is on PATH, but no squeue")
 
@@ -260,7 +260,7 @@ def test_a_program_that_lacks_is_named(slurm):
     ("requirement", "found"),
     [("no-such-package>=1", "not installed"), ("numpy>=99", "where >=99 is needed"), ("numpy<1; extra == 'x'", None)],
 )
-def test_packages_that_lack_or_are_of_another_version_are_missing_with_the_command(monkeypatch, requirement, found):
+def test_missing_or_outdated_packages_come_with_the_install_command(monkeypatch, requirement, found):
     monkeypatch.setattr("importlib.metadata.requires", lambda _: ["numpy>=2", requirement])
     (finding,) = doctor._packages()
     if found is None:
@@ -271,7 +271,7 @@ def test_packages_that_lack_or_are_of_another_version_are_missing_with_the_comma
     assert finding.remedy == f"pip install '{requirement}'"
 
 
-def test_a_gpu_that_torch_does_not_see_is_a_warning(tmp_path, monkeypatch):
+def test_warns_about_a_gpu_that_torch_does_not_see(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("PATH", programs(tmp_path / "without"))
     assert by_name(doctor._torch())["GPU"].status == "ok"
@@ -279,7 +279,7 @@ def test_a_gpu_that_torch_does_not_see_is_a_warning(tmp_path, monkeypatch):
     assert by_name(doctor._torch())["GPU"].status == "warning"
 
 
-def test_a_gpu_that_was_asked_for_and_cannot_be_used_is_missing(monkeypatch):
+def test_a_requested_but_unusable_gpu_is_a_failure(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("SLURM_JOB_GPUS", "3")
     gpu = by_name(doctor._torch())["GPU"]
@@ -289,5 +289,5 @@ def test_a_gpu_that_was_asked_for_and_cannot_be_used_is_missing(monkeypatch):
     assert by_name(doctor._torch())["GPU"][1:3] == ("ok", "CONCEPTSHARE_DEVICE=cpu; the CPU is used")
 
 
-def test_the_status_command_is_one_that_snakemake_knows():
+def test_the_status_command_is_known_to_snakemake():
     assert "status_command" in ExecutorSettings.__dataclass_fields__

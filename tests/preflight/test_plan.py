@@ -1,4 +1,4 @@
-"""What a study is said to cost, against Snakemake, the stages themselves and the design's numbers."""
+"""The estimated cost of a study, against Snakemake, the stages themselves and known numbers."""
 
 import csv
 import importlib.util
@@ -35,7 +35,7 @@ from tests.workflow.conftest import CLONE, Project
 COCO = 118_287
 PAPER = SAESettings()
 CONFIGS = ["config.yaml", *sorted(f"config/{path.name}" for path in (CLONE / "config").glob("*.yaml"))]
-# The tables of the paper that each study holds all cells of.
+# The tables of the paper whose cells are all in a study.
 TABLES = {
     "coco-large": {"6", "7", "8", "9"},
     "coco-base": {"10", "11", "12", "13"},
@@ -51,7 +51,7 @@ def _in_the_clone(monkeypatch):
 
 @pytest.fixture
 def elsewhere(tmp_path):
-    """A results folder in which nothing is made."""
+    """An empty results folder."""
     return tmp_path / "results"
 
 
@@ -88,15 +88,15 @@ def script(name):
 
 
 @pytest.mark.parametrize("config", ["config.yaml", "config/coco-base.yaml"])
-def test_rules_that_cost_something_have_the_jobs_that_snakemake_plans(config, elsewhere):
-    """``--forceall`` plans as for a results folder that holds nothing."""
+def test_planned_jobs_equal_snakemakes(config, elsewhere):
+    """``--forceall`` plans as for an empty results folder."""
     found = make_plan(load_study(config), Rates(), results=elsewhere)
     planned = Project(CLONE).plan("--forceall", "--configfile", config)
     assert found.jobs == {rule: planned[rule] for rule in found.jobs}
     assert list(found.costs) == list(found.jobs)
 
 
-def test_large_clip_on_coco_has_the_sizes_that_the_design_names(elsewhere):
+def test_sizes_for_large_clip_on_coco(elsewhere):
     study = load_study("config/coco-large.yaml")
     clip = study.encoders["clip-image-large"]
     assert plan.tokens_bytes(clip, COCO) == pytest.approx(62e9, rel=0.01)
@@ -105,13 +105,13 @@ def test_large_clip_on_coco_has_the_sizes_that_the_design_names(elsewhere):
     assert make_plan(study, Rates(), results=elsewhere).samples == {"coco": COCO}
 
 
-def test_a_pair_of_large_encoders_on_coco_has_the_products_that_the_design_names():
+def test_operations_for_a_pair_of_large_encoders_on_coco():
     large = encoder(layers=24, width=1024)
     cost = plan.correlations_cost(large, large, PAPER, COCO)
-    assert cost.flops == pytest.approx(9.14e15 * (1 + 2 * 512 / 8192), rel=1e-3)  # with the shuffled ones
+    assert cost.flops == pytest.approx(9.14e15 * (1 + 2 * 512 / 8192), rel=1e-3)  # including shuffled ones
 
 
-def test_a_forward_pass_has_the_operations_of_a_transformers_blocks():
+def test_a_forward_pass_counts_the_operations_of_transformer_blocks():
     spec = encoder()
     block = torch.nn.TransformerEncoderLayer(64, nhead=2, dim_feedforward=4 * 64, batch_first=True)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
@@ -119,7 +119,7 @@ def test_a_forward_pass_has_the_operations_of_a_transformers_blocks():
     assert plan.activations_cost(spec, N=5).flops == 5 * spec.layers * counted.get_total_flops()
 
 
-def test_an_entry_that_tells_its_operations_is_believed():
+def test_uses_the_number_of_operations_in_an_entry():
     assert plan.activations_cost(encoder(gflops=30), N=7).flops == 7 * 30e9
 
 
@@ -147,13 +147,13 @@ def test_an_entry_that_tells_its_operations_is_believed():
     ],
     ids=str,
 )
-def test_training_tokens_are_those_that_the_activations_stage_keeps(changes, tokens):
+def test_training_tokens_equal_those_of_the_activations_stage(changes, tokens):
     spec = encoder(**changes)
     cost = plan.activations_cost(spec, N=3)
     assert cost.written == len(spec.layer_numbers()) * 3 * (tokens + 1) * 64 * 2 + 8 * (3 + 4)
 
 
-def test_text_towers_that_always_see_their_padding_compute_it():
+def test_counts_padding_for_text_towers_that_attend_to_it():
     def of(**changes):
         text = {"modality": "text", "kind": "vlm", "tokens": 14, "context_length": 77}
         return plan.activations_cost(encoder(**(text | changes)), N=1).flops
@@ -161,7 +161,7 @@ def test_text_towers_that_always_see_their_padding_compute_it():
     assert of(library="open_clip") == of(global_token="last") == of(tokens=77) > of()
 
 
-def test_parts_of_a_forward_pass_are_jobs_and_cost_what_one_does(elsewhere):
+def test_parts_of_a_forward_pass_are_jobs_with_the_same_total_cost(elsewhere):
     def plan_with(**entry):
         study = build_study(study_of(encoders={"minilm": entry, "dinov2-small": None}), "test")
         return make_plan(study, Rates(), results=elsewhere)
@@ -174,7 +174,7 @@ def test_parts_of_a_forward_pass_are_jobs_and_cost_what_one_does(elsewhere):
 
 
 class Counted:
-    """A layer of features that counts the bytes of the chunks that are read of it."""
+    """A layer of features that counts the bytes of the chunks read."""
 
     def __init__(self, array, chunk):
         self.array, self.shape, self.chunk, self.read = array, array.shape, chunk, 0
@@ -188,8 +188,8 @@ class Counted:
 
 
 @pytest.mark.parametrize("megabytes", [1, 2])
-def test_correlations_read_what_they_are_said_to(rng, tmp_path, write_features, monkeypatch, megabytes):
-    """Chunks are as wide as those of the features stage; 300 features have one, and 700 have two."""
+def test_correlations_read_the_estimated_bytes(rng, tmp_path, write_features, monkeypatch, megabytes):
+    """Chunks have the width of the features stage; 300 features have one, and 700 have two."""
     N, chunk, layers = 1000, 512, []
     a, b = encoder(layers=2, width=300), encoder(layers=3, width=700)
     settings, bound = SAESettings(expansion=1, k=1), CorrelationSettings(memory_mb=megabytes)
@@ -208,16 +208,16 @@ def test_correlations_read_what_they_are_said_to(rng, tmp_path, write_features, 
     with FlopCounterMode(display=False) as counted:
         _store.correlate_stores(*paths, tmp_path / "a@0__b@0.zarr", megabytes * 2**20)
     cost = plan.correlations_cost(a, b, settings, N, bound)
-    seen = 3 * 2 * 512 * 2  # the types of values, of one layer of each side, in each of three products
+    seen = 3 * 2 * 512 * 2  # the dtype is read for one layer per side in each of three products
     assert cost.read == pytest.approx(sum(layer.read for layer in layers) - seen, rel=0.15)
-    assert counted.get_total_flops() == pytest.approx(cost.flops, rel=0.02)  # and those of the influences
+    assert counted.get_total_flops() == pytest.approx(cost.flops, rel=0.02)  # and for the influences
     store = open_store(tmp_path / "a@0__b@0.zarr", readers.CORRELATIONS)
     assert cost.written == pytest.approx(sum(store[name].nbytes for name in store.array_keys()), abs=200)
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(257, 1024), (14, 768), (1, 64)])
 @pytest.mark.parametrize("at_once", [1, 16])
-def test_reading_samples_reads_the_chunks_that_they_lie_in(tokens, width, at_once):
+def test_reading_samples_counts_whole_chunks(tokens, width, at_once):
     rows, together = 2**18 // (2 * width), at_once * tokens
     starts = np.arange(20_000) * together
     chunks = (starts + together - 1) // rows - starts // rows + 1
@@ -225,14 +225,14 @@ def test_reading_samples_reads_the_chunks_that_they_lie_in(tokens, width, at_onc
     assert plan._sample_read(encoder(tokens=tokens, width=width), at_once) == pytest.approx(expected, rel=0.01)
 
 
-def test_an_sae_takes_the_bytes_it_is_said_to(tmp_path):
+def test_an_sae_has_the_estimated_size(tmp_path):
     spec, settings = encoder(width=32), SAESettings(expansion=4, k=3)
     sae.save_sae(sae.TopKSAE(32, 128, 3, torch.Generator()), tmp_path, "x", "layer 0")
     weights = (tmp_path / "sae_weights.safetensors").stat().st_size
     assert plan.sae_cost(spec, settings, N=10).written == pytest.approx(weights, abs=500)
 
 
-def test_training_an_sae_has_the_operations_of_its_products():
+def test_training_an_sae_counts_the_operations_of_its_products():
     spec, settings = encoder(width=32, tokens=5), SAESettings(expansion=4, k=3, epochs=2, batch_samples=4)
     model = sae.TopKSAE(32, 128, 3, torch.Generator())
     with FlopCounterMode(display=False) as counted:
@@ -245,7 +245,7 @@ def test_training_an_sae_has_the_operations_of_its_products():
     assert plan.sae_cost(spec, settings, N=10).flops == training + measuring
 
 
-def test_an_sae_reads_a_layer_once_where_it_fits_memory_and_else_its_chunks_each_epoch(monkeypatch):
+def test_an_sae_reads_a_layer_once_if_it_fits_memory_and_else_every_epoch(monkeypatch):
     spec = encoder(tokens=5, width=32)
     once, thrice = (SAESettings(expansion=4, k=3, epochs=epochs) for epochs in (1, 3))
     N, size = 10, 10 * 5 * 32 * 2
@@ -255,15 +255,15 @@ def test_an_sae_reads_a_layer_once_where_it_fits_memory_and_else_its_chunks_each
     monkeypatch.setattr(plan, "IN_MEMORY_BYTES", size - 1)
     large = plan.sae_cost(spec, thrice, N)
     each_pass = N * plan._sample_read(spec, once.batch_samples)
-    chunk = 2**18  # of each global token, once more
-    assert large.read == pytest.approx((3 + 1) * each_pass + 10 * chunk)  # all samples are evaluated too
+    chunk = 2**18  # global tokens, once more
+    assert large.read == pytest.approx((3 + 1) * each_pass + 10 * chunk)  # all samples are also evaluated
     assert plan.sae_cost(spec, once, N).read == pytest.approx((1 + 1) * each_pass + 10 * chunk)
     assert small.memory - large.memory == size
 
 
 @pytest.mark.parametrize(("held_out", "reads"), [(0.2, 2 * 8 + 2), (0, 2 * 10 + 10)])
-def test_a_stream_costs_its_passes_and_the_trainings_of_all_layers_and_seeds(held_out, reads):
-    """Each epoch reads what is trained on, and what is held out, or all where nothing is, is read once more."""
+def test_a_stream_costs_its_passes_and_all_its_trainings(held_out, reads):
+    """Each epoch reads the training samples; held-out samples, or all if none are held out, are read once more."""
     spec = encoder(width=32, tokens=5)
     settings = SAESettings(expansion=4, k=3, epochs=2, batch_samples=4, held_out=held_out)
     one = plan.sae_cost(spec, settings, N=10)
@@ -273,17 +273,17 @@ def test_a_stream_costs_its_passes_and_the_trainings_of_all_layers_and_seeds(hel
     assert found.written == 2 * 10 * 32 * 2 + 2 * 3 * one.written
 
 
-def test_large_clip_on_coco_streams_without_the_tokens_that_the_design_names():
+def test_streaming_large_clip_on_coco_stores_no_tokens():
     spec = load_study("config/coco-large.yaml").encoders["clip-image-large"]
     stored = plan.activations_cost(spec, COCO).written + 24 * plan.sae_cost(spec, PAPER, COCO).written
     found = plan.stream_cost(spec, PAPER, COCO, seeds=1)
     assert stored - found.written == pytest.approx(24 * COCO * 257 * 1024 * 2, rel=1e-3)
     assert found.written < 10e9
-    # Weights, gradients and moments of 24 SAEs, the model, a batch and its latents: it fits one GPU.
+    # Weights, gradients and moments of 24 SAEs, the model, a batch and its latents fit one GPU.
     assert 24 * 4 * 4 * 2 * 8192 * 1024 < found.memory < 16e9
 
 
-def test_features_take_the_bytes_of_the_arrays_that_are_recorded(tmp_path, rng, write_features):
+def test_features_have_the_estimated_size(tmp_path, rng, write_features):
     spec, settings = encoder(layers=2, width=8), SAESettings(expansion=1, k=1)
     path = write_features(tmp_path, "x@0", {layer: rng.random((5, 8)) for layer in range(2)})
     recorded = store.open_store(path, readers.FEATURES)
@@ -293,9 +293,7 @@ def test_features_take_the_bytes_of_the_arrays_that_are_recorded(tmp_path, rng, 
     assert cost.cpu_flops == 2 * 5 * 2 * 8 * 8
 
 
-def test_similarity_has_the_operations_and_reads_the_bytes_that_it_is_said_to(
-    tmp_path, rng, monkeypatch, write_activations
-):
+def test_similarity_has_the_estimated_operations_and_bytes(tmp_path, rng, monkeypatch, write_activations):
     specs = encoder(layers=2, width=6), encoder(layers=3, width=8)
     for module, names in (
         (plan, ("CKA_SAMPLES", "NEIGHBOUR_SAMPLES")),
@@ -318,7 +316,7 @@ def test_similarity_has_the_operations_and_reads_the_bytes_that_it_is_said_to(
     assert cost.written == pytest.approx((tmp_path / "a__b.csv").stat().st_size, rel=0.4)
 
 
-def test_examples_cost_another_pass_and_the_features_where_they_fire():
+def test_examples_cost_a_forward_pass_and_the_features_activations():
     spec, settings = encoder(layers=2, width=8, tokens=5), SAESettings(expansion=2, k=3)
     cost = plan.examples_cost(spec, settings, N=100, data_bytes=1000)
     fires = 2 * 16 * SHOWN_SAMPLES * 5
@@ -333,7 +331,7 @@ def test_examples_cost_another_pass_and_the_features_where_they_fire():
 
 
 @pytest.mark.parametrize("stage", ["activations", "sae", "stream", "features", "similarity", "examples"])
-def test_the_memory_that_rules_ask_for_is_enough_for_every_study_of_the_paper(stage, elsewhere):
+def test_rules_request_enough_memory_for_every_study_of_the_paper(stage, elsewhere):
     rule = (CLONE / "workflow" / "rules" / f"{stage}.smk").read_text(encoding="utf-8")
     given, *_ = re.findall(r"mem_mb=grown\((.*)\),\n", rule)
     for config in CONFIGS:
@@ -344,15 +342,15 @@ def test_the_memory_that_rules_ask_for_is_enough_for_every_study_of_the_paper(st
             assert stage not in costs or costs[stage].memory < asked, config
 
 
-def test_the_memory_that_correlations_ask_for_is_enough_beside_a_gpu():
-    """What is read and read ahead, of a large layer on COCO, and what influences take; the rest is the GPU's."""
+def test_correlations_request_enough_host_memory_on_a_gpu():
+    """Read and prefetched values of a large layer on COCO, and the influences; the rest is on the GPU."""
     rule = (CLONE / "workflow" / "rules" / "correlations.smk").read_text(encoding="utf-8")
     (given,) = re.findall(r"mem_mb=grown\((.*)\),\n", rule)
     asked = eval(given, {"STUDY": load_study("config/coco-large.yaml")}) * 1e6
     assert asked > plan._PROCESS_BYTES + 2 * plan.features_bytes(8192, COCO) + 2**30
 
 
-def test_the_time_that_the_rule_asks_for_is_enough_for_the_largest_pair():
+def test_the_rule_requests_enough_time_for_the_largest_pair():
     rule = (CLONE / "workflow" / "rules" / "correlations.smk").read_text(encoding="utf-8")
     (asked,) = re.findall(r"runtime=grown\((.*)\),\n", rule)
     large = load_study("config/coco-large.yaml").encoders["clip-image-large"]
@@ -366,8 +364,8 @@ def sizes(folder):
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def test_the_sizes_of_the_default_study_are_those_of_its_stores():
-    """Activations are not compressed, but SAEs have logs beside them; of features, up to two thirds are saved."""
+def test_sizes_for_the_default_study_match_its_stores():
+    """Activations are not compressed; SAEs come with logs; compression saves up to two thirds of features."""
     made, study = CLONE / "results" / "openclipart", load_study()
     stores = {path.stem: path for path in made.glob("streams/small/activations/*.zarr")}
     if set(stores) != set(study.encoders):
@@ -388,7 +386,7 @@ def test_the_sizes_of_the_default_study_are_those_of_its_stores():
         assert 0.2 < sizes(shown) / cost.written < 1.01, member
 
 
-def test_the_true_count_of_a_data_set_that_is_made_is_taken(elsewhere):
+def test_uses_the_actual_size_of_an_existing_data_set(elsewhere):
     study = build_study(study_of(), "test")
     assert make_plan(study, Rates(), results=elsewhere).samples == {"openclipart": 1888}
     folder = elsewhere / "openclipart" / "data"
@@ -401,7 +399,7 @@ def test_the_true_count_of_a_data_set_that_is_made_is_taken(elsewhere):
     assert make_plan(study, Rates(), samples=500, results=elsewhere).samples == {"openclipart": 500}
 
 
-def test_pictures_that_are_downloaded_are_on_disk_twice(elsewhere):
+def test_downloaded_images_are_on_disk_twice(elsewhere):
     def written(**entry):
         datasets = {"mine": {"source": "hub/mine", "samples": 100, **entry}}
         study = build_study(study_of(datasets=datasets), "test")
@@ -410,7 +408,7 @@ def test_pictures_that_are_downloaded_are_on_disk_twice(elsewhere):
     assert written(image_url="url") == 2 * written() == 2 * 100 * 160_000
 
 
-def test_a_data_set_of_unknown_size_is_an_error_that_says_what_to_give(elsewhere):
+def test_a_data_set_of_unknown_size_is_an_error_with_a_remedy(elsewhere):
     def plan_with(**entry):
         datasets = {"mine": {"source": "hub/mine", **entry}}
         return make_plan(build_study(study_of(datasets=datasets), "test"), Rates(), results=elsewhere)
@@ -421,7 +419,7 @@ def test_a_data_set_of_unknown_size_is_an_error_that_says_what_to_give(elsewhere
     assert plan_with(limit=60, samples=50).samples == {"mine": 50}
 
 
-def test_the_rows_of_a_local_table_are_counted(elsewhere, tmp_path):
+def test_counts_the_rows_of_a_local_table(elsewhere, tmp_path):
     (tmp_path / "mine.csv").write_text('image,caption\n1.png,"two\nlines"\n2.png,NA\n3.png,c\n')
     datasets = {"mine": {"source": str(tmp_path / "mine.csv")}}
     assert make_plan(build_study(study_of(datasets=datasets), "test"), Rates(), results=elsewhere).samples == {
@@ -434,14 +432,14 @@ def test_hours_are_operations_and_bytes_over_their_rates():
     assert cost.hours(Rates(tflops=15, disk_mb_per_s=500, cpu_gflops=200)) == pytest.approx((2 + 2 + 6) / 3600)
 
 
-def test_the_whole_is_the_sum_of_its_rules_and_needs_the_memory_of_the_largest_job(elsewhere):
+def test_the_total_is_the_sum_of_rules_with_the_memory_of_the_largest_job(elsewhere):
     found = make_plan(load_study("config/coco-base.yaml"), Rates(), results=elsewhere)
     for field in ("written", "read", "flops", "cpu_flops"):
         assert getattr(found.total(), field) == pytest.approx(sum(getattr(c, field) for c in found.costs.values()))
     assert found.total().memory == max(cost.memory for cost in found.costs.values())
 
 
-def test_padding_makes_the_reference_preset_cost_more(elsewhere):
+def test_the_reference_preset_costs_more_because_of_padding(elsewhere):
     changes = {"encoders": {"clip-text-large": None, "dinov2-large": None}, "analyses": {"matrices": {"m": None}}}
     own, reference = (
         make_plan(build_study(study_of(preset=preset, **changes), "test"), Rates(), results=elsewhere)
@@ -456,7 +454,7 @@ def run(*arguments):
     return CliRunner().invoke(app, ["plan", *arguments])
 
 
-def test_the_command_prints_an_aligned_table_with_what_it_assumes_below():
+def test_the_command_prints_an_aligned_table_and_its_assumptions():
     output = run("--study", "config/coco-large.yaml", "--samples", "1000", "--tflops", "50").output
     head, table, below = output.split("\n\n", 2)
     assert head == "study coco-large"
@@ -466,12 +464,12 @@ def test_the_command_prints_an_aligned_table_with_what_it_assumes_below():
     jobs = make_plan(load_study("config/coco-large.yaml"), Rates()).jobs
     assert [line.split()[:2] for line in lines[1:-1]] == [[rule, str(count)] for rule, count in jobs.items()]
     assert lines[-1].split()[0] == "total"
-    for said in ("coco 1,000", "50 TFLOP/s", "500 MB/s", "200 GFLOP/s"):
-        assert said in below
+    for text in ("coco 1,000", "50 TFLOP/s", "500 MB/s", "200 GFLOP/s"):
+        assert text in below
     assert "guessed" not in below
 
 
-def test_the_command_says_of_which_encoders_it_guesses_the_tokens(tmp_path):
+def test_the_command_lists_encoders_with_guessed_token_counts(tmp_path):
     config = yaml.safe_load((CLONE / "config.yaml").read_text())
     config["encoders"]["minilm"] = {"tokens": None}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
@@ -479,7 +477,7 @@ def test_the_command_says_of_which_encoders_it_guesses_the_tokens(tmp_path):
     assert "guessed" not in run().output
 
 
-def test_the_command_speaks_json():
+def test_the_command_prints_json():
     found = json.loads(run("--study", "config/coco-base.yaml", "--json").output)
     assert found["study"] == "coco-base"
     assert found["jobs"]["stream"] == 10
@@ -490,7 +488,7 @@ def test_the_command_speaks_json():
     assert fast["total"]["read"] == found["total"]["read"]
 
 
-def test_a_plan_needs_no_torch():
+def test_planning_does_not_import_torch():
     code = "import sys, conceptshare.cli, conceptshare.preflight.plan; print('torch' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(CLONE / "src")}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -500,12 +498,12 @@ def test_a_plan_needs_no_torch():
 @pytest.mark.parametrize(
     ("size", "shown"), [(0, "0 B"), (999, "999 B"), (62_258e6, "62.3 GB"), (999.9e9, "1.0 TB"), (2614e12, "2,614 TB")]
 )
-def test_sizes_are_shown_in_the_unit_that_suits_them(size, shown):
+def test_sizes_have_suitable_units(size, shown):
     assert plan.format_bytes(size) == shown
 
 
 @pytest.mark.parametrize("study", TABLES)
-def test_a_study_of_the_papers_tables_compares_the_encoders_that_are_in_them(study):
+def test_studies_of_the_papers_tables_compare_their_encoders(study):
     with (Path(analysis.__file__).parent / "paper" / "wmppc.csv").open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["table"] in TABLES[study]]
     (dataset,), (size,) = {row["dataset"] for row in rows}, {row["size"] for row in rows}
@@ -524,34 +522,34 @@ def test_a_study_of_the_papers_tables_compares_the_encoders_that_are_in_them(stu
     assert found.sae_key("paper") == "{}"
 
 
-def test_every_table_of_the_paper_belongs_to_one_study():
+def test_every_table_of_the_paper_is_in_exactly_one_study():
     with (Path(analysis.__file__).parent / "paper" / "wmppc.csv").open(encoding="utf-8") as file:
         tables = {row["table"] for row in csv.DictReader(file)}
     assert sorted(table for held in TABLES.values() for table in held) == sorted(tables)
 
 
 @pytest.mark.parametrize(("config", "size"), [("config/figure1.yaml", "large"), ("config.yaml", None)])
-def test_figure_1_is_two_seeds_of_each_encoder_of_a_clip(config, size):
+def test_figure_1_compares_two_seeds_of_a_clips_encoders(config, size):
     study = load_study(config)
     image, text = (f"clip-{of}-{size}" if size else f"tiny-clip-{of}" for of in ("image", "text"))
     pairs = [(str(a), str(b)) for a, b in study.layerwise_pairs("layers")]
     assert pairs == [(f"{encoder}@0", f"{encoder}@1") for encoder in (image, text)]
 
 
-def test_the_studies_of_figure_1_and_of_the_typology_share_what_coco_large_makes():
+def test_the_studies_of_figure_1_and_the_typology_reuse_results_of_coco_large():
     large = load_study("config/coco-large.yaml")
     for name in ("figure1", "typology"):
         study = load_study(f"config/{name}.yaml")
         for encoder_name, spec in study.encoders.items():
             assert spec.activations_key() == large.encoders[encoder_name].activations_key()
-            # A stream trains all seeds of its encoder, so other seeds would train them again.
+            # A stream trains all seeds of its encoder, so other seeds would retrain them.
             assert spec.seeds == large.encoders[encoder_name].seeds
         assert study.dataset_key("coco") == large.dataset_key("coco")
         assert study.sae_key("paper") == large.sae_key("paper")
 
 
 @pytest.mark.parametrize("config", CONFIGS[1:])
-def test_a_config_says_what_its_study_costs(config):
+def test_config_comments_have_the_planned_cost(config):
     text = (CLONE / config).read_text(encoding="utf-8")
     plans = script("write_plans")
     assert text == plans.with_headline(text, plans.plan_of(CLONE / config)), "run python docs/write_plans.py"
@@ -559,7 +557,7 @@ def test_a_config_says_what_its_study_costs(config):
     assert load_study(config).study == Path(config).stem
 
 
-def test_the_guides_table_of_costs_is_what_the_program_says():
+def test_the_guides_table_of_costs_matches_the_plan():
     guide = CLONE / "docs" / "reproducing-the-paper.md"
     text = guide.read_text(encoding="utf-8")
     assert text == script("write_plans").with_costs(text), "run python docs/write_plans.py"

@@ -1,4 +1,4 @@
-"""Folders from and for other libraries, against those libraries' real code; and what `sae info` says."""
+"""Import from and export to other libraries, against their real code; and `sae info`."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ from conceptshare.sae.folder import describe_sae
 from tests.helpers.elsewhere import run_elsewhere
 
 D, F, K = 8, 24, 4
-# Two libraries' products of float32 differ by rounding alone; latents and reconstructions are of size 1 to 20.
+# float32 results of two libraries differ only by rounding; latents and reconstructions are of size 1 to 20.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -48,7 +48,7 @@ def sealed(tmp_path):
 
 @pytest.fixture
 def own(sealed):
-    """The same as SAELens writes it, and as tests change it: with nothing to compare its files with."""
+    """The same as SAELens would write it: without checksums, so that tests can change it."""
     (sealed / "manifest.json").unlink()
     return sealed
 
@@ -59,7 +59,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors", "manifest.json"])
-def test_a_changed_byte_of_a_sealed_folder_is_one_line_that_names_the_file(sealed, tmp_path, name, rng):
+def test_names_a_changed_file_of_a_sealed_folder(sealed, tmp_path, name, rng):
     whole = (sealed / name).read_bytes()
     uses = (
         load_sae,
@@ -158,7 +158,7 @@ filled(JumpReLUSAE(JumpReLUSAEConfig(**size))).save_model(folder / "jumprelu")
 
 @pytest.fixture(scope="module")
 def sae_lens(tmp_path_factory):
-    """Folders that SAELens saved, and beside each what it computes; the same for a folder of ours."""
+    """Folders saved by SAELens, each with its results; the same for one of our folders."""
     folder = tmp_path_factory.mktemp("sae-lens")
     (folder / "own").mkdir()
     save_sae(some_sae(), folder / "own", "vit", "layer 3")
@@ -168,7 +168,7 @@ def sae_lens(tmp_path_factory):
 
 
 @pytest.mark.xdist_group("sae_lens")
-def test_sae_lens_reads_our_folder_as_we_do(sae_lens):
+def test_sae_lens_reads_our_folder(sae_lens):
     expected = load_file(sae_lens / "own.safetensors")
     assert_same(latents_and_reconstruction(sae_lens / "own", tokens()), expected)
 
@@ -188,7 +188,7 @@ def test_sae_lens_reads_our_folder_as_we_do(sae_lens):
         "training-plain-inference",
     ],
 )
-def test_what_sae_lens_saved_computes_the_same_when_imported(sae_lens, tmp_path, name):
+def test_imported_sae_lens_saes_compute_the_same(sae_lens, tmp_path, name):
     import_sae(sae_lens / name, tmp_path / "imported")
     expected = load_file(sae_lens / f"{name}.safetensors")
     assert_same(latents_and_reconstruction(tmp_path / "imported", tokens()), expected)
@@ -196,7 +196,7 @@ def test_what_sae_lens_saved_computes_the_same_when_imported(sae_lens, tmp_path,
 
 
 @pytest.mark.xdist_group("sae_lens")
-def test_an_import_says_where_the_sae_is_from(sae_lens, tmp_path):
+def test_an_import_records_its_source(sae_lens, tmp_path):
     import_sae(sae_lens / "rescaled", tmp_path / "imported")
     lines = describe_sae(tmp_path / "imported").splitlines()
     assert lines[:2] == ["encoder             gpt2", "layer               blocks.5.hook_resid_post"]
@@ -206,14 +206,14 @@ def test_an_import_says_where_the_sae_is_from(sae_lens, tmp_path):
 
 @pytest.mark.xdist_group("sae_lens")
 @pytest.mark.parametrize("name", ["plain", "bfloat16", "training-plain", "training-plain-inference"])
-def test_what_sae_lens_saved_is_loaded_as_it_is_where_it_means_the_same(sae_lens, name):
+def test_loads_equivalent_sae_lens_saes_directly(sae_lens, name):
     expected = load_file(sae_lens / f"{name}.safetensors")
     assert_same(latents_and_reconstruction(sae_lens / name, tokens()), expected)
 
 
 @pytest.mark.xdist_group("sae_lens")
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("layer_norm", "normalize_activations = 'layer_norm'"),
         ("constant_norm_rescale", "normalize_activations = 'constant_norm_rescale'"),
@@ -224,17 +224,17 @@ def test_what_sae_lens_saved_is_loaded_as_it_is_where_it_means_the_same(sae_lens
         ("jumprelu", "architecture = 'jumprelu'"),
     ],
 )
-def test_what_sae_lens_computes_otherwise_is_refused(sae_lens, tmp_path, name, said):
-    with pytest.raises(StoreError, match=f"{name}: {said} is not supported; only SAELens's TopK SAEs"):
+def test_refuses_sae_lens_saes_that_compute_something_else(sae_lens, tmp_path, name, message):
+    with pytest.raises(StoreError, match=f"{name}: {message} is not supported; only SAELens's TopK SAEs"):
         import_sae(sae_lens / name, tmp_path / "imported")
-    with pytest.raises(StoreError, match=f"{name}: cfg.json has {said}, .*`conceptshare sae import .*{name} --out"):
+    with pytest.raises(StoreError, match=f"{name}: cfg.json has {message}, .*`conceptshare sae import .*{name} --out"):
         load_sae(sae_lens / name)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.xdist_group("sae_lens")
 @pytest.mark.parametrize("name", ["not-subtracted", "rescaled", "both", "training", "training-inference"])
-def test_what_must_be_folded_first_is_not_loaded(sae_lens, name):
+def test_refuses_to_load_saes_that_need_folding(sae_lens, name):
     with pytest.raises(StoreError, match=rf"{name}: cfg.json has .*`conceptshare sae import .*{name} --out FOLDER`"):
         load_sae(sae_lens / name)
 
@@ -283,7 +283,7 @@ for name, keys in variants.items():
 
 @pytest.fixture(scope="module")
 def sparsify(tmp_path_factory):
-    """Folders that sparsify saved, and beside each what it computes; the same for an export of ours."""
+    """Folders saved by sparsify, each with its results; the same for one of our exports."""
     folder = tmp_path_factory.mktemp("sparsify")
     (folder / "own").mkdir()
     save_sae(some_sae(), folder / "own", "vit", "layer 3")
@@ -294,13 +294,13 @@ def sparsify(tmp_path_factory):
 
 
 @pytest.mark.xdist_group("sparsify")
-def test_sparsify_reads_our_export_as_we_read_ours(sparsify):
+def test_sparsify_reads_our_export(sparsify):
     assert_same(latents_and_reconstruction(sparsify / "own", tokens()), load_file(sparsify / "exported.safetensors"))
 
 
 @pytest.mark.xdist_group("sparsify")
 @pytest.mark.parametrize("name", ["layers.5", "by-expansion", "multi_topk", "bfloat16"])
-def test_what_sparsify_saved_computes_the_same_when_imported(sparsify, tmp_path, name):
+def test_imported_sparsify_saes_compute_the_same(sparsify, tmp_path, name):
     import_sae(sparsify / name, tmp_path / "imported")
     expected = load_file(sparsify / f"{name}.safetensors")
     assert_same(latents_and_reconstruction(tmp_path / "imported", tokens()), expected)
@@ -309,17 +309,17 @@ def test_what_sparsify_saved_computes_the_same_when_imported(sparsify, tmp_path,
 
 @pytest.mark.xdist_group("sparsify")
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("groupmax", "activation = 'groupmax'"),
         ("transcode", "transcode = True"),
         ("skip_connection", "skip_connection = True"),
     ],
 )
-def test_what_sparsify_computes_otherwise_is_refused(sparsify, tmp_path, name, said):
+def test_refuses_sparsify_saes_that_compute_something_else(sparsify, tmp_path, name, message):
     with pytest.raises(
         StoreError,
-        match=f"{name}: {said} is not supported; only sparsify's TopK SAEs, without transcoding",
+        match=f"{name}: {message} is not supported; only sparsify's TopK SAEs, without transcoding",
     ):
         import_sae(sparsify / name, tmp_path / "imported")
     assert not list(tmp_path.iterdir())
@@ -328,7 +328,7 @@ def test_what_sparsify_computes_otherwise_is_refused(sparsify, tmp_path, name, s
 # --- our own code ---
 
 
-def test_an_export_comes_back_as_the_same_bytes(own, tmp_path):
+def test_an_export_survives_a_round_trip(own, tmp_path):
     export_to_sparsify(own, tmp_path / "exported")
     assert set(contents(tmp_path / "exported")) == {"cfg.json", "sae.safetensors"}
     import_sae(tmp_path / "exported", tmp_path / "imported")
@@ -337,13 +337,13 @@ def test_an_export_comes_back_as_the_same_bytes(own, tmp_path):
     assert_same(before, after, rtol=0, atol=0)
 
 
-def test_an_import_of_our_own_folder_changes_nothing(own, tmp_path):
+def test_importing_our_own_folder_changes_nothing(own, tmp_path):
     import_sae(own, tmp_path / "imported")
     assert contents(tmp_path / "imported") == contents(own)
 
 
-def test_an_export_takes_any_number_of_latents(tmp_path):
-    """Also where F is no multiple of D."""
+def test_exports_any_number_of_latents(tmp_path):
+    """Including F that is not a multiple of D."""
     (tmp_path / "own").mkdir()
     save_sae(TopKSAE(D, 19, K, torch.Generator().manual_seed(0)), tmp_path / "own", "vit", "layer 3")
     export_to_sparsify(tmp_path / "own", tmp_path / "exported")
@@ -359,7 +359,7 @@ def make_sparsify(own, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "message"),
     [
         ({"architecture": "standard"}, r"architecture = 'standard'"),
         ({"architecture": None}, r"architecture = None"),
@@ -369,13 +369,15 @@ def make_sparsify(own, tmp_path):
         ({"reshape_activations": "hook_z"}, r"reshape_activations = 'hook_z'"),
     ],
 )
-def test_load_sae_refuses_weights_of_another_meaning(own, keys, said):
+def test_load_sae_refuses_incompatible_settings(own, keys, message):
     edit(own, **keys)
-    with pytest.raises(StoreError, match=rf"own: cfg.json has {said}, .*`conceptshare sae import .*own --out FOLDER`"):
+    with pytest.raises(
+        StoreError, match=rf"own: cfg.json has {message}, .*`conceptshare sae import .*own --out FOLDER`"
+    ):
         load_sae(own)
 
 
-def test_load_sae_takes_absent_keys_for_their_defaults_but_not_an_absent_architecture(own):
+def test_load_sae_uses_defaults_for_missing_keys_except_architecture(own):
     config = json.loads((own / "cfg.json").read_text())
     needed = {key: config[key] for key in ("architecture", "d_in", "d_sae", "k")}
     (own / "cfg.json").write_text(json.dumps(needed))
@@ -389,7 +391,7 @@ def test_load_sae_takes_absent_keys_for_their_defaults_but_not_an_absent_archite
 @pytest.mark.parametrize(
     "tensors", [{"scaling_factor": torch.full((F,), 2.0)}, {"b_dec": torch.ones(1)}, {"b_enc": torch.ones(1)}]
 )
-def test_load_sae_refuses_tensors_that_it_does_not_know_or_that_are_of_another_shape(own, tensors):
+def test_load_sae_refuses_unknown_tensors_and_unexpected_shapes(own, tensors):
     edit_tensors(own, **tensors)
     with pytest.raises(StoreError, match=f"own: no readable SAE there .*{next(iter(tensors))}"):
         load_sae(own)
@@ -405,7 +407,7 @@ def test_import_drops_a_scaling_factor_of_ones_and_refuses_another(own, tmp_path
         import_sae(own, tmp_path / "other")
 
 
-def test_import_refuses_a_decoder_row_of_length_0_that_sae_lens_divides_by(own, tmp_path):
+def test_import_refuses_a_decoder_row_of_length_0(own, tmp_path):
     edit(own, rescale_acts_by_decoder_norm=True)
     W_dec = load_file(own / "sae_weights.safetensors")["W_dec"]
     W_dec[[3, 5]] = 0
@@ -460,7 +462,7 @@ def with_a_strange_tensor(folder):
 
 @pytest.mark.parametrize("library", ["SAELens", "sparsify"])
 @pytest.mark.parametrize(
-    ("break_it", "said"),
+    ("break_it", "message"),
     [
         (without_weights, "neither sae_weights.safetensors"),
         (without_config, "do not match or are damaged .*cfg.json.*; fetch or save the folder again"),
@@ -471,15 +473,15 @@ def with_a_strange_tensor(folder):
         (with_a_strange_tensor, "do not match or are damaged .*log_scale"),
     ],
 )
-def test_import_refuses_a_damaged_folder(own, tmp_path, library, break_it, said):
+def test_import_refuses_a_damaged_folder(own, tmp_path, library, break_it, message):
     folder = own if library == "SAELens" else make_sparsify(own, tmp_path)
     break_it(folder)
-    with pytest.raises(StoreError, match=rf"(?s){folder.name}: .*{said}"):
+    with pytest.raises(StoreError, match=rf"(?s){folder.name}: .*{message}"):
         import_sae(folder, tmp_path / "imported")
     assert not list(tmp_path.glob("imported*"))
 
 
-def test_nothing_is_overwritten(own, tmp_path):
+def test_never_overwrites_files(own, tmp_path):
     (tmp_path / "there").mkdir()
     for write in (export_to_sparsify, import_sae):
         with pytest.raises(StoreError, match=r"there: exists already; name another folder"):
@@ -489,12 +491,12 @@ def test_nothing_is_overwritten(own, tmp_path):
     assert not list((tmp_path / "there").iterdir())
 
 
-def test_an_export_of_no_sae_is_refused(tmp_path):
+def test_refuses_to_export_a_folder_without_an_sae(tmp_path):
     with pytest.raises(StoreError, match=r"nowhere: no readable SAE there"):
         export_to_sparsify(tmp_path / "nowhere", tmp_path / "exported")
 
 
-# --- what an SAE is ---
+# --- description of an SAE ---
 
 METRICS = {
     "all_tokens": {
@@ -551,15 +553,15 @@ def measured(own):
     return own
 
 
-def test_an_sae_is_described(measured):
+def test_describes_an_sae(measured):
     assert describe_sae(measured) == DESCRIBED
 
 
-def test_a_description_of_an_sae_from_elsewhere_has_no_training(own):
+def test_the_description_of_an_imported_sae_has_no_training(own):
     assert describe_sae(own) == "\n".join(DESCRIBED.splitlines()[:8])
 
 
-def test_a_description_leaves_out_what_older_versions_did_not_measure(measured):
+def test_the_description_omits_metrics_missing_from_older_versions(measured):
     older = {key: value for key, value in METRICS.items() if key != "measured_on"}
     for tokens_of in ("all_tokens", "global_tokens"):
         older[tokens_of] = {key: METRICS[tokens_of][key] for key in ("tokens", "fvu", "l0", "dead")}
@@ -568,7 +570,7 @@ def test_a_description_leaves_out_what_older_versions_did_not_measure(measured):
     assert describe_sae(measured).splitlines() == [s for s in DESCRIBED.splitlines() if not s.startswith(gone)]
 
 
-def test_size_and_bias_are_of_the_files(tmp_path):
+def test_size_and_bias_come_from_the_files(tmp_path):
     sae = TopKSAE(64, 512, 4, torch.Generator().manual_seed(0))
     save_sae(sae, tmp_path, "vit", "layer 3")
     (tmp_path / "more").write_bytes(bytes(2_000_000))
@@ -582,13 +584,13 @@ def test_size_and_bias_are_of_the_files(tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["cfg.json", "sae_weights.safetensors", "metrics.json", "loss.csv"])
-def test_a_folder_without_a_readable_sae_is_not_described(measured, broken):
+def test_refuses_to_describe_an_unreadable_sae(measured, broken):
     (measured / broken).write_bytes(b"\xff")
     with pytest.raises(StoreError, match=r"own: no readable SAE there .*name a folder that the sae stage"):
         describe_sae(measured)
 
 
-def test_info_of_a_folder_without_an_sae_is_one_message(tmp_path):
+def test_info_of_a_folder_without_an_sae_is_one_error(tmp_path):
     command = [sys.executable, "-m", "conceptshare", "sae", "info", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (1, "")
@@ -600,7 +602,7 @@ def test_info_of_a_folder_without_an_sae_is_one_message(tmp_path):
     "record", ['{"content_hash": "of a data set"}', seals.sealed({"files": {}, "features": {}}), None]
 )
 @pytest.mark.parametrize("read", [describe_sae, load_sae])
-def test_of_a_folder_that_is_no_sae_nothing_is_said_to_be_deleted(tmp_path, record, read):
+def test_the_error_for_a_folder_without_an_sae_does_not_advise_deleting_it(tmp_path, record, read):
     if record is not None:
         (tmp_path / "manifest.json").write_text(record if isinstance(record, str) else json.dumps(record))
     with pytest.raises(StoreError, match=r"; name (a|another) folder") as refused:
@@ -608,7 +610,7 @@ def test_of_a_folder_that_is_no_sae_nothing_is_said_to_be_deleted(tmp_path, reco
     assert "delete" not in str(refused.value)
 
 
-def test_info_needs_no_torch(measured):
+def test_info_does_not_import_torch(measured):
     code = "import sys; from typer.testing import CliRunner; from conceptshare.cli import app; " + (
         "result = CliRunner().invoke(app, ['sae', 'info', sys.argv[1]]); print(result.output, 'torch' in sys.modules)"
     )
@@ -644,7 +646,7 @@ def test_the_command_line_trains_describes_exports_and_imports(tmp_path, write_t
         assert (tmp_path / "imported" / file).read_bytes() == (tmp_path / "sae" / file).read_bytes()
 
 
-def test_the_command_line_knows_no_other_layout(own, tmp_path):
+def test_the_command_line_refuses_unknown_layouts(own, tmp_path):
     result = CliRunner().invoke(app, ["sae", "export", str(own), "--to", "other", "--out", str(tmp_path / "exported")])
     assert result.exit_code == 2
     assert "'other' is not one of 'sparsify'" in result.output

@@ -17,7 +17,7 @@ from conceptshare.sae.exchange import import_sae
 from conceptshare.sae.features import record_features
 from conceptshare.sae.folder import sae_of
 
-# More rows and columns than are encoded, or stored in a chunk, at once.
+# More rows and columns than are encoded at once or stored in a chunk.
 SAMPLES, D, F = 1100, 6, 600
 
 
@@ -39,11 +39,11 @@ def stage(tmp_path, write_activations, rng):
     for layer in (0, 2):
         x = rng.integers(-40, 40, (SAMPLES, 2, D)) / 8
         W_enc, b_dec = rng.integers(-8, 8, (D, F)) / 8, rng.integers(-8, 8, D) / 8
-        W_enc[:, :10] = 0  # features that are never active
-        W_enc[:, 10:20] = np.array([1, 0, 0, 0, 0, 0])[:, None]  # of few values, so with many ties
+        W_enc[:, :10] = 0  # never active features
+        W_enc[:, 10:20] = np.array([1, 0, 0, 0, 0, 0])[:, None]  # few distinct values, so many ties
         W_enc[:, 20:30] = np.array([1e-3] * D)[:, None] * np.arange(10)  # inexact
         x[:, 0, 1] = np.where(rng.random(SAMPLES) < 0.9, -50, x[:, 0, 1])
-        W_enc[:, 30:40] = np.array([0, 1, 0, 0, 0, 0])[:, None]  # active on few
+        W_enc[:, 30:40] = np.array([0, 1, 0, 0, 0, 0])[:, None]  # active on few samples
         tokens[layer], weights[layer] = x, (W_enc.astype(np.float32), b_dec.astype(np.float32))
         write_sae(tmp_path / "saes", layer, 7, *weights[layer])
     store = write_activations(tmp_path / "vit.zarr", {layer: list(x) for layer, x in tokens.items()})
@@ -58,11 +58,11 @@ def recorded(stage, tmp_path):
 
 
 def restored(group):
-    """In float64: what is stored, the offset added."""
+    """The stored values plus the offset, in float64."""
     return group["features"][:].astype(np.float64) + group["offset"][:].astype(np.float64)
 
 
-def test_features_are_those_of_the_global_token_before_top_k_and_after_relu(recorded):
+def test_features_are_the_global_tokens_latents_after_relu_and_before_top_k(recorded):
     store, tokens, weights = recorded
     for layer in (0, 2):
         W_enc, b_dec = (w.astype(np.float64) for w in weights[layer])
@@ -77,10 +77,10 @@ def test_features_are_those_of_the_global_token_before_top_k_and_after_relu(reco
         np.testing.assert_array_equal(group["features"][:][:, plain], expected[:, plain].astype(np.float16))
         rounding = 2**-11 * np.abs(expected - group["offset"][:].astype(np.float64)).max()
         np.testing.assert_allclose(restored(group), expected, rtol=1e-5, atol=rounding)
-        assert (expected[:, 40:] > 0).sum(1).min() > 2  # more than k, which would be all that TopK leaves
+        assert (expected[:, 40:] > 0).sum(1).min() > 2  # more than k, the most that TopK would keep
 
 
-def test_statistics_are_those_of_the_stored_features(recorded):
+def test_statistics_equal_those_of_the_stored_features(recorded):
     store, _, _ = recorded
     for layer in (0, 2):
         group = store[layer_name(layer)]
@@ -93,7 +93,7 @@ def test_statistics_are_those_of_the_stored_features(recorded):
         assert (group["density"][:10] == 0).all()
 
 
-def test_top_samples_are_the_strongest_and_of_equals_the_earlier(recorded):
+def test_top_samples_are_the_strongest_with_ties_to_the_earlier(recorded):
     store, _, _ = recorded
     for layer in (0, 2):
         group = store[layer_name(layer)]
@@ -103,7 +103,7 @@ def test_top_samples_are_the_strongest_and_of_equals_the_earlier(recorded):
         np.testing.assert_array_equal(group["top_values"][:], values.T)
         np.testing.assert_array_equal(group["top_samples"][:], np.where(values > 0, order, -1).T)
         assert group["top_samples"].dtype == np.int32
-        # The example has what the claims are about.
+        # The example contains ties and inactive features.
         assert (np.diff(values[:, 10:20], axis=0) == 0).any()
         few = group["top_samples"][30:40]
         assert (few == -1).any()
@@ -111,7 +111,7 @@ def test_top_samples_are_the_strongest_and_of_equals_the_earlier(recorded):
         assert few.max() >= 1024  # in the second block
 
 
-def test_statistics_are_read_back_by_layer(recorded, tmp_path):
+def test_reads_statistics_by_layer(recorded, tmp_path):
     store, _, _ = recorded
     statistics = read_statistics(tmp_path / "vit@7.zarr")
     assert list(statistics) == [0, 2]
@@ -120,7 +120,7 @@ def test_statistics_are_read_back_by_layer(recorded, tmp_path):
             np.testing.assert_array_equal(getattr(found, name), store[layer_name(layer)][name][:])
 
 
-def test_the_spec_says_what_the_features_are_of(recorded, tmp_path):
+def test_the_spec_records_the_inputs_of_the_features(recorded, tmp_path):
     spec = recorded[0].attrs["spec"]
     assert {**spec, "encoder": None} == {
         "name": "vit",
@@ -149,13 +149,13 @@ def nothing_written(tmp_path):
     return not [path for path in tmp_path.iterdir() if path.name.startswith("vit@")]
 
 
-def test_a_missing_sae_is_named_and_nothing_is_written(stage, tmp_path):
+def test_names_a_missing_sae_and_writes_nothing(stage, tmp_path):
     with pytest.raises(StoreError, match=r"saes/layer-00/seed-8: no such folder; run the sae stage"):
         record_features(stage[0], tmp_path / "saes", 8, tmp_path / "vit@8.zarr")
     assert nothing_written(tmp_path)
 
 
-def test_an_sae_of_another_width_is_refused_and_nothing_is_written(stage, tmp_path):
+def test_refuses_an_sae_of_another_width_and_writes_nothing(stage, tmp_path):
     for layer in (0, 2):
         write_sae(tmp_path / "saes", layer, 9, np.zeros((D + 1, F), np.float32), np.zeros(D + 1, np.float32))
     with pytest.raises(StoreError, match=r"layer-00/seed-9: an SAE for width 7, but the activations have 6"):
@@ -168,7 +168,7 @@ def test_an_sae_of_another_width_is_refused_and_nothing_is_written(stage, tmp_pa
     [("layer-00/seed-7", "layer-02/seed-7"), ("layer-02/seed-7", "layer-02/seed-8")],
     ids=["layers", "seeds"],
 )
-def test_saes_that_were_exchanged_are_noticed(stage, tmp_path, one, other):
+def test_detects_swapped_saes(stage, tmp_path, one, other):
     store, _, weights = stage
     write_sae(tmp_path / "saes", 2, 8, weights[2][0] * 2, weights[2][1])
     for name, place in ((one, "aside"), (other, one), ("aside", other)):
@@ -185,7 +185,7 @@ def test_saes_that_were_exchanged_are_noticed(stage, tmp_path, one, other):
         ("settings", r"layer-02/seed-7: an SAE trained with other settings \(k is 3, not 2\)"),
     ],
 )
-def test_an_sae_of_other_activations_or_settings_is_refused(stage, tmp_path, key, message):
+def test_refuses_an_sae_of_other_activations_or_settings(stage, tmp_path, key, message):
     store, _, weights = stage
     spec = {"made_from": open_store(store, "activations").attrs["spec"] | {"weights": None}, "settings": {"k": 2}}
     shutil.rmtree(tmp_path / "saes")
@@ -196,7 +196,7 @@ def test_an_sae_of_other_activations_or_settings_is_refused(stage, tmp_path, key
         record_features(store, tmp_path / "saes", 7, tmp_path / "vit@7.zarr")
 
 
-def test_an_sae_from_elsewhere_is_taken_once_it_is_imported(stage, tmp_path):
+def test_accepts_an_imported_sae(stage, tmp_path):
     store, *_ = stage
     folder = tmp_path / "saes" / "layer-02" / "seed-7"
     (folder / "manifest.json").unlink()
@@ -207,12 +207,12 @@ def test_an_sae_from_elsewhere_is_taken_once_it_is_imported(stage, tmp_path):
     record_features(store, tmp_path / "saes", 7, tmp_path / "vit@7.zarr")
 
 
-def test_missing_activations_are_named(tmp_path):
+def test_names_missing_activations(tmp_path):
     with pytest.raises(StoreError, match=r"vit\.zarr: no activations store"):
         record_features(tmp_path / "vit.zarr", tmp_path / "saes", 0, tmp_path / "vit@0.zarr")
 
 
-def test_a_feature_beyond_float16_names_layer_and_sample_and_nothing_is_written(tmp_path, write_activations):
+def test_a_float16_overflow_names_layer_and_sample_and_writes_nothing(tmp_path, write_activations):
     x = np.zeros((1100, 1, 2))
     x[1050, 0] = 300
     store = write_activations(tmp_path / "vit.zarr", {4: list(x)})
@@ -223,14 +223,14 @@ def test_a_feature_beyond_float16_names_layer_and_sample_and_nothing_is_written(
 
 
 def float32_features(sae, x):
-    """As the stage computes them, before they are rounded."""
+    """Features as the stage computes them, before rounding."""
     with torch.no_grad():
         return sae.encode(torch.from_numpy(x.astype(np.float16).astype(np.float32))).numpy()
 
 
 @pytest.fixture
 def near_constant(tmp_path, write_activations, rng):
-    """Layers of which float16 alone would keep little; and their features in float32."""
+    """Layers that plain float16 would store poorly, and their features in float32."""
     D, F, N = 32, 48, 1500
     base, noise = rng.uniform(0.5, 2, D), rng.standard_normal((N, D))
     ordinary = base + noise
@@ -253,7 +253,7 @@ def near_constant(tmp_path, write_activations, rng):
     return tmp_path / "bert@0.zarr", features
 
 
-def test_correlations_of_nearly_constant_features_are_those_in_float32(near_constant, tmp_path):
+def test_correlations_of_nearly_constant_features_have_float32_precision(near_constant, tmp_path):
     path, features = near_constant
     deviations = {layer: f.astype(np.float64).std(axis=0) for layer, f in features.items()}
     errors = {}
@@ -271,13 +271,13 @@ def test_correlations_of_nearly_constant_features_are_those_in_float32(near_cons
         error = np.abs(found[f"{layer_name(a)}__{layer_name(b)}"][:][varying] - expected)
         assert (error <= (errors[a][:, None] + errors[b])[varying] + 1e-5).all()
         assert error.max() < 3e-4
-    # Rounded as they are, some would be off by more than a tenth.
+    # With plain rounding, some would be off by more than 0.1.
     with np.errstate(invalid="ignore"):
         r = np.corrcoef(features[4].T, features[4].astype(np.float16).T, dtype=np.float64)
     assert np.nanmin(r[48:, :48].diagonal()) < 0.9
 
 
-def test_a_feature_is_above_zero_where_its_activation_is(near_constant):
+def test_stored_features_are_positive_exactly_where_activations_are(near_constant):
     path, features = near_constant
     statistics = read_statistics(path)
     for layer, stored in read_features(path).items():
@@ -290,8 +290,8 @@ def test_a_feature_is_above_zero_where_its_activation_is(near_constant):
     assert ((features[3] == 0).any(0) & (read_features(path)[3].offset > 0)).any()
 
 
-def test_a_token_that_is_the_same_for_all_samples_has_constant_features(tmp_path, write_activations, rng):
-    # The last block has one sample, and a product of one row adds up in another order than one of many.
+def test_a_constant_token_has_constant_features(tmp_path, write_activations, rng):
+    # The last block has one sample, and a one-row product sums in another order.
     x = np.tile(rng.standard_normal(384), (1025, 1, 1))
     store = write_activations(tmp_path / "clip.zarr", {0: list(x)})
     write_sae(tmp_path / "saes", 0, 0, rng.standard_normal((384, 600)).astype(np.float32), np.zeros(384, np.float32))

@@ -1,4 +1,4 @@
-"""Gradients and training against plain dense autograd, metrics against their definitions, folders against damage."""
+"""Gradients and training against dense autograd, metrics against their definitions, and damaged folders."""
 
 import csv
 import itertools
@@ -33,19 +33,19 @@ from conceptshare.sae._metrics import density_histogram
 from tests.helpers.forks import run_forked
 from tests.helpers.samples import contents
 
-# Steps between looks for dead latents, few so that some are found.
+# Steps between checks for dead latents, small enough that some are found.
 LOOKS = 5
 
 
 def dense_reconstruction(x, W_enc, W_dec, b_dec, k, b_enc=0):
-    """x_hat as the equations have it, every latent taking part: dropped ones as zeros."""
+    """x_hat as in the equations, with all latents: dropped ones are zeros."""
     f = torch.relu((x - b_dec) @ W_enc + b_enc)
     values, indices = f.topk(k, dim=1)
     return torch.zeros_like(f).scatter(1, indices, values) @ W_dec + b_dec
 
 
 def some_sae(d_in=8, d_sae=24, k=4, seed=0):
-    """An SAE away from its start: no bias is zero, each is trained, and encoder and decoder are not aligned."""
+    """An SAE far from initialisation: non-zero biases, and encoder and decoder not aligned."""
     generator = torch.Generator().manual_seed(seed)
     sae = TopKSAE(d_in, d_sae, k, generator)
     sae.b_enc.requires_grad_(True)
@@ -56,13 +56,13 @@ def some_sae(d_in=8, d_sae=24, k=4, seed=0):
 
 
 def equations(sae):
-    """The SAE's parameters as leaves of their own, in the shapes of the equations."""
+    """Copies of the SAE's parameters as leaf tensors, in the shapes of the equations."""
     return [p.detach().clone().requires_grad_() for p in (sae.W_enc, sae.W_dec, sae.b_dec, sae.b_enc)]
 
 
 # In the last case most tokens have fewer than k latents above zero.
 @pytest.mark.parametrize(("d_in", "d_sae", "k", "tokens"), [(8, 24, 4, 50), (3, 3, 1, 1), (16, 16, 16, 40)])
-def test_gradients_equal_those_of_dense_autograd(d_in, d_sae, k, tokens):
+def test_gradients_equal_dense_autograd(d_in, d_sae, k, tokens):
     sae = some_sae(d_in, d_sae, k)
     x = torch.randn(tokens, d_in, generator=torch.Generator().manual_seed(1)).requires_grad_()
     (sae(x) - x).square().mean().backward()
@@ -98,7 +98,7 @@ def test_gradients_equal_finite_differences():
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-6, atol=1e-8, msg=name)
 
 
-def test_reconstruction_keeps_the_k_largest_latents_alone():
+def test_reconstruction_keeps_only_the_k_largest_latents():
     sae = some_sae()
     x = torch.randn(30, 8, generator=torch.Generator().manual_seed(1))
     expected = dense_reconstruction(x, sae.W_enc, sae.W_dec, sae.b_dec, 4, sae.b_enc)
@@ -125,7 +125,7 @@ def test_initial_weights():
     assert sae.W_enc.mean().item() == pytest.approx(0, abs=0.01 * bound)
 
 
-def test_more_latents_a_token_than_there_are_is_refused():
+def test_refuses_k_larger_than_the_number_of_latents():
     with pytest.raises(NumericsError, match=r"k = 9 is more than the 8 latents"):
         TopKSAE(4, 8, 9)
     with pytest.raises(NumericsError, match=r"k = 33"):
@@ -133,7 +133,7 @@ def test_more_latents_a_token_than_there_are_is_refused():
 
 
 def planted(samples=400, tokens_each=3, d_in=16, atoms=32, seed=0):
-    """Tokens of each sample: sums of three of 32 unit vectors, with positive coefficients, off a mean of 0.5."""
+    """Tokens of each sample: a mean of 0.5 plus positive combinations of three of 32 unit vectors."""
     rng = np.random.default_rng(seed)
     dictionary = rng.standard_normal((atoms, d_in))
     dictionary /= np.linalg.norm(dictionary, axis=1, keepdims=True)
@@ -152,7 +152,7 @@ def reader(tokens):
 
 
 def order_of_pass(samples, block, number):
-    """As they come, and in later passes by blocks in an order that the number of the pass draws."""
+    """In order for the first pass; later passes shuffle blocks, seeded by the number of the pass."""
     blocks = [list(range(start, min(start + block, samples))) for start in range(0, samples, block)]
     if number:
         blocks = [blocks[i] for i in np.random.default_rng(number).permutation(len(blocks))]
@@ -160,7 +160,7 @@ def order_of_pass(samples, block, number):
 
 
 def dense_training(tokens, settings, seed):
-    """The same training in other words: dense autograd, Adam by its paper, batches of samples from one generator."""
+    """An independent implementation: dense autograd, Adam from its paper, batches from one generator."""
     D = tokens[0].shape[1]
     F = settings.expansion * D
     generator = torch.Generator().manual_seed(seed)
@@ -235,7 +235,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options))
-def test_each_option_trains_as_dense_autograd_has_it_and_not_as_without(options, monkeypatch):
+def test_each_option_trains_like_dense_autograd_and_has_an_effect(options, monkeypatch):
     monkeypatch.setattr(_trainer, "_STEPS_BETWEEN_CHECKS", LOOKS)
     tokens = planted(samples=200)
     plain = {"expansion": 4, "k": 2, "batch_samples": 4} | ({} if "preset" in options else {"learning_rate": 3e-3})
@@ -249,7 +249,7 @@ def test_each_option_trains_as_dense_autograd_has_it_and_not_as_without(options,
     assert (sae.W_dec - without.W_dec).abs().max() > 1e-3
 
 
-def test_auxk_moves_the_rows_of_dead_latents_alone():
+def test_auxk_only_updates_dead_latents():
     settings = SAESettings(expansion=4, k=2, auxk=1.0, auxk_latents=64, dead_after=1)
     trainer = _trainer.Trainer(16, settings, 0, 1, torch.device("cpu"))
     dead = torch.zeros(64, dtype=torch.bool)
@@ -265,7 +265,7 @@ def test_auxk_moves_the_rows_of_dead_latents_alone():
         assert (gradient[dead] != 0).any(dim=1).all()
 
 
-def test_auxk_puts_dead_latents_to_use():
+def test_auxk_revives_dead_latents():
     tokens = reader([sample + np.float16(1) for sample in planted(samples=1000)])
     found = {}
     for auxk in (0.0, 1.0):
@@ -276,7 +276,7 @@ def test_auxk_puts_dead_latents_to_use():
     assert found[1.0].fvu < found[0.0].fvu
 
 
-def test_the_gao_preset_is_what_the_paper_of_that_name_recommends():
+def test_the_gao_preset_follows_its_paper():
     settings = SAESettings(preset="gao")
     assert (settings.auxk, settings.initial_b_dec, settings.unit_norm_decoder) == (1 / 32, "mean", True)
     assert settings.rate(2**14) == pytest.approx(2e-4)
@@ -284,7 +284,7 @@ def test_the_gao_preset_is_what_the_paper_of_that_name_recommends():
     assert SAESettings(preset="gao", auxk=0.1).auxk == 0.1
 
 
-def test_held_out_samples_are_not_trained_on_and_metrics_are_taken_over_them(stored, tmp_path):
+def test_held_out_samples_are_used_only_for_metrics(stored, tmp_path):
     settings = SETTINGS.model_copy(update={"held_out": 0.25})
     held_out = np.arange(45, 60)
     train_sae(stored, 3, settings, seed=0, out=tmp_path / "sae")
@@ -306,7 +306,7 @@ def test_200_steps_of_training_equal_dense_autograd():
     torch.testing.assert_close(sae.W_enc, W_enc, rtol=0, atol=1e-5)
     torch.testing.assert_close(sae.W_dec, W_dec, rtol=0, atol=1e-5)
     torch.testing.assert_close(sae.b_dec, b_dec, rtol=0, atol=1e-5)
-    # So close only because it is the same training: the weights went far from where they began.
+    # The weights moved far from initialisation, so only the same training comes this close.
     start = TopKSAE(16, 64, 4, torch.Generator().manual_seed(7))
     assert (sae.W_enc - start.W_enc).abs().max() > 0.1
 
@@ -324,7 +324,7 @@ def test_training_learns_planted_features():
     assert after.l0 <= 3
 
 
-def test_the_papers_settings_are_the_defaults():
+def test_defaults_are_the_papers_settings():
     settings = SAESettings()
     assert (settings.expansion, settings.k, settings.learning_rate) == (8, 32, 5e-5)
     assert (settings.epochs, settings.batch_samples) == (1, 16)
@@ -356,7 +356,7 @@ def test_perfect_reconstruction_has_fvu_0():
     assert (quality.tokens, quality.l0, quality.dead) == (500, 8, 0)
 
 
-def test_l0_counts_latents_above_zero_and_dead_those_that_never_are():
+def test_l0_counts_positive_latents_and_dead_latents_are_never_positive():
     x = torch.tensor([[1.0, -2, 0], [3, 0, 0], [0, 0, 0]])  # of the latents +1 +2 +3 -1 -2 -3, +1 and -2 are active
     quality = evaluate(sae_of_both_signs(3), [x[:1], x[1:]]).quality
     assert quality.l0 == pytest.approx(3 / 3)
@@ -387,7 +387,7 @@ def test_evaluation_does_not_depend_on_batches_and_keeps_precision_far_from_zero
     assert evaluate(sae, x.split(batch)).quality.fvu == pytest.approx(expected, rel=1e-4)
 
 
-def test_fvu_of_tokens_that_are_all_alike_is_nan():
+def test_fvu_of_constant_tokens_is_nan():
     assert math.isnan(evaluate(some_sae(), [torch.full((4, 8), 0.5)]).quality.fvu)
 
 
@@ -414,7 +414,7 @@ def test_the_same_seed_gives_the_same_bytes(stored, tmp_path):
     }
 
 
-def test_an_sae_replaces_an_older_one_whole(stored, tmp_path):
+def test_an_sae_replaces_all_files_of_an_older_one(stored, tmp_path):
     (tmp_path / "sae").mkdir()
     (tmp_path / "sae" / "cfg.json").write_text('{"d_sae": 4}')
     (tmp_path / "sae" / "loss.csv").touch()
@@ -431,7 +431,7 @@ def test_an_sae_replaces_an_older_one_whole(stored, tmp_path):
 
 
 def test_another_seed_layer_or_encoder_gives_other_initial_weights(stored, tmp_path, write_tokens):
-    """With equal ones, features of two SAEs would line up by their index."""
+    """With equal initial weights, features of two SAEs would align by index."""
     other = write_tokens(tmp_path / "tokens" / "bert.zarr", {3: planted(samples=60)})
     runs = {"a": (stored, 3, 0), "b": (stored, 3, 1), "c": (stored, 0, 0), "d": (other, 3, 0)}
     settings = SETTINGS.model_copy(update={"learning_rate": 1e-12})
@@ -443,7 +443,7 @@ def test_another_seed_layer_or_encoder_gives_other_initial_weights(stored, tmp_p
             assert (one @ other_weights.T).diagonal().abs().mean() < 0.5
 
 
-def test_recorded_metrics_are_those_of_all_tokens_and_of_the_global_ones(stored, tmp_path):
+def test_records_metrics_of_all_tokens_and_of_global_ones(stored, tmp_path):
     train_sae(stored, 3, SETTINGS, seed=0, out=tmp_path / "sae")
     metrics = json.loads((tmp_path / "sae" / "metrics.json").read_text())
     tensors = load_file(tmp_path / "sae" / "sae_weights.safetensors")
@@ -470,7 +470,7 @@ def test_recorded_losses_fall(stored, tmp_path):
     assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
 
 
-def test_a_saved_sae_loads_as_it_was(tmp_path):
+def test_a_saved_sae_survives_a_round_trip(tmp_path):
     sae = some_sae()
     save_sae(sae, tmp_path, "vit", "layer 3")
     loaded = load_sae(tmp_path)
@@ -480,7 +480,7 @@ def test_a_saved_sae_loads_as_it_was(tmp_path):
     assert load_sae(str(tmp_path)).W_enc.shape == (8, 24)
 
 
-def test_the_files_are_what_saelens_reads(tmp_path):
+def test_the_files_have_saelens_format(tmp_path):
     sae = some_sae(d_in=8, d_sae=24, k=4)
     save_sae(sae, tmp_path, "vit", "layer 3")
     config = json.loads((tmp_path / "cfg.json").read_text())
@@ -510,7 +510,7 @@ def test_the_files_are_what_saelens_reads(tmp_path):
     assert torch.equal(tensors["W_enc"], sae.W_enc)
 
 
-def test_tokens_that_are_not_finite_are_an_error_and_leave_nothing(tmp_path, write_tokens):
+def test_non_finite_tokens_are_an_error_and_leave_nothing(tmp_path, write_tokens):
     tokens = planted(samples=60)
     tokens[37][1, 2] = np.nan
     store = write_tokens(tmp_path / "vit.zarr", {0: tokens})
@@ -519,7 +519,7 @@ def test_tokens_that_are_not_finite_are_an_error_and_leave_nothing(tmp_path, wri
     assert not (tmp_path / "saes").exists() or not list((tmp_path / "saes").iterdir())
 
 
-def test_a_batch_that_is_not_finite_leaves_the_checkpoint_before_it(tmp_path, write_tokens, monkeypatch):
+def test_a_non_finite_batch_keeps_the_previous_checkpoint(tmp_path, write_tokens, monkeypatch):
     tokens = planted(samples=60)
     tokens[37][1, 2] = np.nan  # in the third step of four
     store = write_tokens(tmp_path / "vit.zarr", {0: tokens})
@@ -531,7 +531,7 @@ def test_a_batch_that_is_not_finite_leaves_the_checkpoint_before_it(tmp_path, wr
     assert all(tensor.isfinite().all() for tensor in load_file(newest).values())
 
 
-def test_an_empty_store_is_refused(tmp_path):
+def test_refuses_an_empty_store(tmp_path):
     store = tmp_path / "vit.zarr"
     with new_store(store, "tokens", {"encoder": {"modality": "image"}, "batch_size": 8}) as group:
         save_array(group, "layer-00/tokens", np.zeros((0, 8), np.float16))
@@ -542,23 +542,23 @@ def test_an_empty_store_is_refused(tmp_path):
     assert not (tmp_path / "sae").exists()
 
 
-def test_an_absent_layer_is_refused(stored, tmp_path):
+def test_refuses_a_missing_layer(stored, tmp_path):
     with pytest.raises(StoreError, match="no layer 2; it has layer-00, layer-03"):
         train_sae(stored, 2, SETTINGS, seed=0, out=tmp_path / "sae")
     assert not (tmp_path / "sae").exists()
 
 
-def break_nothing_there(folder):
+def break_missing_folder(folder):
     for path in folder.iterdir():
         path.unlink()
     folder.rmdir()
 
 
-def break_no_weights(folder):
+def break_missing_weights(folder):
     (folder / "sae_weights.safetensors").unlink()
 
 
-def break_no_config(folder):
+def break_missing_config(folder):
     (folder / "cfg.json").unlink()
 
 
@@ -580,15 +580,15 @@ def break_other_width(folder):
 @pytest.mark.parametrize(
     "break_it",
     [
-        break_nothing_there,
-        break_no_weights,
-        break_no_config,
+        break_missing_folder,
+        break_missing_weights,
+        break_missing_config,
         break_truncated_weights,
         break_truncated_config,
         break_other_width,
     ],
 )
-def test_a_damaged_sae_is_refused(tmp_path, break_it):
+def test_refuses_a_damaged_sae(tmp_path, break_it):
     folder = tmp_path / "seed-0"
     folder.mkdir()
     save_sae(some_sae(), folder, "vit", "layer 3")
@@ -599,13 +599,13 @@ def test_a_damaged_sae_is_refused(tmp_path, break_it):
 
 
 def metrics_of(x, reconstructed):
-    """Cosine and ratio of lengths, by their definitions."""
+    """Cosine and length ratio by definition."""
     x, reconstructed = np.asarray(x, np.float64), np.asarray(reconstructed, np.float64)
     lengths, own = np.linalg.norm(x, axis=1), np.linalg.norm(reconstructed, axis=1)
     return ((x * reconstructed).sum(1) / lengths / own).mean(), (own / lengths).mean()
 
 
-def test_cosine_ratio_of_lengths_and_density_are_their_definitions():
+def test_cosine_length_ratio_and_density_follow_their_definitions():
     x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0)) + 1
     sae = some_sae()
     found = evaluate(sae, x.split(64))
@@ -619,7 +619,7 @@ def test_cosine_ratio_of_lengths_and_density_are_their_definitions():
     np.testing.assert_allclose(found.density, np.array(counts) / 200)
 
 
-def test_a_token_of_length_0_counts_as_wrong_and_not_as_nan():
+def test_a_zero_token_has_cosine_0_and_not_nan():
     quality = evaluate(sae_of_both_signs(3), [torch.tensor([[0.0, 0, 0], [1, 2, 3]])]).quality
     assert quality.cosine == pytest.approx(0.5)
     assert quality.l2_ratio == pytest.approx(0.5)
@@ -631,13 +631,13 @@ def test_density_histogram_counts_every_latent_once():
     assert rows[0] == ("never", float("-inf"), 2)
     assert sum(count for _, _, count in rows) == len(density)
     by_edge = {edge: count for _, edge, count in rows[1:]}
-    assert by_edge[-6.0] == 2  # the one below the first edge, too
+    assert by_edge[-6.0] == 2  # including the one below the first edge
     assert by_edge[-2.75] == 1
     assert by_edge[-0.5] == 1
     assert by_edge[-0.25] == 1
 
 
-def test_samples_come_in_the_data_sets_order_and_later_by_blocks_in_another_order():
+def test_the_first_epoch_is_in_data_set_order_and_later_ones_shuffle_blocks():
     order = _order.steps(100, 16, block=8, settings=SAESettings(epochs=3))
     assert [len(batch) for batch in order] == ([16] * 6 + [4]) * 3
     for number in range(3):
@@ -647,7 +647,7 @@ def test_samples_come_in_the_data_sets_order_and_later_by_blocks_in_another_orde
     assert order_of_pass(100, 8, 1) != order_of_pass(100, 8, 2) != list(range(100))
 
 
-def test_the_last_samples_are_held_out_and_measured():
+def test_holds_out_the_last_samples():
     settings = SAESettings(held_out=0.25, epochs=2)
     trained = np.concatenate(_order.steps(102, 16, block=8, settings=settings))
     assert sorted(trained) == sorted([*range(77), *range(77)])
@@ -655,18 +655,18 @@ def test_the_last_samples_are_held_out_and_measured():
     assert settings.held_out_samples(102) == 25
     assert np.concatenate(_order.evaluated(102, SAESettings())).tolist() == list(range(102))
     assert np.concatenate(_order.evaluated(9000, SAESettings())).tolist() == list(range(9000 - 4096, 9000))
-    assert len(np.concatenate(_order.steps(2, 16, 8, SAESettings(held_out=0.99)))) == 1  # some are trained on
+    assert len(np.concatenate(_order.steps(2, 16, 8, SAESettings(held_out=0.99)))) == 1  # some are used for training
 
 
 @pytest.mark.parametrize(("modality", "steps"), [("image", 4), ("text", 2)])
-def test_a_step_takes_so_many_pictures_or_captions(tmp_path, write_tokens, modality, steps):
+def test_batch_sizes_are_in_images_or_captions(tmp_path, write_tokens, modality, steps):
     tokens = planted(samples=60)
     store = write_tokens(tmp_path / "one.zarr", {0: tokens}, modality=modality)
     train_sae(store, 0, SAESettings(expansion=2, k=4, batch_samples=16, batch_captions=32), 0, tmp_path / "sae")
     assert json.loads((tmp_path / "sae" / "metrics.json").read_text())["steps"] == steps
 
 
-def test_bfloat16_chooses_latents_by_rounded_products_and_computes_them_in_float32():
+def test_bfloat16_selects_latents_by_rounded_products_and_recomputes_them_in_float32():
     sae = some_sae(d_in=64, d_sae=256, k=8)
     x = torch.randn(300, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -681,7 +681,7 @@ def test_bfloat16_chooses_latents_by_rounded_products_and_computes_them_in_float
     assert all(parameter.grad.dtype == torch.float32 for parameter in sae.parameters())
 
 
-def test_tf32_chooses_latents_by_a_product_that_gpus_may_round_and_computes_them_in_float32(monkeypatch):
+def test_tf32_selects_latents_by_tf32_products_and_recomputes_them_in_float32(monkeypatch):
     sae, asked = some_sae(d_in=64, d_sae=256, k=8), []
     x = torch.randn(300, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -693,11 +693,11 @@ def test_tf32_chooses_latents_by_a_product_that_gpus_may_round_and_computes_them
         found = sae.top_k(x, "tf32")
     assert asked == [True]
     assert not torch.backends.cuda.matmul.allow_tf32
-    assert torch.equal(found.indices, exact.indices)  # a CPU has no such products
+    assert torch.equal(found.indices, exact.indices)  # CPUs have no such products
     torch.testing.assert_close(found.values, f.gather(1, found.indices), rtol=1e-5, atol=1e-5)
 
 
-def test_bfloat16_learns_as_well():
+def test_bfloat16_trains_equally_well():
     tokens = reader(planted(samples=3000, d_in=64, atoms=160))
     everything = [tokens.read(np.arange(len(tokens)))]
     found = {}
@@ -705,12 +705,12 @@ def test_bfloat16_learns_as_well():
         settings = SAESettings(expansion=4, k=3, learning_rate=5e-3, epochs=4, decay_share=0.5, precision=precision)
         sae, _ = train(tokens, settings, seed=0)
         found[precision] = evaluate(sae, everything).quality.fvu
-    # So small an SAE differs by some percent from one seed to the next.
+    # Such small SAEs differ by a few percent between seeds.
     assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.05)
     assert found["bfloat16"] != found["float32"]
 
 
-def test_many_dead_latents_are_a_warning_that_says_what_to_change(stored, tmp_path, capsys):
+def test_warns_about_many_dead_latents_with_a_remedy(stored, tmp_path, capsys):
     train_sae(stored, 3, SETTINGS.model_copy(update={"max_dead": 0.0}), seed=0, out=tmp_path / "some")
     assert "of the latents are dead, more than max_dead = 0; train longer (epochs)" in capsys.readouterr().err
     train_sae(stored, 3, SETTINGS.model_copy(update={"max_dead": 1.0}), seed=0, out=tmp_path / "all")
@@ -750,12 +750,12 @@ _train.train_sae(store, 3, settings, 0, out)
 
 
 def run_training(store, out, with_signal=signal.SIGKILL, last=0, settings=None):
-    """Train in a process of its own, which sends itself a signal after a step."""
+    """Train in a separate process, which sends itself a signal after a step."""
     arguments = [store, out, (settings or SETTINGS).model_dump_json(), int(with_signal), last]
     return run_forked(TRAIN, *arguments)
 
 
-def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(stored, tmp_path):
+def test_a_killed_training_resumes_with_the_same_bytes(stored, tmp_path):
     settings = SETTINGS.model_copy(update={"epochs": 5})
     train_sae(stored, 3, settings, seed=0, out=tmp_path / "whole")
     for last in (3, 11):
@@ -768,7 +768,7 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(stored, tmp_path
     assert not (tmp_path / "killed.checkpoints").exists()
 
 
-def test_a_training_that_is_asked_to_stop_saves_and_exits_with_a_code_of_its_own(stored, tmp_path):
+def test_a_training_saves_on_sigterm_and_exits_with_its_own_code(stored, tmp_path):
     train_sae(stored, 3, SETTINGS, seed=0, out=tmp_path / "whole")
     stopped = run_training(stored, tmp_path / "stopped", signal.SIGTERM, last=2)
     assert stopped.returncode == PREEMPTED == 75
@@ -779,16 +779,16 @@ def test_a_training_that_is_asked_to_stop_saves_and_exits_with_a_code_of_its_own
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed"])
-def test_a_torn_checkpoint_is_noticed_and_the_one_before_used(stored, tmp_path, capsys, damage):
+def test_a_truncated_checkpoint_is_skipped_for_the_previous_one(stored, tmp_path, capsys, damage):
     train_sae(stored, 3, SETTINGS, seed=0, out=tmp_path / "whole")
     assert run_training(stored, tmp_path / "torn", last=4).returncode == -signal.SIGKILL
     (newest,) = (tmp_path / "torn.checkpoints" / "000000003").glob("*.safetensors")
     content = newest.read_bytes()
     newest.write_bytes(content[:-100] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
     train_sae(stored, 3, SETTINGS, seed=0, out=tmp_path / "torn")
-    said = capsys.readouterr().err
-    assert f"{newest.parent}: damaged; using the checkpoint before it" in said
-    assert "resuming at step 2 of 4" in said
+    log = capsys.readouterr().err
+    assert f"{newest.parent}: damaged; using the checkpoint before it" in log
+    assert "resuming at step 2 of 4" in log
     assert contents(tmp_path / "torn") == contents(tmp_path / "whole")
 
 
@@ -797,25 +797,25 @@ def cut_all(folder):
         file.write_bytes(file.read_bytes()[:-100])
 
 
-def garble_what_they_are_of(folder):
+def garble_their_key(folder):
     (folder / "of.json").write_bytes(b"\xff\xfe" * 99)
 
 
-def put_a_file_in_place_of_a_step(folder):
+def replace_a_step_with_a_file(folder):
     newest = max(folder.glob("0*"))
     shutil.rmtree(newest)
     newest.write_text("no folder")
 
 
-@pytest.mark.parametrize("damage", [cut_all, garble_what_they_are_of, put_a_file_in_place_of_a_step])
-def test_damaged_checkpoints_are_left_behind_and_new_ones_kept(stored, tmp_path, damage):
+@pytest.mark.parametrize("damage", [cut_all, garble_their_key, replace_a_step_with_a_file])
+def test_ignores_damaged_checkpoints_and_writes_new_ones(stored, tmp_path, damage):
     settings = SETTINGS.model_copy(update={"epochs": 5})
     train_sae(stored, 3, settings, seed=0, out=tmp_path / "whole")
     out = tmp_path / "damaged"
     assert run_training(stored, out, last=9, settings=settings).returncode == -signal.SIGKILL
     damage(tmp_path / "damaged.checkpoints")
     stopped = run_training(stored, out, signal.SIGTERM, last=3, settings=settings)
-    if damage is put_a_file_in_place_of_a_step:  # the one before it is whole, and step 3 past
+    if damage is replace_a_step_with_a_file:  # the previous checkpoint is intact, and training is past step 3
         assert "resuming at step 7" in stopped.stderr
     else:
         assert stopped.returncode == PREEMPTED, stopped.stderr
@@ -824,14 +824,14 @@ def test_damaged_checkpoints_are_left_behind_and_new_ones_kept(stored, tmp_path,
     assert not (tmp_path / "damaged.checkpoints").exists()
 
 
-def test_a_training_that_diverges_in_its_last_step_is_an_error(stored, tmp_path):
+def test_divergence_in_the_last_step_is_an_error(stored, tmp_path):
     settings = SETTINGS.model_copy(update={"learning_rate": 1e38, "batch_samples": 1000})
     with pytest.raises(NumericsError, match=r"the loss is not finite from step 1 on"):
         train_sae(stored, 3, settings, seed=0, out=tmp_path / "sae")
     assert not (tmp_path / "sae").exists()
 
 
-def test_checkpoints_of_another_training_are_not_gone_on_with(stored, tmp_path, capsys):
+def test_does_not_resume_another_training(stored, tmp_path, capsys):
     other = SETTINGS.model_copy(update={"learning_rate": 2e-3})
     assert run_training(stored, tmp_path / "sae", last=3, settings=other).returncode == -signal.SIGKILL
     train_sae(stored, 3, SETTINGS, seed=0, out=tmp_path / "sae")
@@ -840,7 +840,7 @@ def test_checkpoints_of_another_training_are_not_gone_on_with(stored, tmp_path, 
     assert contents(tmp_path / "sae") == contents(tmp_path / "fresh")
 
 
-def test_checkpoints_of_another_version_are_not_gone_on_with(stored, tmp_path, capsys, monkeypatch):
+def test_does_not_resume_checkpoints_of_another_version(stored, tmp_path, capsys, monkeypatch):
     assert run_training(stored, tmp_path / "sae", last=3).returncode == -signal.SIGKILL
     monkeypatch.setattr(_checkpoints, "version", lambda _: "another")
     train_sae(stored, 3, SETTINGS, seed=0, out=tmp_path / "sae")

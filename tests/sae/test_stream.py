@@ -1,4 +1,4 @@
-"""SAEs that are trained while their encoder reads are those that are trained on stored tokens, to the byte."""
+"""Streaming trains exactly the SAEs of stored tokens, to the byte."""
 
 import itertools
 import json
@@ -41,7 +41,7 @@ def data_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoder_of(tmp_path_factory):
-    """An encoder of a family, made once."""
+    """An encoder of a family; its files are written once."""
     made = {}
 
     def get(make, **values):
@@ -53,7 +53,7 @@ def encoder_of(tmp_path_factory):
 
 
 def stored(encoder, data, settings, folder, seeds=SEEDS):
-    """By the stages `activations` and `sae`."""
+    """Run the stages `activations` and `sae`."""
     extract_activations(encoder, data, folder / "tiny.zarr", folder / "tokens" / "tiny.zarr")
     for layer, seed in itertools.product(encoder.spec.layer_numbers(), seeds):
         out = folder / "tiny" / layer_name(layer) / f"seed-{seed}"
@@ -78,7 +78,7 @@ FAMILIES = [models.bert, models.clip_text, models.siglip_text, models.vit, model
 
 
 @pytest.mark.parametrize("make", FAMILIES, ids=lambda make: make.__name__)
-def test_every_file_is_the_same_for_encoders_of_every_kind(make, encoder_of, data_folder, tmp_path):
+def test_streaming_equals_storing_for_every_kind_of_encoder(make, encoder_of, data_folder, tmp_path):
     settings = SAESettings(**SETTINGS, epochs=2, held_out=0.2)
     encoder, data = encoder_of(make), Data(data_folder)
     streamed(encoder, data, settings, tmp_path / "streamed", workers=2)
@@ -99,7 +99,7 @@ def test_every_file_is_the_same_for_encoders_of_every_kind(make, encoder_of, dat
     ],
     ids=str,
 )
-def test_every_file_is_the_same_with_every_option(options, encoder_of, data_folder, tmp_path):
+def test_streaming_equals_storing_with_every_option(options, encoder_of, data_folder, tmp_path):
     settings = SAESettings(**{**SETTINGS, **options})
     encoder, data = encoder_of(models.bert), Data(data_folder)
     streamed(encoder, data, settings, tmp_path / "streamed")
@@ -109,7 +109,7 @@ def test_every_file_is_the_same_with_every_option(options, encoder_of, data_fold
 @pytest.mark.parametrize(
     "values", [{"max_tokens": 2}, {"use_layers": "last"}, {"batch_size": 64}, {"batch_size": 1}], ids=str
 )
-def test_every_file_is_the_same_with_every_choice_of_layers_and_tokens(values, encoder_of, data_folder, tmp_path):
+def test_streaming_equals_storing_for_every_choice_of_layers_and_tokens(values, encoder_of, data_folder, tmp_path):
     settings = SAESettings(**SETTINGS, epochs=2)
     encoder, data = encoder_of(models.bert, **values), Data(data_folder)
     streamed(encoder, data, settings, tmp_path / "streamed", seeds=[1])
@@ -117,28 +117,26 @@ def test_every_file_is_the_same_with_every_choice_of_layers_and_tokens(values, e
 
 
 @pytest.mark.parametrize(("held_out", "epochs", "passes"), [(0.2, 1, 1.0), (0.0, 1, 2.0), (0.2, 3, 2.6)])
-def test_each_epoch_is_one_forward_pass_and_what_is_held_out_is_read_once(
+def test_each_epoch_is_one_forward_pass_and_held_out_samples_are_read_once(
     held_out, epochs, passes, encoder_of, data_folder, tmp_path, monkeypatch
 ):
     encoder, read = encoder_of(models.bert), []
     monkeypatch.setattr(Data, "caption", lambda self, row, caption=Data.caption: read.append(row) or caption(self, row))
     settings = SAESettings(**SETTINGS, held_out=held_out, epochs=epochs)
     streamed(encoder, Data(data_folder), settings, tmp_path)
-    # A block with samples of both kinds is read for each.
+    # A block with both kinds of samples is read for each.
     assert passes * SAMPLES <= len(read) <= passes * SAMPLES + (epochs + 1) * BLOCK
     assert set(read) == set(range(SAMPLES))
 
 
-def test_what_is_held_out_and_not_measured_is_read_for_its_global_tokens(
-    encoder_of, data_folder, tmp_path, monkeypatch
-):
+def test_reads_the_global_tokens_of_unused_held_out_samples(encoder_of, data_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(_order, "EVALUATED_SAMPLES", 6)
     encoder, data, settings = encoder_of(models.bert), Data(data_folder), SAESettings(**SETTINGS, held_out=0.5)
     streamed(encoder, data, settings, tmp_path / "streamed")
     assert_the_same(stored(encoder, data, settings, tmp_path / "stored"), tmp_path / "streamed")
 
 
-def test_features_need_nothing_but_what_a_stream_leaves(encoder_of, data_folder, tmp_path):
+def test_features_need_only_the_outputs_of_a_stream(encoder_of, data_folder, tmp_path):
     encoder, data, settings = encoder_of(models.bert), Data(data_folder), SAESettings(**SETTINGS)
     for make in (stored, streamed):
         folder = make(encoder, data, settings, tmp_path / make.__name__)
@@ -186,12 +184,12 @@ train_stream(load_encoder(spec), data, settings, seeds, folder / "tiny", folder 
 
 
 def run_stream(encoder, data_folder, settings, folder, sent=signal.SIGKILL, last=0):
-    """Stream in a process of its own, which sends itself a signal at some moment, counted from its start."""
+    """Stream in a separate process, which sends itself a signal at a given event."""
     spec, chosen = encoder.spec.model_dump_json(), settings.model_dump_json()
     return run_forked(STREAM, spec, chosen, data_folder, folder, int(sent), last)
 
 
-def test_a_stream_that_is_killed_at_any_moment_goes_on_and_ends_with_the_same_bytes(encoder_of, data_folder, tmp_path):
+def test_a_stream_killed_at_any_moment_resumes_with_the_same_bytes(encoder_of, data_folder, tmp_path):
     encoder, settings = encoder_of(models.bert), SAESettings(**SETTINGS, epochs=2, held_out=0.2)
     streamed(encoder, Data(data_folder), settings, tmp_path / "whole")
     # Before the first checkpoint, while one is written, and in both epochs.
@@ -206,9 +204,7 @@ def test_a_stream_that_is_killed_at_any_moment_goes_on_and_ends_with_the_same_by
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-def test_a_stream_that_is_asked_to_stop_saves_and_exits_with_a_code_of_its_own(
-    encoder_of, data_folder, tmp_path, monkeypatch
-):
+def test_a_stream_saves_on_sigterm_and_exits_with_its_own_code(encoder_of, data_folder, tmp_path, monkeypatch):
     encoder, settings, read = encoder_of(models.bert), SAESettings(**SETTINGS, epochs=2, held_out=0.2), []
     streamed(encoder, Data(data_folder), settings, tmp_path / "whole")
     stopped = run_stream(encoder, data_folder, settings, tmp_path / "stopped", signal.SIGTERM, last=30)
@@ -220,11 +216,11 @@ def test_a_stream_that_is_asked_to_stop_saves_and_exits_with_a_code_of_its_own(
     monkeypatch.setattr(Data, "caption", lambda self, row, caption=Data.caption: read.append(row) or caption(self, row))
     streamed(encoder, Data(data_folder), settings, tmp_path / "stopped")
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
-    # What the first epoch had left, the second, and what is held out: not what was read before.
+    # The rest of the first epoch, the second and the held-out samples; nothing is read again.
     assert len(read) <= (38 - 7 * step) + 38 + 9 + 4 * BLOCK
 
 
-def test_a_torn_state_of_one_sae_takes_all_to_the_checkpoint_before(encoder_of, data_folder, tmp_path, capsys):
+def test_a_truncated_state_of_one_sae_returns_all_to_the_previous_checkpoint(encoder_of, data_folder, tmp_path, capsys):
     encoder, settings = encoder_of(models.bert), SAESettings(**SETTINGS, epochs=2)
     streamed(encoder, Data(data_folder), settings, tmp_path / "whole")
     assert run_stream(encoder, data_folder, settings, tmp_path / "torn", last=70).returncode == -signal.SIGKILL
@@ -233,9 +229,9 @@ def test_a_torn_state_of_one_sae_takes_all_to_the_checkpoint_before(encoder_of, 
     state.write_bytes(state.read_bytes()[:-1] + b"x")
     capsys.readouterr()
     streamed(encoder, Data(data_folder), settings, tmp_path / "torn")
-    said = capsys.readouterr().err
-    assert f"{newest}: damaged; using the checkpoint before it" in said
-    assert f"tiny: resuming at step {int(newest.name) - 1} of 14" in said
+    log = capsys.readouterr().err
+    assert f"{newest}: damaged; using the checkpoint before it" in log
+    assert f"tiny: resuming at step {int(newest.name) - 1} of 14" in log
     assert contents(tmp_path / "torn") == contents(tmp_path / "whole")
 
 
@@ -254,7 +250,7 @@ def cut_an_arrays_metadata(store):
 
 
 @pytest.mark.parametrize("damage", [lose_a_chunk, cut_a_chunk, cut_an_arrays_metadata])
-def test_a_damaged_unfinished_store_is_an_error_and_then_made_again(damage, encoder_of, data_folder, tmp_path):
+def test_a_damaged_unfinished_store_is_an_error_and_then_rewritten(damage, encoder_of, data_folder, tmp_path):
     encoder, settings = encoder_of(models.bert), SAESettings(**SETTINGS, held_out=0.2)
     streamed(encoder, Data(data_folder), settings, tmp_path / "whole")
     assert run_stream(encoder, data_folder, settings, tmp_path / "k", last=40).returncode == -signal.SIGKILL
@@ -265,13 +261,13 @@ def test_a_damaged_unfinished_store_is_an_error_and_then_made_again(damage, enco
     assert contents(tmp_path / "k") == contents(tmp_path / "whole")
 
 
-def test_precisions_that_would_change_the_encoder_too_are_refused(encoder_of, data_folder, tmp_path):
+def test_refuses_precisions_that_would_affect_the_encoder(encoder_of, data_folder, tmp_path):
     with pytest.raises(StudyError, match=r"precision: tf32 would also round the products of the encoder"):
         streamed(encoder_of(models.bert), Data(data_folder), SAESettings(precision="tf32"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_checkpoints_of_other_settings_are_not_gone_on_with(encoder_of, data_folder, tmp_path, capsys):
+def test_does_not_resume_checkpoints_of_other_settings(encoder_of, data_folder, tmp_path, capsys):
     encoder, settings = encoder_of(models.bert), SAESettings(**SETTINGS)
     other = settings.model_copy(update={"learning_rate": 1e-3})
     assert run_stream(encoder, data_folder, other, tmp_path / "new", last=40).returncode == -signal.SIGKILL
@@ -281,7 +277,7 @@ def test_checkpoints_of_other_settings_are_not_gone_on_with(encoder_of, data_fol
     assert contents(tmp_path / "new") == contents(tmp_path / "fresh")
 
 
-def test_an_activation_that_is_not_finite_is_an_error_that_leaves_nothing(encoder_of, data_folder, tmp_path):
+def test_a_non_finite_activation_is_an_error_and_leaves_nothing(encoder_of, data_folder, tmp_path):
     spec = models.bert(tmp_path / "model").spec
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     tensors["encoder.layer.1.output.LayerNorm.bias"][0] = torch.nan
@@ -292,14 +288,14 @@ def test_an_activation_that_is_not_finite_is_an_error_that_leaves_nothing(encode
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_training_that_diverges_is_an_error_that_names_layer_and_seed(encoder_of, data_folder, tmp_path):
-    settings = SAESettings(**SETTINGS).model_copy(update={"learning_rate": 1e30})  # more than a study may say
+def test_divergence_is_an_error_that_names_layer_and_seed(encoder_of, data_folder, tmp_path):
+    settings = SAESettings(**SETTINGS).model_copy(update={"learning_rate": 1e30})  # more than a study allows
     with pytest.raises(NumericsError, match=r"tiny layer 0 seed 0: the loss is not finite from step \d on"):
         streamed(encoder_of(models.bert), Data(data_folder), settings, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_the_command_line_streams(encoder_of, data_folder, tmp_path):
+def test_streams_from_the_command_line(encoder_of, data_folder, tmp_path):
     spec = encoder_of(models.bert).spec
     cli = partial(run_forked, "from conceptshare.cli import main; main()")
     text = json.dumps(json.loads(spec.model_dump_json(exclude_none=True)))

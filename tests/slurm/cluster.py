@@ -1,8 +1,8 @@
-"""A real Slurm on this machine: one node with two devices of a GPU type that is not there, on loopback, no accounting.
+"""A real local Slurm: one node with two devices of a fictitious GPU type, on loopback, without accounting.
 
-What munged, slurmctld and slurmd need lies in one folder. Slurm takes no configuration by option everywhere, so that
-``SLURM_CONF`` names it, and ``PATH`` begins with a `srun` that sets it: a job step of Snakemake's drops what begins
-with ``SLURM_``.
+All files of munged, slurmctld and slurmd are in one folder. Not every Slurm program has an option for its
+configuration, so ``SLURM_CONF`` names it, and ``PATH`` starts with a `srun` that sets it, as Snakemake's job steps
+drop variables that begin with ``SLURM_``.
 """
 
 import os
@@ -63,7 +63,7 @@ PartitionName=main Nodes={host} Default=YES MaxTime=2-0
 
 @dataclass(frozen=True)
 class Job:
-    """What the controller tells of a job."""
+    """A job as reported by the controller."""
 
     id: int
     rule: str
@@ -89,7 +89,7 @@ class Cluster:
             (self._folder / name).mkdir(parents=True)
         self._folder.chmod(0o755)
         for number in range(GPUS):
-            (self._folder / "devices" / f"gpu{number}").symlink_to("/dev/null")  # a character device is asked for
+            (self._folder / "devices" / f"gpu{number}").symlink_to("/dev/null")  # Slurm requires a character device
         key = self._folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
@@ -99,7 +99,7 @@ class Cluster:
         devices = f"NodeName={host} Name=gpu Type=fake File={self._folder}/devices/gpu[0-{GPUS - 1}]\n"
         (self._folder / "gres.conf").write_text(devices)
         srun = self._folder / "bin" / "srun"
-        # Nodes compute on the CPU, as no GPU is behind the devices, unless a test says otherwise.
+        # Nodes compute on the CPU by default, as the devices are not real GPUs.
         chosen = 'export CONCEPTSHARE_DEVICE="${DEVICE_OF_NODES-cpu}"'
         call = f'SLURM_CONF={self._folder}/slurm.conf exec {shutil.which("srun")} "$@"'
         srun.write_text(f"#!/bin/sh\n{chosen}\n{call}\n")
@@ -130,12 +130,12 @@ class Cluster:
         return result.stdout
 
     def jobs(self):
-        """Every job so far, in the order in which they were submitted."""
+        """All jobs so far, in order of submission."""
         records = self.run("scontrol", "show", "job", "--details", "--oneliner").splitlines()
         return sorted((_job(record) for record in records if record.startswith("JobId=")), key=lambda job: job.id)
 
     def cancel_all(self):
-        """End every job that still runs, waits or is suspended."""
+        """End every job that is running, waiting or suspended."""
         unfinished = self.run("squeue", "--noheader", "--format=%i").split()
         if unfinished:
             self.run("scancel", *unfinished, check=False)

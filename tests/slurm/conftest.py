@@ -13,8 +13,8 @@ from .cluster import Cluster, missing
 IMPATIENT = "tests.slurm.impatient_snakemake"
 OFTEN = ("--max-status-checks-per-second", "10")
 LAYER = 1
-LONG_ENOUGH = 900  # seconds, on a machine that is slow and busy
-# Pages take as many jobs as all the rest, and are made as the tests of the workflow see.
+LONG_ENOUGH = 900  # seconds, for slow and busy machines
+# Pages take as many jobs as everything else, and the tests of the workflow cover them.
 WITHOUT_PAGES = ("--omit-from", "names", "examples", "pages_samples", "pages_pair", "pages_index")
 
 
@@ -24,7 +24,7 @@ class SlurmProject(Project):
     def __init__(self, folder, python, cluster):
         super().__init__(folder, python)
         self.cluster = cluster
-        self.choice = {}  # of the user's, among environment variables
+        self.choice = {}  # user settings from environment variables
         self._started = []
         self._submitted_before = len(cluster.jobs())
 
@@ -35,7 +35,7 @@ class SlurmProject(Project):
         return environment | self.cluster.environment | self.choice
 
     def start(self, *arguments):
-        """Start Snakemake, in a session of its own: a signal to it reaches nothing else."""
+        """Start Snakemake in a separate session, so that signals reach nothing else."""
         process = subprocess.Popen(
             [self.python, "-m", IMPATIENT, "--profile", "slurm", *OFTEN, *arguments],
             cwd=self.folder,
@@ -49,13 +49,13 @@ class SlurmProject(Project):
         return process
 
     def end(self):
-        """End what still runs, as it does after a test that failed: its jobs would keep their GPUs from later ones."""
+        """End processes left by a failed test: their jobs would keep GPUs from later tests."""
         for process in self._started:
             process.kill()
         self.cluster.cancel_all()
 
     def submit(self, *arguments):
-        """Run to the end, by default all but pages, and give what Snakemake printed."""
+        """Run to the end, by default everything except pages, and return Snakemake's output."""
         process = self.start(*(arguments or WITHOUT_PAGES))
         output, _ = process.communicate(timeout=LONG_ENOUGH)
         assert process.returncode == 0, output
@@ -72,13 +72,13 @@ class SlurmProject(Project):
 
 
 def jobs_done(output):
-    """The number of jobs of each rule that Snakemake ran, from its table."""
+    """The number of jobs per rule that Snakemake ran, from its table."""
     table = re.search(r"\njob +count\n[- ]+\n(.*?)\ntotal ", output, re.DOTALL)
     return {rule: int(count) for rule, count in (line.split() for line in table[1].splitlines())} if table else {}
 
 
 def contents(project, *ignored):
-    """The digest and time of every result, but for logs and what tells of a job itself."""
+    """The digest and time of every result, except logs and provenance."""
     results = project.folder / "results"
     ignored += ("provenance.json", "study.json")
     found = {}
@@ -106,7 +106,7 @@ def pocket_config():
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
-    """A Slurm of its own. Where it is not installed, tests are skipped, but in CI that is a failure."""
+    """A private Slurm. If it is not installed, tests are skipped, or fail in CI."""
     lacking = missing()
     if lacking:
         reason = f"no Slurm on this machine ({', '.join(lacking)}); on Debian: apt-get install slurm-wlm munge"
@@ -127,7 +127,7 @@ def new_pocket(fresh, cluster, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture(scope="session")
 def first_run(new_pocket, tmp_path_factory):
-    """The study after its first run; the jobs that Slurm ran, and what was printed."""
+    """The study after its first run, the jobs that Slurm ran, and the output."""
     project = new_pocket.copy(tmp_path_factory.mktemp("pocket") / "clone")
     output = project.submit()
     return project, project.submitted(), output
@@ -135,7 +135,7 @@ def first_run(new_pocket, tmp_path_factory):
 
 @pytest.fixture
 def pocket(first_run, tmp_path):
-    """A finished pocket study to change."""
+    """A finished pocket study that a test may change."""
     project = first_run[0].copy(tmp_path / "clone")
     yield project
     project.end()

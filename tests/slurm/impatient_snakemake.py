@@ -1,6 +1,6 @@
-"""Snakemake that asks Slurm for the state of its jobs twice a second: its own pauses grow by ten seconds a time.
+"""Snakemake that polls Slurm twice per second; by default, its pauses grow by ten seconds each time.
 
-With ``ASK_NOTHING`` in its environment, it does not ask.
+With ``ASK_NOTHING`` in its environment, it does not poll.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""What breaks on a cluster: the study ends with the bytes of an undisturbed run."""
+"""Failures on a cluster: the study ends with the bytes of an undisturbed run."""
 
 import json
 import os
@@ -22,7 +22,7 @@ TOKENS = "results/squares/tokens/reader.zarr"
 
 @pytest.fixture(scope="module")
 def undisturbed(first_run, tmp_path_factory):
-    """The files of the SAE that takes long to train, from a training beside the workflow."""
+    """The files of the SAE that takes long to train, trained outside the workflow."""
     project, _, _ = first_run
     out = tmp_path_factory.mktemp("undisturbed") / "seed-0"
     options = {"--layer": LAYER, "--settings": json.dumps(LONG), "--out": out}
@@ -36,10 +36,10 @@ def undisturbed(first_run, tmp_path_factory):
 @pytest.fixture
 def training(pocket):
     """A finished study with one more SAE setting, which takes long to train."""
-    pocket.python = sys.executable  # as users have; signals and Slurm's account of memory reach no fork
+    pocket.python = sys.executable  # as for users; signals and Slurm's memory accounting do not reach forks
     pocket.config = pocket.config | {"saes": pocket.config["saes"] | {"long": LONG}}
     profile = pocket.folder / "profiles/slurm/config.yaml"
-    profile.write_text(re.sub(r"\n  sae: \d+", "\n  sae: 1", profile.read_text()))  # the last digits depend on it
+    profile.write_text(re.sub(r"\n  sae: \d+", "\n  sae: 1", profile.read_text()))  # affects the last digits
     return pocket
 
 
@@ -54,21 +54,21 @@ def until(condition):
         time.sleep(0.2)
 
 
-def until_it_trains(project):
-    """Wait until the job has taken its output's lock, and give the job."""
+def wait_until_it_trains(project):
+    """Wait until the job has locked its output, and return the job."""
     until((project.folder / FOLDER.with_name(".seed-0.lock")).exists)
     return project.cluster.jobs()[-1]
 
 
 def suspended(project):
-    """The job that trains, which does not end of itself meanwhile, however slow this machine is."""
-    job = until_it_trains(project)
+    """The training job, suspended so that it does not finish meanwhile."""
+    job = wait_until_it_trains(project)
     project.cluster.run("scontrol", "suspend", str(job.id))
     return job
 
 
-def log_tells(project, text):
-    """Whether the job's log, which Snakemake deletes before each attempt, has the text by now."""
+def log_contains(project, text):
+    """Whether the job's log, which Snakemake deletes before each attempt, contains the text."""
     log = project.folder / LOG
     return log.exists() and text in log.read_text()
 
@@ -83,7 +83,7 @@ def finish(process):
     return output
 
 
-def test_a_job_that_is_cancelled_is_submitted_again_with_more_and_goes_on(training, undisturbed):
+def test_a_cancelled_job_is_resubmitted_with_more_memory_and_resumes(training, undisturbed):
     process = training.start(TARGET)
     training.cluster.run("scancel", str(suspended(training).id))
     finish(process)
@@ -93,7 +93,7 @@ def test_a_job_that_is_cancelled_is_submitted_again_with_more_and_goes_on(traini
     assert read(training.folder / FOLDER) == undisturbed
 
 
-def test_a_job_that_took_too_much_memory_is_submitted_again_with_more(training, undisturbed):
+def test_an_out_of_memory_job_is_resubmitted_with_more_memory(training, undisturbed):
     output = training.submit("--set-resources", "sae:mem_mb=300*10**(attempt-1)", "--", TARGET)
     first, second = training.submitted()
     assert (first.memory_mb, second.memory_mb) == (300, 3000)
@@ -101,7 +101,7 @@ def test_a_job_that_took_too_much_memory_is_submitted_again_with_more(training, 
     assert read(training.folder / FOLDER) == undisturbed
 
 
-def test_a_job_that_outlives_its_snakemake_and_the_one_submitted_anew_both_end_well(training, undisturbed):
+def test_a_job_that_outlives_its_snakemake_and_its_replacement_both_succeed(training, undisturbed):
     killed = training.start(TARGET)
     orphan = suspended(training)
     killed.kill()
@@ -111,32 +111,32 @@ def test_a_job_that_outlives_its_snakemake_and_the_one_submitted_anew_both_end_w
     assert "--unlock" in refused.stdout + refused.stderr
     assert training.run("--unlock").returncode == 0
     process = training.start(TARGET)
-    until(lambda: log_tells(training, f"Slurm job {orphan.id}), which is making it"))
+    until(lambda: log_contains(training, f"Slurm job {orphan.id}), which is making it"))
     training.cluster.run("scontrol", "resume", str(orphan.id))
     finish(process)
     until(lambda: all(job.state == "COMPLETED" for job in training.cluster.jobs()[-2:]))
     assert len(training.submitted()) == 2
-    assert log_tells(training, f"(Slurm job {orphan.id}) while this process waited")
+    assert log_contains(training, f"(Slurm job {orphan.id}) while this process waited")
     assert read(training.folder / FOLDER) == undisturbed
     assert "Nothing to be done" in training.submit(TARGET)
 
 
-def test_a_controller_that_is_away_for_a_while_costs_nothing(training, undisturbed):
+def test_survives_an_outage_of_the_controller(training, undisturbed):
     without_accounting = training.folder / "profiles/slurm/without-accounting"
     path = os.pathsep.join([str(without_accounting), training.cluster.environment["PATH"]])
     training.choice = {"PATH": path}
     process = training.start(TARGET)
-    until_it_trains(training)
+    wait_until_it_trains(training)
     training.cluster.stop_controller()
-    time.sleep(3)  # in which Snakemake asks
+    time.sleep(3)  # during which Snakemake polls
     training.cluster.start_controller()
     finish(process)
     assert states(training.submitted()) == ["COMPLETED"]
     assert read(training.folder / FOLDER) == undisturbed
 
 
-def test_an_interrupted_snakemake_cancels_its_jobs_and_goes_on_when_it_is_started_again(training, undisturbed):
-    # While it asks for their state, it knows of no jobs to cancel: it is interrupted before it does so first.
+def test_an_interrupted_snakemake_cancels_its_jobs_and_resumes_when_restarted(training, undisturbed):
+    # While polling, it has no list of jobs to cancel, so it is interrupted before the first poll.
     training.choice = {"ASK_NOTHING": "yes"}
     process = training.start(TARGET)
     suspended(training)

@@ -1,4 +1,4 @@
-"""What a change of the study costs: exactly the new jobs run, and what was there keeps its bytes and times."""
+"""After a change of the study, exactly the new jobs run, and existing results keep their bytes and times."""
 
 import pytest
 
@@ -16,7 +16,7 @@ CHANGED_WITH_AN_ENCODER = (
     "correlations",
     "similarity",
 )
-# What sums up the encoders and pairs of a study.
+# Summaries over the encoders and pairs of a study.
 SUMS = (f"{STUDY}/layerwise", f"{STUDY}/saes")
 
 
@@ -71,7 +71,7 @@ A_SEED = (
 A_LAYER = (
     add_a_layer,
     {"activations": 1, "sae": 2, "features": 1, "correlations": 1, "similarity": 1},
-    {"weights": 1, "metrics_pair": 1, **LAYERWISE, **SAES},  # the encoder is tried again, as its entry has changed
+    {"weights": 1, "metrics_pair": 1, **LAYERWISE, **SAES},  # the encoder is checked again, as its entry has changed
     (*SUMS, "weights/viewer", f"{STUDY}/pairs", *(f"squares/{kind}" for kind in CHANGED_WITH_AN_ENCODER)),
 )
 A_DATASET = (
@@ -87,7 +87,7 @@ A_DATASET = (
     [(AN_ENCODER, A_RANKING), (A_SEED,), (A_LAYER,), (A_DATASET,)],
     ids=["an encoder and a ranking", "a seed", "a layer", "a data set"],
 )
-def test_a_change_costs_its_own_jobs_alone(pocket, changes):
+def test_a_change_runs_only_its_own_jobs(pocket, changes):
     for change, queued, local, renewed in changes:
         before = contents(pocket)
         config = pocket.config

@@ -1,4 +1,4 @@
-"""A study through `snakemake --profile slurm`: what is queued, and what it is given."""
+"""A study with `snakemake --profile slurm`: the queued jobs and their resources."""
 
 import json
 from itertools import combinations
@@ -27,7 +27,7 @@ ASKED = {
 }
 
 
-def test_every_rule_that_computes_is_queued_with_what_it_asks_for_and_no_other_is(first_run):
+def test_exactly_the_compute_rules_are_queued_with_their_resources(first_run):
     _, jobs, output = first_run
     counts = {"activations": 2, "sae": 2, "features": 2, "correlations": 1, "similarity": 1}
     assert {rule: sum(job.rule == rule for job in jobs) for rule in {job.rule for job in jobs}} == counts
@@ -38,7 +38,7 @@ def test_every_rule_that_computes_is_queued_with_what_it_asks_for_and_no_other_i
     assert set(ran) - set(counts) == LOCAL
 
 
-def test_a_job_that_computes_on_the_cpu_alone_is_given_no_device(pocket):
+def test_a_cpu_job_gets_no_device(pocket):
     pocket.submit("results/squares/names/tiny/reader@0.parquet", "results/studies/pocket/pages/samples/squares")
     jobs = pocket.submitted()
     assert {job.rule: (job.state, job.gpus) for job in jobs} == {
@@ -49,9 +49,9 @@ def test_a_job_that_computes_on_the_cpu_alone_is_given_no_device(pocket):
 
 def test_two_jobs_at_once_get_two_devices(first_run):
     project, jobs, _ = first_run
-    told = (json.loads(path.read_text()) for path in (project.folder / "results").rglob("*provenance.json"))
+    records = (json.loads(path.read_text()) for path in (project.folder / "results").rglob("*provenance.json"))
     devices = {
-        int(one["slurm"]["SLURM_JOB_ID"]): one["hardware"]["cuda_visible_devices"] for one in told if one["slurm"]
+        int(one["slurm"]["SLURM_JOB_ID"]): one["hardware"]["cuda_visible_devices"] for one in records if one["slurm"]
     }
     assert set(devices) == {job.id for job in jobs}
     assert set(devices.values()) == {"0", "1"}
@@ -61,7 +61,7 @@ def test_two_jobs_at_once_get_two_devices(first_run):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_job_that_was_given_a_gpu_that_torch_does_not_see_fails_unless_the_cpu_is_chosen(pocket):
+def test_a_job_with_a_gpu_invisible_to_torch_fails_unless_the_cpu_is_chosen(pocket):
     similarity = (
         "--forcerun",
         "similarity",
@@ -81,7 +81,7 @@ def test_a_job_that_was_given_a_gpu_that_torch_does_not_see_fails_unless_the_cpu
     ]
 
 
-def test_short_jobs_that_share_a_slurm_job_need_one_device(pocket):
+def test_short_jobs_in_one_slurm_job_need_one_device(pocket):
     before = contents(pocket)
     stores = [f"results/squares/features/tiny/{member}@0.zarr" for member in ("reader", "viewer")]
     pocket.submit(

@@ -1,4 +1,4 @@
-"""A miniature study in a clone of its own: real Snakemake, real transformers classes with small random weights."""
+"""A miniature study in a separate clone: real Snakemake, real transformers classes with small random weights."""
 
 import compileall
 import io
@@ -20,12 +20,12 @@ from transformers import BertConfig, BertModel, BertTokenizerFast, ViTConfig, Vi
 from tests.helpers.forks import forked_python, run_forked
 
 CLONE = Path(__file__).parents[2]
-# The library is the clone's own, which may have been edited. Jobs run the Python that Snakemake runs in.
+# The library is the clone's, which a test may have edited. Jobs run the Python that Snakemake runs in.
 SNAKEMAKE = """
 import sys
 from snakemake.cli import main
-from tests.helpers.forks import import_anew
-import_anew("conceptshare")
+from tests.helpers.forks import reimport
+reimport("conceptshare")
 sys.executable, *arguments = sys.argv[1:]
 main(arguments)
 """
@@ -46,10 +46,10 @@ def change(*keys, to):
 
 
 class Project:
-    """A clone with its own source, config and results.
+    """A clone with separate source, config and results.
 
     Attributes:
-        python: What its jobs run.
+        python: The Python of its jobs.
     """
 
     def __init__(self, folder, python=sys.executable):
@@ -69,11 +69,11 @@ class Project:
         return os.environ | {"PYTHONPATH": str(self.folder / "src"), "HF_HUB_OFFLINE": "1"}
 
     def run(self, *arguments):
-        """Run a Snakemake that was imported before, and tell how it ended."""
+        """Run an already imported Snakemake and return the result."""
         return run_forked(SNAKEMAKE, self.python, *arguments, folder=self.folder, environment=self.environment)
 
     def start(self, program, *arguments):
-        """Run a program as users do, to its end."""
+        """Run a program to its end, as users do."""
         command = [str(Path(sys.executable).parent / program), *arguments]
         return subprocess.run(
             command, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
@@ -95,7 +95,7 @@ class Project:
 
 
 def new_clone(folder):
-    """What a git clone would hold of the workflow and the library."""
+    """The files of the workflow and the library in a git clone."""
     folder.mkdir()
     for name in ("Snakefile", "workflow", "profiles", "envs", "demo"):
         source = CLONE / name
@@ -105,12 +105,12 @@ def new_clone(folder):
             shutil.copy2(source, folder / name)
     shutil.copytree(CLONE / "src" / "conceptshare", folder / "src" / "conceptshare")
     (folder / "slurm").symlink_to("profiles/slurm")
-    compileall.compile_dir(folder / "src", quiet=1)  # once, and not in the first jobs of each copy
+    compileall.compile_dir(folder / "src", quiet=1)  # once, instead of in the first jobs of each copy
     return Project(folder)
 
 
 def write_dataset(path, rows=40, columns=("picture", "words")):
-    """Squares of three colours and two sizes, told in words."""
+    """Captioned squares of three colours and two sizes."""
     rng = np.random.default_rng(0)
     table = []
     for _ in range(rows):
@@ -181,7 +181,7 @@ def miniature_config():
 
 @pytest.fixture(scope="session")
 def fresh(tmp_path_factory):
-    """The miniature study before its first run. Its jobs need not import what the tests have imported."""
+    """The miniature study before its first run. Its jobs reuse the tests' imports."""
     project = new_clone(tmp_path_factory.mktemp("fresh") / "clone")
     write_dataset(project.folder / "squares.parquet")
     write_text_encoder(project.folder / "models" / "reader")
@@ -194,7 +194,7 @@ def fresh(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(fresh, tmp_path_factory):
-    """The miniature study after its run; tests that change it take a copy."""
+    """The miniature study after its run; tests that change it use a copy."""
     project = fresh.copy(tmp_path_factory.mktemp("finished") / "clone")
     result = project.run("--cores", "2")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -203,11 +203,11 @@ def finished(fresh, tmp_path_factory):
 
 @pytest.fixture
 def study(finished, tmp_path):
-    """A finished miniature study to change."""
+    """A finished miniature study that a test may change."""
     return finished.copy(tmp_path / "clone")
 
 
 @pytest.fixture
 def new_study(fresh, tmp_path):
-    """A miniature study to change before its first run."""
+    """A miniature study before its first run, that a test may change."""
     return fresh.copy(tmp_path / "clone")

@@ -1,4 +1,4 @@
-"""What Snakemake does when it is killed or started twice, when clocks are wrong, and when results cannot be written."""
+"""Snakemake is killed or started twice, clocks are wrong, or results cannot be written."""
 
 import os
 import shutil
@@ -37,7 +37,7 @@ def at_work_in(folder):
     def is_there(process):
         try:
             return (process / "cwd").readlink() == folder
-        except OSError:  # it has just ended, or is another user's
+        except OSError:  # it has just ended, or belongs to another user
             return False
 
     return any(is_there(process) for process in Path("/proc").glob("[0-9]*"))
@@ -45,7 +45,7 @@ def at_work_in(folder):
 
 @pytest.fixture
 def other_file_system(tmp_path_factory):
-    """A folder on another file system than the tests' own, where there is one."""
+    """A folder on another file system than the tests', if there is one."""
     shared = Path("/dev/shm")
     if not os.access(shared, os.W_OK):
         yield tmp_path_factory.mktemp("results")
@@ -57,7 +57,7 @@ def other_file_system(tmp_path_factory):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the job that outlives Snakemake in /proc")
-def test_snakemake_that_is_killed_goes_on_after_unlocking_and_another_one_waits_outside(
+def test_a_killed_snakemake_resumes_after_unlocking_and_a_second_one_is_locked_out(
     new_study, finished, other_file_system
 ):
     (new_study.folder / "results").symlink_to(other_file_system)
@@ -84,7 +84,7 @@ def test_snakemake_that_is_killed_goes_on_after_unlocking_and_another_one_waits_
     assert not list(other_file_system.rglob("*.partial*"))
 
 
-def test_what_the_message_says_of_a_damaged_store_brings_back_the_same_bytes(study, finished):
+def test_the_remedy_for_a_damaged_store_restores_the_same_bytes(study, finished):
     store, pair = "features/tiny/reader@1.zarr", "correlations/tiny/reader@0__reader@1.zarr"
     results, expected = (project.folder / "results/squares" for project in (study, finished))
     (results / store / "layer-01/features/c/0/0").unlink()
@@ -101,18 +101,18 @@ def test_what_the_message_says_of_a_damaged_store_brings_back_the_same_bytes(stu
         assert contents(results / name) == contents(expected / name)
 
 
-def test_files_from_the_future_cost_nothing_or_are_said_and_set_right_by_giving_them_the_time(study, finished):
+def test_files_with_future_times_are_harmless_or_an_error_fixed_by_touching_them(study, finished):
     results, similarity = study.folder / "results/squares", "results/squares/similarity/tiny/reader__viewer.csv"
     tomorrow = time.time() + 86400
     for path in (study.folder / "squares.parquet", results / "data/samples.arrow"):
         os.utime(path, (tomorrow, tomorrow))
-    assert study.plan() == {}  # so small, they are compared by content
+    assert study.plan() == {}  # small files are compared by content
     os.utime(results / "activations/reader.zarr/.snakemake_timestamp", (tomorrow, tomorrow))
     assert study.plan()["features"] == 2
-    said = study.run("--cores", "1", similarity)
-    assert said.returncode == 1
-    assert "input results/squares/activations/reader.zarr" in said.stderr
-    assert "could indicate a clock skew problem" in said.stderr
+    result = study.run("--cores", "1", similarity)
+    assert result.returncode == 1
+    assert "input results/squares/activations/reader.zarr" in result.stderr
+    assert "could indicate a clock skew problem" in result.stderr
     subprocess.run(["find", ".", "-newermt", "now", "-exec", "touch", "{}", "+"], cwd=study.folder, check=True)
     assert study.run("--cores", "1", similarity).returncode == 0
     assert study.run("--cores", "1", "--touch").returncode == 0
@@ -120,7 +120,7 @@ def test_files_from_the_future_cost_nothing_or_are_said_and_set_right_by_giving_
     assert contents(results) == contents(finished.folder / "results/squares")
 
 
-def test_results_that_cannot_be_written_are_one_message(new_study):
+def test_unwritable_results_are_one_message(new_study):
     bound = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
     if bound and subprocess.run([*bound, "true"], capture_output=True, check=False).returncode:
         pytest.skip("root may write everywhere here")
@@ -157,8 +157,8 @@ CHANGES = [
 ]
 
 
-def test_changed_settings_are_told_where_snakemake_cannot_know_of_them(study):
-    """That is without its notes, and with notes of what another checkout has replaced since."""
+def test_reports_changed_settings_that_snakemake_cannot_detect(study):
+    """Without Snakemake's metadata, and with metadata of results that another checkout has since replaced."""
     assert study.plan() == {}
     before, notes = study.config, study.folder / ".snakemake"
     for apply, _ in CHANGES:
@@ -166,7 +166,7 @@ def test_changed_settings_are_told_where_snakemake_cannot_know_of_them(study):
         config = study.config
         apply(config)
         study.config = config
-        assert study.plan() != {}  # with its notes, it makes again what has changed
+        assert study.plan() != {}  # with its metadata, it reruns the changed parts
     shutil.rmtree(notes)
     study.config = before
     assert study.plan() == {}
@@ -179,12 +179,12 @@ def test_changed_settings_are_told_where_snakemake_cannot_know_of_them(study):
         assert refused.returncode == 1
         assert difference in refused.stdout + refused.stderr
         assert "delete these and run again" in refused.stdout + refused.stderr
-    # What the message says helps.
+    # Following the message helps.
     shutil.rmtree(study.folder / "results/studies/miniature")
     assert study.plan()["figures_sharedness"] == 2
 
 
-def test_the_account_of_a_study_tells_of_no_settings_that_a_result_was_not_made_with(study):
+def test_the_provenance_of_a_study_has_only_settings_that_its_results_were_made_with(study):
     store = study.folder / "results/squares/correlations/tiny/reader@0__viewer@0.zarr/zarr.json"
     store.write_text(store.read_text().replace('"float32"', '"bfloat16"'))
     asked = "results/studies/miniature/study.json"
@@ -197,13 +197,13 @@ def test_the_account_of_a_study_tells_of_no_settings_that_a_result_was_not_made_
     assert not (study.folder / "new").exists()
 
 
-def test_what_a_study_no_longer_makes_is_removed_and_nothing_else(study):
+def test_removes_only_results_that_are_no_longer_part_of_the_study(study):
     folder, config = study.folder / "results/studies/miniature", study.config
     tables, note, foreign = folder / "squares/tiny", folder / "note.txt", folder / "squares/tiny/pairs/mine.csv"
     note.write_text("mine")
     foreign.write_text("mine")
     gone = {*tables.glob("layerwise/seeds.*"), *tables.glob("sharedness/own.*"), *tables.glob("overlaps.*")}
-    gone |= set(folder.glob("pages/data/squares/tiny/pairs/*/*"))  # of the layerwise analysis
+    gone |= set(folder.glob("pages/data/squares/tiny/pairs/*/*"))  # from the layerwise analysis
     assert len(gone) > 12
     kept = {path for path in folder.rglob("*") if path.is_file()} - gone
     del config["analyses"]["layerwise"], config["analyses"]["sharedness"]["own"]
@@ -220,7 +220,7 @@ def test_what_a_study_no_longer_makes_is_removed_and_nothing_else(study):
 
 
 @pytest.mark.usefixtures("own_disks")
-def test_a_disk_that_is_full_when_a_job_starts_is_told(new_study):
+def test_reports_a_disk_that_is_full_when_a_job_starts(new_study):
     (new_study.folder / "results").mkdir()
     command = f"""
         mount -t tmpfs -o size=256k disk results

@@ -1,4 +1,4 @@
-"""A study of encoders and data that a hub holds: a few lines of YAML each, and no network after they are fetched."""
+"""A study of encoders and data on a hub: a few lines of YAML each, and no network after fetching."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from .conftest import new_clone, write_dataset
 
 pytestmark = pytest.mark.xdist_group("hub")
 
-# Name: the model as a hub holds it, and how a study writes its id.
+# Name: the model as it is on the hub, and its id in a study.
 ENCODERS = {
     "reader": (models.bert, "{}"),
     "pairs-image": (models.open_clip_image, "hf-hub:{}"),
@@ -26,13 +26,13 @@ ENCODERS = {
     "scanner": (models.mambavision, "{}"),
 }
 PAIRS = [["reader", "pairs-image"], ["pairs-text", "viewer"], ["scanner", "viewer"]]
-# What an entry has to say beside where the model is.
+# Settings of an entry, other than the location of its model.
 KEYS = {"library", "modality", "kind", "layers", "width", "global_token", "blocks", "remote_code"}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A study's clone after its run, the hub, and how many requests it had before any extraction."""
+    """A study's clone after its run, the hub, and the number of its requests before any extraction."""
     project = new_clone(tmp_path_factory.mktemp("hub") / "clone")
     made = tmp_path_factory.mktemp("repositories")
     write_dataset(made / "squares.parquet")
@@ -71,8 +71,8 @@ def finished(tmp_path_factory):
 
         fetched = run("--until", "dataset", "weights")
         assert fetched.returncode == 0, fetched.stdout + fetched.stderr
-        before = len(hub.log), len(hub.strangers)
-        # Jobs that read encoders run as users run them, for what the hub is asked; the others never read of a hub.
+        before = len(hub.log), len(hub.other_requests)
+        # Jobs that read encoders run as for users, to record their requests to the hub; the others do not use the hub.
         extracted = run("--until", "activations")
         assert extracted.returncode == 0, extracted.stdout + extracted.stderr
         with forked_python() as project.python:
@@ -81,26 +81,26 @@ def finished(tmp_path_factory):
         return project, hub, before, commit
 
 
-def test_encoders_of_every_library_and_with_code_of_their_own_come_into_one_table(finished):
+def test_compares_encoders_of_every_library_and_with_custom_code(finished):
     project, _, _, _ = finished
     table = pd.read_csv(project.folder / "results/studies/from-a-hub/squares/tiny/layerwise/all.csv")
     assert set(table.source) == {f"{name}@0" for name in ENCODERS}
     assert table.wmppc.between(0, 1.0001).all()
 
 
-def test_the_hub_is_asked_for_data_and_weights_and_for_nothing_after(finished):
+def test_only_data_and_weights_are_requested_from_the_hub(finished):
     _, hub, before, _ = finished
     assert before[0] > 0
-    assert (len(hub.log), len(hub.strangers)) == before
+    assert (len(hub.log), len(hub.other_requests)) == before
 
 
-def test_only_models_that_may_run_code_of_their_own_are_fetched_with_it(finished):
+def test_fetches_code_only_for_models_that_may_run_it(finished):
     _, hub, _, _ = finished
     code = {request.path.split("/")[2] for request in hub.log if request.path.endswith(".py")}
     assert code == {"scanner"}
 
 
-def test_what_was_read_is_on_record(finished):
+def test_records_the_commits_that_were_read(finished):
     project, _, _, commit = finished
     manifest = json.loads((project.folder / "results/squares/data/manifest.json").read_text())
     assert manifest["revision"] == commit

@@ -1,4 +1,4 @@
-"""The pages of real studies, in a browser: what they show is what their tables and stores hold, and all of it works."""
+"""The pages of real studies in a browser: they agree with tables and stores, and everything works."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ def tab(open_tab, finished):
     return open_tab(finished.folder / RESULTS / "pages")
 
 
-def test_the_matrix_is_the_tables_and_its_cells_lead_to_features(tab, finished):
+def test_the_matrix_equals_the_table_and_its_cells_link_to_features(tab, finished):
     page = tab.open()
     members = read_data(tab.folder, "study")["members"]
     encoders = len({member["encoder"] for member in members})
@@ -52,7 +52,7 @@ def test_a_features_page_shows_its_strongest_samples_and_its_match(tab, finished
 
 @pytest.fixture(params=["miniature", "default"])
 def site(request):
-    """The pages of the miniature study, and those of the default study where they are."""
+    """The pages of the miniature study, and of the default study if they exist."""
     if request.param == "miniature":
         return request.getfixturevalue("finished").folder / RESULTS / "pages"
     if not (DEFAULT / "index.html").exists():
@@ -61,7 +61,7 @@ def site(request):
 
 
 class Place:
-    """A data set, an SAE setting, a pair of members that was compared layer by layer, and a feature with a match."""
+    """A data set, an SAE setting, a pair of members of a layerwise analysis, and a feature with a match."""
 
     def __init__(self, site):
         self.study = read_data(site, "study")
@@ -108,14 +108,14 @@ def test_search_and_sort(open_tab, site):
     page.get_by_label("Name or number").fill(str(place.strongest))
     expect(page.get_by_role("status")).to_contain_text("of")
     assert str(place.strongest) in numbers(page, "Feature")
-    # The address of the search is enough to see it again.
+    # The URL of the search shows the same results.
     other = open_tab(site)
     other.page.goto(page.url)
     wait(other.page)
     assert numbers(other.page, "Feature") == numbers(page, "Feature")
 
 
-def test_a_cell_of_a_heatmap_and_a_match_lead_on(open_tab, site):
+def test_heatmap_cells_and_matches_are_links(open_tab, site):
     place = Place(site)
     page = open_tab(site).open()
     layers = place.pair["layers_b"]
@@ -132,7 +132,7 @@ def test_a_cell_of_a_heatmap_and_a_match_lead_on(open_tab, site):
     best = {name: values[first] for name, values in place.table["best"][place.b].items()}
     match = page.locator(".match", has=page.get_by_role("heading", name=place.b, exact=True))
     assert match.locator(".rho").inner_text() == f"{best['rho']:.2f}"
-    match.get_by_role("link").press("Enter")  # a click may miss it while pictures above are still read
+    match.get_by_role("link").press("Enter")  # a click may miss it while images above are loading
     expect(page.locator("h1")).to_have_text(f"Feature {best['feature']} of {place.b}, layer {best['layer']}")
 
 
@@ -161,8 +161,8 @@ def test_keyboard_alone(open_tab, site):
 
 
 @pytest.mark.parametrize("width", [1280, 360])
-def test_every_view_in_the_dark(open_tab, site, width):
-    """All of each view is read, its pictures are there, it is dark and no wider than the window."""
+def test_every_view_in_the_dark_theme(open_tab, site, width):
+    """Each view loads completely with its images, is dark, and is no wider than the window."""
     opened = open_tab(site, viewport={"width": width, "height": 800}, color_scheme="dark")
     for route in Place(site).routes().values():
         page = opened.open(route)

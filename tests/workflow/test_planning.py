@@ -1,4 +1,4 @@
-"""What is planned after a change, and nothing else."""
+"""Only the affected jobs are planned after a change."""
 
 import os
 import re
@@ -35,7 +35,7 @@ def test_a_finished_study_plans_nothing(study):
     assert study.plan() == {}
 
 
-def test_a_fresh_study_plans_one_job_a_stage_and_part(new_study):
+def test_a_fresh_study_plans_one_job_per_stage_and_part(new_study):
     assert new_study.plan() == {
         "dataset": 1,
         "weights": 2,
@@ -58,16 +58,16 @@ def test_touching_every_source_file_plans_nothing(study):
     assert study.plan() == {}
 
 
-def test_another_account_of_how_results_came_about_plans_nothing(study):
+def test_changed_provenance_plans_nothing(study):
     accounts = list(study.folder.glob("results/**/*provenance.json"))
-    # Of data set, encoders, activations, tokens, SAEs, features, correlations, similarities, names, examples and study.
+    # Data set, encoders, activations, tokens, SAEs, features, correlations, similarities, names, examples and study.
     assert len(accounts) == 1 + 2 + 2 + 2 + 3 * LAYERS + 3 + 2 + 1 + 3 + 3 + 1
     for path in accounts:
         path.write_text("{}")
     assert study.plan() == {}
 
 
-def test_a_data_set_and_weights_that_are_made_again_and_are_the_same_plan_nothing(study):
+def test_identical_new_data_set_and_weights_plan_nothing(study):
     remade = ["results/squares/data/manifest.json", "results/weights/reader.json"]
     before = {path: (study.folder / path).read_bytes() for path in remade}
     result = study.run("--cores", "2", "--force", *remade)
@@ -90,7 +90,7 @@ def test_changing_a_note_plans_nothing(study):
     assert study.plan() == {}
 
 
-def test_an_added_encoder_plans_its_own_jobs_its_pairs_and_what_aggregates(study):
+def test_an_added_encoder_plans_its_jobs_its_pairs_and_the_summaries(study):
     config = study.config
     config["encoders"]["added"] = encoder_entry("./models/second-reader", "text", "language")
     study.config = config
@@ -111,12 +111,12 @@ def test_an_added_encoder_plans_its_own_jobs_its_pairs_and_what_aggregates(study
     }
 
 
-def test_an_encoders_changed_setting_plans_that_encoders_jobs_alone(study):
+def test_an_encoders_changed_setting_plans_only_its_jobs(study):
     config = study.config
     config["encoders"]["viewer"]["image_size"] = 48
     study.config = config
     assert study.plan() == {
-        "weights": 1,  # which tries whether the encoder can be read so
+        "weights": 1,  # which tests that the encoder can be read with it
         "activations": 1,
         "sae": LAYERS,
         "features": 1,
@@ -125,7 +125,7 @@ def test_an_encoders_changed_setting_plans_that_encoders_jobs_alone(study):
         "metrics_pair": 1,
         "names": 1,
         "examples": 1,
-        "pages_member": 2,  # its own, and those of the member that it is compared with
+        "pages_member": 2,  # its own, and those of the member it is compared with
         "pages_index": 1,
         **MATRIX,
         **SHAREDNESS,
@@ -134,7 +134,7 @@ def test_an_encoders_changed_setting_plans_that_encoders_jobs_alone(study):
     }
 
 
-def test_an_added_seed_leaves_activations_and_other_seeds_alone(study):
+def test_an_added_seed_keeps_activations_and_other_seeds(study):
     config = study.config
     config["encoders"]["viewer"]["seeds"] = [0, 1]
     config["analyses"]["layerwise"]["viewer"] = {"pairs": [["viewer@0", "viewer@1"]]}
@@ -149,7 +149,7 @@ def test_an_added_seed_leaves_activations_and_other_seeds_alone(study):
         "pages_member": 2,
         "pages_pair": 2,
         "pages_index": 1,
-        **MATRIX,  # of which the other seed is now a ceiling
+        **MATRIX,  # the other seed is now its ceiling
         **LAYERWISE,
         **SAE_REPORT,
         **CHANGED_STUDY,
@@ -157,7 +157,7 @@ def test_an_added_seed_leaves_activations_and_other_seeds_alone(study):
 
 
 def without_tokens(study):
-    """As a run with ``keep_tokens: false`` leaves it, which deletes them as soon as SAEs are trained."""
+    """As after a run with ``keep_tokens: false``, which deletes them as soon as SAEs are trained."""
     shutil.rmtree(study.folder / "results/squares/tokens")
     study.config = study.config | {"keep_tokens": False}
     return study.config
@@ -168,7 +168,7 @@ def test_a_study_whose_tokens_are_deleted_plans_nothing(study):
     assert study.plan() == CHANGED_STUDY
 
 
-def test_an_added_encoder_and_an_analysis_extract_no_others_whose_tokens_are_deleted(study):
+def test_an_added_encoder_or_analysis_extracts_no_other_encoders_with_deleted_tokens(study):
     config = without_tokens(study)
     config["encoders"]["added"] = encoder_entry("./models/second-reader", "text", "language")
     config["analyses"]["layerwise"]["both"] = {"pairs": [["viewer", "reader@1"]]}
@@ -178,7 +178,7 @@ def test_an_added_encoder_and_an_analysis_extract_no_others_whose_tokens_are_del
     assert planned == planned | jobs
 
 
-def test_an_added_seed_extracts_and_trains_anew_the_encoder_whose_tokens_are_deleted(study):
+def test_an_added_seed_extracts_and_retrains_an_encoder_with_deleted_tokens(study):
     config = without_tokens(study)
     config["encoders"]["viewer"]["seeds"] = [0, 1]
     config["analyses"]["layerwise"]["viewer"] = {"pairs": [["viewer@0", "viewer@1"]]}
@@ -187,7 +187,7 @@ def test_an_added_seed_extracts_and_trains_anew_the_encoder_whose_tokens_are_del
     assert planned == planned | {"activations": 1, "sae": 2 * LAYERS, "features": 2}
 
 
-def test_parts_of_an_extraction_are_jobs_of_their_own(new_study):
+def test_parts_of_an_extraction_are_separate_jobs(new_study):
     config = new_study.config
     config["encoders"]["reader"]["parts"] = 3
     new_study.config = config
@@ -195,7 +195,7 @@ def test_parts_of_an_extraction_are_jobs_of_their_own(new_study):
     assert planned == planned | {"activations": 1, "activations_part": 3, "activations_join": 1, "sae": 3 * LAYERS}
 
 
-def test_a_second_sae_setting_leaves_the_first_alone(study):
+def test_a_second_sae_setting_keeps_the_results_of_the_first(study):
     config = study.config
     config["saes"]["sparser"] = {"expansion": 2, "k": 2, "learning_rate": 1e-2}
     study.config = config
@@ -203,7 +203,7 @@ def test_a_second_sae_setting_leaves_the_first_alone(study):
     assert study.plan() == {**new, **TABLES_AND_FIGURES, **CHANGED_STUDY}
 
 
-def test_a_changed_sae_setting_plans_training_and_what_follows(study):
+def test_a_changed_sae_setting_plans_training_and_later_stages(study):
     config = study.config
     config["saes"]["tiny"]["k"] = 3
     study.config = config
@@ -211,7 +211,7 @@ def test_a_changed_sae_setting_plans_training_and_what_follows(study):
     assert study.plan() == {**made, **SHOWN, **TABLES_AND_FIGURES, **CHANGED_STUDY}
 
 
-def test_swapped_settings_of_two_encoders_are_seen(study):
+def test_detects_swapped_settings_of_two_encoders(study):
     config = study.config
     reader, viewer = config["encoders"]["reader"], config["encoders"]["viewer"]
     reader["batch_size"], viewer["batch_size"] = 16, 8
@@ -256,13 +256,13 @@ def test_swapped_settings_of_two_encoders_are_seen(study):
         ("analysis/ask.py", {}),
     ],
 )
-def test_an_edited_stage_plans_that_stage_and_what_follows(study, source, planned):
+def test_an_edited_stage_plans_that_stage_and_later_ones(study, source, planned):
     path = study.folder / "src" / "conceptshare" / source
     path.write_text(path.read_text() + "\n")
     assert study.plan() == (planned | CHANGED_STUDY if planned else {})
 
 
-def test_a_dataset_that_changed_plans_everything_but_weights(study):
+def test_a_changed_data_set_plans_everything_but_weights(study):
     config = study.config
     config["datasets"]["squares"]["limit"] = 30
     study.config = config
@@ -281,7 +281,7 @@ def test_a_dataset_that_changed_plans_everything_but_weights(study):
 
 
 @pytest.mark.parametrize("listed", [5000, 2], ids=["listed", "digest"])
-def test_an_image_that_a_table_names_is_read_again_when_it_changes(new_study, listed):
+def test_a_changed_image_of_a_table_is_read_again(new_study, listed):
     source = new_study.folder / "src/conceptshare/data/rows.py"
     source.write_text(source.read_text().replace("LISTED = 5000", f"LISTED = {listed}"))
     colours = ["red", "lime", "blue", "black"]
@@ -298,7 +298,7 @@ def test_an_image_that_a_table_names_is_read_again_when_it_changes(new_study, li
     Image.new("RGB", (8, 8), "white").save(new_study.folder / "red.png")
     assert new_study.plan(manifest) == {"dataset": 1}
     job = ["--mode", "remote", "--force", "--nolock", "--target-jobs", "pages_samples:study=miniature,dataset=squares"]
-    assert new_study.plan(*job) == {"pages_samples": 1}  # and not the data set within a job that follows it
+    assert new_study.plan(*job) == {"pages_samples": 1}  # and not within a later job
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_an_image_that_a_table_names_is_read_again_when_it_changes(new_study, li
     ],
     ids=["memory", "precision"],
 )
-def test_settings_of_correlations_plan_the_pairs_whose_results_they_change(study, changes, correlations):
+def test_correlation_settings_plan_only_the_affected_pairs(study, changes, correlations):
     config = study.config
     config["correlations"] |= changes
     study.config = config
@@ -319,7 +319,7 @@ def test_settings_of_correlations_plan_the_pairs_whose_results_they_change(study
     assert planned or not correlations
 
 
-def test_the_workflow_is_parsed_without_what_computes(new_study):
+def test_parsing_the_workflow_imports_no_compute_libraries(new_study):
     result = new_study.start("python", "-X", "importtime", "-m", "snakemake", "-n")
     assert result.returncode == 0, result.stdout + result.stderr
     imported = set(re.findall(r"\| +([\w.]+)$", result.stderr, re.MULTILINE))
@@ -327,7 +327,7 @@ def test_the_workflow_is_parsed_without_what_computes(new_study):
     assert not imported & {"torch", "transformers", "datasets", "zarr", "scipy", "matplotlib"}
 
 
-def test_a_config_file_of_countless_aliases_is_refused_before_snakemake_writes_them_out(new_study):
+def test_refuses_a_config_with_countless_aliases_before_snakemake_expands_them(new_study):
     lines = ["a0: &a0 [x]"] + [f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 40)]
     (new_study.folder / "config.yaml").write_text("\n".join(lines))
     result = new_study.run("-n")
@@ -336,12 +336,12 @@ def test_a_config_file_of_countless_aliases_is_refused_before_snakemake_writes_t
 
 
 @pytest.mark.parametrize("arguments", [(), ("--cores", "2"), ("--profile", "slurm"), ("--profile", "gpu")])
-def test_the_default_study_plans_as_typed_in_the_clone(arguments):
+def test_the_default_study_plans_with_the_documented_commands(arguments):
     result = Project(CLONE).run("-n", *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_a_matrix_with_the_papers_encoders_is_set_next_to_the_papers_numbers(new_study):
+def test_compares_a_matrix_of_the_papers_encoders_with_the_paper(new_study):
     config = new_study.config
     config["datasets"] = {"coco": config["datasets"]["squares"], "squares": config["datasets"]["squares"]}
     config["encoders"] = {"bert-base": config["encoders"]["reader"], "vit-base": config["encoders"]["viewer"]}
@@ -358,7 +358,7 @@ def test_a_matrix_with_the_papers_encoders_is_set_next_to_the_papers_numbers(new
     assert compared == ["results/studies/miniature/coco/tiny/matrices/all"]
 
 
-def test_a_figure_costs_its_module_its_caption_and_its_line(study):
+def test_a_new_figure_needs_only_its_module_its_caption_and_its_line(study):
     library = study.folder / "src" / "conceptshare"
     (library / "figures" / "_rows.py").write_text("def draw_rows(table, out):\n    out.write_text(str(len(table)))\n")
     (study.folder / "workflow/report/rows.rst").write_text("How many rows the matrix has.\n")

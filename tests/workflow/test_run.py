@@ -1,4 +1,4 @@
-"""A whole miniature study through real Snakemake: its numbers, its repeatability, and what it does with bad input."""
+"""A complete miniature study through real Snakemake: its numbers, repeatability and handling of bad input."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def weighted_mean(values, weights):
     return (values * weights).sum() / weights.sum()
 
 
-def test_every_table_and_figure_is_there_and_every_job_left_a_log(finished):
+def test_writes_every_table_and_figure_and_a_log_per_job(finished):
     tables = {"overlaps", "pairs/reader@0__reader@1", "pairs/reader@0__viewer@0"}
     both = {"matrices/all", "matrices/all.averages", "layerwise/seeds", "sharedness/seen", "sharedness/own", "saes"}
     figures = {f"matrices/all.{part}" for part in ("intervals", "similarity", "strength")}
@@ -54,7 +54,7 @@ def test_every_table_and_figure_is_there_and_every_job_left_a_log(finished):
     assert len(logs) == stages + (5 + 1 + 3 * 2 + 1) + (3 + 3 + 1 + 3 + 2 + 1) + 1
 
 
-def test_every_job_that_computes_logs_its_device_in_one_line(finished):
+def test_compute_jobs_log_their_device_in_one_line(finished):
     places = ("activations", "saes", "features", "correlations", "similarity", "examples")
     logs = [path for place in places for path in (finished.folder / "results/logs/squares" / place).rglob("*.log")]
     assert len(logs) == 2 + 3 * LAYERS + 3 + 2 + 1 + 3
@@ -137,30 +137,30 @@ def test_similarity_equals_a_direct_computation_from_the_activations(finished):
     assert matrix[matrix.reading == "last"].cka.tolist() == pytest.approx([cka, cka], abs=1e-4)
 
 
-def test_saes_learnt(finished):
+def test_saes_learn(finished):
     for path in (finished.folder / "results/squares/saes/tiny").rglob("loss.csv"):
         losses = pd.read_csv(path).loss
         assert losses.iloc[-1] < losses.iloc[0]
 
 
 def results_of(study):
-    """The bytes of every file that two runs have in common: all but logs, and how results came about."""
+    """The bytes of every file that must be equal in two runs: all except logs and provenance."""
     folder = study.folder / "results"
     logs = folder / "logs"
     return {path: content for path, content in contents(folder).items() if not (folder / path).is_relative_to(logs)}
 
 
-def test_another_run_on_other_cores_in_parts_and_without_keeping_tokens_gives_the_same_bytes(finished, new_study):
+def test_results_do_not_depend_on_cores_parts_or_keep_tokens(finished, new_study):
     config = new_study.config | {"keep_tokens": False}
     config["encoders"]["reader"]["parts"] = 2
     new_study.config = config
-    # The study's own tables, figures and pages are compared in the tests of a study that stores no tokens.
+    # Tables, figures and pages are compared in the tests of the streamed study.
     expected = {
         path: file
         for path, file in results_of(finished).items()
         if not path.startswith(("studies/", "squares/tokens/"))
     }
-    # First with a Python for each job, as users have.
+    # First with a separate Python per job, as for users.
     for result in (
         new_study.start("snakemake", "--cores", "1", "results/squares/features/tiny/viewer@0.zarr"),
         new_study.run("--cores", "1", "--until", "names", "examples", "correlations", "similarity"),
@@ -172,14 +172,14 @@ def test_another_run_on_other_cores_in_parts_and_without_keeping_tokens_gives_th
     assert [path for path in found if found[path] != expected[path]] == []
 
 
-def test_a_study_tells_what_it_is_and_with_what_it_was_made(finished):
-    told = json.loads((finished.folder / "results/studies/miniature/provenance.json").read_text())
-    assert told["study"]["encoders"]["reader"]["seeds"] == [0, 1]
-    assert told["study"]["encoders"]["reader"]["batch_size"] == 32  # a default
-    assert told["study"]["datasets"]["squares"]["order_seed"] == 0
-    assert "note" not in told["study"]["encoders"]["reader"]
-    assert told["versions"]["torch"] == torch.__version__.partition("+")[0]
-    assert told["conceptshare"] == {"version": version("conceptshare"), "commit": None, "dirty": None}  # no git clone
+def test_the_provenance_of_a_study_has_its_settings_and_versions(finished):
+    record = json.loads((finished.folder / "results/studies/miniature/provenance.json").read_text())
+    assert record["study"]["encoders"]["reader"]["seeds"] == [0, 1]
+    assert record["study"]["encoders"]["reader"]["batch_size"] == 32  # a default
+    assert record["study"]["datasets"]["squares"]["order_seed"] == 0
+    assert "note" not in record["study"]["encoders"]["reader"]
+    assert record["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert record["conceptshare"] == {"version": version("conceptshare"), "commit": None, "dirty": None}  # no git clone
     sae = json.loads((finished.folder / "results/squares/saes/tiny/reader/layer-01/seed-1/provenance.json").read_text())
     arguments = sae["job"]["arguments"]
     assert arguments[:2] == ["sae", "train"]
@@ -255,7 +255,7 @@ def test_bad_input_fails_its_job_with_a_clear_message_and_no_output(new_study, s
     assert not list(new_study.folder.rglob("*.partial"))
 
 
-def test_encoders_that_are_not_what_they_should_be_fail_their_jobs_each_with_a_message_of_its_own(new_study):
+def test_encoders_that_do_not_fit_their_entries_fail_with_specific_messages(new_study):
     spoil_weights(new_study)
     config = new_study.config
     reader, second = config["encoders"]["reader"], {"model": "./models/second-reader"}
@@ -275,7 +275,7 @@ def test_encoders_that_are_not_what_they_should_be_fail_their_jobs_each_with_a_m
     assert not list(new_study.folder.rglob("*.partial"))
 
 
-def test_few_undecodable_images_are_dropped_for_all_encoders_and_listed(new_study):
+def test_drops_and_lists_a_few_undecodable_images_for_all_encoders(new_study):
     spoil_images(new_study)
     config = new_study.config
     config["datasets"]["squares"]["max_dropped"] = 0.1

@@ -1,4 +1,4 @@
-"""What a study's free text and a user's secrets come to in real runs."""
+"""A study's free text and a user's secrets in real runs."""
 
 import os
 import re
@@ -15,7 +15,7 @@ TOKEN_IN_FILE = "hf_another_that_stays_in_its_file"
 AWKWARD = "a b'c\";$(touch pwned)`touch pwned`& { é"
 
 
-def test_free_text_of_a_study_reaches_no_shell(new_study):
+def test_free_text_of_a_study_does_not_reach_a_shell(new_study):
     config = new_study.config
     (new_study.folder / "squares.parquet").unlink()
     write_dataset(new_study.folder / f"{AWKWARD}.parquet", columns=(AWKWARD, f"words {AWKWARD}"))
@@ -34,7 +34,7 @@ def test_free_text_of_a_study_reaches_no_shell(new_study):
     made = ["results/squares/data/manifest.json", "results/weights/reader.json"]
     result = new_study.run("--cores", "2", *made)
     assert result.returncode == 0, result.stdout + result.stderr
-    # This rule runs last, when all results are there: its command is enough.
+    # This rule runs last, when all results exist: its command is sufficient.
     command = re.search(r"python -m conceptshare provenance .*", shown.stdout)[0]
     made += ["results/studies/miniature/provenance.json"]
     (new_study.folder / "results/logs/studies/miniature").mkdir(parents=True)
@@ -44,7 +44,7 @@ def test_free_text_of_a_study_reaches_no_shell(new_study):
     assert not list(new_study.folder.rglob("pwned"))
 
 
-def test_a_path_with_a_wildcard_in_it_is_refused_and_not_another_file(new_study):
+def test_refuses_a_path_with_a_wildcard(new_study):
     config = new_study.config
     (new_study.folder / "squares.parquet").rename(new_study.folder / "{dataset}.parquet")
     (new_study.folder / "squares.parquet").touch()
@@ -55,7 +55,7 @@ def test_a_path_with_a_wildcard_in_it_is_refused_and_not_another_file(new_study)
     assert "{dataset}.parquet: Snakemake treats text in braces as a wildcard" in result.stdout + result.stderr
 
 
-def test_a_name_that_is_no_utf_8_is_refused_by_that_name(new_study):
+def test_refuses_a_name_that_is_not_utf_8(new_study):
     (new_study.folder / "set").mkdir()
     (new_study.folder / "squares.parquet").rename(new_study.folder / "set" / os.fsdecode(b"caf\xe9.parquet"))
     config = new_study.config
@@ -67,7 +67,7 @@ def test_a_name_that_is_no_utf_8_is_refused_by_that_name(new_study):
     assert "UnicodeEncodeError" not in result.stdout + result.stderr
 
 
-def test_no_file_of_a_run_holds_a_token(tmp_path):
+def test_no_file_of_a_run_contains_the_token(tmp_path):
     project = new_clone(tmp_path / "clone")
     write_dataset(tmp_path / "squares.parquet")
     models.bert(tmp_path / "reader")
@@ -99,7 +99,7 @@ def test_no_file_of_a_run_holds_a_token(tmp_path):
             text=True,
             check=False,
         )
-        assert {request.token for request in hub.log} == {TOKEN}  # or it would prove nothing
+        assert {request.token for request in hub.log} == {TOKEN}  # otherwise it would prove nothing
     assert found.returncode != 0
     logs = project.folder / "results/logs"
     assert "access is refused (401)" in (logs / "weights/refused.log").read_text()

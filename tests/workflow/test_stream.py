@@ -24,14 +24,14 @@ def stream(streamed, tmp_path):
     return streamed.copy(tmp_path / "clone")
 
 
-def test_a_fresh_study_plans_one_job_an_encoder(new_study):
+def test_a_fresh_study_plans_one_job_per_encoder(new_study):
     new_study.config = new_study.config | {"stream": True}
     rest = {"features": 3, "correlations": 2, "similarity": 1, "pages_samples": 1, **SHOWN}
     rest |= TABLES_AND_FIGURES | CHANGED_STUDY
     assert new_study.plan() == {"dataset": 1, "weights": 2, "stream": 2, **rest}
 
 
-def test_every_sae_feature_and_table_is_that_of_stored_tokens(finished, streamed):
+def test_all_results_equal_those_of_stored_tokens(finished, streamed):
     results = [project.folder / "results" for project in (finished, streamed)]
     saes = contents(results[0] / "squares/saes/tiny")
     assert len(saes) == 6 * 3 * LAYERS
@@ -43,7 +43,7 @@ def test_every_sae_feature_and_table_is_that_of_stored_tokens(finished, streamed
         assert one
 
 
-def test_no_tokens_are_stored(streamed):
+def test_stores_no_tokens(streamed):
     assert list((streamed.folder / "results").rglob("tokens")) == []
     assert not (streamed.folder / "results/squares/activations").exists()
     assert not (streamed.folder / "results/squares/tokens").exists()
@@ -53,7 +53,7 @@ def test_a_finished_stream_plans_nothing(stream):
     assert stream.plan() == {}
 
 
-def test_an_added_encoder_plans_its_own_jobs_its_pairs_and_what_aggregates(stream):
+def test_an_added_encoder_plans_its_jobs_its_pairs_and_the_summaries(stream):
     config = stream.config
     config["encoders"]["added"] = encoder_entry("./models/second-reader", "text", "language")
     stream.config = config
@@ -73,7 +73,7 @@ def test_an_added_encoder_plans_its_own_jobs_its_pairs_and_what_aggregates(strea
     }
 
 
-def test_a_new_analysis_of_what_is_there_trains_nothing(stream):
+def test_a_new_analysis_of_existing_members_trains_nothing(stream):
     config = stream.config
     config["analyses"]["layerwise"]["both"] = {"pairs": [["reader@1", "viewer"]]}
     stream.config = config
@@ -82,14 +82,14 @@ def test_a_new_analysis_of_what_is_there_trains_nothing(stream):
     assert planned["correlations"] == 1
 
 
-def test_an_added_seed_trains_its_encoders_anew_and_no_others(stream):
+def test_an_added_seed_retrains_only_its_encoder(stream):
     config = stream.config
     config["encoders"]["viewer"]["seeds"] = [0, 1]
     stream.config = config
     assert stream.plan()["stream"] == 1
 
 
-def test_a_changed_setting_trains_all_anew_and_a_second_one_leaves_the_first_alone(stream):
+def test_a_changed_setting_retrains_all_and_an_added_one_keeps_the_first(stream):
     config = stream.config
     config["saes"]["tiny"]["k"] = 3
     stream.config = config
@@ -101,7 +101,7 @@ def test_a_changed_setting_trains_all_anew_and_a_second_one_leaves_the_first_alo
     assert changed["stream"] == 2
 
 
-def test_a_stream_is_no_extraction_of_parts(new_study):
+def test_a_stream_cannot_be_split_into_parts(new_study):
     config = new_study.config | {"stream": True}
     config["encoders"]["viewer"]["parts"] = 2
     new_study.config = config
@@ -110,7 +110,7 @@ def test_a_stream_is_no_extraction_of_parts(new_study):
     assert "encoders.viewer.parts: a stream is one job" in result.stdout + result.stderr
 
 
-def test_going_back_to_stored_tokens_makes_them(stream):
+def test_switching_back_to_stored_tokens_extracts_them(stream):
     stream.config = stream.config | {"stream": False}
     planned = stream.plan()
     assert (planned["activations"], planned["sae"], planned["features"]) == (2, 3 * LAYERS, 3)
