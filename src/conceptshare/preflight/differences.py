@@ -1,8 +1,7 @@
 """Results that were made with other settings than a study asks for.
 
-Snakemake makes a result again if its settings changed, by what it noted in `.snakemake` when it made it. Without those
-notes, or with results that were copied there, it takes what lies in the results' folder. But results carry their
-settings.
+Snakemake reruns jobs whose settings differ from those recorded in `.snakemake`. Without these records, or for results
+copied from elsewhere, it accepts existing files as they are. The results themselves record their settings.
 """
 
 import json
@@ -23,21 +22,21 @@ _LISTED = 100
 
 
 class Difference(NamedTuple):
-    """A result that carries another setting than the study asks for."""
+    """A result whose recorded setting differs from the study's."""
 
     result: Path
-    """What to delete to have it made again."""
+    """Path to delete so that the result is made again."""
     file: Path
-    """The output that Snakemake notes it by."""
+    """The output under which Snakemake records it."""
     key: str
-    """The parameter that Snakemake notes for what the study asks for."""
+    """The parameter that Snakemake records for the study's setting."""
     setting: str
     found: Any
     wanted: Any
 
 
 def differences(study: Study, results: Path) -> Iterator[Difference]:
-    """The results of a study that are there and carry other settings than it asks for.
+    """The existing results of a study whose recorded settings differ from it.
 
     Args:
         study: the study.
@@ -97,7 +96,7 @@ def _of_names(study: Study, at: Callable[..., Path]) -> Iterator[Difference]:
 
 
 def _of_analyses(study: Study, results: Path) -> Iterator[Difference]:
-    """Differences of the tables and figures, which carry no settings: those of the study's own record, then."""
+    """Differences of tables and figures, which record no settings, from the study's provenance record."""
     folder = path(layout.STUDY_FOLDER, results, study=study.study)
     file, key = folder / PROVENANCE, study.study_key()
     recorded, wanted = read_object(file).get("study"), json.loads(key)
@@ -113,7 +112,7 @@ def _of_analyses(study: Study, results: Path) -> Iterator[Difference]:
         first = [
             {f"{name}@{spec['seeds'][0]}" for name, spec in asked["encoders"].items()} for asked in (recorded, wanted)
         ]
-        for member in sorted(first[0] - first[1]):  # what is added has files of its own, which Snakemake sees
+        for member in sorted(first[0] - first[1]):  # Snakemake detects added members by their missing files
             yield Difference(folder, file, key, "encoders", member, "without it")
 
 
@@ -138,7 +137,7 @@ def _spec(store: Path) -> Mapping[str, Any]:
 
 
 def in_words(found: Iterable[Difference]) -> str:
-    """Lines that name results, their settings and those asked for, and what to do; nothing where there are none."""
+    """Lines that name each result, its setting, the study's setting and the remedy; empty without differences."""
     by_folder: dict[Path, dict[Path, Difference]] = {}
     for one in found:
         by_folder.setdefault(one.result.parent, {}).setdefault(one.result, one)

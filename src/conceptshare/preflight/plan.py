@@ -1,7 +1,7 @@
 """Estimate what a study will cost from the study alone: disk, arithmetic, memory and hours on one GPU.
 
-It follows what each stage does, and runs none: no torch, no model, and of data only the rows of tables. Sizes are
-those of the arrays; of them, features, half of which are zero, are compressed to about half.
+It models each stage without running it: no torch and no models are loaded, and only the rows of tables are counted.
+Sizes are those of uncompressed arrays; features, half of which are zero, compress to about half.
 """
 
 import json
@@ -32,97 +32,97 @@ from conceptshare.io.sizes import (
 )
 
 RESULTS = Path("results")
-"""Where data sets that are already made lie."""
+"""The folder of existing data sets."""
 
 GPU_MEMORY_BYTES = 64 * 10**9
-"""What correlations may take where the study gives no bound: four fifths of a GPU with 80 GB."""
+"""Memory of correlations if the study sets no limit: four fifths of a GPU with 80 GB."""
 
-# A photograph as COCO has them, where the data set is neither made nor a file on this machine.
+# A photograph like those of COCO, if the data set neither exists nor is a file on this machine.
 _SAMPLE_BYTES = 160_000
 # Side of images and patches, and length of captions, for entries without `tokens`.
 _IMAGE_SIZE, _PATCH = 224, 14
 _CAPTION_TOKENS = 16
-# Python with torch and a library of models, before it has loaded anything.
+# Python with torch and a model library, before a model is loaded.
 _PROCESS_BYTES = 1_000_000_000
 # A thumbnail of a photograph, with its caption.
 _THUMBNAIL_BYTES = 5_000
-# What a site says of a sample of a feature, of a bar of its histogram, and of its best match in a member.
+# Data in a site per sample of a feature, per bar of its histogram, and per best match.
 _SHOWN_BYTES, _BAR_BYTES, _MATCH_BYTES = 16, 4, 16
-# Samples of a feature that are shown besides the strongest.
+# Samples shown per feature in addition to the strongest.
 _WEAKER_SAMPLES = len(QUANTILES) * NEAR
 # Python's overhead for the activations of a feature in a sample.
 _FIRES_BYTES = 400
 # A pair of layers in a table of similarities.
 _SIMILARITY_BYTES = 32
-# Sums, products and roots of Adam for a parameter and step.
+# Adam's operations per parameter and step.
 _ADAM_FLOPS = 12
 
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast the machine is, on the average of a whole stage."""
+    """Speed of the machine, averaged over a stage."""
 
     tflops: float = 15
-    """Of the GPU, in 10^12 float32 operations a second; the default is about what an A100 sustains."""
+    """GPU speed in 10^12 float32 operations per second; the default is about what an A100 sustains."""
     disk_mb_per_s: float = 500
-    """Of reading and of writing, in 10^6 bytes a second."""
+    """Read and write speed, in 10^6 bytes per second."""
     cpu_gflops: float = 200
-    """Of the cores of one job, in 10^9 float32 operations a second, for what runs on them also where there is a GPU."""
+    """CPU speed per job, in 10^9 float32 operations per second, for work that never runs on a GPU."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one job costs, or all jobs of a rule."""
+    """Cost of one job, or of all jobs of a rule."""
 
     written: float = 0
     """Bytes that stay on disk."""
     read: float = 0
-    """Bytes read, as often as they are."""
+    """Bytes read, counting repeated reads."""
     flops: float = 0
-    """Floating-point operations on the GPU, or in its place."""
+    """Floating-point operations on the GPU, or on the CPU without one."""
     cpu_flops: float = 0
-    """Floating-point operations on the CPU, whether there is a GPU or not."""
+    """Floating-point operations that always run on the CPU."""
     memory: float = 0
-    """Peak memory of the largest job in bytes, the GPU's part in it."""
+    """Peak memory of the largest job in bytes, including GPU memory."""
 
     def hours(self, rates: Rates) -> float:
-        """Hours on one GPU, one thing at a time."""
+        """Hours on one GPU, without overlap of computing and I/O."""
         computing = self.flops / (rates.tflops * 1e12) + self.cpu_flops / (rates.cpu_gflops * 1e9)
         return (computing + (self.read + self.written) / (rates.disk_mb_per_s * 1e6)) / 3600
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study costs."""
+    """Estimated cost of a study."""
 
     study: str
     samples: dict[str, int]
-    """How many samples each data set has."""
+    """Number of samples per data set."""
     guessed: list[str]
-    """Encoders whose entry does not say how many tokens a sample has."""
+    """Encoders whose entry does not set the number of tokens per sample."""
     jobs: dict[str, int]
-    """Jobs of each rule that takes more than seconds, in the workflow's order, as if nothing were made."""
+    """Jobs per rule that takes more than seconds, in the workflow's order, as if no results existed."""
     costs: dict[str, Cost]
-    """What all jobs of such a rule cost."""
+    """Cost of all jobs of each of these rules."""
     rates: Rates
 
     def total(self) -> Cost:
-        """The whole study."""
+        """Total cost of the study."""
         return _sum(self.costs.values())
 
 
 def make_plan(study: Study, rates: Rates, samples: int | None = None, results: Path = RESULTS) -> Plan:
-    """Estimate what a study costs, as if no results existed.
+    """Estimate the cost of a study, as if no results existed.
 
     Args:
         study: the study.
-        rates: how fast the machine is.
-        samples: so many samples a data set, whatever it has.
-        results: where data sets that are already made lie, whose true size is then taken.
+        rates: the speed of the machine.
+        samples: number of samples per data set; by default, the actual numbers.
+        results: the folder of existing data sets, whose actual sizes are used.
 
     Raises:
-        StudyError: where nothing tells how many samples a data set has.
-        DatasetError: where a table whose rows are to be counted cannot be read.
+        StudyError: if the number of samples of a data set is unknown.
+        DatasetError: if a table cannot be read to count its rows.
     """
     counts = {name: samples or _samples(name, spec, results) for name, spec in study.datasets.items()}
     rules: tuple[str, ...] = ("dataset", "activations", "activations_part", "sae", "stream", "features")
@@ -132,7 +132,7 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
     needed = {member.encoder: study.encoders[member.encoder] for member in members}
     for name, N in counts.items() if members else ():
         data_bytes = _data_bytes(name, study.datasets[name], N, results)
-        copies = 1 if study.datasets[name].image_url is None else 2  # what is downloaded stays
+        copies = 1 if study.datasets[name].image_url is None else 2  # downloaded files are kept
         parts["dataset"].append(Cost(written=copies * data_bytes, read=data_bytes, memory=_PROCESS_BYTES))
         parts["pages_samples"].append(Cost(written=N * _THUMBNAIL_BYTES, read=data_bytes, memory=_PROCESS_BYTES))
         if not study.stream:
@@ -157,7 +157,7 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
             ]
             parts["similarity"] += [similarity_cost(needed[a], needed[b], N) for a, b in study.similarity_pairs()]
     jobs = {rule: len(costs) for rule, costs in parts.items() if costs}
-    if "activations_part" in jobs:  # one cost is that of an encoder's parts together
+    if "activations_part" in jobs:  # one cost covers all parts of an encoder
         jobs["activations_part"] = len(counts) * sum(spec.parts for spec in needed.values() if spec.parts > 1)
     return Plan(
         study=study.study,
@@ -170,7 +170,7 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
 
 
 def activations_cost(spec: EncoderSpec, N: int, data_bytes: float = 0) -> Cost:
-    """One forward pass over N samples, whose tokens are stored."""
+    """One forward pass over N samples, with tokens stored."""
     kept = len(spec.layer_numbers())
     a_layer = [tokens_bytes(spec, N), global_bytes(spec, N)]
     pending = kept * min(SHARD_BYTES, tokens_bytes(spec, N))
@@ -183,13 +183,13 @@ def activations_cost(spec: EncoderSpec, N: int, data_bytes: float = 0) -> Cost:
 
 
 def forward_flops(spec: EncoderSpec) -> float:
-    """Operations of a sample's forward pass: 24 L T D^2 + 4 L T^2 D, or what the entry says."""
+    """Operations per sample of a forward pass: 24 L T D^2 + 4 L T^2 D, or the number in the entry."""
     D, T = spec.width, positions(spec)
     return 24 * spec.layers * T * D**2 + 4 * spec.layers * T**2 * D if spec.gflops is None else spec.gflops * 1e9
 
 
 def _forward_bytes(spec: EncoderSpec) -> int:
-    """The model, activations of one batch in float32, and of those that wait to be used in float16."""
+    """Bytes of the model, of one batch of activations in float32, and of prefetched ones in float16."""
     batch = spec.batch_size * positions(spec) * spec.width * len(spec.layer_numbers())
     return 4 * 12 * spec.layers * spec.width**2 + (4 + 4 * 2) * batch
 
@@ -227,7 +227,7 @@ def training_flops(spec: EncoderSpec, settings: SAESettings, N: int) -> float:
 
 
 def stream_cost(spec: EncoderSpec, settings: SAESettings, N: int, seeds: int, data_bytes: float = 0) -> Cost:
-    """A forward pass an epoch, and one more over what is held out or measured, with all SAEs of an encoder."""
+    """A forward pass per epoch, and one over the samples for metrics, with training of all SAEs of an encoder."""
     kept, F = len(spec.layer_numbers()), settings.expansion * spec.width
     last = settings.held_out_samples(N) or measured(N, settings)
     passes = (settings.epochs * (N - settings.held_out_samples(N)) + last) / N
@@ -244,12 +244,12 @@ def stream_cost(spec: EncoderSpec, settings: SAESettings, N: int, seeds: int, da
 
 
 def sae_parameters(spec: EncoderSpec, settings: SAESettings) -> int:
-    """Numbers that an SAE learns: W_enc, W_dec and b_dec."""
+    """Number of parameters of an SAE: W_enc, W_dec and b_dec."""
     return 2 * spec.width * settings.expansion * spec.width + spec.width
 
 
 def measured(N: int, settings: SAESettings) -> int:
-    """Samples that metrics are taken over."""
+    """Number of samples used for metrics."""
     return min(settings.held_out_samples(N) or N, EVALUATED_SAMPLES)
 
 
@@ -270,19 +270,19 @@ def features_cost(spec: EncoderSpec, settings: SAESettings, N: int) -> Cost:
     sae = 4 * (2 * D * F + D + F)
     rows = min(FEATURE_ROWS, N)
     # A block of rows in float32, as computed, shifted and stored, and in float16, and values with their samples and
-    # order where top samples are merged.
+    # order while top samples are merged.
     working = F * (14 * rows + 16 * (rows + min(TOP_SAMPLES, N)))
     return Cost(
         written=kept * (features_bytes(F, N) + F * (28 + 8 * min(TOP_SAMPLES, N))),
         read=kept * (2 * global_bytes(spec, N) + sae),
-        # A GPU multiplies, twice, in seconds: this stands for what the CPU does with the products.
+        # The two products take seconds on a GPU; this is the CPU's share of the work.
         cpu_flops=kept * N * 2 * D * F,
         memory=_PROCESS_BYTES + 2 * sae + working,
     )
 
 
 def examples_cost(spec: EncoderSpec, settings: SAESettings, N: int, data_bytes: float = 0) -> Cost:
-    """Another forward pass over the strongest samples of all features, and where each fires there: 2 D a token."""
+    """A forward pass over the strongest samples of all features, and their activations there: 2 D per token."""
     D, F, kept = spec.width, settings.expansion * spec.width, len(spec.layer_numbers())
     shown = min(N, kept * F * SHOWN_SAMPLES)
     fires = kept * F * SHOWN_SAMPLES * usual_tokens(spec)
@@ -296,7 +296,7 @@ def examples_cost(spec: EncoderSpec, settings: SAESettings, N: int, data_bytes: 
 
 
 def member_pages_cost(spec: EncoderSpec, settings: SAESettings, others: int) -> Cost:
-    """What a site holds of a member's features: their samples, where they fire, and best matches in other members."""
+    """A site's data on a member's features: samples, token activations and best matches in other members."""
     F, kept = settings.expansion * spec.width, len(spec.layer_numbers())
     cell = 4 / 3 if spec.modality == "image" else 8  # in base64, or a number and a piece of text
     samples = SHOWN_SAMPLES * (cell * usual_tokens(spec) + _SHOWN_BYTES) + _WEAKER_SAMPLES * _SHOWN_BYTES
@@ -353,14 +353,14 @@ def similarity_cost(a: EncoderSpec, b: EncoderSpec, N: int) -> Cost:
 
 
 def positions(spec: EncoderSpec) -> int:
-    """Positions of a sample in a forward pass, padding included where the model always sees all of it."""
+    """Positions per sample in a forward pass, including padding if the model always attends to it."""
     if spec.modality == "text" and spec.context_length is not None and _padded(spec):
         return spec.context_length
     return usual_tokens(spec)
 
 
 def usual_tokens(spec: EncoderSpec) -> int:
-    """Tokens of a usual sample, padding left out: what the entry says, or a guess."""
+    """Tokens of a typical sample without padding: the number in the entry, or a guess."""
     if spec.tokens is not None:
         return spec.tokens
     if spec.modality == "image":
@@ -386,7 +386,7 @@ def global_bytes(spec: EncoderSpec, N: int) -> int:
 
 
 def chunk_bytes(spec: EncoderSpec) -> int:
-    """Bytes of one chunk of tokens, which is what is read for one of them."""
+    """Bytes of one chunk of tokens, the smallest unit that can be read."""
     row = 2 * spec.width
     return max(1, CHUNK_BYTES // row) * row
 
@@ -404,14 +404,14 @@ def headline(plan: Plan) -> str:
 
 
 def plan_as_json(plan: Plan) -> str:
-    """The estimate for machines: bytes, operations and hours, by rule and in all."""
+    """The estimate as JSON: bytes, operations and hours, per rule and in total."""
     costs = {rule: asdict(cost) | {"hours": cost.hours(plan.rates)} for rule, cost in plan.costs.items()}
     total = plan.total()
     return json.dumps(asdict(plan) | {"costs": costs, "total": asdict(total) | {"hours": total.hours(plan.rates)}})
 
 
 def plan_as_text(plan: Plan) -> str:
-    """The estimate as a table, with what it assumes below."""
+    """The estimate as a table, followed by its assumptions."""
     rows = [["rule", "jobs", "disk", "read", "FLOP", "memory", "hours"]]
     for rule, count in plan.jobs.items():
         rows.append([rule, f"{count:,}", *cost_cells(plan.costs[rule], plan.rates)])
@@ -425,7 +425,7 @@ def plan_as_text(plan: Plan) -> str:
 
 
 def cost_cells(cost: Cost, rates: Rates) -> list[str]:
-    """A cost for people: disk, read, FLOP, memory and hours."""
+    """Formatted cost: disk, read, FLOP, memory and hours."""
     flops = cost.flops + cost.cpu_flops
     return [
         format_bytes(cost.written),
@@ -455,7 +455,7 @@ def _assumptions(plan: Plan) -> list[str]:
 
 
 def format_bytes(count: float) -> str:
-    """A number of bytes for people, in three digits and powers of 1000."""
+    """Formatted number of bytes, with three digits and powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"
@@ -494,13 +494,13 @@ def _data_bytes(name: str, spec: DatasetSpec, N: int, results: Path) -> float:
 
 
 def _sample_read(spec: EncoderSpec, at_once: int) -> float:
-    """Bytes of the chunks that a sample's tokens lie in, of a layer too large for memory, so many samples at once."""
+    """Bytes read per sample for its tokens, from a layer too large for memory, with this many samples at once."""
     rows = chunk_bytes(spec) // (2 * spec.width)
     return (1 + (at_once * stored_tokens(spec) - 1) / rows) * chunk_bytes(spec) / at_once
 
 
 def _panels_read(F: int, width: int, N: int) -> int:
-    """Bytes of the chunks that all panels of a layer's F features lie in: those on a border are read twice."""
+    """Bytes read for all panels of a layer's F features; chunks on a boundary are read twice."""
     chunk = min(FEATURE_COLUMNS, F)
     chunks = sum(-(-min(first + width, F) // chunk) - first // chunk for first in range(0, F, width))
     return chunks * chunk * N * 2
