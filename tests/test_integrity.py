@@ -16,6 +16,7 @@ from conceptshare.analysis.tables import (
     averages_table,
     layerwise_table,
     matrix_table,
+    modality_means,
     pair_table,
     read_direction,
     read_table,
@@ -108,8 +109,8 @@ class Stages:
         write_table(averages_table(matrix, study / "correlations"), out / "a.csv")
 
     def formats(self, study, out):
-        tables = (read_table(study / "tables" / f"{n}.parquet", k) for n, k in (("all", "matrix"), ("a", "averages")))
-        write_matrices(*tables, out / "all")
+        matrix = read_table(study / "tables" / "all.parquet", "matrix")
+        write_matrices(matrix, modality_means(matrix), out / "all")
 
     def figures(self, study, out):
         rows = read_table(study / "tables" / "saes.parquet", "saes").itertuples()
@@ -135,7 +136,7 @@ READS = {
     "examples": ["features/vit@0.zarr", "saes/vit", "data"],
     "tables": ["features", "correlations", "similarity", "saes"],
     "averages": ["tables/all.parquet", "correlations"],
-    "formats": ["tables/all.parquet", "tables/a.parquet"],
+    "formats": ["tables/all.parquet"],
     "figures": ["tables/bert@0__vit@0.parquet", "tables/saes.parquet", "saes/vit"],
     "pages": ["features/vit@0.zarr", "examples", "names", "tables", "correlations/bert@0__vit@0.zarr"],
 }
@@ -265,7 +266,7 @@ EXCHANGES = [
     ("tables", "saes/vit/layer-00/seed-0", "saes/vit/layer-00/seed-1"),
     ("averages", "correlations/bert@0__vit@0.zarr", "correlations/bert@0__vit@1.zarr"),
     ("averages", "tables/all.parquet", "tables/layers.parquet"),
-    ("formats", "tables/all.parquet", "tables/a.parquet"),
+    ("formats", "tables/all.parquet", "tables/layers.parquet"),
     ("figures", "saes/vit/layer-00/seed-0", "saes/vit/layer-00/seed-1"),
     ("pages", "examples/vit@0/layer-00.parquet", "examples/vit@0/layer-02.parquet"),
     ("pages", "tables/shared.parquet", "tables/layers.parquet"),

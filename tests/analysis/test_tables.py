@@ -18,7 +18,6 @@ from conceptshare.analysis import paper, tables
 from conceptshare.analysis.tables import (
     Stores,
     averages_table,
-    check_made_from,
     check_ranking,
     layerwise_table,
     matrix_table,
@@ -598,7 +597,7 @@ def test_commands_write_the_tables_and_figures_of_a_matrix(study, tmp_path):
         averages_table(expected, stores.correlations),
         check_dtype=False,
     )
-    run("metrics", "formats", *tables, "--averages", averages.with_suffix(".parquet"), "--out", out / "all")
+    run("metrics", "formats", *tables, "--out", out / "all")
     assert {path.name for path in (out / "all").iterdir()} == {
         f"{stem}.{suffix}" for stem in (*READINGS, "averages") for suffix in ("csv", "md", "tex")
     }
@@ -607,10 +606,10 @@ def test_commands_write_the_tables_and_figures_of_a_matrix(study, tmp_path):
     pd.testing.assert_frame_equal(
         pd.read_parquet(out / "pairs/bert@1__vit@0.parquet"), pair_table("bert@1", "vit@0", stores)
     )
-    run("figures", "averages", "--table", averages, "--out", out / "averages.png")
+    run("figures", "averages", "--table", averages.with_suffix(".parquet"), "--out", out / "averages.png")
     for part in ("matrix", "intervals", "similarity"):
-        run("figures", part, "--table", matrix, "--out", out / f"{part}.png")
-    run("figures", "strength", "--table", matrix, "--pairs", out / "pairs", "--out", out / "strength.png")
+        run("figures", part, *tables, "--out", out / f"{part}.png")
+    run("figures", "strength", *tables, "--pairs", out / "pairs", "--out", out / "strength.png")
     for part in ("averages", "matrix", "intervals", "similarity", "strength"):
         assert (out / f"{part}.png").stat().st_size > (out / f"{part}.pdf").stat().st_size / 100 > 0
 
@@ -629,7 +628,7 @@ def test_commands_compare_a_matrix_with_the_papers(study, tmp_path):
     assert set(expected.source) == set(expected.target) == {"vit", "clip-text", "bert"}
     assert set(expected.reading) == {"layer_mean", "last"}
     pd.testing.assert_frame_equal(pd.read_parquet(agreement.with_suffix(".parquet")), paper.agreement(expected))
-    run("figures", "paper", "--table", cells, "--out", tmp_path / "all.paper.png")
+    run("figures", "paper", "--table", cells.with_suffix(".parquet"), "--out", tmp_path / "all.paper.png")
     assert (tmp_path / "all.paper.png").stat().st_size > 0
     assert (tmp_path / "all.paper.pdf").stat().st_size > 0
 
@@ -654,9 +653,8 @@ def test_a_matrix_of_two_seeds_of_one_encoder_omits_files_that_need_several_enco
     write_table(matrix, tmp_path / "all.csv")
     averages = ["--table", tmp_path / "all.parquet", "--correlations", stores.correlations]
     run("metrics", "averages", *averages, "--out", tmp_path / "all.averages.csv")
-    empty = ["--averages", tmp_path / "all.averages.parquet", "--out", tmp_path / "all"]
-    run("metrics", "formats", "--table", tmp_path / "all.parquet", *empty)
-    run("figures", "intervals", "--table", tmp_path / "all.csv", "--out", tmp_path / "intervals.png")
+    run("metrics", "formats", "--table", tmp_path / "all.parquet", "--out", tmp_path / "all")
+    run("figures", "intervals", "--table", tmp_path / "all.parquet", "--out", tmp_path / "intervals.png")
 
 
 @pytest.fixture
@@ -750,7 +748,7 @@ def test_parses_members(text, encoder, seed):
 
 @pytest.fixture
 def written(study, saes, tmp_path):
-    """Every table that a command reads, as CSV, and those commands."""
+    """Every table that a command reads, and their folder."""
     stores, folder = study[0], tmp_path / "tables"
     matrix, groups = matrix_table(MEMBERS, stores), (["bert@1"], ["clip-text@0"])
     names = {"vit@0": "vit-base@0", "clip-text@0": "clip-text-base@0", "bert@1": "bert-base@1"}
@@ -774,8 +772,7 @@ COMMANDS = [
     "figures intervals --table matrix",
     "figures similarity --table matrix",
     "figures strength --table matrix --pairs .",
-    "metrics formats --table matrix --averages averages",
-    "metrics formats --averages averages --table matrix",
+    "metrics formats --table matrix",
     "metrics averages --table matrix --correlations .",
     "metrics paper --table matrix --dataset coco --size base",
     "metrics agreement --table paper",
@@ -793,66 +790,33 @@ def test_a_table_of_the_wrong_kind_is_a_one_line_error_in_every_command(command,
     made, folder = written
     monkeypatch.chdir(folder)
     _, _, *given = command.split()
-    words = [*command.split()[:2], *(f"{word}.csv" if word in made else word for word in given)]
+    words = [*command.split()[:2], *(f"{word}.parquet" if word in made else word for word in given)]
     name = next(word for word in given if word in made)
     table, number = made[name], {"layerwise": "wmppc", "ranking": "delta", "saes": "fvu_all", "paper": "ours"}
-    column = number.get(name, "wmppc")
-    faults = {
-        "no rows": table[:0] if name != "averages" else table.rename(columns={"low": "lower"}),
-        "renamed": table.rename(columns={column: "value"}),
-        "twice": pd.concat([table, table]),
-        "words": table.assign(**{column: "much"}),
-        "not named": table.assign(**{table.columns[2]: np.nan}),
-    }
+    renamed = table.rename(columns={number.get(name, "wmppc"): "value"})
     out = {"figures": "out.png", "metrics": "out.csv"}[words[0]] if words[1] != "formats" else "out"
-    for fault, broken in faults.items():
-        broken.to_csv(f"{name}.csv", index=False)
+    for broken in (renamed, table[:0] if name != "averages" else renamed):
+        write_table(broken, folder / f"{name}.csv")
         error = CliRunner().invoke(app, [*words, "--out", out]).exception
-        assert isinstance(error, StoreError), (fault, error)
-        assert re.fullmatch(rf"{name}\.csv: .*; name another, or .* run the metrics stage( again)?", str(error)), fault
+        assert isinstance(error, StoreError), error
+        assert re.fullmatch(rf"{name}\.parquet: not a table of the kind .*; name another", str(error))
         assert not Path(out).exists()
 
 
-def test_refuses_tables_of_two_studies(written, study, monkeypatch):
-    """A CSV file does not record its inputs, so this is detected from its content."""
+def test_refuses_csv_and_names_the_parquet_file(written):
+    with pytest.raises(StoreError, match=r"matrix\.csv: .*; name matrix\.parquet$"):
+        read_table(written[1] / "matrix.csv", "matrix")
+
+
+def test_refuses_rankings_of_two_studies(written, study, monkeypatch):
     made, folder = written
     monkeypatch.chdir(folder)
-    ranking = made["ranking"].copy()
-    ranking.loc[2, "strength"] *= 1.001
-    ranking.to_csv("other.csv", index=False)
-    made["averages"].assign(wmppc=made["averages"].wmppc * 1.001).to_csv("averages.csv", index=False)
-    names = made["ranking"][["layer", "feature"]].assign(name="cat", candidate="cat", score=1, auc=1, source="captions")
-    names.to_csv("names.csv", index=False)
-
-    def error_of(command):
-        words = [*command.split(), "--out", "out" if "formats" in command else "out.csv"]
-        error = CliRunner().invoke(app, words).exception
-        assert isinstance(error, StoreError), error
-        return str(error)
-
-    assert re.match(
-        r"other\.csv: ranks other features .* than ranking\.csv;", error_of("metrics overlaps ranking.csv other.csv")
-    )
-    formats = "metrics formats --table matrix.csv --averages averages.csv"
-    assert error_of(formats).startswith("averages.csv: not the averages of this matrix; ")
-    correlations = f"--correlations {study[0].correlations}"
-    assert error_of(f"metrics averages --table matrix.csv {correlations}").startswith(
-        "matrix.csv: does not record which"
-    )
+    other = made["ranking"].copy()
+    other.attrs["features"] = other.attrs["features"] | {"vit@0": "other"}
+    write_table(other, folder / "other.csv")
+    error = CliRunner().invoke(app, ["metrics", "overlaps", "ranking.parquet", "other.parquet", "--out", "o.csv"])
+    assert re.match(r"other\.parquet: ranks other features .* than ranking\.parquet;", str(error.exception))
     store = study[0].features / "vit@0.zarr"
-    with pytest.raises(StoreError, match=r"^other\.csv: ranks other features of vit@0 than those of .*vit@0\.zarr;"):
-        check_ranking(
-            Path("other.csv"), read_table(Path("other.csv"), "sharedness"), store, study[0].statistics("vit@0")
-        )
-    check_ranking(Path("a.csv"), read_table(Path("ranking.csv"), "sharedness"), store, study[0].statistics("vit@0"))
-    with pytest.raises(StoreError, match=r"^names\.csv: does not record which features"):
-        check_made_from(Path("names.csv"), read_table(Path("names.csv"), "names"), store, "names")
-
-
-def test_reads_texts_of_a_csv_table_verbatim(tmp_path):
-    rows = {"encoder": ["NA", "007"], "seed": [0, 1], "layer": [0, 0], "latents": 4, "steps": 2}
-    numbers = {f"{name}_{tokens}": [0.5, np.nan] for name in ("fvu", "l0", "dead") for tokens in ("all", "global")}
-    write_table(pd.DataFrame(rows | numbers), tmp_path / "saes.csv")
-    read = [read_table(tmp_path / f"saes.{suffix}", "saes") for suffix in ("csv", "parquet")]
-    assert read[0].encoder.tolist() == ["NA", "007"]
-    pd.testing.assert_frame_equal(*read, check_dtype=False)
+    check_ranking(Path("ranking.parquet"), made["ranking"], store)
+    with pytest.raises(StoreError, match=r"^other\.parquet: made from other features of vit@0 than the current ones;"):
+        check_ranking(Path("other.parquet"), other, store)

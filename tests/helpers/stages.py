@@ -67,14 +67,7 @@ def arguments(stage, made, out):
         "correlations": ["correlations", *(made / f"features/bert@{n}.zarr" for n in (0, 1)), "--full", "0:2"],
         "similarity": ["similarity", f"{bert}.zarr", made / "activations/vit.zarr"],
         "metrics": ["metrics", "matrix", "all", "--study", made / "study.json", *stores],
-        "formats": [
-            "metrics",
-            "formats",
-            "--table",
-            made / "tables/all.parquet",
-            "--averages",
-            made / "tables/a.parquet",
-        ],
+        "formats": ["metrics", "formats", "--table", made / "tables/all.parquet"],
         "figures": ["figures", "saes", "--table", made / "tables/members.parquet", "--saes", made / "streams"],
     }
     places = [out / name for name in STAGES[stage]]

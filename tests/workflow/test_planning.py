@@ -368,7 +368,7 @@ def test_a_new_figure_needs_only_its_module_its_caption_and_its_line(study):
     planned = study.plan()
     assert planned["figures_rows"] == 1
     command = [sys.executable, "-m", "conceptshare", "figures", "rows"]
-    table = study.folder / "results/studies/miniature/squares/tiny/matrices/all.csv"
+    table = study.folder / "results/studies/miniature/squares/tiny/matrices/all.parquet"
     out = study.folder / "rows.png"
     subprocess.run([*command, "--table", table, "--out", out], env=study.environment, check=True)
-    assert out.read_text() == str(len(table.read_text().splitlines()) - 1)
+    assert out.read_text() == str(len(table.with_suffix(".csv").read_text().splitlines()) - 1)

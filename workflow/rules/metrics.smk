@@ -35,8 +35,7 @@ for table in products.TABLES:
 rule metrics_formats:
     input:
         table=product_file(products.table("matrix"), "parquet"),
-        averages=product_file(products.table("averages"), "parquet"),
-        code=code("analysis/formats.py", "analysis/paper/*"),
+        code=code("analysis/formats.py", "analysis/tables.py", "analysis/paper/*"),
     output:
         report(
             directory(f"{layout.ANALYSES}/matrices/{{name}}"),
@@ -64,8 +63,7 @@ rule metrics_formats:
     params:
         paper=paper_option,
     shell:
-        "python -m conceptshare metrics formats --table {input.table:q} --averages {input.averages:q}"
-        " {params.paper} --out {output:q} > {log:q} 2>&1"
+        "python -m conceptshare metrics formats --table {input.table:q} {params.paper} --out {output:q} > {log:q} 2>&1"
 
 
 # Every feature of two members with its best match. The pages show them; there are too many for a report.

@@ -71,7 +71,9 @@ def sharedness_of(source: Path, shared_with: Sequence[Path], not_shared_with: Se
         names[path]: max_correlations(stores[source].arrays[-1], stores[path].arrays[-1]).rho_ab[0] for path in groups
     }
     named = ([names[path] for path in group] for group in (shared_with, not_shared_with))
-    return ranking(names[source], last, statistics[last], rho, *named)
+    table = ranking(names[source], last, statistics[last], rho, *named)
+    table.attrs["features"] = {names[path]: stores[path].digest for path in stores}
+    return table
 
 
 def _stores(paths: Iterable[Path]) -> dict[Path, FeatureStore]:

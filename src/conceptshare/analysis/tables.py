@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
-from pandas.api.types import is_numeric_dtype
 
 from conceptshare import metrics
 from conceptshare.config.members import GroupedMember, Member, as_member, pair_name
@@ -42,28 +41,19 @@ MATRIX_COLUMNS = (
 
 _CELL = ("source", "target", "reading")
 _DIRECTION = ["reading", "source_modality", "target_modality"]
-_FEATURE = ("layer", "feature")
 _QUALITY = tuple(f"{measure}_{tokens}" for tokens in ("all", "global") for measure in ("fvu", "l0", "dead"))
-_COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "matrix": (_CELL, tuple(name for name in MATRIX_COLUMNS if name not in _CELL)),
-    "averages": (tuple(_DIRECTION), ("cells", "wmppc", "low", "high", "floor")),
-    "layerwise": (("source", "target", "source_layer", "target_layer"), ("wmppc", "floor")),
-    "sharedness": (_FEATURE, ("rank", "top", "source", "delta", "strength", "density", "rho_g", "rho_h")),
-    "pairs": (("source", "target", *_FEATURE), ("strength", "rho", "match_layer", "match_feature")),
-    "overlaps": (("source", "first", "second"), ("top", "overlap", "expected", "log10_p")),
-    "saes": (("encoder", "seed", "layer"), ("latents", "steps", *_QUALITY)),
-    "paper": (_CELL, ("ours", "low", "high", "paper", "difference")),
-    "names": (_FEATURE, ("name", "candidate", "score", "auc", "source")),
-    "similarity": (("source_layer", "target_layer"), SIMILARITIES),
+_COLUMNS: dict[str, tuple[str, ...]] = {
+    "matrix": MATRIX_COLUMNS,
+    "averages": (*_DIRECTION, "cells", "wmppc", "low", "high", "floor"),
+    "layerwise": ("source", "target", "source_layer", "target_layer", "wmppc", "floor"),
+    "sharedness": ("rank", "top", "source", "layer", "feature", "delta", "strength", "density", "rho_g", "rho_h"),
+    "overlaps": ("source", "first", "second", "top", "overlap", "expected", "log10_p"),
+    "saes": ("encoder", "seed", "layer", "latents", "steps", *_QUALITY),
+    "paper": (*_CELL, "ours", "low", "high", "paper", "difference"),
+    "names": ("layer", "feature", "name", "candidate", "score", "auc", "source"),
+    "similarity": ("source_layer", "target_layer", *SIMILARITIES),
 }
-"""Required columns per kind of table: those that identify a row, and others."""
-_TEXTS = {
-    *("source", "target", "source_modality", "target_modality", "source_kind", "target_kind", "reading", "encoder"),
-    *("first", "second", "name", "candidate", "shared_with", "not_shared_with"),
-}
-"""Columns of text."""
-_NEVER_BLANK = _TEXTS - {"name", "candidate"} | {"layer", "feature", "seed", "source_layer", "target_layer"}
-"""Columns without empty cells."""
+"""Columns that tables of a kind have at least."""
 _MAYBE_EMPTY = ("averages",)
 """Kinds of tables that may have no rows: if all members are of one encoder, there are no averages."""
 # Kinds of tables that other stages than `metrics` write.
@@ -91,7 +81,7 @@ class Stores(NamedTuple):
 
     def digests(self, members: Iterable[str]) -> dict[str, str]:
         """The digests of members' feature stores."""
-        return {member: _digest(self.features / f"{member}.zarr") for member in members}
+        return {member: features_digest(self.features / f"{member}.zarr") for member in members}
 
     def pair(self, source: str, target: str) -> PairCorrelations:
         """The best matches of the source's features in the target; see `read_pair`."""
@@ -145,7 +135,7 @@ def read_pair(correlations: Path, source: str, target: str, features: Mapping[st
     return pair
 
 
-def _digest(features: Path) -> str:
+def features_digest(features: Path) -> str:
     """The digest of a feature store, cached until the store changes."""
     return _digest_at(features, (features / "zarr.json").stat().st_mtime_ns if features.exists() else 0)
 
@@ -194,96 +184,41 @@ def active_statistics(path: Path) -> dict[int, FeatureStatistics]:
     return statistics
 
 
-def made_from(path: Path, table: pd.DataFrame, stage: str) -> Mapping[str, str]:
-    """The digests of the feature stores that a table was made from, by member.
-
-    Raises:
-        StoreError: if they are not recorded, as in CSV files.
-    """
-    if "features" not in table.attrs:
-        raise StoreError(
-            f"{path}: does not record which features it was made from; give the Parquet file of the {stage} stage"
-        )
-    digests: Mapping[str, str] = table.attrs["features"]
-    return digests
-
-
 def check_made_from(path: Path, table: pd.DataFrame, features: Path, stage: str) -> None:
     """Make sure that a table was made from a feature store; arguments as in `check_features`."""
-    check_features(path, made_from(path, table, stage), {features.stem: _digest(features)}, stage)
+    check_features(path, table.attrs.get("features", {}), {features.stem: features_digest(features)}, stage)
 
 
-def check_ranking(
-    path: Path, ranking: pd.DataFrame, features: Path, statistics: Mapping[int, FeatureStatistics]
-) -> None:
+def check_ranking(path: Path, ranking: pd.DataFrame, features: Path) -> None:
     """Make sure that a ranking ranks the features of a feature store.
-
-    Args:
-        path: the ranking.
-        ranking: its table.
-        features: the feature store.
-        statistics: statistics of its features, by layer.
 
     Raises:
         StoreError: if it ranks the features of another member, or was made from another store.
     """
-    other = next((source for source in ranking.source if source != features.stem), None)
-    if other is not None:
+    source = ranking.source[0]
+    if source != features.stem:
         raise StoreError(
-            f"{path}: ranks the features of {other}, but {features} is of {features.stem}; give {other}.zarr"
+            f"{path}: ranks the features of {source}, but {features} is of {features.stem}; give {source}.zarr"
         )
-    if "features" in ranking.attrs:
-        check_made_from(path, ranking, features, "metrics")
-    for layer, of_layer in ranking.groupby("layer"):
-        feature = of_layer.feature.to_numpy(np.int64)
-        if layer not in statistics or feature.max() >= len(statistics[layer].strength):
-            raise StoreError(
-                f"{path}: ranks features of layer {layer} that {features} does not have; give the store that the "
-                f"ranking was made from"
-            )
-        # A CSV file does not record its inputs, but every ranking has its features' strengths and densities.
-        of = statistics[layer]
-        if not _equals_written(of_layer[["strength", "density"]], np.stack([of.strength, of.density], 1)[feature]):
-            raise StoreError(
-                f"{path}: ranks other features of {features.stem} than those of {features}; give the store that the "
-                f"ranking was made from, or run the metrics stage again"
-            )
+    check_made_from(path, ranking, features, "metrics")
 
 
 def check_rankings(rankings: Mapping[Path, pd.DataFrame]) -> None:
-    """Make sure that rankings of one source rank the same features, by their strengths.
+    """Make sure that rankings of one source rank the same features.
 
     Raises:
         StoreError: if two rank different features, such as rankings of two studies.
     """
-    first: dict[str, tuple[Path, pd.Series]] = {}
+    first: dict[str, tuple[Path, str]] = {}
     for path, ranking in rankings.items():
-        strength = ranking.set_index("feature").strength.sort_index()
-        other, of_other = first.setdefault(ranking.source[0], (path, strength))
-        if not (strength.index.equals(of_other.index) and _equals_written(strength, of_other)):
+        source = ranking.source[0]
+        digest = ranking.attrs["features"][source]
+        other, of_other = first.setdefault(source, (path, digest))
+        if digest != of_other:
             raise StoreError(
-                f"{path}: ranks other features of {ranking.source[0]} than {other}; give rankings of one study, or run "
-                f"the metrics stage again"
+                f"{path}: ranks other features of {source} than {other}; give rankings of one study, or run the "
+                f"metrics stage again"
             )
-
-
-def check_averages(path: Path, averages: pd.DataFrame, matrix: pd.DataFrame) -> None:
-    """Make sure that modality averages are those of a matrix.
-
-    Raises:
-        StoreError: if they are not.
-    """
-    wanted = _averages(_averaged(matrix))
-    given = averages.set_index(_DIRECTION)[list(wanted.columns)].reindex(wanted.index)
-    if len(averages) != len(wanted) or not _equals_written(given, wanted):
-        raise StoreError(
-            f"{path}: not the averages of this matrix; give those made from it, or run the metrics stage again"
-        )
-
-
-def _equals_written(numbers: Any, exact: Any) -> bool:
-    """Whether numbers of a table equal the exact ones, up to the rounding of CSV files."""
-    return np.allclose(numbers, exact, rtol=1e-5, atol=1e-12, equal_nan=True)
 
 
 def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFrame:
@@ -472,7 +407,7 @@ def averages_table(matrix: pd.DataFrame, correlations: Path) -> pd.DataFrame:
         of_pair = dict(zip(metrics.READINGS, influence, strict=True))
         for group in cells[_DIRECTION].itertuples(index=False, name=None):
             influences[group] = influences.get(group, 0) + of_pair[group[0]].astype(np.float64)
-    averages = _averages(table)
+    averages = modality_means(matrix).set_index(_DIRECTION)
     averages = averages.reindex(sorted(influences, key=lambda group: (metrics.READINGS.index(group[0]), *group)))
     means = [influences[group] / count for group, count in averages.cells.items()]
     ends = metrics.bootstrap_intervals(averages.wmppc, np.stack(means)) if means else np.empty((0, 2))
@@ -489,9 +424,10 @@ def _averaged(matrix: pd.DataFrame) -> pd.DataFrame:
     return matrix[matrix.wmppc.notna() & (encoders[0] != encoders[1])]
 
 
-def _averages(cells: pd.DataFrame) -> pd.DataFrame:
-    """The number of cells per reading and direction, and the means of their wMPPC and floors."""
-    return cells.groupby(_DIRECTION).agg(cells=("wmppc", "size"), wmppc=("wmppc", "mean"), floor=("floor", "mean"))
+def modality_means(matrix: pd.DataFrame) -> pd.DataFrame:
+    """The number of cells of a matrix per reading and direction, and the means of their wMPPC and floors."""
+    cells = _averaged(matrix).groupby(_DIRECTION, as_index=False)
+    return cells.agg(cells=("wmppc", "size"), wmppc=("wmppc", "mean"), floor=("floor", "mean"))
 
 
 def layerwise_table(pairs: Sequence[tuple[str, str]], stores: Stores) -> pd.DataFrame:
@@ -759,13 +695,13 @@ def write_table(table: pd.DataFrame, out: Path) -> None:
 def read_table(
     path: Path, kind: str, columns: Sequence[str] | None = None, filters: Sequence[tuple[str, str, Any]] | None = None
 ) -> pd.DataFrame:
-    """Read a table of `write_table`: Parquet, whose seal is checked, or CSV, where only the columns can be checked.
+    """Read the Parquet file of a table of `write_table`, and check its seal.
 
     Args:
         path: the table.
         kind: kind of the table, such as ``"matrix"``.
-        columns: columns to read from Parquet; by default all.
-        filters: rows to read from Parquet.
+        columns: columns to read; by default all.
+        filters: rows to read.
 
     Returns:
         The table; its ``attrs`` are its record.
@@ -775,43 +711,13 @@ def read_table(
     """
     stage = kind if kind in _STAGES else "metrics"
     if path.suffix == ".csv":
-        try:
-            # Keep texts unconverted: an encoder may be called NA, or 007.
-            table = pd.read_csv(path, dtype=dict.fromkeys(_TEXTS, str), keep_default_na=False, na_values=[""])
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise StoreError(f"{path}: no such table; run the {stage} stage") from None
-        except (OSError, ValueError) as error:
-            message = " ".join(str(error).split())
-            raise StoreError(
-                f"{path}: no readable table ({message}); delete it and run the {stage} stage again"
-            ) from None
-    else:
-        stored, record = read_parquet(path, stage, columns, filters)
-        table = stored.to_pandas()
-        table.attrs = record
-    fault = _problem_of(table, kind, columns)
-    if fault is not None:
-        raise StoreError(f"{path}: {fault}; name another, or move it away and run the {stage} stage")
+        raise StoreError(f"{path}: CSV files are for reading only; name {path.with_suffix('.parquet').name}")
+    stored, record = read_parquet(path, stage, columns, filters)
+    table = stored.to_pandas()
+    table.attrs = record
+    lacking = [f"column {name}" for name in columns or _COLUMNS[kind] if name not in table.columns]
+    if table.empty and kind not in _MAYBE_EMPTY:
+        lacking.append("rows")
+    if lacking:
+        raise StoreError(f"{path}: not a table of the kind {kind}: it has no {lacking[0]}; name another")
     return table
-
-
-def _problem_of(table: pd.DataFrame, kind: str, columns: Sequence[str] | None) -> str | None:
-    """Describe why a table, or the columns read from it, is not of its kind; None if it is."""
-    keys, others = _COLUMNS[kind]
-    read = columns or (*keys, *others)
-    missing = next((name for name in read if name not in table.columns), None)
-    if missing is not None:
-        return f"not a table of the kind {kind}: it has no column {missing}"
-    if table.empty:
-        return None if kind in _MAYBE_EMPTY else f"a table of the kind {kind} without rows"
-    not_numeric = next((name for name in read if name not in _TEXTS and not is_numeric_dtype(table[name])), None)
-    if not_numeric is not None:
-        return f"not a table of the kind {kind}: its column {not_numeric} has values that are not numbers"
-    if columns is not None:
-        return None
-    blank = next((name for name in (*keys, *others) if name in _NEVER_BLANK and table[name].isna().any()), None)
-    if blank is not None:
-        return f"not a table of the kind {kind}: its column {blank} has an empty cell"
-    if table.duplicated(list(keys)).any():
-        return f"not a table of the kind {kind}: it has two rows with the same {', '.join(keys)}"
-    return None

@@ -12,7 +12,7 @@ from conceptshare.io.files import PDF, PNG, SAE_FIGURES
 
 app = typer.Typer(help="Figures of a study, from its tables.", no_args_is_help=True)
 
-Table = Annotated[Path, typer.Option(help="The table to draw, as Parquet or CSV.")]
+Table = Annotated[Path, typer.Option(help="The table to draw, as Parquet.")]
 
 
 def _add_command(figure: Figure) -> None:
@@ -32,7 +32,7 @@ for _figure in FIGURES:
 
 @app.command("strength")
 def strength(
-    table: Annotated[Path, typer.Option(help="The matrix, as Parquet or CSV, for the order of its cells.")],
+    table: Annotated[Path, typer.Option(help="The matrix, as Parquet, for the order of its cells.")],
     pairs: Annotated[Path, typer.Option(help="The folder of pair tables.")],
     out: FigureOut,
 ) -> None:
@@ -85,16 +85,17 @@ def sharedness(
     modality, statistics, shown = read_modality(features), read_statistics(features), Data(data)
     check_samples(features, data, shown.content_hash)
     ranking = read_table(table, "sharedness")
-    check_ranking(table, ranking, features, statistics)
+    check_ranking(table, ranking, features)
     other = None
     if also_top_of is not None:
         other = read_table(also_top_of, "sharedness")
-        check_ranking(also_top_of, other, features, statistics)
+        check_ranking(also_top_of, other, features)
     ranking = named_features(ranking, feature or [], other)
     if feature or also_top_of:
         features_shown = len(ranking)
-    called = None if names is None else read_table(names, "names")
-    if names is not None and called is not None:
+    called = None
+    if names is not None:
+        called = read_table(names, "names")
         check_made_from(names, called, features, "names")
     draw_sharedness(ranking, statistics, shown, features_shown, out, samples, modality, called)
 

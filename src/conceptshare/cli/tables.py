@@ -49,17 +49,14 @@ def matrix(
 @app.command()
 def averages(table: Matrix, correlations: Correlations, out: TableOut) -> None:
     """The mean wMPPC between modalities, with intervals."""
-    from conceptshare.analysis.tables import averages_table, made_from, read_table, write_table
+    from conceptshare.analysis.tables import averages_table, read_table, write_table
 
-    matrix = read_table(table, "matrix")
-    made_from(table, matrix, "metrics")
-    write_table(averages_table(matrix, correlations), out)
+    write_table(averages_table(read_table(table, "matrix"), correlations), out)
 
 
 @app.command()
 def formats(
     table: Matrix,
-    averages: Annotated[Path, typer.Option(help="The matrix's modality averages, as Parquet.")],
     out: Annotated[Path, out_option(MATRICES, text="The folder to write.")],
     dataset: Annotated[
         str | None,
@@ -67,15 +64,14 @@ def formats(
     ] = None,
     size: Annotated[Literal["large", "base"], typer.Option(help="The size of the paper's encoders.")] = "large",
 ) -> None:
-    """The matrix of each reading, and the averages, as CSV, Markdown and LaTeX."""
+    """The matrix of each reading, and its averages by modality, as CSV, Markdown and LaTeX."""
     from conceptshare.analysis import paper
     from conceptshare.analysis.formats import write_matrices
-    from conceptshare.analysis.tables import check_averages, read_table
+    from conceptshare.analysis.tables import modality_means, read_table
 
-    matrix, means = read_table(table, "matrix"), read_table(averages, "averages")
-    check_averages(averages, means, matrix)
+    matrix = read_table(table, "matrix")
     table_3 = None if dataset is None else paper.table_3(matrix, dataset, size)
-    write_matrices(matrix, means, out, table_3)
+    write_matrices(matrix, modality_means(matrix), out, table_3)
 
 
 @app.command()

@@ -56,7 +56,7 @@ def write_member(
     best = {other: _matches(pairs, features, other) for other in others}
     ranked = {name: read_table(path, "sharedness") for name, path in rankings.items()}
     for name, ranking in ranked.items():
-        check_ranking(rankings[name], ranking, features, statistics)
+        check_ranking(rankings[name], ranking, features)
 
     def read(name: str) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = pq.read_table(recorded_file(examples, name, shown, remedy)).to_pylist()
