@@ -99,12 +99,18 @@ const featureLink = (at) => link("feature", [at.dataset, at.sae, at.member, at.l
 const pairLink = (at, a, i, b, j) => link("pair", [at.dataset, at.sae, a, i, b, j]);
 const rankingLink = (ranking) => link("ranking", [ranking.dataset, ranking.sae, ranking.name]);
 
+/** Whether an analysis is of the data set and SAE setting at an address. */
+const inSet = (at) => (analysis) => analysis.dataset === at.dataset && analysis.sae === at.sae;
+
 class NotFound extends Error {}
 
 function found(value, message) {
   if (value === undefined) throw new NotFound(message);
   return value;
 }
+
+/** A ranking of the data set and SAE setting at an address, or undefined. */
+const rankingNamed = (name, at) => study.sharedness.filter(inSet(at)).find((ranking) => ranking.name === name);
 
 /** The members that a table has matches in, in the order of the study. */
 const othersOf = (table) => study.members.map(({ name }) => name).filter((name) => Object.hasOwn(table.best, name));

@@ -4,18 +4,26 @@ const UNNAMED = "no clear name";
 const INPUTS = { image: "images", text: "text" };
 const KINDS = { vlm: "vision-language", vision: "vision", language: "language" };
 
-/** An element. Texts become text nodes and attributes, never markup. */
-function h(tag, properties, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties ?? {})) {
+/** An element: its tag and classes, such as "p.note", its properties, if any, and its content. Texts never become markup. */
+function h(tag, ...children) {
+  const [name, ...classes] = tag.split(".");
+  const element = document.createElement(name);
+  if (classes.length) element.className = classes.join(" ");
+  const properties = children[0]?.constructor === Object ? children.shift() : {};
+  for (const [name, value] of Object.entries(properties)) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else if (name === "style") Object.assign(element.style, value);
     else if (value !== null && value !== undefined && value !== false)
       element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  element.append(...children.flat().filter((child) => (child ?? false) !== false));
   return element;
 }
+
+const anchor = (href, ...children) => h("a", { href }, ...children);
+const section = (title, ...children) => h("section", h("h2", title), ...children);
+/** A bar as long as a share of its room. */
+const meter = (share) => h("span.meter", { "aria-hidden": "true" }, h("span", { style: { width: `${100 * share}%` } }));
 
 function svg(tag, attributes, ...children) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
@@ -26,12 +34,10 @@ function svg(tag, attributes, ...children) {
 
 /** For titles and labels, which cannot isolate marks of direction and control characters. */
 const plain = (text) => text.replace(/[\u0000-\u001f\u007f-\u009f\u200e\u200f\u2028-\u202e\u2066-\u2069]+/g, " ");
-const words = (text) => h("bdi", {}, text);
+const words = (text) => h("bdi", text);
 /** A feature's name, or in grey its best candidate if no name is clear. */
 const named = ({ name, candidate }) =>
-  name?.trim()
-    ? words(name)
-    : h("span", { class: "quiet" }, candidate?.trim() ? ["perhaps ", words(candidate)] : UNNAMED);
+  name?.trim() ? words(name) : h("span.quiet", candidate?.trim() ? ["perhaps ", words(candidate)] : UNNAMED);
 const calledIn = (table, feature) => ({ name: table.name[feature], candidate: table.candidate[feature] });
 
 const kindOf = ({ modality, kind }) => `${INPUTS[modality]}, ${KINDS[kind]}`;
@@ -69,7 +75,7 @@ async function fill(element, make) {
     element.replaceChildren(...[await make()].flat());
   } catch (error) {
     if (!(error instanceof FileError)) throw error;
-    element.replaceChildren(h("span", { class: "error" }, error.message));
+    element.replaceChildren(h("span.error", error.message));
   }
 }
 

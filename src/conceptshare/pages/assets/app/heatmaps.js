@@ -30,36 +30,34 @@ function heatmap({ caption, corner, rows, columns, values, floors, scale, cellLi
   const upright = long && columns.length > 6;
   const table = h(
     "table",
-    { class: `heat${long ? " long" : ""}${upright ? " upright" : ""}${upward ? " upward" : ""}`, "aria-labelledby": id },
+    {
+      class: `heat${long ? " long" : ""}${upright ? " upright" : ""}${upward ? " upward" : ""}`,
+      "aria-labelledby": id,
+    },
     h(
       "thead",
-      {},
       h(
         "tr",
-        {},
-        h("td", { class: "corner" }, corner),
-        columns.map((name) => h("th", { scope: "col" }, h("span", {}, name))),
+        h("td.corner", corner),
+        columns.map((name) => h("th", { scope: "col" }, h("span", name))),
       ),
     ),
     h(
       "tbody",
-      {},
       (upward ? [...rows.keys()].reverse() : [...rows.keys()]).map((row) =>
         h(
           "tr",
-          {},
           h("th", { scope: "row" }, rows[row]),
           columns.map((_, column) => {
             const value = values[row]?.[column] ?? null;
             if (value === null) {
               const empty = emptyLabel(row, column);
-              return h("td", { class: "null", title: empty }, h("span", { class: "hidden" }, empty));
+              return h("td.null", { title: empty }, h("span.hidden", empty));
             }
             const { background, ink } = viridis((value - scale.low) / (scale.high - scale.low || 1));
             const label = `${cellLabel(row, column)}: ${fixed(value)}${byChance(floors[row]?.[column])}`;
             return h(
               "td",
-              {},
               h(
                 "a",
                 {
@@ -95,25 +93,20 @@ function heatmap({ caption, corner, rows, columns, values, floors, scale, cellLi
     const [line, step] = moves[event.key];
     line[line.indexOf(event.target) + step]?.focus();
   });
-  return h("figure", { class: "heatmap" }, h("figcaption", { id }, caption), h("div", { class: "scroll" }, table));
+  return h("figure.heatmap", h("figcaption", { id }, caption), h("div.scroll", table));
 }
 
 function legend({ low, high }, what, write, ...more) {
   const stops = VIRIDIS.map((colour) => `rgb(${colour})`).join(",");
   return h(
-    "p",
-    { class: "legend" },
-    h("span", {}, write(low)),
-    h(
-      "span",
-      {
-        class: "ramp",
-        role: "img",
-        "aria-label": `Colour scale of ${what}, from dark violet at ${write(low)} to yellow at ${write(high)}`,
-        style: { background: `linear-gradient(90deg, ${stops})` },
-      },
-    ),
-    h("span", {}, write(high)),
+    "p.legend",
+    h("span", write(low)),
+    h("span.ramp", {
+      role: "img",
+      "aria-label": `Colour scale of ${what}, from dark violet at ${write(low)} to yellow at ${write(high)}`,
+      style: { background: `linear-gradient(90deg, ${stops})` },
+    }),
+    h("span", write(high)),
     more,
   );
 }

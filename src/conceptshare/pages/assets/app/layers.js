@@ -9,7 +9,7 @@ const nameColumn = (label, id, at, called) => ({
   text: true,
   heading: true,
   value: (row) => called(row)?.name?.toLowerCase() ?? null,
-  cell: (row) => (at(row) ? h("a", { href: featureLink(at(row)) }, named(called(row))) : "–"),
+  cell: (row) => (at(row) ? anchor(featureLink(at(row)), named(called(row))) : "–"),
 });
 /** The same if names are in too many files to sort by them. */
 const readNameColumn = (label, id, at) => ({
@@ -17,24 +17,31 @@ const readNameColumn = (label, id, at) => ({
   label,
   cell: (row) => {
     if (!at(row)) return "–";
-    const link = h("a", { href: featureLink(at(row)) }, h("span", { class: "quiet" }, "…"));
+    const link = anchor(featureLink(at(row)), h("span.quiet", "…"));
     return lazily(link, async () => named(await loadFeature(at(row))));
   },
 });
-const plainColumn = (id, label, title, values, write) => (
-  { id, label, title, value: (row) => values[row], cell: (row) => write(values[row]) }
-);
+const plainColumn = (id, label, title, values, write) => ({
+  id,
+  label,
+  title,
+  value: (row) => values[row],
+  cell: (row) => write(values[row]),
+});
 const imagesColumn = (id, at) => ({
   id,
   label: "Strongest samples",
   cell: (row) => (at(row) && current.query.get("images") !== "no" ? strip(at(row), 3) : null),
 });
-const numberColumn = (id, label, feature) => (
-  { id, label, rising: true, value: feature, cell: (row) => (feature(row) < 0 ? "–" : String(feature(row))) }
-);
+const numberColumn = (id, label, feature) => ({
+  id,
+  label,
+  rising: true,
+  value: feature,
+  cell: (row) => (feature(row) < 0 ? "–" : String(feature(row))),
+});
 
 async function layerView(parts) {
-  if (parts.length !== 4) throw new NotFound("This address is incomplete.");
   const at = place(parts);
   const member = memberNamed(at.member);
   const table = await loadTable(at);
@@ -49,18 +56,18 @@ async function layerView(parts) {
     plainColumn("strength", "S", "S: summed activation", table.strength, size),
     plainColumn("density", "Density", "Fraction of samples above zero", table.density, percent),
     plainColumn("score", "Name z", "How far the name’s words stand out (z)", table.score, fixed),
-    plainColumn("auc", "Name AUC", "How well the name predicts the feature on other samples (chance is 0.5)", table.auc, fixed),
-    ...others.map(
-      (name) => plainColumn(
-        `rho:${name}`,
-        `ρ ${name}`,
-        `Best correlation in any layer of ${name}`,
-        table.best[name].rho,
-        rho,
-      ),
+    plainColumn(
+      "auc",
+      "Name AUC",
+      "How well the name predicts the feature on other samples (chance is 0.5)",
+      table.auc,
+      fixed,
     ),
-    ...rankings.map(
-      (name) => plainColumn(
+    ...others.map((name) =>
+      plainColumn(`rho:${name}`, `ρ ${name}`, `Best correlation in any layer of ${name}`, table.best[name].rho, rho),
+    ),
+    ...rankings.map((name) =>
+      plainColumn(
         `delta:${name}`,
         `Δ ${name}`,
         `Comparative Sharedness in the ranking ${name}`,
@@ -78,22 +85,26 @@ async function layerView(parts) {
     controls: [
       search("Name or number"),
       number("S from", "s"),
-      control("Named only", "named", { type: "checkbox", value: "yes" }),
+      checkbox("Named only", "named"),
       imagesBox(),
       moreFilters([
         number("S to", "s-to"),
         number("Density from, %", "from"),
         number("Density to, %", "to"),
-        ...(others.length ? [
-          number("ρ from", "rho"),
-          number("ρ to", "rho-to"),
-          control("ρ with", "with", {}, [["", "any member"], ...others.map((name) => [name, name])]),
-        ] : []),
-        ...(rankings.length ? [
-          number("Δ from", "delta"),
-          number("Δ to", "delta-to"),
-          control("Δ in", "ranking", {}, [["", "any ranking"], ...rankings.map((name) => [name, name])]),
-        ] : []),
+        ...(others.length
+          ? [
+              number("ρ from", "rho"),
+              number("ρ to", "rho-to"),
+              control("ρ with", "with", {}, [["", "any member"], ...others.map((name) => [name, name])]),
+            ]
+          : []),
+        ...(rankings.length
+          ? [
+              number("Δ from", "delta"),
+              number("Δ to", "delta-to"),
+              control("Δ in", "ranking", {}, [["", "any ranking"], ...rankings.map((name) => [name, name])]),
+            ]
+          : []),
       ]),
     ],
     keep: (query) => {
@@ -121,8 +132,7 @@ async function layerView(parts) {
     nodes: [
       layerLinks("Layer", member.layers, at.layer, (layer) => tableLink({ ...at, layer })),
       h(
-        "p",
-        { class: "note" },
+        "p.note",
         "S (strength) is a feature’s activation summed over the samples, and density the fraction of samples on which " +
           "it is above zero. Name z and Name AUC rate the name, not the feature. ρ is the best correlation with any " +
           "feature of a member, over all its layers; the best of many is above 0 even by chance.",
@@ -155,15 +165,15 @@ async function bestMatches(a, b, pairs) {
 }
 
 async function pairView(parts) {
-  if (parts.length !== 6) throw new NotFound("This address is incomplete.");
   const [dataset, sae, ...rest] = parts;
   const a = place([dataset, sae, rest[0], rest[1]]);
-  const b = rest[3] === ANY
-    ? { dataset, sae, member: memberNamed(rest[2]).name, layer: ANY }
-    : place([dataset, sae, rest[2], rest[3]]);
+  const b =
+    rest[3] === ANY
+      ? { dataset, sae, member: memberNamed(rest[2]).name, layer: ANY }
+      : place([dataset, sae, rest[2], rest[3]]);
   const any = b.layer === ANY;
   const pairs = study.layerwise
-    .filter((entry) => entry.dataset === dataset && entry.sae === sae)
+    .filter(inSet(a))
     .flatMap((entry) => entry.pairs)
     .filter((pair) => [pair.a, pair.b].includes(a.member) && [pair.a, pair.b].includes(b.member));
   const pair = pairs.find((entry) => entry.a === a.member && entry.b === b.member);
@@ -196,7 +206,7 @@ async function pairView(parts) {
       number("ρ from", "least"),
       number("ρ to", "most"),
       number("S from", "s"),
-      control(any ? "Named only" : "Both named", "named", { type: "checkbox", value: "yes" }),
+      checkbox(any ? "Named only" : "Both named", "named"),
       imagesBox(),
     ],
     keep: (query) => {
@@ -216,30 +226,20 @@ async function pairView(parts) {
     crumbs: [crumb(a), [`to ${there}`, pairLink(a, a.member, a.layer, b.member, b.layer)]],
     nodes: [
       h(
-        "p",
-        { class: "lead" },
+        "p.lead",
         `Each feature of ${a.member}, layer ${a.layer}, and its best match in ${there}.`,
-        wmppc === undefined || wmppc === null ? "" : ` wMPPC ${fixed(wmppc)}${byChance(floor)}.`,
+        (wmppc ?? null) !== null && ` wMPPC ${fixed(wmppc)}${byChance(floor)}.`,
       ),
-      layerLinks(
-        `Layer of ${a.member}`,
-        memberNamed(a.member).layers,
-        a.layer,
-        (layer) => pairLink(a, a.member, layer, b.member, b.layer),
+      layerLinks(`Layer of ${a.member}`, memberNamed(a.member).layers, a.layer, (layer) =>
+        pairLink(a, a.member, layer, b.member, b.layer),
       ),
-      layerLinks(
-        `Layer of ${b.member}`,
-        layers,
-        b.layer,
-        (layer) => pairLink(a, a.member, a.layer, b.member, layer),
-      ),
+      layerLinks(`Layer of ${b.member}`, layers, b.layer, (layer) => pairLink(a, a.member, a.layer, b.member, layer)),
       h(
         "p",
-        {},
-        h("a", { href: pairLink(a, b.member, any ? last : b.layer, a.member, any ? ANY : a.layer) }, "The other direction"),
+        anchor(pairLink(a, b.member, any ? last : b.layer, a.member, any ? ANY : a.layer), "The other direction"),
         " · ",
-        h("a", { href: tableLink(a) }, `All features of ${a.member}, layer ${a.layer}`),
-        any ? [] : [" · ", h("a", { href: tableLink(b) }, `All features of ${b.member}, layer ${b.layer}`)],
+        anchor(tableLink(a), `All features of ${a.member}, layer ${a.layer}`),
+        any ? [] : [" · ", anchor(tableLink(b), `All features of ${b.member}, layer ${b.layer}`)],
       ),
       ...list.nodes,
     ],

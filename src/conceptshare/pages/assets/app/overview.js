@@ -12,9 +12,8 @@ function rankingItem(ranking) {
   const groups = `shared with ${group(ranking.shared_with)} more than with ${group(ranking.not_shared_with)}`;
   return h(
     "li",
-    {},
-    h("a", { href: rankingLink(ranking) }, ranking.name),
-    h("span", { class: "quiet" }, ` ${ranking.source}, layer ${ranking.layer}; ${groups}`),
+    anchor(rankingLink(ranking), ranking.name),
+    h("span.quiet", ` ${ranking.source}, layer ${ranking.layer}; ${groups}`),
   );
 }
 
@@ -24,10 +23,9 @@ const space = (rows, columns) => ({
 });
 
 function setSection(at, choice, update) {
-  const here = (entry) => entry.dataset === at.dataset && entry.sae === at.sae;
-  const matrices = study.matrices.filter(here);
-  const layerwise = study.layerwise.filter(here);
-  const rankings = study.sharedness.filter(here);
+  const [matrices, layerwise, rankings] = [study.matrices, study.layerwise, study.sharedness].map((analyses) =>
+    analyses.filter(inSet(at)),
+  );
   const every = (ofMatrix, ofPair) =>
     [
       ...matrices.flatMap((matrix) => Object.values(matrix[ofMatrix])),
@@ -39,14 +37,14 @@ function setSection(at, choice, update) {
   const scale = { low: 0, high: Math.max(0, ...all) };
   const floors = every("floors", "floor");
   const missing = [
-    ...matrices.flatMap(({ readings }) => Object.values(readings)).flatMap((rows) =>
-      rows.flatMap((row, n) => row.filter((_, column) => column !== n)),
-    ),
+    ...matrices
+      .flatMap(({ readings }) => Object.values(readings))
+      .flatMap((rows) => rows.flatMap((row, n) => row.filter((_, column) => column !== n))),
     ...layerwise.flatMap(({ pairs }) => pairs.map(({ wmppc }) => wmppc)).flat(2),
   ].includes(null);
   const empty = [...(matrices.length ? [ITSELF] : []), ...(missing ? ["no value"] : [])];
 
-  const drawn = matrices.map((matrix) => {
+  const drawn = matrices.flatMap((matrix) => {
     const slot = h("div");
     update.push((query) => {
       const wanted = query.get("reading") ?? "";
@@ -54,92 +52,75 @@ function setSection(at, choice, update) {
       const focused = slot.querySelector("a:focus");
       slot.replaceChildren(
         heatmap({
-          caption: `From row to column, ${READINGS[reading] ?? reading}. Click a cell for the features of the row’s last ` +
+          caption:
+            `From row to column, ${READINGS[reading] ?? reading}. Click a cell for the features of the row’s last ` +
             "layer, each with its best match in any layer of the column.",
           corner: "from ↓ to →",
-          rows: matrix.members.map((name) => [name, h("span", { class: "quiet" }, kindOf(memberNamed(name)))]),
+          rows: matrix.members.map((name) => [name, h("span.quiet", kindOf(memberNamed(name)))]),
           columns: matrix.members,
           values: matrix.readings[reading],
           floors: matrix.floors[reading],
           scale,
-          cellLink: (row, column) => pairLink(
-            at,
-            matrix.members[row],
-            memberNamed(matrix.members[row]).layers.at(-1),
-            matrix.members[column],
-            ANY,
-          ),
+          cellLink: (row, column) =>
+            pairLink(
+              at,
+              matrix.members[row],
+              memberNamed(matrix.members[row]).layers.at(-1),
+              matrix.members[column],
+              ANY,
+            ),
           cellLabel: (row, column) => `wMPPC from ${matrix.members[row]} to ${matrix.members[column]}`,
           emptyLabel: (row, column) => (row === column ? ITSELF : "no value"),
         }),
       );
       if (focused) slot.querySelector("a")?.focus();
     });
-    return [h("h4", {}, matrix.name), slot];
+    return [h("h4", matrix.name), slot];
   });
 
   return h(
-    "section",
-    { class: "set" },
-    h("h2", {}, `${at.dataset}, SAE setting ${at.sae}`),
-    h("h3", {}, "Features by layer"),
+    "section.set",
+    h("h2", `${at.dataset}, SAE setting ${at.sae}`),
+    h("h3", "Features by layer"),
     h(
-      "ul",
-      { class: "members" },
+      "ul.members",
       study.members.map((member) =>
         h(
           "li",
-          {},
-          h("span", { class: "name" }, member.name),
-          h(
-            "span",
-            { class: "quiet" },
-            `${describe(member)},`,
-            h("br"),
-            `${plural(member.features[at.sae], "feature")} per layer`,
-          ),
-          layerLinks(
-            `Layers of ${member.name}`,
-            member.layers,
-            null,
-            (layer) => tableLink({ ...at, member: member.name, layer }),
+          h("span.name", member.name),
+          h("span.quiet", `${describe(member)},`, h("br"), `${plural(member.features[at.sae], "feature")} per layer`),
+          layerLinks(`Layers of ${member.name}`, member.layers, null, (layer) =>
+            tableLink({ ...at, member: member.name, layer }),
           ),
         ),
       ),
     ),
-    rankings.length ? [
-      h("h3", {}, "Rankings by Comparative Sharedness"),
-      h("ul", { class: "rankings" }, rankings.map(rankingItem)),
-    ] : [],
-    all.length ? [
-      h("h3", {}, "Shared features (wMPPC)"),
+    rankings.length > 0 && h("h3", "Rankings by Comparative Sharedness"),
+    rankings.length > 0 && h("ul.rankings", rankings.map(rankingItem)),
+    all.length > 0 && [
+      h("h3", "Shared features (wMPPC)"),
       h(
         "p",
-        {},
         "wMPPC is the mean of each feature’s best correlation with a feature of the other member, weighted by strength S. ",
-        floors.length
-          ? "It is above 0 even by chance: with shuffled samples, it is " +
-              `${fixed(Math.min(...floors))} to ${fixed(Math.max(...floors))} here. `
-          : "",
-        layerwise.length ? "In heatmaps by layer, the first layer is at the bottom left. " : "",
+        floors.length > 0 &&
+          "It is above 0 even by chance: with shuffled samples, it is " +
+            `${fixed(Math.min(...floors))} to ${fixed(Math.max(...floors))} here. `,
+        layerwise.length > 0 && "In heatmaps by layer, the first layer is at the bottom left. ",
         "Arrow keys move between the cells of a table.",
       ),
       legend(
         scale,
         "wMPPC",
         fixed,
-        empty.length
-          ? h("span", { class: "empty" }, h("span", { class: "swatch", "aria-hidden": "true" }), empty.join(" or "))
-          : null,
+        empty.length > 0 && h("span.empty", h("span.swatch", { "aria-hidden": "true" }), empty.join(" or ")),
       ),
-    ] : [],
-    matrices.length && choice.node,
-    drawn.flat(),
-    layerwise.map((analysis) => [
-      h("h4", {}, `${analysis.name}, layer by layer`),
+    ],
+    matrices.length > 0 && choice.node,
+    drawn,
+    layerwise.flatMap((analysis) => [
+      h("h4", `${analysis.name}, layer by layer`),
       h(
-        "div",
-        { class: "heats" },
+        "div.heats",
         analysis.pairs.map(({ a, b, layers_a, layers_b, wmppc, floor }) =>
           // There may be thousands of cells; each table's place has its final size.
           lazily(h("div", { style: space(layers_a.length, layers_b.length) }), () =>
@@ -159,7 +140,7 @@ function setSection(at, choice, update) {
           ),
         ),
       ),
-    ]).flat(),
+    ]),
   );
 }
 
@@ -187,8 +168,8 @@ function overview() {
     heading: study.study,
     crumbs: [],
     nodes: [
-      h("p", { class: "lead" }, `SAE features of ${encoders}, on ${sets}.`),
-      h("p", { class: "quiet" }, `conceptshare ${study.version}`),
+      h("p.lead", `SAE features of ${encoders}, on ${sets}.`),
+      h("p.quiet", `conceptshare ${study.version}`),
       ...sections,
     ],
     update: (query) => update.forEach((part) => part(query)),

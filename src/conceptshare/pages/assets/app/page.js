@@ -1,6 +1,13 @@
 // The page: which view an address means, the header, and the colour scheme.
 
-const VIEWS = { "": overview, layer: layerView, feature: featureView, pair: pairView, ranking: rankingView };
+// Each kind of view, and the number of parts that its address has besides.
+const VIEWS = {
+  "": [overview, 0],
+  layer: [layerView, 4],
+  feature: [featureView, 5],
+  pair: [pairView, 6],
+  ranking: [rankingView, 3],
+};
 const scrolled = new Map();
 let entry = null; // of the browser's history: the one that is shown
 let entries = 0;
@@ -14,7 +21,7 @@ function remember(move) {
   entry = history.state?.entry ?? null;
 }
 
-async function build(path, query) {
+async function build(path) {
   try {
     let parts;
     try {
@@ -22,26 +29,23 @@ async function build(path, query) {
     } catch {
       throw new NotFound("This address cannot be read.");
     }
-    const [kind, ...rest] = parts;
-    if (!Object.hasOwn(VIEWS, kind ?? "") || (!kind && rest.length)) throw new NotFound("There is no such page.");
+    const [kind = "", ...rest] = parts;
+    if (!Object.hasOwn(VIEWS, kind) || (!kind && rest.length)) throw new NotFound("There is no such page.");
     study ??= await load("study");
-    const view = await VIEWS[kind ?? ""](rest, query);
-    return view;
+    const [view, length] = VIEWS[kind];
+    if (rest.length !== length) throw new NotFound("This address is incomplete.");
+    return await view(rest);
   } catch (error) {
-    const home = h("p", {}, h("a", { href: "#/" }, "Back to the overview"));
+    const home = h("p", anchor("#/", "Back to the overview"));
     if (error instanceof NotFound)
-      return { title: "Not found", crumbs: [], nodes: [h("p", {}, error.message), home], update() {} };
+      return { title: "Not found", crumbs: [], nodes: [h("p", error.message), home], update() {} };
     if (!(error instanceof FileError)) throw error;
     return {
       title: error.title,
       crumbs: [],
       nodes: [
-        h("p", { class: "error" }, error.message),
-        h(
-          "p",
-          {},
-          "These pages need every file of their folder. Copy the whole folder, or run the study again.",
-        ),
+        h("p.error", error.message),
+        h("p", "These pages need every file of their folder. Copy the whole folder, or run the study again."),
         home,
       ],
       update() {},
@@ -66,7 +70,7 @@ async function show(first) {
   typed = {};
   watcher.disconnect();
   main.setAttribute("aria-busy", "true");
-  const view = await build(path, query);
+  const view = await build(path);
   if (mine !== turn) return;
   const heading = h("h1", { tabindex: "-1" }, view.heading ?? view.title);
   main.replaceChildren(heading, ...view.nodes.flat().filter(Boolean));
@@ -89,19 +93,20 @@ let jumpTo = () => {};
 
 function header(view) {
   const links = [[study?.study ?? "Overview", "#/"], ...view.crumbs];
-  document.getElementById("crumbs").replaceChildren(
-    ...links.map(
-      ([text, href], at) => h(
-        "li",
-        {},
+  document
+    .getElementById("crumbs")
+    .replaceChildren(
+      ...links.map(([text, href], at) =>
         h(
-          "a",
-          { href, "aria-current": at === links.length - 1 && current.path === href.slice(1) ? "page" : null },
-          text,
+          "li",
+          h(
+            "a",
+            { href, "aria-current": at === links.length - 1 && current.path === href.slice(1) ? "page" : null },
+            text,
+          ),
         ),
       ),
-    ),
-  );
+    );
   if (study) jumpTo(view.at);
 }
 
@@ -114,12 +119,19 @@ function jumpBox() {
     { "aria-label": "Data set and SAE setting" },
     sets.map(({ dataset, sae }, at) => option(at, `${dataset}, ${sae}`)),
   );
-  const member = h("select", { "aria-label": "Member" }, study.members.map(({ name }) => option(name, name)));
-  const layer = h("select", { "aria-label": "Layer" });
-  const feature = h(
-    "input",
-    { type: "number", min: 0, required: true, "aria-label": "Feature number", placeholder: "feature" },
+  const member = h(
+    "select",
+    { "aria-label": "Member" },
+    study.members.map(({ name }) => option(name, name)),
   );
+  const layer = h("select", { "aria-label": "Layer" });
+  const feature = h("input", {
+    type: "number",
+    min: 0,
+    required: true,
+    "aria-label": "Feature number",
+    placeholder: "feature",
+  });
   const layers = () => {
     const chosen = memberNamed(member.value);
     const before = layer.value;
@@ -129,12 +141,15 @@ function jumpBox() {
   };
   member.addEventListener("change", layers);
   set.addEventListener("change", layers);
-  form.replaceChildren(...(sets.length > 1 ? [set] : []), member, layer, feature, h("button", {}, "Go"));
+  form.replaceChildren(...(sets.length > 1 ? [set] : []), member, layer, feature, h("button", "Go"));
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    location.hash = featureLink(
-      { ...sets[set.value], member: member.value, layer: layer.value, feature: Number(feature.value) },
-    );
+    location.hash = featureLink({
+      ...sets[set.value],
+      member: member.value,
+      layer: layer.value,
+      feature: Number(feature.value),
+    });
   });
   jumpTo = (at) => {
     if (!at) return;

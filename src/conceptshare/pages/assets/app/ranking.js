@@ -10,7 +10,7 @@ function scatter(ranking, at, called) {
       .filter(([h, g]) => h !== null && g !== null)
       .map(([h, g]) => `M${x(h).toFixed(1)} ${(side - x(g)).toFixed(1)}h0`)
       .join("");
-  const said = h("p", { class: "quiet said" }, "Point at a dot to see its feature; click to open it.");
+  const said = h("p.quiet.said", "Point at a dot to see its feature; click to open it.");
   const spot = svg("circle", { class: "spot", r: 5, visibility: "hidden" });
   const ticks = [0, 0.5, 1].flatMap((value) => [
     svg("text", { x: x(value), y: side + 16, "text-anchor": "middle" }, String(value)),
@@ -28,7 +28,11 @@ function scatter(ranking, at, called) {
     },
     svg("path", { class: "axes", d: `M0 0V${side}H${side}M0 ${side}L${side} 0` }),
     ...ticks,
-    svg("text", { x: side / 2, y: side + 34, "text-anchor": "middle" }, "ρ H: largest in the group that should not share it"),
+    svg(
+      "text",
+      { x: side / 2, y: side + 34, "text-anchor": "middle" },
+      "ρ H: largest in the group that should not share it",
+    ),
     svg(
       "text",
       { transform: `translate(-32 ${side / 2}) rotate(-90)`, "text-anchor": "middle" },
@@ -63,13 +67,14 @@ function scatter(ranking, at, called) {
   const counts =
     `${count((h, g) => g > h)} above the diagonal (ρ G > ρ H), ${count((h, g) => g < h)} below, ` +
     `${count((h, g) => h === 0 && g === 0)} with both 0 (no match). Large dots: the top 1% by Δ.`;
-  return h("figure", { class: "scatter" }, drawing, h("figcaption", { class: "quiet" }, counts), said);
+  return h("figure.scatter", drawing, h("figcaption.quiet", counts), said);
 }
 
 /** Rows by the most frequent word of their names. */
 function typology(names) {
   const count = new Map();
-  const split = names.map((name) => [...new Set((name ?? "").toLowerCase().split(/\s*,\s*/).filter(Boolean))]);
+  const parts = (name) => (name ?? "").toLowerCase().split(/\s*,\s*/);
+  const split = names.map((name) => [...new Set(parts(name).filter(Boolean))]);
   for (const word of split.flat()) count.set(word, (count.get(word) ?? 0) + 1);
   const groups = new Map();
   split.forEach((list, row) => {
@@ -80,65 +85,44 @@ function typology(names) {
 }
 
 function overlaps(ranking) {
-  const related = study.overlaps.filter(
-    (entry) => entry.dataset === ranking.dataset && entry.sae === ranking.sae && [
-      entry.first,
-      entry.second,
-    ].includes(ranking.name),
-  );
-  if (!related.length) return "";
+  const related = study.overlaps
+    .filter(inSet(ranking))
+    .filter((entry) => [entry.first, entry.second].includes(ranking.name));
+  if (!related.length) return null;
   const top = ranking.features.slice(0, ranking.top);
-  return h(
-    "section",
-    {},
-    h("h2", {}, "Overlap with other rankings"),
+  return section(
+    "Overlap with other rankings",
     h(
-      "div",
-      { class: "scroll" },
+      "div.scroll",
       h(
-        "table",
-        { class: "listing" },
+        "table.listing",
         h(
           "thead",
-          {},
           h(
             "tr",
-            {},
-            ["Ranking", "Top", "In both", "By chance", "p", "Features"].map(
-              (label, at) => h("th", { scope: "col", class: at % 5 ? "number" : null }, label),
+            ["Ranking", "Top", "In both", "By chance", "p", "Features"].map((label, at) =>
+              h("th", { scope: "col", class: at % 5 ? "number" : null }, label),
             ),
           ),
         ),
         h(
           "tbody",
-          {},
           related.map((entry) => {
             const name = entry.first === ranking.name ? entry.second : entry.first;
-            const other = study.sharedness.find(
-              (one) => one.name === name && one.dataset === ranking.dataset && one.sae === ranking.sae,
-            );
-            const theirs = new Set(
-              other && other.source === ranking.source && other.layer === ranking.layer ? other.features.slice(
-                0,
-                other.top,
-              ) : [],
-            );
+            const other = rankingNamed(name, ranking);
+            const alike = other?.source === ranking.source && other.layer === ranking.layer;
+            const theirs = new Set(alike ? other.features.slice(0, other.top) : []);
             const both = top.filter((feature) => theirs.has(feature));
             const at = { ...ranking, member: ranking.source };
             return h(
               "tr",
-              {},
-              h("th", { scope: "row" }, other ? h("a", { href: rankingLink(other) }, name) : name),
-              [
-                whole(entry.top),
-                whole(entry.overlap),
-                size(entry.expected),
-                probability(entry.log10_p),
-              ].map((text) => h("td", { class: "number" }, text)),
+              h("th", { scope: "row" }, other ? anchor(rankingLink(other), name) : name),
+              [whole(entry.top), whole(entry.overlap), size(entry.expected), probability(entry.log10_p)].map((text) =>
+                h("td.number", text),
+              ),
               h(
                 "td",
-                {},
-                both.flatMap((feature) => [h("a", { href: featureLink({ ...at, feature }) }, String(feature)), " "]),
+                both.flatMap((feature) => [anchor(featureLink({ ...at, feature }), String(feature)), " "]),
               ),
             );
           }),
@@ -149,12 +133,8 @@ function overlaps(ranking) {
 }
 
 async function rankingView(parts) {
-  if (parts.length !== 3) throw new NotFound("This address is incomplete.");
   const [dataset, sae, name] = parts;
-  const ranking = found(
-    study.sharedness.find((entry) => entry.dataset === dataset && entry.sae === sae && entry.name === name),
-    `There is no ranking “${plain(name)}”.`,
-  );
+  const ranking = found(rankingNamed(name, { dataset, sae }), `There is no ranking “${plain(name)}”.`);
   const at = { dataset, sae, member: ranking.source, layer: ranking.layer };
   const table = await loadTable(at);
   const feature = (row) => ranking.features[row];
@@ -168,7 +148,7 @@ async function rankingView(parts) {
         label: "Rank",
         rising: true,
         value: (row) => row + 1,
-        cell: (row) => [row < ranking.top ? h("span", { class: "badge" }, "top 1%") : "", ` ${whole(row + 1)}`],
+        cell: (row) => [row < ranking.top && h("span.badge", "top 1%"), ` ${whole(row + 1)}`],
       },
       numberColumn("feature", "Feature", feature),
       nameColumn("Name", "name", here, called),
@@ -180,12 +160,7 @@ async function rankingView(parts) {
     count: ranking.features.length,
     sorted: "+rank",
     unit: "feature",
-    controls: [
-      search("Name or number"),
-      control("Top 1% only", "top", { type: "checkbox", value: "yes" }),
-      control("Named only", "named", { type: "checkbox", value: "yes" }),
-      imagesBox(),
-    ],
+    controls: [search("Name or number"), checkbox("Top 1% only", "top"), checkbox("Named only", "named"), imagesBox()],
     keep: (query) => {
       const wanted = searching(query);
       return (row) =>
@@ -204,56 +179,30 @@ async function rankingView(parts) {
     crumbs: [crumb(at), [`Ranking ${name}`, rankingLink(ranking)]],
     nodes: [
       h(
-        "p",
-        { class: "lead" },
+        "p.lead",
         `Features of ${at.member}, layer ${at.layer}, by how much more they are shared with ${shared} than with ${others}.`,
       ),
       h(
-        "p",
-        { class: "note" },
+        "p.note",
         "Δ = S (ρ G² − ρ H²). Matches are between last layers: ρ G is the smallest best correlation in the first " +
           "group, ρ H the largest in the second. Other layers may match better.",
       ),
       h(
-        "div",
-        { class: "split" },
-        h("section", {}, h("h2", {}, "Match in both groups"), scatter(ranking, at, called)),
-        h(
-          "section",
-          {},
-          h("h2", {}, "Top 1% by topic"),
+        "div.split",
+        section("Match in both groups", scatter(ranking, at, called)),
+        section(
+          "Top 1% by topic",
+          h("p.quiet", `${plural(ranking.top, "feature")}, grouped by the most frequent word in the names.`),
           h(
-            "p",
-            { class: "quiet" },
-            `${plural(ranking.top, "feature")}, grouped by the most frequent word in the names.`,
-          ),
-          h(
-            "div",
-            { class: "types" },
+            "div.types",
             groups.map(([word, rows]) =>
               h(
                 "details",
-                {},
-                h(
-                  "summary",
-                  {},
-                  named({ name: word }),
-                  h("span", { class: "tally" }, String(rows.length)),
-                  h(
-                    "span",
-                    { class: "meter", "aria-hidden": "true" },
-                    h("span", { style: { width: `${(100 * rows.length) / most}%` } }),
-                  ),
-                ),
+                h("summary", named({ name: word }), h("span.tally", String(rows.length)), meter(rows.length / most)),
                 h(
                   "ul",
-                  {},
-                  rows.map(
-                    (row) => h(
-                      "li",
-                      {},
-                      h("a", { href: featureLink({ ...at, feature: top[row] }) }, `${top[row]} `, named(called(row))),
-                    ),
+                  rows.map((row) =>
+                    h("li", anchor(featureLink({ ...at, feature: top[row] }), `${top[row]} `, named(called(row)))),
                   ),
                 ),
               ),
@@ -262,7 +211,7 @@ async function rankingView(parts) {
         ),
       ),
       overlaps(ranking),
-      h("section", {}, h("h2", {}, "Ranking"), list.nodes),
+      section("Ranking", list.nodes),
     ],
     update: list.update,
   };

@@ -9,40 +9,25 @@ function thumbnail(sample, alt) {
   const [width, height] = sides.map((side) => Math.ceil(side * Math.max(1, LEAST / Math.max(...sides))));
   const missing = () =>
     h(
-      "span",
+      "span.gone",
       {
-        class: "gone",
         role: "img",
         "aria-label": `No image. ${alt}`,
         style: { width: `${width}px`, aspectRatio: `${width} / ${height}` },
       },
       h("span", { "aria-hidden": "true" }, "no image"),
     );
-  const frame = h("span", { class: "thumbnail" });
-  if (!sample.size) frame.append(missing());
-  else
-    frame.append(
-      h(
-        "img",
-        {
-          alt,
-          width,
-          height,
-          loading: "lazy",
-          decoding: "async",
-          src: sample.source,
-          onerror: () => frame.replaceChildren(missing()),
-        },
-      ),
-    );
+  const onerror = () => frame.replaceChildren(missing());
+  const image = { alt, width, height, loading: "lazy", decoding: "async", src: sample.source, onerror };
+  const frame = h("span.thumbnail", sample.size ? h("img", image) : missing());
   return frame;
 }
 
 /** The strongest images of a feature, small, when they come into view. */
 function strip(at, count) {
-  return lazily(h("span", { class: "strip" }), async () => {
+  return lazily(h("span.strip"), async () => {
     const { top } = await loadFeature(at);
-    if (!top.length) return h("span", { class: "quiet" }, "never active");
+    if (!top.length) return h("span.quiet", "never active");
     const samples = await Promise.all(top.slice(0, count).map(([sample]) => loadSample(at.dataset, sample)));
     return samples.map((sample) => {
       const frame = thumbnail(sample, plain(sample.caption));
@@ -54,12 +39,10 @@ function strip(at, count) {
 
 function tokenText({ text, values }, most) {
   return text.flatMap((piece, at) => {
-    const token = piece.trim() || piece;  // for some tokenizers, a blank is a token
+    const token = piece.trim() || piece; // for some tokenizers, a blank is a token
     const value = values[at] ?? 0;
     const share = value > 0 && most > 0 ? Math.min(value / most, 1) : 0;
-    const mark = share
-      ? h("mark", { title: size(value) }, words(token))
-      : h("span", {}, words(token));
+    const mark = share ? h("mark", { title: size(value) }, words(token)) : h("span", words(token));
     if (share) mark.style.setProperty("--share", share.toFixed(3));
     return [piece.startsWith(" ") && token !== piece ? " " : "", mark];
   });
@@ -90,19 +73,27 @@ function heat(map, most) {
 
 /** A sample with its value, its caption and, for text encoders, its tokens marked by activation. */
 function specimen(sample, value, text) {
-  const label = sample.caption.trim() ? words(sample.caption) : h("span", { class: "quiet" }, "no caption");
+  const label = sample.caption.trim() ? words(sample.caption) : h("span.quiet", "no caption");
   // A long caption can be focused, which shows all of it.
   const long = sample.caption.length > 60;
   return h(
-    "figure",
-    { class: "specimen" },
+    "figure.specimen",
     thumbnail(sample, `Image of sample ${sample.sample}`),
     h(
       "figcaption",
-      {},
-      h("span", { class: "value" }, size(value)),
-      h("span", { class: "caption", ...(long ? { tabindex: 0 } : {}) }, label),
-      text ? h("span", { class: "tokens" }, text) : "",
+      h("span.value", size(value)),
+      h("span.caption", { tabindex: long ? 0 : null }, label),
+      text && h("span.tokens", text),
+    ),
+  );
+}
+
+/** A feature's values on samples, with its activations at their tokens for text encoders. */
+function specimens(at, list, tokens) {
+  const most = Math.max(0, ...(tokens ?? []).flatMap((entry) => entry?.values ?? []));
+  return Promise.all(
+    list.map(async ([sample, value], place) =>
+      specimen(await loadSample(at.dataset, sample), value, tokens?.[place] ? tokenText(tokens[place], most) : null),
     ),
   );
 }
@@ -121,15 +112,14 @@ function histogram({ max, counts }) {
     `Histogram of ${plural(total, "activation")} above zero, from 0 to ${size(max)} in ${counts.length} equal bins. ` +
     `The fullest, from ${size(fullest * bin)} to ${size((fullest + 1) * bin)}, holds ${whole(counts[fullest])}.`;
   return h(
-    "figure",
-    { class: "histogram" },
+    "figure.histogram",
     svg(
       "svg",
       { viewBox: "0 0 400 101", role: "img", "aria-label": text, preserveAspectRatio: "none" },
       ...bars,
       svg("line", { x1: 0, x2: 400, y1: 100.5, y2: 100.5 }),
     ),
-    h("div", { class: "ends", "aria-hidden": "true" }, h("span", {}, "0"), h("span", {}, size(max))),
-    h("figcaption", {}, text),
+    h("div.ends", { "aria-hidden": "true" }, h("span", "0"), h("span", size(max))),
+    h("figcaption", text),
   );
 }

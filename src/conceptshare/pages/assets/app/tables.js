@@ -49,10 +49,12 @@ function control(label, key, attributes, options) {
   return { node: h("label", { class: box ? "check" : "field" }, box ? [input, label] : [label, input]), sync, active };
 }
 
+const nodeOf = (control) => control.node;
+
 /** Controls behind a toggle, which counts those in use. */
 function moreFilters(controls) {
-  const summary = h("summary", {}, "More filters");
-  const node = h("details", { class: "more" }, summary, h("div", {}, controls.map((one) => one.node)));
+  const summary = h("summary", "More filters");
+  const node = h("details.more", summary, h("div", controls.map(nodeOf)));
   const sync = (query) => {
     for (const one of controls) one.sync(query);
     const active = controls.filter((one) => one.active()).length;
@@ -86,9 +88,9 @@ function searching(query) {
  * Columns are {id, label, value(row), cell(row), text}; the one with `heading` names the row.
  */
 function listing({ caption, columns, count, sorted, controls, keep, unit }) {
-  const status = h("p", { role: "status", class: "count" });
+  const status = h("p.count", { role: "status" });
   const body = h("tbody");
-  const pager = h("nav", { class: "pager", "aria-label": "Pages of the table" });
+  const pager = h("nav.pager", { "aria-label": "Pages of the table" });
   const heads = columns.map((column) =>
     h(
       "th",
@@ -98,7 +100,7 @@ function listing({ caption, columns, count, sorted, controls, keep, unit }) {
       },
       column.value
         ? h("button", { type: "button", title: column.title, onclick: () => sort(column) }, column.label)
-        : h("span", {}, column.label),
+        : h("span", column.label),
     ),
   );
   const readSort = (query) => {
@@ -120,15 +122,9 @@ function listing({ caption, columns, count, sorted, controls, keep, unit }) {
     (pager.querySelector("button:not([disabled])") ?? frame).focus({ preventScroll: true });
   }
   const frame = h(
-    "div",
-    { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
-    h(
-      "table",
-      { class: "listing" },
-      h("caption", { class: "hidden" }, caption),
-      h("thead", {}, h("tr", {}, heads)),
-      body,
-    ),
+    "div.scroll",
+    { tabindex: "0", role: "region", "aria-label": caption },
+    h("table.listing", h("caption.hidden", caption), h("thead", h("tr", heads)), body),
   );
 
   function update(query) {
@@ -158,7 +154,6 @@ function listing({ caption, columns, count, sorted, controls, keep, unit }) {
       ...shown.map((row) =>
         h(
           "tr",
-          {},
           columns.map((column) =>
             h(
               column.heading ? "th" : "td",
@@ -170,29 +165,29 @@ function listing({ caption, columns, count, sorted, controls, keep, unit }) {
       ),
     );
     const none = `No ${unit} passes these filters.`;
-    if (!shown.length) body.append(h("tr", {}, h("td", { colspan: columns.length }, none)));
+    if (!shown.length) body.append(h("tr", h("td", { colspan: columns.length }, none)));
     pager.hidden = pages === 1;
     pager.replaceChildren(
       step(1, "First", page > 1),
       step(page - 1, "Previous", page > 1),
-      h("span", {}, `Page ${page} of ${pages}`),
+      h("span", `Page ${page} of ${pages}`),
       step(page + 1, "Next", page < pages),
       step(pages, "Last", page < pages),
     );
   }
   const filters = h(
-    "form",
+    "form.filters",
     {
-      class: "filters",
       role: "search",
       "aria-label": `Filter ${unit}s`,
       onsubmit: (event) => event.preventDefault(),
     },
-    controls.map(({ node }) => node),
+    controls.map(nodeOf),
   );
   return { nodes: [filters, status, frame, pager], update };
 }
 
+const checkbox = (label, key) => control(label, key, { type: "checkbox", value: "yes" });
 const search = (label) => control(label, "q", { type: "search" });
 const number = (label, key) => control(label, key, { type: "number", step: "any" });
 const imagesBox = () => control("Images", "images", { type: "checkbox", value: "", "data-off": "no" });
@@ -200,31 +195,16 @@ const imagesBox = () => control("Images", "images", { type: "checkbox", value: "
 /** Numbers of layers as links, the present one marked. */
 const layerLinks = (label, layers, chosen, address) =>
   h(
-    "nav",
-    { class: "layers", "aria-label": label },
+    "nav.layers",
+    { "aria-label": label },
     h("span", { "aria-hidden": "true" }, label),
     h(
       "ul",
-      {},
-      layers.map(
-        (layer) => h(
-          "li",
-          {},
-          h("a", { href: address(layer), "aria-current": layer === chosen ? "page" : null }, String(layer)),
-        ),
+      layers.map((layer) =>
+        h("li", h("a", { href: address(layer), "aria-current": layer === chosen ? "page" : null }, String(layer))),
       ),
     ),
   );
 
 /** A correlation with a bar as long as it is. */
-const rho = (value) =>
-  h(
-    "span",
-    { class: "rho" },
-    fixed(value),
-    h(
-      "span",
-      { class: "meter", "aria-hidden": "true" },
-      h("span", { style: { width: `${100 * Math.min(Math.max(value ?? 0, 0), 1)}%` } }),
-    ),
-  );
+const rho = (value) => h("span.rho", fixed(value), meter(Math.min(Math.max(value ?? 0, 0), 1)));
