@@ -67,10 +67,10 @@ def _check_columns(spec: DatasetSpec) -> None:
 
 def _try_encoder(spec: EncoderSpec) -> None:
     from conceptshare.encoders import try_encoder
-    from conceptshare.encoders.weights import locate
+    from conceptshare.encoders.weights import find
 
     with TemporaryDirectory() as folder:
-        try_encoder(spec, locate(spec, made=Path(folder) / "model"))
+        try_encoder(spec, find(spec, made=Path(folder) / "model").location)
 
 
 @app.command()

@@ -36,25 +36,14 @@ class UnlikeImagesError(EncoderError):
         )
 
 
-def stacked(images: Sequence[Tensor], spec: EncoderSpec) -> Tensor:
-    """Stack prepared images ``[3, H, W]`` to ``[B, 3, H, W]``.
-
-    Raises:
-        UnlikeImagesError: if they differ in size.
-    """
-    if len({image.shape for image in images}) > 1:
-        raise UnlikeImagesError(spec)
-    return torch.stack(list(images))
-
-
 @dataclass(frozen=True)
 class Batch:
     """Prepared inputs of a forward pass."""
 
     inputs: dict[str, Tensor]
-    mask: Tensor | None
+    mask: Tensor | None = None
     """``[B, T]`` bool, true for unpadded tokens; None if there is no padding."""
-    eot: Tensor | None
+    eot: Tensor | None = None
     """``[B]`` position of each end-of-text token; None for images."""
 
     def __len__(self) -> int:
@@ -267,6 +256,18 @@ class Encoder:
                 return None
 
 
+def preparing_images(transform: Callable[[Any], Tensor], spec: EncoderSpec) -> Callable[[Samples], Batch]:
+    """Return a ``prepare`` for `Encoder` with a transform to ``[3, H, W]`` pixels; it rejects pixels of other sizes."""
+
+    def prepare(samples: Samples) -> Batch:
+        images = [transform(sample) for sample in samples]
+        if len({image.shape for image in images}) > 1:
+            raise UnlikeImagesError(spec)
+        return Batch({"pixel_values": torch.stack(images)})
+
+    return prepare
+
+
 def in_one_line(error: BaseException) -> str:
     """The message of a library's error on one line, truncated to a readable length."""
     message = " ".join(str(error).split())
@@ -292,7 +293,7 @@ def check_reading(encoder: Encoder) -> None:
     """
     spec = encoder.spec
     exact = replace(encoder, spec=spec.model_copy(update={"precision": "float32"}))
-    samples = _test_samples(spec)
+    samples = samples_for_tests(spec)
     apart = [exact.activations(samples[n : n + 1]) for n in range(len(samples))]
     if spec.precision != "float32":
         encoder.activations(samples[:1])
@@ -367,7 +368,7 @@ def _check_class_token(encoder: Encoder) -> None:
         )
 
 
-def _test_samples(spec: EncoderSpec) -> Samples:
+def samples_for_tests(spec: EncoderSpec) -> Samples:
     """Two captions of different lengths, or two images of different aspect ratios."""
     if spec.modality == "text":
         return ["a dog", "a cat and a dog on a mat"]

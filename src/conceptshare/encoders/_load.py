@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from conceptshare.config.catalog import EncoderSpec
 from conceptshare.device import default_device
 from conceptshare.encoders._encoder import Encoder, check_reading, in_one_line
-from conceptshare.encoders.weights import check_record, fingerprint, locate, recorded_location
+from conceptshare.encoders.weights import check_record, find, fingerprint, recorded_location
 from conceptshare.io.errors import ConceptshareError, EncoderError
 from conceptshare.io.progress import info, warn
 
@@ -39,7 +39,7 @@ def load_encoder(spec: EncoderSpec, weights: Path | None = None) -> Encoder:
     """
     if weights:
         check_record(weights, spec)
-    location = recorded_location(weights) if weights else locate(spec, made=Path(mkdtemp()) / "model")
+    location = recorded_location(weights) if weights else find(spec, made=Path(mkdtemp()) / "model").location
     encoder = load_at(spec, location)
     return replace(encoder, fingerprint=fingerprint(weights)) if weights else encoder
 

@@ -17,7 +17,7 @@ from conceptshare.encoders._encoder import (
     ensure_pad_token,
     find_blocks,
     has_class_token,
-    stacked,
+    preparing_images,
 )
 from conceptshare.io.errors import EncoderError
 
@@ -48,12 +48,17 @@ def load_open_clip(spec: EncoderSpec, location: Path, device: torch.device) -> E
     model.eval()
     if spec.modality == "image":
         tower = model.visual
-        (prepare, forward), words, attends_to_padding = _images(model, transform, spec), None, False
+        prepare, words, attends_to_padding = preparing_images(transform, spec), None, False
     else:
         tower = model.text if hasattr(model, "text") else model.transformer
         tokenizer = _speed_up(_tokenizer(name))
-        (prepare, forward), words = _texts(model, tokenizer, spec), _words(tokenizer)
+        prepare, words = _preparing_texts(model, tokenizer, spec), _words(tokenizer)
         attends_to_padding = _pool_type(_settings(model)) == "last"
+    encode: Callable[[Tensor], object] = model.encode_image if spec.modality == "image" else model.encode_text
+
+    def forward(inputs: dict[str, Tensor]) -> object:
+        return encode(*inputs.values())
+
     batch_first = next((m.batch_first for m in tower.modules() if hasattr(m, "resblocks")), True)
     blocks, class_token = find_blocks(tower, spec), has_class_token(tower)
     return Encoder(spec, device, blocks, prepare, forward, batch_first, words, attends_to_padding, class_token)
@@ -86,17 +91,7 @@ def _words(tokenizer: Any) -> Callable[[list[int]], list[str]]:
     return words
 
 
-def _images(model: Any, transform: Any, spec: EncoderSpec) -> Any:
-    def prepare(samples: Samples) -> Batch:
-        return Batch({"image": stacked([transform(sample) for sample in samples], spec)}, mask=None, eot=None)
-
-    def forward(inputs: dict[str, Tensor]) -> object:
-        return model.encode_image(inputs["image"])
-
-    return prepare, forward
-
-
-def _texts(model: Any, tokenizer: Any, spec: EncoderSpec) -> Any:
+def _preparing_texts(model: Any, tokenizer: Any, spec: EncoderSpec) -> Callable[[Samples], Batch]:
     settings = _settings(model)
     own: int = tokenizer.context_length
     longest = spec.context_length or own
@@ -121,10 +116,7 @@ def _texts(model: Any, tokenizer: Any, spec: EncoderSpec) -> Any:
             mask = nn.functional.pad(mask, (0, 1), value=True)  # CoCa's class token follows the text
         return Batch({"text": ids}, mask, eot)
 
-    def forward(inputs: dict[str, Tensor]) -> object:
-        return model.encode_text(inputs["text"])
-
-    return prepare, forward
+    return prepare
 
 
 def _settings(model: Any) -> Any:

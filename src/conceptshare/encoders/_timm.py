@@ -9,7 +9,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 
 from conceptshare.config.catalog import EncoderSpec
-from conceptshare.encoders._encoder import Batch, Encoder, Samples, find_blocks, has_class_token, stacked
+from conceptshare.encoders._encoder import Encoder, find_blocks, has_class_token, preparing_images
 
 
 def load_timm(spec: EncoderSpec, folder: Path, device: torch.device) -> Encoder:
@@ -22,14 +22,11 @@ def load_timm(spec: EncoderSpec, folder: Path, device: torch.device) -> Encoder:
         # Models without this method accept images of any size.
         if hasattr(model, "set_input_size"):
             model.set_input_size(seen["input_size"][1:])
-    transform: Any = create_transform(**resolve_data_config(seen, model=model), is_training=False)
+    prepare = preparing_images(create_transform(**resolve_data_config(seen, model=model), is_training=False), spec)
     model = model.eval().to(device)
 
-    def prepare(samples: Samples) -> Batch:
-        return Batch({"pixels": stacked([transform(sample) for sample in samples], spec)}, mask=None, eot=None)
-
     def forward(inputs: dict[str, Tensor]) -> object:
-        return model.forward_features(inputs["pixels"])
+        return model.forward_features(inputs["pixel_values"])
 
     blocks = find_blocks(model, spec)
     return Encoder(spec, device, blocks, prepare, forward, class_token=has_class_token(model))

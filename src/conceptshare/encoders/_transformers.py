@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from PIL import Image
@@ -29,7 +28,8 @@ from conceptshare.encoders._encoder import (
     ensure_pad_token,
     find_blocks,
     has_class_token,
-    stacked,
+    preparing_images,
+    samples_for_tests,
 )
 from conceptshare.encoders._selective_scan import supply_selective_scan
 from conceptshare.io.errors import EncoderError
@@ -97,11 +97,7 @@ def _check_residual_stream(encoder: Encoder, forward: Callable[..., Any]) -> Non
 
     The last layer is not checked, because many models return it normalised, nor are models without hidden states.
     """
-    noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
-    samples: Samples = (
-        ["a dog", "a cat and a dog on a mat"] if encoder.spec.modality == "text" else [Image.fromarray(noise)]
-    )
-    batch = encoder.prepare(samples)
+    batch = encoder.prepare(samples_for_tests(encoder.spec)[:1])
     try:
         with torch.inference_mode(), full_float32():
             inputs = {name: value.to(encoder.device) for name, value in batch.inputs.items()}
@@ -208,7 +204,7 @@ def _prepare_images(spec: EncoderSpec, folder: Path, config: Any, takes: set[str
         inputs = {name: processed[name] for name in processed if name == "pixel_values" or name in takes}
         # Images that keep their aspect ratio have different numbers of patches.
         mask = processed["pixel_attention_mask"].bool() if "spatial_shapes" in inputs else None
-        return Batch(inputs, mask, eot=None)
+        return Batch(inputs, mask)
 
     return prepare
 
@@ -217,8 +213,9 @@ def _prepare_images_as_timm(spec: EncoderSpec, config: Any) -> Any:
     """For models whose configuration holds the settings of timm's transform, such as MambaVision."""
     from timm.data import create_transform  # slow to import
 
+    side = spec.image_size or _IMAGE_SIZE
     transform: Any = create_transform(
-        input_size=(3, spec.image_size or _IMAGE_SIZE, spec.image_size or _IMAGE_SIZE),
+        input_size=(3, side, side),
         is_training=False,
         mean=config.mean,
         std=config.std,
@@ -226,12 +223,7 @@ def _prepare_images_as_timm(spec: EncoderSpec, config: Any) -> Any:
         crop_pct=config.crop_pct,
         interpolation="bicubic",
     )
-
-    def prepare(samples: Samples) -> Batch:
-        pixels = stacked([transform(sample) for sample in samples], spec)
-        return Batch({"pixel_values": pixels}, mask=None, eot=None)
-
-    return prepare
+    return preparing_images(transform, spec)
 
 
 def _sizes(spec: EncoderSpec, processor: Any, side: int) -> dict[str, dict[str, int]]:

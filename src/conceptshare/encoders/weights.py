@@ -138,11 +138,6 @@ def fingerprint(record: Path) -> str:
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
-def locate(spec: ModelSpec, made: Path) -> Path:
-    """Like `find`, but only return the location."""
-    return find(spec, made).location
-
-
 def find(spec: ModelSpec, made: Path) -> EncoderFiles:
     """Find the folder or checkpoint of an encoder; fetch it if needed.
 
