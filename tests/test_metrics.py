@@ -327,12 +327,6 @@ def test_constants_have_no_correlation():
     assert math.isnan(metrics.correlation([1.0], [2.0]))
 
 
-def test_overlap_counts_the_top_features_of_both_rankings():
-    assert metrics.overlap([4, 2, 7, 1], [7, 4, 3, 2], top=3) == 2
-    assert metrics.overlap([4, 2], [4, 2], top=5) == 2
-    assert metrics.overlap(np.arange(10), np.arange(10)[::-1], top=4) == 0
-
-
 def standardised(x):
     """Columns of mean 0 and population variance 1; zeros for constant columns."""
     deviation = x.std(0)

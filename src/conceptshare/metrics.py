@@ -263,8 +263,3 @@ def bootstrap_intervals(
     ends = np.quantile(sums / N, [(1 - level) / 2, (1 + level) / 2], axis=0)
     intervals: Array = np.asarray(values, np.float64)[:, None] + ends.T
     return intervals
-
-
-def overlap(a: ArrayLike, b: ArrayLike, top: int) -> int:
-    """Number of features among the first ``top`` of both rankings, which contain each feature once."""
-    return len(np.intersect1d(np.asarray(a)[:top], np.asarray(b)[:top]))

@@ -19,7 +19,6 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from conceptshare.config.catalog import EncoderSpec
@@ -225,7 +224,9 @@ def prepared(encoder: Encoder, data: Data, starts: Sequence[int], threads: int) 
 
 def prepare(encoder: Encoder, data: Data, start: int) -> Batch:
     """Prepare the inputs of the batch that begins at a sample."""
-    samples = _samples(data, encoder.spec, start)
+    spec = encoder.spec
+    rows = range(start, min(start + spec.batch_size, len(data)))
+    samples = [data.image(n) for n in rows] if spec.modality == "image" else [data.caption(n) for n in rows]
     try:
         return encoder.prepare(samples)
     except EncoderError:
@@ -450,8 +451,3 @@ class TokenReader:
 def save_index(store: Any, name: str, numbers: NDArray[np.int64]) -> None:
     """Add ``offsets`` or ``global_rows`` to a store."""
     new_array(store, name, numbers.shape, np.int64, chunks=(min(len(numbers), _INDEX_ROWS),))[...] = numbers
-
-
-def _samples(data: Data, spec: EncoderSpec, start: int) -> list[Image.Image] | list[str]:
-    rows = range(start, min(start + spec.batch_size, len(data)))
-    return [data.image(i) for i in rows] if spec.modality == "image" else [data.caption(i) for i in rows]

@@ -71,12 +71,8 @@ class Stores(NamedTuple):
     similarity: Path | None = None
     """The tables of the `similarity` stage; without them, their columns are NaN."""
 
-    def statistics(self, member: str) -> dict[int, FeatureStatistics]:
-        """A member's feature statistics by layer."""
-        return read_statistics(self.features / f"{member}.zarr")
-
     def active(self, member: str) -> dict[int, FeatureStatistics]:
-        """Like `statistics`, but require an active feature, see `active_statistics`."""
+        """A member's feature statistics by layer, see `active_statistics`."""
         return active_statistics(self.features / f"{member}.zarr")
 
     def digests(self, members: Iterable[str]) -> dict[str, str]:
@@ -608,7 +604,7 @@ def overlap_table(rankings: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         if a.source[0] != b.source[0]:
             continue
         F, top = len(a), int(a.top.sum())
-        overlap = metrics.overlap(a.feature.to_numpy(), b.feature.to_numpy(), top)
+        overlap = len(set(a.feature[a.top]) & set(b.feature[b.top]))
         rows.append(
             {
                 "source": a.source[0],

@@ -1,9 +1,9 @@
 """Stage `figures`: plots of a study's tables, each as PNG for the screen and PDF for print.
 
 The colour map is perceptually uniform and readable with colour blindness and in grey; one module sets the style.
+Each function draws a tidy table, and writes the PNG to ``out`` and the PDF next to it.
 """
 
-from conceptshare.analysis.formats import short_labels
 from conceptshare.figures._averages import draw_averages
 from conceptshare.figures._intervals import draw_intervals
 from conceptshare.figures._layerwise import draw_layerwise
@@ -28,5 +28,4 @@ __all__ = [
     "draw_similarity",
     "draw_strength",
     "save",
-    "short_labels",
 ]

@@ -6,9 +6,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from conceptshare.figures._style import READING_TITLES, STYLE, annotate_empty, explain_grey, heatmap, letters_on, save
 
@@ -16,10 +14,8 @@ from conceptshare.figures._style import READING_TITLES, STYLE, annotate_empty, e
 def draw_averages(averages: pd.DataFrame, out: Path) -> None:
     """The mean wMPPC from each modality to each: a heatmap per reading, annotated with intervals.
 
-    Args:
-        averages: the tidy modality averages, with at least ``reading, source_modality, target_modality, wmppc, low,
-            high``. It is empty if all members belong to one encoder.
-        out: where the PNG goes; the PDF goes next to it.
+    The modality averages have at least ``reading, source_modality, target_modality, wmppc, low, high``. There are none
+    if all members belong to one encoder.
     """
     modalities = list(dict.fromkeys([*averages.source_modality, *averages.target_modality]))
     top = averages.wmppc.max()
@@ -35,10 +31,15 @@ def draw_averages(averages: pd.DataFrame, out: Path) -> None:
             if averages.empty:
                 annotate_empty(ax, "nothing to average")
                 continue
-            cells = averages[averages.reading == reading].set_index(["source_modality", "target_modality"])
-            cells = cells.reindex(pd.MultiIndex.from_product([modalities, modalities]))
-            images.append(heatmap(ax, _square(cells.wmppc), 0, top, letters=None))
-            _annotate(ax, cells, images[-1])
+            cells = averages[averages.reading == reading]
+            square = cells.pivot(index="source_modality", columns="target_modality", values="wmppc")
+            square = square.reindex(index=modalities, columns=modalities)
+            images.append(heatmap(ax, square.to_numpy(), 0, top, letters=None))
+            for cell in cells[np.isfinite(cells.wmppc)].itertuples():
+                style: Any = {"ha": "center", "color": letters_on(images[-1], cell.wmppc)}
+                row, column = modalities.index(cell.source_modality), modalities.index(cell.target_modality)
+                ax.text(column, row, f"{cell.wmppc:.3f}", va="bottom", fontsize=9.5, **style)
+                ax.text(column, row + 0.06, f"{cell.low:.3f} to {cell.high:.3f}", va="top", fontsize=6.5, **style)
             ax.set_xlabel("to")
         axes[0].set_ylabel("from")
         if any(np.ma.getmaskarray(image.get_array()).any() for image in images):
@@ -46,18 +47,3 @@ def draw_averages(averages: pd.DataFrame, out: Path) -> None:
         if images:
             figure.colorbar(images[0], ax=axes, label="mean wMPPC")
         save(figure, out)
-
-
-def _square(values: pd.Series) -> NDArray[np.float64]:
-    side = round(len(values) ** 0.5)
-    return np.asarray(values, np.float64).reshape(side, side)
-
-
-def _annotate(ax: Axes, cells: pd.DataFrame, image: Any) -> None:
-    side = round(len(cells) ** 0.5)
-    for n, cell in enumerate(cells.itertuples()):
-        if np.isfinite(cell.wmppc):
-            style: Any = {"ha": "center", "color": letters_on(image, cell.wmppc)}
-            row, column = divmod(n, side)
-            ax.text(column, row, f"{cell.wmppc:.3f}", va="bottom", fontsize=9.5, **style)
-            ax.text(column, row + 0.06, f"{cell.low:.3f} to {cell.high:.3f}", va="top", fontsize=6.5, **style)

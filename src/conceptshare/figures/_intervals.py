@@ -27,12 +27,8 @@ def draw_intervals(table: pd.DataFrame, out: Path) -> None:
     """Each wMPPC with its 95% interval: a panel per reading and a row per cell, in blocks of one source.
 
     Each row also shows the ``floor`` (shuffled samples) and, if there is one, the ``ceiling`` (another seed of the
-    source).
-
-    Args:
-        table: the tidy matrix table, with at least ``source, target, target_modality, reading, wmppc, low, high, floor,
-            ceiling``.
-        out: where the PNG goes; the PDF goes next to it.
+    source). The matrix table has at least ``source, target, target_modality, reading, wmppc, low, high, floor,
+    ceiling``.
     """
     members = list(dict.fromkeys(table["source"]))
     label = dict(zip(members, short_labels(members), strict=True))

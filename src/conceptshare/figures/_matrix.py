@@ -36,10 +36,7 @@ def draw_matrix(table: pd.DataFrame, out: Path) -> None:
     """The wMPPC matrix of each reading on one colour scale, with members in groups of one modality and kind.
 
     It fits the width of a printed page. Cells show their numbers if these are large enough to read.
-
-    Args:
-        table: the tidy matrix table, with at least ``source, target, source_modality, source_kind, reading, wmppc``.
-        out: where the PNG goes; the PDF goes next to it.
+    The matrix table has at least ``source, target, source_modality, source_kind, reading, wmppc``.
     """
     members = list(dict.fromkeys(table["source"]))
     groups = _groups(table.drop_duplicates("source"))

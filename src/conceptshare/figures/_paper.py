@@ -39,9 +39,7 @@ _PANEL = 3.3
 def draw_paper(cells: pd.DataFrame, out: Path) -> None:
     """This study's wMPPC with its 95% interval against the paper's, a panel per reading; the farthest cells are named.
 
-    Args:
-        cells: the table that `conceptshare.analysis.paper.compare` returns.
-        out: where the PNG goes; the PDF goes next to it.
+    The table is that of `conceptshare.analysis.paper.compare`.
     """
     directions = [(modality(a), modality(b)) for a, b in zip(cells.source, cells.target, strict=True)]
     numbers = cells[["ours", "low", "high", "paper"]].to_numpy(np.float64)

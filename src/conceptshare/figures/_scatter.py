@@ -30,11 +30,8 @@ def draw_sharedness_scatter(table: pd.DataFrame, out: Path) -> None:
 
     Above the diagonal are the features that group G shares more than group H does (Delta > 0). The title counts the
     features on either side; a feature that was never active lies on the diagonal, as both of its rho are 0.
-
-    Args:
-        table: the ranking, with at least ``rank, top, source, layer, rho_g, rho_h``: rho_g is the smallest of a
-            feature's best matches in the members of G, rho_h the largest of those in H.
-        out: where the PNG goes; the PDF goes next to it.
+    The ranking has at least ``rank, top, source, layer, rho_g, rho_h``: rho_g is the smallest of a feature's best
+    matches in the members of G, rho_h the largest of those in H.
     """
     points = table[["rho_g", "rho_h"]].to_numpy(np.float64)
     top = table.top.to_numpy(bool)

@@ -23,11 +23,7 @@ _LOOKS: Any = {
 def draw_similarity(table: pd.DataFrame, out: Path) -> None:
     """CKA and mutual nearest neighbours against wMPPC, a point per cell, with the rank correlation for each reading.
 
-    Cells that lack either value are left out.
-
-    Args:
-        table: the tidy matrix table, with at least ``reading, wmppc, cka, mutual_knn``.
-        out: where the PNG goes; the PDF goes next to it.
+    The matrix table has at least ``reading, wmppc, cka, mutual_knn``. Cells that lack either value are left out.
     """
     with mpl.rc_context(STYLE | {"font.size": 8, "axes.titlesize": 8}):
         figure = Figure(figsize=(PAGE, 3.7), layout="constrained")

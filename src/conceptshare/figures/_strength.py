@@ -47,7 +47,7 @@ def draw_strength(pairs: Iterable[tuple[str, str, pd.DataFrame]], out: Path) -> 
         pairs: source, target, and a table of the source's features with at least ``source, target, strength, rho``;
             rows of other pairs are ignored. A source's distribution is taken from its first pair. The tables need not
             be in memory together.
-        out: where the PNG goes; the PDF goes next to it.
+        out: the path of the PNG.
     """
     chosen = {(a, b): table.loc[(table.source == a) & (table.target == b), _COLUMNS] for a, b, table in pairs}
     sources, targets = (list(dict.fromkeys(pair[side] for pair in chosen)) for side in (0, 1))

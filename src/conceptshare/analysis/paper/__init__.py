@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from conceptshare.config.members import as_member
 from conceptshare.io.errors import StudyError
 from conceptshare.metrics import correlation, modality_averages
 
@@ -47,7 +48,9 @@ def compare(table: pd.DataFrame, dataset: str, size: str) -> pd.DataFrame:
             f"no two of the encoders {', '.join(members)} are among the paper's {size} encoders on {dataset}; use "
             f"{', '.join(dict.fromkeys(printed.source))}, with or without -{size} at the end of the name"
         )
-    return _with_difference(both, ["source", "target"])
+    cells = both.rename(columns={"wmppc": "ours", "wmppc_of_paper": "paper"}).reset_index(drop=True)
+    cells["difference"] = cells.ours - cells.paper
+    return cells[["reading", "source", "target", "ours", "low", "high", "paper", "difference"]]
 
 
 def agreement(cells: pd.DataFrame) -> pd.DataFrame:
@@ -117,13 +120,9 @@ def modality(name: str) -> str:
     return "text" if name.endswith("-text") or name in _TEXT_ENCODERS else "image"
 
 
-def _read(name: str) -> pd.DataFrame:
-    return pd.read_csv(_FOLDER / name)
-
-
 def _printed(name: str, dataset: str, size: str) -> pd.DataFrame:
     """The paper's printed values for a data set and a size, with our names of the readings."""
-    table = _read(name)
+    table = pd.read_csv(_FOLDER / name)
     chosen = table[(table.dataset == dataset) & (table["size"] == size)]
     if chosen.empty:
         known = table[["size", "dataset"]].drop_duplicates().itertuples(index=False)
@@ -136,19 +135,8 @@ def _with_paper_names(table: pd.DataFrame, size: str) -> pd.DataFrame:
     """A matrix table with the paper's names of its encoders, restricted to the first member of each."""
     names: dict[str, str] = {}
     for member in dict.fromkeys([*table["source"], *table["target"]]):
-        name = _paper_name(member, size)
+        name = as_member(member).encoder.removesuffix(".reference").removesuffix(f"-{size}")
         if name not in names.values():
             names[member] = name
     chosen = table[table.source.isin(names) & table.target.isin(names)]
     return chosen.assign(source=chosen.source.map(names), target=chosen.target.map(names))
-
-
-def _paper_name(member: str, size: str) -> str:
-    encoder = member.rpartition("@")[0]
-    return encoder.removesuffix(".reference").removesuffix(f"-{size}")
-
-
-def _with_difference(both: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    cells = both.rename(columns={"wmppc": "ours", "wmppc_of_paper": "paper"}).reset_index(drop=True)
-    cells["difference"] = cells.ours - cells.paper
-    return cells[["reading", *keys, "ours", "low", "high", "paper", "difference"]]
