@@ -1,9 +1,13 @@
 """The stores hold the encoder's activations, rounded to float16, at the rows given by their offsets."""
 
+import errno
 import io
+import os
 import re
 import shutil
 import signal
+import threading
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -227,6 +231,19 @@ def test_a_non_finite_activation_names_encoder_layer_and_sample(data, tmp_path):
     with pytest.raises(NumericsError, match=f"^tiny, layer 0, sample {sample}: a value that is not finite"):
         extract(encoder, data, tmp_path)
     assert_nothing_written(tmp_path)
+
+
+def test_a_write_that_fails_leaves_no_thread_that_prepares_batches(data, tmp_path, monkeypatch):
+    """Garbage collection during the start of another thread could otherwise deadlock."""
+    models.save_bert(tmp_path / "model")
+    encoder = load_encoder(batched(models.entry(tmp_path / "model", "text", "first", kind="language", batch_size=1)))
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(extraction.Recorder, "append", Mock(side_effect=full))
+    before = set(threading.enumerate())
+    with pytest.raises(OSError, match="No space left") as caught:
+        extract(encoder, data, tmp_path)
+    left = set(threading.enumerate()) - before
+    assert not [thread for thread in left if thread.name.startswith("ThreadPoolExecutor")], caught  # keeps the frames
 
 
 def test_a_float16_overflow_names_encoder_layer_and_sample(data, tmp_path):

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -87,8 +88,10 @@ def record(encoder: Encoder, data: Data, recorder: "Recorder", threads: int, nam
     if recorder.start > recorder.share.first:
         info(f"{name}: resuming at sample {recorder.start:,} from an earlier attempt")
     writes: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(1) as writing:
-        batches = forward_pass(encoder, data, starts, threads, name)
+    with (
+        ThreadPoolExecutor(1) as writing,
+        closing(forward_pass(encoder, data, starts, threads, name)) as batches,
+    ):
         for kept in progress(batches, len(starts), f"activations of {name}", "batches"):
             writes.append(writing.submit(recorder.append, kept))
             if len(writes) > _AHEAD:
