@@ -1,5 +1,6 @@
 """Tables from real stores, against wMPPC and Comparative Sharedness computed directly from the features."""
 
+import json
 import re
 import shutil
 from itertools import combinations
@@ -19,6 +20,7 @@ from conceptshare.analysis.tables import (
     Stores,
     averages_table,
     check_ranking,
+    check_saes,
     layerwise_table,
     matrix_table,
     overlap_table,
@@ -685,6 +687,23 @@ def test_sae_table(study, saes):
     }
     assert last["silent_features"] >= 1
     assert first["steps"] == 10
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_figure_of_saes_is_refused_the_table_of_other_saes_of_the_same_size(study, saes, ending, tmp_path):
+    write_table(sae_table([Member("vit", 0)], saes, study[0].features), tmp_path / "saes.csv")
+    path = tmp_path / f"saes.{ending}"
+    check_saes(path, read_table(path, "saes"), saes)
+    folder = saes / "vit" / "layer-03" / "seed-0"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["global_tokens"]["fvu"] += 1e-4
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    seal(folder, {"spec": {"trained": "with another seed"}})
+    with pytest.raises(
+        StoreError, match=rf"saes\.{ending}: its row of vit@0, layer 3 is not of .*layer-03/seed-0; give"
+    ):
+        run("figures", "saes", "--table", path, "--saes", saes, "--out", tmp_path / "drawn.png")
+    assert not (tmp_path / "drawn.png").exists()
 
 
 def test_refuses_an_sae_that_did_not_produce_the_features(study, saes):

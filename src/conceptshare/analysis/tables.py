@@ -659,23 +659,44 @@ def sae_table(members: Sequence[Member], saes: Path, features: Path) -> pd.DataF
                     f"{folder}: not the SAE that made the features of {member}; delete these and run the features "
                     f"stage again"
                 )
-            try:
-                quality = json.loads(sae_file(folder, "metrics.json", record).read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise StoreError(f"{folder}: no readable metrics ({error}); {REMEDY}") from None
             rows.append(
                 {
                     "encoder": member.encoder,
                     "seed": member.seed,
                     "layer": layer,
                     "latents": len(statistics.strength),
-                    "steps": quality["steps"],
-                    **{f"{key}_all": quality["all_tokens"][key] for key in ("fvu", "l0", "dead")},
-                    **{f"{key}_global": quality["global_tokens"][key] for key in ("fvu", "l0", "dead")},
+                    **_training_of(folder, record),
                     "silent_features": int((statistics.density == 0).sum()),
                 }
             )
     return pd.DataFrame(rows)
+
+
+def check_saes(path: Path, table: pd.DataFrame, saes: Path) -> None:
+    """Make sure that a table of `sae_table` is of the SAEs in a folder, by their steps and quality.
+
+    Raises:
+        StoreError: if a row is not of its SAE, as in the table of another study.
+    """
+    for row in table.itertuples():
+        folder, record = sae_of(saes / str(row.encoder), int(row.layer), int(row.seed))
+        training = _training_of(folder, record)
+        written = [getattr(row, key) for key in training]
+        if not _equals_written(np.array(written, float), np.array([*training.values()], float)):
+            raise StoreError(
+                f"{path}: its row of {row.encoder}@{row.seed}, layer {row.layer} is not of {folder}; give the folder "
+                "of the SAEs that the table was made from, or run the metrics stage again"
+            )
+
+
+def _training_of(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Number of steps and quality of an SAE, by column of `sae_table`."""
+    try:
+        metrics = json.loads(sae_file(folder, "metrics.json", record).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{folder}: no readable metrics ({error}); {REMEDY}") from None
+    quality = {name: metrics[f"{name.rpartition('_')[2]}_tokens"][name.rpartition("_")[0]] for name in _QUALITY}
+    return {"steps": metrics["steps"], **quality}
 
 
 def write_table(table: pd.DataFrame, out: Path) -> None:

@@ -107,7 +107,9 @@ def saes(
     out: Annotated[Path, out_option(PNG, PDF, SAE_FIGURES)],
 ) -> None:
     """Loss curves, densities, FVU and dead latents of every SAE: an overview, and one figure per member."""
-    from conceptshare.analysis.tables import read_table
+    from conceptshare.analysis.tables import check_saes, read_table
     from conceptshare.figures import draw_saes
 
-    draw_saes(read_table(table, "saes"), saes, out)
+    trained = read_table(table, "saes")
+    check_saes(table, trained, saes)
+    draw_saes(trained, saes, out)
