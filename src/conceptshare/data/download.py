@@ -281,6 +281,8 @@ class Downloads:
                 self.counts.answers += 1
                 if answer.next_request is None:
                     _check_status(answer)
+                    encoding = answer.headers.get("Content-Encoding", "").lower()
+                    answer.headers["Content-Encoding"] = encoding.replace("x-gzip", "gzip")  # its name in HTTP/1.0
                     async for part in answer.aiter_bytes():
                         yield part
                     return
