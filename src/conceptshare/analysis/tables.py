@@ -682,7 +682,7 @@ def check_saes(path: Path, table: pd.DataFrame, saes: Path) -> None:
         folder, record = sae_of(saes / str(row.encoder), int(row.layer), int(row.seed))
         training = _training_of(folder, record)
         written = [getattr(row, key) for key in training]
-        if not _equals_written(np.array(written, float), np.array([*training.values()], float)):
+        if not np.array_equal(np.array(written, float), np.array([*training.values()], float), equal_nan=True):
             raise StoreError(
                 f"{path}: its row of {row.encoder}@{row.seed}, layer {row.layer} is not of {folder}; give the folder "
                 "of the SAEs that the table was made from, or run the metrics stage again"
