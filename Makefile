@@ -6,7 +6,7 @@ READY := .venv/ready
 STUDY := results/studies/openclipart
 REPORT := $(STUDY)/report.zip
 
-.PHONY: demo test lint docs bench lock
+.PHONY: demo test lint docs bench bench-gpu wheels lock
 
 demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES)
@@ -32,6 +32,27 @@ docs: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
+
+# A machine without .venv and network can run this in its own Python with the packages from `make wheels`.
+OFFLINE := $(if $(wildcard $(READY)),,$(wildcard build/wheels))
+bench-gpu: $(if $(OFFLINE),build/site,$(READY))
+	$(if $(OFFLINE),PYTHONPATH=src:build/site $(PYTHON),$(BIN)/python) -m benchmarks.gpu $(ARGS)
+
+build/site: $(wildcard build/wheels/*.whl)
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target $@ $^
+	touch $@
+
+# For machines of this architecture with this version of Python.
+WHEELS_PYTHON ?= 3.12
+wheels: $(READY)
+	rm -rf build/wheels
+	mkdir -p build
+	sed -n 's/ \\$$//p' requirements.lock | grep == > build/versions.txt
+	$(BIN)/pip download --quiet --no-deps --only-binary=:all: --python-version $(WHEELS_PYTHON) --implementation cp \
+		--platform manylinux_2_28_$$(uname -m) --platform manylinux_2_17_$$(uname -m) --platform manylinux2014_$$(uname -m) \
+		--dest build/wheels --constraint build/versions.txt --requirement benchmarks/wheels.txt \
+		--requirement tests/requirements.txt
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheels .
 
 # All versions come from the lock, so the install does not resolve dependencies.
 $(READY): requirements.lock demo/requirements.txt tests/requirements.txt pyproject.toml

@@ -98,14 +98,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def extraction(folder: Path) -> tuple[Callable[[], None], Callable[[], None]]:
     """Recording every layer, and a bare forward pass, over the same images prepared in the same way."""
-    noise = np.random.default_rng(0).integers(0, 256, (500, 24, 32, 3), dtype=np.uint8)
-    files = []
-    for pixels in noise:
-        file = io.BytesIO()
-        Image.fromarray(pixels).resize((640, 480), Image.Resampling.BICUBIC).save(file, "JPEG")
-        files.append({"image": file.getvalue(), "caption": "noise"})
-    pd.DataFrame(files).to_parquet(folder / "noise.parquet")
-    quiet(lambda: make_dataset(DatasetSpec(source=str(folder / "noise.parquet")), folder / "data"))
+    noise_data(folder, 500)
     size = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536}
     ViTModel(ViTConfig(**size)).save_pretrained(folder / "model")
     ViTImageProcessor().save_pretrained(folder / "model")
@@ -128,17 +121,29 @@ def extraction(folder: Path) -> tuple[Callable[[], None], Callable[[], None]]:
     return ours, bare
 
 
-def sae_steps(precision: str) -> tuple[Callable[[], None], Callable[[], None]]:
+def noise_data(folder: Path, count: int) -> None:
+    """Write a data set of so many images of noise, 640 x 480, into `folder/data`."""
+    noise = np.random.default_rng(0).integers(0, 256, (count, 24, 32, 3), dtype=np.uint8)
+    files = []
+    for pixels in noise:
+        file = io.BytesIO()
+        Image.fromarray(pixels).resize((640, 480), Image.Resampling.BICUBIC).save(file, "JPEG")
+        files.append({"image": file.getvalue(), "caption": "noise"})
+    pd.DataFrame(files).to_parquet(folder / "noise.parquet")
+    quiet(lambda: make_dataset(DatasetSpec(source=str(folder / "noise.parquet")), folder / "data"))
+
+
+def sae_steps(precision: str, width: int = D) -> tuple[Callable[[], None], Callable[[], None]]:
     """One training step: touching active latents alone, and by dense autograd in float32, both with fused Adam."""
     device = default_device()
-    x = torch.randn(TOKENS * 16, D, generator=torch.Generator().manual_seed(0)).to(device)
-    trainer = Trainer(D, SAESettings(precision=precision), 0, 1000, device)
-    sae = TopKSAE(D, F, K, torch.Generator().manual_seed(0)).to(device)
+    x = torch.randn(TOKENS * 16, width, generator=torch.Generator().manual_seed(0)).to(device)
+    trainer = Trainer(width, SAESettings(precision=precision), 0, 1000, device)
+    sae = TopKSAE(width, 8 * width, K, torch.Generator().manual_seed(0)).to(device)
     adam = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=5e-5, fused=True)
 
     def dense() -> None:
         values, indices = sae.encode(x).topk(sae.k, dim=1)
-        latents = torch.zeros(len(x), F, device=device).scatter(1, indices, values)
+        latents = torch.zeros(len(x), 8 * width, device=device).scatter(1, indices, values)
         loss = (latents @ sae.W_dec + sae.b_dec - x).square().mean()
         adam.zero_grad()
         loss.backward()
