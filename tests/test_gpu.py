@@ -175,18 +175,25 @@ OPTIONS = [
 ]
 
 
-def trained(settings, place, steps=60, width=16):
+def trained(settings, place, steps=60, width=16, resumed_at=None):
     """The full state of a training."""
-    trainer, generator = Trainer(width, settings, 0, steps, torch.device(place)), torch.Generator().manual_seed(1)
-    for _ in range(steps):
+
+    def new():
+        return Trainer(width, settings, 0, steps, torch.device(place))
+
+    trainer, generator = new(), torch.Generator().manual_seed(1)
+    for step in range(steps):
+        if step == resumed_at:
+            state, trainer = trainer.state(), new()
+            trainer.restore(state)
         trainer.train_on(torch.randn(200, width, generator=generator).to(place))
     return trainer.state()
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_training_is_deterministic_and_its_losses_agree_with_the_cpu(options):
+def test_training_is_deterministic_even_if_resumed_and_its_losses_agree_with_the_cpu(options):
     settings = SAESettings(expansion=4, k=4, learning_rate=1e-3, **options)
-    one, again = trained(settings, "cuda"), trained(settings, "cuda")
+    one, again = trained(settings, "cuda"), trained(settings, "cuda", resumed_at=30)
     assert all(torch.equal(x, again[name]) for name, x in one.items())
     # Rounded products occasionally select other latents.
     rtol = 1e-4 if settings.precision == "float32" else 2e-2
