@@ -323,7 +323,7 @@ def test_feature_page(tab, site):
     captions = (
         read_data(site, f"samples/{DATASET}/000")["captions"] + read_data(site, f"samples/{DATASET}/001")["captions"]
     )
-    expect(page.locator(".feature_label")).to_have_text(table["name"][20])
+    expect(page.locator(".called")).to_have_text(table["name"][20])
     facts = page.locator(".facts")
     expect(facts).to_contain_text(f"{table['score'][20]:.2f}")
     expect(facts).to_contain_text(f"{table['auc'][20]:.2f}")
@@ -529,7 +529,7 @@ def test_unclear_names_are_grey_and_searchable(tab, site):
     page.get_by_label("Named only").check()
     expect(page.get_by_role("status")).to_have_text(f"0 of {FEATURES} features")
     page = tab.open(f"#/feature/{SET}/seer@0/3/{some[0]}")
-    expect(page.locator(".feature_label")).to_have_text(f"perhaps perhaps-{some[0]} (no clear name)")
+    expect(page.locator(".called")).to_have_text(f"perhaps perhaps-{some[0]} (no clear name)")
 
 
 def test_typology_counts_words(tab, site):
@@ -679,7 +679,7 @@ def test_hostile_texts_are_escaped(open_tab, site):
     expect(rows.nth(9).locator("th")).to_have_text("no clear name")  # an empty name has no text
     for number in range(len(HOSTILE)):
         opened.open(f"#/feature/{SET}/reader-clip@1/0/{number}")
-        expect(page.locator(".feature_label")).to_have_text(HOSTILE[number] or "no clear name")
+        expect(page.locator(".called")).to_have_text(HOSTILE[number] or "no clear name")
         assert page.locator("main script, main svg[onload], main img[src=x]").count() == 0
     # Direction overrides end with the text.
     isolated = page.locator("bdi").first.evaluate("element => getComputedStyle(element).unicodeBidi")
