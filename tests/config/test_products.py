@@ -27,8 +27,8 @@ def test_the_input_tables_of_products_exist():
 
 def test_figure_functions_exist():
     for figure in FIGURES:
-        module, _, function = figure.function.partition(":")
-        assert hasattr(__import__(f"conceptshare.figures.{module}", fromlist=["_"]), function)
+        module = __import__(f"conceptshare.figures._{figure.command or figure.name}", fromlist=["_"])
+        assert hasattr(module, f"draw_{figure.command or figure.name}")
 
 
 def test_file_names_of_analyses_are_reserved():

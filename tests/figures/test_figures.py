@@ -34,8 +34,8 @@ from conceptshare.figures import (
     draw_matrix,
     draw_paper,
     draw_saes,
+    draw_scatter,
     draw_sharedness,
-    draw_sharedness_scatter,
     draw_similarity,
     draw_strength,
 )
@@ -651,7 +651,7 @@ def test_the_scatter_shows_every_feature_and_highlights_and_counts_the_top(
     tmp_path, rng, drawn, unsaved, features, silent
 ):
     table = scattered(features, rng, silent)
-    draw_sharedness_scatter(table, tmp_path / "figure.png")
+    draw_scatter(table, tmp_path / "figure.png")
     assert_readable(drawn[0])
     ax = drawn[0].axes[0]
     every, top = ax.collections
@@ -676,7 +676,7 @@ def test_the_scatter_shows_every_feature_and_highlights_and_counts_the_top(
 
 
 def test_the_scatter_is_darker_where_points_are_denser(tmp_path, rng, drawn, unsaved):
-    draw_sharedness_scatter(scattered(3000, rng, 200), tmp_path / "figure.png")
+    draw_scatter(scattered(3000, rng, 200), tmp_path / "figure.png")
     ax = drawn[0].axes[0]
     points = ax.collections[0]
     x, y = points.get_offsets().T
@@ -692,12 +692,12 @@ def test_the_scatter_is_darker_where_points_are_denser(tmp_path, rng, drawn, uns
 
 def test_the_scatter_is_deterministic(tmp_path, rng, pdf):
     table = scattered(512, rng)
-    check_twice(lambda out: draw_sharedness_scatter(table, out), tmp_path, colours_at_least=30)
+    check_twice(lambda out: draw_scatter(table, out), tmp_path, colours_at_least=30)
 
 
 def test_the_scatter_without_active_features(tmp_path, rng, drawn):
     table = scattered(50, rng, 50)
-    check(lambda out: draw_sharedness_scatter(table, out), tmp_path / "drawn", colours_at_least=20)
+    check(lambda out: draw_scatter(table, out), tmp_path / "drawn", colours_at_least=20)
     assert any(text.endswith(", 50 with both 0 (no match)") for text in written_on(drawn[0]))
 
 

@@ -363,7 +363,7 @@ def test_a_new_figure_needs_only_its_module_its_caption_and_its_line(study):
     (library / "figures" / "_rows.py").write_text("def draw_rows(table, out):\n    out.write_text(str(len(table)))\n")
     (study.folder / "workflow/report/rows.rst").write_text("How many rows the matrix has.\n")
     lines = library / "config" / "products.py"
-    line = '    Figure("rows", "matrix", "matrices/{name}.rows", "rows", "_rows:draw_rows", "The number of rows."),\n'
+    line = '    Figure("rows", "matrix", "matrices/{name}.rows", "rows", "The number of rows."),\n'
     lines.write_text(lines.read_text().replace("FIGURES = (\n", f"FIGURES = (\n{line}"))
     planned = study.plan()
     assert planned["figures_rows"] == 1

@@ -37,10 +37,9 @@ class Figure(NamedTuple):
     """As for `Table`."""
     shows: str
     """Its label in the report."""
-    function: str
-    """What draws it, given a table and the path of the PNG: a module of `conceptshare.figures` and a function."""
-    help: str
-    """What its command says of it."""
+    help: str = ""
+    """What its command says of it, for a figure that is drawn from its table only; others have commands of their own.
+    """
     inputs: tuple[str, ...] = ()
     """What it is drawn from besides, by the names of its command's options."""
     when: When = "always"
@@ -49,9 +48,8 @@ class Figure(NamedTuple):
     memory_mb: int = 2000
 
     def draw(self, *arguments: Any) -> None:
-        """Draw it; modules of figures import Matplotlib, so that they are imported when they draw."""
-        module, _, function = self.function.partition(":")
-        getattr(import_module(f"conceptshare.figures.{module}"), function)(*arguments)
+        """Draw it by ``draw_NAME`` in `figures/_NAME.py`, which imports Matplotlib."""
+        getattr(import_module(f"conceptshare.figures._{self.name}"), f"draw_{self.name}")(*arguments)
 
 
 _STORES = ("study", "features", "correlations")
@@ -68,13 +66,12 @@ TABLES = (
 )
 
 FIGURES = (
-    Figure("matrix", "matrix", "matrices/{name}", "wMPPC", "_matrix:draw_matrix", "Annotated wMPPC matrices."),
+    Figure("matrix", "matrix", "matrices/{name}", "wMPPC", "Annotated wMPPC matrices."),
     Figure(
         "averages",
         "averages",
         "matrices/{name}.averages",
         "averages by modality",
-        "_averages:draw_averages",
         "Mean wMPPC from each modality to each.",
         when="encoders",
     ),
@@ -83,7 +80,6 @@ FIGURES = (
         "matrix",
         "matrices/{name}.intervals",
         "intervals",
-        "_intervals:draw_intervals",
         "Each cell of a wMPPC matrix with its interval, floor and ceiling.",
     ),
     Figure(
@@ -91,55 +87,29 @@ FIGURES = (
         "matrix",
         "matrices/{name}.similarity",
         "similarity",
-        "_similarity:draw_similarity",
         "CKA and mutual nearest neighbours next to wMPPC.",
         when="encoders",
     ),
-    Figure(
-        "strength",
-        "matrix",
-        "matrices/{name}.strength",
-        "strength of features",
-        "_strength:draw_strength",
-        "How strong each member's features are, and how that goes with their best correlations.",
-        ("pairs",),
-        memory_mb=4000,
-    ),
+    Figure("strength", "matrix", "matrices/{name}.strength", "strength of features", inputs=("pairs",), memory_mb=4000),
     Figure(
         "paper",
         "paper",
         "matrices/{name}.paper",
         "compared with the paper",
-        "_paper:draw_paper",
         "This study's wMPPC against the paper's.",
         when="paper",
     ),
+    Figure("layerwise", "layerwise", "layerwise/{name}", "heatmaps", inputs=("study",)),
     Figure(
-        "layerwise",
-        "layerwise",
-        "layerwise/{name}",
-        "heatmaps",
-        "_layerwise:draw_layerwise",
-        "Layerwise heatmaps.",
-        ("study",),
+        "sharedness", "sharedness", "sharedness/{name}", "top features", inputs=("features", "names", "data", "shown")
     ),
-    Figure(
-        "sharedness",
-        "sharedness",
-        "sharedness/{name}",
-        "top features",
-        "_sharedness:draw_sharedness",
-        "Grids of the top samples of a ranking's top features, or of features that are named.",
-        ("features", "names", "data", "shown"),
-    ),
+    # The first feature of a ranking, as the paper's Figure 4 shows one.
     Figure(
         "top_samples",
         "sharedness",
         "sharedness/{name}.top",
         "first feature",
-        "_sharedness:draw_sharedness",
-        "The first feature of a ranking, as the paper's Figure 4 shows one.",
-        ("features", "names", "data", "first"),
+        inputs=("features", "names", "data", "first"),
         command="sharedness",
     ),
     Figure(
@@ -147,18 +117,9 @@ FIGURES = (
         "sharedness",
         "sharedness/{name}.scatter",
         "all features",
-        "_scatter:draw_sharedness_scatter",
         "Every feature of a ranking by how much either group shares it.",
     ),
-    Figure(
-        "saes",
-        "saes",
-        "saes",
-        "training and quality",
-        "_saes:draw_saes",
-        "Loss curves, densities, FVU and dead latents of every SAE: an overview, and a folder of a figure per member.",
-        ("saes",),
-    ),
+    Figure("saes", "saes", "saes", "training and quality", inputs=("saes",)),
 )
 
 

@@ -10,7 +10,7 @@ from conceptshare.figures._layerwise import draw_layerwise
 from conceptshare.figures._matrix import draw_matrix
 from conceptshare.figures._paper import draw_paper
 from conceptshare.figures._saes import draw_saes
-from conceptshare.figures._scatter import draw_sharedness_scatter
+from conceptshare.figures._scatter import draw_scatter
 from conceptshare.figures._sharedness import draw_sharedness
 from conceptshare.figures._similarity import draw_similarity
 from conceptshare.figures._strength import draw_strength
@@ -23,8 +23,8 @@ __all__ = [
     "draw_matrix",
     "draw_paper",
     "draw_saes",
+    "draw_scatter",
     "draw_sharedness",
-    "draw_sharedness_scatter",
     "draw_similarity",
     "draw_strength",
     "save",

@@ -25,7 +25,7 @@ _GREYS = LinearSegmentedColormap.from_list("greys", ["0.85", "0.4"])
 _TOP: Any = {"marker": "D", "facecolor": RED, "edgecolor": "black", "linewidth": 0.5}
 
 
-def draw_sharedness_scatter(table: pd.DataFrame, out: Path) -> None:
+def draw_scatter(table: pd.DataFrame, out: Path) -> None:
     """Each feature of a ranking by rho_G and rho_H, darker in dense regions, the top 1% by Delta in colour.
 
     Above the diagonal are the features that group G shares more than group H does (Delta > 0). The title counts the
