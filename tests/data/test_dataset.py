@@ -24,7 +24,6 @@ from conceptshare.config.catalog import DatasetSpec
 from conceptshare.data import dataset
 from conceptshare.data.dataset import MAX_RATIO, Data, decode, make_dataset
 from conceptshare.io.errors import DatasetError, HubError
-from conceptshare.io.files import DATASET
 from conceptshare.io.provenance import FILE
 from tests.helpers.hub import running, use
 from tests.helpers.samples import AsRead, contents
@@ -226,7 +225,7 @@ def test_samples_are_a_documented_arrow_file(make, tmp_path):
     order = np.random.default_rng(3).permutation(5)
     assert table["image"].to_pylist() == [IMAGES[row] for row in order]
     assert table["id"].to_pylist() == ["abcde"[row] for row in order]
-    assert set(contents(tmp_path / "made")) == {"manifest.json", "samples.arrow"}
+    assert set(contents(tmp_path / "made")) == {"dropped.jsonl", "manifest.json", "samples.arrow"}
 
 
 def test_the_order_of_samples_is_a_permutation_drawn_from_its_seed(make):
@@ -353,14 +352,13 @@ def test_too_many_unusable_rows_are_an_error_and_leave_nothing(make, tmp_path):
 def test_memory_needs_a_few_bytes_per_row(tmp_path):
     N = 5_000
     tracemalloc.start()
-    with dataset._SampleFile(tmp_path / "as-read") as samples, dataset._DroppedRows(tmp_path / "dropped") as dropped:
+    with (tmp_path / "as-read").open("w+b") as as_read, (tmp_path / "dropped.jsonl").open("w") as listed:
+        samples, dropped = dataset._SampleFile(as_read), dataset._DroppedRows(listed)
         for row in range(N):
             samples.add(dataset.Sample(f"a longish id {row}", b"image", f"the caption of row {row}"))
             dropped.add(dataset.Dropped(row, f"a longish id {row}", "no caption"))
         samples.check_ids(DatasetSpec(source="./x"))
         samples.shuffle(tmp_path / "samples.arrow", 0)
-    dropped.write_into({"dropped": [], "content_hash": "0"}, tmp_path / "manifest.json")
-    assert DATASET.is_valid(tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 150 * N  # the size of the ids alone
@@ -413,7 +411,7 @@ def test_two_runs_give_the_same_bytes(make, tmp_path):
     first = contents(tmp_path / "made")
     make()
     assert contents(tmp_path / "made") == first
-    assert set(first) == {"samples.arrow", "manifest.json"}
+    assert set(first) == {"samples.arrow", "dropped.jsonl", "manifest.json"}
 
 
 def test_refuses_missing_or_damaged_data(make, tmp_path):
@@ -432,7 +430,8 @@ def test_refuses_missing_or_damaged_data(make, tmp_path):
     text = manifest.read_text()
     manifest.write_text(text.replace('"rows": 5', '"rows": 6'))
     with pytest.raises(
-        DatasetError, match=r"manifest\.json was changed, or written by another version\); delete the folder and run"
+        DatasetError,
+        match=r"manifest\.json is missing, or was changed or written by another version\); delete the folder",
     ):
         AsRead(tmp_path / "made")
     manifest.write_text(text)
@@ -810,7 +809,9 @@ def test_tar_members_are_never_extracted_to_disk(tmp_path):
         tar.addfile(link)
     before = sorted(tmp_path.rglob("*"))
     make_dataset(web_spec(source), tmp_path / "inner" / "data")
-    made = {tmp_path / "inner" / "data" / name for name in ("", "samples.arrow", "manifest.json", FILE)}
+    made = {
+        tmp_path / "inner" / "data" / name for name in ("", "samples.arrow", "dropped.jsonl", "manifest.json", FILE)
+    }
     assert set(tmp_path.rglob("*")) - set(before) == made
     assert AsRead(tmp_path / "inner" / "data").ids() == ["../../evil", str(tmp_path / "absolute"), "plain"]
 

@@ -1,6 +1,7 @@
 """Data sets and results in the form that tests need."""
 
 import io
+import json
 
 import numpy as np
 import pyarrow as pa
@@ -30,10 +31,11 @@ def write_rows(path, samples, words):
 
 
 class AsRead(Data):
-    """The samples in the order of their source, which tests expect."""
+    """The samples in the order of their source, which tests expect, with the dropped rows."""
 
     def __init__(self, folder):
         super().__init__(folder)
+        self.manifest["dropped"] = [json.loads(line) for line in (folder / "dropped.jsonl").read_bytes().splitlines()]
         self._rows = np.argsort(np.random.default_rng(self.manifest["order_seed"]).permutation(len(self))).tolist()
 
     def ids(self):

@@ -283,14 +283,14 @@ def test_drops_and_lists_a_few_undecodable_images_for_all_encoders(new_study):
     stores = [f"results/squares/activations/{name}.zarr" for name in ("reader", "viewer")]
     result = new_study.run("--cores", "2", *stores)
     assert result.returncode == 0, result.stdout + result.stderr
-    manifest = json.loads((new_study.folder / "results/squares/data/manifest.json").read_text())
-    assert [row["row"] for row in manifest["dropped"]] == [0, 1, 2]
+    dropped = (new_study.folder / "results/squares/data/dropped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["row"] for line in dropped] == [0, 1, 2]
     for store in stores:
         assert zarr.open_group(new_study.folder / store, mode="r")["layer-00/global"].shape[0] == 37
     (warning,) = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
     assert warning.startswith(
         "warning: ./squares.parquet: 3 of 40 rows dropped, such as row 0: image cannot be decoded"
     )
-    assert warning.endswith("results/squares/data/manifest.json lists them [results/logs/squares/dataset.log]")
+    assert warning.endswith("results/squares/data/dropped.jsonl lists them [results/logs/squares/dataset.log]")
     again = new_study.run("--cores", "1", "results/squares/saes/tiny/reader/layer-00/seed-0/cfg.json")
     assert "rows dropped" not in again.stderr  # only jobs of this run are reported

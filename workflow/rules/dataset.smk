@@ -12,6 +12,7 @@ rule dataset:
         ),
     output:
         samples=f"{layout.DATA}/samples.arrow",
+        dropped=f"{layout.DATA}/dropped.jsonl",
         manifest=f"{layout.DATA}/manifest.json",
         provenance=f"{layout.DATA}/provenance.json",
     log:

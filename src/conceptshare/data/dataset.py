@@ -2,7 +2,7 @@
 
 `results/{dataset}/data/` holds `samples.arrow`, an Arrow IPC file with the columns ``id`` (string), ``image`` (binary,
 the bytes of the source's file), ``caption`` (string) and their checksums, and `manifest.json`. Row i of every later
-array is sample i. Samples that some encoder could not read are dropped for all encoders and listed in the manifest.
+array is sample i. Samples that some encoder could not read are dropped for all encoders and listed in `dropped.jsonl`.
 
 Samples are shuffled here instead of during SAE training, so that encoders and SAEs read them in the same order from
 first to last, whether or not tokens are stored in between.
@@ -13,16 +13,14 @@ If a data set has URLs of its images, they are downloaded to `results/{dataset}/
 import hashlib
 import json
 import re
-import shutil
 import stat
-import textwrap
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, TextIO
 from zlib import crc32
 
 import numpy as np
@@ -37,9 +35,9 @@ from conceptshare.data.sources import Source, locate, printable
 from conceptshare.io import provenance
 from conceptshare.io.ahead import in_order
 from conceptshare.io.errors import DatasetError
-from conceptshare.io.files import DATASET, atomic_output
+from conceptshare.io.files import DATASET, atomic_output, read_object
 from conceptshare.io.progress import info, progress, warn
-from conceptshare.io.seals import is_text_intact, seal_text
+from conceptshare.io.seals import is_intact, sealed
 
 MAX_RATIO = 100
 """Largest ratio of an image's sides. Models resize one side to about 200 pixels; the other side of a narrower image
@@ -89,10 +87,9 @@ class Data:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         try:
-            manifest = (folder / "manifest.json").read_bytes()
-            if not is_text_intact(manifest):
-                raise ValueError("manifest.json was changed, or written by another version")
-            self.manifest: dict[str, Any] = json.loads(manifest)
+            self.manifest = read_object(folder / "manifest.json")
+            if not is_intact(self.manifest):
+                raise ValueError("manifest.json is missing, or was changed or written by another version")
             with pa.memory_map(str(folder / "samples.arrow")) as source:
                 self._table: pa.Table = pa.ipc.open_file(source).read_all()
             if not self._table.schema.equals(_SCHEMA):
@@ -175,8 +172,12 @@ def make_dataset(spec: DatasetSpec, out: Path) -> None:
     reported = len(source.not_read.counts)
     with atomic_output(out, DATASET) as folder:
         folder.mkdir()
-        samples, dropped = _SampleFile(folder / "as-read"), _DroppedRows(folder / "dropped")
-        with samples, dropped, closing(_outcomes(spec, source, out.parent / "downloads")) as outcomes:
+        with (
+            (folder / "as-read").open("w+b") as as_read,
+            (folder / "dropped.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as listed,
+            closing(_outcomes(spec, source, out.parent / "downloads")) as outcomes,
+        ):
+            samples, dropped = _SampleFile(as_read), _DroppedRows(listed)
             for outcome in progress(outcomes, spec.limit, f"rows of {spec.source}", "rows"):
                 if isinstance(outcome, Dropped):
                     dropped.add(outcome)
@@ -201,14 +202,12 @@ def make_dataset(spec: DatasetSpec, out: Path) -> None:
             "rows_read": len(samples) + dropped.count,
             "rows": len(samples),
             **({"not_read": source.not_read.entries()} if source.not_read.counts else {}),
-            "dropped": [],
             "content_hash": content_hash,
             "checksums": checksums,
         }
-        dropped.write_into(manifest, folder / "manifest.json")
-        seal_text(folder / "manifest.json")
-        samples.path.unlink()
-        dropped.path.unlink()
+        text = json.dumps(sealed(manifest), indent=1, ensure_ascii=False)
+        (folder / "manifest.json").write_text(text, encoding="utf-8", errors="backslashreplace")
+        (folder / "as-read").unlink()
         provenance.record(folder)
     for line in source.not_read.lines()[reported:]:
         info(f"{spec.source}: {line}")
@@ -216,23 +215,16 @@ def make_dataset(spec: DatasetSpec, out: Path) -> None:
     if dropped.count:
         first = printable(f"row {dropped.first[0].row}: {dropped.first[0].reason}")
         rows = f"{dropped.count:,} of {manifest['rows_read']:,} rows"
-        warn(f"{spec.source}: {rows} dropped, such as {first}; {out / 'manifest.json'} lists them")
+        warn(f"{spec.source}: {rows} dropped, such as {first}; {out / 'dropped.jsonl'} lists them")
 
 
 class _SampleFile:
     """The samples in source order, in a file; memory only holds the offset and a hash of the id of each sample."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self._offsets = array("Q", [0])
         self._ids = array("Q")
-
-    def __enter__(self) -> Self:
-        self._file = self.path.open("w+b")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -290,39 +282,19 @@ def _unpacked(record: bytes) -> Sample:
 
 
 class _DroppedRows:
-    """The dropped rows as the manifest lists them, in a file; memory only holds the first few."""
+    """The dropped rows, in a file of JSON lines; memory only holds the first few."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
         self.count = 0
         self.first: list[Dropped] = []
-
-    def __enter__(self) -> Self:
-        self._file = self.path.open("w", encoding="utf-8", errors="backslashreplace")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
     def add(self, row: Dropped) -> None:
         r"""Append a row. A lone surrogate in its id or URL is escaped as \udcXX, as in JSON."""
         self.first += [row] if self.count < 3 else []
         entry = {key: value for key, value in asdict(row).items() if value is not None}
-        text = textwrap.indent(json.dumps(entry, indent=1, ensure_ascii=False), "  ")
-        self._file.write(f",\n{text}" if self.count else f"\n{text}")
+        self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         self.count += 1
-
-    def write_into(self, manifest: dict[str, Any], path: Path) -> None:
-        """Write a manifest with the dropped rows in its list ``dropped``, which is empty in ``manifest``."""
-        before, empty, after = json.dumps(manifest, indent=1, ensure_ascii=False).partition('"dropped": []')
-        with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            if not self.count:
-                file.write(before + empty + after)
-                return
-            file.write(before + '"dropped": [')
-            with self.path.open(encoding="utf-8") as rows:
-                shutil.copyfileobj(rows, file)
-            file.write("\n ]" + after)
 
 
 def _check_image(image: bytes, max_pixels: int) -> None:

@@ -59,16 +59,6 @@ def _begins(path: Path, magic: bytes) -> bool:
         return magic.startswith(file.read(len(magic)))
 
 
-def _last_kib(path: Path) -> bytes:
-    """Last KiB of a file, which may be large; empty if the file is missing."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 1024))
-            return file.read()
-    except OSError:
-        return b""
-
-
 def _is_site_script(script: Path) -> bool:
     return script.is_file() and b"conceptshare" in script.read_bytes()
 
@@ -107,9 +97,9 @@ MODEL = Kind(
 )
 DATASET = Kind(
     "a data set",
-    r"samples\.arrow|manifest\.json",
-    unfinished="as-read|dropped",
-    is_valid=lambda path: b'"content_hash"' in _last_kib(path / "manifest.json"),
+    r"samples\.arrow|dropped\.jsonl|manifest\.json",
+    unfinished="as-read",
+    is_valid=lambda path: "content_hash" in read_object(path / "manifest.json"),
 )
 SAE = Kind("an SAE", _SAE_FILES, is_valid=lambda path: "d_sae" in read_object(path / "cfg.json"))
 SAES = Kind("a folder of SAEs", rf"layer-\d+/seed-\d+/{_SAE_FILES}")

@@ -23,7 +23,6 @@ Fingerprint = list[int]
 
 _BLOCK_BYTES = 2**20
 _SEAL = "digest"
-_END = b"\n}"
 _UNRECORDED = {MANIFEST, provenance.FILE}
 
 
@@ -61,25 +60,6 @@ def seal(folder: Path, record: Mapping[str, Any]) -> None:
     files = {path.name: fingerprint(path) for path in sorted(folder.iterdir()) if path.name not in _UNRECORDED}
     text = json.dumps(sealed({**record, "files": files}), indent=1)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
-
-
-def seal_text(path: Path) -> None:
-    """Append the digest of an indented JSON object to its file, without reading the file into memory."""
-    with path.open("r+b") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(-len(_END), os.SEEK_END)
-        file.write(_text_seal(digest))
-
-
-def is_text_intact(text: bytes) -> bool:
-    """Whether a JSON file was sealed by `seal_text` and is unchanged since."""
-    length = len(_text_seal("0" * 64))
-    digest = hashlib.sha256(text[:-length] + _END).hexdigest()
-    return text[-length:] == _text_seal(digest)
-
-
-def _text_seal(digest: str) -> bytes:
-    return f',\n "{_SEAL}": "{digest}"'.encode() + _END
 
 
 def read_manifest(folder: Path, key: str, stage: str, remedy: str) -> dict[str, Any]:
