@@ -656,11 +656,9 @@ def test_drops_a_caption_that_is_not_text_and_names_its_type():
     def caption(cell):
         return dataset._caption(DatasetSpec(source="./x", several_captions="joined"), 0, {"caption": cell})
 
-    for cell in (["a", "b"], ("a", "b"), np.array(["a", "b"]), pa.array(["a", None, "b"]), pa.scalar(["a", "b"])):
-        assert caption(cell) == "a b"
-    assert caption(np.str_("a b")) == caption(pa.scalar("a b")) == "a b"
+    assert caption(["a", None, "b"]) == caption("a b") == "a b"
     for cell, kind in [(3, "int"), ({"a": "b"}, "dict"), (b"x", "bytes"), (["a", 3], "int"), ([["a"]], "list")]:
-        with pytest.raises(dataset._UnusableRowError, match=f"caption is {kind}, not text"):
+        with pytest.raises(dataset.UnusableError, match=f"caption is {kind}, not text"):
             caption(cell)
 
 

@@ -13,7 +13,7 @@ from huggingface_hub import constants, snapshot_download
 
 from conceptshare.io import progress
 from conceptshare.io.errors import HubError
-from conceptshare.io.hub import chosen, fetch_files, fetch_snapshot
+from conceptshare.io.hub import chosen, fetch_files
 from tests.helpers.hub import TOKEN, Hub, environment, running, use
 
 FILES = {
@@ -53,7 +53,7 @@ def files_got(hub):
 def fault(*arguments):
     """The one-line message of a failed fetch."""
     with pytest.raises(HubError) as error:
-        fetch_snapshot(*arguments)
+        fetch_files(*arguments)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -63,7 +63,7 @@ def fault(*arguments):
 
 def test_fetches_all_files_of_a_repository_into_a_folder_named_by_the_commit(hub):
     commit = hub.add("us/tiny", FILES)
-    folder = fetch_snapshot("us/tiny", "model", None)
+    folder = fetch_files("us/tiny", "model", None).folder
     assert folder.name == commit
     assert content(folder) == FILES
 
@@ -78,7 +78,7 @@ def test_fetches_only_matching_files_and_the_first_of_alternatives(hub):
 
 def test_excludes_files_of_an_earlier_fetch_into_the_same_folder(hub):
     hub.add("us/tiny", FILES)
-    everything = fetch_snapshot("us/tiny", "model", None)
+    everything = fetch_files("us/tiny", "model", None).folder
     found = fetch_files("us/tiny", "model", None, [WEIGHTS])
     assert (found.folder, found.files) == (everything, ["model.safetensors"])
     assert len(hub.asked("GET", "/resolve/")) == len(FILES)
@@ -87,7 +87,7 @@ def test_excludes_files_of_an_earlier_fetch_into_the_same_folder(hub):
 def test_fetches_a_data_set_from_the_hubs_data_sets(hub):
     shards = {"data/train-00000-of-00002.parquet": b"one", "data/train-00001-of-00002.parquet": b"two"}
     commit = hub.add("us/pairs", shards, kind="dataset")
-    folder = fetch_snapshot("us/pairs", "dataset", None)
+    folder = fetch_files("us/pairs", "dataset", None).folder
     assert (folder.name, content(folder)) == (commit, shards)
 
 
@@ -95,22 +95,25 @@ def test_fetches_by_branch_tag_or_commit(hub):
     old = hub.add("us/tiny", {"config.json": b"old"}, revision="v1")
     new = hub.add("us/tiny", {"config.json": b"new"})
     for revision, commit, text in [("v1", old, b"old"), ("main", new, b"new"), (None, new, b"new"), (old, old, b"old")]:
-        folder = fetch_snapshot("us/tiny", "model", revision)
+        folder = fetch_files("us/tiny", "model", revision).folder
         assert (folder.name, content(folder)) == (commit, {"config.json": text})
 
 
 def test_fetches_a_moved_branch_again(hub):
     hub.add("us/tiny", {"config.json": b"old", "model.safetensors": b"kept"})
-    fetch_snapshot("us/tiny", "model", None)
+    fetch_files("us/tiny", "model", None)
     hub.add("us/tiny", {"config.json": b"new", "model.safetensors": b"kept"})
-    assert content(fetch_snapshot("us/tiny", "model", None)) == {"config.json": b"new", "model.safetensors": b"kept"}
+    assert content(fetch_files("us/tiny", "model", None).folder) == {
+        "config.json": b"new",
+        "model.safetensors": b"kept",
+    }
 
 
 def test_does_not_fetch_existing_files_again(hub):
     hub.add("us/tiny", FILES)
-    fetch_snapshot("us/tiny", "model", None)
+    fetch_files("us/tiny", "model", None)
     hub.log.clear()
-    fetch_snapshot("us/tiny", "model", None)
+    fetch_files("us/tiny", "model", None)
     assert hub.asked("GET", "/resolve/") == []
 
 
@@ -137,7 +140,7 @@ def test_patterns_select_names(patterns, expected):
 def test_retries_a_busy_hub(hub, status, where):
     hub.add("us/tiny", FILES)
     hub.fail(status, 1, where)
-    assert content(fetch_snapshot("us/tiny", "model", None)) == FILES
+    assert content(fetch_files("us/tiny", "model", None).folder) == FILES
 
 
 def test_tries_a_busy_hub_three_times(hub, capsys):
@@ -153,7 +156,7 @@ def test_resumes_a_truncated_body_after_its_last_complete_block(hub, monkeypatch
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
     hub.add("us/tiny", FILES)
     hub.cut(78_000, "GET /us/tiny/resolve")
-    folder = fetch_snapshot("us/tiny", "model", None, ["model.safetensors"])
+    folder = fetch_files("us/tiny", "model", None, ["model.safetensors"]).folder
     assert content(folder) == {"model.safetensors": FILES["model.safetensors"]}
     assert [request.range for request in hub.asked("GET", "/resolve/")] == [None, "bytes=70000-"]
 
@@ -161,7 +164,7 @@ def test_resumes_a_truncated_body_after_its_last_complete_block(hub, monkeypatch
 def test_fetches_a_short_body_again(hub):
     hub.add("us/tiny", FILES)
     hub.shorten(70_000, "GET /us/tiny/resolve")
-    folder = fetch_snapshot("us/tiny", "model", None, ["model.safetensors"])
+    folder = fetch_files("us/tiny", "model", None, ["model.safetensors"]).folder
     assert content(folder) == {"model.safetensors": FILES["model.safetensors"]}
 
 
@@ -171,7 +174,7 @@ def test_gives_up_on_a_hub_that_never_answers(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
     hub.add("us/tiny", FILES)
     hub.ignore("/tree/")
-    assert content(fetch_snapshot("us/tiny", "model", None)) == FILES
+    assert content(fetch_files("us/tiny", "model", None).folder) == FILES
     hub.ignore("/api/", times=1000)
     assert "the host cannot be reached (ReadTimeout" in fault("us/other", "model", None)
     assert not hub.timed_out
@@ -184,7 +187,7 @@ def test_never_returns_an_incomplete_snapshot(hub, cache):
     there.mkdir(parents=True)
     (there / "config.json").write_bytes(FILES["config.json"])
     hub.fail(404, 1, "/tree/")
-    assert content(fetch_snapshot("us/tiny", "model", None)) == FILES
+    assert content(fetch_files("us/tiny", "model", None).folder) == FILES
 
 
 # Permanent failures
@@ -293,7 +296,7 @@ def disconnect(hub, monkeypatch, how):
 @pytest.mark.parametrize("how", ["switched off", "unreachable", "down"])
 def test_does_not_use_an_earlier_fetch_of_other_files(hub, monkeypatch, how):
     hub.add("us/tiny", FILES)
-    fetch_snapshot("us/tiny", "model", None, ["config.json"])
+    fetch_files("us/tiny", "model", None, ["config.json"])
     disconnect(hub, monkeypatch, how)
     message = fault("us/tiny", "model", None, ["*.json", WEIGHTS])
     assert f"of {hub.endpoint} cannot be fetched: " in message
@@ -304,7 +307,7 @@ def test_does_not_use_an_earlier_fetch_of_other_files(hub, monkeypatch, how):
 def test_does_not_use_an_earlier_fetch_of_another_revision(hub, monkeypatch):
     hub.add("us/tiny", FILES)
     hub.add("us/tiny", {"config.json": b"old"}, revision="v1")
-    fetch_snapshot("us/tiny", "model", None)
+    fetch_files("us/tiny", "model", None)
     disconnect(hub, monkeypatch, "switched off")
     assert f"at revision v1 of {hub.endpoint} cannot be fetched" in fault("us/tiny", "model", "v1")
 
@@ -312,7 +315,7 @@ def test_does_not_use_an_earlier_fetch_of_another_revision(hub, monkeypatch):
 def test_does_not_use_an_earlier_fetch_after_a_refusal(hub):
     """The hub answered with a refusal, so its newest revision may have changed or be closed to this user."""
     hub.add("us/tiny", FILES)
-    fetch_snapshot("us/tiny", "model", None)
+    fetch_files("us/tiny", "model", None)
     hub.fail(403, 1000)
     fault("us/tiny", "model", None)
 
@@ -336,7 +339,7 @@ def test_uses_files_cached_by_other_programs_if_they_can_be_verified(hub, monkey
 # Interruptions and progress
 
 
-FETCH = "from conceptshare.io.hub import fetch_snapshot; print(fetch_snapshot('us/tiny', 'model', None))"
+FETCH = "from conceptshare.io.hub import fetch_files; print(fetch_files('us/tiny', 'model', None).folder)"
 
 
 def process(hub: Hub, cache: Path, **more: str) -> subprocess.Popen[str]:
@@ -382,7 +385,7 @@ def test_a_token_is_sent_to_the_hub_only(hub, cache, gated):
 def test_a_long_fetch_reports_its_progress_in_lines(hub, monkeypatch, capsys):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     commit = hub.add("us/tiny", {"model.safetensors": bytes(2_500_000)})
-    fetch_snapshot("us/tiny", "model", None)
+    fetch_files("us/tiny", "model", None)
     output = capsys.readouterr().err.splitlines()
     assert output[0] == f"us/tiny at {commit}: 1 files, from {hub.endpoint}"
     assert output[1].startswith("2.5 of 2.5 MB (")

@@ -77,10 +77,6 @@ class Dropped:
     """URL of its image, if it was to be downloaded."""
 
 
-class _UnusableRowError(Exception):
-    """A row cannot become a sample; the message is the reason."""
-
-
 class Data:
     """The samples of a data set in their fixed order, read lazily from `results/{dataset}/data/`."""
 
@@ -364,7 +360,7 @@ def _start_download(
         _check_read(row)
         id_, caption = _id(spec, number, row), _caption(spec, number, row)
         address = _address(row["image_url"])
-    except _UnusableRowError as error:
+    except UnusableError as error:
         dropped = Dropped(number, _shown_id(spec, number, row), str(error))
         return lambda: dropped
     future = downloads.fetch(address)
@@ -385,7 +381,7 @@ def _outcome(spec: DatasetSpec, source: Source, number: int, place: tuple[Path, 
         id_, caption = _id(spec, number, row), _caption(spec, number, row)
         image = _image_bytes(row["image"], folder, source, int(spec.max_mb * 1e6))
         _check_image(image, spec.max_pixels)
-    except (_UnusableRowError, UnusableError) as error:
+    except UnusableError as error:
         return Dropped(number, _shown_id(spec, number, row), str(error))
     return Sample(id_, image, caption)
 
@@ -393,14 +389,14 @@ def _outcome(spec: DatasetSpec, source: Source, number: int, place: tuple[Path, 
 def _check_read(row: dict[str, Any]) -> None:
     for key, cell in row.items():
         if isinstance(cell, Unusable):
-            raise _UnusableRowError(f"{key} cannot be read ({cell.reason})")
+            raise UnusableError(f"{key} cannot be read ({cell.reason})")
 
 
 def _id(spec: DatasetSpec, number: int, row: dict[str, Any]) -> str:
     if spec.id is None:
         return f"{number:08d}"
     if row["id"] is None or row["id"] == "":
-        raise _UnusableRowError("no id")
+        raise UnusableError("no id")
     return _encodable("id", str(row["id"]))
 
 
@@ -416,7 +412,7 @@ def _caption(spec: DatasetSpec, number: int, row: dict[str, Any]) -> str:
     """
     captions = _texts(row["caption"])
     if not captions:
-        raise _UnusableRowError("no caption")
+        raise UnusableError("no caption")
     if spec.several_captions == "joined":
         return _encodable("caption", " ".join(caption.strip() for caption in captions) if captions[1:] else captions[0])
     if spec.several_captions == "sampled":
@@ -427,14 +423,10 @@ def _caption(spec: DatasetSpec, number: int, row: dict[str, Any]) -> str:
 
 def _texts(cell: Any) -> list[str]:
     """The non-blank texts in a caption cell."""
-    if isinstance(cell, pa.Scalar | pa.Array):
-        cell = cell.as_py() if isinstance(cell, pa.Scalar) else cell.to_pylist()
-    if isinstance(cell, np.ndarray | np.generic):
-        cell = cell.tolist()
     items = cell if isinstance(cell, list | tuple) else [cell]
     for item in items:
         if item is not None and not isinstance(item, str):
-            raise _UnusableRowError(f"caption is {type(item).__name__}, not text")
+            raise UnusableError(f"caption is {type(item).__name__}, not text")
     return [item for item in items if item is not None and item.strip()]
 
 
@@ -442,17 +434,17 @@ def _encodable(what: str, text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _UnusableRowError(f"{what} cannot be encoded as UTF-8 ({error.reason} at {error.start})") from None
+        raise UnusableError(f"{what} cannot be encoded as UTF-8 ({error.reason} at {error.start})") from None
     return text
 
 
 def _address(cell: Any) -> str:
     if cell is None or (isinstance(cell, str) and not cell.strip()):
-        raise _UnusableRowError("no image address")
+        raise UnusableError("no image address")
     if not isinstance(cell, str):
-        raise _UnusableRowError(f"image address is {type(cell).__name__}, not text")
+        raise UnusableError(f"image address is {type(cell).__name__}, not text")
     if len(cell) > _MAX_URL_LENGTH:
-        raise _UnusableRowError(f"image address of {len(cell):,} letters: {cut(cell)}")
+        raise UnusableError(f"image address of {len(cell):,} letters: {cut(cell)}")
     return cell.strip()
 
 
@@ -460,29 +452,29 @@ def _image_bytes(value: Any, folder: Path, source: Source, longest: int) -> byte
     """The bytes of an image cell: a dict of the `datasets` library, bytes, or the path of a regular file.
 
     Raises:
-        _UnusableRowError: if the cell is empty, the file is missing, or it has more than ``longest`` bytes.
+        UnusableError: if the cell is empty, the file is missing, or it has more than ``longest`` bytes.
     """
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, bytes):
         if len(value) > longest:
-            raise _UnusableRowError(f"image cannot be read ({too_large(len(value), longest)})")
+            raise UnusableError(f"image cannot be read ({too_large(len(value), longest)})")
         return value
     if not isinstance(value, str):
         reason = "no image" if value is None else f"{type(value).__name__} is not an image"
-        raise _UnusableRowError(f"image cannot be decoded ({reason})")
+        raise UnusableError(f"image cannot be decoded ({reason})")
     try:
         path = Path(image_path(value, folder, source))
         if source.revision is not None and not path.is_relative_to(source.folder):
-            raise _UnusableRowError(f"image's path leads out of the data set: {cut(value, _MAX_ID_LENGTH)}")
+            raise UnusableError(f"image's path leads out of the data set: {cut(value, _MAX_ID_LENGTH)}")
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # reading a device may never end, and a pipe may block
-            raise _UnusableRowError(f"image cannot be read (no regular file: {cut(value, _MAX_ID_LENGTH)})")
+            raise UnusableError(f"image cannot be read (no regular file: {cut(value, _MAX_ID_LENGTH)})")
         if status.st_size > longest:
-            raise _UnusableRowError(f"image cannot be read ({too_large(status.st_size, longest)})")
+            raise UnusableError(f"image cannot be read ({too_large(status.st_size, longest)})")
         return path.read_bytes()
     except (OSError, ValueError) as error:
-        raise _UnusableRowError(_why_unreadable(value, error)) from None
+        raise UnusableError(_why_unreadable(value, error)) from None
 
 
 def _why_unreadable(cell: str, error: OSError | ValueError) -> str:

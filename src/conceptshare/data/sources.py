@@ -14,11 +14,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from operator import or_
 from pathlib import Path
 from typing import Any, Literal
 
 from conceptshare.config.catalog import DatasetSpec, is_path
+from conceptshare.data.images import suffixes
 from conceptshare.io.errors import DatasetError
 
 ALL = "all"
@@ -107,9 +109,9 @@ def locate(spec: DatasetSpec) -> Source:
         HubError: if they cannot be fetched from the hub.
     """
     if not is_path(spec.source):
-        from conceptshare.io.hub import fetch_snapshot
+        from conceptshare.io.hub import fetch_files
 
-        folder = fetch_snapshot(spec.source, "dataset", spec.revision)
+        folder = fetch_files(spec.source, "dataset", spec.revision).folder
         return _listed(spec, folder, folder.name)
     return _listed(spec, Path(spec.source).expanduser(), None)
 
@@ -168,7 +170,7 @@ def _listed(spec: DatasetSpec, path: Path, revision: str | None) -> Source:
         what = "neither a regular file nor a folder" if os.path.exists(path) else "no such file or folder"  # noqa: PTH110
         raise DatasetError(f"{spec.source}: {what}")
     names, some_image = [], None
-    images = _image_suffixes()
+    images = suffixes()
     for name in files_below(path):
         if form(name) is not None and name.rpartition("/")[2] not in _NO_DATA:
             names.append(name)
@@ -185,12 +187,6 @@ def _listed(spec: DatasetSpec, path: Path, revision: str | None) -> Source:
     files = [path / name for name in chosen]
     names_and_text = declared.configuration, declared.separator
     return Source(spec.source, path, revision, kind, files, split, not_read, *names_and_text)
-
-
-def _image_suffixes() -> set[str]:
-    from conceptshare.data.images import suffixes
-
-    return suffixes()
 
 
 @dataclass(frozen=True)
@@ -281,26 +277,16 @@ def _in_folder(folder: str, pattern: Any) -> str:
 def _matches(name: str, pattern: str) -> bool:
     """Whether a path matches a pattern in the metadata of a data set; ``**`` matches any number of folders.
 
-    The set of reached positions in the pattern is tracked, so untrusted patterns cannot cause exponential backtracking.
+    Each part of the pattern is compared with each part of the path once, so untrusted patterns cannot take long.
     """
-    wanted = pattern.split("/")
-    reached = {0}
-    for part in name.split("/"):
-        before = _past_folders(reached, wanted)
-        stay = {n for n in before if wanted[n : n + 1] == ["**"]}
-        reached = stay | {n + 1 for n in before - stay if n < len(wanted) and fnmatchcase(part, wanted[n])}
-    return name == pattern or len(wanted) in _past_folders(reached, wanted)
-
-
-def _past_folders(positions: set[int], wanted: list[str]) -> set[int]:
-    """Positions in a pattern, and those after each ``**`` at them, because ``**`` may match no folder."""
-    reached: set[int] = set()
-    for position in positions:
-        reached.add(position)
-        while wanted[position : position + 1] == ["**"]:
-            position += 1
-            reached.add(position)
-    return reached
+    parts = name.split("/")
+    matched = [True] + [False] * len(parts)  # for each number of parts, whether the pattern so far matches the first
+    for wanted in pattern.split("/"):
+        if wanted == "**":
+            matched = list(accumulate(matched, or_))
+        else:
+            matched = [False, *(m and fnmatchcase(part, wanted) for m, part in zip(matched, parts, strict=False))]
+    return name == pattern or matched[-1]
 
 
 def _of_one_kind(

@@ -40,21 +40,6 @@ class Snapshot:
     """Relative paths of the requested files, sorted."""
 
 
-def fetch_snapshot(repository: str, kind: Kind, revision: str | None, patterns: Sequence[str] | None = None) -> Path:
-    """Fetch a repository's files at one revision, and return their folder, named after the revision's commit.
-
-    Args:
-        repository: the hub id, such as ``facebook/dinov2-base``.
-        kind: whether the repository holds a model or a data set.
-        revision: a branch, tag or commit. Defaults to the newest commit of the main branch.
-        patterns: file names to fetch, see `chosen`. Defaults to all files.
-
-    Raises:
-        HubError: if the files are not on this machine and cannot be fetched.
-    """
-    return fetch_files(repository, kind, revision, patterns).folder
-
-
 def fetch_files(
     repository: str,
     kind: Kind,
@@ -62,10 +47,19 @@ def fetch_files(
     patterns: Sequence[str] | None = None,
     remedy: str | None = None,
 ) -> Snapshot:
-    """Like `fetch_snapshot`, but return the names of the files too.
+    """Fetch a repository's files at one revision.
 
     Without a connection, or with ``HF_HUB_OFFLINE=1``, the files of an earlier fetch of the same revision are used.
-    ``remedy`` is the key and path with which a study would name a local copy, if not ``model`` or ``source``.
+
+    Args:
+        repository: the hub id, such as ``facebook/dinov2-base``.
+        kind: whether the repository holds a model or a data set.
+        revision: a branch, tag or commit. Defaults to the newest commit of the main branch.
+        patterns: file names to fetch, see `chosen`. Defaults to all files.
+        remedy: the key and path with which a study would name a local copy, if not ``model`` or ``source``.
+
+    Raises:
+        HubError: if the files are not on this machine and cannot be fetched.
     """
     from huggingface_hub import constants
 

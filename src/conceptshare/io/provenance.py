@@ -25,19 +25,8 @@ from conceptshare.io.files import PROVENANCE, PROVENANCE_RECORD, Kind, unlocked_
 FILE = PROVENANCE
 
 _PACKAGES = (
-    *(
-        "torch",
-        "numpy",
-        "zarr",
-        "transformers",
-        "open_clip_torch",
-        "timm",
-        "datasets",
-        "snakemake",
-        "scipy",
-        "scikit-learn",
-    ),
-    "safetensors",
+    *("torch", "numpy", "zarr", "transformers", "open_clip_torch", "timm"),
+    *("datasets", "snakemake", "scipy", "scikit-learn", "safetensors"),
 )
 _CLONE = Path(__file__).parents[3]
 _GIT_SECONDS = 10
