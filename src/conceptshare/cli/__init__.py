@@ -6,14 +6,14 @@ from typing import NoReturn
 
 import typer
 
-from conceptshare.cli import comparing, concepts, encoders, figures, pages, saes, study, tables
+from conceptshare.cli import comparing, figures, pages, stages, study, tables
 from conceptshare.io import provenance
 from conceptshare.io.errors import AlreadyMadeError, ConceptshareError, system_error_message
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
-for _commands in (study, encoders, saes, concepts, comparing):
+for _commands in (study, stages, comparing):
     app.add_typer(_commands.app)
 app.add_typer(tables.app, name="metrics")
 app.add_typer(figures.app, name="figures")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from conceptshare.cli.options import GPUs, Threads, in_bytes, out_option, use_gpus, use_threads
+from conceptshare.cli.options import GPUs, Threads, compute_on, in_bytes, out_option, use_threads
 from conceptshare.io.errors import StudyError
 from conceptshare.io.files import CSV, PARQUET, PROVENANCE_SIDECAR, store_kind
 
@@ -43,8 +43,7 @@ def correlations(
     """Find each feature's best match in the other encoder, for every pair of layers, in both directions."""
     from conceptshare.correlations import correlate_stores
 
-    use_threads(threads)
-    use_gpus(gpus)
+    compute_on(gpus, threads)
     for entry in full:
         if not re.fullmatch(r"\d+:\d+", entry):
             raise StudyError(f"--full {entry}: write LAYER_A:LAYER_B, such as 3:5")
@@ -63,8 +62,7 @@ def similarity(
     """Compare the global tokens of two encoders, for every pair of layers: CKA and mutual nearest neighbours."""
     from conceptshare.analysis.similarity import compare_stores
 
-    use_threads(threads)
-    use_gpus(gpus)
+    compute_on(gpus, threads)
     compare_stores(a, b, out)
 
 

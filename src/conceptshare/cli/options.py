@@ -10,39 +10,26 @@ from conceptshare.config.catalog import CATALOG, complete, parse, parse_yaml, re
 from conceptshare.io.files import CSV, PARQUET, PDF, PNG, Kind, check_replaceable, output_lock
 
 
-def out_option(kind: Kind, *also: Kind, text: str = "The output path.") -> Any:
-    """Option for a command's output, which is locked until the command ends.
+def out_option(kind: Kind, *also: Kind, text: str = "The output path.", first: bool = True) -> Any:
+    """Option for an output of a command.
 
     Args:
         kind: kind of the output.
         also: kinds of further outputs with the same name and another suffix.
         text: the option's help.
+        first: whether it is the command's first output, which is locked until the command ends.
     """
 
     def begin(context: typer.Context, path: Path | None) -> Path | None:
         if path is not None:
-            _check(path, kind, *also)
-            if path.parent.is_dir():  # otherwise no other process is writing there
+            check_replaceable(path, kind)
+            for other in also:
+                check_replaceable(path.with_suffix(other.suffix), other)
+            if first and path.parent.is_dir():  # otherwise no other process is writing there
                 context.with_resource(output_lock(path))
         return path
 
     return typer.Option(help=text, callback=begin, show_default=False)
-
-
-def second_out_option(*kinds: Kind, text: str) -> Any:
-    """Option for a second output of a command."""
-
-    def begin(path: Path | None) -> Path | None:
-        if path is not None:
-            _check(path, *kinds)
-        return path
-
-    return typer.Option(help=text, callback=begin, show_default=False)
-
-
-def _check(path: Path, *kinds: Kind) -> None:
-    for n, kind in enumerate(kinds):
-        check_replaceable(path.with_suffix(kind.suffix) if n else path, kind)
 
 
 Entry = Annotated[str, typer.Option(help="A name in the catalog, or keys and values as JSON.")]
@@ -84,10 +71,12 @@ def use_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def use_gpus(gpus: int | None) -> None:
-    """Choose the device by `conceptshare.device`, or the CPU for 0 GPUs, and log it."""
+def compute_on(gpus: int | None, threads: int = 0) -> None:
+    """Choose the device by `conceptshare.device`, or the CPU for 0 GPUs, and the number of threads; log the device."""
     from conceptshare.device import DEVICE, log_device
 
+    if threads:
+        use_threads(threads)
     if gpus == 0:
         os.environ[DEVICE] = "cpu"
     log_device()
