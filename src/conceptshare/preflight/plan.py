@@ -6,8 +6,10 @@ Sizes are those of uncompressed arrays; features, half of which are zero, compre
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
+
+from tabulate import tabulate
 
 from conceptshare.config.catalog import DatasetSpec, EncoderSpec, is_path, local_path
 from conceptshare.config.settings import CorrelationSettings, SAESettings
@@ -412,16 +414,12 @@ def plan_as_json(plan: Plan) -> str:
 
 def plan_as_text(plan: Plan) -> str:
     """The estimate as a table, followed by its assumptions."""
-    rows = [["rule", "jobs", "disk", "read", "FLOP", "memory", "hours"]]
-    for rule, count in plan.jobs.items():
-        rows.append([rule, f"{count:,}", *cost_cells(plan.costs[rule], plan.rates)])
+    rows = [[rule, f"{n:,}", *cost_cells(plan.costs[rule], plan.rates)] for rule, n in plan.jobs.items()]
     rows.append(["total", "", *cost_cells(plan.total(), plan.rates)])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    return "\n".join([f"study {plan.study}", "", *lines, "", *_assumptions(plan)])
+    header = ["rule", "jobs", "disk", "read", "FLOP", "memory", "hours"]
+    sides = ["left", *["right"] * 6]
+    table = str(tabulate(rows, header, tablefmt="plain", colalign=sides, disable_numparse=True))
+    return "\n".join([f"study {plan.study}", "", table, "", *_assumptions(plan)])
 
 
 def cost_cells(cost: Cost, rates: Rates) -> list[str]:
@@ -507,11 +505,5 @@ def _panels_read(F: int, width: int, N: int) -> int:
 
 
 def _sum(costs: Iterable[Cost]) -> Cost:
-    costs = list(costs)
-    return Cost(
-        written=sum(cost.written for cost in costs),
-        read=sum(cost.read for cost in costs),
-        flops=sum(cost.flops for cost in costs),
-        cpu_flops=sum(cost.cpu_flops for cost in costs),
-        memory=max((cost.memory for cost in costs), default=0),
-    )
+    written, read, flops, cpu_flops, memory = zip(*map(astuple, [Cost(), *costs]), strict=True)
+    return Cost(sum(written), sum(read), sum(flops), sum(cpu_flops), max(memory))
