@@ -424,7 +424,7 @@ def test_analyses_use_the_same_encoder_names_under_both_presets(build):
     assert reference.pairs() == [tuple(renamed(pair)) for pair in own.pairs()]
     for name in PRESET["analyses"]["matrices"]:
         assert reference.matrix_members(name) == renamed(own.matrix_members(name))
-    assert json.loads(reference.sharedness_key("s"))["source"] == "vit.reference@0"
+    assert json.loads(reference.table_key("sharedness", "s"))["source"] == "vit.reference@0"
 
 
 def test_an_analysis_can_use_the_encoder_names_of_paths_and_tables(build):
@@ -629,11 +629,11 @@ def shuffled(value, order):
 def keys_of(study):
     """Everything that the workflow passes to its jobs."""
     return {
-        "members": study.members_key(),
+        "members": study.table_key("saes"),
         "pairs": study.pairs(),
-        "matrices": {name: study.matrix_key(name) for name in study.analyses.matrices},
-        "layerwise": {name: study.layerwise_key(name) for name in study.analyses.layerwise},
-        "sharedness": {name: study.sharedness_key(name) for name in study.analyses.sharedness},
+        "matrices": {name: study.table_key("matrix", name) for name in study.analyses.matrices},
+        "layerwise": {name: study.table_key("layerwise", name) for name in study.analyses.layerwise},
+        "sharedness": {name: study.table_key("sharedness", name) for name in study.analyses.sharedness},
         "similarity": study.similarity_pairs(),
         "overlapping": study.overlapping(),
         "saes": {name: study.sae_key(name) for name in study.saes},
@@ -685,7 +685,7 @@ def test_only_matrices_need_ceilings(build):
     assert set(matrix.ceiling_pairs("m")) <= set(matrix.pairs())
     assert [str(member) for member in matrix.members()] == ["bert@0", "dinov2@3", "dinov2@4", "vit@0", "vit@2"]
     assert len(matrix.pairs()) == 3 + 2
-    assert json.loads(matrix.matrix_key("m")) == [
+    assert json.loads(matrix.table_key("matrix", "m")) == [
         ["dinov2@4", "image", "vision", "dinov2@3"],
         ["vit@2", "image", "vision", "vit@0"],
         ["bert@0", "text", "language", None],
@@ -842,16 +842,16 @@ def test_a_study_survives_a_round_trip_through_its_file(build, tmp_path, preset)
 
 def test_keys_are_json_with_sorted_keys(build):
     study = build(analyses=ANALYSES, saes={"small": {"k": 4, "expansion": 2, "epochs": 3}})
-    for text in (study.sae_key("small"), study.dataset_key("coco"), study.sharedness_key("seen")):
+    for text in (study.sae_key("small"), study.dataset_key("coco"), study.table_key("sharedness", "seen")):
         assert text == json.dumps(json.loads(text), sort_keys=True)
     assert json.loads(study.sae_key("small")) == {"k": 4, "expansion": 2, "epochs": 3}
-    assert json.loads(study.sharedness_key("seen")) == {
+    assert json.loads(study.table_key("sharedness", "seen")) == {
         "source": "vit@1",
         "shared_with": ["bert@0", "clip-text@0"],
         "not_shared_with": ["dinov2@0"],
     }
-    assert json.loads(study.layerwise_key("seeds")) == [["vit@1", "vit@0"], ["bert@0", "dinov2@0"]]
-    assert ["clip-text@0", "text", "vlm", None] in json.loads(study.matrix_key("all"))
+    assert json.loads(study.table_key("layerwise", "seeds")) == [["vit@1", "vit@0"], ["bert@0", "dinov2@0"]]
+    assert ["clip-text@0", "text", "vlm", None] in json.loads(study.table_key("matrix", "all"))
 
 
 PAPER = {

@@ -94,7 +94,7 @@ rule pages_index:
         mem_mb=grown(4000),
         runtime=grown(30),
     params:
-        key=STUDY.pages_key(),
+        key=STUDY.table_key("pages"),
         study=study_file,
         out=lambda w: layout.PAGES.format(study=w.study),
     shell:

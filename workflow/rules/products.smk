@@ -12,10 +12,10 @@ TABLE_PAIRS = {
 
 # The part of the study that a table depends on.
 TABLE_KEYS = {
-    "matrix": lambda w: STUDY.matrix_key(w.name),
-    "layerwise": lambda w: STUDY.layerwise_key(w.name),
-    "sharedness": lambda w: STUDY.sharedness_key(w.name),
-    "saes": lambda w: STUDY.members_key(),
+    "matrix": lambda w: STUDY.table_key("matrix", w.name),
+    "layerwise": lambda w: STUDY.table_key("layerwise", w.name),
+    "sharedness": lambda w: STUDY.table_key("sharedness", w.name),
+    "saes": lambda w: STUDY.table_key("saes"),
 }
 
 

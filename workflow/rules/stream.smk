@@ -20,7 +20,8 @@ rule stream:
     params:
         spec=lambda w: STUDY.encoders[w.encoder].activations_key(),
         settings=lambda w: STUDY.sae_key(w.sae),
-        seeds=lambda w: " ".join(f"--seed {seed}" for seed in STUDY.stream_seeds(w.encoder)),
+        # All that the entry lists, needed or not, so that studies with the same entry share a stream.
+        seeds=lambda w: " ".join(f"--seed {seed}" for seed in sorted(STUDY.encoders[w.encoder].seeds)),
         data=lambda w, input: folder_of(input.data),
     shell:
         "python -m conceptshare stream --encoder {params.spec:q} --weights {input.weights:q} --data {params.data:q}"

@@ -137,8 +137,8 @@ def sharedness(
     """A member's features, ranked by Comparative Sharedness."""
     from conceptshare.analysis.tables import Stores, sharedness_table, write_table
 
-    groups = load_study(study).sharedness_names(analysis)
-    write_table(sharedness_table(*groups, Stores(features, correlations)), out)
+    groups = load_study(study).sharedness_groups(analysis)
+    write_table(sharedness_table(**groups, stores=Stores(features, correlations)), out)
 
 
 @app.command()

@@ -5,7 +5,7 @@ pairs of members that its analyses need; the workflow makes those and nothing el
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -159,14 +159,12 @@ class Study(Spec):
         """The member whose features a Comparative Sharedness analysis ranks."""
         return self.member(self.analyses.sharedness[name].source)
 
-    def sharedness_names(self, name: str) -> tuple[str, list[str], list[str]]:
-        """The source of a ranking, and its groups, each sorted, as text."""
+    def sharedness_groups(self, name: str) -> dict[str, Any]:
+        """The ``source`` of a ranking, and its groups ``shared_with`` and ``not_shared_with``, each sorted, as text."""
         analysis = self._analysis("sharedness", name)
-        shared, not_shared = (
-            sorted(str(self.member(text)) for text in group)
-            for group in (analysis.shared_with, analysis.not_shared_with)
-        )
-        return str(self.member(analysis.source)), shared, not_shared
+        groups = ((key, getattr(analysis, key)) for key in ("shared_with", "not_shared_with"))
+        sorted_groups = {key: sorted(str(self.member(text)) for text in group) for key, group in groups}
+        return {"source": str(self.member(analysis.source)), **sorted_groups}
 
     def sharedness_pairs(self, name: str) -> list[Pair]:
         """The pairs that a Comparative Sharedness analysis needs: its source with each of both groups."""
@@ -236,36 +234,20 @@ class Study(Spec):
                 if self.makes(product, dataset, name):
                     yield product, product.file.format(name=name)
 
-    def members_key(self) -> str:
-        """All needed members, as canonical JSON."""
-        return _json([str(member) for member in self.members()])
-
     def parted_encoders(self) -> list[str]:
         """The encoders whose forward pass several jobs share."""
         return sorted(name for name, spec in self.encoders.items() if spec.parts > 1)
 
-    def stream_seeds(self, encoder: str) -> list[int]:
-        """The seeds of the SAEs that a stream trains: all that the encoder's entry lists, needed or not.
-
-        So studies with the same entry share a stream, whatever they analyse.
-        """
-        return sorted(self.encoders[encoder].seeds)
-
-    def matrix_key(self, name: str) -> str:
-        """Settings of a matrix as canonical JSON: its members, their groups and other seeds."""
-        return _json(self.grouped_members(name))
-
-    def layerwise_key(self, name: str) -> str:
-        """Settings of a layerwise analysis as canonical JSON: its pairs in order."""
-        return _json(self.layerwise_names(name))
-
-    def sharedness_key(self, name: str) -> str:
-        """Settings of a ranking as canonical JSON: its source and its groups."""
-        return _json(dict(zip(("source", "shared_with", "not_shared_with"), self.sharedness_names(name), strict=True)))
-
-    def pages_key(self) -> str:
-        """What the frame of the pages depends on besides tables, as canonical JSON."""
-        return _json(self.shown_on_pages())
+    def table_key(self, table: str, name: str = "") -> str:
+        """What a table, or the frame of the ``pages``, depends on besides files, as canonical JSON."""
+        parts: dict[str, Callable[[], Any]] = {
+            "matrix": lambda: self.grouped_members(name),
+            "layerwise": lambda: self.layerwise_names(name),
+            "sharedness": lambda: self.sharedness_groups(name),
+            "saes": lambda: list(map(str, self.members())),
+            "pages": self.shown_on_pages,
+        }
+        return _json(parts[table]())
 
     def shown_on_pages(self) -> dict[str, Any]:
         """What the frame of the pages shows besides tables: the study's parts, members and analyses."""
@@ -275,8 +257,8 @@ class Study(Spec):
             "saes": sorted(self.saes),
             "members": [self._described(member) for member in sorted(self.members(), key=self._rank)],
             "matrices": {n: [str(m) for m in self.matrix_members(n)] for n in self.analyses.matrices},
-            "layerwise": {n: json.loads(self.layerwise_key(n)) for n in self.analyses.layerwise},
-            "sharedness": {n: json.loads(self.sharedness_key(n)) for n in self.analyses.sharedness},
+            "layerwise": {n: self.layerwise_names(n) for n in self.analyses.layerwise},
+            "sharedness": {n: self.sharedness_groups(n) for n in self.analyses.sharedness},
             "overlapping": bool(self.overlapping()),
         }
 
