@@ -37,15 +37,12 @@ def main() -> NoReturn:
     """Run the command line; user errors are printed as one message, without a traceback."""
     try:
         app(standalone_mode=True)
-    except AlreadyMadeError as message:
-        print(message, file=sys.stderr)
-    except ConceptshareError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except AlreadyMadeError as notice:
+        print(notice, file=sys.stderr)
     except Exception as error:
-        system_error = system_error_message(error)
-        if system_error is None:
+        message = str(error) if isinstance(error, ConceptshareError) else system_error_message(error)
+        if message is None:
             raise
-        print(f"error: {system_error}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)

@@ -439,25 +439,18 @@ def _json_lines(table: _Table) -> Iterator[dict[str, Any]]:
 
 def _json_objects(table: _Table, columns: dict[str, str]) -> Iterator[dict[str, Any]]:
     """Yield the rows of a JSON file: a list of objects, concatenated objects, or one object of lists."""
-    first: dict[str, Any] | None = None
-    for number, value in enumerate(_json_values(table)):
+    values = _json_values(table)
+    first = list(itertools.islice(values, 2))
+    alone = first[0] if len(first) == 1 and isinstance(first[0], dict) else {}
+    lists: list[Any] = [alone.get(column) for column in columns.values()]
+    if lists and all(isinstance(cells, list) for cells in lists):
+        if len(set(map(len, lists))) > 1:
+            raise DatasetError(f"{table.where}: its lists differ in length; correct them")
+        first = [dict(zip(columns.values(), row, strict=True)) for row in zip(*lists, strict=True)]
+    for number, value in enumerate(itertools.chain(first, values)):
         if not isinstance(value, dict):
             raise DatasetError(f"{table.where}: item {number} is not an object of columns and cells; correct it")
-        if number == 0:
-            first = value
-            continue
-        if first is not None:
-            yield first
-            first = None
         yield value
-    lists = [] if first is None else [first.get(column) for column in columns.values()]
-    if first is not None and lists and all(isinstance(cells, list) for cells in lists):
-        if len({len(cells) for cells in lists if cells is not None}) > 1:
-            raise DatasetError(f"{table.where}: its lists differ in length; correct them")
-        for row in zip(*lists, strict=True):
-            yield dict(zip(columns.values(), row, strict=True))
-    elif first is not None:
-        yield first
 
 
 def _json_values(table: _Table) -> Iterator[Any]:

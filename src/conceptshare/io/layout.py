@@ -52,7 +52,5 @@ def path(pattern: str, results: Path = Path("results"), **wildcards: object) -> 
 def log(pattern: str, what: str = "") -> str:
     """Log file of the job that makes a result; ``what`` distinguishes several jobs for the same name."""
     place = Path(pattern.replace("results/", "results/logs/", 1))
-    name = (
-        place.name.removesuffix(place.suffix) if place.suffix in {".zarr", ".parquet", ".json", ".csv"} else place.name
-    )
+    name = place.stem if place.suffix in {".zarr", ".parquet", ".json", ".csv"} else place.name
     return str(place.with_name(f"{name}{what and '.' + what}.log"))

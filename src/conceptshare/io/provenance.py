@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conceptshare.io.files import PROVENANCE, PROVENANCE_RECORD, Kind, unlocked_output
+from conceptshare.io.files import PROVENANCE, PROVENANCE_RECORD, unlocked_output
 
 FILE = PROVENANCE
 
@@ -58,13 +58,12 @@ def record(result: Path) -> None:
     no ``arguments`` and no time.
     """
     path = result / FILE if result.is_dir() else result.with_name(f"{result.stem}.{FILE}")
-    _write(path, PROVENANCE_RECORD, json.dumps({"job": _of_job(), **environment()}, indent=1) + "\n")
+    _write(path, {"job": _of_job(), **environment()})
 
 
 def record_study(study: str, out: Path) -> None:
     """Write a study, given as JSON, with the versions and the machine to the file ``out``."""
-    content = {"study": json.loads(shown(study)), **environment()}
-    _write(out, PROVENANCE_RECORD, json.dumps(content, indent=1) + "\n")
+    _write(out, {"study": json.loads(shown(study)), **environment()})
 
 
 def environment() -> dict[str, Any]:
@@ -92,10 +91,10 @@ def _of_job() -> dict[str, Any]:
     }
 
 
-def _write(path: Path, kind: Kind, content: str) -> None:
+def _write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with unlocked_output(path, kind) as partial:
-        partial.write_text(content, encoding="utf-8")
+    with unlocked_output(path, PROVENANCE_RECORD) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def shown(text: str) -> str:
