@@ -51,7 +51,8 @@ def examine(config: Path | None, results: Path = RESULTS) -> list[Finding]:
     from huggingface_hub import constants
 
     checks: dict[str, Callable[[], list[Finding]]] = {
-        "Python": _python,
+        # pip does not install this package for an older Python.
+        "Python": lambda: [Finding("Python", "ok", platform.python_version())],
         "packages": _packages,
         "torch": _torch,
         "results": lambda: [_disk("results", results, "missing")],
@@ -104,18 +105,6 @@ def _start(name: str, check: Callable[[], list[Finding]]) -> Callable[[], list[F
     return finish
 
 
-def _python() -> list[Finding]:
-    from packaging.specifiers import SpecifierSet
-
-    version = platform.python_version()
-    needed = importlib.metadata.metadata("conceptshare")["Requires-Python"]
-    if SpecifierSet(needed).contains(version, prereleases=True):
-        return [Finding("Python", "ok", version)]
-    return [
-        Finding("Python", "missing", f"{version}, where {needed} is needed", "make the environment with a newer one")
-    ]
-
-
 def _packages() -> list[Finding]:
     from packaging.requirements import Requirement
 
@@ -125,13 +114,12 @@ def _packages() -> list[Finding]:
     for one in needed:
         try:
             version = importlib.metadata.version(one.name)
+            if one.specifier.contains(version, prereleases=True):
+                continue
+            found = f"{version}, where {one.specifier} is needed"
         except importlib.metadata.PackageNotFoundError:
-            wrong.append(Finding(one.name, "missing", "not installed", f"pip install '{one}'"))
-            continue
-        if not one.specifier.contains(version, prereleases=True):
-            wrong.append(
-                Finding(one.name, "missing", f"{version}, where {one.specifier} is needed", f"pip install '{one}'")
-            )
+            found = "not installed"
+        wrong.append(Finding(one.name, "missing", found, f"pip install '{one}'"))
     return wrong or [Finding("packages", "ok", f"all {len(needed)} in the declared ranges")]
 
 
@@ -229,15 +217,11 @@ def _slurm() -> list[Finding]:
         remedy = "ask the cluster's administrators, or run without --profile slurm"
         return [Finding("Slurm", "warning", f"its controller does not answer ({message.strip()})", remedy)]
     partitions = _run("sinfo", "--noheader", "--format=%P %D nodes, GPUs %G").stdout.splitlines()
-    accounts = _run("sacct", "--noheader", "--allocations").returncode == 0
-    accounting = (
-        Finding("accounting", "ok", "sacct answers; it is used to query the state of jobs")
-        if accounts
-        else Finding(
-            "accounting", "warning", "sacct does not answer", "set slurm-status-command: squeue in the profile"
-        )
-    )
-    return [Finding("Slurm", "ok", "; ".join(line.strip() for line in partitions) or "no partitions"), accounting]
+    slurm = Finding("Slurm", "ok", "; ".join(line.strip() for line in partitions) or "no partitions")
+    if _run("sacct", "--noheader", "--allocations").returncode == 0:
+        return [slurm, Finding("accounting", "ok", "sacct answers; it is used to query the state of jobs")]
+    remedy = "set slurm-status-command: squeue in the profile"
+    return [slurm, Finding("accounting", "warning", "sacct does not answer", remedy)]
 
 
 def _run(*command: str) -> "subprocess.CompletedProcess[str]":
@@ -267,7 +251,5 @@ def _study(config: Path, results: Path) -> list[Finding]:
     sizes = f"the study needs {format_bytes(needed)} without existing results, and {format_bytes(free)} are free"
     if needed <= free:
         return [valid, Finding("disk", "ok", sizes)]
-    return [
-        valid,
-        Finding("disk", "warning", sizes, "link results/ to a larger disk, set stream: true, or limit the data"),
-    ]
+    remedy = "link results/ to a larger disk, set stream: true, or limit the data"
+    return [valid, Finding("disk", "warning", sizes, remedy)]
