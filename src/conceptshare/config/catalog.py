@@ -349,21 +349,16 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
         StudyError: naming ``origin``, where it is not YAML, says a key twice, is nested too deeply, has too many
             values, or holds something else than a mapping.
     """
-    loader = None
+    content = None
     try:
         loader = _StrictLoader(text)  # which refuses control characters
-        node = loader.get_single_node()
-        content = None
-        if node is not None:
+        if (node := loader.get_single_node()) is not None:
             _count_values(node, {}, _MAX_DEPTH)
             content = loader.construct_document(node)
     except RecursionError:
         raise StudyError(f"{origin}: {_TOO_DEEP}") from None
     except yaml.YAMLError as error:
         raise StudyError(f"{origin}: not valid YAML: {_yaml_fault(error)}") from None
-    finally:
-        if loader is not None:
-            loader.dispose()
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -475,12 +470,9 @@ def _explain(fault: Any, model: type[BaseModel], where: str) -> str:
     if fault["type"] == "missing":
         return f"{place}: missing; it has no default"
     message = fault["msg"].removeprefix("Value error, ")
-    # A fault of the whole names its own place, and the whole is too much to show.
-    return (
-        f"{place}: {message} (found {_shown(fault['input'])})"
-        if fault["loc"]
-        else f"{place}: {message}".removeprefix(": ")
-    )
+    if not fault["loc"]:  # a fault of the whole names its own place, and the whole is too much to show
+        return f"{place}: {message}".removeprefix(": ")
+    return f"{place}: {message} (found {_shown(fault['input'])})"
 
 
 def _shown(value: Any) -> str:

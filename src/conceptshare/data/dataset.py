@@ -501,16 +501,11 @@ def _check_share(spec: DatasetSpec, samples: int, dropped: _DroppedRows) -> None
 
 
 def _to_arrow(batch: list[Sample]) -> pa.RecordBatch:
-    return pa.record_batch(
-        [
-            pa.array([sample.id for sample in batch], pa.string()),
-            pa.array([sample.image for sample in batch], pa.binary()),
-            pa.array([sample.caption for sample in batch], pa.string()),
-            pa.array([_text_crc32(sample.id, sample.caption) for sample in batch], pa.uint32()),
-            pa.array([crc32(sample.image) for sample in batch], pa.uint32()),
-        ],
-        schema=_SCHEMA,
-    )
+    rows = [
+        vars(sample) | {"text_crc32": _text_crc32(sample.id, sample.caption), "image_crc32": crc32(sample.image)}
+        for sample in batch
+    ]
+    return pa.RecordBatch.from_pylist(rows, schema=_SCHEMA)
 
 
 def _text_crc32(id_: str, caption: str) -> int:
