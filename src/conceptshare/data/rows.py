@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from conceptshare.config.catalog import DatasetSpec
 from conceptshare.data.images import suffixes
 from conceptshare.data.sources import METADATA, Source, files_below, form, locate, printable
-from conceptshare.io.errors import ConceptshareError, DatasetError, system_error_message
+from conceptshare.io.errors import DatasetError, reading
 
 LISTED = 5000
 """Maximum number of images of a data set that are separate inputs for Snakemake."""
@@ -182,7 +182,8 @@ def _file_rows(
     """Yield the rows of one file."""
     columns, longest = seen_columns.columns, int(spec.max_mb * 1e6)
     where = source.name if len(source.files) == 1 else f"{source.name}: {_relative(file, source)}"
-    with _as_dataset_error(where, source):
+    hint = "check the file" if source.revision is None else "check the data set's files, split and revision"
+    with reading(DatasetError, f"{where}: cannot be read", f"; {hint}"):
         if source.kind == "tars":
             yield from _tar_rows(file, columns, where, seen_columns, longest)
         elif form(file.name) == "zip":
@@ -222,21 +223,6 @@ def _report_images_without_row(source: Source, seen: "np.ndarray[Any, Any]") -> 
             index = np.searchsorted(seen, np.uint64(hashed))
             if index == len(seen) or int(seen[index]) != hashed:
                 source.not_read.add("image without a row", name)
-
-
-@contextmanager
-def _as_dataset_error(where: str, source: Source) -> Iterator[None]:
-    """Convert errors of a file format's reader to a DatasetError that names the file."""
-    try:
-        yield
-    except ConceptshareError:
-        raise
-    except Exception as error:  # readers raise many types
-        if system_error_message(error) is not None and not isinstance(error, FileNotFoundError):
-            raise
-        hint = "check the file" if source.revision is None else "check the data set's files, split and revision"
-        message = " ".join(str(error).split())[:300]
-        raise DatasetError(f"{where}: cannot be read ({type(error).__name__}: {message}); {hint}") from error
 
 
 class _SeenColumns:

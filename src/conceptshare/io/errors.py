@@ -2,6 +2,8 @@
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _FREE_SPACE = "free some space and run again; the run resumes from what is there"
 _PERMISSIONS = "let this user read and write there, and run again"
@@ -34,6 +36,26 @@ class ConceptshareError(Exception):
 
 class StudyError(ConceptshareError):
     """The study or the catalog contains a setting that cannot be run."""
+
+
+@contextmanager
+def reading(kind: type[ConceptshareError], what: str, remedy: str) -> Iterator[None]:
+    """Convert errors of libraries to one of ours, because damaged files raise many types; OS-level errors pass through.
+
+    Args:
+        kind: the type of the error.
+        what: what cannot be read.
+        remedy: what to do.
+    """
+    try:
+        yield
+    except ConceptshareError:
+        raise
+    except Exception as error:
+        if system_error_message(error) is not None:
+            raise
+        message = " ".join(str(error).split())[:300]
+        raise kind(f"{what} ({type(error).__name__}: {message}){remedy}") from error
 
 
 class DatasetError(ConceptshareError):

@@ -21,7 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from conceptshare.io import provenance
-from conceptshare.io.errors import ConceptshareError, NumericsError, StoreError, system_error_message
+from conceptshare.io.errors import NumericsError, StoreError, reading
 from conceptshare.io.files import atomic_output, remove, store_kind
 from conceptshare.io.layout import layer_name
 from conceptshare.io.seals import change, fingerprint, is_intact, sealed
@@ -123,7 +123,7 @@ def read_root(path: Path, kind: str) -> dict[str, Any]:
         damaged = any(path.glob(f"*/{_ROOT}"))
         remedy = _remedy(kind) if damaged else f"name one that the {_stage(kind)} stage made"
         raise StoreError(f"{path}: {_ROOT} is missing, so this is not a {kind} store; {remedy}")
-    with _as_store_error(f"{path}: {_ROOT} cannot be read", f"; {_remedy(kind)}"):
+    with reading(StoreError, f"{path}: {_ROOT} cannot be read", f"; {_remedy(kind)}"):
         # Format 3 is set because Zarr warns if there are files of format 2 as well.
         attributes: dict[str, Any] = zarr.open_group(path, mode="r", zarr_format=3).attrs.asdict()
     if attributes.get("kind") != kind:
@@ -189,23 +189,9 @@ def save_array(group: zarr.Group, name: str, values: NDArray[Any]) -> None:
     new_array(group, name, values.shape, values.dtype)[...] = values
 
 
-@contextmanager
-def _as_store_error(before: str, after: str) -> Iterator[None]:
-    """Convert errors of libraries to a StoreError, because damage raises many types; OS-level errors pass through."""
-    try:
-        yield
-    except ConceptshareError:
-        raise
-    except Exception as error:
-        if system_error_message(error) is not None:
-            raise
-        message = " ".join(str(error).split())
-        raise StoreError(f"{before} ({type(error).__name__}: {message}){after}") from error
-
-
 def readable(path: Path, kind: str) -> AbstractContextManager[None]:
     """Raise a StoreError if the store at ``path``, or an array in it, turns out to be damaged as it is read."""
-    return _as_store_error(f"{path}: cannot be read", f"; {_remedy(kind)}")
+    return reading(StoreError, f"{path}: cannot be read", f"; {_remedy(kind)}")
 
 
 class StoredArray:
@@ -255,7 +241,8 @@ def layer_array(store: zarr.Group, layer: int, name: str, path: Path) -> StoredA
 
 def resuming(path: Path) -> AbstractContextManager[None]:
     """Raise a StoreError if the partial store that an earlier attempt left for ``path`` turns out to be damaged."""
-    return _as_store_error(f"{path}: the partial store of an earlier attempt is damaged", " and was removed; run again")
+    what = f"{path}: the partial store of an earlier attempt is damaged"
+    return reading(StoreError, what, " and was removed; run again")
 
 
 def rows_of(width: int, dtype: DTypeLike, shard_bytes: int) -> tuple[int, int]:
