@@ -7,7 +7,7 @@ for figure in products.FIGURES:
         name:
             f"figures_{figure.name}"
         input:
-            **figure_inputs(figure),
+            **product_inputs(figure),
             code=code("figures/*.py", "analysis/formats.py"),
         output:
             **FURTHER_FIGURES.get(figure.name, {}),
@@ -28,6 +28,6 @@ for figure in products.FIGURES:
             runtime=grown(30),
         params:
             key=TABLE_KEYS.get(figure.table, "") if "study" in figure.inputs else "",
-            command=figure_command(figure),
+            command=product_command(figure),
         shell:
             "python -m conceptshare figures {params.command} --out {output.png:q} > {log:q} 2>&1"

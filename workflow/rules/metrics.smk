@@ -6,7 +6,7 @@ for table in products.TABLES:
         name:
             f"metrics_{table.name}"
         input:
-            **table_inputs(table),
+            **product_inputs(table),
             code=code("metrics.py", "io/readers.py", "analysis/tables.py", "analysis/paper/*"),
         output:
             csv=report(
@@ -26,7 +26,7 @@ for table in products.TABLES:
             runtime=grown(30),
         params:
             key=TABLE_KEYS.get(table.name, ""),
-            command=table_command(table),
+            command=product_command(table),
         shell:
             "python -m conceptshare metrics {params.command} --out {output.csv:q} > {log:q} 2>&1"
 

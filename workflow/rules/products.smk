@@ -19,21 +19,25 @@ TABLE_KEYS = {
 }
 
 
-def table_inputs(table):
-    """The input files of a table, by the names of its command's options."""
-    pairs = TABLE_PAIRS.get(table.name)
+def product_inputs(product):
+    """The input files of a table or figure, by the names in its `inputs`."""
+    pairs = TABLE_PAIRS.get(product.name)
     files = {
         "features": lambda w: features_of(members_of(pairs(w)), w),
         "correlations": lambda w: correlations_of(pairs(w), w),
         "similarity": lambda w: similarity_of(pairs(w), w),
         "rankings": lambda w: [ranking_file(w, name) for name in STUDY.overlapping()],
+        "pairs": lambda w: pairs_of(STUDY.matrix_pairs(w.name), w),
+        "source": lambda w: features_of([STUDY.sharedness_source(w.name)], w),
+        "names": lambda w: names_of(STUDY.sharedness_source(w.name), w),
+        "data": DATA,
     }
-    found = {"table": product_file(products.table(table.table), "parquet")} if table.table else {}
-    return found | {name: files[name] for name in table.inputs if name in files}
+    found = {"table": product_file(products.table(product.table), "parquet")} if product.table else {}
+    return found | {name: files[name] for name in product.inputs if name in files}
 
 
-def table_command(table):
-    """The arguments of a table's command, except its output."""
+def product_command(product):
+    """The arguments of a table's or figure's command, except its output."""
     options = {
         "study": lambda w, files: f"--study {quote(study_file(w))}",
         "features": lambda w, files: f"--features {folder_of(files.features)}",
@@ -42,45 +46,19 @@ def table_command(table):
         "rankings": lambda w, files: " ".join(map(quote, files.rankings)),
         "saes": lambda w, files: f"--saes {saes_folder(w)}",
         "published": lambda w, files: f"--dataset {w.dataset} --size {STUDY.analyses.matrices[w.name].paper}",
-    }
-
-    def arguments(wildcards, input):
-        analysis = [wildcards.name] if "study" in table.inputs and "{name}" in table.file else []
-        source = [f"--table {quote(input.table)}"] if table.table else []
-        return " ".join([table.name, *analysis, *source, *(options[name](wildcards, input) for name in table.inputs)])
-
-    return arguments
-
-
-def figure_inputs(figure):
-    """The input files of a figure, by the names of its command's options."""
-    files = {
-        "pairs": lambda w: pairs_of(STUDY.matrix_pairs(w.name), w),
-        "features": lambda w: features_of([STUDY.sharedness_source(w.name)], w),
-        "names": lambda w: names_of(STUDY.sharedness_source(w.name), w),
-        "data": DATA,
-    }
-    found = {"table": product_file(products.table(figure.table), "parquet")}
-    return found | {name: files[name] for name in figure.inputs if name in files}
-
-
-def figure_command(figure):
-    """The arguments of a figure's command, except its output."""
-    options = {
-        "study": lambda w, files: f"--study {quote(study_file(w))}",
         "pairs": lambda w, files: f"--pairs {folder_of(files.pairs)}",
-        "features": lambda w, files: f"--features {quote(str(files.features))}",
+        "source": lambda w, files: f"--features {quote(str(files.source))}",
         "names": lambda w, files: f"--names {quote(files.names)}",
         "data": lambda w, files: f"--data {folder_of(files.data)}",
         "shown": lambda w, files: f"--features-shown {STUDY.analyses.sharedness[w.name].features_shown}",
         "first": lambda w, files: "--features-shown 1 --samples 100",
-        "saes": lambda w, files: f"--saes {saes_folder(w)}",
     }
+    command = getattr(product, "command", "") or product.name
 
     def arguments(wildcards, input):
-        analysis = [wildcards.name] if "study" in figure.inputs else []
-        given = [options[name](wildcards, input) for name in figure.inputs]
-        return " ".join([figure.command or figure.name, *analysis, f"--table {quote(input.table)}", *given])
+        analysis = [wildcards.name] if "study" in product.inputs and "{name}" in product.file else []
+        table = [f"--table {quote(input.table)}"] if product.table else []
+        return " ".join([command, *analysis, *table, *(options[name](wildcards, input) for name in product.inputs)])
 
     return arguments
 

@@ -21,7 +21,7 @@ class Table(NamedTuple):
     shows: str
     """Its label in the report."""
     inputs: tuple[str, ...]
-    """What it is made from, by the names of its command's options."""
+    """What it is made from, by names that `workflow/rules/products.smk` maps to files and options."""
     table: str = ""
     """The table that it is made from, if any."""
     when: When = "always"
@@ -41,7 +41,7 @@ class Figure(NamedTuple):
     """What its command says of it, for a figure that is drawn from its table only; others have commands of their own.
     """
     inputs: tuple[str, ...] = ()
-    """What it is drawn from besides, by the names of its command's options."""
+    """As for `Table`."""
     when: When = "always"
     command: str = ""
     """Its command, if that is another figure's with options of its own."""
@@ -101,7 +101,7 @@ FIGURES = (
     ),
     Figure("layerwise", "layerwise", "layerwise/{name}", "heatmaps", inputs=("study",)),
     Figure(
-        "sharedness", "sharedness", "sharedness/{name}", "top features", inputs=("features", "names", "data", "shown")
+        "sharedness", "sharedness", "sharedness/{name}", "top features", inputs=("source", "names", "data", "shown")
     ),
     # The first feature of a ranking, as the paper's Figure 4 shows one.
     Figure(
@@ -109,7 +109,7 @@ FIGURES = (
         "sharedness",
         "sharedness/{name}.top",
         "first feature",
-        inputs=("features", "names", "data", "first"),
+        inputs=("source", "names", "data", "first"),
         command="sharedness",
     ),
     Figure(
