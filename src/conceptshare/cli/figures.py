@@ -80,9 +80,10 @@ def sharedness(
     from conceptshare.analysis.tables import check_made_from, check_ranking, named_features, read_table
     from conceptshare.data.dataset import Data
     from conceptshare.figures import draw_sharedness
-    from conceptshare.io.readers import check_samples, read_modality, read_statistics
+    from conceptshare.io.readers import FEATURES, check_samples, read_spec, read_statistics
 
-    modality, statistics, shown = read_modality(features), read_statistics(features), Data(data)
+    modality, statistics = read_spec(features, FEATURES)["encoder"]["modality"], read_statistics(features)
+    shown = Data(data)
     check_samples(features, data, shown.content_hash)
     ranking = read_table(table, "sharedness")
     check_ranking(table, ranking, features)

@@ -34,7 +34,6 @@ from conceptshare.config.settings import (
     CorrelationSettings,
     NameSettings,
     SAESettings,
-    Sharedness,
     or_empty,
     paper_encoders,
 )
@@ -168,8 +167,8 @@ class Study(Spec):
 
     def sharedness_pairs(self, name: str) -> list[Pair]:
         """The pairs that a Comparative Sharedness analysis needs: its source with each of both groups."""
-        source = self.sharedness_source(name)
-        return [(source, other) for other in self._group(self.analyses.sharedness[name])]
+        source, analysis = self.sharedness_source(name), self.analyses.sharedness[name]
+        return [(source, self.member(text)) for text in (*analysis.shared_with, *analysis.not_shared_with)]
 
     def overlapping(self) -> list[str]:
         """The names of Comparative Sharedness analyses that rank the features of the same member as another one."""
@@ -201,8 +200,9 @@ class Study(Spec):
 
     def pairs(self) -> list[Pair]:
         """Every unordered pair of members that some analysis needs, each sorted, in sorted order."""
-        needed = [pair for name in self.analyses.matrices for pair in self.matrix_pairs(name)]
-        needed += [pair for name in self.analyses.matrices for pair in self.ceiling_pairs(name)]
+        needed = [
+            pair for name in self.analyses.matrices for pair in self.matrix_pairs(name) + self.ceiling_pairs(name)
+        ]
         needed += [pair for name in self.analyses.layerwise for pair in self.layerwise_pairs(name)]
         needed += [pair for name in self.analyses.sharedness for pair in self.sharedness_pairs(name)]
         return sorted({sorted_pair(*pair) for pair in needed})
@@ -290,9 +290,6 @@ class Study(Spec):
     def _rank(self, member: Member) -> tuple[int, Member]:
         spec = self.encoders[member.encoder]
         return _GROUPS.index((spec.modality, spec.kind)), member
-
-    def _group(self, analysis: Sharedness) -> list[Member]:
-        return [self.member(text) for text in [*analysis.shared_with, *analysis.not_shared_with]]
 
 
 def load_study(path: Path | str = "config.yaml", catalog: Path = CATALOG) -> Study:

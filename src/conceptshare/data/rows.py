@@ -385,24 +385,19 @@ def _csv_rows(table: _Table, columns: dict[str, str]) -> Iterator[dict[str, Any]
             _check_columns(table.where, columns, header)
             places = {key: header.index(column) for key, column in columns.items()}
             for row in reader:
-                if row and len(row) != len(header):
-                    raise DatasetError(
-                        f"{table.where}: line {reader.line_num} has {len(row)} cells, the header {len(header)}; "
-                        f"{_cell_count_remedy(len(row) - len(header), separator)}"
-                    )
-                if row:
-                    yield {key: row[n] for key, n in places.items()}
+                if not row:
+                    continue
+                if len(row) != len(header):
+                    remedy = f"complete the line, with a {separator!r} before empty cells, too"
+                    if len(row) > len(header):
+                        remedy = f"quote cells that contain {separator!r}, and remove separators at the end of the line"
+                    found = f"line {reader.line_num} has {len(row)} cells, the header {len(header)}"
+                    raise DatasetError(f"{table.where}: {found}; {remedy}")
+                yield {key: row[n] for key, n in places.items()}
         except csv.Error as error:
             raise DatasetError(
                 f"{table.where}: line {reader.line_num} is not valid CSV ({error}); correct it"
             ) from None
-
-
-def _cell_count_remedy(more: int, separator: str) -> str:
-    """The remedy for a row with more or fewer cells than the header."""
-    if more > 0:
-        return f"quote cells that contain {separator!r}, and remove separators at the end of the line"
-    return f"complete the line, with a {separator!r} before empty cells, too"
 
 
 def _json_lines(table: _Table) -> Iterator[dict[str, Any]]:

@@ -85,15 +85,6 @@ def read_spec(path: Path, kind: str) -> dict[str, Any]:
     return spec
 
 
-def read_modality(path: Path) -> str:
-    """Read the modality of a feature store's encoder: ``image`` or ``text``.
-
-    Raises:
-        StoreError: if the store is missing or incomplete, or its attributes were changed.
-    """
-    return str(read_spec(path, FEATURES)["encoder"]["modality"])
-
-
 def check_samples(features: Path, data: Path, content_hash: str) -> None:
     """Make sure that a feature store was made from the data set at ``data``: the same samples in the same order.
 
