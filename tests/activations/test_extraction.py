@@ -176,9 +176,9 @@ def test_reader_returns_rows_in_the_order_of_the_requested_samples(extracted, mo
     reader = open_reader(folder, layer=1)
     tokens, global_tokens = expected(spec, batches, 1)
     rows, of_global = reader.read(np.array(samples)), reader.read_global(np.array(samples))
-    assert rows.dtype == of_global.dtype == torch.float32
-    assert np.array_equal(rows.numpy(), np.concatenate([tokens[i] for i in samples]).astype(np.float32))
-    assert np.array_equal(of_global.numpy(), np.stack([global_tokens[i] for i in samples]).astype(np.float32))
+    assert rows.dtype == of_global.dtype == torch.float16
+    assert np.array_equal(rows.numpy(), np.concatenate([tokens[i] for i in samples]))
+    assert np.array_equal(of_global.numpy(), np.stack([global_tokens[i] for i in samples]))
     assert len(reader) == len(ROWS)
     assert reader.width == spec.width
 

@@ -76,6 +76,14 @@ def test_gradients_equal_dense_autograd(d_in, d_sae, k, tokens):
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-6)
 
 
+def test_no_gradient_is_kept_between_steps():
+    trainer = _trainer.Trainer(8, SAESettings(expansion=2, k=4), 0, 1, torch.device("cpu"))
+    before = trainer.sae.W_enc_T.detach().clone()
+    trainer.train_on(torch.randn(20, 8, generator=torch.Generator().manual_seed(1)))
+    assert not torch.equal(trainer.sae.W_enc_T, before)
+    assert all(parameter.grad is None for parameter in trainer.sae.parameters())
+
+
 def test_gradients_equal_finite_differences():
     sae = some_sae(d_in=5, d_sae=11, k=3).double()
     x = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -440,15 +440,15 @@ class TokenReader:
         return str(self.made_from["encoder"]["modality"])
 
     def read(self, samples: NDArray[np.int64]) -> Tensor:
-        """``[rows, D]`` float32 tokens of the given samples, in their order."""
+        """``[rows, D]`` float16 tokens of the given samples, in their order."""
         runs = np.split(samples, np.flatnonzero(np.diff(samples) != 1) + 1)
         parts = [self._tokens[self._offsets[run[0]] : self._offsets[run[-1] + 1]] for run in runs]
-        return torch.from_numpy(np.concatenate(parts).astype(np.float32))
+        return torch.from_numpy(np.concatenate(parts))
 
     def read_global(self, samples: NDArray[np.int64]) -> Tensor:
-        """``[n, D]`` float32 global tokens of the given samples, in their order."""
+        """``[n, D]`` float16 global tokens of the given samples, in their order."""
         rows = [self._tokens[row] for row in self._global_rows[samples]]
-        return torch.from_numpy(np.stack(rows).astype(np.float32))
+        return torch.from_numpy(np.stack(rows))
 
 
 def save_index(store: Any, name: str, numbers: NDArray[np.int64]) -> None:

@@ -65,7 +65,7 @@ class Evaluator:
     @torch.no_grad()
     def add(self, batch: Tensor) -> None:
         """Add ``batch [rows, D]``."""
-        x = batch.to(self._sae.W_dec.device)
+        x = batch.to(self._sae.W_dec.device).float()
         latents = self._sae.top_k(x)
         reconstruction, x = self._sae.decode(latents).double(), x.double()
         self._tokens += len(x)

@@ -155,11 +155,12 @@ def _dots(indices: Tensor, W: Tensor, x: Tensor) -> Tensor:
 
     Computed as the gradient of a weighted sum of these rows with respect to the weights, for the output gradient x.
     """
-    with torch.enable_grad():
-        weights = torch.zeros(indices.shape, device=x.device, requires_grad=True)
-        total = _weighted_sum(indices, W.detach(), weights)
-    (products,) = torch.autograd.grad(total, weights, grad_outputs=x)
-    return products
+    T, k = indices.shape
+    tokens = torch.arange(T, device=x.device)
+    products: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        x, W, indices.flatten(), tokens * k, tokens.repeat_interleave(k), mode=0
+    )
+    return products.view_as(indices)
 
 
 def save_sae(sae: TopKSAE, folder: Path, model_name: str, hook_name: str, spec: dict[str, Any] | None = None) -> None:

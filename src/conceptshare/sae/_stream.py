@@ -121,11 +121,11 @@ class _SAEGroup:
 
     def train_on(self, tokens: TokensByLayer) -> None:
         """Train every SAE for one step."""
-        self.each(lambda origin, trainer: trainer.train_on(_own(tokens, origin, trainer)))
+        self.each(lambda origin, trainer: trainer.train_on(tokens[origin.layer]))
 
     def evaluate_on(self, tokens: TokensByLayer, evaluators: dict[Origin, Evaluator]) -> None:
         """Add tokens to the evaluation of every SAE."""
-        self.each(lambda origin, trainer: evaluators[origin].add(_own(tokens, origin, trainer)))
+        self.each(lambda origin, _: evaluators[origin].add(tokens[origin.layer]))
 
     def close(self) -> None:
         """Shut down the threads."""
@@ -171,9 +171,8 @@ class _Reader:
         return [np.arange(start, min(start + block, sample)) for start in range(self._global.samples, sample, block)]
 
     def global_tokens(self, layer: int, samples: NDArray[np.int64]) -> Tensor:
-        """``[n, D]`` float32 global tokens of consecutive samples, after `save_progress`."""
-        rows = self._store[layer_name(layer)]["global"][samples[0] : samples[-1] + 1]
-        return torch.from_numpy(rows.astype(np.float32))
+        """``[n, D]`` float16 global tokens of consecutive samples, after `save_progress`."""
+        return torch.from_numpy(self._store[layer_name(layer)]["global"][samples[0] : samples[-1] + 1])
 
     def save_progress(self) -> None:
         """Write all global tokens so far to the store, and record their number."""
@@ -206,7 +205,3 @@ def _evaluate(
 def _threads(count: int) -> ThreadPoolExecutor:
     # Without a set number of threads, a worker multiplies small matrices with different rounding than the main thread.
     return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
-
-
-def _own(tokens: TokensByLayer, origin: Origin, trainer: Trainer) -> Tensor:
-    return tokens[origin.layer].to(trainer.losses.device).float()

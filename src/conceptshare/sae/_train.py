@@ -51,7 +51,7 @@ class Tokens(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, samples: NDArray[np.int64]) -> Tensor:
-        """``[rows, D]`` float32 tokens of the samples."""
+        """``[rows, D]`` tokens of the samples, of any floating-point type."""
         ...
 
 

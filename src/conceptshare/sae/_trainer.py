@@ -39,7 +39,8 @@ class Trainer:
         self._some_dead = False
 
     def train_on(self, x: Tensor) -> None:
-        """Train for one step on the tokens ``x [T, D]``."""
+        """Train for one step on the tokens ``x [T, D]``, of any floating-point type and on any device."""
+        x = x.to(self.losses.device).float()
         if self.step == 0:
             self._initialize(x)
         x = x * self._scale if self._settings.scale_inputs else x
@@ -51,9 +52,9 @@ class Trainer:
             self._track_activity(latents, len(x))
             if self._some_dead:
                 loss = loss + self._settings.auxk * self._auxiliary_loss(x, reconstruction)
-        self._adam.zero_grad()
         torch.autograd.backward(loss)
         self._update()
+        self._adam.zero_grad()
         self.step += 1
 
     def finish(self) -> TopKSAE:
