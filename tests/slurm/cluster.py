@@ -48,7 +48,7 @@ JobAcctGatherFrequency=1
 JobAcctGatherParams=OverMemoryKill
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,sched_min_interval=0
 MinJobAge=3600
-KillWait=2
+KillWait=30
 ReturnToService=2
 DefMemPerCPU=500
 # a machine that is busy answers late

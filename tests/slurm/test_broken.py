@@ -67,9 +67,9 @@ def suspended(project):
     return job
 
 
-def log_contains(project, text):
-    """Whether the job's log, which Snakemake deletes before each attempt, contains the text."""
-    log = project.folder / LOG
+def log_contains(project, text, log=LOG):
+    """Whether a job's log, which Snakemake deletes before each attempt, contains the text."""
+    log = project.folder / log
     return log.exists() and text in log.read_text()
 
 
@@ -119,6 +119,26 @@ def test_a_job_that_outlives_its_snakemake_and_its_replacement_both_succeed(trai
     assert log_contains(training, f"(Slurm job {orphan.id}) while this process waited")
     assert read(training.folder / FOLDER) == undisturbed
     assert "Nothing to be done" in training.submit(TARGET)
+
+
+@pytest.mark.parametrize(
+    ("target", "log", "minutes", "state"),
+    [
+        (TARGET, LOG, 1, "TIMEOUT"),
+        # Less than the notice that the profile asks for: the job ends by itself, before its limit.
+        ("results/squares/streams/long/saes/reader", "results/logs/squares/streams/long/saes/reader.log", 5, "FAILED"),
+    ],
+    ids=["sae", "stream"],
+)
+def test_a_job_that_reaches_its_time_limit_saves_and_is_resumed(training, target, log, minutes, state):
+    endless = LONG | {"batch_captions": 1, "epochs": 10_000}
+    training.config = training.config | {"saes": {"long": endless}, "stream": "streams" in target}
+    training.start(target)
+    until(lambda: log_contains(training, " steps, ", log))
+    job = training.cluster.jobs()[-1].id
+    training.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+    until(lambda: log_contains(training, ": resuming at step ", log))
+    assert states(training.submitted()) == [state, "RUNNING"]
 
 
 def test_survives_an_outage_of_the_controller(training, undisturbed):

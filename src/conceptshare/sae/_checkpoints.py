@@ -5,8 +5,10 @@ import json
 import signal
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ _VERSION = 1
 """Version of a state's contents; states of other versions are not used."""
 _KEY = "of.json"
 _KEPT = 2
+# States that are written at the same time; each is copied to the host.
+_THREADS = 4
 
 
 class Checkpoints:
@@ -54,10 +58,8 @@ class Checkpoints:
         remove(partial)
         try:
             partial.mkdir()
-            for name, trainer in trainers.items():
-                file = partial / "state"
-                save_file(trainer.state(), file)
-                file.rename(partial / f"{_file_name(name)}-{_digest(file)}.safetensors")
+            with ThreadPoolExecutor(_THREADS) as saving:
+                list(saving.map(_save, trainers, trainers.values(), repeat(partial)))
             partial.rename(self._folder / f"{step:09d}")
         finally:
             remove(partial)
@@ -107,6 +109,12 @@ def stop_on_sigterm() -> Iterator[threading.Event]:
         yield stop
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _save(name: str, trainer: Trainer, folder: Path) -> None:
+    file = folder / _file_name(name)
+    save_file(trainer.state(), file)
+    file.rename(f"{file}-{_digest(file)}.safetensors")
 
 
 def _file_name(training: str) -> str:
