@@ -175,7 +175,7 @@ OPTIONS = [
 ]
 
 
-def trained(settings, place, steps=60, width=16, resumed_at=None):
+def trained(settings, place, steps=60, width=16, tokens=200, resumed_at=None):
     """The full state of a training."""
 
     def new():
@@ -186,7 +186,7 @@ def trained(settings, place, steps=60, width=16, resumed_at=None):
         if step == resumed_at:
             state, trainer = trainer.state(), new()
             trainer.restore(state)
-        trainer.train_on(torch.randn(200, width, generator=generator).to(place))
+        trainer.train_on(torch.randn(tokens, width, generator=generator).to(place))
     return trainer.state()
 
 
@@ -198,6 +198,13 @@ def test_training_is_deterministic_even_if_resumed_and_its_losses_agree_with_the
     # Rounded products occasionally select other latents.
     rtol = 1e-4 if settings.precision == "float32" else 2e-2
     torch.testing.assert_close(one["losses"], trained(settings, "cpu")["losses"], rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_training_at_the_papers_size_is_deterministic(precision):
+    settings = SAESettings(encoder_bias=True, clip_norm=1.0, precision=precision)
+    one, again = (trained(settings, "cuda", steps=3, width=1024, tokens=4112) for _ in range(2))
+    assert all(torch.equal(x, again[name]) for name, x in one.items())
 
 
 class Operations(TorchDispatchMode):
