@@ -125,7 +125,7 @@ def write_features_from(write_activations):
     written to ``source / member``.
     """
 
-    def write(source, folder, member, layers, content_hash="the same samples"):
+    def write(source, folder, member, layers, content_hash="the same samples", keep=True):
         made = source / member
         encoder, _, seed = member.rpartition("@")
         store = made / f"{encoder}.zarr"
@@ -146,7 +146,7 @@ def write_features_from(write_activations):
             }
             (saes / "metrics.json").write_text(json.dumps(metrics))
             save_sae(sae, saes, encoder, f"layer {layer}", {"layer": layer, "seed": int(seed)})
-        record_features(store, made, int(seed), folder / f"{member}.zarr")
+        record_features(store, made, int(seed), folder / f"{member}.zarr", keep)
         return folder / f"{member}.zarr"
 
     return write

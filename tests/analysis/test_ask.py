@@ -269,11 +269,11 @@ def test_the_error_for_a_folder_that_is_not_a_feature_store_does_not_advise_dele
 
 def test_correlations_have_options_for_precision_and_full_matrices(run, stores, tmp_path, features):
     out = tmp_path / "bert@1__vit@0.zarr"
-    options = ["--precision", "bfloat16", "--full", "3:1", "--full", "1:1", "--memory-mb", "10"]
+    options = ["--precision", "float16", "--full", "3:1", "--full", "1:1", "--memory-mb", "10"]
     status, _, _ = run("correlations", stores["bert@1"], stores["vit@0"], "--out", out, *options)
     assert status == 0
     store = zarr.open_group(out, mode="r")
-    assert store.attrs["spec"]["precision"] == "bfloat16"
+    assert store.attrs["spec"]["precision"] == "float16"
     assert set(store["full"].array_keys()) == {"layer-03__layer-01", "layer-01__layer-01"}
     with np.errstate(invalid="ignore", divide="ignore"):
         r = np.corrcoef(features["bert@1"][3], features["vit@0"][1], rowvar=False)[:5, 5:]

@@ -170,7 +170,7 @@ def analyses_naming(text):
 @pytest.mark.parametrize(
     ("values", "key"),
     [
-        ({"precision": "float16"}, "precision"),
+        ({"precision": "bfloat16"}, "precision"),
         ({"memory_mb": 0}, "memory_mb"),
     ],
 )

@@ -327,10 +327,10 @@ def test_correlations_are_within_the_documented_error(name_a, samples, rng):
         assert_exact(a, adversarial(name_b, samples, 70, rng))
 
 
-def test_the_cpu_uses_float32_in_place_of_bfloat16(rng, monkeypatch):
+def test_the_cpu_uses_float32_in_place_of_float16(rng, monkeypatch):
     monkeypatch.setenv(DEVICE, "cpu")
     a, b = adversarial("activations", 500, 40, rng), adversarial("rare", 500, 24, rng)
-    expected, found = max_correlations(a, b), max_correlations(a, b, precision="bfloat16")
+    expected, found = max_correlations(a, b), max_correlations(a, b, precision="float16")
     for name, values in vars(expected).items():
         np.testing.assert_array_equal(values, getattr(found, name), err_msg=name)
 
@@ -461,7 +461,8 @@ class KilledError(Exception):
 
 @pytest.mark.parametrize("memory_bytes", [2_000_000, 400_000, 100_000])
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_resumes_after_the_last_finished_step_with_the_same_result(steps, memory_bytes, rng):
+def test_resumes_after_the_last_finished_step_with_the_same_result(steps, memory_bytes, rng, monkeypatch):
+    monkeypatch.setattr(_engine, "_SECONDS_BETWEEN_SAVES", 0)
     a = [Counting(adversarial(name, 1500, 45, rng)) for name in ("constant", "rare")]
     b = [Counting(adversarial(name, 1500, 37, rng)) for name in ("rare", "activations")]
     whole = max_correlations(a, b, memory_bytes)
@@ -483,8 +484,9 @@ def test_resumes_after_the_last_finished_step_with_the_same_result(steps, memory
         assert (b[0].reads[1:] == 0).all()  # it was already finished
 
 
-def test_a_failure_ends_the_prefetch_thread(rng):
+def test_a_failure_ends_the_prefetch_thread(rng, monkeypatch):
     """Garbage collection during the start of another thread could otherwise deadlock."""
+    monkeypatch.setattr(_engine, "_SECONDS_BETWEEN_SAVES", 0)
     a, b = ([adversarial(name, 1500, 45, rng) for name in ("constant", "rare")] for _ in range(2))
     before = set(threading.enumerate())
 
@@ -652,8 +654,9 @@ KILLED = """if True:
     import os, sys
     from pathlib import Path
     import torch
-    from conceptshare.correlations import _store
+    from conceptshare.correlations import _engine, _store
     torch.set_num_threads(1)
+    _engine._SECONDS_BETWEEN_SAVES = 0
     stop, name = int(sys.argv[1]), sys.argv[2]
     done = 0
 
@@ -873,8 +876,8 @@ def test_refuses_invalid_arrays_in_one_line(change, message, rng):
 
 
 def test_refuses_an_unknown_precision(rng):
-    with pytest.raises(NumericsError, match="precision 'float16': use one of float32, bfloat16"):
-        max_correlations(rng.random((20, 3)), rng.random((20, 3)), precision="float16")
+    with pytest.raises(NumericsError, match="precision 'bfloat16': use one of float32, float16"):
+        max_correlations(rng.random((20, 3)), rng.random((20, 3)), precision="bfloat16")
 
 
 class OnlyItsValues:

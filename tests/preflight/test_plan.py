@@ -107,8 +107,16 @@ def test_sizes_for_large_clip_on_coco(elsewhere):
 
 def test_operations_for_a_pair_of_large_encoders_on_coco():
     large = encoder(layers=24, width=1024)
-    cost = plan.correlations_cost(large, large, PAPER, COCO)
-    assert cost.flops == pytest.approx(9.14e15 * (1 + 2 * 512 / 8192), rel=1e-3)  # including shuffled ones
+    cost = plan.correlations_cost(large, large, PAPER, COCO, keep=False)
+    assert cost.half_flops == pytest.approx(9.14e15 * (1 + 2 * 512 / 8192), rel=1e-3)  # including shuffled ones
+    # Once each for the matches, both floors and the influences: all of A fits in memory.
+    assert cost.flops == 2 * 4 * 24 * 2 * COCO * 1024 * 8192
+    assert cost.read == 2 * 24 * (COCO * 1024 * 2 + 4 * (2 * 1024 * 8192 + 1024 + 8192))
+    exact = plan.correlations_cost(large, large, PAPER, COCO, CorrelationSettings(precision="float32"), keep=False)
+    assert exact.half_flops == 0
+    assert exact.flops > cost.flops + cost.half_flops  # panels of A do not all fit, so B is computed more often
+    kept = plan.correlations_cost(large, large, PAPER, COCO)
+    assert (kept.read, kept.flops) == (2 * 4 * 24 * COCO * 8192 * 2, 0)
 
 
 def test_a_forward_pass_counts_the_operations_of_transformer_blocks():
@@ -173,44 +181,26 @@ def test_parts_of_a_forward_pass_are_jobs_with_the_same_total_cost(elsewhere):
     assert parted.total() == whole.total()
 
 
-class Counted:
-    """A layer of features that counts the bytes of the chunks read."""
+def test_correlations_of_features_not_kept_have_the_estimated_operations(rng, tmp_path, write_features, monkeypatch):
+    N = 16 * 1024
+    a, b = encoder(layers=2, width=40), encoder(layers=3, width=60)
+    settings = SAESettings(expansion=1, k=1)
+    paths = []
+    for name, spec in (("a@0", a), ("b@0", b)):
+        layers = {n: rng.random((N, spec.width)) for n in range(spec.layers)}
+        paths.append(write_features(tmp_path, name, layers, keep=False))
+    encode, done = sae.TopKSAE.encode, []
 
-    def __init__(self, array, chunk):
-        self.array, self.shape, self.chunk, self.read = array, array.shape, chunk, 0
+    def counting(self, x):
+        done.append(2 * len(x) * self.W_enc.numel())
+        return encode(self, x)
 
-    def __getitem__(self, place):
-        place = place if isinstance(place, tuple) else (place, slice(None))
-        rows, columns = (at.indices(size) for at, size in zip(place, self.shape, strict=True))
-        touched = {column // self.chunk for column in range(columns[0], columns[1])}
-        self.read += len(touched) * self.chunk * (rows[1] - rows[0]) * 2
-        return self.array[place]
-
-
-@pytest.mark.parametrize("megabytes", [1, 2])
-def test_correlations_read_the_estimated_bytes(rng, tmp_path, write_features, monkeypatch, megabytes):
-    """Chunks have the width of the features stage; 300 features have one, and 700 have two."""
-    N, chunk, layers = 1000, 512, []
-    a, b = encoder(layers=2, width=300), encoder(layers=3, width=700)
-    settings, bound = SAESettings(expansion=1, k=1), CorrelationSettings(memory_mb=megabytes)
-    paths = [
-        write_features(tmp_path, name, {n: rng.random((N, spec.width)) for n in range(spec.layers)})
-        for name, spec in (("a@0", a), ("b@0", b))
-    ]
-    opened = _store.FeatureStore.__init__
-
-    def counting(self, path):
-        opened(self, path)
-        self.arrays = [Counted(array, min(chunk, array.shape[1])) for array in self.arrays]
-        layers.extend(self.arrays)
-
-    monkeypatch.setattr(_store.FeatureStore, "__init__", counting)
-    with FlopCounterMode(display=False) as counted:
-        _store.correlate_stores(*paths, tmp_path / "a@0__b@0.zarr", megabytes * 2**20)
-    cost = plan.correlations_cost(a, b, settings, N, bound)
-    seen = 3 * 2 * 512 * 2  # the dtype is read for one layer per side in each of three products
-    assert cost.read == pytest.approx(sum(layer.read for layer in layers) - seen, rel=0.15)
-    assert counted.get_total_flops() == pytest.approx(cost.flops, rel=0.02)  # and for the influences
+    monkeypatch.setattr(sae.TopKSAE, "encode", counting)
+    _store.correlate_stores(*paths, tmp_path / "a@0__b@0.zarr")
+    cost = plan.correlations_cost(a, b, settings, N, keep=False)
+    # Finding out the dtype of a layer and shuffling samples computes single blocks of 1,024 samples again.
+    assert 1 <= sum(done) / cost.flops < 1.1
+    assert cost.half_flops == 3 * 2 * N * (2 * 40) * (3 * 60)  # floors of layers below 512 features use all of them
     store = open_store(tmp_path / "a@0__b@0.zarr", readers.CORRELATIONS)
     assert cost.written == pytest.approx(sum(store[name].nbytes for name in store.array_keys()), abs=200)
 
@@ -290,7 +280,10 @@ def test_features_have_the_estimated_size(tmp_path, rng, write_features):
     arrays = [array for name in recorded.group_keys() for _, array in recorded[name].arrays()]
     cost = plan.features_cost(spec, settings, N=5)
     assert cost.written == sum(array.nbytes for array in arrays)
-    assert cost.cpu_flops == 2 * 5 * 2 * 8 * 8
+    assert (cost.flops, cost.cpu_flops) == (2 * 2 * 5 * 2 * 8 * 8, 2 * 5 * 2 * 8 * 8)
+    without = plan.features_cost(spec, settings, N=5, keep=False)
+    assert cost.written - without.written == 2 * 5 * 8 * 2
+    assert without.cpu_flops == 0
 
 
 def test_similarity_has_the_estimated_operations_and_bytes(tmp_path, rng, monkeypatch, write_activations):
@@ -322,6 +315,11 @@ def test_examples_cost_a_forward_pass_and_the_features_activations():
     fires = 2 * 16 * SHOWN_SAMPLES * 5
     assert cost.flops == plan.activations_cost(spec, N=100).flops + fires * 2 * 8
     assert cost.read == 1000 + 2 * 100 * 16 * 2 + 2 * 4 * (2 * 8 * 16 + 8)
+    without, computed = (
+        plan.examples_cost(spec, settings, N=100, keep=False),
+        plan.computed_features(spec, settings, 100),
+    )
+    assert without.flops - cost.flops == computed.flops == 2 * 2 * 100 * 8 * 16
     shorter = plan.examples_cost(spec.model_copy(update={"tokens": 4}), settings, N=100)
     assert cost.written - shorter.written == 2 * 16 * SHOWN_SAMPLES
     most = 2 * 16 * SHOWN_SAMPLES
@@ -343,18 +341,19 @@ def test_rules_request_enough_memory_for_every_study_of_the_paper(stage, elsewhe
 
 
 def test_correlations_request_enough_host_memory_on_a_gpu():
-    """Read and prefetched values of a large layer on COCO, and the influences; the rest is on the GPU."""
+    """The global tokens of two large encoders on COCO, and the result; the rest is on the GPU."""
     rule = (CLONE / "workflow" / "rules" / "correlations.smk").read_text(encoding="utf-8")
     (given,) = re.findall(r"mem_mb=grown\((.*)\),\n", rule)
     asked = eval(given, {"STUDY": load_study("config/coco-large.yaml")}) * 1e6
-    assert asked > plan._PROCESS_BYTES + 2 * plan.features_bytes(8192, COCO) + 2**30
+    result = 2 * 2 * 24 * 24 * 8192 * 4
+    assert asked > plan._PROCESS_BYTES + 2 * 24 * plan.global_bytes(encoder(width=1024), COCO) + 2 * result
 
 
 def test_the_rule_requests_enough_time_for_the_largest_pair():
     rule = (CLONE / "workflow" / "rules" / "correlations.smk").read_text(encoding="utf-8")
     (asked,) = re.findall(r"runtime=grown\((.*)\),\n", rule)
     large = load_study("config/coco-large.yaml").encoders["clip-image-large"]
-    hours = plan.correlations_cost(large, large, PAPER, COCO).hours(Rates())
+    hours = plan.correlations_cost(large, large, PAPER, COCO, keep=False).hours(Rates())
     assert hours < int(asked) / 60
     guide = (CLONE / "docs" / "reproducing-the-paper.md").read_text(encoding="utf-8")
     assert f"up to {60 * hours:.0f} minutes" in guide
@@ -428,13 +427,14 @@ def test_counts_the_rows_of_a_local_table(elsewhere, tmp_path):
 
 
 def test_hours_are_operations_and_bytes_over_their_rates():
-    cost = plan.Cost(written=1e9, read=2e9, flops=30e12, cpu_flops=400e9)
-    assert cost.hours(Rates(tflops=15, disk_mb_per_s=500, cpu_gflops=200)) == pytest.approx((2 + 2 + 6) / 3600)
+    cost = plan.Cost(written=1e9, read=2e9, flops=30e12, half_flops=300e12, cpu_flops=400e9)
+    rates = Rates(tflops=15, half_tflops=100, disk_mb_per_s=500, cpu_gflops=200)
+    assert cost.hours(rates) == pytest.approx((2 + 3 + 2 + 6) / 3600)
 
 
 def test_the_total_is_the_sum_of_rules_with_the_memory_of_the_largest_job(elsewhere):
     found = make_plan(load_study("config/coco-base.yaml"), Rates(), results=elsewhere)
-    for field in ("written", "read", "flops", "cpu_flops"):
+    for field in ("written", "read", "flops", "half_flops", "cpu_flops"):
         assert getattr(found.total(), field) == pytest.approx(sum(getattr(c, field) for c in found.costs.values()))
     assert found.total().memory == max(cost.memory for cost in found.costs.values())
 
@@ -464,7 +464,7 @@ def test_the_command_prints_an_aligned_table_and_its_assumptions():
     jobs = make_plan(load_study("config/coco-large.yaml"), Rates()).jobs
     assert [line.split()[:2] for line in lines[1:-1]] == [[rule, str(count)] for rule, count in jobs.items()]
     assert lines[-1].split()[0] == "total"
-    for text in ("coco 1,000", "50 TFLOP/s", "500 MB/s", "200 GFLOP/s"):
+    for text in ("coco 1,000", "50 TFLOP/s", "150 for products of float16", "500 MB/s", "200\nGFLOP/s"):
         assert text in below
     assert "guessed" not in below
 

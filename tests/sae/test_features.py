@@ -10,11 +10,11 @@ import torch
 from conceptshare.correlations import correlate_stores
 from conceptshare.io.errors import NumericsError, StoreError
 from conceptshare.io.layout import layer_name
-from conceptshare.io.readers import read_features, read_statistics
+from conceptshare.io.readers import read_correlations, read_statistics
 from conceptshare.io.store import open_store
-from conceptshare.sae import TopKSAE, load_sae, save_sae
+from conceptshare.sae import TopKSAE, features, load_sae, save_sae
 from conceptshare.sae.exchange import import_sae
-from conceptshare.sae.features import record_features
+from conceptshare.sae.features import read_features, record_features
 from conceptshare.sae.folder import sae_of
 
 # More rows and columns than are encoded at once or stored in a chunk.
@@ -297,3 +297,52 @@ def test_a_constant_token_has_constant_features(tmp_path, write_activations, rng
     write_sae(tmp_path / "saes", 0, 0, rng.standard_normal((384, 600)).astype(np.float32), np.zeros(384, np.float32))
     record_features(store, tmp_path / "saes", 0, tmp_path / "clip@0.zarr")
     assert (read_statistics(tmp_path / "clip@0.zarr")[0].deviation == 0).all()
+
+
+@pytest.fixture
+def not_kept(stage, tmp_path):
+    """The feature stores of the same SAEs, with and without the features."""
+    for name, keep in (("kept", True), ("not-kept", False)):
+        (tmp_path / name).mkdir()
+        record_features(stage[0], tmp_path / "saes", 7, tmp_path / name / "vit@7.zarr", keep)
+    return tmp_path / "kept" / "vit@7.zarr", tmp_path / "not-kept" / "vit@7.zarr"
+
+
+@pytest.mark.parametrize("slab_bytes", [2**30, SAMPLES * 2 * 70])
+def test_features_that_were_not_kept_are_recomputed_to_the_byte(slab_bytes, not_kept, monkeypatch):
+    monkeypatch.setattr(features, "IN_MEMORY_BYTES", slab_bytes)  # also of the tokens in memory
+    whole, without = (read_features(path) for path in not_kept)
+    assert "features" in open_store(not_kept[0], "features")["layer-00"]
+    assert "features" not in open_store(not_kept[1], "features")["layer-00"]
+    blocks = [
+        *product([slice(0, None), slice(1000, 1100), slice(3, 1030)], [slice(0, None), slice(550, None)]),
+        *((slice(0, 1030), slice(start, start + 50)) for start in (0, 50, 100, 30, 560)),
+    ]
+    for layer, stored in whole.items():
+        assert without[layer].shape == stored.shape == (SAMPLES, F)
+        for block in blocks:
+            np.testing.assert_array_equal(stored[block], without[layer][block])
+    for name in ("offset", "strength", "density", "deviation", "top_samples", "top_values"):
+        one, other = (open_store(path, "features")[f"layer-02/{name}"][:] for path in not_kept)
+        np.testing.assert_array_equal(one, other)
+
+
+def test_features_that_were_not_kept_have_the_same_correlations(not_kept, tmp_path):
+    for path in not_kept:
+        correlate_stores(path, path, path.with_name("pair.zarr"), 2**22)
+    one, other = (vars(read_correlations(path.with_name("pair.zarr"), "vit@7")) for path in not_kept)
+    for name, values in {**vars(one.pop("best")), **one}.items():
+        np.testing.assert_array_equal(values, {**vars(other["best"]), **other}[name])
+
+
+def test_features_that_were_not_kept_need_what_they_were_computed_from(not_kept, stage, write_activations, tmp_path):
+    _, path = not_kept
+    shutil.rmtree(tmp_path / "saes" / "layer-02")
+    with pytest.raises(
+        StoreError, match=r"vit@7\.zarr: its features were not kept, and cannot be .*layer-02.*keep_features"
+    ):
+        read_features(path)
+    shutil.rmtree(stage[0])
+    write_activations(stage[0], {layer: list(x + 1) for layer, x in stage[1].items()})
+    with pytest.raises(StoreError, match=r"vit\.zarr has changed since\); run the features stage again"):
+        read_features(path)

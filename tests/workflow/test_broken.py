@@ -148,7 +148,7 @@ CHANGES = [
         "weights/reader.json: made with model: ./models/reader, not ./models/second-reader",
     ),
     (change("saes", "tiny", "k", to=5), "saes/tiny/reader: made with k: 4, not 5"),
-    (change("correlations", "precision", to="bfloat16"), "reader@1.zarr: made with precision: float32, not bfloat16"),
+    (change("correlations", "precision", to="float32"), "reader@1.zarr: made with precision: float16, not float32"),
     (change("names", to={"command": "true"}), "names/tiny/reader@0.parquet: made with names.command: , not true"),
     (
         change("analyses", "sharedness", "own", "features_shown", to=2),
@@ -186,14 +186,14 @@ def test_reports_changed_settings_that_snakemake_cannot_detect(study):
 
 def test_the_provenance_of_a_study_has_only_settings_that_its_results_were_made_with(study):
     store = study.folder / "results/squares/correlations/tiny/reader@0__viewer@0.zarr/zarr.json"
-    store.write_text(store.read_text().replace('"float32"', '"bfloat16"'))
+    store.write_text(store.read_text().replace('"float16"', '"float32"'))
     asked = "results/studies/miniature/study.json"
     command = [sys.executable, "-m", "conceptshare", "provenance", "--study", asked, "--out", "new/provenance.json"]
     refused = subprocess.run(
         command, cwd=study.folder, env=study.environment, capture_output=True, text=True, check=False
     )
     assert refused.returncode == 1
-    assert "reader@0__viewer@0.zarr: made with precision: bfloat16, not float32" in refused.stderr
+    assert "reader@0__viewer@0.zarr: made with precision: float32, not float16" in refused.stderr
     assert not (study.folder / "new").exists()
 
 

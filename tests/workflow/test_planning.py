@@ -305,7 +305,7 @@ def test_a_changed_image_of_a_table_is_read_again(new_study, listed):
     ("changes", "correlations"),
     [
         ({"memory_mb": 50}, 0),
-        ({"precision": "bfloat16"}, 2),
+        ({"precision": "float32"}, 2),
     ],
     ids=["memory", "precision"],
 )

@@ -14,7 +14,7 @@ rule correlations:
     threads: 1
     resources:
         gpu=GPUS,
-        mem_mb=grown((STUDY.correlations.memory_mb or 1000) + 8000),
+        mem_mb=grown((STUDY.correlations.memory_mb or 1000) + 15000),
         runtime=grown(720),
         bound=correlations_memory,
     params:

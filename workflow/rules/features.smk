@@ -17,6 +17,7 @@ rule features:
         runtime=grown(120),
     params:
         saes=lambda w: filled(SAES, w),
+        keep="--keep" if STUDY.keep_features else "--no-keep",
     shell:
         "python -m conceptshare features --activations {input.activations:q} --saes {params.saes:q}"
-        " --seed {wildcards.seed} --threads {threads} --out {output:q} --gpus {resources.gpu} > {log:q} 2>&1"
+        " --seed {wildcards.seed} {params.keep} --threads {threads} --out {output:q} --gpus {resources.gpu} > {log:q} 2>&1"

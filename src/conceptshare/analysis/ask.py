@@ -38,8 +38,8 @@ def wmppc_between(a: Path, b: Path, memory_bytes: int | None = None, precision: 
     statistics = {path: active_statistics(path) for path in (a, b)}
     found = max_correlations(stores[a].arrays, stores[b].arrays, memory_bytes=memory_bytes, precision=precision)
     rows = []
-    for source, target, of_source in ((a, b, found), (b, a, found.reverse())):
-        pair = judged(stores[source], stores[target], of_source, memory_bytes, precision)
+    pairs = judged(stores[a], stores[b], found, memory_bytes, precision)
+    for source, target, pair in zip((a, b), (b, a), pairs, strict=True):
         cells = cells_of(pair, *side_by_side(statistics[source]), active_counts(statistics[target]))
         ends = metrics.bootstrap_intervals([cell["wmppc"] for cell in cells], pair.influence)
         for cell, (low, high) in zip(cells, ends, strict=True):

@@ -222,6 +222,7 @@ def features(
     saes: SAEFolders,
     out: Annotated[Path, out_option(store_kind("features"))],
     seed: Annotated[int, typer.Option(help="The seed of the SAEs.")] = 0,
+    keep: Annotated[bool, typer.Option(help="Store the features, not only their statistics.")] = True,
     threads: Threads = 1,
     gpus: GPUs = None,
 ) -> None:
@@ -229,7 +230,7 @@ def features(
     from conceptshare.sae.features import record_features
 
     compute_on(gpus, threads)
-    record_features(activations, saes, seed, out)
+    record_features(activations, saes, seed, out, keep)
 
 
 @app.command()

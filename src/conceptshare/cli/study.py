@@ -78,12 +78,15 @@ def plan(
     study: StudyFile = Path("config.yaml"),
     samples: Annotated[int | None, typer.Option(help="Number of samples to assume per data set.", min=2)] = None,
     tflops: Annotated[float, typer.Option(help="Float32 TFLOP/s of the GPU.", min=1e-6)] = Rates.tflops,
+    half_tflops: Annotated[
+        float, typer.Option(help="TFLOP/s of the GPU for float16 products.", min=1e-6)
+    ] = Rates.half_tflops,
     disk_mb_per_s: Annotated[float, typer.Option(help="MB/s of the disk.", min=1e-6)] = Rates.disk_mb_per_s,
     cpu_gflops: Annotated[float, typer.Option(help="Float32 GFLOP/s of a job's cores.", min=1e-6)] = Rates.cpu_gflops,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes, operations and hours.")] = False,
 ) -> None:
     """Estimate the cost of a study: jobs, disk, memory and hours. Uses only the study; nothing is run."""
-    estimate = make_plan(load_study(study), Rates(tflops, disk_mb_per_s, cpu_gflops), samples)
+    estimate = make_plan(load_study(study), Rates(tflops, half_tflops, disk_mb_per_s, cpu_gflops), samples)
     typer.echo(plan_as_json(estimate) if as_json else plan_as_text(estimate))
 
 

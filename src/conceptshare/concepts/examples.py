@@ -35,15 +35,16 @@ from conceptshare.io.errors import StoreError
 from conceptshare.io.files import EXAMPLES, Unchanged, atomic_output
 from conceptshare.io.layout import layer_name
 from conceptshare.io.progress import progress
-from conceptshare.io.readers import FEATURES, read_features
+from conceptshare.io.readers import FEATURES
 from conceptshare.io.seals import seal
-from conceptshare.io.sizes import HISTOGRAM_BINS, NEAR, QUANTILES, SHOWN_SAMPLES
+from conceptshare.io.sizes import FEATURE_COLUMNS, HISTOGRAM_BINS, NEAR, QUANTILES, SHOWN_SAMPLES
 from conceptshare.io.store import layer_array, open_store
 from conceptshare.sae import TopKSAE, load_sae
+from conceptshare.sae.features import read_features
 from conceptshare.sae.folder import sae_of
 
-# Working memory for the activations of a block of features.
-_BLOCK_BYTES = 2**28
+# Working memory for the activations that are read at a time, and for those of a block of features that is sorted.
+_READ_BYTES, _BLOCK_BYTES = 2**29, 2**28
 # Marks of tokenizers for pieces that begin, end or continue a word, and pieces that are not text.
 _WORD_STARTS, _WORD_END, _CONTINUATION = ("▁", "Ġ", " "), "</w>", "##"
 _SPECIAL = re.compile(r"<.+>|\[.+\]")
@@ -174,10 +175,12 @@ class Tops:
 def spreads(features: Any) -> Iterator[dict[str, Any]]:
     """Yield the histogram and the samples around lower quantiles for each column of ``features [N, F]``."""
     N, F = features.shape
-    width = max(1, _BLOCK_BYTES // (16 * N))
-    for first in range(0, F, width):
-        # In a function of its own, so that a block is freed before the next one is sorted.
-        yield from _spreads_of_block(features[:, first : first + width])
+    read, width = min(FEATURE_COLUMNS, max(1, _READ_BYTES // (6 * N))), max(1, _BLOCK_BYTES // (16 * N))
+    for first in range(0, F, read):
+        values = features[:, first : first + read]
+        for start in range(0, values.shape[1], width):
+            # In a function of its own, so that a block is freed before the next one is sorted.
+            yield from _spreads_of_block(values[:, start : start + width])
 
 
 def _spreads_of_block(block: NDArray[Any]) -> list[dict[str, Any]]:

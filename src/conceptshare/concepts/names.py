@@ -36,13 +36,13 @@ from conceptshare.io.parquet import write_parquet
 from conceptshare.io.progress import info, progress
 from conceptshare.io.readers import (
     FEATURES,
-    FeatureArray,
     FeatureStatistics,
+    LayerFeatures,
     check_samples,
-    read_features,
+    read_kept_features,
     read_statistics,
 )
-from conceptshare.io.sizes import FEATURE_COLUMNS, SHOWN_SAMPLES
+from conceptshare.io.sizes import FEATURE_COLUMNS, MEASURED_SAMPLES, SHOWN_SAMPLES
 from conceptshare.io.store import open_store
 
 ERROR_RATE = 0.05
@@ -54,8 +54,6 @@ MIN_CAPTIONS = 3
 threshold for all others."""
 MAX_TOP_SAMPLES = 50
 """Maximum number of naming samples that a feature is named by, see `top_count`."""
-MEASURED_SAMPLES = 2**17
-"""Names are evaluated on the held-out samples among this many first samples, whose values fit in memory."""
 MAX_WORDS = 3
 """Maximum number of terms in a name, each a word or a pair of adjacent words."""
 CLEAREST_NAMES = 20
@@ -138,7 +136,7 @@ class _Layer:
 
     number: int
     statistics: FeatureStatistics
-    values: FeatureArray
+    values: LayerFeatures
     """``[N, F]``"""
 
     def top(self, block: slice) -> list[NDArray[np.int32]]:
@@ -182,7 +180,11 @@ def name_features(features: Path, data: Path, out: Path, command: str | None = N
     samples = Data(data)
     check_samples(features, data, samples.content_hash)
     words = _read_words(samples)
-    stored = read_features(features)
+    stored = read_kept_features(features)
+    if stored is None:
+        from conceptshare.sae.features import read_features  # loads torch, which is not needed for kept features
+
+        stored = read_features(features)
     layers = [_Layer(layer, statistics, stored[layer]) for layer, statistics in read_statistics(features).items()]
     member = f"{spec['name']}@{spec['seed']}"
     names = None if command is None else _ask(command, member, layers, words, samples)
@@ -402,7 +404,7 @@ def _is_shown(candidate: _Candidate, top: NDArray[np.int32], words: _Words, data
     return candidate.source == "command" or 3 * having >= len(strongest)
 
 
-def _measures(stored: FeatureArray, block: slice, candidates: Sequence[_Candidate], held_out: csr_array) -> _Measures:
+def _measures(stored: LayerFeatures, block: slice, candidates: Sequence[_Candidate], held_out: csr_array) -> _Measures:
     """Evaluate a block of features; NaN if there is nothing to compare."""
     (m, V), F = held_out.shape, len(candidates)
     counts = np.array([len(each.words) for each in candidates])

@@ -68,6 +68,9 @@ class Study(Spec):
     """Keep an encoder's tokens on disk after its SAEs are trained. Without them, adding a seed or an SAE setting
     extracts the tokens again and retrains all SAEs of the encoder; adding encoders, analyses or data sets costs the
     same. A stream keeps none."""
+    keep_features: bool = True
+    """Store the features of all samples. Without them, a feature store holds their statistics and strongest samples,
+    a hundredth of the size, and stages that need all features recompute them, which a GPU does faster than reading."""
     correlations: Annotated[CorrelationSettings, BeforeValidator(or_empty)] = CorrelationSettings()
     """Correlations of features."""
     names: Annotated[NameSettings, BeforeValidator(or_empty)] = NameSettings()

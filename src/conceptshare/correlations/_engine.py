@@ -1,5 +1,6 @@
 """Best matches between the features of two encoders: one product for every pair of layers, both directions from it."""
 
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -32,6 +33,9 @@ from conceptshare.io.readers import MaxCorrelations
 # in blocks.
 _SUMMED, _SUMMED_NARROW, _NARROW = 8192, 512, 256
 _GROUP = 32
+_SECONDS_BETWEEN_SAVES = 60
+# Bytes of a maximum and its match.
+_RESULT_BYTES = 8
 
 
 Full = Mapping[tuple[int, int], Any]
@@ -65,7 +69,7 @@ def max_correlations(
     A constant feature has no correlation: its rho is 0, its match -1, and it is never a best match. Operands are
     standardised once, or, if they do not fit the budget, as often as they are needed. In float32 the error of a
     correlation is below 1e-5: means and norms are computed from float64 sums (on a CPU, from sums over blocks of rows
-    in float32), products are summed in float32. In bfloat16 the error is below 2e-3 for SAE features, and below 2^-7
+    in float32), products are summed in float32. In float16 the error is below 5e-4 for SAE features, and below 2^-10
     for any features.
 
     Args:
@@ -74,12 +78,12 @@ def max_correlations(
             single array is one layer.
         b: the same for B.
         memory_bytes: limit of the working memory, on the GPU if there is one; by default 1 GiB, or four fifths of the
-            free memory of the GPU. The result is not included.
-        precision: precision of standardised features. ``bfloat16`` is for NVIDIA GPUs; a CPU computes in float32.
+            free memory of the GPU. On a CPU, the result is not included.
+        precision: precision of standardised features. ``float16`` is for NVIDIA GPUs; a CPU computes in float32.
         full: arrays for full matrices, for pairs of layers.
         what: name of the step in the progress report.
         kept: state to resume from.
-        keep: called with the state after each step.
+        keep: called with the state once a minute, and at the end.
 
     Raises:
         NumericsError: if an argument is not such an array, is sparse or has masked values, sample counts differ, a
@@ -91,17 +95,21 @@ def max_correlations(
     N = sample_count([*layers_a, *layers_b])
     device = default_device()
     sizes_a, sizes_b = sizes_of(layers_a), sizes_of(layers_b)
+    operands = torch.float16 if precision == "float16" and device.type == "cuda" else torch.float32
+    of_result = _RESULT_BYTES * int(len(layers_b) * sizes_a.sum() + len(layers_a) * sizes_b.sum())
     plan = plan_blocks(
         N,
         sizes_a.tolist(),
         sizes_b.tolist(),
         max(array.value_bytes for array in [*known_a, *known_b]),
-        _budget(memory_bytes, device),
+        _budget(memory_bytes, device) - (of_result if device.type == "cuda" else 0),
+        operands.itemsize,
+        device.type == "cuda",
     )
     side_a, side_b = _Side(layers_a, known_a, plan, device), _Side(layers_b, known_b, plan, device)
-    rounded_to = torch.bfloat16 if precision == "bfloat16" and device.type == "cuda" else torch.float32
-    best_ab, best_ba = _Best(len(layers_b), int(sizes_a.sum())), _Best(len(layers_a), int(sizes_b.sum()))
-    done = 0
+    best_ab = _Best(len(layers_b), int(sizes_a.sum()), device)
+    best_ba = _Best(len(layers_a), int(sizes_b.sum()), device)
+    done, saved = 0, time.monotonic()
     if kept is not None and kept.blocks == plan:
         done = kept.steps
         best_ab.restore(kept.best.rho_ab, kept.best.match_ab)
@@ -113,7 +121,7 @@ def max_correlations(
     size = plan.group or 1
     groups = [side_a.panels[first : first + size] for first in range(0, len(side_a.panels), size)]
     steps = list(product(groups, side_b.panels))
-    with closing(_Tiles(side_a, side_b, steps[done:], plan, N, rounded_to)) as tiles:
+    with closing(_Tiles(side_a, side_b, steps[done:], plan, N, operands)) as tiles:
         for step in progress(range(done, len(steps)), len(steps) - done, what, "blocks"):
             for panel_a, panel_b, r in tiles.of_step():
                 columns_a, columns_b = side_a.columns(panel_a), side_b.columns(panel_b)
@@ -122,8 +130,10 @@ def max_correlations(
                     best_ba.update(panel_a.layer, panel_b, columns_b, panel_a.first, columns_a, *_column_maxima(r))
                 if full and (panel_a.layer, panel_b.layer) in full:
                     _write_full(full[panel_a.layer, panel_b.layer], panel_a, panel_b, columns_a, columns_b, r)
-            if keep is not None:
+            due = step + 1 == len(steps) or time.monotonic() - saved >= _SECONDS_BETWEEN_SAVES
+            if keep is not None and due:
                 keep(Kept(result(), step + 1, plan))
+                saved = time.monotonic()
     return result()
 
 
@@ -164,10 +174,9 @@ class _Side:
             self._standards[panel] = standard_of(chunks, panel)
         return standardised(x, self._standards[panel], memory)
 
-    def columns(self, panel: Panel) -> NDArray[np.int64]:
+    def columns(self, panel: Panel) -> Tensor:
         """The non-constant features of a panel, in the order of its blocks' columns."""
-        columns: NDArray[np.int64] = self._standards[panel].columns.cpu().numpy()
-        return columns
+        return self._standards[panel].columns
 
 
 Step = tuple[list[Panel], Panel]
@@ -177,15 +186,13 @@ Step = tuple[list[Panel], Panel]
 class _Tiles:
     """Correlations ``[v_a, v_b]`` of the panels of each step, tile by tile, reusing the same memory."""
 
-    def __init__(
-        self, a: _Side, b: _Side, steps: Sequence[Step], plan: Blocks, N: int, rounded_to: torch.dtype
-    ) -> None:
+    def __init__(self, a: _Side, b: _Side, steps: Sequence[Step], plan: Blocks, N: int, operands: torch.dtype) -> None:
         self._a, self._b, self._steps, self._left = a, b, steps, iter(steps)
         self._starts = range(0, N, plan.rows)
         self._read = _read_ahead(self._loads())
-        self._product = _Product(a.device, rounded_to)
-        self._memory_a = [Memory(rounded_to, a.device) for _ in range(plan.group or 1)]
-        self._memory_b = Memory(rounded_to, b.device)
+        self._product = _Product(a.device, operands)
+        self._memory_a = [Memory(operands, a.device) for _ in range(plan.group or 1)]
+        self._memory_b = Memory(operands, b.device)
         self._group: list[Panel] = []
         self._kept: list[Block] = []
 
@@ -243,8 +250,8 @@ def _read_ahead(loads: Iterator[Callable[[], Any]]) -> Generator[Any, None, None
 class _Product:
     """Correlations as a sum of products of blocks of samples, reusing the same memory."""
 
-    def __init__(self, device: torch.device, rounded_to: torch.dtype) -> None:
-        self._rounded = rounded_to == torch.bfloat16
+    def __init__(self, device: torch.device, operands: torch.dtype) -> None:
+        self._rounded = operands == torch.float16
         self._memory, self._part = Memory(torch.float32, device), Memory(torch.float32, device)
 
     def add(self, a: Block, b: Block, reset: bool) -> None:
@@ -252,6 +259,7 @@ class _Product:
         if reset:
             self._sum = self._memory.view(a.values.shape[1], b.values.shape[1]).zero_()
             self._squares_a, self._squares_b = torch.zeros_like(a.squares), torch.zeros_like(b.squares)
+            self._v = a.v, b.v
         r = self._sum
         self._squares_a += a.squares
         self._squares_b += b.squares
@@ -259,52 +267,53 @@ class _Product:
         for start in range(0, len(a.values), rows):
             one, other = a.values[start : start + rows].T, b.values[start : start + rows]
             if self._rounded:
-                r.add_(torch.mm(one, other, out_dtype=torch.float32))
-            else:
+                r = self._sum = torch.addmm(r, one, other, out_dtype=torch.float32)
+            elif r.is_cuda:
+                r.addmm_(one, other)
+            else:  # addmm_ would add to the long sum several times per block
                 r.add_(torch.mm(one, other, out=self._part.view(*r.shape)))
 
     def correlations(self) -> Tensor:
-        """``[v_a, v_b]`` float32, valid until more is added."""
+        """``[w_a, w_b]`` float32, valid until more is added; -inf in the padding beyond ``[v_a, v_b]``."""
         r = self._sum
         if self._rounded:
             r.mul_(self._squares_a.rsqrt()[:, None]).mul_(self._squares_b.rsqrt())
         # Rounding can push a perfect correlation slightly beyond 1, where artanh is undefined.
-        return r.clamp_(-1, 1)
+        r.clamp_(-1, 1)
+        v_a, v_b = self._v
+        r[v_a:], r[:, v_b:] = -torch.inf, -torch.inf
+        return r
 
 
 class _Best:
     """Running maxima over the panels of each layer of the other side."""
 
-    def __init__(self, layers: int, count: int) -> None:
-        self._rho = np.full((layers, count), -np.inf, np.float32)
-        self._match = np.full((layers, count), -1, np.int32)
+    def __init__(self, layers: int, count: int, device: torch.device) -> None:
+        self._rho = torch.full((layers, count), -torch.inf, device=device)
+        self._match = torch.full((layers, count), -1, dtype=torch.int32, device=device)
 
     def restore(self, rho: NDArray[np.float32], match: NDArray[np.int32]) -> None:
         """Restore the maxima from an earlier `result`."""
-        self._rho = np.where(match < 0, np.float32(-np.inf), rho)
-        self._match = match.copy()
+        self._match.copy_(torch.from_numpy(match))
+        self._rho.copy_(torch.from_numpy(rho)).masked_fill_(self._match < 0, -torch.inf)
 
     def update(
-        self,
-        layer: int,
-        panel: Panel,
-        columns: NDArray[np.int64],
-        first: int,
-        matched: NDArray[np.int64],
-        rho: Tensor,
-        match: Tensor,
+        self, layer: int, panel: Panel, columns: Tensor, first: int, matched: Tensor, rho: Tensor, match: Tensor
     ) -> None:
-        """Merge the maxima ``rho`` of a panel's ``columns``, at indices ``match`` into the columns ``matched``."""
+        """Merge the maxima ``rho`` of a panel's ``columns``, at indices ``match`` into the columns ``matched``.
+
+        Beyond these columns, ``rho`` is padding.
+        """
         indices = panel.start + columns
-        values = rho.cpu().numpy()
-        numbers = first + matched[match.cpu().numpy()]
-        better = values > self._rho[layer, indices]
-        self._rho[layer, indices[better]] = values[better]
-        self._match[layer, indices[better]] = numbers[better]
+        rho, match = rho[: len(columns)], match[: len(columns)]
+        before = self._rho[layer, indices]
+        better = rho > before
+        self._rho[layer, indices] = torch.where(better, rho, before)
+        self._match[layer, indices] = torch.where(better, (first + matched[match]).int(), self._match[layer, indices])
 
     def result(self) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """The maxima and matches; 0 and -1 for features without a correlation."""
-        return np.where(self._match < 0, np.float32(0), self._rho), self._match.copy()
+        return self._rho.masked_fill(self._match < 0, 0).cpu().numpy(), self._match.clone().cpu().numpy()
 
 
 def _row_maxima(r: Tensor) -> tuple[Tensor, Tensor]:
@@ -336,10 +345,11 @@ def _write_full(
     out: Any,
     panel_a: Panel,
     panel_b: Panel,
-    columns_a: NDArray[np.int64],
-    columns_b: NDArray[np.int64],
+    columns_a: Tensor,
+    columns_b: Tensor,
     r: Tensor,
 ) -> None:
     tile = np.zeros((panel_a.width, panel_b.width), np.float32)
-    tile[np.ix_(columns_a, columns_b)] = r.cpu().numpy()
+    values = r[: len(columns_a), : len(columns_b)].cpu().numpy()
+    tile[np.ix_(columns_a.cpu().numpy(), columns_b.cpu().numpy())] = values
     out[panel_a.first : panel_a.first + panel_a.width, panel_b.first : panel_b.first + panel_b.width] = tile

@@ -13,9 +13,8 @@ from conceptshare.correlations._arrays import as_tensor, sizes_of
 from conceptshare.device import default_device, full_float32
 from conceptshare.io.progress import progress
 from conceptshare.io.readers import MaxCorrelations
+from conceptshare.io.sizes import FEATURE_ROWS
 from conceptshare.metrics import READINGS
-
-_ROWS = 1024
 
 Array = NDArray[np.float64]
 
@@ -37,43 +36,55 @@ class Encoder:
 @full_float32()
 def influences(
     a: Encoder, b: Encoder, found: MaxCorrelations, memory_bytes: int, what: str = "influence"
-) -> NDArray[np.float32]:
-    """The influence of each sample on the wMPPC from A to B, by reading: ``[3, N]``.
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The influence of each sample on the wMPPC from A to B and from B to A, by reading: each ``[3, N]``.
 
     See `influence_weights` for the definition. It takes one pass over the features, and only the product of each
     feature with its best match. Sums are in float32, with an error of about 1e-5 of the largest influence.
 
     Args:
-        a: the source.
-        b: the target.
-        found: the best matches from A to B.
+        a: an encoder.
+        b: another one.
+        found: their best matches.
         memory_bytes: limit of the working memory.
         what: name of the step in the progress report.
     """
-    N = int(a.layers[0].shape[0])
-    device = default_device()
-    ends = np.cumsum(found.sizes_a)
-    of_layers = [slice(int(end - size), int(end)) for size, end in zip(found.sizes_a, ends, strict=True)]
-    starts_b = np.cumsum(found.sizes_b) - found.sizes_b
-    best, last = found.rho_ab.max(axis=0), found.rho_ab[-1, of_layers[-1]]
-    weights = influence_weights(best, last, a.strength, found.sizes_a, N)
-    # Features of B are numbered through all layers; -1 means none.
-    layer = found.rho_ab.argmax(axis=0)
-    matched = np.where(
-        found.match_ab.max(axis=0) < 0, -1, starts_b[layer] + np.take_along_axis(found.match_ab, layer[None], axis=0)[0]
-    )
-    matched_last = np.where(found.match_ab[-1] < 0, -1, starts_b[-1] + found.match_ab[-1])
-    result = np.zeros((len(READINGS), N), np.float32)
+    N, device = int(a.layers[0].shape[0]), default_device()
+    to_b, to_a = _Direction(a, b, found, N, device), _Direction(b, a, found.reverse(), N, device)
+    ab, ba = (np.zeros((len(READINGS), N), np.float32) for _ in range(2))
     rows = _rows(a, b, memory_bytes)
     for start in progress(range(0, N, rows), -(-N // rows), what, "blocks"):
-        of_b = [as_tensor(layer_b[start : start + rows], torch.device("cpu")) for layer_b in b.layers]
-        for n, place in enumerate(of_layers):
-            x = as_tensor(a.layers[n][start : start + rows], device).float()
-            one = _Layer(x, a, place, weights)
-            result[:2, start : start + rows] += one.influence(slice(0, 2), best[place], b, of_b, matched[place])
-            if n == len(of_layers) - 1:
-                result[2:, start : start + rows] += one.influence(slice(2, 3), last, b, of_b, matched_last[place])
-    return result
+        block = slice(start, start + rows)
+        of_a, of_b = ([as_tensor(layer[block, :], device) for layer in each.layers] for each in (a, b))
+        ab[:, block], ba[:, block] = to_b.influence(of_a, of_b), to_a.influence(of_b, of_a)
+    return ab, ba
+
+
+class _Direction:
+    """The influences on the wMPPC from one encoder to another, given its best matches."""
+
+    def __init__(self, a: Encoder, b: Encoder, found: MaxCorrelations, N: int, device: torch.device) -> None:
+        self._a, self._b, self._device = a, b, device
+        self._layers = [
+            slice(int(end - size), int(end)) for size, end in zip(found.sizes_a, np.cumsum(found.sizes_a), strict=True)
+        ]
+        starts_b = np.cumsum(found.sizes_b) - found.sizes_b
+        self._best, self._last = found.rho_ab.max(axis=0), found.rho_ab[-1, self._layers[-1]]
+        self._weights = influence_weights(self._best, self._last, a.strength, found.sizes_a, N)
+        # Features of B are numbered through all layers; -1 means none.
+        layer = found.rho_ab.argmax(axis=0)
+        match = np.take_along_axis(found.match_ab, layer[None], axis=0)[0]
+        self._matched = np.where(found.match_ab.max(axis=0) < 0, -1, starts_b[layer] + match)
+        self._matched_last = np.where(found.match_ab[-1] < 0, -1, starts_b[-1] + found.match_ab[-1])
+
+    def influence(self, of_a: Sequence[Tensor], of_b: Sequence[Tensor]) -> NDArray[np.float32]:
+        """``[3, n]`` influences of a block of samples, from its features in all layers of A and B."""
+        result = torch.zeros(len(READINGS), len(of_a[0]), device=self._device)
+        for x, place in zip(of_a, self._layers, strict=True):
+            one = _Layer(x.float(), self._a, place, self._weights)
+            result[:2] += one.influence(slice(0, 2), self._best[place], self._b, of_b, self._matched[place])
+        result[2:] += one.influence(slice(2, 3), self._last, self._b, of_b, self._matched_last[place])
+        return result.cpu().numpy()
 
 
 def influence_weights(
@@ -135,15 +146,14 @@ class _Layer:
 
     def influence(
         self, readings: slice, rho: Any, b: Encoder, of_b: Sequence[Tensor], matched: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
+    ) -> Tensor:
         """``[readings, n]`` influences for the matches ``matched [F]`` in B with correlations ``rho [F]``."""
         scale = np.where(matched < 0, 0, _inverse(b.deviation[matched]))
         y = self._gathered(of_b, matched)
         z = y.sub_(self._on_device(b.mean[matched])).mul_(self._on_device(scale))
         # Pairs without a correlation do not contribute.
         products = self._z * z - self._on_device(rho / 2) * (self._z**2 + z**2)
-        result = self._c1[readings] @ self._deviations.T + self._c2[readings] @ products.T
-        return result.cpu().numpy()
+        return self._c1[readings] @ self._deviations.T + self._c2[readings] @ products.T
 
     def _gathered(self, of_b: Sequence[Tensor], matched: NDArray[np.int64]) -> Tensor:
         """``[n, F]`` the matched features."""
@@ -152,7 +162,7 @@ class _Layer:
         for layer in of_b:
             here = np.flatnonzero((matched >= start) & (matched < start + layer.shape[1]))
             if len(here):
-                y[:, here] = layer[:, matched[here] - start].to(self._device).float()
+                y[:, here] = layer[:, matched[here] - start].float()
             start += layer.shape[1]
         return y
 
@@ -165,6 +175,7 @@ def _inverse(deviation: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _rows(a: Encoder, b: Encoder, memory_bytes: int) -> int:
-    """Number of samples per block: all stored layers of B and float32 copies of a layer of A are in memory."""
-    a_sample = 4 * 6 * int(sizes_of(a.layers).max()) + 8 * int(sizes_of(b.layers).sum())
-    return max(1, min(_ROWS, memory_bytes // a_sample))
+    """Number of samples per block: all layers in float16, and float32 copies of one layer, are in memory."""
+    sizes = [sizes_of(each.layers) for each in (a, b)]
+    per_sample = sum(2 * int(of.sum()) for of in sizes) + 4 * 6 * max(int(of.max()) for of in sizes)
+    return max(1, min(FEATURE_ROWS, memory_bytes // per_sample))

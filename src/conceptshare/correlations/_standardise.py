@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from conceptshare.correlations._arrays import Array
+from conceptshare.correlations.blocks import GPU_COLUMNS
 from conceptshare.io.errors import NumericsError
 
 _CACHED_BYTES = 2**20
@@ -43,6 +44,8 @@ class Standard:
     """``[v]`` scaled rounding error of the centre."""
     everything: bool
     """Whether the columns are all columns of the panel."""
+    N: int
+    """Number of samples."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,12 @@ class Block:
     """Standardised features of a block of samples."""
 
     values: Tensor
-    """``[n, v]`` float32 or bfloat16, each feature of norm 1 over all samples."""
+    """``[n, w]`` float32, each feature of norm 1 over all samples, or float16, of variance 1; columns from ``v`` on, if
+    any, are zeros."""
     squares: Tensor
-    """``[v]`` float32 sums of squares of the rounded values in bfloat16; zeros in float32."""
+    """``[w]`` float32 sums of squares of the values in float16; zeros in float32."""
+    v: int
+    """Number of features."""
 
 
 def standard_of(chunks: Callable[[], Iterator[Tensor]], panel: Panel) -> Standard:
@@ -93,6 +99,7 @@ def standard_of(chunks: Callable[[], Iterator[Tensor]], panel: Panel) -> Standar
         scale=scale,
         bias=-rest[columns] * scale,
         everything=len(columns) == panel.width,
+        N=N,
     )
 
 
@@ -111,16 +118,22 @@ class Memory:
 
 def standardised(x: Tensor, standard: Standard, memory: Memory) -> Block:
     """Standardise samples ``[n, width]`` of a panel into ``memory``, in its dtype."""
-    values = memory.view(len(x), len(standard.columns))
+    v = len(standard.columns)
+    values = memory.view(len(x), v if x.device.type == "cpu" else -(-v // GPU_COLUMNS) * GPU_COLUMNS)
+    values[:, v:] = 0
+    rounded = values.dtype == torch.float16
+    # Of norm 1, the values of most samples would be below float16's smallest normal number.
+    scale = standard.N**0.5 if rounded else 1
     squares, start = torch.zeros(values.shape[1], device=values.device), 0
     for part in _cached(x):
         place = slice(start, start + len(part))
         start += len(part)
         chosen = part if standard.everything else part[:, standard.columns]
-        values[place] = torch.addcmul(standard.bias, chosen.sub_(standard.centre), standard.scale)
-        if values.dtype == torch.bfloat16:
+        z = torch.addcmul(standard.bias, chosen.sub_(standard.centre), standard.scale)
+        values[place, :v] = z.mul_(scale) if rounded else z
+        if rounded:
             squares += values[place].float().square_().sum(0)
-    return Block(values, squares)
+    return Block(values, squares, v)
 
 
 def _working(x: Tensor) -> Tensor:
@@ -130,9 +143,8 @@ def _working(x: Tensor) -> Tensor:
 
 def _cached(x: Tensor) -> Iterator[Tensor]:
     """Yield working copies of blocks of rows of ``x [n, w]`` that fit a core's cache, or a GPU's budget."""
-    rows = max(16, _CACHED_BYTES // (4 * max(1, x.shape[1])))
-    if x.device.type != "cpu":
-        rows = max(rows, -(-len(x) // _GPU_PARTS))
+    on_cpu = x.device.type == "cpu"
+    rows = max(16, _CACHED_BYTES // (4 * max(1, x.shape[1])) if on_cpu else -(-len(x) // _GPU_PARTS))
     for start in range(0, len(x), rows):
         yield _working(x[start : start + rows])
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import zarr
 
 from conceptshare.correlations._arrays import sample_count
@@ -14,9 +15,10 @@ from conceptshare.correlations.blocks import MEMORY_BYTES, Blocks, Precision
 from conceptshare.io.errors import StoreError
 from conceptshare.io.files import FILE, Unchanged, unlocked_output
 from conceptshare.io.layout import layer_name
-from conceptshare.io.readers import CORRELATIONS, FEATURES, FeatureArray, MaxCorrelations, PairCorrelations
+from conceptshare.io.readers import CORRELATIONS, FEATURES, MaxCorrelations, PairCorrelations
 from conceptshare.io.sizes import FLOOR_FEATURES
 from conceptshare.io.store import layer_array, new_array, new_store, open_store, resuming, save_array
+from conceptshare.sae.features import read_features
 
 _PROGRESS = "progress.npz"
 _FULL_SIDE = 512
@@ -73,9 +75,7 @@ def correlate_stores(
             kept = progress.read()
         found = max_correlations(a.arrays, b.arrays, memory_bytes, precision, matrices, out.stem, kept, progress.write)
         arrays = dict(vars(found))
-        sides = ((a, b, found, "ab"), (b, a, found.reverse(), "ba"))
-        for source, target, of_source, direction in sides:
-            pair = judged(source, target, of_source, memory_bytes, precision)
+        for direction, pair in zip(("ab", "ba"), judged(a, b, found, memory_bytes, precision), strict=True):
             arrays |= {f"floor_{direction}": pair.floor, f"floor_sizes_{direction[0]}": pair.floor_sizes}
             arrays[f"influence_{direction}"] = pair.influence
         for name, values in arrays.items():
@@ -105,17 +105,26 @@ def check_pair(a: "FeatureStore", b: "FeatureStore") -> None:
 
 
 def judged(
-    source: "FeatureStore",
-    target: "FeatureStore",
+    a: "FeatureStore",
+    b: "FeatureStore",
     found: MaxCorrelations,
     memory_bytes: int | None = None,
     precision: Precision = "float32",
-) -> PairCorrelations:
-    """Add the floor and the influences to the best matches from a source to a target."""
-    floor = shuffled_floor(source.arrays, target.arrays, memory_bytes, precision, f"floor of {source.name}")
-    budget = memory_bytes or MEMORY_BYTES
-    influence = influences(source.encoder(), target.encoder(), found, budget, f"influence, {source.name}")
-    return PairCorrelations(found, source.layers, target.layers, source.samples, floor.rho_ab, floor.sizes_a, influence)
+) -> tuple[PairCorrelations, PairCorrelations]:
+    """Add floors and influences to the best matches of two stores: those from A to B, and those from B to A."""
+    floors = [
+        shuffled_floor(source.arrays, target.arrays, memory_bytes, precision, f"floor of {source.name}")
+        for source, target in ((a, b), (b, a))
+    ]
+    names = f"influence, {a.name} and {b.name}"
+    of_both = influences(a.encoder(), b.encoder(), found, memory_bytes or MEMORY_BYTES, names)
+    of_ab, of_ba = (
+        PairCorrelations(best, source.layers, target.layers, a.samples, floor.rho_ab, floor.sizes_a, influence)
+        for best, source, target, floor, influence in zip(
+            (found, found.reverse()), (a, b), (b, a), floors, of_both, strict=True
+        )
+    )
+    return of_ab, of_ba
 
 
 def shuffled_floor(
@@ -148,7 +157,7 @@ class FeatureStore:
         self.layers: list[int] = spec["layers"]
         self.samples: int = spec["samples"]
         self.content_hash: str = spec["content_hash"]
-        features = [FeatureArray(store, n, path) for n in self.layers]
+        features = read_features(path).values()
         # The offset does not affect correlations, and adding it would cost precision.
         self.arrays = [layer.stored for layer in features]
         self._offset = np.concatenate([layer.offset.astype(np.float64) for layer in features])
@@ -189,7 +198,8 @@ class _View:
             return self._layer[start - N : stop - N, columns]
         if stop <= N:
             return self._layer[start:stop, columns]
-        return np.concatenate([self._layer[start:N, columns], self._layer[0 : stop - N, columns]])
+        parts = [self._layer[start:N, columns], self._layer[0 : stop - N, columns]]
+        return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else np.concatenate(parts)
 
 
 class _Progress:

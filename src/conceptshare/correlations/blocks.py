@@ -6,14 +6,18 @@ from typing import Literal, NamedTuple
 from conceptshare.io.errors import NumericsError
 from conceptshare.io.sizes import FEATURE_COLUMNS, FEATURE_ROWS
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "float16"]
 
 MEMORY_BYTES = 2**30
 """Default memory budget on a CPU."""
 
-# Maximum bytes per standardised value, and per value of the product with its sum and the search for maxima.
-_STANDARD_BYTES = 4
+# Maximum bytes per value of the product, with its sum and the search for maxima.
 _PRODUCT_BYTES = 10
+# Time that a GPU takes to launch the kernels of one product, as a number of values that it could read instead.
+_LAUNCH_VALUES = 2**22
+
+GPU_COLUMNS = 64
+"""On a GPU, operands are padded to a multiple of this number of columns: tensor cores need aligned rows."""
 
 
 class Blocks(NamedTuple):
@@ -33,7 +37,15 @@ class Blocks(NamedTuple):
     """Working memory in bytes."""
 
 
-def plan_blocks(N: int, sizes_a: Sequence[int], sizes_b: Sequence[int], raw: int, budget: int) -> Blocks:
+def plan_blocks(
+    N: int,
+    sizes_a: Sequence[int],
+    sizes_b: Sequence[int],
+    raw: int,
+    budget: int,
+    standard: int = 4,
+    gpu: bool = False,
+) -> Blocks:
     """Choose the partition that reads the least data within the budget.
 
     Either as many panels of A as the budget allows are kept, and B is read once per group of panels; if all panels fit,
@@ -46,20 +58,23 @@ def plan_blocks(N: int, sizes_a: Sequence[int], sizes_b: Sequence[int], raw: int
         sizes_b: number of features per layer of B.
         raw: size of a stored value in bytes.
         budget: memory budget in bytes.
+        standard: size of a standardised value in bytes.
+        gpu: plan for a GPU, which pads operands and takes time to launch each product.
 
     Raises:
         NumericsError: if the budget cannot hold one feature of one block.
     """
-    widest, rows, per_pair = max(*sizes_a, *sizes_b), min(N, FEATURE_ROWS), _PRODUCT_BYTES
+    align = GPU_COLUMNS if gpu else 1
+    widest, rows, per_pair = -(-max(*sizes_a, *sizes_b) // align) * align, min(N, FEATURE_ROWS), _PRODUCT_BYTES
     # Both operands, the values being read and the prefetched values.
-    per_value = 2 * _STANDARD_BYTES + 2 * raw
+    per_value = 2 * standard + 2 * raw
     choices = []
-    for width in _widths(_widest(budget, N * per_value, per_pair, widest)):
+    for width in _widths(_widest(budget, N * per_value, per_pair, widest, align)):
         panels = _panels(sizes_a, width)
-        taken, each = N * per_value * width + per_pair * width**2, N * _STANDARD_BYTES * width
+        taken, each = N * per_value * width + per_pair * width**2, N * standard * width
         group = min(panels, 1 + (budget - taken) // each)
         choices.append(Blocks(width, N, group, 1, -(-panels // group), taken + (group - 1) * each))
-    if width := _widest(budget, rows * per_value, per_pair, widest) if rows < N else 0:
+    if width := _widest(budget, rows * per_value, per_pair, widest, align) if rows < N else 0:
         taken = rows * per_value * width + per_pair * width**2
         choices.append(Blocks(width, rows, 0, 2 + _panels(sizes_b, width), 2 + _panels(sizes_a, width), taken))
     if not choices:
@@ -67,7 +82,13 @@ def plan_blocks(N: int, sizes_a: Sequence[int], sizes_b: Sequence[int], raw: int
             f"{N} samples need {rows * per_value + per_pair:,} bytes of working memory; raise the budget of "
             f"{budget:,} bytes (--memory-mb, or correlations.memory_mb)"
         )
-    return min(choices, key=lambda blocks: blocks.times_a * sum(sizes_a) + blocks.times_b * sum(sizes_b))
+
+    def cost(blocks: Blocks) -> int:
+        products = _panels(sizes_a, blocks.width) * _panels(sizes_b, blocks.width) * -(-N // blocks.rows)
+        read = N * (blocks.times_a * sum(sizes_a) + blocks.times_b * sum(sizes_b))
+        return read + gpu * _LAUNCH_VALUES * products
+
+    return min(choices, key=cost)
 
 
 def _panels(sizes: Sequence[int], width: int) -> int:
@@ -82,12 +103,13 @@ def _widths(largest: int) -> Iterator[int]:
         width = width // 2 // FEATURE_COLUMNS * FEATURE_COLUMNS
 
 
-def _widest(budget: int, per_feature: int, per_pair: int, widest: int) -> int:
+def _widest(budget: int, per_feature: int, per_pair: int, widest: int, align: int) -> int:
     """The largest width w with w per_feature + w^2 per_pair within the budget, in whole chunks if possible; else 0."""
-    if budget < per_feature + per_pair:
+    if budget < align * per_feature + align**2 * per_pair:
         return 0
     width = int((-per_feature + (per_feature**2 + 4 * per_pair * budget) ** 0.5) / (2 * per_pair))
     while width * per_feature + width**2 * per_pair > budget:
         width -= 1
     width = min(width, widest)
-    return width if width < FEATURE_COLUMNS or width == widest else width // FEATURE_COLUMNS * FEATURE_COLUMNS
+    unit = align if width < FEATURE_COLUMNS or width == widest else FEATURE_COLUMNS
+    return width // unit * unit

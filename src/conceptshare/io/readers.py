@@ -42,16 +42,16 @@ def read_statistics(path: Path) -> dict[int, FeatureStatistics]:
     }
 
 
-class FeatureArray:
-    """A layer's features ``[N, F]`` in float32, read when sliced: the stored values plus the offset."""
+class LayerFeatures:
+    """A layer's features ``[N, F]`` in float32, read when sliced: the stored values plus the offset.
 
-    def __init__(self, store: Any, layer: int, path: Path) -> None:
-        """Open a layer of the ``store`` at ``path``."""
-        self.stored = layer_array(store, layer, "features", path)
-        """``[N, F]`` float16, without the offset, on which no correlation depends."""
-        self.shape = self.stored.shape
-        self.offset: NDArray[np.float32] = layer_array(store, layer, "offset", path)[:]
-        """``[F]``"""
+    Args:
+        stored: ``[N, F]`` float16, without the offset, on which no correlation depends.
+        offset: ``[F]``.
+    """
+
+    def __init__(self, stored: Any, offset: NDArray[np.float32]) -> None:
+        self.stored, self.offset, self.shape = stored, offset, stored.shape
 
     def __getitem__(self, index: Any) -> NDArray[np.float32]:
         """Read rows, or a pair of rows and columns.
@@ -60,19 +60,28 @@ class FeatureArray:
             StoreError: if they cannot be read.
         """
         rows, columns = index if isinstance(index, tuple) else (index, slice(None))
-        values = self.stored[rows, columns].astype(np.float32)
+        values = self.stored[rows, columns]
+        values = (values if isinstance(values, np.ndarray) else values.cpu().numpy()).astype(np.float32)
         values += self.offset[columns]
         return values
 
 
-def read_features(path: Path) -> dict[int, FeatureArray]:
-    """Open the features of each layer of a feature store, by layer; they are read when sliced.
+def read_kept_features(path: Path) -> dict[int, LayerFeatures] | None:
+    """Open the features of each layer of a feature store, by layer; None if the study did not keep them.
+
+    `sae.features.read_features` recomputes those that were not kept.
 
     Raises:
         StoreError: if the store is missing, incomplete or damaged.
     """
     store: Any = open_store(path, FEATURES)
-    return {layer: FeatureArray(store, layer, path) for layer in store.attrs["spec"]["layers"]}
+    spec: Any = store.attrs["spec"]
+    if "recomputed_from" in spec:
+        return None
+    return {
+        layer: LayerFeatures(layer_array(store, layer, "features", path), layer_array(store, layer, "offset", path)[:])
+        for layer in spec["layers"]
+    }
 
 
 def read_spec(path: Path, kind: str) -> dict[str, Any]:

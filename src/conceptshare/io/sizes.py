@@ -27,6 +27,8 @@ CKA_SAMPLES = 10_000
 NEIGHBOUR_SAMPLES = 4096
 """Maximum number of samples for mutual nearest neighbours."""
 
+MEASURED_SAMPLES = 2**17
+"""Names are evaluated on the held-out samples among this many first samples, whose values fit in memory."""
 SHOWN_SAMPLES = 9
 """Number of strongest samples shown per feature, as in the paper's Figure 2."""
 QUANTILES = (0.9, 0.5, 0.1)

@@ -20,11 +20,11 @@ from conceptshare.io.sizes import (
     CHUNK_BYTES,
     CKA_SAMPLES,
     EVALUATED_SAMPLES,
-    FEATURE_COLUMNS,
     FEATURE_ROWS,
     FLOOR_FEATURES,
     HISTOGRAM_BINS,
     IN_MEMORY_BYTES,
+    MEASURED_SAMPLES,
     NEAR,
     NEIGHBOUR_SAMPLES,
     QUANTILES,
@@ -66,6 +66,8 @@ class Rates:
 
     tflops: float = 15
     """GPU speed in 10^12 float32 operations per second; the default is about what an A100 sustains."""
+    half_tflops: float = 150
+    """GPU speed in 10^12 operations per second for products of float16 values."""
     disk_mb_per_s: float = 500
     """Read and write speed, in 10^6 bytes per second."""
     cpu_gflops: float = 200
@@ -82,6 +84,8 @@ class Cost:
     """Bytes read, counting repeated reads."""
     flops: float = 0
     """Floating-point operations on the GPU, or on the CPU without one."""
+    half_flops: float = 0
+    """Floating-point operations of products in float16 on the GPU."""
     cpu_flops: float = 0
     """Floating-point operations that always run on the CPU."""
     memory: float = 0
@@ -89,7 +93,8 @@ class Cost:
 
     def hours(self, rates: Rates) -> float:
         """Hours on one GPU, without overlap of computing and I/O."""
-        computing = self.flops / (rates.tflops * 1e12) + self.cpu_flops / (rates.cpu_gflops * 1e9)
+        on_gpu = self.flops / (rates.tflops * 1e12) + self.half_flops / (rates.half_tflops * 1e12)
+        computing = on_gpu + self.cpu_flops / (rates.cpu_gflops * 1e9)
         return (computing + (self.read + self.written) / (rates.disk_mb_per_s * 1e6)) / 3600
 
 
@@ -128,7 +133,7 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
     """
     counts = {name: samples or _samples(name, spec, results) for name, spec in study.datasets.items()}
     rules: tuple[str, ...] = ("dataset", "activations", "activations_part", "sae", "stream", "features")
-    rules += ("correlations", "similarity", "examples", "pages_samples", "pages_member")
+    rules += ("correlations", "similarity", "names", "examples", "pages_samples", "pages_member")
     parts: dict[str, list[Cost]] = {rule: [] for rule in rules}
     members, pairs, comparisons = study.members(), study.pairs(), study.comparisons()
     needed = {member.encoder: study.encoders[member.encoder] for member in members}
@@ -150,11 +155,14 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
                 spec = needed[member.encoder]
                 if not study.stream:
                     parts["sae"] += [sae_cost(spec, settings, N)] * len(spec.layer_numbers())
-                parts["features"].append(features_cost(spec, settings, N))
-                parts["examples"].append(examples_cost(spec, settings, N, data_bytes))
+                parts["features"].append(features_cost(spec, settings, N, study.keep_features))
+                parts["names"].append(names_cost(spec, settings, N, study.keep_features))
+                parts["examples"].append(examples_cost(spec, settings, N, data_bytes, study.keep_features))
                 parts["pages_member"].append(member_pages_cost(spec, settings, len(comparisons[member])))
             parts["correlations"] += [
-                correlations_cost(needed[a.encoder], needed[b.encoder], settings, N, study.correlations)
+                correlations_cost(
+                    needed[a.encoder], needed[b.encoder], settings, N, study.correlations, study.keep_features
+                )
                 for a, b in pairs
             ]
             parts["similarity"] += [similarity_cost(needed[a], needed[b], N) for a, b in study.similarity_pairs()]
@@ -266,33 +274,63 @@ def _latents_bytes(spec: EncoderSpec, settings: SAESettings) -> int:
     return 4 * 3 * tokens * settings.expansion * spec.width
 
 
-def features_cost(spec: EncoderSpec, settings: SAESettings, N: int) -> Cost:
-    """Features of N global tokens in every layer, with their statistics and top samples; 2 N D F on the CPU."""
-    D, F, kept = spec.width, settings.expansion * spec.width, len(spec.layer_numbers())
-    sae = 4 * (2 * D * F + D + F)
+def features_cost(spec: EncoderSpec, settings: SAESettings, N: int, keep: bool = True) -> Cost:
+    """Features of N global tokens in every layer, with their statistics and top samples."""
+    F, kept = settings.expansion * spec.width, len(spec.layer_numbers())
     rows = min(FEATURE_ROWS, N)
     # A block of rows in float32, as computed, shifted and stored, and in float16, and values with their samples and
     # order while top samples are merged.
     working = F * (14 * rows + 16 * (rows + min(TOP_SAMPLES, N)))
+    computed = computed_features(spec, settings, N, 2)
     return Cost(
-        written=kept * (features_bytes(F, N) + F * (28 + 8 * min(TOP_SAMPLES, N))),
-        read=kept * (2 * global_bytes(spec, N) + sae),
-        # The two products take seconds on a GPU; this is the CPU's share of the work.
-        cpu_flops=kept * N * 2 * D * F,
-        memory=_PROCESS_BYTES + 2 * sae + working,
+        written=kept * (keep * features_bytes(F, N) + F * (28 + 8 * min(TOP_SAMPLES, N))),
+        read=computed.read,
+        flops=computed.flops,
+        # Compression takes about as long as a product.
+        cpu_flops=keep * computed.flops / 2,
+        memory=_PROCESS_BYTES + computed.memory / kept + working,
     )
 
 
-def examples_cost(spec: EncoderSpec, settings: SAESettings, N: int, data_bytes: float = 0) -> Cost:
+def computed_features(spec: EncoderSpec, settings: SAESettings, N: int, times: int = 1) -> Cost:
+    """Features of all layers, computed ``times`` times from global tokens; memory is that of SAEs and tokens."""
+    D, F, kept = spec.width, settings.expansion * spec.width, len(spec.layer_numbers())
+    sae, tokens = 4 * (2 * D * F + D + F), global_bytes(spec, N)
+    in_memory = tokens <= IN_MEMORY_BYTES
+    return Cost(
+        read=kept * (sae + tokens * (1 if in_memory else times)),
+        flops=kept * times * 2 * N * D * F,
+        memory=kept * (sae + in_memory * tokens),
+    )
+
+
+def feature_access_cost(spec: EncoderSpec, settings: SAESettings, N: int, times: int, keep: bool) -> Cost:
+    """Features of all layers, ``times`` times: read if they are kept, else computed."""
+    F, kept = settings.expansion * spec.width, len(spec.layer_numbers())
+    return Cost(read=times * kept * features_bytes(F, N)) if keep else computed_features(spec, settings, N, times)
+
+
+def names_cost(spec: EncoderSpec, settings: SAESettings, N: int, keep: bool = True) -> Cost:
+    """Names of features, measured on the first samples, on the CPU."""
+    n = min(N, MEASURED_SAMPLES)
+    slabs = -(-features_bytes(settings.expansion * spec.width, n) // IN_MEMORY_BYTES)
+    features = feature_access_cost(spec, settings, n, 1 if keep else slabs, keep)
+    memory = _PROCESS_BYTES + features.memory + (0 if keep else IN_MEMORY_BYTES)
+    return Cost(read=features.read, cpu_flops=features.flops, memory=memory)
+
+
+def examples_cost(spec: EncoderSpec, settings: SAESettings, N: int, data_bytes: float = 0, keep: bool = True) -> Cost:
     """A forward pass over the strongest samples of all features, and their activations there: 2 D per token."""
     D, F, kept = spec.width, settings.expansion * spec.width, len(spec.layer_numbers())
     shown = min(N, kept * F * SHOWN_SAMPLES)
     fires = kept * F * SHOWN_SAMPLES * usual_tokens(spec)
     saes = kept * 4 * sae_parameters(spec, settings)
+    slabs = -(-features_bytes(F, N) // (GPU_MEMORY_BYTES // 4))
+    features = feature_access_cost(spec, settings, N, 1 if keep else slabs, keep)
     return Cost(
         written=fires + kept * F * (12 * SHOWN_SAMPLES + 8 * _WEAKER_SAMPLES + 4 * HISTOGRAM_BINS),
-        read=kept * features_bytes(F, N) + saes + (data_bytes * shown / N if spec.modality == "image" else 0),
-        flops=shown * forward_flops(spec) + 2 * D * fires,
+        read=features.read + saes + (data_bytes * shown / N if spec.modality == "image" else 0),
+        flops=features.flops + shown * forward_flops(spec) + 2 * D * fires,
         memory=_PROCESS_BYTES + _forward_bytes(spec) + saes + fires + kept * F * SHOWN_SAMPLES * _FIRES_BYTES,
     )
 
@@ -310,31 +348,39 @@ def member_pages_cost(spec: EncoderSpec, settings: SAESettings, others: int) -> 
 
 
 def correlations_cost(
-    a: EncoderSpec, b: EncoderSpec, settings: SAESettings, N: int, correlations: CorrelationSettings | None = None
+    a: EncoderSpec,
+    b: EncoderSpec,
+    settings: SAESettings,
+    N: int,
+    correlations: CorrelationSettings | None = None,
+    keep: bool = True,
 ) -> Cost:
     """Best matches of two members: 2 N F_a F_b over all pairs of layers, once for both directions.
 
-    Twice more of the first features of each layer with shuffled samples, and twice a pass for the influences. Each
-    member is read once for each, and more often for the matches where its features do not fit the memory budget.
+    Twice more for the first features of each layer with shuffled samples, and a pass for the influences. Features are
+    read or computed for each, and more often for the matches if they do not fit the memory budget.
     """
     correlations = correlations or CorrelationSettings()
     budget = (correlations.memory_mb or 0) * 2**20 or GPU_MEMORY_BYTES
+    value = {"float16": 2, "float32": 4}[correlations.precision]
     sizes = [[settings.expansion * spec.width] * len(spec.layer_numbers()) for spec in (a, b)]
     first = [[min(F, FLOOR_FEATURES) for F in side] for side in sizes]
-    read, flops, memory = 2.0 * sum(_panels_read(F, F, N) for side in sizes for F in side), 0, 0
-    for one, other in ((sizes[0], sizes[1]), (first[0], sizes[1]), (first[1], sizes[0])):
-        blocks = plan_blocks(N, one, other, 2, budget)
-        read += sum(blocks.times_a * _panels_read(F, blocks.width, N) for F in one)
-        read += sum(blocks.times_b * _panels_read(F, blocks.width, N) for F in other)
-        flops += 2 * N * sum(one) * sum(other)
+    times, product, memory = [1, 1], 0, 0
+    for one, other, order in ((sizes[0], sizes[1], (0, 1)), (first[0], sizes[1], (0, 1)), (first[1], sizes[0], (1, 0))):
+        blocks = plan_blocks(N, one, other, 2, budget, value, gpu=True)
+        for side, count in zip(order, (blocks.times_a, blocks.times_b), strict=True):
+            times[side] += count
+        product += 2 * N * sum(one) * sum(other)
         memory = max(memory, blocks.bytes)
+    features = [feature_access_cost(spec, settings, N, count, keep) for spec, count in zip((a, b), times, strict=True)]
     rhos = [len(sizes[1]) * sum(sizes[0]), len(sizes[0]) * sum(sizes[1])]
     floors = [len(sizes[1]) * sum(first[0]), len(sizes[0]) * sum(first[1])]
     return Cost(
         written=8 * sum(rhos) + 4 * sum(floors) + 2 * 3 * 4 * N,
-        read=read,
-        flops=flops,
-        memory=_PROCESS_BYTES + memory,
+        read=sum(each.read for each in features),
+        flops=sum(each.flops for each in features) + (product if value == 4 else 0),
+        half_flops=product if value == 2 else 0,
+        memory=_PROCESS_BYTES + memory + sum(each.memory for each in features),
     )
 
 
@@ -424,7 +470,7 @@ def plan_as_text(plan: Plan) -> str:
 
 def cost_cells(cost: Cost, rates: Rates) -> list[str]:
     """Formatted cost: disk, read, FLOP, memory and hours."""
-    flops = cost.flops + cost.cpu_flops
+    flops = cost.flops + cost.half_flops + cost.cpu_flops
     return [
         format_bytes(cost.written),
         format_bytes(cost.read),
@@ -439,8 +485,9 @@ def _assumptions(plan: Plan) -> list[str]:
     rates = plan.rates
     lines = [
         f"Samples: {samples}.",
-        f"Rates: {rates.tflops:g} TFLOP/s on the GPU (--tflops), {rates.disk_mb_per_s:g} MB/s from and to disk",
-        f"(--disk-mb-per-s), {rates.cpu_gflops:g} GFLOP/s on the CPU (--cpu-gflops), where features are computed.",
+        f"Rates: {rates.tflops:g} TFLOP/s on the GPU (--tflops), {rates.half_tflops:g} for products of float16 values",
+        f"(--half-tflops), {rates.disk_mb_per_s:g} MB/s from and to disk (--disk-mb-per-s), {rates.cpu_gflops:g}",
+        "GFLOP/s on the CPU (--cpu-gflops), which names and compresses features.",
         "Hours: jobs run one after another on one GPU; computation and reading do not overlap.",
         "Disk: before compression; models in the hub's cache not counted. Memory: of the largest job, with the GPU's.",
         "Correlations: memory as in correlations.memory_mb, or 64 GB of a GPU.",
@@ -497,13 +544,6 @@ def _sample_read(spec: EncoderSpec, at_once: int) -> float:
     return (1 + (at_once * stored_tokens(spec) - 1) / rows) * chunk_bytes(spec) / at_once
 
 
-def _panels_read(F: int, width: int, N: int) -> int:
-    """Bytes read for all panels of a layer's F features; chunks on a boundary are read twice."""
-    chunk = min(FEATURE_COLUMNS, F)
-    chunks = sum(-(-min(first + width, F) // chunk) - first // chunk for first in range(0, F, width))
-    return chunks * chunk * N * 2
-
-
 def _sum(costs: Iterable[Cost]) -> Cost:
-    written, read, flops, cpu_flops, memory = zip(*map(astuple, [Cost(), *costs]), strict=True)
-    return Cost(sum(written), sum(read), sum(flops), sum(cpu_flops), max(memory))
+    written, read, flops, half_flops, cpu_flops, memory = zip(*map(astuple, [Cost(), *costs]), strict=True)
+    return Cost(sum(written), sum(read), sum(flops), sum(half_flops), sum(cpu_flops), max(memory))

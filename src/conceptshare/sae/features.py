@@ -4,7 +4,9 @@
 feature's ``offset [F]`` float32; the strength S ``strength [F]`` (summed activation), the fraction of positive samples
 ``density [F]`` and the standard ``deviation [F]`` over the samples, all float64; and the samples with each feature's
 largest activations, ``top_samples [F, K]`` int32 with ``top_values [F, K]`` float32, in decreasing order and padded
-with -1. Statistics are those of the stored values plus the offset, as `readers.read_features` returns them.
+with -1. Statistics are those of the stored values plus the offset, as `read_features` returns them. If the study does
+not keep features, the array ``features`` is left out, and `read_features` recomputes it from the global tokens and the
+SAEs: the same operation on the same blocks, so on the same kind of device the same bytes.
 
 float16 has a relative rounding error of up to 2^-11. For a feature that is nearly constant over samples, such as one
 that marks the global token, this would destroy most of its variation. Therefore, if mean^2 of a feature exceeds 3
@@ -12,8 +14,10 @@ variances, its mean is subtracted first. The mean is rounded to float16 if the f
 stays exact, and to float32 otherwise. docs/formats.md derives a bound on the error of correlations.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +33,14 @@ from conceptshare.io.errors import StoreError
 from conceptshare.io.files import Unchanged
 from conceptshare.io.layout import layer_name
 from conceptshare.io.progress import progress
-from conceptshare.io.readers import FEATURES
-from conceptshare.io.sizes import FEATURE_COLUMNS, FEATURE_ROWS, TOP_SAMPLES
+from conceptshare.io.readers import FEATURES, LayerFeatures, read_kept_features
+from conceptshare.io.sizes import FEATURE_COLUMNS, FEATURE_ROWS, IN_MEMORY_BYTES, TOP_SAMPLES
 from conceptshare.io.store import as_float16, layer_array, new_array, new_store, open_store, save_array
 from conceptshare.sae import TopKSAE, load_sae
 from conceptshare.sae.folder import REMEDY, sae_of
+
+# Rows of global tokens that are copied to a GPU at a time, in whole blocks.
+_GPU_ROWS = 64 * FEATURE_ROWS
 
 
 @dataclass
@@ -56,7 +63,7 @@ class Top:
 
 
 @full_float32()
-def record_features(activation_store: Path, saes: Path, seed: int, out: Path) -> None:
+def record_features(activation_store: Path, saes: Path, seed: int, out: Path, keep: bool = True) -> None:
     """Encode the global tokens of every layer and write the feature store ``out``.
 
     Args:
@@ -64,6 +71,7 @@ def record_features(activation_store: Path, saes: Path, seed: int, out: Path) ->
         saes: the folder with `layer-NN/seed-S/` for each layer.
         seed: S.
         out: the store to write.
+        keep: store the features; otherwise only their statistics and top samples, and readers recompute them.
 
     Raises:
         StoreError: if the activations or an SAE are missing or damaged, or do not match.
@@ -75,8 +83,14 @@ def record_features(activation_store: Path, saes: Path, seed: int, out: Path) ->
     described = {key: spec.get(key) for key in ("name", "encoder", "weights", "content_hash", "samples", "layers")}
     records = _read_saes(saes, seed, spec)
     digests = {str(layer): sae["digest"] for layer, (_, sae) in records.items()}
-    made_from = {"activations": source.attrs["digest"], "saes": digests}
-    with new_store(out, FEATURES, described | {"seed": seed, "made_from": made_from}) as store, inputs:
+    described |= {
+        "seed": seed,
+        "made_from": {"activations": source.attrs["digest"], "saes": digests},
+    }
+    if not keep:
+        inputs_by_name = {"activations": activation_store, "saes": saes}
+        described["recomputed_from"] = {name: os.path.relpath(path, out) for name, path in inputs_by_name.items()}
+    with new_store(out, FEATURES, described) as store, inputs:
         for layer in progress(spec["layers"], len(spec["layers"]), f"features of {out.stem}", "layers"):
             folder, sae_record = records[layer]
             sae = load_sae(folder, sae_record).to(default_device())
@@ -86,7 +100,7 @@ def record_features(activation_store: Path, saes: Path, seed: int, out: Path) ->
                     f"{folder}: an SAE for width {sae.W_dec.shape[1]}, but the activations have {x.shape[1]}; "
                     f"run the sae stage again"
                 )
-            _record_layer(store.create_group(layer_name(layer)), sae, x, f"{out.stem}, layer {layer}")
+            _record_layer(store.create_group(layer_name(layer)), sae, x, f"{out.stem}, layer {layer}", keep)
 
 
 def _read_saes(saes: Path, seed: int, activations: dict[str, Any]) -> dict[int, tuple[Path, dict[str, Any]]]:
@@ -115,23 +129,25 @@ def _read_saes(saes: Path, seed: int, activations: dict[str, Any]) -> dict[int, 
 
 
 @torch.no_grad()
-def _record_layer(group: zarr.Group, sae: TopKSAE, x: Any, where: str) -> None:
+def _record_layer(group: zarr.Group, sae: TopKSAE, x: Any, where: str, keep: bool) -> None:
     N, F = x.shape[0], len(sae.W_dec)
-    rows, columns = min(FEATURE_ROWS, N), min(FEATURE_COLUMNS, F)
-    features = new_array(group, "features", (N, F), np.float16, (rows, columns), (rows, columns * -(-F // columns)))
+    if keep:
+        rows, columns = min(FEATURE_ROWS, N), min(FEATURE_COLUMNS, F)
+        stored = new_array(group, "features", (N, F), np.float16, (rows, columns), (rows, columns * -(-F // columns)))
     offset = _offset(sae, x)
-    c, least = (torch.from_numpy(each).to(sae.W_dec.device) for each in (offset, _next_float16(-offset)))
     total, density, squares = np.zeros(F), np.zeros(F), np.zeros(F)
-    k = min(TOP_SAMPLES, N)
-    top = Top(torch.zeros(k, F, device=c.device), torch.full((k, F), -1, dtype=torch.int32, device=c.device))
-    for start, f in _blocks(sae, x):
-        # Zero stays zero, and no other value becomes zero.
-        shifted = torch.maximum(f - c, torch.where(f > 0, least, 0 - c)).cpu().numpy()
-        block = as_float16(shifted, where, np.arange(start, start + len(f)))
-        features[start : start + len(block)] = block
-        squares += _merged_squares(total, start, block)
-        total += block.sum(0, dtype=np.float64)
-        restored = torch.from_numpy(block).to(c.device).float() + c
+    k, device = min(TOP_SAMPLES, N), sae.W_dec.device
+    top = Top(torch.zeros(k, F, device=device), torch.full((k, F), -1, dtype=torch.int32, device=device))
+    c = torch.from_numpy(offset).to(device)
+    for start, block in _rounded_blocks(sae, x, offset, range(N), where):
+        if keep:
+            stored[start : start + len(block)] = block.cpu().numpy()
+        n, (of_block, deviations) = len(block), _moments(block)
+        if start:  # Chan, Golub and LeVeque (1979)
+            deviations += (of_block / n - total / start) ** 2 * (start * n / (start + n))
+        squares += deviations
+        total += of_block
+        restored = block.float() + c
         density += (restored > 0).sum(0).cpu().numpy()
         top.add(restored, start)
     save_array(group, "offset", offset)
@@ -148,7 +164,7 @@ def _offset(sae: TopKSAE, x: Any) -> NDArray[np.float32]:
     N, F, device = x.shape[0], len(sae.W_dec), sae.W_dec.device
     total, squares = (torch.zeros(F, dtype=torch.float64, device=device) for _ in range(2))
     lowest = torch.full((F,), torch.inf, device=device)
-    for _, f in _blocks(sae, x):
+    for _, f in _blocks(sae, x, range(N)):
         total += f.sum(0, dtype=torch.float64)
         squares += f.double().square_().sum(0)
         lowest = torch.minimum(lowest, f.amin(0))
@@ -163,22 +179,134 @@ def _next_float16(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.where(rounded > values, rounded, np.nextafter(rounded, np.float16(np.inf))).astype(np.float32)
 
 
-def _merged_squares(total: NDArray[np.float64], samples: int, block: NDArray[np.float16]) -> NDArray[np.float64]:
-    """``[F]`` a block's contribution to the sums of squared deviations (Chan, Golub and LeVeque 1979)."""
-    values, n = block.astype(np.float64), len(block)
-    mean = values.mean(0)
-    squares: NDArray[np.float64] = ((values - mean) ** 2).sum(0)
-    if samples:
-        squares += (mean - total / samples) ** 2 * (samples * n / (samples + n))
-    return squares
+def _moments(block: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """``[F]`` sums of a block's columns and of their squared deviations from the mean."""
+    if block.is_cuda:
+        values = block.double()
+        total = values.sum(0)
+        return total.cpu().numpy(), (values - total / len(block)).square_().sum(0).cpu().numpy()
+    x: NDArray[np.float64] = block.numpy().astype(np.float64)
+    sums: NDArray[np.float64] = x.sum(0)
+    return sums, ((x - sums / len(x)) ** 2).sum(0)
 
 
-def _blocks(sae: TopKSAE, x: Any) -> Iterator[tuple[int, Tensor]]:
-    """Yield features ``[n, F]`` float32 block by block, with the number of the block's first sample."""
+def _rounded_blocks(
+    sae: TopKSAE, x: Any, offset: NDArray[np.float32], samples: range, where: str
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield features ``[n, F]`` float16 minus their offset, as they are stored, block by block; see `_blocks`."""
+    c, least = (torch.from_numpy(each).to(sae.W_dec.device) for each in (offset, _next_float16(-offset)))
+    for start, f in _blocks(sae, x, samples):
+        # Zero stays zero, and no other value becomes zero.
+        shifted = torch.maximum(f - c, torch.where(f > 0, least, 0 - c))
+        block = shifted.half()
+        if not block.isfinite().all():
+            as_float16(shifted.cpu().numpy(), where, np.arange(start, start + len(f)))  # raises
+        yield start, block
+
+
+def _blocks(sae: TopKSAE, x: Any, samples: range) -> Iterator[tuple[int, Tensor]]:
+    """Yield features ``[n, F]`` float32 of consecutive samples block by block, with each block's first sample.
+
+    The samples start at the start of a block.
+    """
     # Blocks always have the same number of rows: smaller products round differently, so equal tokens would get unequal
     # features.
-    rows = torch.zeros(FEATURE_ROWS, x.shape[1])
-    for start in range(0, x.shape[0], FEATURE_ROWS):
-        read = x[start : start + FEATURE_ROWS]
-        rows[: len(read)] = torch.from_numpy(read)
-        yield start, sae.encode(rows.to(sae.W_dec.device))[: len(read)]
+    device = sae.W_dec.device
+    rows = torch.zeros(FEATURE_ROWS, x.shape[1], device=device)
+    span = FEATURE_ROWS if device.type == "cpu" else _GPU_ROWS
+    for first in range(samples.start, samples.stop, span):
+        tokens = torch.as_tensor(x[first : min(first + span, samples.stop)]).to(device, non_blocking=True)
+        for start in range(0, len(tokens), FEATURE_ROWS):
+            read = tokens[start : start + FEATURE_ROWS]
+            rows[: len(read)] = read
+            yield first + start, sae.encode(rows)[: len(read)]
+
+
+def read_features(path: Path) -> dict[int, LayerFeatures]:
+    """Open the features of each layer of a feature store, by layer; they are read, or recomputed, when sliced.
+
+    Raises:
+        StoreError: if the store is missing, incomplete or damaged, or features that were not kept cannot be recomputed,
+            because the activations or SAEs are not there or have changed.
+    """
+    kept = read_kept_features(path)
+    if kept is not None:
+        return kept
+    store: Any = open_store(path, FEATURES)
+    spec: Any = store.attrs["spec"]
+    offsets = {layer: layer_array(store, layer, "offset", path)[:] for layer in spec["layers"]}
+    try:
+        return {n: LayerFeatures(_Recomputed(path, spec, n, offset), offset) for n, offset in offsets.items()}
+    except StoreError as error:
+        raise StoreError(
+            f"{path}: its features were not kept, and cannot be recomputed ({error}); run the features stage again, or "
+            f"set keep_features: true"
+        ) from error
+
+
+class _Recomputed:
+    """A layer's features ``[N, F]`` float16 minus their offset, recomputed when sliced.
+
+    Raises:
+        StoreError: if the activations or the SAE of the feature store are missing, damaged or others.
+    """
+
+    def __init__(self, path: Path, spec: Any, layer: int, offset: NDArray[np.float32]) -> None:
+        activations, saes = (
+            Path(os.path.normpath(path / spec["recomputed_from"][name])) for name in ("activations", "saes")
+        )
+        source: Any = open_store(activations, extraction.KIND, layer)
+        folder, record = sae_of(saes, layer, spec["seed"])
+        for place, digest, recorded in (
+            (activations, source.attrs["digest"], spec["made_from"]["activations"]),
+            (folder, record["digest"], spec["made_from"]["saes"][str(layer)]),
+        ):
+            if digest != recorded:
+                raise StoreError(f"{place} has changed since")
+        self._folder, self._record, self._offset = folder, record, offset
+        self._stored_tokens = layer_array(source, layer, "global", activations)
+        self._where, self._device = f"{path.stem}, layer {layer}", default_device()
+        self._slab, self._values = (range(0), range(0)), torch.empty(0, 0)
+        self.shape = self._stored_tokens.shape[0], len(offset)
+
+    @cached_property
+    def _slab_bytes(self) -> int:
+        if self._device.type == "cpu":
+            return IN_MEMORY_BYTES
+        return max(IN_MEMORY_BYTES, torch.cuda.mem_get_info(self._device)[0] // 4)
+
+    @cached_property
+    def _sae(self) -> TopKSAE:
+        return load_sae(self._folder, self._record).to(self._device)
+
+    @cached_property
+    def _tokens(self) -> Any:
+        if self._stored_tokens.nbytes > IN_MEMORY_BYTES:
+            return self._stored_tokens
+        tokens = torch.from_numpy(self._stored_tokens[:])
+        return tokens.pin_memory() if self._device.type == "cuda" else tokens
+
+    def __getitem__(self, index: tuple[slice, slice]) -> Tensor:
+        """``[n, columns]`` float16, on the device that computes them."""
+        rows, columns = (range(*each.indices(size)) for each, size in zip(index, self.shape, strict=True))
+        if len(columns) == self.shape[1]:
+            return self._computed(rows, columns)
+        # Every access computes all columns, so the next ones are kept, as they are what is read next.
+        first, last = columns.start - self._slab[1].start, columns.stop - self._slab[1].start
+        if rows != self._slab[0] or first < 0 or last > len(self._slab[1]):
+            width = max(len(columns), self._slab_bytes // (2 * max(1, len(rows))))
+            self._slab = rows, range(columns.start, min(columns.start + width, self.shape[1]))
+            self._values = self._computed(*self._slab)
+            first, last = 0, len(columns)
+        return self._values[:, first:last]
+
+    @full_float32()
+    @torch.no_grad()
+    def _computed(self, rows: range, columns: range) -> Tensor:
+        values = torch.empty(len(rows), len(columns), dtype=torch.float16, device=self._device)
+        samples = range(rows.start // FEATURE_ROWS * FEATURE_ROWS, rows.stop)
+        for first, block in _rounded_blocks(self._sae, self._tokens, self._offset, samples, self._where):
+            skipped = max(0, rows.start - first)
+            place = slice(first + skipped - rows.start, first + len(block) - rows.start)
+            values[place] = block[skipped:, columns.start : columns.stop]
+        return values
