@@ -328,7 +328,7 @@ def test_examples_cost_a_forward_pass_and_the_features_activations():
     assert many.read == 100 + 2 * 10 * most * 16 * 2 + 2 * 4 * (2 * 8 * 16 + 8)
 
 
-@pytest.mark.parametrize("stage", ["activations", "sae", "stream", "features", "similarity", "examples"])
+@pytest.mark.parametrize("stage", ["activations", "sae", "stream", "features", "similarity", "names", "examples"])
 def test_rules_request_enough_memory_for_every_study_of_the_paper(stage, elsewhere):
     rule = (CLONE / "workflow" / "rules" / f"{stage}.smk").read_text(encoding="utf-8")
     given, *_ = re.findall(r"mem_mb=grown\((.*)\),\n", rule)

@@ -310,7 +310,8 @@ def not_kept(stage, tmp_path):
 
 @pytest.mark.parametrize("slab_bytes", [2**30, SAMPLES * 2 * 70])
 def test_features_that_were_not_kept_are_recomputed_to_the_byte(slab_bytes, not_kept, monkeypatch):
-    monkeypatch.setattr(features, "IN_MEMORY_BYTES", slab_bytes)  # also of the tokens in memory
+    monkeypatch.setattr(features, "SLAB_BYTES", slab_bytes)
+    monkeypatch.setattr(features, "IN_MEMORY_BYTES", slab_bytes // 100)  # of tokens
     whole, without = (read_features(path) for path in not_kept)
     assert "features" in open_store(not_kept[0], "features")["layer-00"]
     assert "features" not in open_store(not_kept[1], "features")["layer-00"]

@@ -26,7 +26,7 @@ rule names:
         "../../envs/conceptshare.yaml"
     threads: 1
     resources:
-        mem_mb=grown(8000),
+        mem_mb=grown(8000 if STUDY.keep_features else 12000),
         runtime=grown(120),
     params:
         data=lambda w, input: folder_of(input.data),

@@ -17,6 +17,8 @@ FEATURE_COLUMNS = 512
 """Columns of the chunks of a feature store. Panels and blocks consist of whole chunks, so no chunk is read twice."""
 TOP_SAMPLES = 100
 """Number of strongest samples per feature in a feature store."""
+SLAB_BYTES = 2**31
+"""Features that were not kept are recomputed for this many bytes of columns at a time, and more on a large GPU."""
 
 FLOOR_FEATURES = 512
 """Number of features per layer, the first ones, that are matched with shuffled samples: one column of chunks. A

@@ -30,6 +30,7 @@ from conceptshare.io.sizes import (
     QUANTILES,
     SHARD_BYTES,
     SHOWN_SAMPLES,
+    SLAB_BYTES,
     TOP_SAMPLES,
 )
 
@@ -313,9 +314,9 @@ def feature_access_cost(spec: EncoderSpec, settings: SAESettings, N: int, times:
 def names_cost(spec: EncoderSpec, settings: SAESettings, N: int, keep: bool = True) -> Cost:
     """Names of features, measured on the first samples, on the CPU."""
     n = min(N, MEASURED_SAMPLES)
-    slabs = -(-features_bytes(settings.expansion * spec.width, n) // IN_MEMORY_BYTES)
+    slabs = -(-features_bytes(settings.expansion * spec.width, n) // SLAB_BYTES)
     features = feature_access_cost(spec, settings, n, 1 if keep else slabs, keep)
-    memory = _PROCESS_BYTES + features.memory + (0 if keep else IN_MEMORY_BYTES)
+    memory = _PROCESS_BYTES + features.memory + (0 if keep else SLAB_BYTES)
     return Cost(read=features.read, cpu_flops=features.flops, memory=memory)
 
 

@@ -34,7 +34,7 @@ from conceptshare.io.files import Unchanged
 from conceptshare.io.layout import layer_name
 from conceptshare.io.progress import progress
 from conceptshare.io.readers import FEATURES, LayerFeatures, read_kept_features
-from conceptshare.io.sizes import FEATURE_COLUMNS, FEATURE_ROWS, IN_MEMORY_BYTES, TOP_SAMPLES
+from conceptshare.io.sizes import FEATURE_COLUMNS, FEATURE_ROWS, IN_MEMORY_BYTES, SLAB_BYTES, TOP_SAMPLES
 from conceptshare.io.store import as_float16, layer_array, new_array, new_store, open_store, save_array
 from conceptshare.sae import TopKSAE, load_sae
 from conceptshare.sae.folder import REMEDY, sae_of
@@ -272,8 +272,8 @@ class _Recomputed:
     @cached_property
     def _slab_bytes(self) -> int:
         if self._device.type == "cpu":
-            return IN_MEMORY_BYTES
-        return max(IN_MEMORY_BYTES, torch.cuda.mem_get_info(self._device)[0] // 4)
+            return SLAB_BYTES
+        return max(SLAB_BYTES, torch.cuda.mem_get_info(self._device)[0] // 4)
 
     @cached_property
     def _sae(self) -> TopKSAE:
