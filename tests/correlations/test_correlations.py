@@ -1,6 +1,7 @@
 """Best matches, against numpy.corrcoef in float64."""
 
 import contextlib
+import re
 import shutil
 import subprocess
 import sys
@@ -397,12 +398,15 @@ def test_blocks_fit_the_budget(N, sizes, budget, rows, group, times_b):
     st.lists(st.integers(1, 10_000), min_size=1, max_size=30),
     st.lists(st.integers(1, 10_000), min_size=1, max_size=30),
     st.integers(10_000, 2**36),
+    st.booleans(),
 )
-def test_no_plan_exceeds_the_budget(N, sizes_a, sizes_b, budget):
+def test_no_plan_exceeds_the_budget_and_the_error_has_the_smallest_one(N, sizes_a, sizes_b, budget, gpu):
     try:
-        blocks = plan_blocks(N, sizes_a, sizes_b, 2, budget)
-    except NumericsError:
-        assert budget < 20 * min(N, 1024)
+        blocks = plan_blocks(N, sizes_a, sizes_b, 2, budget, gpu=gpu)
+    except NumericsError as error:
+        needed = int(re.search(r"need ([\d,]+) bytes", str(error))[1].replace(",", ""))
+        assert needed > budget
+        assert plan_blocks(N, sizes_a, sizes_b, 2, needed, gpu=gpu).bytes <= needed
     else:
         assert blocks.bytes <= budget
         assert blocks.width >= 1

@@ -79,6 +79,7 @@ def standard_of(chunks: Callable[[], Iterator[Tensor]], panel: Panel) -> Standar
         N += len(chunk)
         for x in _cached(chunk):
             total += _sums(x.sub_(first))
+        del chunk  # before the next one is read
     if not total.isfinite().all():
         raise NumericsError(_where_not_finite(chunks(), panel))
     mean = first.double() + total / N
@@ -89,6 +90,7 @@ def standard_of(chunks: Callable[[], Iterator[Tensor]], panel: Panel) -> Standar
         for x in _cached(chunk):
             x.sub_(centre).sub_(rest)
             squares += _sums(x.mul_(x))
+        del chunk
     if not squares.isfinite().all():
         raise NumericsError(f"{panel.array.name}: squares of values that are beyond float64; scale them down")
     columns = squares.nonzero()[:, 0]

@@ -79,8 +79,8 @@ def plan_blocks(
         choices.append(Blocks(width, rows, 0, 2 + _panels(sizes_b, width), 2 + _panels(sizes_a, width), taken))
     if not choices:
         raise NumericsError(
-            f"{N} samples need {rows * per_value + per_pair:,} bytes of working memory; raise the budget of "
-            f"{budget:,} bytes (--memory-mb, or correlations.memory_mb)"
+            f"{N} samples need {align * rows * per_value + align**2 * per_pair:,} bytes of working memory, but only "
+            f"{budget:,} are left of the budget; raise it (--memory-mb, or correlations.memory_mb)"
         )
 
     def cost(blocks: Blocks) -> int:
