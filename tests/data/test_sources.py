@@ -4,6 +4,9 @@ import csv
 import io
 import json
 import os
+import re
+import shlex
+import subprocess
 import tarfile
 import zipfile
 
@@ -196,6 +199,12 @@ def test_configurations_and_splits_come_from_the_readme(tmp_path):
         read(tmp_path / "set", configuration="de", split="test")
     readme(tmp_path / "set", "configs:\n- {config_name: en, data_files: 'en/*', default: true}\n- {config_name: de}")
     assert len(captions(tmp_path / "set")) == 4
+    readme(
+        tmp_path / "set", "configs:\n- {config_name: 2024, data_files: 'en/*'}\n- {config_name: no, data_files: 'de/*'}"
+    )
+    with pytest.raises(DatasetError, match="there are 2024, False: set configuration"):
+        read(tmp_path / "set")
+    assert captions(tmp_path / "set", configuration="2024")[0] == "en/a-test.parquet 0"
     twice = "configs:\n- config_name: a\n  data_files: [{split: train, path: x}, {split: train, path: y}]"
     for text in ("configs: [", "configs: 3", "configs: [{name: a}]", twice):
         readme(tmp_path / "set", text)
@@ -248,6 +257,32 @@ def test_reads_tars_next_to_img2dataset_tables(tmp_path):
         ("statistics of img2dataset", 2),
         ("next to tars", 2),
     ]
+
+
+def test_names_the_table_of_a_lost_img2dataset_shard(tmp_path):
+    tar(tmp_path / "set" / "00000.tar", "a", "b")
+    for shard in ("00000", "00001"):
+        pq.write_table(pa.table({"caption": ["x"]}), tmp_path / "set" / f"{shard}.parquet")
+    with pytest.raises(DatasetError, match=r"several kinds: tar \(00000\.tar\), parquet \(00001\.parquet\)"):
+        read(tmp_path / "set")
+
+
+def test_the_remedy_for_images_with_files_of_their_own_works(tmp_path):
+    """As img2dataset writes them by default."""
+    shard = tmp_path / "set" / "00000"
+    parquet(tmp_path / "set" / "00000.parquet", "x")
+    shard.mkdir()
+    for key in ("000000001", "000000000"):
+        (shard / f"{key}.png").write_bytes(png(0))
+        (shard / f"{key}.txt").write_text(key)
+        (shard / f"{key}.json").write_text(json.dumps({"caption": key}))
+    with pytest.raises(DatasetError, match=r"captions are read from a metadata.csv") as error:
+        read(tmp_path / "set")
+    command = re.search("`(tar .*)`", str(error.value))[1]
+    (tmp_path / "tars").mkdir()
+    command = command.replace("SHARD.tar", str(tmp_path / "tars/0.tar")).replace("FOLDER", str(shard))
+    subprocess.run(shlex.split(command), check=True)
+    assert captions(tmp_path / "tars", image="png", caption="txt") == ["000000000", "000000001"]
 
 
 def test_ignores_the_statistics_that_img2dataset_writes_next_to_tables(tmp_path):
@@ -457,7 +492,7 @@ def test_two_files_of_metadata_for_the_same_images_are_an_error(tmp_path):
 
 def test_images_without_captions_are_an_error_with_a_remedy(tmp_path):
     image_folder(tmp_path / "set", name="none")
-    with pytest.raises(DatasetError, match=r"but no captions; add a metadata\.csv"):
+    with pytest.raises(DatasetError, match=r"captions are read from a metadata\.csv"):
         read(tmp_path / "set")
 
 

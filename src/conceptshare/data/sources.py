@@ -249,7 +249,8 @@ def _configurations(spec: DatasetSpec, readme: Path) -> dict[str, dict[str, Any]
         from datasets.data_files import sanitize_patterns
         from datasets.utils.metadata import MetadataConfigs
 
-        configurations = dict(MetadataConfigs.from_dataset_card_data(metadata))
+        # YAML reads names such as 2024 and `no` as other types.
+        configurations = {str(name): keys for name, keys in MetadataConfigs.from_dataset_card_data(metadata).items()}
         for keys in configurations.values():
             if keys.get("data_files") is not None:
                 keys["data_files"] = sanitize_patterns(keys["data_files"])
@@ -304,8 +305,9 @@ def _of_one_kind(
     metadata = [name for name in names if name.rpartition("/")[2] in METADATA]
     if tars:
         stems = {_stem(name) for name in tars}
-        if any(_stem(name) not in stems for files in tables.values() for name in files):
-            raise _mixed(spec, {"tar": tars} | tables)
+        alone = {kind: [name for name in files if _stem(name) not in stems] for kind, files in tables.items()}
+        if any(alone.values()):
+            raise _mixed(spec, {"tar": tars} | {kind: files for kind, files in alone.items() if files})
         return "tars", _all_but(names, set(tars), "next to tars", not_read)
     if metadata and (some_image is not None or zips):
         for one, other in pairwise(metadata):
@@ -313,6 +315,8 @@ def _of_one_kind(
                 both = f"{printable(one)} and {printable(other)}"
                 raise DatasetError(f"{spec.source}: {both} name the same images; remove one of them")
         return "images", _all_but(names, {*metadata, *zips}, "no metadata of an image folder", not_read)
+    if some_image is not None and _stem(some_image) in map(_stem, tables.get("json", [])):
+        raise _without_captions(spec, some_image)
     if len(tables) > 1:
         raise _mixed(spec, tables)
     if tables:
@@ -320,10 +324,7 @@ def _of_one_kind(
     if zips:
         return "images", zips
     if some_image is not None:
-        raise DatasetError(
-            f"{spec.source}: images such as {printable(some_image)}, but no captions; add a metadata.csv with the "
-            "columns file_name and caption"
-        )
+        raise _without_captions(spec, some_image)
     raise DatasetError(f"{spec.source}: no file that can be read; use {', '.join(_FORMATS)}, or images and metadata")
 
 
@@ -338,6 +339,14 @@ def _all_but(names: list[str], chosen: set[str], reason: str, not_read: NotRead)
         if name not in chosen:
             not_read.add(reason, name)
     return [name for name in names if name in chosen]
+
+
+def _without_captions(spec: DatasetSpec, image: str) -> DatasetError:
+    return DatasetError(
+        f"{spec.source}: images such as {printable(image)}, but captions are read from a metadata.csv with the columns "
+        "file_name and caption, or from tar files; to pack images and their text files, use "
+        "`tar --sort=name -cf SHARD.tar -C FOLDER .`"
+    )
 
 
 def _mixed(spec: DatasetSpec, kinds: dict[str, list[str]]) -> DatasetError:
