@@ -312,7 +312,8 @@ def test_blocks_are_the_longest_run_of_modules_of_one_class():
     assert all(a is b for a, b in zip(found, tower.inner.layers, strict=True))
 
 
-STAGED = ["ResNet", "ConvNext", "Swin", "Swinv2", "Pvt", "MobileViT", "test_resnet", "test_efficientnet", "open_clip"]
+STAGED = ["ResNet", "ConvNext", "Swin", "Swinv2", "Pvt", "PvtV2", "Hiera", "MobileViT"]
+STAGED += ["test_resnet", "test_efficientnet", "open_clip"]
 REMEDIES = [r"set (layers): (\d+)", r"set (width): (\d+)", r"(blocks): (\S+), (layers): (\d+), (use_layers): (last)"]
 REMEDIES += [r"(use_layers): (last), (width): (\d+)"]
 
@@ -1018,6 +1019,23 @@ def test_images_of_different_sizes_need_batches_of_one(tmp_path, capsys):
     assert {one.activations([image]).tokens[0].shape[1] for image in models.pictures()} == {25, 17}
 
 
+def test_a_model_that_joins_the_images_of_a_batch_needs_batches_of_one(tmp_path):
+    config = transformers.PixtralVisionConfig(**models._vision())
+    model = models.randomise(transformers.PixtralVisionModel(config))
+    model.save_pretrained(tmp_path)
+    size, patch = {"longest_edge": models.SIDE}, {"height": models.PATCH, "width": models.PATCH}
+    transformers.PixtralImageProcessor(size=size, patch_size=patch).save_pretrained(tmp_path)
+    spec = models.entry(tmp_path, "image", "mean")
+    with pytest.raises(EncoderError, match="1 rows for 2 samples; set batch_size: 1$"):
+        load_encoder(spec)
+    encoder, (image, *_) = load_encoder(change(spec, batch_size=1)), models.pictures()
+    inputs = transformers.AutoImageProcessor.from_pretrained(tmp_path)(images=[image], return_tensors="pt")
+    with torch.no_grad():
+        states = model(**inputs, output_hidden_states=True).hidden_states
+    found = encoder.activations([image])
+    assert all(close(found.tokens[layer].cpu(), states[layer + 1]) for layer in range(IMAGE_LAYERS - 1))
+
+
 def test_records_outputs_before_they_are_changed_in_place():
     tower = nn.Sequential(nn.Conv2d(3, WIDTH, 4, stride=4), nn.ReLU(inplace=True))
     x = torch.randn(3, 3, 20, 20, generator=torch.Generator().manual_seed(0))
@@ -1042,7 +1060,7 @@ def test_refuses_blocks_that_the_forward_pass_skips():
         prepare=lambda samples: Batch({"x": torch.ones(3, 4, WIDTH)}, mask=None, eot=None),
         forward=lambda inputs: tower[0](inputs["x"]),
     )
-    with pytest.raises(EncoderError, match="layer 1: its block is not used in the forward pass"):
+    with pytest.raises(EncoderError, match="layer 1: its block is not called in the forward pass"):
         encoder.activations(models.pictures(3))
 
 

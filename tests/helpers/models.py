@@ -556,7 +556,7 @@ def word_tokenizer(**more: Any) -> Any:
 # Encoders, encoder-decoders and decoders, with every kind of positions.
 LANGUAGE_MODELS = (
     *("Bert", "Roberta", "XLMRoberta", "Deberta", "DebertaV2", "MPNet", "XLNet", "Electra", "DistilBert", "ModernBert"),
-    *("T5", "Bart", "GPT2", "GPTNeoX", "Llama", "Gemma", "OPT", "Bloom", "CLIPText"),
+    *("T5", "Bart", "GPT2", "GPTNeoX", "Llama", "Gemma", "OPT", "Bloom", "CLIPText", "OpenAIGPT"),
 )
 
 
@@ -609,9 +609,12 @@ def staged(kind: str, folder: Path) -> EncoderSpec:
         case "Swin" | "Swinv2":
             how = {"image_size": 64, "embed_dim": 8, "depths": depths, "num_heads": heads, "window_size": 2}
             config = getattr(transformers, f"{kind}Config")(**how)
-        case "Pvt":
+        case "Pvt" | "PvtV2":
             how = {"image_size": 64, "hidden_sizes": widths, "depths": depths, "num_attention_heads": heads}
-            config = transformers.PvtConfig(**how)
+            config = getattr(transformers, f"{kind}Config")(**how)
+        case "Hiera":  # its configuration has the ratio of its pretraining, in which it masked patches
+            how = {"image_size": [64, 64], "embed_dim": 8, "depths": depths, "num_heads": heads}
+            config = transformers.HieraConfig(**how)
         case "MobileViT":
             necks = [8, 8, 16, 24, 32, 40, 48]
             how = {"image_size": 64, "hidden_sizes": widths[1:], "neck_hidden_sizes": necks, "num_attention_heads": 2}

@@ -161,7 +161,9 @@ class Encoder:
                         f"layers cannot be distinguished; set blocks to modules that run once, or, if its layers share "
                         f"one block as in ALBERT, use another encoder"
                     )
-                first = output[0] if isinstance(output, tuple) and output else output
+                first = output
+                while isinstance(first, tuple | list) and first:
+                    first = first[0]
                 # Modules after a convolution often work in place, so copy. Copying all blocks would cost time.
                 outputs[layer] = first.clone() if isinstance(first, Tensor) and first.ndim == 4 else first
 
@@ -189,8 +191,8 @@ class Encoder:
         idle = [layer for layer in self.spec.layer_numbers() if layer not in outputs]
         if idle:
             raise EncoderError(
-                f"{self.spec.model}, layer {idle[0]}: its block is not used in the forward pass; set blocks to the "
-                f"module list that is"
+                f"{self.spec.model}, layer {idle[0]}: its block is not called in the forward pass; set blocks to the "
+                f"module list that is, or use another encoder if there is none"
             )
         return outputs
 
@@ -216,7 +218,11 @@ class Encoder:
         else:
             raise EncoderError(f"{self.spec.model}, layer {layer}: no residual stream [B, T, D]; set blocks")
         if x.shape[0] != samples:
-            raise EncoderError(f"{self.spec.model}, layer {layer}: {x.shape[0]} rows for {samples} samples; set blocks")
+            joined = x.shape[0] == 1  # as in Pixtral, which joins the images of a batch into one sequence
+            raise EncoderError(
+                f"{self.spec.model}, layer {layer}: {x.shape[0]} rows for {samples} samples; set "
+                f"{'batch_size: 1' if joined else 'blocks'}"
+            )
         return x.float()
 
     def _check_sizes(self, tokens: dict[int, Tensor]) -> None:

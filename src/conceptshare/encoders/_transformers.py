@@ -84,7 +84,7 @@ def load_transformers(spec: EncoderSpec, folder: Path, device: torch.device) -> 
 
 def _tower(spec: EncoderSpec, model: Any) -> Any:
     """The part of a model that encodes ``spec.modality``."""
-    if getattr(model.config, "mask_ratio", 0):
+    if model.config.model_type == "vit_mae":
         raise EncoderError(f"{spec.model}: it masks random patches of its input; use a plain ViT with its weights")
     names = _TOWERS[spec.modality]
     tower = next((getattr(model, name) for name in names if hasattr(model, name)), model)
