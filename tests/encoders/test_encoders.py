@@ -999,9 +999,10 @@ def test_refuses_an_image_size_for_a_patch_processor(tmp_path):
         load_encoder(change(spec, image_size=64))
 
 
-def test_refuses_a_processor_without_a_fixed_image_size(tmp_path):
+@pytest.mark.parametrize("settings", [{"do_resize": False}, {"size": {"height": 32, "width": 64}}], ids=str)
+def test_refuses_a_processor_without_a_fixed_square_size(tmp_path, settings):
     models.vit(tmp_path)
-    transformers.ViTImageProcessor(do_resize=False).save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(**settings).save_pretrained(tmp_path)
     with pytest.raises(EncoderError, match="its image processor cannot make images of image_size: 64; leave it out"):
         load_encoder(models.entry(tmp_path, "image", "first", kind="vision", image_size=64))
 
@@ -1026,7 +1027,7 @@ def test_a_model_that_joins_the_images_of_a_batch_needs_batches_of_one(tmp_path)
     size, patch = {"longest_edge": models.SIDE}, {"height": models.PATCH, "width": models.PATCH}
     transformers.PixtralImageProcessor(size=size, patch_size=patch).save_pretrained(tmp_path)
     spec = models.entry(tmp_path, "image", "mean")
-    with pytest.raises(EncoderError, match="1 rows for 2 samples; set batch_size: 1$"):
+    with pytest.raises(EncoderError, match=r"1 rows for 2 samples; set batch_size: 1$"):
         load_encoder(spec)
     encoder, (image, *_) = load_encoder(change(spec, batch_size=1)), models.pictures()
     inputs = transformers.AutoImageProcessor.from_pretrained(tmp_path)(images=[image], return_tensors="pt")

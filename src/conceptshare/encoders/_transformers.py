@@ -232,7 +232,7 @@ def _sizes(spec: EncoderSpec, processor: Any, side: int) -> dict[str, dict[str, 
     own = _pixels(processor, square, {})
     if own.ndim != 4:
         raise EncoderError(f"{spec.model}: image_size does not fit an image processor of patches; leave it out")
-    if own.shape[-1] == side:
+    if own.shape[-2:] == (side, side):
         return {}
     sizes = {name: getattr(processor, name, None) for name in ("size", "crop_size")}
     scaled = {
@@ -240,7 +240,7 @@ def _sizes(spec: EncoderSpec, processor: Any, side: int) -> dict[str, dict[str, 
         for name, size in sizes.items()
         if size is not None
     }
-    if _pixels(processor, square, scaled).shape[-1] != side:
+    if _pixels(processor, square, scaled).shape[-2:] != (side, side):
         raise EncoderError(f"{spec.model}: its image processor cannot make images of image_size: {side}; leave it out")
     return scaled
 
