@@ -400,6 +400,15 @@ def test_averages_are_the_means_over_the_cells_of_two_modalities(study):
         assert (row.low, row.high) == pytest.approx(tuple(expected), abs=1e-5)
 
 
+def test_averages_exclude_untrained_encoders(study):
+    stores, _ = study
+    twin = MEMBERS[2]._replace(kind="untrained")
+    with_twin = matrix_table([*MEMBERS[:2], twin], stores)
+    assert set(with_twin.source) == {member.member for member in MEMBERS}
+    expected = averages_table(matrix_table(MEMBERS[:2], stores), stores.correlations)
+    pd.testing.assert_frame_equal(averages_table(with_twin, stores.correlations), expected)
+
+
 def test_averages_exclude_two_seeds_of_one_encoder(study):
     stores = study[0]._replace(similarity=None)  # whose tables cover the activations of only one of them
     seeds = [GroupedMember("vit@0", "image", "vision"), GroupedMember("vit@7", "image", "vision")]

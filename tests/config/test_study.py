@@ -306,6 +306,42 @@ def test_base_derives_a_variant_with_overrides(build):
     assert variant.activations_key() != study.encoders["vit"].activations_key()
 
 
+def test_an_untrained_variant_is_another_encoder_in_a_group_of_its_own(build):
+    entries = {"random": {"base": "vit", "untrained": True}, "other": {"base": "bert", "untrained": True}}
+    again = {"again": {"base": "vit", "untrained": True, "untrained_seed": 1}}
+    study = build(encoders={"vit": None, "bert": None, **entries, **again}, analyses={"matrices": {"m": None}})
+    common = '"layers": 12, "library": "transformers", "modality": "image", "model": "hub/model"'
+    plain = f'{{"global_token": "first", "kind": "vision", {common}, "width": 768}}'
+    assert study.encoders["vit"].activations_key() == plain
+    assert study.encoders["random"].activations_key() == plain.replace('"width"', '"untrained": true, "width"')
+    assert study.encoders["again"].activations_key() != study.encoders["random"].activations_key()
+    keys = [json.loads(study.encoders[name].model_key()) for name in ("vit", "random", "again")]
+    assert keys[0] == {"library": "transformers", "model": "hub/model"}
+    assert keys[1:] == [keys[0] | {"untrained": True}, keys[0] | {"untrained": True, "untrained_seed": 1}]
+    assert json.loads(study.table_key("matrix", "m")) == [
+        ["vit@0", "image", "vision", None],
+        ["bert@0", "text", "language", None],
+        ["again@0", "image", "untrained", None],
+        ["random@0", "image", "untrained", None],
+        ["other@0", "text", "untrained", None],
+    ]
+    assert [member["kind"] for member in study.shown_on_pages()["members"]][-3:] == ["untrained"] * 3
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"untrained": True, "remote_code": True}, "leave untrained out, or use one without remote_code"),
+        ({"untrained_seed": 3}, "untrained_seed is for untrained: true; set that too, or leave untrained_seed out"),
+    ],
+)
+def test_refuses_untrained_where_it_has_no_meaning(fault, entry, message):
+    found = fault(encoders={"vit": entry})
+    assert message in found
+    assert "\n" not in found
+    assert "encoders.vit" in found
+
+
 def test_an_encoder_can_be_described_in_full(build):
     entry = {
         "library": "transformers",

@@ -812,7 +812,7 @@ def test_refuses_an_encoder_that_does_not_fit_its_entry_and_leaves_no_record(tmp
 
 def test_records_an_encoder_too_large_to_try_in_free_memory(tmp_path, monkeypatch):
     spec = models.bert(tmp_path / "bert").spec.model_copy(update={"layers": 2})
-    monkeypatch.setattr("conceptshare.encoders._load._free_memory", lambda: 2**30)
+    monkeypatch.setattr("conceptshare.encoders._load.free_memory", lambda: 2**30)
     ended = CliRunner().invoke(app, ["weights", "--encoder", as_json(spec), "--out", "results/weights/bert.json"])
     assert ended.exit_code == 0
     assert "not loaded for a test, because it may need 1.0 GiB of memory and 1.0 GiB are free" in ended.stderr

@@ -227,12 +227,14 @@ def test_a_matrix_of_two_members_shows_its_values(tmp_path, rng):
 
 
 WORDS = {"image": "images", "text": "text", "vlm": "vision-language", "vision": "vision", "language": "language"}
+WORDS |= {"untrained": "untrained"}
 GROUPS = [("image", "vlm"), ("image", "vision"), ("text", "vlm"), ("text", "language")]
+GROUPS += [("image", "untrained"), ("text", "untrained")]
 
 
 @pytest.mark.parametrize(
     ("sizes", "annotated"),
-    [((2,), True), ((1, 1, 1, 1), True), ((3, 3), True), ((3, 3, 3, 2), True), ((6, 6, 6, 4), False)],
+    [((2,), True), ((1, 1, 1, 1), True), ((3, 3), True), ((3, 3, 3, 2), True), ((6, 6, 6, 4), False), ((1,) * 6, True)],
 )
 def test_a_matrix_fits_a_page_and_names_its_groups(tmp_path, rng, drawn, unsaved, sizes, annotated):
     groups = dict(zip(GROUPS, sizes, strict=False))

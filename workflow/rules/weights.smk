@@ -8,7 +8,7 @@ rule weights:
     input:
         model=lambda w: local_files(STUDY.encoders[w.encoder].model),
         checkpoint=lambda w: local_files(STUDY.encoders[w.encoder].weights or ""),
-        code=code("encoders/weights.py", "io/hub.py"),
+        code=code("encoders/weights.py", "encoders/untrained.py", "io/hub.py"),
     output:
         record=layout.WEIGHTS,
         provenance=layout.WEIGHTS.replace(".json", ".provenance.json"),

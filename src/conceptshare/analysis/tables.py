@@ -389,7 +389,7 @@ def averages_table(matrix: pd.DataFrame, correlations: Path) -> pd.DataFrame:
     """Mean wMPPC between modalities (Table 3), by reading, with its 95% bootstrap interval and floor.
 
     All cells of a mean are resampled with the same samples: a sample's influence on the mean is the mean of its
-    influences on the cells. Cells of two seeds of one encoder are left out.
+    influences on the cells. Cells of two seeds of one encoder, and those of untrained encoders, are left out.
 
     Args:
         matrix: the table of `matrix_table`.
@@ -417,7 +417,8 @@ def averages_table(matrix: pd.DataFrame, correlations: Path) -> pd.DataFrame:
 def _averaged(matrix: pd.DataFrame) -> pd.DataFrame:
     """The cells of a matrix that count in its averages."""
     encoders = [matrix[side].map(lambda member: as_member(member).encoder) for side in ("source", "target")]
-    return matrix[matrix.wmppc.notna() & (encoders[0] != encoders[1])]
+    trained = (matrix[["source_kind", "target_kind"]] != "untrained").all(axis=1)
+    return matrix[matrix.wmppc.notna() & (encoders[0] != encoders[1]) & trained]
 
 
 def modality_means(matrix: pd.DataFrame) -> pd.DataFrame:

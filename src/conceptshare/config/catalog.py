@@ -161,6 +161,11 @@ class ModelSpec(Spec, extra="ignore"):
     """The hub revision. The default is the newest, which the `weights` stage records."""
     remote_code: bool = False
     """transformers only: download and run the Python code that comes with the model."""
+    untrained: bool = False
+    """Draw the weights at random, as the library initialises the model, instead of reading trained ones. Tables and
+    figures group such an encoder as ``untrained``. ``weights`` then only sets open_clip's preprocessing."""
+    untrained_seed: Seed = 0
+    """Seed of the weights of ``untrained``."""
 
     def model_key(self) -> str:
         """The settings that an encoder's files depend on, as canonical JSON."""
@@ -230,6 +235,12 @@ class EncoderSpec(ModelSpec, extra="forbid"):
             raise ValueError(f"weights is for library: open_clip; {self.library} takes its weights from model")
         if self.remote_code and self.library != "transformers":
             raise ValueError(f"remote_code is for library: transformers; {self.library} runs no code of a model's")
+        if self.remote_code and self.untrained:
+            raise ValueError(
+                "untrained is for models of the library; leave untrained out, or use one without remote_code"
+            )
+        if self.untrained_seed and not self.untrained:
+            raise ValueError("untrained_seed is for untrained: true; set that too, or leave untrained_seed out")
         if self.modality == "text" and self.image_size is not None:
             raise ValueError("image_size is for image encoders; leave it out")
         if self.modality == "image" and self.context_length is not None:
@@ -241,6 +252,11 @@ class EncoderSpec(ModelSpec, extra="forbid"):
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds names a seed twice: {self.seeds}")
         return self
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """What it reads, and its ``kind`` or ``untrained``: the group of its members in a matrix."""
+        return self.modality, "untrained" if self.untrained else self.kind
 
     def layer_numbers(self) -> list[int]:
         """The recorded layers, ascending."""

@@ -40,8 +40,9 @@ from conceptshare.config.settings import (
 from conceptshare.io.errors import StudyError
 from conceptshare.io.files import STUDY, atomic_output
 
-# Groups of a matrix, in the order of the paper's tables: what reads images first, then what reads text.
+# Groups of a matrix, in the order of the paper's tables: what reads images first, then what reads text, then controls.
 _GROUPS = [("image", "vlm"), ("image", "vision"), ("text", "vlm"), ("text", "language")]
+_GROUPS += [("image", "untrained"), ("text", "untrained")]
 
 # What the reference preset adds to an encoder's name, so that neither choice of token overwrites the other.
 _REFERENCE_SUFFIX = ".reference"
@@ -269,7 +270,7 @@ class Study(Spec):
         spec = self.encoders[member.encoder]
         features = {name: settings.expansion * spec.width for name, settings in self.saes.items()}
         named = {"name": str(member), "encoder": member.encoder, "seed": member.seed, "layers": spec.layer_numbers()}
-        return named | {"modality": spec.modality, "kind": spec.kind, "features": features}
+        return named | {"modality": spec.modality, "kind": spec.group[1], "features": features}
 
     def sae_key(self, name: str) -> str:
         """Settings of an SAE as canonical JSON."""
@@ -291,8 +292,7 @@ class Study(Spec):
         return analyses[name]
 
     def _rank(self, member: Member) -> tuple[int, Member]:
-        spec = self.encoders[member.encoder]
-        return _GROUPS.index((spec.modality, spec.kind)), member
+        return _GROUPS.index(self.encoders[member.encoder].group), member
 
 
 def load_study(path: Path | str = "config.yaml", catalog: Path = CATALOG) -> Study:

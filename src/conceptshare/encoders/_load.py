@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from conceptshare.config.catalog import EncoderSpec
+from conceptshare.config.catalog import EncoderSpec, ModelSpec
 from conceptshare.device import default_device
 from conceptshare.encoders._encoder import Encoder, check_reading, in_one_line
 from conceptshare.encoders.weights import check_record, find, fingerprint, recorded_location
@@ -24,6 +24,7 @@ from conceptshare.io.progress import info, warn
 
 # Far more than any published model has.
 _MAX_LAYERS = 10_000
+_FITTING = "use the configuration that belongs to its weights"
 
 
 def load_encoder(spec: EncoderSpec, weights: Path | None = None) -> Encoder:
@@ -57,7 +58,7 @@ def try_encoder(spec: EncoderSpec, location: Path) -> None:
         EncoderError: as in `load_encoder`.
     """
     # 16-bit weights take twice their size when loaded as float32, and the library needs memory too.
-    needed, free = 2**30 + 2 * sum(path.stat().st_size for path in _files_of(location)), _free_memory()
+    needed, free = 2**30 + 2 * sum(path.stat().st_size for path in _files_of(location)), free_memory()
     if needed > free:
         warn(
             f"{spec.model}: not loaded for a test, because it may need {needed / 2**30:.1f} GiB of memory and "
@@ -71,7 +72,7 @@ def try_encoder(spec: EncoderSpec, location: Path) -> None:
     info(f"{spec.model}: it works: {layers} layers of width {spec.width} ({time.monotonic() - started:.1f} s)")
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     """Available memory in bytes on Linux; elsewhere the total memory."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -108,24 +109,33 @@ def _limit_size(spec: EncoderSpec, location: Path) -> Iterator[None]:
     if location.is_file():  # the checkpoint of a model that its library knows by name
         yield
         return
-    remedy = "use the configuration that belongs to its weights"
-    files = _files_of(location)
-    for path in files:
+    # Weights take at least one byte each, and some parameters are in no file, such as tied ones or heads.
+    most = 2**24 + 8 * sum(path.stat().st_size for path in _files_of(location))
+    with limit_parameters(
+        spec, location, most, f"its configuration describes a far larger model than its weights; {_FITTING}"
+    ):
+        yield
+
+
+@contextmanager
+def limit_parameters(spec: ModelSpec, folder: Path, most: int, fault: str) -> Iterator[None]:
+    """Stop building a model from the configuration in ``folder`` once it has more parameters than ``most``.
+
+    Raises:
+        EncoderError: with the message ``fault``.
+    """
+    for path in _files_of(folder):
         if path.name in ("config.json", "open_clip_config.json"):
             for name, count in _counts_of_layers(json.loads(path.read_text(encoding="utf-8"))):
                 if count > _MAX_LAYERS:
-                    raise EncoderError(f"{path}: {name}: {count} is more than any model has; {remedy}")
-    # Weights take at least one byte each, and some parameters are in no file, such as tied ones or heads.
-    most = 2**24 + 8 * sum(path.stat().st_size for path in files)
+                    raise EncoderError(f"{path}: {name}: {count} is more than any model has; {_FITTING}")
     built = 0
 
     def count_parameters(_module: object, _name: str, parameter: Tensor | None) -> None:
         nonlocal built
         built += 0 if parameter is None else parameter.numel()
         if built > most:
-            raise EncoderError(
-                f"{spec.model}: its configuration describes a far larger model than its weights; {remedy}"
-            )
+            raise EncoderError(f"{spec.model}: {fault}")
 
     hook = register_module_parameter_registration_hook(count_parameters)
     try:

@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoImagePro
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
-from conceptshare.config.catalog import EncoderSpec
+from conceptshare.config.catalog import EncoderSpec, ModelSpec
 from conceptshare.device import full_float32
 from conceptshare.encoders._encoder import (
     Batch,
@@ -120,6 +120,21 @@ def _check_residual_stream(encoder: Encoder, forward: Callable[..., Any]) -> Non
 
 def _from_library(spec: EncoderSpec, folder: Path) -> tuple[Any, set[str]]:
     """Load the model with transformers' own class; also return the names of parameters that its files lack."""
+    kind, _ = class_and_config(spec, folder)
+    # transformers warns about every missing parameter; `_check_weights` only raises for those that matter.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, loading = kind.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    return model, set(loading["missing_keys"])
+
+
+def class_and_config(spec: ModelSpec, folder: Path) -> tuple[Any, Any]:
+    """The class of transformers that loads the model in ``folder``, and its configuration."""
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "AutoModel" in settings.get("auto_map", {}) and settings.get("model_type") not in CONFIG_MAPPING:
         raise EncoderError(
@@ -133,16 +148,7 @@ def _from_library(spec: EncoderSpec, folder: Path) -> tuple[Any, set[str]]:
         raise EncoderError(
             f"{spec.model}: transformers has no encoder of model_type {config.model_type}; use another encoder"
         )
-    # transformers warns about every missing parameter; `_check_weights` only raises for those that matter.
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        model, loading = kind.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
-        )
-    finally:
-        logging.set_verbosity(verbosity)
-    return model, set(loading["missing_keys"])
+    return kind, config
 
 
 def _from_remote_code(spec: EncoderSpec, folder: Path) -> tuple[Any, set[str]]:

@@ -2,7 +2,8 @@
 
 Runs on the submitting host, because compute nodes often have no internet. `results/weights/{encoder}.json` holds the
 ``location`` (a folder, or an open_clip checkpoint file), the hub ``revision`` if there is one, and the size and
-SHA-256 of each file. A model that a script writes is next to it, in `results/weights/{encoder}/`.
+SHA-256 of each file. A model that a script writes, or one with random weights, is next to it, in
+`results/weights/{encoder}/`.
 """
 
 import difflib
@@ -16,6 +17,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import copyfile
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from conceptshare.config.catalog import ModelSpec, local_path
@@ -143,8 +146,26 @@ def find(spec: ModelSpec, made: Path) -> EncoderFiles:
 
     Args:
         spec: the encoder.
-        made: the folder that a ``script:`` writes.
+        made: the folder of a model that a ``script:`` writes, or of one that is untrained.
     """
+    if not spec.untrained:
+        return _find(spec, made)
+    from conceptshare.encoders.untrained import write_untrained
+
+    with TemporaryDirectory() as temporary:
+        base = _find(spec, Path(temporary) / "model")
+        settings = chosen((path.relative_to(base.location).as_posix() for path in base.files), _TOKENIZER_AND_SETTINGS)
+        with atomic_output(made, MODEL) as partial:
+            partial.mkdir()
+            write_untrained(spec, base.location, partial)
+            for name in settings:
+                if not name.endswith(".index.json"):  # of the weights that are not read
+                    copyfile(base.location / name, partial / name)
+    return EncoderFiles(made, _files_below(made), base.revision)
+
+
+def _find(spec: ModelSpec, made: Path) -> EncoderFiles:
+    """Find the files of an encoder; if it is untrained, a folder with at least its settings and tokenizer."""
     if spec.model.startswith("script:"):
         return _in_folder(spec, _make(spec.model.removeprefix("script:"), made))
     if spec.model.startswith("package:"):
@@ -157,7 +178,7 @@ def find(spec: ModelSpec, made: Path) -> EncoderFiles:
     if spec.model.startswith("hf-hub:"):
         return _in_hub(spec, spec.model.removeprefix("hf-hub:"))
     if spec.library == "open_clip":
-        return _open_clip_model(spec)
+        return _open_clip_model(spec, made)
     if spec.library == "timm" and "/" not in spec.model:
         return _in_hub(spec, _timm_repository(spec.model))
     return _in_hub(spec, spec.model)
@@ -209,7 +230,7 @@ def _in_hub(spec: ModelSpec, repository: str) -> EncoderFiles:
 
     Code in the repository is only fetched if the study sets ``remote_code``.
     """
-    needed = [_CONFIGURATION[spec.library], _WEIGHTS[spec.library]]
+    needed = [_CONFIGURATION[spec.library]] + [_WEIGHTS[spec.library]] * (not spec.untrained)
     code = ["*.py"] if spec.remote_code else []
     snapshot = fetch_files(repository, "model", spec.revision, [*_TOKENIZER_AND_SETTINGS, *needed, *code])
     for pattern in needed:
@@ -228,16 +249,22 @@ def _in_hub(spec: ModelSpec, repository: str) -> EncoderFiles:
     return EncoderFiles(snapshot.folder, [snapshot.folder / name for name in snapshot.files], snapshot.folder.name)
 
 
-def _open_clip_model(spec: ModelSpec) -> EncoderFiles:
+def _open_clip_model(spec: ModelSpec, made: Path) -> EncoderFiles:
     """Find a model that open_clip knows by name, with a checkpoint file or the weights of a tag."""
     import open_clip
 
-    if spec.weights is None:
+    if spec.weights is None and not spec.untrained:
         raise EncoderError(f"{spec.model}: no pretrained weights chosen; set weights to a tag or a checkpoint file")
-    text = (open_clip.get_model_config(spec.model) or {}).get("text_cfg", {})
+    config = open_clip.get_model_config(spec.model) or {}
+    text = config.get("text_cfg", {})
     tags = open_clip.list_pretrained_tags_by_model(spec.model)
-    path = None if spec.weights in tags else local_path(spec.weights)
+    path = None if spec.weights is None or spec.weights in tags else local_path(spec.weights)
     if path is not None:
+        if spec.untrained:
+            raise EncoderError(
+                f"{spec.model}: untrained: true reads no weights, but weights is the checkpoint {spec.weights}; set "
+                f"weights: null, or a tag for its preprocessing: {', '.join(tags)}"
+            )
         if not path.is_file():
             raise EncoderError(f"{spec.weights}: no such checkpoint file")
         _reject_external_tower(spec, text)
@@ -248,21 +275,35 @@ def _open_clip_model(spec: ModelSpec) -> EncoderFiles:
                 f"repository that has them, as in model: hf-hub:OWNER/NAME"
             )
         return EncoderFiles(path, [path])
-    if not tags:
+    if not tags and not (spec.untrained and config):
         raise EncoderError(
             f"{spec.model}: open_clip has no weights for a model of that name; check the name, or write a hub id as "
             f"hf-hub:OWNER/NAME"
         )
-    if spec.weights not in tags:
+    if spec.weights not in [*tags, None]:
         raise EncoderError(f"{spec.model}: open_clip has no weights {spec.weights!r}; it has {', '.join(tags)}")
     _reject_external_tower(spec, text)
-    tag = open_clip.get_pretrained_cfg(spec.model, spec.weights)
+    if spec.weights is None and text.get("hf_tokenizer_name"):
+        raise EncoderError(
+            f"{spec.model}: its tokenizer comes with its weights; set weights to one of {', '.join(tags)}"
+        )
+    tag = open_clip.get_pretrained_cfg(spec.model, spec.weights) if spec.weights is not None else {}
     repository, _, name = tag.get("hf_hub", "").rpartition("/")
-    if not repository:
-        return _open_clip_download(spec, tag)
-    if text.get("hf_tokenizer_name"):
+    if repository and text.get("hf_tokenizer_name"):
         return _in_hub(spec, repository)  # which also has the tokenizer
-    return _open_clip_weights(spec, repository, name)
+    if spec.untrained:
+        return _open_clip_settings(config, tag, made)
+    return _open_clip_weights(spec, repository, name) if repository else _open_clip_download(spec, tag)
+
+
+def _open_clip_settings(config: dict[str, Any], tag: dict[str, Any], folder: Path) -> EncoderFiles:
+    """Write the configuration of a model that open_clip knows by name, with the settings of a tag, if any."""
+    config |= {"quick_gelu": True} if tag.get("quick_gelu") else {}
+    preprocessing = {key: tag[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in tag}
+    folder.mkdir()
+    file = folder / _CONFIGURATION["open_clip"]
+    file.write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocessing}), encoding="utf-8")
+    return EncoderFiles(folder, [file])
 
 
 def _configuration(library: str, folder: Path) -> dict[str, Any]:

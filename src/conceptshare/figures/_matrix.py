@@ -21,7 +21,7 @@ _MAX_CELL, _MIN_CELL = 0.6, 0.21
 _LABEL = 2.0
 """Longer names of members are shortened."""
 _MODALITIES = {"image": "images", "text": "text"}
-_KINDS = {"vlm": "vision-language", "vision": "vision", "language": "language"}
+_KINDS = {"vlm": "vision-language", "vision": "vision", "language": "language", "untrained": "untrained"}
 _HEADING = "input, kind of model"
 
 
