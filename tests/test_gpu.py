@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 import zarr
@@ -108,6 +109,15 @@ def arrays(folder):
     return found
 
 
+def top_samples(table):
+    """For each feature and top sample: the shares of its highest activation at tokens, and the highest activation."""
+    return {
+        (row["feature"], one["sample"]): (np.frombuffer(one["fires"], np.uint8) / 255, one["fires_highest"])
+        for row in pq.read_table(table).to_pylist()
+        for one in row["top"]
+    }
+
+
 @pytest.mark.parametrize(
     "stage", ["activations", "sae", "stream", "features", "correlations", "similarity", "examples"]
 )
@@ -134,6 +144,12 @@ def test_a_stage_is_deterministic_and_agrees_with_the_cpu(stage, stages, on, tmp
         skipped = {"latents"}  # a value may be just above or below a bin's edge
         a, b = (pd.read_csv(file).drop(columns=skipped, errors="ignore") for file in (path, other))
         pd.testing.assert_frame_equal(a, b, rtol=1e-2, atol=1e-4)
+    for path in outs["cpu"].rglob("layer-*.parquet"):
+        a, b = (top_samples(file) for file in (path, outs["gpu"] / path.relative_to(outs["cpu"])))
+        assert a.keys() == b.keys()
+        for key, (shares, highest) in a.items():
+            assert b[key][1] == pytest.approx(highest, rel=2e-3, abs=2e-3), key
+            np.testing.assert_allclose(b[key][0] * b[key][1], shares * highest, atol=0.005 * highest + 2e-3)
 
 
 def test_a_stream_trains_the_same_saes_as_stored_tokens(stages, on, tmp_path):

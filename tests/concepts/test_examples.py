@@ -186,6 +186,18 @@ def test_joins_a_one_word_caption_by_its_tokenizers_markers(pieces, of_another, 
     assert with_blanks(pieces, of_another) == expected_text
 
 
+def test_a_batch_has_the_products_of_its_samples():
+    sae, x = TopKSAE(8, F, 4, torch.Generator().manual_seed(0)), torch.randn(3, 5, 8)
+    shown = torch.tensor([[1, 2, 3], [2, -1, -1], [0, 4, -1]])
+    entries = np.array([(0, 7, 0), (0, 9, 3), (1, 7, 1), (2, 2, 0), (2, 7, 2)])
+    found = examples._encode(sae, x, shown, entries)
+    for (row, latent, _), values in zip(entries, found, strict=True):
+        tokens = x[row, shown[row][shown[row] >= 0]].half().double() - sae.b_dec.detach()
+        expected = (tokens @ sae.W_enc_T[latent].detach().double()).clamp(min=0).numpy()
+        np.testing.assert_allclose(values[: len(expected)], expected, rtol=1e-5, atol=1e-6)
+        assert (values[len(expected) :] == -1).all()
+
+
 def test_a_feature_that_is_never_active_has_no_samples(stage_of):
     row = stage_of(models.vit).rows(2)[5]
     assert len(row["top"]) == 0

@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from conceptshare.data.dataset import Data
 from conceptshare.device import default_device, full_float32
@@ -150,17 +151,23 @@ class Tops:
         """All samples that are among the strongest of any feature, in order."""
         return np.unique(self._of_sample)
 
-    def entries(self, sample: int) -> NDArray[np.int64]:
-        """``[n, 2]``: the features that have a sample among their strongest, and its rank."""
-        first, last = np.searchsorted(self._of_sample, [sample, sample + 1])
-        return self._entries[first:last]
+    def entries(self, samples: NDArray[np.int32]) -> NDArray[np.int64]:
+        """``[n, 3]``: index of a sample, a feature that has it among its strongest, and its rank there.
+
+        Args:
+            samples: in order, and without gaps among the samples of this layer.
+        """
+        first, last = np.searchsorted(self._of_sample, [samples[0], samples[-1] + 1])
+        rows = np.searchsorted(samples, self._of_sample[first:last])
+        return np.column_stack([rows, self._entries[first:last]])
 
     def add(self, entries: NDArray[np.int64], values: Tensor) -> None:
-        """Add ``values [T, n]``, the activation at each token of a sample for each of its entries."""
-        highest = values.amax(0)
-        shares = (255 * values / highest.clamp(min=1e-30)).round().to(torch.uint8).T.cpu().numpy()
-        for (feature, rank), share, value in zip(entries.tolist(), shares, highest.tolist(), strict=True):
-            self._fires[feature, rank] = share.tobytes(), value
+        """Add ``values [n, P]``, the activation at each token for each of the entries, negative at padding."""
+        highest = values.amax(1, keepdim=True)
+        shares = (255 * values / highest.clamp(min=1e-30)).round().clamp(min=0).to(torch.uint8).numpy()
+        rows = zip(entries[:, 1:].tolist(), shares, (values >= 0).numpy(), highest[:, 0].tolist(), strict=True)
+        for (feature, rank), share, shown, value in rows:
+            self._fires[feature, rank] = share[shown].tobytes(), value
 
     def rows(self) -> Iterator[list[dict[str, Any]]]:
         """Yield the samples of each feature, strongest first."""
@@ -235,23 +242,32 @@ def locate_activations(
     samples = np.unique(np.concatenate([top.samples() for top in tops.values()]))
     frame, described = Frame(encoder) if encoder.spec.modality == "image" else None, []
     two_words = [] if frame is not None else _pieces(encoder, encoder.prepare(["a dog"]), 0)
+    # A CPU multiplies each sample with its own latents only. On a GPU, a launch per sample would cost more.
+    step = 1 if encoder.device.type == "cpu" else encoder.spec.batch_size
     for chosen, sizes, batch in _batches(encoder, data, samples, threads, name):
         activations = encoder.read(batch)
-        for row, sample in enumerate(chosen.tolist()):
-            if frame is not None:
-                positions, side = _grid(batch, activations.training.shape[1])
-                described.append({"sample": sample, "box": frame.box(sizes[row]), "rows": side, "columns": side})
-            else:
-                assert batch.mask is not None
-                positions = batch.mask[row].nonzero()[:, 0]
-                described.append({"sample": sample, "tokens": with_blanks(_pieces(encoder, batch, row), two_words)})
-            if not len(positions):
-                continue
-            positions = positions.to(encoder.device)
-            for layer, x in activations.tokens.items():
-                entries = tops[layer].entries(sample)
-                if len(entries):
-                    tops[layer].add(entries, _encode(saes[layer], x[row, positions], entries[:, 0]))
+        if frame is not None:
+            grid, side = _grid(batch, activations.training.shape[1])
+            positions = [grid] * len(chosen)
+            places: list[dict[str, Any]] = [{"box": frame.box(s), "rows": side, "columns": side} for s in sizes]
+        else:
+            assert batch.mask is not None
+            positions = [row.nonzero()[:, 0] for row in batch.mask]
+            places = [{"tokens": with_blanks(_pieces(encoder, batch, row), two_words)} for row in range(len(chosen))]
+        described += [{"sample": sample, **place} for sample, place in zip(chosen.tolist(), places, strict=True)]
+        if not len(positions[0]):
+            continue
+        for first in range(0, len(chosen), step):
+            part = slice(first, first + step)
+            shown = pad_sequence(positions[part], batch_first=True, padding_value=-1).to(encoder.device)
+            entries = {layer: top.entries(chosen[part]) for layer, top in tops.items()}
+            values = {
+                layer: _encode(saes[layer], activations.tokens[layer][part], shown, of_layer)
+                for layer, of_layer in entries.items()
+                if len(of_layer)
+            }
+            for layer, of_layer in values.items():
+                tops[layer].add(entries[layer], of_layer.cpu())
     return described
 
 
@@ -273,10 +289,23 @@ def _batches(
 
 
 @torch.inference_mode()
-def _encode(sae: TopKSAE, x: Tensor, latents: NDArray[np.int64]) -> Tensor:
-    """``[T, n]`` selected latents of ``x [T, D]``, rounded to float16 as in stored and training tokens."""
-    chosen = torch.from_numpy(latents).to(x.device)
-    return torch.relu(torch.addmm(sae.b_enc[chosen], x.half().float() - sae.b_dec, sae.W_enc_T[chosen].T))
+def _encode(sae: TopKSAE, x: Tensor, shown: Tensor, entries: NDArray[np.int64]) -> Tensor:
+    """Selected latents at the tokens that are shown, which are rounded to float16 as in stored and training tokens.
+
+    Args:
+        sae: the SAE.
+        x: ``[B, T, D]`` tokens of samples.
+        shown: ``[B, P]`` positions of the tokens to show, padded with -1.
+        entries: ``[n, 3]`` the sample and latent of each row of the result, and its rank.
+
+    Returns:
+        ``[n, P]`` latents, -1 at padding.
+    """
+    rows, latents, _ = torch.from_numpy(entries.T.copy()).to(x.device)
+    tokens = x.take_along_dim(shown.clamp(min=0)[..., None], 1).half().float() - sae.b_dec
+    products = torch.addmm(sae.b_enc[latents], tokens.flatten(0, 1), sae.W_enc_T[latents].T)
+    of_entries = products.view(*shown.shape, -1)[rows, :, torch.arange(len(rows), device=x.device)]
+    return torch.relu(of_entries).masked_fill(shown[rows] < 0, -1)
 
 
 def _grid(batch: Batch, tokens: int) -> tuple[Tensor, int]:
