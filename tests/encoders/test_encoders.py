@@ -579,9 +579,11 @@ def test_missing_head_weights_are_silently_accepted(bert, capfd):
     assert not re.search("report|missing|pooler", captured.out + captured.err, re.IGNORECASE)
 
 
+COUNTS = ("num_hidden_layers", "depths", "num_labels")
 ABSURD = {
     "num_hidden_layers": 10**6,
     "depths": [2, 10**7],
+    "num_labels": 10**9,
     "hidden_size": 10**9,
     "vocab_size": 10**12,
     "intermediate_size": 10**10,
@@ -593,9 +595,7 @@ def test_refuses_a_configuration_of_absurd_size_before_building_it(bert, key, va
     spec, _ = bert
     file = Path(spec.model) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    pattern = (
-        "more than any model has" if key in ("num_hidden_layers", "depths") else "a far larger model than its weights"
-    )
+    pattern = "more than any model has" if key in COUNTS else "a far larger model than its weights"
     with pytest.raises(EncoderError, match=f"{pattern}; use the configuration that belongs to its weights$"):
         load_encoder(spec)
 

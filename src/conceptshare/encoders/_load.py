@@ -22,8 +22,8 @@ from conceptshare.encoders.weights import check_record, find, fingerprint, recor
 from conceptshare.io.errors import ConceptshareError, EncoderError
 from conceptshare.io.progress import info, warn
 
-# Far more than any published model has.
-_MAX_LAYERS = 10_000
+# Far more than any published model has, by the end of the key's name.
+_MAX_COUNTS = {"layers?|depths?|blocks?": 10_000, "num_labels": 1_000_000}
 _FITTING = "use the configuration that belongs to its weights"
 
 
@@ -126,9 +126,8 @@ def limit_parameters(spec: ModelSpec, folder: Path, most: int, fault: str) -> It
     """
     for path in _files_of(folder):
         if path.name in ("config.json", "open_clip_config.json"):
-            for name, count in _counts_of_layers(json.loads(path.read_text(encoding="utf-8"))):
-                if count > _MAX_LAYERS:
-                    raise EncoderError(f"{path}: {name}: {count} is more than any model has; {_FITTING}")
+            for name, count in _excessive_counts(json.loads(path.read_text(encoding="utf-8"))):
+                raise EncoderError(f"{path}: {name}: {count} is more than any model has; {_FITTING}")
     built = 0
 
     def count_parameters(_module: object, _name: str, parameter: Tensor | None) -> None:
@@ -144,13 +143,13 @@ def limit_parameters(spec: ModelSpec, folder: Path, most: int, fault: str) -> It
         hook.remove()
 
 
-def _counts_of_layers(settings: Any) -> Iterator[tuple[str, int]]:
-    """Yield the keys and values of a configuration that are numbers of layers, at any depth."""
+def _excessive_counts(settings: Any) -> Iterator[tuple[str, int]]:
+    """Yield the keys and values of a configuration that exceed `_MAX_COUNTS`, at any depth."""
     for name, value in settings.items() if isinstance(settings, dict) else ():
-        if re.search(r"(layers?|depths?|blocks?)$", str(name)):
-            counts = value if isinstance(value, list) else [value]
-            yield from ((name, count) for count in counts if isinstance(count, int))
-        yield from _counts_of_layers(value)
+        most = next((n for end, n in _MAX_COUNTS.items() if re.search(f"({end})$", str(name))), None)
+        counts = value if isinstance(value, list) else [value]
+        yield from ((name, count) for count in counts if most is not None and isinstance(count, int) and count > most)
+        yield from _excessive_counts(value)
 
 
 def _load(spec: EncoderSpec, location: Path, device: torch.device) -> Encoder:
