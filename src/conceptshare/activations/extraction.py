@@ -416,15 +416,26 @@ class TokenReader:
             StoreError: if the store is incomplete or damaged, only holds global tokens, or has no such layer.
         """
         store: Any = open_store(path, TOKENS, layer)
-        tokens, spec = layer_array(store, layer, "tokens", path), store.attrs["spec"]
         offsets, global_rows = (StoredArray(store, name, path)[:] for name in ("offsets", "global_rows"))
-        return cls(
-            tokens[:] if tokens.nbytes <= IN_MEMORY_BYTES else tokens,
-            offsets,
-            global_rows,
-            spec,
-            spec["batch_size"],
-        )
+        return cls._of(layer_array(store, layer, "tokens", path), offsets, global_rows, store)
+
+    @classmethod
+    def open_global(cls, path: Path, layer: int) -> Self:
+        """Open a layer of an activation store, with one token per sample: its global token.
+
+        Raises:
+            StoreError: if the store is incomplete or damaged, or has no such layer.
+        """
+        store: Any = open_store(path, KIND, layer)
+        tokens = layer_array(store, layer, "global", path)
+        offsets = np.arange(tokens.shape[0] + 1)
+        return cls._of(tokens, offsets, offsets[:-1], store)
+
+    @classmethod
+    def _of(cls, tokens: StoredArray, offsets: NDArray[np.int64], rows: NDArray[np.int64], store: Any) -> Self:
+        spec = store.attrs["spec"]
+        in_memory = tokens.nbytes <= IN_MEMORY_BYTES
+        return cls(tokens[:] if in_memory else tokens, offsets, rows, spec, spec["batch_size"])
 
     def __len__(self) -> int:
         return len(self._offsets) - 1

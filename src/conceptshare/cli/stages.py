@@ -141,7 +141,7 @@ app.add_typer(sae_app, name="sae")
 
 @sae_app.command("train")
 def sae_train(
-    tokens: Annotated[Path, typer.Option(help="A store of all tokens.")],
+    tokens: Annotated[Path, typer.Option(help="A store of all tokens; for train_on: global, one of global tokens.")],
     layer: Annotated[int, typer.Option(help="The layer to train on, from 0.")],
     out: Annotated[Path, out_option(SAE)],
     settings: Settings = "{}",

@@ -3,7 +3,7 @@
 import csv
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -16,6 +16,9 @@ class SAESettings(Spec):
     preset: Literal["paper", "gao"] = "paper"
     """Source of the defaults: ``gao`` sets ``auxk: 0.03125``, ``initial_b_dec: mean``, ``unit_norm_decoder: true`` and
     a learning rate of 2e-4 / sqrt(F / 16384)."""
+    train_on: Literal["all", "global"] = "all"
+    """Tokens to train on: all, or the global token of each sample alone. For ``global``, no other tokens are stored or
+    streamed, and a batch has as many tokens as samples."""
     expansion: int = Field(default=8, ge=1, le=10_000)
     """Latents per dimension of the residual stream: F = expansion x D."""
     k: Positive = 32
@@ -47,6 +50,9 @@ class SAESettings(Spec):
     """Keep each latent's decoder row at length 1."""
     scale_inputs: bool = False
     """Train on tokens scaled to a mean length of sqrt(D); the scale is folded into the saved weights."""
+    standardise: bool = False
+    """Train on tokens whose dimensions have mean 0 and variance 1 over the training tokens: over all of them with
+    ``train_on: global``, over the first batch otherwise. Both are folded into the saved weights."""
     auxk: float = Field(default=0, ge=0, le=10**6)
     """Weight of the auxiliary loss that trains dead latents to reconstruct the residual (Gao et al. 2024, A.2)."""
     auxk_latents: Positive = 512
@@ -55,6 +61,9 @@ class SAESettings(Spec):
     """Tokens without activation after which a latent counts as dead, for ``auxk``."""
     max_dead: float = Field(default=0.5, ge=0, le=1)
     """Log a warning if a larger fraction of latents is active on no token."""
+    max_fvu_global: float = Field(default=0.9, ge=0)
+    """Log a warning if the fraction of variance unexplained of the global tokens, which are compared, is larger.
+    Predicting their mean gives 1."""
 
     @model_validator(mode="before")
     @classmethod
@@ -62,6 +71,12 @@ class SAESettings(Spec):
         if isinstance(values, dict) and values.get("preset") == "gao":
             return _GAO | values
         return values
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.standardise and self.scale_inputs:
+            raise ValueError("scale_inputs: standardised tokens have that length already; leave it out")
+        return self
 
     def held_out_samples(self, samples: int) -> int:
         """How many of so many samples, the last ones, are not trained on."""

@@ -196,7 +196,7 @@ def save_sae(sae: TopKSAE, folder: Path, model_name: str, hook_name: str, spec: 
             "sae_lens_version": _SAE_LENS_VERSION,
             "model_name": model_name,
             "hook_name": hook_name,
-            "token_position": "all",
+            "token_position": (spec or {}).get("settings", {}).get("train_on", "all"),
         },
     }
     (folder / "cfg.json").write_text(json.dumps(config, indent=1), encoding="utf-8")

@@ -62,12 +62,18 @@ def train_stream(
         NumericsError: if training diverges, or an activation is not finite or does not fit float16.
         EncoderError: if the encoder does not match its catalog entry.
         StoreError: if the partial store of an earlier attempt is damaged.
-        StudyError: if the settings' precision would also change that of the encoder.
+        StudyError: if the settings' precision would also change that of the encoder, or they train on global tokens,
+            which `train_sae` does once they are stored.
         AlreadyMadeError: if another process trained the same SAEs while this one waited for the lock.
         SystemExit: with the status PREEMPTED, after SIGTERM.
     """
     if settings.precision == "tf32":
         raise StudyError("precision: tf32 would also round the products of the encoder; use bfloat16, or store tokens")
+    if settings.train_on == "global":
+        raise StudyError(
+            "train_on: global needs no stream, as global tokens are stored; run `conceptshare activations` without "
+            "--tokens, then `conceptshare sae train`"
+        )
     spec, name, N = encoder.spec, saes.name, len(data)
     described = describe(encoder, data, name)
     steps = _order.steps(N, settings.samples_per_step(spec.modality), spec.batch_size, settings)

@@ -103,6 +103,8 @@ def train(
     trainer = Trainer(tokens.width, settings, seed, len(batches), device)
     if checkpoints is not None and checkpoints.restore({what: trainer}):
         info(f"{what}: resuming at step {trainer.step:,} of {len(batches):,}")
+    elif settings.standardise and settings.train_on == "global":
+        trainer.standardise(tokens.read(batch) for batch in batches[: len(batches) // settings.epochs])
     left = batches[trainer.step :]
     with closing(_prefetch(tokens, left, device)) as ready:
         run_steps(ready, trainer.train_on, {what: trainer}, what, checkpoints)
@@ -171,8 +173,10 @@ def _prefetch(tokens: Tokens, batches: list[NDArray[np.int64]], device: torch.de
 
 
 @full_float32()
-def train_sae(token_store: Path, layer: int, settings: SAESettings, seed: int, out: Path) -> None:
-    """Train an SAE on one layer of a store of all tokens and write its folder.
+def train_sae(store: Path, layer: int, settings: SAESettings, seed: int, out: Path) -> None:
+    """Train an SAE on one layer of a store and write its folder.
+
+    The store is one of all tokens, or with ``train_on: global``, one of global tokens.
 
     The folder holds `sae_weights.safetensors` and `cfg.json`, which SAELens can read, `metrics.json`, `loss.csv` and
     `density.csv`. An interrupted training leaves the folder `{out}.checkpoints` and resumes from it when it is run
@@ -184,11 +188,11 @@ def train_sae(token_store: Path, layer: int, settings: SAESettings, seed: int, o
         AlreadyMadeError: if another process made the same folder while this one waited for the lock.
         SystemExit: with the status PREEMPTED, after SIGTERM.
     """
-    inputs = Unchanged(token_store)
-    tokens = TokenReader.open(token_store, layer)
+    inputs = Unchanged(store)
+    tokens = (TokenReader.open_global if settings.train_on == "global" else TokenReader.open)(store, layer)
     if not len(tokens):
-        raise StoreError(f"{token_store}: no samples in it; run the activations stage again")
-    origin = Origin(token_store.stem, layer, seed)
+        raise StoreError(f"{store}: no samples in it; run the activations stage again")
+    origin = Origin(store.stem, layer, seed)
     key = {"settings": settings.model_dump(mode="json"), "seed": seed, "layer": layer, "made_from": tokens.made_from}
     checkpoints = Checkpoints(out.with_name(out.name + ".checkpoints"), key)
     batch_samples = settings.samples_per_step(tokens.modality)
@@ -252,10 +256,11 @@ def write_sae(
             f"{settings.max_dead:g}; train longer (epochs), or with fewer latents (expansion), a larger k or another "
             f"learning_rate"
         )
-    if (fvu := report.global_tokens.quality.fvu) > 1:
+    if (fvu := report.global_tokens.quality.fvu) > settings.max_fvu_global:
         warn(
-            f"{report.origin}: FVU {fvu:.2f} of the global tokens, so their mean explains them better than the SAE "
-            f"and its features mean little; train on more samples, or do not interpret this layer"
+            f"{report.origin}: FVU {fvu:.2f} of the global tokens, more than max_fvu_global = "
+            f"{settings.max_fvu_global:g}, so its features explain little of what is compared; train on global tokens "
+            f"(preset: global) or on more samples, or do not interpret this layer"
         )
 
 

@@ -1,5 +1,7 @@
 """Step-by-step training of one SAE."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,9 @@ class Trainer:
         """``[steps]`` mean squared error of each step so far; 0 for steps to come."""
         self.step = 0
         """Number of finished steps."""
-        self._scale = torch.ones((), device=device)
+        # Trained on (x - shift) * scale.
+        self._shift = torch.zeros(width, device=device)
+        self._scale = torch.ones(width if settings.standardise else (), device=device)
         self._seen = 0
         # The token count at which each latent was last active, and whether any latent was dead at the last check.
         self._last_active = torch.zeros(len(self.sae.W_dec), dtype=torch.int64, device=device)
@@ -43,11 +47,14 @@ class Trainer:
         x = x.to(self.losses.device).float()
         if self.step == 0:
             self._initialize(x)
-        x = x * self._scale if self._settings.scale_inputs else x
+        if self._settings.scale_inputs or self._settings.standardise:
+            x = (x - self._shift) * self._scale
         latents = self.sae.top_k(x, self._settings.precision)
         reconstruction = self.sae.decode(latents)
-        loss = (reconstruction - x).square().mean()
-        self.losses[self.step] = (loss / self._scale**2).detach()
+        error = reconstruction - x
+        loss = error.square().mean()
+        unscaled = (error / self._scale).square().mean() if self._settings.standardise else loss / self._scale**2
+        self.losses[self.step] = unscaled.detach()
         if self._settings.auxk:
             self._track_activity(latents, len(x))
             if self._some_dead:
@@ -58,20 +65,48 @@ class Trainer:
         self.step += 1
 
     def finish(self) -> TopKSAE:
-        """Return the SAE for unscaled tokens: the scaling of inputs is folded into its weights."""
+        """Return the SAE for tokens as they are: scaling and standardising are folded into its weights.
+
+        ((x - shift) * scale - b_dec) W_enc = (x - (b_dec / scale + shift)) (scale * W_enc), so b_enc stays the same.
+        """
         with torch.no_grad():
             self.sae.W_enc_T.mul_(self._scale)
             self.sae.W_dec.div_(self._scale)
-            self.sae.b_dec.div_(self._scale)
+            self.sae.b_dec.div_(self._scale).add_(self._shift)
             self._scale.fill_(1)
+            self._shift.zero_()
         return self.sae
 
     @torch.no_grad()
+    def standardise(self, tokens: Iterable[Tensor]) -> None:
+        """Standardise each dimension by its mean and standard deviation over ``tokens [rows, D]``, in float64.
+
+        Dimensions that do not vary get no weights, and keep none: the SAE ignores them, and reconstructs their mean.
+        """
+        rows, (first, total, squares) = 0, self._shift.new_zeros(3, len(self._shift), dtype=torch.float64)
+        for batch in tokens:
+            x = batch.to(first.device).double()
+            if not rows:
+                first.copy_(x[0])
+            # Differences from the first token are exactly 0 in dimensions that do not vary.
+            differences = x - first
+            rows += len(x)
+            total += differences.sum(0)
+            squares += differences.square().sum(0)
+        deviation = (squares / rows - (total / rows) ** 2).clamp(min=0).sqrt()
+        self._shift.copy_(first + total / rows)
+        self._scale.copy_(torch.where(deviation > 0, 1 / deviation, 1))
+        for weights in (self.sae.W_enc_T, self.sae.W_dec):
+            weights.mul_(deviation > 0)
+
+    @torch.no_grad()
     def _initialize(self, x: Tensor) -> None:
+        if self._settings.standardise and self._settings.train_on == "all":
+            self.standardise([x])
         if self._settings.scale_inputs:
             self._scale.copy_(x.shape[1] ** 0.5 / x.norm(dim=1).mean())
         if self._settings.initial_b_dec == "mean":
-            self.sae.b_dec.copy_(x.mean(0) * self._scale)
+            self.sae.b_dec.copy_((x.mean(0) - self._shift) * self._scale)
 
     @torch.no_grad()
     def _update(self) -> None:
@@ -111,7 +146,7 @@ class Trainer:
         state = {f"sae.{name}": x for name, x in self.sae.state_dict().items()}
         for name, parameter in self.sae.named_parameters():
             state |= {f"adam.{name}.{key}": x for key, x in self._adam.state.get(parameter, {}).items()}
-        state |= {"losses": self.losses, "scale": self._scale, "last_active": self._last_active}
+        state |= {"losses": self.losses, "shift": self._shift, "scale": self._scale, "last_active": self._last_active}
         counts = {"step": self.step, "seen": self._seen, "some_dead": self._some_dead}
         state |= {name: torch.tensor(int(count)) for name, count in counts.items()}
         return {name: x.detach().cpu().contiguous() for name, x in state.items()}
@@ -129,6 +164,7 @@ class Trainer:
                     for key, x in own.items()
                 }
         self.losses.copy_(state["losses"])
+        self._shift.copy_(state["shift"])
         self._scale.copy_(state["scale"])
         self._last_active.copy_(state["last_active"])
         self.step, self._seen, self._some_dead = int(state["step"]), int(state["seen"]), bool(state["some_dead"])
