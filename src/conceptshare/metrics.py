@@ -67,6 +67,44 @@ def wmppc_layer_mean(rho: ArrayLike, weights: ArrayLike, sizes: ArrayLike) -> fl
     return float(np.average(values[present], weights=sizes[present])) if present.any() else float("nan")
 
 
+def null_readings(
+    null: ArrayLike, error: ArrayLike, weights: ArrayLike, sizes: ArrayLike
+) -> dict[str, tuple[Array, float]]:
+    """The null of each of the `READINGS`: ``[R]`` for the re-pairings, and the standard error of their mean.
+
+    Args:
+        null: ``[R, L_A, L_B + 1]`` wMPPC of re-paired samples per layer of A, last to all layers of B.
+        error: ``[L_A, L_B + 1]`` standard errors of their means.
+        weights: ``[F]`` S of the features of all layers of A, concatenated.
+        sizes: ``[L_A]`` number of features per layer of A.
+    """
+    null, error, S = np.asarray(null, np.float64), np.asarray(error, np.float64), np.asarray(weights, np.float64)
+    sizes = np.asarray(sizes)
+    totals = np.array([S[end - n : end].sum() for n, end in zip(sizes, np.cumsum(sizes), strict=True)])
+    found = {}
+    for reading, shares in (("pooled", totals), ("layer_mean", np.where(totals > 0, sizes, 0))):
+        shares = shares / shares.sum() if shares.any() else np.full(len(shares), np.nan)
+        found[reading] = null[:, :, -1] @ shares, float(np.sqrt((shares**2 * error[:, -1] ** 2).sum()))
+    last = null[:, -1, -2] if totals[-1] > 0 else np.full(len(null), np.nan)
+    return found | {"last": (last, float(error[-1, -2]))}
+
+
+def excess(value: float, null: float) -> float:
+    """Share of the way from the null to 1: (wMPPC - null) / (1 - null)."""
+    return (value - null) / (1 - null) if null < 1 else float("nan")
+
+
+def relative(value: float, null: float, ceiling: float) -> float:
+    """Share of the way from the null to the ceiling: (wMPPC - null) / (ceiling - null); NaN unless that is above it."""
+    return (value - null) / (ceiling - null) if ceiling > null else float("nan")
+
+
+def p_value(value: float, nulls: ArrayLike) -> float:
+    """Probability of a value at least as large for re-paired samples: (1 + number of such nulls) / (1 + R)."""
+    nulls = np.asarray(nulls, np.float64)
+    return float((1 + (nulls >= value).sum()) / (1 + len(nulls))) if not np.isnan(nulls).any() else float("nan")
+
+
 def comparative_sharedness(weights: ArrayLike, rho_g: ArrayLike, rho_h: ArrayLike) -> Array:
     """Comparative Sharedness (Eq. 7 and 8): Delta_i = S_i (rho_Gi^2 - rho_Hi^2).
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conceptshare.analysis import similarity
-from conceptshare.analysis.similarity import compare_stores, linear_cka, mutual_knn
+from conceptshare.analysis.similarity import cka_null, compare_stores, linear_cka, mutual_knn
 from conceptshare.io.errors import NumericsError, StoreError
 
 
@@ -174,7 +174,15 @@ def test_compares_two_stores_layer_by_layer(two_stores, tmp_path):
     out = tmp_path / "similarity" / "a__b.csv"
     compare_stores(path_a, path_b, out)
     table = pd.read_csv(out)
-    assert list(table.columns) == ["source_layer", "target_layer", "cka", "mutual_knn", "samples"]
+    assert list(table.columns) == [
+        "source_layer",
+        "target_layer",
+        "cka",
+        "mutual_knn",
+        "samples",
+        "cka_null",
+        "mutual_knn_null",
+    ]
     assert table[["source_layer", "target_layer"]].to_numpy().tolist() == [[1, 0], [1, 2], [11, 0], [11, 2]]
     assert (table["samples"] == 700).all()
     for row in table.itertuples():
@@ -200,7 +208,7 @@ def test_a_constant_layer_has_empty_fields(two_stores, tmp_path, write_activatio
     (path_a, _), _ = two_stores
     path = write_activations(tmp_path / "c.zarr", {0: list(np.ones((700, 1, 4))), 5: list(related[1][:, None])})
     compare_stores(path_a, path, tmp_path / "out.csv")
-    assert (tmp_path / "out.csv").read_text().splitlines()[1] == "1,0,,,700"
+    assert (tmp_path / "out.csv").read_text().splitlines()[1] == "1,0,,,700,,"
     assert pd.read_csv(tmp_path / "out.csv")["cka"].isna().tolist() == [True, False, True, False]
 
 
@@ -237,3 +245,10 @@ def test_refuses_a_store_of_another_kind(two_stores, tmp_path, write_features):
     path = write_features(tmp_path, "c@0", {0: np.ones((700, 4))})
     with pytest.raises(StoreError, match="but one of 'activations' is needed"):
         compare_stores(path_a, path, tmp_path / "out.csv")
+
+
+def test_the_null_of_cka_is_its_mean_over_random_pairings(rng):
+    x, y = rng.normal(size=(40, 5)) * [9, 3, 1, 1, 1], rng.normal(size=(40, 30))
+    null = cka_null(*(similarity._centred(torch.from_numpy(values)) for values in (x, y)))
+    values = [linear_cka(x[rng.permutation(40)], y) for _ in range(400)]
+    assert null == pytest.approx(np.mean(values), abs=4 * np.std(values) / 20)

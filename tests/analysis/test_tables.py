@@ -36,6 +36,7 @@ from conceptshare.config.members import GroupedMember, Member, as_member, pair_n
 from conceptshare.correlations import _store, correlate_stores
 from conceptshare.io.errors import StoreError
 from conceptshare.io.seals import seal
+from conceptshare.io.sizes import REPAIRINGS
 from conceptshare.io.store import open_store
 from tests.helpers.studies import study_file
 
@@ -169,7 +170,7 @@ def stored(stores, source, target, name):
     """An array of a pair's store, for the direction from the source."""
     a, b = as_member(source), as_member(target)
     store = zarr.open_group(stores.correlations / f"{pair_name(a, b)}.zarr", mode="r")
-    direction = {"floor": "ab" if a < b else "ba", "influence": "ab" if a < b else "ba"}[name]
+    direction = "ab" if a < b else "ba"
     return store[f"{name}_{direction}"][:].astype(np.float64)
 
 
@@ -337,10 +338,34 @@ def test_names_a_missing_table_of_similarities(study):
         matrix_table(MEMBERS, stores)
 
 
+def test_a_matrix_is_compared_with_its_null(study):
+    """The null is in the store; what tables make of it is computed here from its definition."""
+    stores, features = study
+    for (source, target, reading), row in cells_of(matrix_table(MEMBERS, stores)):
+        null, error = (stored(stores, source, target, name) for name in ("null", "null_error"))
+        assert (null.shape, error.shape) == ((REPAIRINGS, 2, 3), (2, 3))
+        S = np.array([x.sum() for x in features[source].values()])
+        F = np.array([x.shape[1] for x in features[source].values()])
+        if reading == "last":
+            nulls, expected_error = null[:, 1, 1], error[1, 1]
+        else:
+            shares = (S if reading == "pooled" else F) / (S if reading == "pooled" else F).sum()
+            nulls, expected_error = null[:, :, 2] @ shares, np.sqrt((shares**2 * error[:, 2] ** 2).sum())
+        assert row.null == pytest.approx(nulls.mean(), abs=1e-6)
+        assert row.null_error == pytest.approx(expected_error, abs=1e-6)
+        assert row.p == pytest.approx((1 + (nulls >= row.wmppc).sum()) / (1 + REPAIRINGS))
+        assert row.excess == pytest.approx((row.wmppc - row.null) / (1 - row.null))
+        if np.isnan(row.ceiling):
+            assert np.isnan(row.relative)
+        else:
+            assert row.relative == pytest.approx((row.wmppc - row.null) / (row.ceiling - row.null))
+
+
 def test_a_matrix_has_the_documented_columns(study):
     assert list(matrix_table(MEMBERS, study[0]).columns) == [
         *("source", "target", "source_modality", "target_modality", "source_kind", "target_kind", "reading"),
-        *("wmppc", "low", "high", "floor", "ceiling", "mppc", "features", "beyond_shuffled", "significant"),
+        *("wmppc", "low", "high", "floor", "ceiling", "null", "null_error", "p", "excess", "relative"),
+        *("mppc", "features", "beyond_shuffled", "significant"),
         *("strength_cv", "strength_rho", "cka", "mutual_knn"),
     ]
 
@@ -379,7 +404,7 @@ def test_averages_are_the_means_over_the_cells_of_two_modalities(study):
     matrix = matrix_table(MEMBERS, stores)
     table = averages_table(matrix, stores.correlations)
     assert list(table.columns) == [
-        *("reading", "source_modality", "target_modality", "cells", "wmppc", "low", "high", "floor")
+        *("reading", "source_modality", "target_modality", "cells", "wmppc", "low", "high", "floor", "null", "excess")
     ]
     directions = [("image", "text"), ("text", "image"), ("text", "text")]
     keys = [(reading, *direction) for reading in READINGS for direction in directions]
@@ -393,7 +418,8 @@ def test_averages_are_the_means_over_the_cells_of_two_modalities(study):
             if (reading, modality[source], modality[target]) == (row.reading, row.source_modality, row.target_modality)
         ]
         assert row.wmppc == pytest.approx(np.mean([cell.wmppc for cell in cells]))
-        assert row.floor == pytest.approx(np.mean([cell.floor for cell in cells]))
+        for column in ("floor", "null", "excess"):
+            assert getattr(row, column) == pytest.approx(np.mean([getattr(cell, column) for cell in cells]))
         n = READINGS.index(row.reading)
         influence = np.mean([stored(stores, cell.source, cell.target, "influence")[n] for cell in cells], axis=0)
         (expected,) = metrics.bootstrap_intervals([row.wmppc], influence[None])
@@ -427,6 +453,11 @@ def test_layerwise_table_has_both_directions_for_every_pair_of_layers(study):
         x, y = features[row.source][row.source_layer], features[row.target][row.target_layer]
         assert row.wmppc == pytest.approx(weighted(rho(x, y), x.sum(0)), abs=1e-5)
         assert row.mppc == pytest.approx(rho(x, y).mean(), abs=1e-5)
+        place = [1, 3].index(row.source_layer), [1, 3].index(row.target_layer)
+        nulls = stored(stores, row.source, row.target, "null")[:, *place]
+        assert row.null == pytest.approx(nulls.mean(), abs=1e-6)
+        assert row.p == pytest.approx((1 + (nulls >= row.wmppc).sum()) / (1 + REPAIRINGS))
+        assert row.excess == pytest.approx((row.wmppc - row.null) / (1 - row.null))
         floor = stored(stores, row.source, row.target, "floor")[[1, 3].index(row.target_layer)]
         floor = floor.reshape(2, FLOOR_FEATURES)[[1, 3].index(row.source_layer)]
         assert row.floor == pytest.approx(weighted(floor, x.sum(0)[:FLOOR_FEATURES]), abs=1e-6)

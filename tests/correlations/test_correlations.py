@@ -23,10 +23,12 @@ from conceptshare.correlations import (
     correlate_stores,
     max_correlations,
 )
+from conceptshare.correlations._null import drawn, repaired
 from conceptshare.correlations.blocks import plan_blocks
 from conceptshare.device import DEVICE
 from conceptshare.io.errors import NumericsError, StoreError
 from conceptshare.io.readers import read_correlations
+from conceptshare.io.sizes import REPAIRINGS
 from conceptshare.io.store import open_store
 from conceptshare.metrics import wmppc
 from tests.helpers.forks import run_forked
@@ -594,6 +596,46 @@ def test_the_floor_comes_from_shuffled_samples(larger_stores, tmp_path, monkeypa
     planted = read_correlations(out, "vit@0")
     assert planted.best.rho_ab[1, 30:50].min() > 0.6
     assert planted.floor.max() < 0.4  # for 310 best matches among 310 features over 300 samples
+
+
+def weighted_best(a, b, S):
+    """wMPPC of features without constant ones, by NumPy."""
+    return (all_correlations(a, b).max(axis=1) * S).sum() / S.sum()
+
+
+@pytest.mark.parametrize("memory_bytes", [None, 300_000])
+def test_the_null_is_the_wmppc_of_samples_paired_at_random(memory_bytes, rng):
+    """From a sample of features: within its error of all features, for other pairings."""
+    N = 400
+
+    # Features of very different S, whose null depends on S: rare ones meet by chance.
+    def layer(width):
+        density = rng.uniform(3 / N, 0.7, width)
+        x = rng.lognormal(size=(N, width)) * (rng.random((N, width)) < density)
+        x[:3] += 1e-3  # none is constant
+        return x
+
+    a, b = [layer(150), layer(90)], [layer(120), layer(600)]
+    strengths = [x.sum(0) for x in a]
+    null = repaired(a, strengths, b, memory_bytes, "float32", "null")
+    assert null.values.shape == (REPAIRINGS, 2, 3)
+    assert (null.error < 0.004).all()
+    pairings = [rng.permutation(N) for _ in range(30)]
+    for n, (x, S) in enumerate(zip(a, strengths, strict=True)):
+        for m, y in enumerate([*b, np.concatenate(b, axis=1)]):
+            values = [weighted_best(x[order], y, S) for order in pairings]
+            error = np.hypot(null.error[n, m], np.std(values) * (1 / len(values) + 1 / REPAIRINGS) ** 0.5)
+            assert null.values[:, n, m].mean() == pytest.approx(np.mean(values), abs=4 * error)
+    # Each of the pairings is another, and the samples are re-paired indeed.
+    assert len(np.unique(null.values[:, 0, 0])) == REPAIRINGS
+    assert repaired(a, strengths, a, None, "float32", "null").values.max() < 0.6
+
+
+def test_features_are_drawn_with_a_probability_proportional_to_their_strength(rng):
+    S = np.array([0, 1, 0, 3, 8, 4, 0], float)
+    counts = sum(np.bincount(drawn(S, 4, rng), minlength=7) for _ in range(2000))
+    np.testing.assert_allclose(counts / counts.sum(), S / S.sum(), atol=0.01)
+    assert set(drawn(np.zeros(5), 5, rng)) == set(range(5))
 
 
 def test_influence_is_the_derivative_of_wmppc_by_a_samples_weight(larger_stores, tmp_path):

@@ -4,7 +4,7 @@ import io
 import json
 import re
 import warnings
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -172,7 +172,8 @@ def matrix(members, rng):
         if source != target
         for reading in READINGS
     ]
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return table.assign(excess=table.wmppc - 0.1, p=0.04)
 
 
 FOUR = {
@@ -186,7 +187,7 @@ FOUR = {
 def test_matrix(tmp_path, rng, pdf):
     table = matrix(FOUR, rng)
     pixels = check_twice(lambda out: draw_matrix(table, out), tmp_path)
-    assert pixels.shape[1] > 2 * pixels.shape[0]  # three panels side by side
+    assert pixels.shape[1] > pixels.shape[0]  # three panels side by side, twice
 
 
 def test_matrix_leaves_cells_of_a_missing_target_empty(tmp_path, rng, drawn, unsaved):
@@ -200,9 +201,9 @@ def test_matrix_leaves_cells_of_a_missing_target_empty(tmp_path, rng, drawn, uns
 @pytest.mark.parametrize("missing", ["some", "all"])
 def test_matrix_with_cells_that_are_nan(tmp_path, rng, drawn, missing):
     table = matrix(FOUR, rng)
-    table.loc[table.index[:3] if missing == "some" else table.index, "wmppc"] = np.nan
+    table.loc[table.index[:3] if missing == "some" else table.index, ["wmppc", "excess", "p"]] = np.nan
     pixels = check(lambda out: draw_matrix(table, out), tmp_path / "drawn")
-    assert (filled_colours(pixels) >= 10) == (missing == "some")
+    assert (filled_colours(pixels) >= 8) == (missing == "some")
     assert "grey: an encoder with itself, or no value" in written_on(drawn[0])
     if missing == "all":
         grey = (np.ptp(pixels, axis=2) == 0) & (abs(pixels[..., 0].astype(int) - 230) <= 1)
@@ -211,16 +212,34 @@ def test_matrix_with_cells_that_are_nan(tmp_path, rng, drawn, missing):
         assert cells.min() > 200  # cells without a value have no number
 
 
+def test_a_matrix_shows_the_excess_below_and_hatches_cells_that_are_not_above_chance(tmp_path, rng, drawn, unsaved):
+    table = matrix(FOUR, rng)
+    by_chance = (table.source == "minilm@0") & (table.target == "clip-image@0") & (table.reading == "last")
+    draw_matrix(table.assign(p=np.where(by_chance, 0.3, 0.04)), tmp_path / "matrix.png")
+    (figure,) = drawn
+    panels = [ax for ax in figure.axes if ax.get_title()]
+    assert [ax.get_title().startswith("Excess over chance") for ax in panels] == [False] * 3 + [True] * 3
+    members = list(FOUR)
+    for ax, (column, reading) in zip(panels, product(("wmppc", "excess"), READINGS), strict=True):
+        of_reading = table[table.reading == reading]
+        cells = of_reading.pivot(index="source", columns="target", values=column).reindex(members, columns=members)
+        np.testing.assert_array_equal(np.ma.filled(ax.images[0].get_array(), np.nan), cells)
+        hatched = [patch.get_xy() for patch in ax.patches if patch.get_hatch()]
+        assert hatched == ([(-0.5, 2.5)] if reading == "last" else [])
+    assert any("hatched: not above" in text.get_text() for text in figure.texts)
+
+
 def test_a_matrix_of_two_members_shows_its_values(tmp_path, rng):
     """Cells are coloured by value: other values give other pixels."""
     table = matrix(dict(list(FOUR.items())[:2]), rng)
     pictures = [
-        check(lambda out, values=values: draw_matrix(table.assign(wmppc=values), out), tmp_path / str(n))
+        check(lambda out, values=values: draw_matrix(table.assign(wmppc=values, excess=0.01), out), tmp_path / str(n))
         for n, values in enumerate((table.wmppc, table.wmppc[::-1].to_numpy()))
     ]
     assert pictures[0].shape == pictures[1].shape
     cells = [(pictures[0] == colour).all(axis=2) for colour in coloured(pictures[0])]
-    assert len(cells) == 6
+    cells = [cell for cell in cells if 0.9 < box(cell, cell).mean() < 1]  # those with a number
+    assert len(cells) >= 6
     for cell in cells:
         assert 0.9 < box(cell, cell).mean() < 1  # it has a number
     assert (pictures[0] != pictures[1]).any(axis=2).mean() > 0.1
@@ -244,9 +263,9 @@ def test_a_matrix_fits_a_page_and_names_its_groups(tmp_path, rng, drawn, unsaved
     assert_readable(drawn[0])
     assert drawn[0].get_figwidth() <= 7.21
     panels = [ax for ax in drawn[0].axes if ax.images]
-    assert [ax.get_title().replace("\n", " ") for ax in panels] == list(TITLES.values())
+    assert [ax.get_title().replace("\n", " ") for ax in panels[:3]] == list(TITLES.values())
     edges = np.cumsum(sizes)
-    for ax, reading in zip(panels, READINGS, strict=True):
+    for ax, reading in zip(panels[:3], READINGS, strict=True):
         shown = {(round(t.get_position()[1]), round(t.get_position()[0])): t.get_text() for t in numbers_on(ax)}
         cells = table[table.reading == reading].set_index(["source", "target"]).wmppc
         expected = {
@@ -287,7 +306,7 @@ def layerwise(pairs, rows, columns):
             for i in range(rows)
             for j in range(columns)
         ]
-    )
+    ).assign(excess=lambda table: table.wmppc / 2, p=0.04)
 
 
 PAIRS = [
@@ -306,8 +325,9 @@ def test_layerwise(tmp_path, drawn, count, rows, columns):
     assert colours(pixels) > 100
     assert_readable(drawn[0])
     images = [ax.images[0] for ax in drawn[0].axes if ax.images]
-    assert len(images) == count
-    assert len({(image.norm.vmin, image.norm.vmax) for image in images}) == 1
+    assert len(images) == 2 * count  # wMPPC, and below it the excess, on a scale of its own
+    for of_value in (images[:count], images[count:]):
+        assert len({(image.norm.vmin, image.norm.vmax) for image in of_value}) == 1
 
 
 def test_layerwise_is_deterministic(tmp_path, pdf):
@@ -318,7 +338,7 @@ def test_layerwise_is_deterministic(tmp_path, pdf):
 def test_layerwise_draws_only_the_requested_pairs(tmp_path):
     """The table has both directions; a panel shows the one of the pair."""
     table = layerwise(PAIRS[:1], 4, 4)
-    back = table.rename(columns={"source": "target", "target": "source"}).assign(wmppc=0.01)
+    back = table.rename(columns={"source": "target", "target": "source"}).assign(wmppc=0.01, excess=0.3)
     for name, rows in (("forth", table), ("both", pd.concat([back, table]))):
         draw_layerwise(rows, PAIRS[:1], tmp_path / name / "figure.png")
     assert (tmp_path / "forth" / "figure.png").read_bytes() == (tmp_path / "both" / "figure.png").read_bytes()
@@ -335,13 +355,13 @@ def test_layerwise_names_a_missing_pair_and_lists_the_existing_ones(tmp_path):
 def test_layerwise_with_cells_that_are_nan(tmp_path, missing, shown):
     """The scale comes from the existing values, so they keep their colours."""
     table = layerwise(PAIRS[:2], 5, 5)
-    table.loc[table.index[missing], "wmppc"] = np.nan
+    table.loc[table.index[missing], ["wmppc", "excess", "p"]] = np.nan
     pixels = check(lambda out: draw_layerwise(table, PAIRS[:2], out), tmp_path / "drawn")
     assert (filled_colours(pixels) >= 4) == shown
 
 
 def test_layerwise_of_zeros(tmp_path):
-    table = layerwise(PAIRS[:1], 3, 3).assign(wmppc=0.0)
+    table = layerwise(PAIRS[:1], 3, 3).assign(wmppc=0.0, excess=0.0)
     check(lambda out: draw_layerwise(table, PAIRS[:1], out), tmp_path / "drawn")
 
 

@@ -238,8 +238,12 @@ def write_site(folder, seed=0):
                 "sae": SAE,
                 "name": "everything",
                 "members": NAMES,
-                "readings": {reading: square(rng, 4) for reading in ("pooled", "layer_mean", "last")},
-                "floors": {reading: [[0.05] * 4] * 3 + [[0.125] * 4] for reading in ("pooled", "layer_mean", "last")},
+                "wmppc": {reading: square(rng, 4) for reading in ("pooled", "layer_mean", "last")},
+                "excess": {
+                    reading: square(np.random.default_rng(7), 4) for reading in ("pooled", "layer_mean", "last")
+                },
+                "null": {reading: [[0.05] * 4] * 3 + [[0.125] * 4] for reading in ("pooled", "layer_mean", "last")},
+                "p": {reading: [[0.04] * 4] * 3 + [[0.5] * 4] for reading in ("pooled", "layer_mean", "last")},
             }
         ],
         "layerwise": [
@@ -254,7 +258,9 @@ def write_site(folder, seed=0):
                         "layers_a": LAYERS,
                         "layers_b": LAYERS,
                         "wmppc": rounded(rng.uniform(0.1, 0.5, (3, 3))),
-                        "floor": [[0.07] * 3] * 3,
+                        "excess": [[0.25, 0.13, 0.06]] * 3,
+                        "null": [[0.07] * 3] * 3,
+                        "p": [[0.04] * 3] * 3,
                     }
                     for a, b in pairs
                 ],
@@ -307,7 +313,8 @@ def write_large_site(folder, features=8192, others=9, seed=1):
     study = {"study": "large", "version": "0.1.0", "commit": None, "datasets": [{"name": DATASET, "samples": SAMPLES}]}
     study |= {"saes": [SAE], "layerwise": [], "sharedness": [], "overlaps": []}
     matrix = {"dataset": DATASET, "sae": SAE, "name": "everything", "members": names}
-    study["matrices"] = [matrix | {"readings": {"pooled": square(rng, others + 1)}, "floors": {"pooled": [[None]]}}]
+    nothing = {column: {"pooled": [[None]]} for column in ("excess", "null", "p")}
+    study["matrices"] = [matrix | {"wmppc": {"pooled": square(rng, others + 1)}, **nothing}]
     study["members"] = [member_entry(name, name[:-2], "image", "vision", [0], features) for name in names]
     write(folder, "study", study)
     table = make_table(rng, names[0], names[1:], features, [0], [])

@@ -83,7 +83,7 @@ def test_overview_shows_the_numbers(tab, site):
     page.locator(".heats").scroll_into_view_if_needed()
     tables = page.locator("table.heat")
     expect(tables).to_have_count(3)
-    pooled = study["matrices"][0]["readings"]["pooled"]
+    pooled = study["matrices"][0]["wmppc"]["pooled"]
     shown = seen(tables.first.locator("tbody td"))
     assert shown == ["an encoder with itself" if value is None else f"{value:.2f}" for row in pooled for value in row]
     assert seen(page.locator(".legend .empty")) == ["an encoder with itself"]
@@ -108,12 +108,31 @@ def test_a_matrix_has_a_choice_of_readings(tab, site):
     page = tab.open()
     page.get_by_label("Reading (how layers are combined)").select_option("last")
     expect(page).to_have_url(re.compile(r"#/\?reading=last$"))
-    last = read_data(site, "study")["matrices"][0]["readings"]["last"]
+    last = read_data(site, "study")["matrices"][0]["wmppc"]["last"]
     shown = seen(page.locator("table.heat").first.locator("tbody td a"))
     assert shown == [f"{value:.2f}" for row in last for value in row if value is not None]
     page.go_back()
     expect(page.get_by_label("Reading (how layers are combined)")).to_have_value("pooled")
-    expect(page.get_by_text("by chance: with shuffled samples, it is 0.05 to 0.13 here")).to_be_visible()
+    expect(page.get_by_text("with samples re-paired at random (the null), it is 0.05 to 0.13 here")).to_be_visible()
+
+
+def test_published_and_calibrated_values_are_a_switch_and_cells_by_chance_are_hatched(tab, site):
+    page = tab.open()
+    page.locator(".heats").scroll_into_view_if_needed()
+    tables = page.locator("table.heat")
+    expect(tables).to_have_count(3)
+    study = read_data(site, "study")
+    matrix, pair = study["matrices"][0], study["layerwise"][0]["pairs"][0]
+    page.get_by_label("Value").select_option("excess")
+    expect(page).to_have_url(re.compile(r"#/\?value=excess$"))
+    shown = seen(tables.first.locator("tbody td a"))
+    assert shown == [f"{value:.2f}" for row in matrix["excess"]["pooled"] for value in row if value is not None]
+    assert seen(tables.nth(1).locator("tbody td")) == [f"{value:.2f}" for row in pair["excess"] for value in row]
+    assert tables.first.locator("a.hatched").count() == 3  # the cells of one source
+    label = f"from {NAMES[3]} to {NAMES[0]}: {matrix['excess']['pooled'][3][0]:.2f}, not above chance"
+    expect(page.get_by_role("link", name=label)).to_have_class("hatched")
+    page.reload()
+    expect(page.get_by_label("Value")).to_have_value("excess")
 
 
 def test_all_heatmaps_share_a_scale(tab, site):
@@ -122,7 +141,7 @@ def test_all_heatmaps_share_a_scale(tab, site):
     page.locator(".heats").scroll_into_view_if_needed()
     expect(page.locator("table.heat")).to_have_count(3)
     study = read_data(site, "study")
-    matrix = study["matrices"][0]["readings"]
+    matrix = study["matrices"][0]["wmppc"]
     everything = [value for table in matrix.values() for row in table for value in row if value is not None]
     everything += [v for pair in study["layerwise"][0]["pairs"] for row in pair["wmppc"] for v in row]
     low, high = 0, max(everything)

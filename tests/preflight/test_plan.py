@@ -26,7 +26,7 @@ from conceptshare.config.study import build_study, load_study
 from conceptshare.correlations import _store
 from conceptshare.io import readers, store
 from conceptshare.io.errors import StudyError
-from conceptshare.io.sizes import SHOWN_SAMPLES
+from conceptshare.io.sizes import NULL_FEATURES, REPAIRINGS, SHOWN_SAMPLES
 from conceptshare.io.store import open_store
 from conceptshare.preflight import plan
 from conceptshare.preflight.plan import Rates, make_plan
@@ -108,15 +108,15 @@ def test_sizes_for_large_clip_on_coco(elsewhere):
 def test_operations_for_a_pair_of_large_encoders_on_coco():
     large = encoder(layers=24, width=1024)
     cost = plan.correlations_cost(large, large, PAPER, COCO, keep=False)
-    assert cost.half_flops == pytest.approx(9.14e15 * (1 + 2 * 512 / 8192), rel=1e-3)  # including shuffled ones
-    # Once each for the matches, both floors and the influences: all of A fits in memory.
-    assert cost.flops == 2 * 4 * 24 * 2 * COCO * 1024 * 8192
+    assert cost.half_flops == pytest.approx(9.14e15 * (1 + 2 * (512 + 1280) / 8192), rel=1e-3)
+    # Once each for the matches, both floors, both nulls and the influences: all of A fits in memory.
+    assert cost.flops == 2 * 6 * 24 * 2 * COCO * 1024 * 8192
     assert cost.read == 2 * 24 * (COCO * 1024 * 2 + 4 * (2 * 1024 * 8192 + 1024 + 8192))
     exact = plan.correlations_cost(large, large, PAPER, COCO, CorrelationSettings(precision="float32"), keep=False)
     assert exact.half_flops == 0
     assert exact.flops > cost.flops + cost.half_flops  # panels of A do not all fit, so B is computed more often
     kept = plan.correlations_cost(large, large, PAPER, COCO)
-    assert (kept.read, kept.flops) == (2 * 4 * 24 * COCO * 8192 * 2, 0)
+    assert (kept.read, kept.flops) == (2 * 6 * 24 * COCO * 8192 * 2, 0)
 
 
 def test_a_forward_pass_counts_the_operations_of_transformer_blocks():
@@ -200,7 +200,9 @@ def test_correlations_of_features_not_kept_have_the_estimated_operations(rng, tm
     cost = plan.correlations_cost(a, b, settings, N, keep=False)
     # Finding out the dtype of a layer and shuffling samples computes single blocks of 1,024 samples again.
     assert 1 <= sum(done) / cost.flops < 1.1
-    assert cost.half_flops == 3 * 2 * N * (2 * 40) * (3 * 60)  # floors of layers below 512 features use all of them
+    drawn = REPAIRINGS * NULL_FEATURES
+    # Floors of layers below 512 features use all of them.
+    assert cost.half_flops == 2 * N * (3 * (2 * 40) * (3 * 60) + drawn * (2 * (3 * 60) + 3 * (2 * 40)))
     store = open_store(tmp_path / "a@0__b@0.zarr", readers.CORRELATIONS)
     assert cost.written == pytest.approx(sum(store[name].nbytes for name in store.array_keys()), abs=200)
 

@@ -14,7 +14,19 @@ from conceptshare.correlations import FeatureStore, check_pair, judged, max_corr
 from conceptshare.correlations.blocks import Precision
 from conceptshare.io.errors import StoreError
 
-COLUMNS = ("source", "target", "reading", "wmppc", "low", "high", "floor", "mppc", "features", "beyond_shuffled")
+COLUMNS = (
+    "source",
+    "target",
+    "reading",
+    "wmppc",
+    "low",
+    "high",
+    "null",
+    "excess",
+    "mppc",
+    "features",
+    "beyond_shuffled",
+)
 """Columns of the result of `wmppc_between`."""
 
 

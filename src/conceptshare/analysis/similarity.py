@@ -8,6 +8,7 @@ most the first `NEIGHBOUR_SAMPLES`. The share of common neighbours depends on th
 equal numbers of samples are comparable.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def compare_stores(path_a: Path, path_b: Path, out: Path) -> None:
 
     Its columns are ``source_layer`` (of A), ``target_layer`` (of B), ``cka``, ``mutual_knn`` and ``samples``, the
     number of samples for CKA. Both measures are symmetric. They are empty for a layer that is the same for all samples.
+    ``cka_null`` and ``mutual_knn_null`` are their means over all ways to re-pair the samples at random.
 
     Args:
         path_a: A's activations.
@@ -113,8 +115,10 @@ def compare_stores(path_a: Path, path_b: Path, out: Path) -> None:
         b = _layer(store_b, target_layer, path_b)
         for source_layer, a in of_a.items():
             cka, mutual = _cka(a.centred, b.centred), _common(a.neighbours, b.neighbours)
-            rows.append((source_layer, target_layer, cka, mutual, min(N, CKA_SAMPLES)))
-    columns = ["source_layer", "target_layer", "cka", "mutual_knn", "samples"]
+            chance = float("nan") if math.isnan(mutual) else NEIGHBOURS / (min(N, NEIGHBOUR_SAMPLES) - 1)
+            nulls = cka_null(a.centred, b.centred), chance
+            rows.append((source_layer, target_layer, cka, mutual, min(N, CKA_SAMPLES), *nulls))
+    columns = ["source_layer", "target_layer", "cka", "mutual_knn", "samples", "cka_null", "mutual_knn_null"]
     table = pd.DataFrame(rows, columns=columns).sort_values(columns[:2])
     table.attrs["activations"] = {
         spec["name"]: store.attrs["digest"] for spec, store in zip(specs, stores, strict=True)
@@ -168,6 +172,15 @@ def _centred(x: Tensor) -> Tensor:
 
 def _cka(x: Tensor, y: Tensor) -> float:
     return float(_product(x, y).square().sum())
+
+
+def cka_null(x: Tensor, y: Tensor) -> float:
+    """The mean linear CKA over all ways to pair the rows of centred ``x [n, D]`` and ``y [n, D']``.
+
+    With K = XX' and L = YY', it is tr(K) tr(L) / ((n - 1) ||K|| ||L||); x and y are scaled so that the norms are 1.
+    """
+    traces = x.double().square().sum() * y.double().square().sum()
+    return float(traces / (len(x) - 1))
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ from conceptshare.sae.folder import REMEDY, sae_file, sae_of
 SIMILARITIES = ("cka", "mutual_knn")
 MATRIX_COLUMNS = (
     *("source", "target", "source_modality", "target_modality", "source_kind", "target_kind", "reading"),
-    *("wmppc", "low", "high", "floor", "ceiling", "mppc", "features", "beyond_shuffled", "significant"),
+    *("wmppc", "low", "high", "floor", "ceiling", "null", "null_error", "p", "excess", "relative"),
+    *("mppc", "features", "beyond_shuffled", "significant"),
     *("strength_cv", "strength_rho", *SIMILARITIES),
 )
 
@@ -44,8 +45,8 @@ _DIRECTION = ["reading", "source_modality", "target_modality"]
 _QUALITY = tuple(f"{measure}_{tokens}" for tokens in ("all", "global") for measure in ("fvu", "l0", "dead"))
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "matrix": MATRIX_COLUMNS,
-    "averages": (*_DIRECTION, "cells", "wmppc", "low", "high", "floor"),
-    "layerwise": ("source", "target", "source_layer", "target_layer", "wmppc", "floor"),
+    "averages": (*_DIRECTION, "cells", "wmppc", "low", "high", "floor", "null", "excess"),
+    "layerwise": ("source", "target", "source_layer", "target_layer", "wmppc", "floor", "null", "p", "excess"),
     "sharedness": ("rank", "top", "source", "layer", "feature", "delta", "strength", "density", "rho_g", "rho_h"),
     "overlaps": ("source", "first", "second", "top", "overlap", "expected", "log10_p"),
     "saes": ("encoder", "seed", "layer", "latents", "steps", *_QUALITY),
@@ -227,6 +228,9 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
     - ``wmppc``, with ``low`` and ``high``, its 95% bootstrap interval over samples;
     - ``floor``: the wMPPC with the target's samples shuffled; ``ceiling``: the wMPPC from the source to the other seed
       of its encoder, NaN if there is none;
+    - ``null``: the mean wMPPC with the samples re-paired at random, with its standard error ``null_error``; ``p``: the
+      probability of such a wMPPC for re-paired samples; ``excess``: (wMPPC - null) / (1 - null); ``relative``:
+      (wMPPC - null) / (ceiling - null), NaN if there is no ceiling;
     - ``mppc``, and ``features``, the number of features that it averages; ``beyond_shuffled``: the number of features
       that match better than with shuffled samples, at a false discovery rate of 5%, compared with features of similar
       density; ``significant``: the number of features that count as shared by the paper's appendix B, at that rate by
@@ -269,7 +273,11 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
             for cell in cells_of(pair, S, density, active_counts(statistics[target.member])):
                 reading = cell["reading"]
                 of_tokens = {measure: _similarity(similar.get(measure), reading) for measure in SIMILARITIES}
-                cells.append(described | cell | {"ceiling": ceilings[reading]} | of_tokens)
+                calibrated = {
+                    "ceiling": ceilings[reading],
+                    "relative": metrics.relative(cell["wmppc"], cell["null"], ceilings[reading]),
+                }
+                cells.append(described | cell | calibrated | of_tokens)
         # Many cells at once, because drawing the samples takes the most time, but not all, which might not fit memory.
         if len(cells) >= _CELLS_PER_BLOCK or source == members[-1]:
             ends = metrics.bootstrap_intervals([cell["wmppc"] for cell in cells], np.concatenate(influences))
@@ -298,6 +306,7 @@ def cells_of(
     values = wmppc_readings(rho, S, sizes)
     shuffled = _shuffled(sizes, pair.floor_sizes)
     floors = wmppc_readings(pair.floor, S[shuffled], pair.floor_sizes)
+    nulls = metrics.null_readings(pair.null, pair.null_error, S, sizes)
     cells = []
     for reading in metrics.READINGS:
         best, strength = _best(rho, sizes, reading), _best(S[None], sizes, reading)
@@ -309,6 +318,8 @@ def cells_of(
                 "reading": reading,
                 "wmppc": values[reading],
                 "floor": floors[reading],
+                **_calibrated(values[reading], nulls[reading][0]),
+                "null_error": nulls[reading][1],
                 "mppc": metrics.mppc(best),
                 "features": len(best),
                 "beyond_shuffled": int(_beyond_shuffled(pair, density, reading).sum()),
@@ -318,6 +329,12 @@ def cells_of(
             }
         )
     return cells
+
+
+def _calibrated(value: float, nulls: metrics.Array) -> dict[str, float]:
+    """A wMPPC in relation to its ``[R]`` values for re-paired samples."""
+    null = float(nulls.mean())
+    return {"null": null, "p": metrics.p_value(value, nulls), "excess": metrics.excess(value, null)}
 
 
 def _beyond_shuffled(pair: PairCorrelations, density: metrics.Array, reading: str) -> NDArray[np.bool_]:
@@ -422,15 +439,17 @@ def _averaged(matrix: pd.DataFrame) -> pd.DataFrame:
 
 
 def modality_means(matrix: pd.DataFrame) -> pd.DataFrame:
-    """The number of cells of a matrix per reading and direction, and the means of their wMPPC and floors."""
+    """The number of cells of a matrix per reading and direction, and the means of their columns."""
     cells = _averaged(matrix).groupby(_DIRECTION, as_index=False)
-    return cells.agg(cells=("wmppc", "size"), wmppc=("wmppc", "mean"), floor=("floor", "mean"))
+    means = {column: (column, "mean") for column in ("wmppc", "floor", "null", "excess")}
+    return cells.agg(cells=("wmppc", "size"), **means)
 
 
 def layerwise_table(pairs: Sequence[tuple[str, str]], stores: Stores) -> pd.DataFrame:
     """wMPPC and MPPC between all layers of two members, in both directions.
 
-    ``floor`` is the wMPPC with the target's samples shuffled; ``cka`` and ``mutual_knn`` compare the global tokens of
+    ``floor`` is the wMPPC with the target's samples shuffled; ``null``, ``p`` and ``excess`` are as in `matrix_table`;
+    ``cka`` and ``mutual_knn`` compare the global tokens of
     the two layers, NaN for two seeds of one encoder.
 
     Raises:
@@ -443,21 +462,30 @@ def layerwise_table(pairs: Sequence[tuple[str, str]], stores: Stores) -> pd.Data
         for source, target in ((a, b), (b, a)):
             pair, similar = stores.pair(source, target), stores.similar(source, target)
             ends, floor_ends = np.cumsum(pair.best.sizes_a), np.cumsum(pair.floor_sizes)
-            for layer, first, end, floor_first, floor_end in zip(
-                pair.layers_a, ends - pair.best.sizes_a, ends, floor_ends - pair.floor_sizes, floor_ends, strict=True
+            for place, (layer, first, end, floor_first, floor_end) in enumerate(
+                zip(
+                    pair.layers_a,
+                    ends - pair.best.sizes_a,
+                    ends,
+                    floor_ends - pair.floor_sizes,
+                    floor_ends,
+                    strict=True,
+                )
             ):
                 S = statistics[source][layer].strength
                 for n, target_layer in enumerate(pair.layers_b):
                     rho, by_chance = pair.best.rho_ab[n, first:end], pair.floor[n, floor_first:floor_end]
+                    value = metrics.wmppc(rho, S)
                     rows.append(
                         {
                             "source": source,
                             "target": target,
                             "source_layer": layer,
                             "target_layer": target_layer,
-                            "wmppc": metrics.wmppc(rho, S),
+                            "wmppc": value,
                             "mppc": metrics.mppc(rho),
                             "floor": metrics.wmppc(by_chance, S[: len(by_chance)]),
+                            **_calibrated(value, pair.null[:, place, n].astype(np.float64)),
                             **{
                                 measure: float(similar[measure].loc[layer, target_layer]) if similar else float("nan")
                                 for measure in SIMILARITIES

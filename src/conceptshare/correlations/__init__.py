@@ -7,6 +7,8 @@ are concatenated; ``sizes_a [L_A]`` and ``sizes_b [L_B]`` are the numbers of fea
   ``match_ab [L_B, F_A]`` int32: that feature's index in its layer;
 - ``floor_ab [L_B, f_A]`` float32: the same rho for the first ``floor_sizes_a [L_A]`` features of each layer of A, with
   B's samples shuffled;
+- ``null_ab [R, L_A, L_B + 1]`` float32: the wMPPC from each layer of A to each of B, and last to all layers of B, with
+  A's samples in R random orders, and ``null_error_ab [L_A, L_B + 1]`` float32, the standard error of their means;
 - ``influence_ab [3, N]`` float32: each sample's influence on the wMPPC from A to B, by reading;
 - ``rho_ba [L_A, F_B]`` and so on: the same from B to A;
 - ``full/layer-NN__layer-MM [F_a, F_b]`` float32: the full correlation matrix of two layers, if requested.

@@ -51,6 +51,8 @@ def _is_array(side: Any) -> bool:
 
 
 def _layer(layer: Any, name: str) -> tuple[Any, Array]:
+    if hasattr(layer, "value_bytes"):  # one of ours, where reading a value takes long
+        return layer, Array(name, "run the features stage again", layer.value_bytes)
     kind = f"{name}, a {type(layer).__module__}.{type(layer).__qualname__},"
     if hasattr(layer, "todense") or (isinstance(layer, Tensor) and layer.layout is not torch.strided):
         raise NumericsError(

@@ -11,6 +11,7 @@ import zarr
 from conceptshare.correlations._arrays import sample_count
 from conceptshare.correlations._engine import Full, Kept, max_correlations
 from conceptshare.correlations._influence import Encoder, influences
+from conceptshare.correlations._null import repaired
 from conceptshare.correlations.blocks import MEMORY_BYTES, Blocks, Precision
 from conceptshare.io.errors import StoreError
 from conceptshare.io.files import FILE, Unchanged, unlocked_output
@@ -77,6 +78,7 @@ def correlate_stores(
         arrays = dict(vars(found))
         for direction, pair in zip(("ab", "ba"), judged(a, b, found, memory_bytes, precision), strict=True):
             arrays |= {f"floor_{direction}": pair.floor, f"floor_sizes_{direction[0]}": pair.floor_sizes}
+            arrays |= {f"null_{direction}": pair.null, f"null_error_{direction}": pair.null_error}
             arrays[f"influence_{direction}"] = pair.influence
         for name, values in arrays.items():
             if name in store:  # from an attempt that was interrupted while writing these
@@ -111,17 +113,38 @@ def judged(
     memory_bytes: int | None = None,
     precision: Precision = "float32",
 ) -> tuple[PairCorrelations, PairCorrelations]:
-    """Add floors and influences to the best matches of two stores: those from A to B, and those from B to A."""
+    """Add floors, nulls and influences to the best matches of two stores, from A to B and from B to A."""
     floors = [
         shuffled_floor(source.arrays, target.arrays, memory_bytes, precision, f"floor of {source.name}")
+        for source, target in ((a, b), (b, a))
+    ]
+    nulls = [
+        repaired(
+            source.arrays,
+            source.strengths,
+            target.arrays,
+            memory_bytes,
+            precision,
+            f"re-paired samples of {source.name}",
+        )
         for source, target in ((a, b), (b, a))
     ]
     names = f"influence, {a.name} and {b.name}"
     of_both = influences(a.encoder(), b.encoder(), found, memory_bytes or MEMORY_BYTES, names)
     of_ab, of_ba = (
-        PairCorrelations(best, source.layers, target.layers, a.samples, floor.rho_ab, floor.sizes_a, influence)
-        for best, source, target, floor, influence in zip(
-            (found, found.reverse()), (a, b), (b, a), floors, of_both, strict=True
+        PairCorrelations(
+            best=best,
+            layers_a=source.layers,
+            layers_b=target.layers,
+            samples=a.samples,
+            floor=floor.rho_ab,
+            floor_sizes=floor.sizes_a,
+            null=null.values,
+            null_error=null.error,
+            influence=influence,
+        )
+        for best, source, target, floor, null, influence in zip(
+            (found, found.reverse()), (a, b), (b, a), floors, nulls, of_both, strict=True
         )
     )
     return of_ab, of_ba
@@ -161,10 +184,10 @@ class FeatureStore:
         # The offset does not affect correlations, and adding it would cost precision.
         self.arrays = [layer.stored for layer in features]
         self._offset = np.concatenate([layer.offset.astype(np.float64) for layer in features])
-        self._strength, self._deviation = (
-            np.concatenate([layer_array(store, n, name, path)[:] for n in self.layers])
-            for name in ("strength", "deviation")
+        self.strengths, deviations = (
+            [layer_array(store, n, name, path)[:] for n in self.layers] for name in ("strength", "deviation")
         )
+        self._strength, self._deviation = np.concatenate(self.strengths), np.concatenate(deviations)
 
     def encoder(self) -> Encoder:
         """The features, with the statistics that standardise them."""
@@ -183,7 +206,9 @@ class FeatureStore:
 
 
 class _View:
-    """The first features of a layer ``[N, F]``, with its samples rotated by ``shift``."""
+    """The first features of a layer ``[N, F]`` float16, with its samples rotated by ``shift``."""
+
+    value_bytes = 2
 
     def __init__(self, layer: Any, width: int, shift: int) -> None:
         self._layer, self._shift, self.shape = layer, shift, (layer.shape[0], width)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from conceptshare.figures._style import READING_TITLES, STYLE, annotate_empty, explain_grey, heatmap, letters_on, save
+from conceptshare.figures._style import READING_TITLES, STYLE, annotate_empty, explain, heatmap, letters_on, save
 
 
 def draw_averages(averages: pd.DataFrame, out: Path) -> None:
@@ -43,7 +43,7 @@ def draw_averages(averages: pd.DataFrame, out: Path) -> None:
             ax.set_xlabel("to")
         axes[0].set_ylabel("from")
         if any(np.ma.getmaskarray(image.get_array()).any() for image in images):
-            explain_grey(figure, "no pair of different encoders")
+            explain(figure, "grey: no pair of different encoders")
         if images:
             figure.colorbar(images[0], ax=axes, label="mean wMPPC")
         save(figure, out)

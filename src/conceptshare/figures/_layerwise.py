@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from conceptshare.config.members import as_member
-from conceptshare.figures._style import STYLE, explain_grey, heatmap, layer_ticks, save
+from conceptshare.figures._style import ABOVE_CHANCE, STYLE, VALUES, explain, heatmap, layer_ticks, save
 from conceptshare.io.errors import StudyError
 
 _PANEL = 2.15
@@ -25,7 +25,8 @@ _SMALL: Any = {"font.size": 7, "axes.titlesize": 7.5}
 def draw_layerwise(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], out: Path) -> None:
     """Heatmaps of wMPPC from each layer of one member to each of another, a panel per pair, one colour scale (Fig. 1).
 
-    Layer 0 is at the bottom left.
+    Below them are those of the excess over chance. Cells that are not above their null are hatched. Layer 0 is at the
+    bottom left.
 
     Raises:
         StudyError: if a pair is not in the table.
@@ -36,7 +37,6 @@ def draw_layerwise(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], out: P
         there = ", ".join(json.dumps(pair) for pair in known)
         raise StudyError(f"the table has no pair {json.dumps(unknown[0])}; give pairs that it has: {there}")
     chosen = [table[(table.source == a) & (table.target == b)] for a, b in pairs]
-    top = float(np.nanmax([1e-6, *(panel.wmppc.max() for panel in chosen)]))
     columns = min(3, len(pairs))
     rows = -(-len(pairs) // columns)
     with mpl.rc_context(STYLE | _SMALL):
@@ -45,27 +45,46 @@ def draw_layerwise(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], out: P
         # Long names take more lines than a panel has room for.
         more = _LINE * max(words.count("\n") for pair in labels for words in pair)
         above = _LINE * (max(title.count("\n") for title in titles) - 1)
-        size = (_PANEL + more) * columns + 0.7, (_PANEL + 0.25 + above + more) * rows
+        size = (_PANEL + more) * columns + 0.7, (_PANEL + 0.25 + above + more) * rows * len(VALUES)
         figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False)
-        for ax, title, (label_a, label_b), panel in zip(axes.flat, titles, labels, chosen, strict=False):
-            cells = panel.pivot(index="source_layer", columns="target_layer", values="wmppc")
-            image = heatmap(ax, cells.to_numpy(), 0, top, letters=6 if max(cells.shape) <= 8 else None)
-            # Panels have one size, so cells are oblong if the encoders differ in depth.
-            ax.set_aspect("auto")
-            ax.set_box_aspect(1)
-            layer_ticks(ax.xaxis, list(cells.columns), most=9)
-            layer_ticks(ax.yaxis, list(cells.index), most=9)
-            ax.invert_yaxis()
-            ax.set_title(title)
-            ax.set_xlabel(label_b)
-            ax.set_ylabel(label_a)
-        for ax in axes.flat[len(pairs) :]:
-            ax.remove()
-        if any(panel.wmppc.isna().any() for panel in chosen):
-            explain_grey(figure, "no value")
-        figure.colorbar(image, ax=list(axes.flat[: len(pairs)]), label="wMPPC", shrink=0.85)
+        every = figure.subplots(rows * len(VALUES), columns, squeeze=False)
+        for (value, words), axes in zip(VALUES.items(), np.split(every, len(VALUES)), strict=True):
+            top = float(np.nanmax([1e-6, *(panel[value].max() for panel in chosen)]))
+            image = _draw_panels(axes, chosen, titles, labels, value, top)
+            for ax in axes.flat[len(pairs) :]:
+                ax.remove()
+            figure.colorbar(image, ax=list(axes.flat[: len(pairs)]), label=words, shrink=0.85)
+        notes = ["grey: no value"] if any(panel.wmppc.isna().any() for panel in chosen) else []
+        if any((panel.p > ABOVE_CHANCE).any() for panel in chosen):
+            notes.append("hatched: not above the level of samples that are re-paired at random")
+        if notes:
+            explain(figure, "; ".join(notes))
         save(figure, out)
+
+
+def _draw_panels(
+    axes: Any,
+    chosen: Sequence[pd.DataFrame],
+    titles: Sequence[str],
+    labels: Sequence[Sequence[str]],
+    value: str,
+    top: float,
+) -> Any:
+    """Draw a column of the table for each pair, and return the last image."""
+    for ax, title, (label_a, label_b), panel in zip(axes.flat, titles, labels, chosen, strict=False):
+        cells, p = (panel.pivot(index="source_layer", columns="target_layer", values=column) for column in (value, "p"))
+        letters = 6 if max(cells.shape) <= 8 else None
+        image = heatmap(ax, cells.to_numpy(), 0, top, letters, p.to_numpy() > ABOVE_CHANCE)
+        # Panels have one size, so cells are oblong if the encoders differ in depth.
+        ax.set_aspect("auto")
+        ax.set_box_aspect(1)
+        layer_ticks(ax.xaxis, list(cells.columns), most=9)
+        layer_ticks(ax.yaxis, list(cells.index), most=9)
+        ax.invert_yaxis()
+        ax.set_title(title)
+        ax.set_xlabel(label_b)
+        ax.set_ylabel(label_a)
+    return image
 
 
 def _pair_title(a: str, b: str) -> str:

@@ -1,7 +1,7 @@
 """The wMPPC matrices."""
 
 from collections.abc import Sequence
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,11 +11,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from conceptshare.analysis.formats import short_labels
-from conceptshare.figures._style import FIXED_LAYOUT, PAGE, READING_TITLES, STYLE, fitted, heatmap, save, text_width
+from conceptshare.figures._style import (
+    ABOVE_CHANCE,
+    FIXED_LAYOUT,
+    PAGE,
+    READING_TITLES,
+    STYLE,
+    VALUES,
+    fitted,
+    heatmap,
+    save,
+    text_width,
+)
 
 # In inches.
-_WORD, _GAP, _TITLE, _BAR = 0.2, 0.14, 0.36, 0.66
-"""Room for the words "from" and "to", between panels, for a panel's title, and for the colour bar."""
+_WORD, _GAP, _TITLE, _BAR, _NOTE = 0.2, 0.14, 0.36, 0.66, 0.16
+"""Room for the words "from" and "to", between panels, for a panel's title, for the colour bar, and for the note."""
 _MAX_CELL, _MIN_CELL = 0.6, 0.21
 """Sides of a cell. If one row of panels needs smaller cells, there are two rows."""
 _LABEL = 2.0
@@ -23,6 +34,7 @@ _LABEL = 2.0
 _MODALITIES = {"image": "images", "text": "text"}
 _KINDS = {"vlm": "vision-language", "vision": "vision", "language": "language", "untrained": "untrained"}
 _HEADING = "input, kind of model"
+_SHORT = {"pooled": "pooled", "layer_mean": "mean over layers", "last": "last layer"}
 
 
 class _Group(NamedTuple):
@@ -33,33 +45,41 @@ class _Group(NamedTuple):
 
 
 def draw_matrix(table: pd.DataFrame, out: Path) -> None:
-    """The wMPPC matrix of each reading on one colour scale, with members in groups of one modality and kind.
+    """The wMPPC matrix of each reading, and below it the excess over chance, with members in groups of one kind.
 
-    It fits the width of a printed page. Cells show their numbers if these are large enough to read.
-    The matrix table has at least ``source, target, source_modality, source_kind, reading, wmppc``.
+    Cells that are not above their null are hatched. It fits the width of a printed page. Cells show their numbers if
+    these are large enough to read. The matrix table has at least ``source, target, source_modality, source_kind,
+    reading, wmppc, excess, p``.
     """
     members = list(dict.fromkeys(table["source"]))
     groups = _groups(table.drop_duplicates("source"))
-    top = float(table.wmppc.max()) if table.wmppc.max() > 0 else 1.0
     with mpl.rc_context(STYLE | FIXED_LAYOUT):
-        figure, axes, bar, cell = _panels(short_labels(members), groups)
+        figure, axes, bars, cell = _panels(short_labels(members), groups)
         letters = min(7.0, 72 * cell / 2.7)  # a number is 2.3 times as wide as high, and lines take some of a cell
-        for ax, (reading, title) in zip(axes, READING_TITLES.items(), strict=True):
-            of_reading = table[table.reading == reading]
-            cells = of_reading.pivot(index="source", columns="target", values="wmppc").reindex(
-                index=members, columns=members
+        for ax, (value, reading) in zip(axes, product(VALUES, READING_TITLES), strict=True):
+            cells, p = (
+                table[table.reading == reading]
+                .pivot(index="source", columns="target", values=column)
+                .reindex(index=members, columns=members)
+                .to_numpy()
+                for column in (value, "p")
             )
-            image = heatmap(ax, cells.to_numpy(), 0, top, letters if letters >= 4.5 else None)
-            ax.set_title(title.replace(", ", ",\n"), fontsize=8)
+            top = float(table[value].max()) if table[value].max() > 0 else 1.0
+            image = heatmap(ax, cells, 0, top, letters if letters >= 4.5 else None, p > ABOVE_CHANCE)
+            title = READING_TITLES[reading].replace(", ", ",\n")
+            ax.set_title(title if value == "wmppc" else f"Excess over chance:\n{_SHORT[reading]}", fontsize=8)
             for before, group in pairwise(groups):
                 line: Any = {"color": "white", "linewidth": 1.5 if before.modality == group.modality else 3}
                 ax.axhline(group.first - 0.5, **line)
                 ax.axvline(group.first - 0.5, **line)
+            figure.colorbar(image, cax=bars[value], label=VALUES[value])
         note = "grey: an encoder with itself" + (", or no value" if table.wmppc.isna().any() else "")
+        if (table.p > ABOVE_CHANCE).any():
+            note += "; hatched: not above the level of samples that are re-paired at random"
         place = 0.04 / figure.get_figwidth(), 0.04 / figure.get_figheight()
         figure.text(*place, note, va="bottom", fontsize=6.5, color="0.3")
-        figure.colorbar(image, cax=bar, label="wMPPC")
-        bar.tick_params(labelsize=7)
+        for bar in bars.values():
+            bar.tick_params(labelsize=7)
         save(figure, out)
 
 
@@ -70,8 +90,8 @@ def _groups(members: pd.DataFrame) -> list[_Group]:
     return [_Group(*kinds[places[0]], first=places[0], last=places[-1]) for places in runs]
 
 
-def _panels(labels: Sequence[str], groups: Sequence[_Group]) -> tuple[Figure, list[Axes], Axes, float]:
-    """Square panels with their labels, an axis for the colour bar, and the side of a cell in inches.
+def _panels(labels: Sequence[str], groups: Sequence[_Group]) -> tuple[Figure, list[Axes], dict[str, Axes], float]:
+    """Three square panels for each of the `VALUES`, an axis for each colour bar, and the side of a cell in inches.
 
     Positions are computed here because the font size depends on the size of cells.
     """
@@ -89,12 +109,13 @@ def _panels(labels: Sequence[str], groups: Sequence[_Group]) -> tuple[Figure, li
     slanted = 72 * cell >= 12
     below = _WORD + 0.08 + label * (0.75 if slanted else 1)
     side, rows = cell * len(labels), -(-3 // columns)
-    width, height = left + columns * side + (columns - 1) * _GAP + _BAR, rows * (_TITLE + side + below)
+    width, row_height = left + columns * side + (columns - 1) * _GAP + _BAR, _TITLE + side + below
+    height = len(VALUES) * rows * row_height + _NOTE
     figure = Figure(figsize=(width, height))
-    axes = []
-    for n in range(3):
+    axes, bars = [], {}
+    for block, n in product(range(len(VALUES)), range(3)):
         x = left + n % columns * (side + _GAP)
-        y = height - (n // columns) * (_TITLE + side + below) - _TITLE - side
+        y = height - (block * rows + n // columns) * row_height - _TITLE - side
         ax = figure.add_axes((x / width, y / height, side / width, side / height))
         turned: Any = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if slanted else {"rotation": 90}
         ax.set_xticks(range(len(labels)), labels, fontsize=letters, **turned)
@@ -104,9 +125,10 @@ def _panels(labels: Sequence[str], groups: Sequence[_Group]) -> tuple[Figure, li
             figure.text(0.04 / width, (y + side / 2) / height, "from", rotation=90, va="center", fontsize=8)
             _bracket(ax, groups, names, (label + 0.11) / side, letters)
         axes.append(ax)
-    place = (width - _BAR + 0.08, height - _TITLE - side, 0.1, side)
-    bar = figure.add_axes((place[0] / width, place[1] / height, place[2] / width, place[3] / height))
-    return figure, axes, bar, cell
+    for block, value in enumerate(VALUES):
+        y = height - block * rows * row_height - _TITLE - side
+        bars[value] = figure.add_axes(((width - _BAR + 0.08) / width, y / height, 0.1 / width, side / height))
+    return figure, axes, bars, cell
 
 
 def _bracket(ax: Axes, groups: Sequence[_Group], names: Sequence[str], away: float, letters: float) -> None:

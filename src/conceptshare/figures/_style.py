@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from numpy.typing import ArrayLike
 
@@ -26,6 +27,7 @@ STYLE: Any = {
     "savefig.bbox": "tight",
     "savefig.facecolor": "white",
     "pdf.fonttype": 42,
+    "hatch.linewidth": 0.6,
 }
 # For figures placed in inches: no search for the bounding box, nor for titles that overlap.
 FIXED_LAYOUT: Any = {"savefig.bbox": None, "axes.titley": 1.0}
@@ -50,18 +52,34 @@ def save(figure: Figure, out: Path) -> None:
             figure.savefig(partial, format=kind.suffix[1:], metadata=metadata)
 
 
-def heatmap(ax: Axes, cells: np.ndarray[Any, Any], low: float, high: float, letters: float | None) -> Any:
+VALUES = {"wmppc": "wMPPC", "excess": "excess"}
+"""The columns that heatmaps of wMPPC show, and the labels of their colour bars."""
+ABOVE_CHANCE = 0.05
+"""Largest p of a cell that counts as above its null."""
+
+
+def heatmap(
+    ax: Axes,
+    cells: np.ndarray[Any, Any],
+    low: float,
+    high: float,
+    letters: float | None,
+    hatched: np.ndarray[Any, Any] | None = None,
+) -> Any:
     """A heatmap of cells, grey for NaN, with their numbers at a font size of ``letters``, if any."""
     image = ax.imshow(cells, cmap=COLOURS, vmin=low, vmax=high, aspect="equal")
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
     ax.set_facecolor("0.9")
+    for i, j in [] if hatched is None else np.argwhere(hatched):
+        lines: Any = {"hatch": "////", "edgecolor": letters_on(image, cells[i, j]), "linewidth": 0}
+        ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, **lines))
     if letters:
         for (i, j), value in np.ndenumerate(cells):
             if np.isfinite(value):
-                ax.text(
-                    j, i, f"{value:.2f}", ha="center", va="center", color=letters_on(image, value), fontsize=letters
-                )
+                around = withStroke(linewidth=2, foreground=image.cmap(image.norm(value)))
+                ink: Any = {"color": letters_on(image, value), "path_effects": [around]}
+                ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=letters, **ink)
     return image
 
 
@@ -93,9 +111,9 @@ def _ruler() -> Any:
     return canvas.get_renderer()
 
 
-def explain_grey(figure: Figure, words: str) -> None:
-    """Write below the panels of a figure with matplotlib's layout what grey cells are."""
-    figure.supxlabel(f"grey: {words}", x=0.01, ha="left", fontsize=7)
+def explain(figure: Figure, words: str) -> None:
+    """Write a note below the panels of a figure with matplotlib's layout."""
+    figure.supxlabel(words, x=0.01, ha="left", fontsize=7)
 
 
 def annotate_empty(ax: Axes, words: str, size: float | None = None) -> None:

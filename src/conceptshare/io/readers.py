@@ -141,6 +141,11 @@ class PairCorrelations:
     """``[L_B, f_A]`` rho of the first features of each layer of A with B's samples shuffled."""
     floor_sizes: NDArray[np.int64]
     """``[L_A]`` number of these features per layer."""
+    null: NDArray[np.float32]
+    """``[R, L_A, L_B + 1]`` wMPPC with the samples re-paired at random, for R re-pairings, from each layer of A to each
+    of B, and last to all layers of B."""
+    null_error: NDArray[np.float32]
+    """``[L_A, L_B + 1]`` standard error of their means over re-pairings."""
     influence: NDArray[np.float32]
     """``[3, N]`` each sample's influence on the wMPPC from A to B, for each of `metrics.READINGS`."""
 
@@ -170,5 +175,7 @@ def read_correlations(path: Path, source: str) -> PairCorrelations:
         samples=spec["samples"],
         floor=read(f"floor_{direction}"),
         floor_sizes=read(f"floor_sizes_{one}"),
+        null=read(f"null_{direction}"),
+        null_error=read(f"null_error_{direction}"),
         influence=read(f"influence_{direction}"),
     )

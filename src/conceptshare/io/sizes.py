@@ -24,6 +24,11 @@ FLOOR_FEATURES = 512
 """Number of features per layer, the first ones, that are matched with shuffled samples: one column of chunks. A
 feature's index is arbitrary, so the floor from these is within a few percent of the floor from all features."""
 
+REPAIRINGS = 20
+"""Number of random orders of the samples for the null of a wMPPC: enough for a p-value below 0.05."""
+NULL_FEATURES = 64
+"""Number of features per layer and re-pairing that the null is estimated from."""
+
 CKA_SAMPLES = 10_000
 """Maximum number of samples for linear CKA. Their float32 activations in all layers of one encoder are in memory."""
 NEIGHBOUR_SAMPLES = 4096

@@ -66,8 +66,7 @@ def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
                         **where,
                         "name": name,
                         "members": members,
-                        "readings": _readings(table, members, "wmppc"),
-                        "floors": _readings(table, members, "floor"),
+                        **{column: _readings(table, members, column) for column in _CELL_COLUMNS},
                     }
                 )
             for name, pairs in study["layerwise"].items():
@@ -86,6 +85,8 @@ def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
 
 # Numbers that figures show too are rounded once, not to four digits and then to two.
 _EXACT = 8
+_CELL_COLUMNS = ("wmppc", "excess", "null", "p")
+"""Columns of a cell of a matrix or heatmap."""
 
 
 def _readings(table: pd.DataFrame, members: list[str], values: str) -> dict[str, Any]:
@@ -100,19 +101,16 @@ def _readings(table: pd.DataFrame, members: list[str], values: str) -> dict[str,
 
 
 def _heatmap(table: pd.DataFrame, a: str, b: str) -> dict[str, Any]:
-    cells, floor = (
-        table[(table.source == a) & (table.target == b)].pivot(
-            index="source_layer", columns="target_layer", values=values
-        )
-        for values in ("wmppc", "floor")
-    )
+    of_pair = table[(table.source == a) & (table.target == b)]
+    squares = {
+        column: of_pair.pivot(index="source_layer", columns="target_layer", values=column) for column in _CELL_COLUMNS
+    }
     return {
         "a": a,
         "b": b,
-        "layers_a": cells.index.tolist(),
-        "layers_b": cells.columns.tolist(),
-        "wmppc": [numbers(row, _EXACT) for row in cells.to_numpy()],
-        "floor": [numbers(row, _EXACT) for row in floor.to_numpy()],
+        "layers_a": squares["wmppc"].index.tolist(),
+        "layers_b": squares["wmppc"].columns.tolist(),
+        **{column: [numbers(row, _EXACT) for row in square.to_numpy()] for column, square in squares.items()},
     }
 
 

@@ -27,7 +27,9 @@ from conceptshare.io.sizes import (
     MEASURED_SAMPLES,
     NEAR,
     NEIGHBOUR_SAMPLES,
+    NULL_FEATURES,
     QUANTILES,
+    REPAIRINGS,
     SHARD_BYTES,
     SHOWN_SAMPLES,
     SLAB_BYTES,
@@ -358,16 +360,21 @@ def correlations_cost(
 ) -> Cost:
     """Best matches of two members: 2 N F_a F_b over all pairs of layers, once for both directions.
 
-    Twice more for the first features of each layer with shuffled samples, and a pass for the influences. Features are
-    read or computed for each, and more often for the matches if they do not fit the memory budget.
+    Twice more for the first features of each layer with shuffled samples, twice for the drawn features of the nulls,
+    and a pass for the influences. Features are read or computed for each, and more often if they do not fit the budget.
     """
     correlations = correlations or CorrelationSettings()
     budget = (correlations.memory_mb or 0) * 2**20 or GPU_MEMORY_BYTES
     value = {"float16": 2, "float32": 4}[correlations.precision]
     sizes = [[settings.expansion * spec.width] * len(spec.layer_numbers()) for spec in (a, b)]
     first = [[min(F, FLOOR_FEATURES) for F in side] for side in sizes]
+    repaired = [[REPAIRINGS * NULL_FEATURES] * len(side) for side in sizes]
     times, product, memory = [1, 1], 0, 0
-    for one, other, order in ((sizes[0], sizes[1], (0, 1)), (first[0], sizes[1], (0, 1)), (first[1], sizes[0], (1, 0))):
+    for one, other, order in (
+        (sizes[0], sizes[1], (0, 1)),
+        *((sample[0], sizes[1], (0, 1)) for sample in (first, repaired)),
+        *((sample[1], sizes[0], (1, 0)) for sample in (first, repaired)),
+    ):
         blocks = plan_blocks(N, one, other, 2, budget, value, gpu=True)
         for side, count in zip(order, (blocks.times_a, blocks.times_b), strict=True):
             times[side] += count
@@ -376,8 +383,9 @@ def correlations_cost(
     features = [feature_access_cost(spec, settings, N, count, keep) for spec, count in zip((a, b), times, strict=True)]
     rhos = [len(sizes[1]) * sum(sizes[0]), len(sizes[0]) * sum(sizes[1])]
     floors = [len(sizes[1]) * sum(first[0]), len(sizes[0]) * sum(first[1])]
+    nulls = (REPAIRINGS + 1) * sum(len(one) * (len(other) + 1) for one, other in (sizes, sizes[::-1]))
     return Cost(
-        written=8 * sum(rhos) + 4 * sum(floors) + 2 * 3 * 4 * N,
+        written=8 * sum(rhos) + 4 * (sum(floors) + nulls) + 2 * 3 * 4 * N,
         read=sum(each.read for each in features),
         flops=sum(each.flops for each in features) + (product if value == 4 else 0),
         half_flops=product if value == 2 else 0,

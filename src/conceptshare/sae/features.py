@@ -251,6 +251,8 @@ class _Recomputed:
         StoreError: if the activations or the SAE of the feature store are missing, damaged or others.
     """
 
+    value_bytes = 2
+
     def __init__(self, path: Path, spec: Any, layer: int, offset: NDArray[np.float32]) -> None:
         activations, saes = (
             Path(os.path.normpath(path / spec["recomputed_from"][name])) for name in ("activations", "saes")

@@ -16,15 +16,16 @@ function viridis(share) {
   return { colour, background: `rgb(${colour})`, ink: luminance > 0.179 ? "#000" : "#fff" };
 }
 
-const byChance = (floor) => (floor === null || floor === undefined ? "" : `, by chance ${fixed(floor)}`);
+const byChance = (by) => ((by ?? null) === null ? "" : `, by chance ${fixed(by)}`);
+const ABOVE_CHANCE = 0.05;
 let heatmaps = 0;
 
 /**
  * A heatmap: a table of links, between which arrow keys move, so that it is one stop of the Tab key.
  *
- * Its first row is at the top, or at the bottom if it goes `upward`.
+ * Its first row is at the top, or at the bottom if it goes `upward`. Cells that are not above chance are hatched.
  */
-function heatmap({ caption, corner, rows, columns, values, floors, scale, cellLink, cellLabel, emptyLabel, upward }) {
+function heatmap({ caption, corner, rows, columns, values, nulls, p, scale, cellLink, cellLabel, emptyLabel, upward }) {
   const id = `heatmap-${heatmaps++}`;
   const long = Math.max(...columns.map((name) => name.length)) > 4;
   const upright = long && columns.length > 6;
@@ -55,7 +56,9 @@ function heatmap({ caption, corner, rows, columns, values, floors, scale, cellLi
               return h("td.null", { title: empty }, h("span.hidden", empty));
             }
             const { background, ink } = viridis((value - scale.low) / (scale.high - scale.low || 1));
-            const label = `${cellLabel(row, column)}: ${fixed(value)}${byChance(floors[row]?.[column])}`;
+            const hatched = (p[row]?.[column] ?? 0) > ABOVE_CHANCE;
+            const chance = `${byChance(nulls[row]?.[column])}${hatched ? ", not above chance" : ""}`;
+            const label = `${cellLabel(row, column)}: ${fixed(value)}${chance}`;
             return h(
               "td",
               h(
@@ -65,7 +68,8 @@ function heatmap({ caption, corner, rows, columns, values, floors, scale, cellLi
                   "aria-label": label,
                   title: label,
                   tabindex: "-1",
-                  style: { background, color: ink },
+                  class: hatched ? "hatched" : "",
+                  style: { backgroundColor: background, color: ink },
                 },
                 fixed(value),
               ),

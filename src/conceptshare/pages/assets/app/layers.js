@@ -177,7 +177,7 @@ async function pairView(parts) {
     .flatMap((entry) => entry.pairs)
     .filter((pair) => [pair.a, pair.b].includes(a.member) && [pair.a, pair.b].includes(b.member));
   const pair = pairs.find((entry) => entry.a === a.member && entry.b === b.member);
-  const [wmppc, floor] = [pair?.wmppc, pair?.floor].map(
+  const [wmppc, chance] = [pair?.wmppc, pair?.null].map(
     (cells) => cells?.[pair.layers_a.indexOf(a.layer)]?.[pair.layers_b.indexOf(b.layer)],
   );
   const { layers, strength, names, theirs, rho: values, at } = await bestMatches(a, b, pairs);
@@ -228,7 +228,7 @@ async function pairView(parts) {
       h(
         "p.lead",
         `Each feature of ${a.member}, layer ${a.layer}, and its best match in ${there}.`,
-        (wmppc ?? null) !== null && ` wMPPC ${fixed(wmppc)}${byChance(floor)}.`,
+        (wmppc ?? null) !== null && ` wMPPC ${fixed(wmppc)}${byChance(chance)}.`,
       ),
       layerLinks(`Layer of ${a.member}`, memberNamed(a.member).layers, a.layer, (layer) =>
         pairLink(a, a.member, layer, b.member, b.layer),

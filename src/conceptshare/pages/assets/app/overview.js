@@ -7,6 +7,12 @@ const READINGS = {
   last: "last layer",
 };
 
+const VALUES = {
+  wmppc: "wMPPC, as published",
+  excess: "excess over chance",
+};
+const FORMULAS = { wmppc: "wMPPC", excess: "excess (wMPPC − null) / (1 − null)" };
+
 function rankingItem(ranking) {
   const group = (members) => members.join(", ") || "none";
   const groups = `shared with ${group(ranking.shared_with)} more than with ${group(ranking.not_shared_with)}`;
@@ -22,33 +28,50 @@ const space = (rows, columns) => ({
   minWidth: `min(100%, ${3.1 * columns + 2}rem)`,
 });
 
-function setSection(at, choice, update) {
+function setSection(at, choices, update) {
   const [matrices, layerwise, rankings] = [study.matrices, study.layerwise, study.sharedness].map((analyses) =>
     analyses.filter(inSet(at)),
   );
-  const every = (ofMatrix, ofPair) =>
+  const every = (column) =>
     [
-      ...matrices.flatMap((matrix) => Object.values(matrix[ofMatrix])),
-      ...layerwise.flatMap(({ pairs }) => pairs.map((pair) => pair[ofPair])),
+      ...matrices.flatMap((matrix) => Object.values(matrix[column])),
+      ...layerwise.flatMap(({ pairs }) => pairs.map((pair) => pair[column])),
     ]
       .flat(2)
       .filter((value) => value !== null);
-  const all = every("readings", "wmppc");
-  const scale = { low: 0, high: Math.max(0, ...all) };
-  const floors = every("floors", "floor");
+  const all = every("wmppc");
+  const scales = Object.fromEntries(
+    Object.keys(VALUES).map((value) => [value, { low: 0, high: Math.max(0, ...every(value)) }]),
+  );
+  const nulls = every("null");
+  const hatched = every("p").some((p) => p > ABOVE_CHANCE);
+  const chosen = (query) => (Object.hasOwn(VALUES, query.get("value") ?? "") ? query.get("value") : "wmppc");
   const missing = [
     ...matrices
-      .flatMap(({ readings }) => Object.values(readings))
+      .flatMap(({ wmppc }) => Object.values(wmppc))
       .flatMap((rows) => rows.flatMap((row, n) => row.filter((_, column) => column !== n))),
     ...layerwise.flatMap(({ pairs }) => pairs.map(({ wmppc }) => wmppc)).flat(2),
   ].includes(null);
   const empty = [...(matrices.length ? [ITSELF] : []), ...(missing ? ["no value"] : [])];
 
+  const key = h("div");
+  update.push((query) =>
+    key.replaceChildren(
+      legend(
+        scales[chosen(query)],
+        FORMULAS[chosen(query)],
+        fixed,
+        empty.length > 0 && h("span.empty", h("span.swatch", { "aria-hidden": "true" }), empty.join(" or ")),
+      ),
+    ),
+  );
+
   const drawn = matrices.flatMap((matrix) => {
     const slot = h("div");
     update.push((query) => {
       const wanted = query.get("reading") ?? "";
-      const reading = Object.hasOwn(matrix.readings, wanted) ? wanted : Object.keys(matrix.readings)[0];
+      const reading = Object.hasOwn(matrix.wmppc, wanted) ? wanted : Object.keys(matrix.wmppc)[0];
+      const value = chosen(query);
       const focused = slot.querySelector("a:focus");
       slot.replaceChildren(
         heatmap({
@@ -58,9 +81,10 @@ function setSection(at, choice, update) {
           corner: "from ↓ to →",
           rows: matrix.members.map((name) => [name, h("span.quiet", kindOf(memberNamed(name)))]),
           columns: matrix.members,
-          values: matrix.readings[reading],
-          floors: matrix.floors[reading],
-          scale,
+          values: matrix[value][reading],
+          nulls: value === "wmppc" ? matrix.null[reading] : [],
+          p: matrix.p[reading],
+          scale: scales[value],
           cellLink: (row, column) =>
             pairLink(
               at,
@@ -69,7 +93,7 @@ function setSection(at, choice, update) {
               matrix.members[column],
               ANY,
             ),
-          cellLabel: (row, column) => `wMPPC from ${matrix.members[row]} to ${matrix.members[column]}`,
+          cellLabel: (row, column) => `${FORMULAS[value]} from ${matrix.members[row]} to ${matrix.members[column]}`,
           emptyLabel: (row, column) => (row === column ? ITSELF : "no value"),
         }),
       );
@@ -102,61 +126,78 @@ function setSection(at, choice, update) {
       h(
         "p",
         "wMPPC is the mean of each feature’s best correlation with a feature of the other member, weighted by strength S. ",
-        floors.length > 0 &&
-          "It is above 0 even by chance: with shuffled samples, it is " +
-            `${fixed(Math.min(...floors))} to ${fixed(Math.max(...floors))} here. `,
+        nulls.length > 0 &&
+          "It is above 0 even by chance, and the more so the more features the target has: with samples re-paired at " +
+            `random (the null), it is ${fixed(Math.min(...nulls))} to ${fixed(Math.max(...nulls))} here. The excess over ` +
+            "chance is (wMPPC − null) / (1 − null). ",
+        hatched && "Hatched cells are not above their null. ",
         layerwise.length > 0 && "In heatmaps by layer, the first layer is at the bottom left. ",
         "Arrow keys move between the cells of a table.",
       ),
-      legend(
-        scale,
-        "wMPPC",
-        fixed,
-        empty.length > 0 && h("span.empty", h("span.swatch", { "aria-hidden": "true" }), empty.join(" or ")),
-      ),
+      ...choices.map(nodeOf),
+      key,
     ],
-    matrices.length > 0 && choice.node,
     drawn,
     layerwise.flatMap((analysis) => [
       h("h4", `${analysis.name}, layer by layer`),
       h(
         "div.heats",
-        analysis.pairs.map(({ a, b, layers_a, layers_b, wmppc, floor }) =>
-          // There may be thousands of cells; each table's place has its final size.
-          lazily(h("div", { style: space(layers_a.length, layers_b.length) }), () =>
-            heatmap({
-              caption: `From ${a} ↑ to ${b} →`,
-              corner: "layer",
-              rows: layers_a.map(String),
-              columns: layers_b.map(String),
-              values: wmppc,
-              floors: floor,
-              scale,
-              cellLink: (row, column) => pairLink(at, a, layers_a[row], b, layers_b[column]),
-              cellLabel: (row, column) => `wMPPC from ${a} layer ${layers_a[row]} to ${b} layer ${layers_b[column]}`,
-              emptyLabel: () => "no value",
-              upward: true,
-            }),
-          ),
-        ),
+        analysis.pairs.map((pair) => layerHeatmap(at, pair, scales, chosen, update)),
       ),
     ]),
   );
 }
 
+/** The heatmap of a pair of members, layer by layer. */
+function layerHeatmap(at, { a, b, layers_a, layers_b, ...cells }, scales, chosen, update) {
+  const slot = h("div", { style: space(layers_a.length, layers_b.length) });
+  let value = null;
+  const draw = () =>
+    heatmap({
+      caption: `From ${a} ↑ to ${b} →`,
+      corner: "layer",
+      rows: layers_a.map(String),
+      columns: layers_b.map(String),
+      values: cells[value],
+      nulls: value === "wmppc" ? cells.null : [],
+      p: cells.p,
+      scale: scales[value],
+      cellLink: (row, column) => pairLink(at, a, layers_a[row], b, layers_b[column]),
+      cellLabel: (row, column) =>
+        `${FORMULAS[value]} from ${a} layer ${layers_a[row]} to ${b} layer ${layers_b[column]}`,
+      emptyLabel: () => "no value",
+      upward: true,
+    });
+  update.push((query) => {
+    if (value === chosen(query)) return;
+    value = chosen(query);
+    // There may be thousands of cells; each table's place has its final size.
+    if (slot.hasChildNodes()) slot.replaceChildren(draw());
+    else lazily(slot, draw);
+  });
+  return slot;
+}
+
 function overview() {
   const update = [];
-  const readings = [...new Set(study.matrices.flatMap((matrix) => Object.keys(matrix.readings)))];
+  const readings = [...new Set(study.matrices.flatMap((matrix) => Object.keys(matrix.wmppc)))];
   const sections = study.datasets.flatMap(({ name }) =>
     study.saes.map((sae) => {
-      const choice = control(
-        "Reading (how layers are combined)",
-        "reading",
-        {},
-        readings.map((reading) => [reading, READINGS[reading] ?? reading]),
-      );
-      update.push(choice.sync);
-      return setSection({ dataset: name, sae }, choice, update);
+      const choices = [
+        control("Value", "value", {}, Object.entries(VALUES)),
+        ...(readings.length
+          ? [
+              control(
+                "Reading (how layers are combined)",
+                "reading",
+                {},
+                readings.map((reading) => [reading, READINGS[reading] ?? reading]),
+              ),
+            ]
+          : []),
+      ];
+      choices.forEach((choice) => update.push(choice.sync));
+      return setSection({ dataset: name, sae }, choices, update);
     }),
   );
   const sets = study.datasets.map(({ name, samples }) => `${name} (${plural(samples, "sample")})`).join(", ");
