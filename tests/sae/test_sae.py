@@ -750,7 +750,7 @@ def uneven():
 @pytest.mark.parametrize("options", [{}, {"encoder_bias": True, "initial_b_dec": "mean", "unit_norm_decoder": True}])
 def test_standardising_equals_training_on_standardised_tokens(uneven, options):
     """In float64, from the first batch: the losses and the folded weights."""
-    plain = {"expansion": 4, "k": 3, "batch_samples": 4, "epochs": 3, "learning_rate": 3e-3} | options
+    plain = {"expansion": 4, "k": 3, "batch_samples": 4, "learning_rate": 3e-3} | options
     mean, deviation = in_float64(uneven[:4])
     standardised = [((sample - mean) / deviation).astype(np.float32) for sample in uneven]
     (W_enc, W_dec, b_dec, b_enc), _ = dense_training(standardised, SAESettings(**plain), seed=7)
