@@ -25,7 +25,7 @@ from conceptshare.figures._style import (
 )
 
 # In inches.
-_WORD, _GAP, _TITLE, _BAR, _NOTE = 0.2, 0.14, 0.36, 0.66, 0.16
+_WORD, _GAP, _TITLE, _BAR, _NOTE = 0.2, 0.14, 0.36, 0.78, 0.16
 """Room for the words "from" and "to", between panels, for a panel's title, for the colour bar, and for the note."""
 _MAX_CELL, _MIN_CELL = 0.6, 0.21
 """Sides of a cell. If one row of panels needs smaller cells, there are two rows."""
