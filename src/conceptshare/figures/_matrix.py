@@ -9,6 +9,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from conceptshare.analysis.formats import short_labels
 from conceptshare.figures._style import (
@@ -25,7 +26,7 @@ from conceptshare.figures._style import (
 )
 
 # In inches.
-_WORD, _GAP, _TITLE, _BAR, _NOTE = 0.2, 0.14, 0.36, 0.78, 0.16
+_WORD, _GAP, _TITLE, _BAR, _NOTE = 0.2, 0.14, 0.36, 0.68, 0.16
 """Room for the words "from" and "to", between panels, for a panel's title, for the colour bar, and for the note."""
 _MAX_CELL, _MIN_CELL = 0.6, 0.21
 """Sides of a cell. If one row of panels needs smaller cells, there are two rows."""
@@ -72,7 +73,8 @@ def draw_matrix(table: pd.DataFrame, out: Path) -> None:
                 line: Any = {"color": "white", "linewidth": 1.5 if before.modality == group.modality else 3}
                 ax.axhline(group.first - 0.5, **line)
                 ax.axvline(group.first - 0.5, **line)
-            figure.colorbar(image, cax=bars[value], label=VALUES[value])
+            bar_ticks: Any = {"ticks": MaxNLocator(4), "format": lambda tick, _: f"{tick:.3g}"}
+            figure.colorbar(image, cax=bars[value], label=VALUES[value], **bar_ticks)
         note = "grey: an encoder with itself" + (", or no value" if table.wmppc.isna().any() else "")
         if (table.p > ABOVE_CHANCE).any():
             note += "; hatched: not above the level of samples that are re-paired at random"
