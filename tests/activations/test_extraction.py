@@ -362,20 +362,36 @@ fetch_weights(spec, folder / "weights.json")
 encoder = load_encoder(spec, folder / "weights.json")
 writes = 0
 out, tokens = folder / "activations" / "tiny.zarr", folder / "tokens" / "tiny.zarr"
+tokens = None if len(sys.argv) > 5 else tokens
 extraction.extract_activations(encoder, Data(data), out, tokens)
 print(writes)
 """
 
 
-def run_extraction(spec, data, folder, last=0):
+def run_extraction(spec, data, folder, last=0, *without_tokens):
     """Extract in a separate process, which kills itself before its ``last``-th write to a store or rename."""
     folder.mkdir(exist_ok=True)
-    return run_forked(EXTRACT, spec.model_dump_json(), data, folder, last)
+    return run_forked(EXTRACT, spec.model_dump_json(), data, folder, last, *without_tokens)
 
 
 def resumed_at(result):
     """The sample at which a run reported that it resumed, if it did."""
     return [int(number) for number in re.findall(r"resuming at sample (\d+)", result.stderr)]
+
+
+def test_global_tokens_alone_are_the_same_bytes_and_resume_at_a_finished_shard(data_folder, tmp_path):
+    spec = batched(models.bert(tmp_path / "model").spec, use_layers=[0, 2], batch_size=2)
+    assert run_extraction(spec, data_folder, tmp_path / "both").returncode == 0
+    whole = run_extraction(spec, data_folder, tmp_path / "alone", 0, "without tokens")
+    assert whole.returncode == 0, whole.stderr
+    killed = run_extraction(spec, data_folder, tmp_path / "killed", round(0.85 * int(whole.stdout)), "without tokens")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (start,) = resumed_at(run_extraction(spec, data_folder, tmp_path / "killed", 0, "without tokens"))
+    assert start > 0
+    expected = contents(tmp_path / "both" / "activations")
+    for name in ("alone", "killed"):
+        assert contents(tmp_path / name / "activations") == expected
+        assert not (tmp_path / name / "tokens").exists()
 
 
 @pytest.mark.parametrize(("make", "moments"), [(models.bert, [0.6, 0.3, 0.15]), (models.siglip_image, [0.85])])

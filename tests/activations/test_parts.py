@@ -90,6 +90,16 @@ def stores_in(folder):
     }
 
 
+def test_parts_can_be_joined_without_tokens(spec_of, data_folder, tmp_path, small_shards):
+    encoder, data = load_encoder(spec_of(models.bert)), Data(data_folder)
+    small_shards(7, 3, encoder.spec.width)
+    expected = in_parts(encoder, data, tmp_path, 2)
+    joined = tmp_path / "alone" / "tiny.zarr"
+    join_parts([tmp_path / "parts" / f"tiny.{n}-of-2.zarr" for n in (1, 2)], joined)
+    found = {f"activations/tiny.zarr/{name}": content for name, content in contents(joined).items()}
+    assert found == {name: content for name, content in expected.items() if name.startswith("activations/")}
+
+
 def join(folder, paths):
     join_parts(paths, folder / "activations" / "tiny.zarr", folder / "tokens" / "tiny.zarr")
     return stores_in(folder)
@@ -187,7 +197,6 @@ def test_refuses_images_with_different_numbers_of_tokens(data_folder, tmp_path):
         (["--part", "3/2"], "--part 3/2: write PART/PARTS, such as 2/4"),
         (["--part", "0/2"], "--part 0/2: write PART/PARTS, such as 2/4"),
         (["--part", "2"], "--part 2: write PART/PARTS, such as 2/4"),
-        ([], "give either --tokens, for all samples, or --part, for some"),
         (["--part", "1/2", "--tokens", "t.zarr"], "give either --tokens, for all samples, or --part, for some"),
     ],
     ids=str,

@@ -501,6 +501,13 @@ def test_refuses_an_unknown_preset(fault):
     assert fault(preset="papers").startswith("study.yaml: preset: ")
 
 
+def test_refuses_an_unknown_choice_of_training_tokens(fault):
+    message = fault(saes={"small": {"train_on": "mean"}})
+    assert message.startswith("study.yaml: saes.small.train_on: ")
+    assert "'all' or 'global'" in message
+    assert "\n" not in message
+
+
 @pytest.mark.parametrize("members", [[], ["vit"], ["vit", "vit@0"]])
 def test_refuses_a_matrix_of_fewer_than_two_members(fault, members):
     """There would be nothing to correlate, so the job that draws the matrix would fail."""

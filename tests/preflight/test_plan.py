@@ -214,7 +214,7 @@ def test_reading_samples_counts_whole_chunks(tokens, width, at_once):
     starts = np.arange(20_000) * together
     chunks = (starts + together - 1) // rows - starts // rows + 1
     expected = chunks.mean() * rows * 2 * width / at_once
-    assert plan._sample_read(encoder(tokens=tokens, width=width), at_once) == pytest.approx(expected, rel=0.01)
+    assert plan._sample_read(encoder(width=width), at_once, tokens) == pytest.approx(expected, rel=0.01)
 
 
 def test_an_sae_has_the_estimated_size(tmp_path):
@@ -237,6 +237,15 @@ def test_training_an_sae_counts_the_operations_of_its_products():
     assert plan.sae_cost(spec, settings, N=10).flops == training + measuring
 
 
+def test_an_sae_of_global_tokens_costs_as_one_of_a_token_per_sample_and_needs_no_others():
+    both = SAESettings(expansion=4, k=3, epochs=2, batch_samples=4)
+    alone = both.model_copy(update={"train_on": "global"})
+    assert plan.sae_cost(encoder(tokens=5), alone, N=10) == plan.sae_cost(encoder(tokens=1), both, N=10)
+    written = [plan.activations_cost(encoder(tokens=5), 10, tokens=tokens).written for tokens in (True, False)]
+    assert written[1] == 2 * plan.global_bytes(encoder(), 10)
+    assert written[0] - written[1] == 2 * plan.tokens_bytes(encoder(tokens=5), 10) + 8 * 21
+
+
 def test_an_sae_reads_a_layer_once_if_it_fits_memory_and_else_every_epoch(monkeypatch):
     spec = encoder(tokens=5, width=32)
     once, thrice = (SAESettings(expansion=4, k=3, epochs=epochs) for epochs in (1, 3))
@@ -246,7 +255,7 @@ def test_an_sae_reads_a_layer_once_if_it_fits_memory_and_else_every_epoch(monkey
     assert plan.sae_cost(spec, once, N).read == small.read
     monkeypatch.setattr(plan, "IN_MEMORY_BYTES", size - 1)
     large = plan.sae_cost(spec, thrice, N)
-    each_pass = N * plan._sample_read(spec, once.batch_samples)
+    each_pass = N * plan._sample_read(spec, once.batch_samples, spec.tokens)
     chunk = 2**18  # global tokens, once more
     assert large.read == pytest.approx((3 + 1) * each_pass + 10 * chunk)  # all samples are also evaluated
     assert plan.sae_cost(spec, once, N).read == pytest.approx((1 + 1) * each_pass + 10 * chunk)

@@ -267,6 +267,12 @@ def test_refuses_precisions_that_would_affect_the_encoder(encoder_of, data_folde
     assert not (tmp_path / "out").exists()
 
 
+def test_refuses_to_train_on_global_tokens_which_are_stored_anyway(encoder_of, data_folder, tmp_path):
+    with pytest.raises(StudyError, match="train_on: global needs no stream, as global tokens are stored; run"):
+        streamed(encoder_of(models.bert), Data(data_folder), SAESettings(train_on="global"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_does_not_resume_checkpoints_of_other_settings(encoder_of, data_folder, tmp_path, capsys):
     encoder, settings = encoder_of(models.bert), SAESettings(**SETTINGS)
     other = settings.model_copy(update={"learning_rate": 1e-3})

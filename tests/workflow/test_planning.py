@@ -395,3 +395,36 @@ def test_a_new_figure_needs_only_its_module_its_caption_and_its_line(study):
     out = study.folder / "rows.png"
     subprocess.run([*command, "--table", table, "--out", out], env=study.environment, check=True)
     assert out.read_text() == str(len(table.with_suffix(".csv").read_text().splitlines()) - 1)
+
+
+def training_on_global_tokens(study):
+    config = study.config
+    config["saes"]["tiny"] |= {"train_on": "global", "standardise": True}
+    study.config = config
+    return config
+
+
+def test_sae_settings_of_global_tokens_keep_stored_activations(study):
+    """Neither the change nor a second study without tokens computes activations that exist."""
+    training_on_global_tokens(study)
+    made = {"sae": 3 * LAYERS, "features": 3, "correlations": 2}
+    assert study.plan() == {**made, **SHOWN, **TABLES_AND_FIGURES, **CHANGED_STUDY}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_study_of_global_tokens_stores_no_others(new_study, streamed):
+    new_study.config = training_on_global_tokens(new_study) | {"stream": streamed}
+    planned = new_study.plan()
+    assert planned == planned | {"activations": 2, "sae": 3 * LAYERS}
+    assert "stream" not in planned
+    result = new_study.run("--cores", "2", "--until", "features")
+    assert result.returncode == 0, result.stdout + result.stderr
+    results = new_study.folder / "results/squares"
+    assert sorted(path.name for path in results.iterdir()) == ["activations", "data", "features", "saes"]
+    config = new_study.config
+    config["saes"]["others"] = {"k": 2}
+    new_study.config = config
+    planned = new_study.plan()
+    # All tokens need another forward pass, unless they are streamed.
+    assert planned == planned | ({"stream": 2, "features": 3} if streamed else {"activations": 2, "features": 6})
+    assert ("activations" in planned) is not streamed

@@ -1,13 +1,13 @@
-# Every layer of an encoder, from one forward pass over a data set: the global tokens, and all tokens for its SAEs. With
-# `parts`, that many jobs share the forward pass, and another job joins their shards.
+# Every layer of an encoder, from one forward pass over a data set: the global tokens, and all tokens if SAEs are trained
+# on them. With `parts`, that many jobs share the forward pass, and another job joins their shards.
 rule activations:
     input:
         data=DATA,
         weights=rules.weights.output.record,
         code=code("activations/extraction.py", "io/sizes.py", "encoders/_*.py"),
     output:
+        **stored_tokens(),
         activations=directory(layout.ACTIVATIONS),
-        tokens=kept_or_temp(directory(layout.TOKENS)),
     log:
         layout.log(layout.ACTIVATIONS),
     wildcard_constraints:
@@ -19,12 +19,13 @@ rule activations:
         gpu=GPUS,
         mem_mb=grown(16000),
         runtime=grown(480),
+        tokens=tokens_option,
     params:
         spec=lambda w: STUDY.encoders[w.encoder].activations_key(),
         data=lambda w, input: folder_of(input.data),
     shell:
         "python -m conceptshare activations --encoder {params.spec:q} --weights {input.weights:q}"
-        " --data {params.data:q} --threads {threads} --out {output.activations:q} --tokens {output.tokens:q}"
+        " --data {params.data:q} --threads {threads} --out {output.activations:q} {resources.tokens}"
         " --gpus {resources.gpu} > {log:q} 2>&1"
 
 
@@ -61,8 +62,8 @@ rule activations_join:
         parts=parts_of,
         code=code("activations/extraction.py", "io/sizes.py", "activations/parts.py"),
     output:
+        **stored_tokens(),
         activations=directory(layout.ACTIVATIONS),
-        tokens=kept_or_temp(directory(layout.TOKENS)),
     log:
         layout.log(layout.ACTIVATIONS),
     wildcard_constraints:
@@ -73,6 +74,7 @@ rule activations_join:
     resources:
         mem_mb=grown(4000),
         runtime=grown(60),
+        tokens=tokens_option,
     shell:
-        "python -m conceptshare join {input.parts:q} --out {output.activations:q} --tokens {output.tokens:q}"
+        "python -m conceptshare join {input.parts:q} --out {output.activations:q} {resources.tokens}"
         " > {log:q} 2>&1"

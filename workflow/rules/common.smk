@@ -49,9 +49,6 @@ COMPARISONS = STUDY.comparisons()
 # All combinations of a data set and an SAE setting: every analysis is done for each.
 SETTINGS = [(dataset, sae) for dataset in STUDY.datasets for sae in STUDY.saes]
 
-# The SAEs of an encoder, trained from stored tokens or in a stream.
-SAES = layout.STREAMED_SAES if STUDY.stream else layout.SAES
-
 
 def record_of(kind, file):
     """The file in which Snakemake records the ``metadata`` of an output, or that it is ``incomplete``."""
@@ -216,15 +213,20 @@ def filled(pattern, wildcards, **others):
     return pattern.format(**{**wildcards, **others})
 
 
+def saes_pattern(wildcards):
+    """The folder of an encoder's SAEs, trained from stored tokens or in a stream."""
+    return layout.STREAMED_SAES if STUDY.streams(wildcards.sae) else layout.SAES
+
+
 def saes_folder(wildcards):
     """The folder of all SAEs of an SAE setting."""
-    return str(Path(filled(SAES, wildcards, encoder="encoder")).parent)
+    return str(Path(filled(saes_pattern(wildcards), wildcards, encoder="encoder")).parent)
 
 
 def saes_of(wildcards):
     """The SAEs of a member: the files of all its layers, or the folder that a stream writes."""
-    folder = filled(SAES, wildcards)
-    if STUDY.stream:
+    folder = filled(saes_pattern(wildcards), wildcards)
+    if STUDY.streams(wildcards.sae):
         return [folder]
     layers = STUDY.encoders[wildcards.encoder].layer_numbers()
     return [f"{folder}/{layout.sae_place(layer, wildcards.seed)}/sae_weights.safetensors" for layer in layers]
@@ -232,7 +234,7 @@ def saes_of(wildcards):
 
 def activations_of(wildcards, encoder="encoder"):
     """The store with the global tokens of the encoder that a wildcard names."""
-    pattern = layout.STREAMED_ACTIVATIONS if STUDY.stream else layout.ACTIVATIONS
+    pattern = layout.STREAMED_ACTIVATIONS if STUDY.streams(wildcards.sae) else layout.ACTIVATIONS
     return filled(pattern, wildcards, encoder=wildcards[encoder])
 
 
@@ -247,9 +249,23 @@ def parts_of(wildcards):
     return [filled(layout.PARTS, wildcards, part=part, parts=parts) for part in range(1, parts + 1)]
 
 
-def kept_or_temp(tokens):
-    """All tokens of an encoder, deleted once its SAEs are trained unless the study keeps them."""
-    return tokens if STUDY.keep_tokens else temp(tokens)
+def stored_tokens():
+    """All tokens of an encoder, if SAEs are trained on them; deleted afterwards unless the study keeps them."""
+    tokens = directory(layout.TOKENS)
+    return {"tokens": tokens if STUDY.keep_tokens else temp(tokens)} if STUDY.stores_tokens() else {}
+
+
+def tokens_option(wildcards):
+    """The option that stores all tokens.
+
+    A resource, as it does not change the global tokens: as a parameter, another value would recompute them.
+    """
+    return f"--tokens {quote(filled(layout.TOKENS, wildcards))}" if STUDY.stores_tokens() else ""
+
+
+def training_tokens(wildcards):
+    """The store that SAEs are trained on."""
+    return filled(layout.TOKENS if STUDY.saes[wildcards.sae].train_on == "all" else layout.ACTIVATIONS, wildcards)
 
 
 def folder_of(files):

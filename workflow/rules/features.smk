@@ -16,7 +16,7 @@ rule features:
         mem_mb=grown(8000),
         runtime=grown(120),
     params:
-        saes=lambda w: filled(SAES, w),
+        saes=lambda w: filled(saes_pattern(w), w),
         keep="--keep" if STUDY.keep_features else "--no-keep",
     shell:
         "python -m conceptshare features --activations {input.activations:q} --saes {params.saes:q}"

@@ -1,7 +1,7 @@
 # One sparse autoencoder per layer and seed.
 rule sae:
     input:
-        tokens=layout.TOKENS,
+        tokens=training_tokens,
         code=code("sae/_*.py", "io/sizes.py"),
     output:
         multiext(

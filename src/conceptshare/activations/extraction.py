@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -54,7 +54,7 @@ _AHEAD = 2
 _ALL = range(2**62)
 
 
-def extract_activations(encoder: Encoder, data: Data, out: Path, tokens: Path, threads: int = 1) -> None:
+def extract_activations(encoder: Encoder, data: Data, out: Path, tokens: Path | None = None, threads: int = 1) -> None:
     """Record the residual stream of every sample: global tokens in the store ``out``, all tokens in ``tokens``.
 
     Images are decoded, the encoder runs and shards are written concurrently. If an earlier attempt was interrupted, its
@@ -64,7 +64,7 @@ def extract_activations(encoder: Encoder, data: Data, out: Path, tokens: Path, t
         encoder: the encoder.
         data: the samples.
         out: the store of global tokens to write.
-        tokens: the store of all tokens to write.
+        tokens: the store of all tokens to write; without one, only global tokens are stored.
         threads: number of threads that decode and prepare images.
 
     Raises:
@@ -75,9 +75,9 @@ def extract_activations(encoder: Encoder, data: Data, out: Path, tokens: Path, t
     described = describe(encoder, data, out.stem)
     with (
         new_store(out, KIND, described, resume=True) as store,
-        new_store(tokens, TOKENS, described, resume=True) as token_store,
+        new_store(tokens, TOKENS, described, resume=True) if tokens else nullcontext() as token_store,
     ):
-        with resuming(tokens):
+        with resuming(tokens or out):
             recorder = Recorder(store, token_store, encoder.spec, len(data))
         record(encoder, data, recorder, threads, out.stem)
 
@@ -276,23 +276,39 @@ class Recorder:
 
     The stores' attribute ``progress`` is updated whenever a shard of every layer is finished. It holds the number of
     ``rows`` of tokens in finished shards, and the number of ``samples`` whose ``offsets``, ``global_rows`` and global
-    tokens are on disk. The store of global tokens is updated first; if it is lost, all samples are read again.
+    tokens are on disk. The store of global tokens is updated first; if it is lost, all samples are read again. Without
+    a store of all tokens, ``progress`` is updated whenever a shard of global tokens is finished.
 
     Args:
         activations: the store of global tokens.
-        tokens: the store of all tokens.
+        tokens: the store of all tokens; none if only global tokens are recorded.
         spec: the encoder.
         samples: N.
         share: the share to record; by default the whole data set.
     """
 
     def __init__(
-        self, activations: Any, tokens: Any, spec: EncoderSpec, samples: int, share: Share | None = None
+        self, activations: Any, tokens: Any | None, spec: EncoderSpec, samples: int, share: Share | None = None
     ) -> None:
         self.share = share or Share.whole(samples)
-        self._stores = activations, tokens
-        first, none = self.share.first, {"rows": self.share.rows.start, "samples": self.share.first}
-        global_progress, progress = (store.attrs.get("progress", none) for store in self._stores)
+        self._activations, self._token_store = activations, tokens
+        none = {"rows": self.share.rows.start, "samples": self.share.first}
+        stored = activations.attrs.get("progress", none)["samples"]
+        self._offsets = [self.share.row]
+        self._global_rows: list[int] = []
+        self._tokens: dict[int, RowWriter] = {}
+        if tokens is not None:
+            stored = self._resume_tokens(tokens, spec, samples, stored, tokens.attrs.get("progress", none))
+        self.start = stored // spec.batch_size * spec.batch_size
+        """First sample to read; batches are the same as in an uninterrupted run."""
+        self._samples = self.start
+        self._global = GlobalTokens(activations, spec, self.start, self.share.samples)
+
+    def _resume_tokens(
+        self, tokens: Any, spec: EncoderSpec, samples: int, stored: int, progress: dict[str, int]
+    ) -> int:
+        """Prepare the arrays of tokens, and return the number of samples that are complete in both stores."""
+        first = self.share.first
         for name, length in [("offsets", samples + 1), ("global_rows", samples)]:
             if name not in tokens:
                 save_index(tokens, name, np.zeros(length, np.int64))
@@ -300,12 +316,8 @@ class Recorder:
         global_rows = tokens["global_rows"][first : progress["samples"]]
         if ((global_rows < offsets[:-1]) | (global_rows >= offsets[1:])).any():
             raise ValueError("offsets and global_rows do not match")
-        complete = first + int(np.searchsorted(offsets[1:], progress["rows"], side="right"))
-        self.start = min(complete, global_progress["samples"]) // spec.batch_size * spec.batch_size
-        """First sample to read; batches are the same as in an uninterrupted run."""
-        self._samples = self.start
-        self._offsets = [int(offsets[self.start - first])]
-        self._global_rows: list[int] = []
+        complete = min(stored, first + int(np.searchsorted(offsets[1:], progress["rows"], side="right")))
+        self._offsets = [int(offsets[complete // spec.batch_size * spec.batch_size - first])]
         self._own = range(progress["rows"], self.share.rows.stop)
         groups = {layer: tokens.require_group(layer_name(layer)) for layer in spec.layer_numbers()}
         self._tokens = {
@@ -314,7 +326,7 @@ class Recorder:
             )
             for layer, group in groups.items()
         }
-        self._global = GlobalTokens(activations, spec, self.start, self.share.samples)
+        return complete
 
     def append(self, kept: KeptRows) -> None:
         """Add a batch."""
@@ -334,19 +346,22 @@ class Recorder:
         for writer in self._tokens.values():
             writer.flush()
         self._save_progress()
-        for store in self._stores:
+        for store in self._stores():
             store.attrs.pop("progress", None)  # for a part, both are the same store
 
+    def _stores(self) -> list[Any]:
+        return [store for store in (self._activations, self._token_store) if store is not None]
+
     def _written(self) -> int:
-        return min(writer.written for writer in self._tokens.values())
+        return min((writer.written for writer in self._tokens.values()), default=self._global.written)
 
     def _save_progress(self) -> None:
         end = self._samples + len(self._global_rows)
-        _, tokens = self._stores
-        tokens["offsets"][self._samples : end + 1] = self._offsets
-        tokens["global_rows"][self._samples : end] = self._global_rows
+        if self._token_store is not None:
+            self._token_store["offsets"][self._samples : end + 1] = self._offsets
+            self._token_store["global_rows"][self._samples : end] = self._global_rows
         self._global.flush()
-        for store in self._stores:
+        for store in self._stores():
             store.attrs["progress"] = {"rows": self._written(), "samples": end}
         self._samples, self._offsets, self._global_rows = end, self._offsets[-1:], []
 
@@ -376,6 +391,11 @@ class GlobalTokens:
         for layer, writer in self._writers.items():
             writer.append(_within(kept.global_token[layer], kept.start, self._own).cpu().numpy())
         self.samples += len(kept.counts)
+
+    @property
+    def written(self) -> int:
+        """Number of samples in finished shards of every layer."""
+        return min(writer.written for writer in self._writers.values())
 
     def flush(self) -> None:
         """Write all global tokens so far to disk."""

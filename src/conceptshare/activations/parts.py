@@ -8,6 +8,7 @@ part. Parts begin at batch boundaries, so all values are the same to the bit as 
 
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,13 @@ def extract_part(encoder: Encoder, data: Data, out: Path, part: int, parts: int,
             raise _varying_token_counts(out.stem)
 
 
-def join_parts(parts: Sequence[Path], out: Path, tokens: Path) -> None:
+def join_parts(parts: Sequence[Path], out: Path, tokens: Path | None = None) -> None:
     """Join the parts of an extraction to its stores without reading tokens: shards are hard-linked or copied.
 
     Args:
         parts: the stores of all parts.
         out: the store of global tokens to write.
-        tokens: the store of all tokens to write.
+        tokens: the store of all tokens to write, if wanted.
 
     Raises:
         StoreError: if a part is missing, incomplete or damaged, or the parts are not of one extraction.
@@ -99,16 +100,22 @@ def join_parts(parts: Sequence[Path], out: Path, tokens: Path) -> None:
     global_rows = [StoredArray(store, "global_rows", path)[first:stop] for path, store, first, stop in spans]
     described = {"name": out.stem, **{key: value for key, value in specs[0].items() if key != "parts"}}
     N, D = described["samples"], described["width"]
-    with new_store(out, KIND, described) as store, new_store(tokens, TOKENS, described) as token_store, inputs:
-        save_index(token_store, "offsets", index)
-        save_index(token_store, "global_rows", np.concatenate(global_rows))
+    with (
+        new_store(out, KIND, described) as store,
+        new_store(tokens, TOKENS, described) if tokens else nullcontext() as token_store,
+        inputs,
+    ):
+        rows = {"global": (store, N, extraction.GLOBAL_SHARD_BYTES)}
+        if token_store is not None:
+            save_index(token_store, "offsets", index)
+            save_index(token_store, "global_rows", np.concatenate(global_rows))
+            rows["tokens"] = token_store, int(index[-1]), sizes.SHARD_BYTES
         for layer in map(layer_name, described["layers"]):
-            group, token_group = store.create_group(layer), token_store.create_group(layer)
-            new_rows(group, "global", N, D, np.float16, extraction.GLOBAL_SHARD_BYTES)
-            new_rows(token_group, "tokens", int(index[-1]), D, np.float16, sizes.SHARD_BYTES)
-            for path, _ in opened:
-                _link_all(path / layer / "global", group["global"])
-                _link_all(path / layer / "tokens", token_group["tokens"])
+            for name, (joined, length, shard_bytes) in rows.items():
+                group = joined.create_group(layer)
+                new_rows(group, name, length, D, np.float16, shard_bytes)
+                for path, _ in opened:
+                    _link_all(path / layer / name, group[name])
 
 
 def _share(encoder: Encoder, data: Data, part: int, parts: int) -> Share:

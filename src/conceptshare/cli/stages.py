@@ -89,7 +89,9 @@ def activations(
     ],
     tokens: Annotated[
         Path | None,
-        out_option(store_kind("tokens"), text="The store of all tokens to write; not with --part.", first=False),
+        out_option(
+            store_kind("tokens"), text="The store of all tokens to write, if wanted; not with --part.", first=False
+        ),
     ] = None,
     part: Annotated[
         str | None,
@@ -106,12 +108,12 @@ def activations(
 
     compute_on(gpus, threads)
     numbers = _numbers_of_part(part)
-    if (tokens is None) == (numbers is None):
+    if tokens is not None and numbers is not None:
         raise StudyError("activations: give either --tokens, for all samples, or --part, for some of them")
     loaded = load_encoder(entry(EncoderSpec, "encoders", encoder), weights)
     if numbers is not None:
         extract_part(loaded, Data(data), out, *numbers, threads)
-    elif tokens is not None:
+    else:
         extract_activations(loaded, Data(data), out, tokens, threads)
 
 
@@ -128,7 +130,9 @@ def _numbers_of_part(part: str | None) -> tuple[int, int] | None:
 def join(
     parts: Annotated[list[Path], typer.Argument(help="All parts of an extraction.")],
     out: Annotated[Path, out_option(store_kind("activations"), text="The store of global tokens to write.")],
-    tokens: Annotated[Path, out_option(store_kind("tokens"), text="The store of all tokens to write.", first=False)],
+    tokens: Annotated[
+        Path | None, out_option(store_kind("tokens"), text="The store of all tokens to write, if wanted.", first=False)
+    ] = None,
 ) -> None:
     """Join the parts of an extraction; their files are hard-linked, or copied if that is not possible."""
     from conceptshare.activations.parts import join_parts

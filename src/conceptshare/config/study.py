@@ -64,7 +64,8 @@ class Study(Spec):
     """SAE settings by name. Every analysis is done for each."""
     stream: bool = False
     """Train all SAEs of an encoder during its forward pass and store no tokens. The SAEs are the same, but each epoch
-    needs another forward pass, and adding a seed retrains all SAEs of the encoder."""
+    needs another forward pass, and adding a seed retrains all SAEs of the encoder. SAEs with ``train_on: global`` are
+    trained on stored global tokens in any case."""
     keep_tokens: bool = True
     """Keep an encoder's tokens on disk after its SAEs are trained. Without them, adding a seed or an SAE setting
     extracts the tokens again and retrains all SAEs of the encoder; adding encoders, analyses or data sets costs the
@@ -237,6 +238,14 @@ class Study(Spec):
             for name in analyses:
                 if self.makes(product, dataset, name):
                     yield product, product.file.format(name=name)
+
+    def streams(self, sae: str) -> bool:
+        """Whether the SAEs of a setting are trained in a stream; those of global tokens are trained on stored ones."""
+        return self.stream and self.saes[sae].train_on == "all"
+
+    def stores_tokens(self) -> bool:
+        """Whether some SAEs are trained on stored tokens of all positions."""
+        return not self.stream and any(settings.train_on == "all" for settings in self.saes.values())
 
     def parted_encoders(self) -> list[str]:
         """The encoders whose forward pass several jobs share."""

@@ -46,7 +46,6 @@ def differences(study: Study, results: Path) -> Iterator[Difference]:
         record = path(layout.WEIGHTS, results, encoder=encoder)
         found, wanted = read_object(record).get("settings"), json.loads(spec.model_key())
         yield from _compared(record, record, spec.activations_key(), ModelSpec, found, wanted)
-    pattern = layout.STREAMED_ACTIVATIONS if study.stream else layout.ACTIVATIONS
     for dataset, of_dataset in study.datasets.items():
         data, key = path(layout.DATA, results, dataset=dataset), study.dataset_key(dataset)
         found = read_object(data / "manifest.json").get("settings")
@@ -54,7 +53,8 @@ def differences(study: Study, results: Path) -> Iterator[Difference]:
         for encoder, spec in study.encoders.items():
             key = spec.activations_key()
             for store in {
-                path(pattern, results, dataset=dataset, sae=sae, encoder=encoder): None for sae in study.saes
+                path(_activations(study, sae), results, dataset=dataset, sae=sae, encoder=encoder): None
+                for sae in study.saes
             }:
                 yield from _compared(store, store, key, type(spec), _spec(store).get("encoder"), json.loads(key))
         for sae in study.saes:
@@ -65,15 +65,19 @@ def differences(study: Study, results: Path) -> Iterator[Difference]:
     yield from _of_analyses(study, results)
 
 
+def _activations(study: Study, sae: str) -> str:
+    return layout.STREAMED_ACTIVATIONS if study.streams(sae) else layout.ACTIVATIONS
+
+
 def _of_saes(study: Study, sae: str, at: Callable[..., Path]) -> Iterator[Difference]:
     settings, key = study.saes[sae], study.sae_key(sae)
     for encoder, spec in study.encoders.items():
-        place = at(layout.STREAMED_SAES if study.stream else layout.SAES, encoder=encoder)
+        place = at(layout.STREAMED_SAES if study.streams(sae) else layout.SAES, encoder=encoder)
         for layer in spec.layer_numbers():
             for seed in spec.seeds:
                 one = place / sae_place(layer, seed)
                 found = read_object(one / "metrics.json").get("settings")
-                file = place if study.stream else one / "cfg.json"
+                file = place if study.streams(sae) else one / "cfg.json"
                 yield from _compared(place, file, key, type(settings), found, settings.model_dump(mode="json"))
 
 

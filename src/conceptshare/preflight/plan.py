@@ -145,18 +145,18 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
         copies = 1 if study.datasets[name].image_url is None else 2  # downloaded files are kept
         parts["dataset"].append(Cost(written=copies * data_bytes, read=data_bytes, memory=_PROCESS_BYTES))
         parts["pages_samples"].append(Cost(written=N * _THUMBNAIL_BYTES, read=data_bytes, memory=_PROCESS_BYTES))
-        if not study.stream:
+        if not all(map(study.streams, study.saes)):
             for spec in needed.values():
                 rule = "activations" if spec.parts == 1 else "activations_part"
-                parts[rule].append(activations_cost(spec, N, data_bytes))
-        for settings in study.saes.values():
-            if study.stream:
+                parts[rule].append(activations_cost(spec, N, data_bytes, study.stores_tokens()))
+        for sae, settings in study.saes.items():
+            if study.streams(sae):
                 parts["stream"] += [
                     stream_cost(spec, settings, N, len(spec.seeds), data_bytes) for spec in needed.values()
                 ]
             for member in members:
                 spec = needed[member.encoder]
-                if not study.stream:
+                if not study.streams(sae):
                     parts["sae"] += [sae_cost(spec, settings, N)] * len(spec.layer_numbers())
                 parts["features"].append(features_cost(spec, settings, N, study.keep_features))
                 parts["names"].append(names_cost(spec, settings, N, study.keep_features))
@@ -182,13 +182,12 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
     )
 
 
-def activations_cost(spec: EncoderSpec, N: int, data_bytes: float = 0) -> Cost:
-    """One forward pass over N samples, with tokens stored."""
-    kept = len(spec.layer_numbers())
-    a_layer = [tokens_bytes(spec, N), global_bytes(spec, N)]
-    pending = kept * min(SHARD_BYTES, tokens_bytes(spec, N))
+def activations_cost(spec: EncoderSpec, N: int, data_bytes: float = 0, tokens: bool = True) -> Cost:
+    """One forward pass over N samples, with all tokens stored, or only global ones."""
+    kept, token_bytes = len(spec.layer_numbers()), tokens * tokens_bytes(spec, N)
+    pending = kept * min(SHARD_BYTES, token_bytes)
     return Cost(
-        written=kept * sum(a_layer) + 8 * (2 * N + 1),
+        written=kept * (token_bytes + global_bytes(spec, N)) + tokens * 8 * (2 * N + 1),
         read=data_bytes if spec.modality == "image" else 0,
         flops=N * forward_flops(spec),
         memory=_PROCESS_BYTES + pending + _forward_bytes(spec),
@@ -210,14 +209,14 @@ def _forward_bytes(spec: EncoderSpec) -> int:
 def sae_cost(spec: EncoderSpec, settings: SAESettings, N: int) -> Cost:
     """Training on one layer's stored tokens."""
     F = settings.expansion * spec.width
-    size = tokens_bytes(spec, N)
+    size = N * trained_tokens(spec, settings) * spec.width * 2
     in_memory = size <= IN_MEMORY_BYTES
     samples = settings.epochs * (N - settings.held_out_samples(N)) + measured(N, settings)
     return Cost(
         written=4 * (sae_parameters(spec, settings) + F),
         read=size
         if in_memory
-        else samples * _sample_read(spec, settings.samples_per_step(spec.modality))
+        else samples * _sample_read(spec, settings.samples_per_step(spec.modality), trained_tokens(spec, settings))
         + measured(N, settings) * chunk_bytes(spec),
         flops=training_flops(spec, settings, N),
         memory=_PROCESS_BYTES + in_memory * size + _optimised_bytes(spec, settings) + _latents_bytes(spec, settings),
@@ -230,7 +229,7 @@ def training_flops(spec: EncoderSpec, settings: SAESettings, N: int) -> float:
     Those five are decoding, its gradients for weights and latents, and the encoder's for inputs and weights.
     """
     D, F, k = spec.width, settings.expansion * spec.width, settings.k
-    trained, tokens = N - settings.held_out_samples(N), stored_tokens(spec)
+    trained, tokens = N - settings.held_out_samples(N), trained_tokens(spec, settings)
     steps = settings.epochs * -(-trained // settings.samples_per_step(spec.modality))
     return (
         settings.epochs * trained * tokens * (2 * D * F + 10 * k * D)
@@ -273,7 +272,7 @@ def _optimised_bytes(spec: EncoderSpec, settings: SAESettings) -> int:
 
 def _latents_bytes(spec: EncoderSpec, settings: SAESettings) -> int:
     """Latents of one batch before and after ReLU, and their order."""
-    tokens = max(settings.samples_per_step(spec.modality), 32) * stored_tokens(spec)
+    tokens = max(settings.samples_per_step(spec.modality), 32) * trained_tokens(spec, settings)
     return 4 * 3 * tokens * settings.expansion * spec.width
 
 
@@ -432,6 +431,11 @@ def stored_tokens(spec: EncoderSpec) -> int:
     return tokens if spec.max_tokens is None else min(tokens, spec.max_tokens)
 
 
+def trained_tokens(spec: EncoderSpec, settings: SAESettings) -> int:
+    """Tokens per sample that SAEs are trained on."""
+    return 1 if settings.train_on == "global" else stored_tokens(spec)
+
+
 def tokens_bytes(spec: EncoderSpec, N: int) -> int:
     """Bytes of one layer's training tokens, in float16."""
     return N * stored_tokens(spec) * spec.width * 2
@@ -547,10 +551,10 @@ def _data_bytes(name: str, spec: DatasetSpec, N: int, results: Path) -> float:
     return N * _SAMPLE_BYTES
 
 
-def _sample_read(spec: EncoderSpec, at_once: int) -> float:
-    """Bytes read per sample for its tokens, from a layer too large for memory, with this many samples at once."""
+def _sample_read(spec: EncoderSpec, at_once: int, tokens: int) -> float:
+    """Bytes read per sample for so many tokens, from a layer too large for memory, with this many samples at once."""
     rows = chunk_bytes(spec) // (2 * spec.width)
-    return (1 + (at_once * stored_tokens(spec) - 1) / rows) * chunk_bytes(spec) / at_once
+    return (1 + (at_once * tokens - 1) / rows) * chunk_bytes(spec) / at_once
 
 
 def _sum(costs: Iterable[Cost]) -> Cost:
