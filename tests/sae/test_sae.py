@@ -292,6 +292,19 @@ def test_the_gao_preset_follows_its_paper():
     assert SAESettings(preset="gao", auxk=0.1).auxk == 0.1
 
 
+def test_the_global_preset_explains_held_out_global_tokens(stored_globals, tmp_path):
+    settings = SAESettings(preset="global", expansion=4, k=3, held_out=0.2)
+    train_sae(stored_globals, 3, settings, 0, tmp_path / "sae")
+    metrics = json.loads((tmp_path / "sae" / "metrics.json").read_text())
+    assert metrics["steps"] == 50  # 64 samples in batches of 64
+    assert metrics["global_tokens"]["fvu"] < 0.9
+    assert (settings.train_on, settings.standardise, SAESettings(preset="global", epochs=3).epochs) == (
+        "global",
+        True,
+        3,
+    )
+
+
 def test_held_out_samples_are_used_only_for_metrics(stored, tmp_path):
     settings = SETTINGS.model_copy(update={"held_out": 0.25})
     held_out = np.arange(45, 60)

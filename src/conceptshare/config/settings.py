@@ -11,11 +11,15 @@ from conceptshare.config.catalog import Name, Positive, Spec
 
 
 class SAESettings(Spec):
-    """Training of sparse autoencoders. The defaults are the paper's; the preset `gao` follows Gao et al. (2024)."""
+    """Training of sparse autoencoders; the defaults are the paper's.
 
-    preset: Literal["paper", "gao"] = "paper"
+    The preset `gao` follows Gao et al. (2024), and `global` explains the tokens that are compared.
+    """
+
+    preset: Literal["paper", "gao", "global"] = "paper"
     """Source of the defaults: ``gao`` sets ``auxk: 0.03125``, ``initial_b_dec: mean``, ``unit_norm_decoder: true`` and
-    a learning rate of 2e-4 / sqrt(F / 16384)."""
+    a learning rate of 2e-4 / sqrt(F / 16384). ``global`` sets ``train_on: global``, ``standardise: true``, ``epochs:
+    50``, batches of 64, ``learning_rate: 0.001`` and ``decay_share: 0.3``."""
     train_on: Literal["all", "global"] = "all"
     """Tokens to train on: all, or the global token of each sample alone. For ``global``, no other tokens are stored or
     streamed, and a batch has as many tokens as samples."""
@@ -68,8 +72,8 @@ class SAESettings(Spec):
     @model_validator(mode="before")
     @classmethod
     def _with_preset(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("preset") == "gao":
-            return _GAO | values
+        if isinstance(values, dict):
+            return _PRESETS.get(str(values.get("preset")), {}) | values
         return values
 
     @model_validator(mode="after")
@@ -91,7 +95,18 @@ class SAESettings(Spec):
         return 2e-4 / (latents / 2**14) ** 0.5 if self.learning_rate is None else self.learning_rate
 
 
-_GAO = {"auxk": 1 / 32, "initial_b_dec": "mean", "unit_norm_decoder": True, "learning_rate": None}
+_PRESETS: dict[str, dict[str, Any]] = {
+    "gao": {"auxk": 1 / 32, "initial_b_dec": "mean", "unit_norm_decoder": True, "learning_rate": None},
+    "global": {
+        "train_on": "global",
+        "standardise": True,
+        "epochs": 50,
+        "batch_samples": 64,
+        "batch_captions": 64,
+        "learning_rate": 1e-3,
+        "decay_share": 0.3,
+    },
+}
 
 
 class CorrelationSettings(Spec):
