@@ -218,7 +218,7 @@ def test_a_matrix_shows_the_excess_below_and_hatches_cells_that_are_not_above_ch
     draw_matrix(table.assign(p=np.where(by_chance, 0.3, 0.04)), tmp_path / "matrix.png")
     (figure,) = drawn
     panels = [ax for ax in figure.axes if ax.get_title()]
-    assert [ax.get_title().startswith("Excess over chance") for ax in panels] == [False] * 3 + [True] * 3
+    assert [ax.get_title().startswith("Excess:") for ax in panels] == [False] * 3 + [True] * 3
     members = list(FOUR)
     for ax, (column, reading) in zip(panels, product(("wmppc", "excess"), READINGS), strict=True):
         of_reading = table[table.reading == reading]

@@ -68,7 +68,7 @@ def draw_matrix(table: pd.DataFrame, out: Path) -> None:
             top = float(table[value].max()) if table[value].max() > 0 else 1.0
             image = heatmap(ax, cells, 0, top, letters if letters >= 4.5 else None, p > ABOVE_CHANCE)
             title = READING_TITLES[reading].replace(", ", ",\n")
-            ax.set_title(title if value == "wmppc" else f"Excess over chance:\n{_SHORT[reading]}", fontsize=8)
+            ax.set_title(title if value == "wmppc" else f"Excess:\n{_SHORT[reading]}", fontsize=8)
             for before, group in pairwise(groups):
                 line: Any = {"color": "white", "linewidth": 1.5 if before.modality == group.modality else 3}
                 ax.axhline(group.first - 0.5, **line)
