@@ -89,7 +89,7 @@ def test_a_stage_stopped_at_any_moment_ends_with_the_same_bytes(stage, made, tmp
         assert ended.status in STATUSES[sent] | {0}, ended.output
         stopped += ended.status != 0
         assert_nothing_looks_finished_that_is_not(stage, made, tmp_path)
-    assert stopped >= 3
+    assert stopped >= 2  # a late signal may meet a process that has just ended
     assert run(given, tmp_path).status == 0
     assert_as_undisturbed(stage, made, tmp_path)
     assert not list(tmp_path.rglob("*.lock"))
