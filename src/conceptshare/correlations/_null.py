@@ -36,9 +36,9 @@ def repaired(
 
     wMPPC is the mean of the best correlations, weighted by S. So their plain mean over features that are drawn with a
     probability proportional to S estimates it without bias. Each re-pairing draws `NULL_FEATURES` features of each
-    layer, systematically: at equal distances on the cumulative S, with a random start. The best correlations of all
-    drawn features of a layer have a standard deviation of 0.03 to 0.08, so the standard error of the mean over
-    re-pairings is 0.001 to 0.002.
+    layer, systematically: at equal distances on the cumulative S, with a random start. With 1,280 features per layer,
+    the standard error of the mean over re-pairings is below 0.002 if their best correlations have a standard deviation
+    below 0.07; the result has the actual one.
 
     Args:
         a: the layers of A, ``[N, F]`` each.
