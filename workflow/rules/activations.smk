@@ -76,5 +76,4 @@ rule activations_join:
         runtime=grown(60),
         tokens=tokens_option,
     shell:
-        "python -m conceptshare join {input.parts:q} --out {output.activations:q} {resources.tokens}"
-        " > {log:q} 2>&1"
+        "python -m conceptshare join {input.parts:q} --out {output.activations:q} {resources.tokens} > {log:q} 2>&1"
