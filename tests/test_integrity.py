@@ -97,7 +97,7 @@ class Stages:
 
     def tables(self, study, out):
         stores = stores_in(study)
-        grouped = [GroupedMember("bert@0", "text", "language"), GroupedMember("vit@0", "image", "vision", "vit@1")]
+        grouped = [GroupedMember("bert@0", "text", "language"), GroupedMember("vit@0", "image", "vision", ("vit@1",))]
         write_table(matrix_table(grouped, stores), out / "all.csv")
         write_table(layerwise_table([("bert@0", "vit@0")], stores), out / "layers.csv")
         write_table(pair_table("bert@0", "vit@0", stores), out / "bert@0__vit@0.csv")

@@ -3,7 +3,7 @@
 Notation: rho_i is the largest Pearson correlation of feature i of A with any feature of B, S_i its summed activation.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -301,3 +301,39 @@ def bootstrap_intervals(
     ends = np.quantile(sums / N, [(1 - level) / 2, (1 + level) / 2], axis=0)
     intervals: Array = np.asarray(values, np.float64)[:, None] + ends.T
     return intervals
+
+
+def seed_interval(
+    values: ArrayLike, uses: Sequence[NDArray[np.bool_]], influence: ArrayLike, level: float = 0.95
+) -> tuple[float, float]:
+    """Interval of a mean over pairs of seeds, over samples and seeds together, from components of its variance.
+
+    The variance of the mean is V = V_0 + sum_k V_k: V_0 = sum_s psi_s^2 / N^2 for samples, and for the n_k seeds of
+    encoder k, by the jackknife, V_k = (n_k - 1) / n_k sum_j (m_j - mean m)^2 with the mean m_j of the pairs without its
+    seed j. An encoder with one seed has no component. The ends are the mean plus and minus t sqrt(V), where t is the
+    quantile of Student's distribution with V^2 / sum_k (V_k^2 / nu_k) degrees of freedom (Welch and Satterthwaite),
+    nu_0 = N - 1 and nu_k = n_k - 1: few seeds give wide intervals.
+
+    Args:
+        values: ``[P]`` of each pair of seeds.
+        uses: for each encoder ``[n_k, P]``, which pairs use each of its seeds.
+        influence: ``[N]`` psi, the influence of each sample on the mean.
+        level: the probability that the interval covers.
+
+    Returns:
+        The lower and the upper end: NaN if all pairs use some seed, as those of two seeds of one encoder.
+    """
+    from scipy.stats import t  # slow to import
+
+    values, psi = np.asarray(values, np.float64), np.asarray(influence, np.float64)
+    variances, freedom = [(psi**2).sum() / len(psi) ** 2], [len(psi) - 1]
+    for used in uses:
+        if len(used) > 1:
+            left_out = [values[~by_seed].mean() if not by_seed.all() else np.nan for by_seed in used]
+            variances.append((len(used) - 1) * np.var(left_out))
+            freedom.append(len(used) - 1)
+    V, mean = sum(variances), values.mean()
+    if V == 0:
+        return mean, mean
+    half = t.ppf((1 + level) / 2, V**2 / sum(v**2 / nu for v, nu in zip(variances, freedom, strict=True))) * V**0.5
+    return float(mean - half), float(mean + half)

@@ -41,7 +41,7 @@ from conceptshare.io.store import open_store
 from tests.helpers.studies import study_file
 
 MEMBERS = [
-    GroupedMember("vit@0", "image", "vision", "vit@7"),
+    GroupedMember("vit@0", "image", "vision", ("vit@7",)),
     GroupedMember("clip-text@0", "text", "vlm"),
     GroupedMember("bert@1", "text", "language"),
 ]
@@ -388,7 +388,7 @@ def test_every_table_names_a_member_without_active_features(study, write_feature
     silent = GroupedMember("silent@0", "text", "language")
     attempts = [
         lambda: matrix_table([*MEMBERS, silent], stores),
-        lambda: matrix_table([MEMBERS[0]._replace(ceiling="silent@0"), MEMBERS[1]], stores),
+        lambda: matrix_table([MEMBERS[0]._replace(other_seeds=("silent@0",)), MEMBERS[1]], stores),
         lambda: layerwise_table([("vit@0", "silent@0")], stores),
         lambda: pair_table("silent@0", "vit@0", stores),
         lambda: sharedness_table("vit@0", ["clip-text@0"], ["silent@0"], stores),
@@ -689,7 +689,10 @@ def test_commands_compute_the_overlap_of_ranking_files(study, tmp_path):
 
 def test_a_matrix_of_two_seeds_of_one_encoder_omits_files_that_need_several_encoders(study, tmp_path):
     stores, _ = study
-    seeds = [GroupedMember("vit@0", "image", "vision", "vit@7"), GroupedMember("vit@7", "image", "vision", "vit@0")]
+    seeds = [
+        GroupedMember("vit@0", "image", "vision", ("vit@7",)),
+        GroupedMember("vit@7", "image", "vision", ("vit@0",)),
+    ]
     matrix = matrix_table(seeds, stores)
     np.testing.assert_allclose(matrix.ceiling, matrix.wmppc)
     write_table(matrix, tmp_path / "all.csv")

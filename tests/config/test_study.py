@@ -710,12 +710,37 @@ def test_pairs_are_those_the_analyses_need_sorted_and_unique(build):
     assert build(analyses=ANALYSES).comparisons() == partners
 
 
-def test_a_members_ceiling_is_the_first_other_seed_of_its_encoder(build):
+def test_a_members_other_seeds_are_those_of_its_encoder(build):
     study = build(encoders={"vit": {"seeds": [7, 3, 5]}, "bert": None})
-    assert study.ceiling_of(Member("vit", 7)) == Member("vit", 3)
-    assert study.ceiling_of(Member("vit", 3)) == Member("vit", 7)
-    assert study.ceiling_of(Member("vit", 5)) == Member("vit", 7)
-    assert study.ceiling_of(Member("bert", 0)) is None
+    assert study.other_seeds(Member("vit", 7)) == [Member("vit", 3), Member("vit", 5)]
+    assert study.other_seeds(Member("vit", 3)) == [Member("vit", 5), Member("vit", 7)]
+    assert study.other_seeds(Member("bert", 0)) == []
+
+
+def test_a_matrix_of_all_seeds_compares_them_where_none_is_named(build):
+    encoders = {"vit": {"seeds": [5, 1]}, "bert": {"seeds": [0, 2]}, "dinov2": None}
+
+    def members(**matrix):
+        return [str(member) for member in build(encoders=encoders, analyses={"matrices": {"m": matrix}}).members()]
+
+    assert members(seeds="all") == ["bert@0", "bert@2", "dinov2@0", "vit@1", "vit@5"]
+    study = build(encoders=encoders, analyses={"matrices": {"m": {"seeds": "all", "members": ["vit", "bert@2"]}}})
+    assert [str(member) for member in study.matrix_members("m")] == ["vit@1", "vit@5", "bert@2"]
+    assert study.seed_pairs() == [
+        (Member("bert", 0), Member("bert", 2)),
+        (Member("vit", 1), Member("vit", 5)),
+    ]
+    assert len(study.pairs()) == 2 + 2
+
+
+def test_one_seed_per_encoder_makes_no_table_of_seeds(build):
+    def tables(seeds):
+        study = build(encoders={"vit": {"seeds": seeds}, "bert": None}, analyses={"matrices": {"m": {"seeds": "all"}}})
+        return {path for _, path in study.products("coco")}, len(study.pairs())
+
+    one, several = tables([3]), tables([3, 4])
+    assert several[0] - one[0] == {"matrices/m.seeds"}
+    assert (one[1], several[1]) == (1, 3)
 
 
 def test_only_matrices_need_ceilings(build):
@@ -723,15 +748,18 @@ def test_only_matrices_need_ceilings(build):
     matrix = build(encoders=encoders, analyses={"matrices": {"m": {"members": ["vit@2", "bert", "dinov2"]}}})
     assert matrix.ceiling_pairs("m") == [
         (Member("dinov2", 3), Member("dinov2", 4)),
-        (Member("vit", 0), Member("vit", 2)),
+        *((Member("vit", a), Member("vit", b)) for a, b in ((0, 1), (0, 2), (1, 2))),
     ]
     assert set(matrix.ceiling_pairs("m")) <= set(matrix.pairs())
-    assert [str(member) for member in matrix.members()] == ["bert@0", "dinov2@3", "dinov2@4", "vit@0", "vit@2"]
-    assert len(matrix.pairs()) == 3 + 2
+    assert matrix.seed_pairs() == matrix.ceiling_pairs("m")
+    assert [str(member) for member in matrix.members()] == [
+        *("bert@0", "dinov2@3", "dinov2@4", "vit@0", "vit@1", "vit@2")
+    ]
+    assert len(matrix.pairs()) == 3 + 4
     assert json.loads(matrix.table_key("matrix", "m")) == [
-        ["dinov2@4", "image", "vision", "dinov2@3"],
-        ["vit@2", "image", "vision", "vit@0"],
-        ["bert@0", "text", "language", None],
+        ["dinov2@4", "image", "vision", ["dinov2@3"]],
+        ["vit@2", "image", "vision", ["vit@0", "vit@1"]],
+        ["bert@0", "text", "language", []],
     ]
     layerwise = build(encoders=encoders, analyses={"layerwise": {"l": {"pairs": [["vit", "bert"]]}}})
     assert layerwise.pairs() == [(Member("bert", 0), Member("vit", 0))]

@@ -15,7 +15,7 @@ from .conftest import CLONE, LAYERS, Project, encoder_entry
 ALWAYS = {"all": 1}
 CHANGED_STUDY = {"provenance": 1, **ALWAYS}
 SAE_REPORT = {"metrics_saes": 1, "figures_saes": 1}
-MATRIX = dict.fromkeys(["metrics_matrix", "metrics_averages", "metrics_formats"], 1) | {
+MATRIX = dict.fromkeys(["metrics_matrix", "metrics_averages", "metrics_formats", "metrics_seeds"], 1) | {
     f"figures_{part}": 1 for part in ("matrix", "averages", "intervals", "similarity", "strength")
 }
 LAYERWISE = {"metrics_layerwise": 1, "figures_layerwise": 1}
@@ -249,7 +249,11 @@ def test_detects_swapped_settings_of_two_encoders(study):
     [
         ("figures/_style.py", {job: n for job, n in TABLES_AND_FIGURES.items() if job.startswith("figures")}),
         ("metrics.py", TABLES_AND_FIGURES | SITE),
-        ("analysis/similarity.py", {"similarity": 1, **MATRIX, "pages_index": 1}),
+        (
+            "analysis/similarity.py",
+            {"similarity": 1, "pages_index": 1, **{job: n for job, n in MATRIX.items() if job != "metrics_seeds"}},
+        ),
+        ("analysis/seeds.py", {"metrics_seeds": 1, **SAE_REPORT}),
         ("pages/assets/app/page.js", {"pages_index": 1}),
         ("concepts/names.py", {"names": 3, "pages_member": 3, "figures_sharedness": 2, "figures_top_samples": 2}),
         (
@@ -258,7 +262,7 @@ def test_detects_swapped_settings_of_two_encoders(study):
                 "correlations": 2,
                 "pages_pair": 2,
                 **SITE,
-                **{job: n for job, n in TABLES_AND_FIGURES.items() if job not in SAE_REPORT},
+                **TABLES_AND_FIGURES,
             },
         ),
         ("sae/features.py", {"features": 3, "correlations": 2, **SHOWN, **TABLES_AND_FIGURES}),

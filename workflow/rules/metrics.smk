@@ -7,7 +7,7 @@ for table in products.TABLES:
             f"metrics_{table.name}"
         input:
             **product_inputs(table),
-            code=code("metrics.py", "io/readers.py", "analysis/tables.py", "analysis/paper/*"),
+            code=code("metrics.py", "io/readers.py", "analysis/tables.py", "analysis/paper/*", *table.code),
         output:
             csv=report(
                 product_file(table, "csv"),

@@ -5,6 +5,7 @@
 TABLE_PAIRS = {
     "matrix": lambda w: STUDY.matrix_pairs(w.name) + STUDY.ceiling_pairs(w.name),
     "averages": lambda w: STUDY.matrix_pairs(w.name),
+    "seeds": lambda w: STUDY.matrix_pairs(w.name) + STUDY.ceiling_pairs(w.name),
     "layerwise": lambda w: STUDY.layerwise_pairs(w.name),
     "sharedness": lambda w: STUDY.sharedness_pairs(w.name),
     "saes": lambda w: [(member, member) for member in STUDY.members()],
@@ -13,6 +14,7 @@ TABLE_PAIRS = {
 # The part of the study that a table depends on.
 TABLE_KEYS = {
     "matrix": lambda w: STUDY.table_key("matrix", w.name),
+    "seeds": lambda w: STUDY.table_key("seeds", w.name),
     "layerwise": lambda w: STUDY.table_key("layerwise", w.name),
     "sharedness": lambda w: STUDY.table_key("sharedness", w.name),
     "saes": lambda w: STUDY.table_key("saes"),
@@ -26,6 +28,7 @@ def product_inputs(product):
         "features": lambda w: features_of(members_of(pairs(w)), w),
         "correlations": lambda w: correlations_of(pairs(w), w),
         "similarity": lambda w: similarity_of(pairs(w), w),
+        "seeds": lambda w: correlations_of(STUDY.seed_pairs(), w),
         "rankings": lambda w: [ranking_file(w, name) for name in STUDY.overlapping()],
         "pairs": lambda w: pairs_of(STUDY.matrix_pairs(w.name), w),
         "source": lambda w: features_of([STUDY.sharedness_source(w.name)], w),
@@ -43,6 +46,7 @@ def product_command(product):
         "features": lambda w, files: f"--features {folder_of(files.features)}",
         "correlations": lambda w, files: f"--correlations {folder_of(files.correlations)}",
         "similarity": lambda w, files: similarity_option(w, files),
+        "seeds": lambda w, files: f"--correlations {folder_of(files.seeds)}" if files.seeds else "",
         "rankings": lambda w, files: " ".join(map(quote, files.rankings)),
         "saes": lambda w, files: f"--saes {saes_folder(w)}",
         "published": lambda w, files: f"--dataset {w.dataset} --size {STUDY.analyses.matrices[w.name].paper}",

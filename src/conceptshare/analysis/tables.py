@@ -50,6 +50,7 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "sharedness": ("rank", "top", "source", "layer", "feature", "delta", "strength", "density", "rho_g", "rho_h"),
     "overlaps": ("source", "first", "second", "top", "overlap", "expected", "log10_p"),
     "saes": ("encoder", "seed", "layer", "latents", "steps", *_QUALITY),
+    "seeds": (*_CELL, "source_seed", "target_seed", "wmppc", "null", "excess", "pairs", "mean", "low", "high"),
     "paper": (*_CELL, "ours", "low", "high", "paper", "difference"),
     "names": ("layer", "feature", "name", "candidate", "score", "auc", "source"),
     "similarity": ("source_layer", "target_layer", *SIMILARITIES),
@@ -226,8 +227,8 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
     Columns besides those that identify the cell:
 
     - ``wmppc``, with ``low`` and ``high``, its 95% bootstrap interval over samples;
-    - ``floor``: the wMPPC with the target's samples shuffled; ``ceiling``: the wMPPC from the source to the other seed
-      of its encoder, NaN if there is none;
+    - ``floor``: the wMPPC with the target's samples shuffled; ``ceiling``: the mean wMPPC from the source to the other
+      seeds of its encoder, NaN if there are none;
     - ``null``: the mean wMPPC with the samples re-paired at random, with its standard error ``null_error``; ``p``: the
       probability of such a wMPPC for re-paired samples; ``excess``: (wMPPC - null) / (1 - null); ``relative``:
       (wMPPC - null) / (ceiling - null), NaN if there is no ceiling;
@@ -251,11 +252,7 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
     influences: list[NDArray[np.float32]] = []
     for source in members:
         S, density = side_by_side(statistics[source.member])
-        ceilings = dict.fromkeys(metrics.READINGS, float("nan"))
-        if source.ceiling is not None:
-            stores.active(source.ceiling)
-            other = stores.pair(source.member, source.ceiling).best
-            ceilings = wmppc_readings(other.rho_ab, S, other.sizes_a)
+        ceilings = _ceilings(source, S, stores)
         for target in members:
             if source == target:
                 continue
@@ -284,6 +281,19 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
             rows += [cell | {"low": low, "high": high} for cell, (low, high) in zip(cells, ends, strict=True)]
             cells, influences = [], []
     return _made_from(stores, statistics, pd.DataFrame(rows)[list(MATRIX_COLUMNS)])
+
+
+def _ceilings(source: GroupedMember, S: metrics.Array, stores: Stores) -> dict[str, float]:
+    """The mean wMPPC from a member to the other seeds of its encoder by reading, NaN if there are none."""
+    found = []
+    for seed in source.other_seeds:
+        stores.active(seed)
+        other = stores.pair(source.member, seed).best
+        found.append(wmppc_readings(other.rho_ab, S, other.sizes_a))
+    return {
+        reading: float(np.mean([each[reading] for each in found])) if found else float("nan")
+        for reading in metrics.READINGS
+    }
 
 
 def _made_from(stores: Stores, members: Iterable[str], table: pd.DataFrame) -> pd.DataFrame:

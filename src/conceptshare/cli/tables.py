@@ -55,6 +55,15 @@ def averages(table: Matrix, correlations: Correlations, out: TableOut) -> None:
 
 
 @app.command()
+def seeds(analysis: Analysis, study: StudyFile, features: Features, correlations: Correlations, out: TableOut) -> None:
+    """The wMPPC of every pair of seeds, with intervals over seeds and samples."""
+    from conceptshare.analysis.seeds import seeds_table
+    from conceptshare.analysis.tables import Stores, write_table
+
+    write_table(seeds_table(load_study(study).grouped_members(analysis), Stores(features, correlations)), out)
+
+
+@app.command()
 def formats(
     table: Matrix,
     out: Annotated[Path, out_option(MATRICES, text="The folder to write.")],
@@ -160,8 +169,19 @@ def saes(
     features: Features,
     saes: Annotated[Path, typer.Option(help="The folder of SAEs.")],
     out: TableOut,
+    correlations: Annotated[
+        Path | None,
+        typer.Option(help="The folder of correlation stores, for studies with several seeds.", show_default=False),
+    ] = None,
 ) -> None:
-    """Size and quality of every SAE."""
-    from conceptshare.analysis.tables import sae_table, write_table
+    """Size, quality and stability of every SAE."""
+    from conceptshare.analysis.seeds import with_stability
+    from conceptshare.analysis.tables import Stores, sae_table, write_table
 
-    write_table(sae_table(load_study(study).members(), saes, features), out)
+    described = load_study(study)
+    pairs = described.seed_pairs()
+    if correlations is None and pairs:
+        warn("without --correlations, the column of stable features is empty")
+        pairs = []
+    table = sae_table(described.members(), saes, features)
+    write_table(with_stability(table, pairs, Stores(features, correlations or Path())), out)

@@ -25,8 +25,8 @@ class GroupedMember(NamedTuple):
     member: str
     modality: str
     kind: str
-    ceiling: str | None = None
-    """The same encoder with another seed, if it has one."""
+    other_seeds: tuple[str, ...] = ()
+    """The same encoder with each of its other seeds."""
 
 
 def sorted_pair(a: Member, b: Member) -> tuple[Member, Member]:

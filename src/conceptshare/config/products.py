@@ -7,9 +7,9 @@ have. The report's caption is `workflow/report/NAME.rst` for a figure, and `NAME
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
 
-When = Literal["always", "encoders", "paper", "overlapping"]
-"""When it is made: always, for a matrix of different encoders, for one that is compared with the paper, or for a study
-with two rankings of one source."""
+When = Literal["always", "encoders", "seeds", "paper", "overlapping"]
+"""When it is made: always, for a matrix of different encoders, for one with an encoder of several seeds, for one that
+is compared with the paper, or for a study with two rankings of one source."""
 
 
 class Table(NamedTuple):
@@ -25,6 +25,8 @@ class Table(NamedTuple):
     table: str = ""
     """The table that it is made from, if any."""
     when: When = "always"
+    code: tuple[str, ...] = ()
+    """Its modules, if that is not `analysis/tables.py` alone."""
 
 
 class Figure(NamedTuple):
@@ -57,12 +59,13 @@ _STORES = ("study", "features", "correlations")
 TABLES = (
     Table("matrix", "matrices/{name}", "wMPPC", (*_STORES, "similarity")),
     Table("averages", "matrices/{name}.averages", "averages by modality", ("correlations",), "matrix"),
+    Table("seeds", "matrices/{name}.seeds", "wMPPC by seeds", _STORES, when="seeds", code=("analysis/seeds.py",)),
     Table("paper", "matrices/{name}.paper", "compared with the paper", ("published",), "matrix", "paper"),
     Table("agreement", "matrices/{name}.paper-agreement", "agreement with the paper", (), "paper", "paper"),
     Table("layerwise", "layerwise/{name}", "all cells", (*_STORES, "similarity")),
     Table("sharedness", "sharedness/{name}", "ranking", _STORES),
     Table("overlaps", "overlaps", "overlaps of rankings", ("rankings",), when="overlapping"),
-    Table("saes", "saes", "quality", ("study", "features", "saes")),
+    Table("saes", "saes", "quality", ("study", "features", "seeds", "saes"), code=("analysis/seeds.py",)),
 )
 
 FIGURES = (

@@ -123,7 +123,11 @@ class Matrix(Spec):
     """wMPPC between all pairs of members, over all layers and for the last layers."""
 
     members: list[str] | None = None
-    """The members, as ``encoder`` or ``encoder@seed``; by default, every encoder of the study with its first seed."""
+    """The members, as ``encoder`` or ``encoder@seed``; by default, every encoder of the study."""
+    seeds: Literal["first", "all"] = "first"
+    """Seeds of encoders that are named without one: their first, or all. With ``all``, the table of seeds has
+    intervals over seeds and samples for every two encoders; correlations grow with the square of the number of seeds.
+    """
     paper: Literal["large", "base"] | None = None
     """Compare with the paper's numbers for encoders of this size, which exist for ``large`` on coco, laion and flowers,
     and for ``base`` on coco."""

@@ -124,27 +124,34 @@ class Study(Spec):
 
     def matrix_members(self, name: str) -> list[Member]:
         """A matrix's members, grouped by modality and kind, then by name: the config's order changes nothing."""
-        named = self._analysis("matrices", name).members
-        members = {self.member(text) for text in (self.encoders if named is None else named)}
+        matrix = self._analysis("matrices", name)
+        members = {self.member(text) for text in (self.encoders if matrix.members is None else matrix.members)}
+        if matrix.seeds == "all":
+            unseeded = [text for text in matrix.members or self.encoders if "@" not in text]
+            members |= {other for text in unseeded for other in self.other_seeds(self.member(text))}
         return sorted(members, key=self._rank)
 
     def matrix_pairs(self, name: str) -> list[Pair]:
         """The pairs that a matrix needs."""
         return list(combinations(sorted(self.matrix_members(name)), 2))
 
-    def ceiling_of(self, member: Member) -> Member | None:
-        """The same encoder with the first of its other seeds, where it lists more than one.
+    def other_seeds(self, member: Member) -> list[Member]:
+        """The same encoder with each of its other seeds, in ascending order.
 
         What two trainings on the same activations share bounds what two encoders can be seen to share.
         """
-        others = (seed for seed in self.encoders[member.encoder].seeds if seed != member.seed)
-        seed = next(others, None)
-        return None if seed is None else Member(member.encoder, seed)
+        seeds = sorted(self.encoders[member.encoder].seeds)
+        return [Member(member.encoder, seed) for seed in seeds if seed != member.seed]
 
     def ceiling_pairs(self, name: str) -> list[Pair]:
-        """The pairs of a matrix's members with their own other seeds, each sorted."""
-        found = ((member, self.ceiling_of(member)) for member in self.matrix_members(name))
-        return sorted({sorted_pair(member, other) for member, other in found if other is not None})
+        """The pairs of all seeds of each of a matrix's encoders, each sorted."""
+        members = self.matrix_members(name)
+        seeds = {other for member in members for other in (member, *self.other_seeds(member))}
+        return [(a, b) for a, b in combinations(sorted(seeds), 2) if a.encoder == b.encoder]
+
+    def seed_pairs(self) -> list[Pair]:
+        """The pairs of two seeds of one encoder that some analysis needs, each sorted, in sorted order."""
+        return [(a, b) for a, b in self.pairs() if a.encoder == b.encoder]
 
     def paper_datasets(self, name: str) -> list[str]:
         """The data sets on which a matrix is compared with the paper's numbers."""
@@ -219,13 +226,17 @@ class Study(Spec):
 
     def grouped_members(self, matrix: str) -> list[GroupedMember]:
         """The members of a matrix with their groups and other seeds."""
-        members = [(member, self.ceiling_of(member)) for member in self.matrix_members(matrix)]
-        return [GroupedMember(str(m), *_GROUPS[self._rank(m)[0]], other and str(other)) for m, other in members]
+        return [
+            GroupedMember(str(member), *_GROUPS[self._rank(member)[0]], tuple(map(str, self.other_seeds(member))))
+            for member in self.matrix_members(matrix)
+        ]
 
     def makes(self, product: Table | Figure, dataset: str, analysis: str) -> bool:
         """Whether a table or figure is made for a data set and an analysis, as its `products.When` says."""
         if product.when == "encoders":
             return bool(encoder_pairs(self.matrix_pairs(analysis)))
+        if product.when == "seeds":
+            return bool(self.ceiling_pairs(analysis))
         if product.when == "paper":
             return dataset in self.paper_datasets(analysis)
         return product.when == "always" or bool(self.overlapping())
@@ -255,9 +266,10 @@ class Study(Spec):
         """What a table, or the frame of the ``pages``, depends on besides files, as canonical JSON."""
         parts: dict[str, Callable[[], Any]] = {
             "matrix": lambda: self.grouped_members(name),
+            "seeds": lambda: self.grouped_members(name),
             "layerwise": lambda: self.layerwise_names(name),
             "sharedness": lambda: self.sharedness_groups(name),
-            "saes": lambda: list(map(str, self.members())),
+            "saes": lambda: [self.members(), self.seed_pairs()],
             "pages": self.shown_on_pages,
         }
         return _json(parts[table]())
