@@ -51,7 +51,8 @@ def grouped(*members):
 def rho(x, y):
     with np.errstate(invalid="ignore", divide="ignore"):
         r = np.corrcoef(x, y, rowvar=False)[: x.shape[1], x.shape[1] :]
-    return np.nan_to_num(r, nan=0).max(1)
+    best = np.nan_to_num(r, nan=-np.inf).max(1)
+    return np.where(np.isinf(best), 0, best)
 
 
 def last(features, source, target):

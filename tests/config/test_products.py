@@ -34,7 +34,16 @@ def test_figure_functions_exist():
 def test_file_names_of_analyses_are_reserved():
     assert taken_by("matrices", "all") == {
         f"all.{part}"
-        for part in ("averages", "intervals", "similarity", "strength", "seeds", "paper", "paper-agreement")
+        for part in (
+            "averages",
+            "intervals",
+            "similarity",
+            "strength",
+            "seeds",
+            "retrieval",
+            "paper",
+            "paper-agreement",
+        )
     }
     assert taken_by("sharedness", "seen") == {"seen.top", "seen.scatter"}
     assert taken_by("layerwise", "seeds") == set()

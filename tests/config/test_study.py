@@ -319,11 +319,11 @@ def test_an_untrained_variant_is_another_encoder_in_a_group_of_its_own(build):
     assert keys[0] == {"library": "transformers", "model": "hub/model"}
     assert keys[1:] == [keys[0] | {"untrained": True}, keys[0] | {"untrained": True, "untrained_seed": 1}]
     assert json.loads(study.table_key("matrix", "m")) == [
-        ["vit@0", "image", "vision", None],
-        ["bert@0", "text", "language", None],
-        ["again@0", "image", "untrained", None],
-        ["random@0", "image", "untrained", None],
-        ["other@0", "text", "untrained", None],
+        ["vit@0", "image", "vision", []],
+        ["bert@0", "text", "language", []],
+        ["again@0", "image", "untrained", []],
+        ["random@0", "image", "untrained", []],
+        ["other@0", "text", "untrained", []],
     ]
     assert [member["kind"] for member in study.shown_on_pages()["members"]][-3:] == ["untrained"] * 3
 
@@ -922,7 +922,7 @@ def test_keys_are_json_with_sorted_keys(build):
         "not_shared_with": ["dinov2@0"],
     }
     assert json.loads(study.table_key("layerwise", "seeds")) == [["vit@1", "vit@0"], ["bert@0", "dinov2@0"]]
-    assert ["clip-text@0", "text", "vlm", None] in json.loads(study.table_key("matrix", "all"))
+    assert ["clip-text@0", "text", "vlm", []] in json.loads(study.table_key("matrix", "all"))
 
 
 PAPER = {

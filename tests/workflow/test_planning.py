@@ -15,9 +15,10 @@ from .conftest import CLONE, LAYERS, Project, encoder_entry
 ALWAYS = {"all": 1}
 CHANGED_STUDY = {"provenance": 1, **ALWAYS}
 SAE_REPORT = {"metrics_saes": 1, "figures_saes": 1}
-MATRIX = dict.fromkeys(["metrics_matrix", "metrics_averages", "metrics_formats", "metrics_seeds"], 1) | {
-    f"figures_{part}": 1 for part in ("matrix", "averages", "intervals", "similarity", "strength")
-}
+MATRIX = dict.fromkeys(
+    ["metrics_matrix", "metrics_averages", "metrics_formats", "metrics_seeds", "metrics_retrieval"], 1
+) | {f"figures_{part}": 1 for part in ("matrix", "averages", "intervals", "similarity", "strength")}
+WITH_SIMILARITY = {job: n for job, n in MATRIX.items() if job not in {"metrics_seeds", "metrics_retrieval"}}
 LAYERWISE = {"metrics_layerwise": 1, "figures_layerwise": 1}
 SHAREDNESS = {
     "metrics_sharedness": 2,
@@ -172,7 +173,8 @@ def test_an_added_seed_keeps_activations_and_other_seeds(study):
         "pages_member": 2,
         "pages_pair": 2,
         "pages_index": 1,
-        **MATRIX,  # the other seed is now its ceiling
+        # The other seed is now its ceiling.
+        **{job: n for job, n in MATRIX.items() if job != "metrics_retrieval"},
         **LAYERWISE,
         **SAE_REPORT,
         **CHANGED_STUDY,
@@ -251,9 +253,10 @@ def test_detects_swapped_settings_of_two_encoders(study):
         ("metrics.py", TABLES_AND_FIGURES | SITE),
         (
             "analysis/similarity.py",
-            {"similarity": 1, "pages_index": 1, **{job: n for job, n in MATRIX.items() if job != "metrics_seeds"}},
+            {"similarity": 1, "pages_index": 1, **WITH_SIMILARITY},
         ),
         ("analysis/seeds.py", {"metrics_seeds": 1, **SAE_REPORT}),
+        ("analysis/retrieval.py", {"metrics_retrieval": 1}),
         ("pages/assets/app/page.js", {"pages_index": 1}),
         ("concepts/names.py", {"names": 3, "pages_member": 3, "figures_sharedness": 2, "figures_top_samples": 2}),
         (

@@ -37,6 +37,7 @@ def weighted_mean(values, weights):
 
 def test_writes_every_table_and_figure_and_a_log_per_job(finished):
     tables = {"overlaps", "pairs/reader@0__reader@1", "pairs/reader@0__viewer@0"}
+    tables |= {"matrices/all.seeds", "matrices/all.retrieval"}
     both = {"matrices/all", "matrices/all.averages", "layerwise/seeds", "sharedness/seen", "sharedness/own", "saes"}
     figures = {f"matrices/all.{part}" for part in ("intervals", "similarity", "strength")}
     figures |= {f"sharedness/{name}.{part}" for name in ("seen", "own") for part in ("top", "scatter")}
@@ -50,14 +51,15 @@ def test_writes_every_table_and_figure_and_a_log_per_job(finished):
     assert found == expected
     logs = [path for path in (finished.folder / "results/logs").rglob("*.log") if path.stat().st_size >= 0]
     # From the data set to similarities; tables; figures; names, examples and pages; the study.
-    stages = (1 + 2 + 2 + 3 * LAYERS + 3 + 2 + 1) + (3 + 1 + 2 + 2 + 1 + 1)
+    stages = (1 + 2 + 2 + 3 * LAYERS + 3 + 2 + 1) + (5 + 1 + 2 + 2 + 1 + 1)
     assert len(logs) == stages + (5 + 1 + 3 * 2 + 1) + (3 + 3 + 1 + 3 + 2 + 1) + 1
 
 
 def test_compute_jobs_log_their_device_in_one_line(finished):
     places = ("activations", "saes", "features", "correlations", "similarity", "examples")
     logs = [path for place in places for path in (finished.folder / "results/logs/squares" / place).rglob("*.log")]
-    assert len(logs) == 2 + 3 * LAYERS + 3 + 2 + 1 + 3
+    logs += (finished.folder / "results/logs").rglob("all.retrieval.log")
+    assert len(logs) == 2 + 3 * LAYERS + 3 + 2 + 1 + 3 + 1
     assert {len(re.findall(r"^device: ", path.read_text(), re.MULTILINE)) for path in logs} == {1}
 
 

@@ -1,5 +1,5 @@
 # Tidy tables of the study, one per line of `products.TABLES`. They take seconds and run on the machine that starts
-# the workflow.
+# the workflow, except those that compute like a stage.
 for table in products.TABLES:
 
     rule:
@@ -17,18 +17,21 @@ for table in products.TABLES:
             parquet=product_file(table, "parquet"),
         log:
             layout.log(product_file(table, "csv")),
-        localrule: True
+        localrule: not table.gpu
         conda:
             "../../envs/conceptshare.yaml"
         threads: 1
         resources:
-            mem_mb=grown(2000),
-            runtime=grown(30),
+            **({"gpu": GPUS} if table.gpu else {}),
+            mem_mb=grown(table.memory_mb),
+            runtime=grown(120 if table.gpu else 30),
         params:
             key=TABLE_KEYS.get(table.name, ""),
             command=product_command(table),
         shell:
-            "python -m conceptshare metrics {params.command} --out {output.csv:q} > {log:q} 2>&1"
+            "python -m conceptshare metrics {params.command} --out {output.csv:q}"
+            + (" --gpus {resources.gpu} --threads {threads}" if table.gpu else "")
+            + " > {log:q} 2>&1"
 
 
 # The matrices for reading and printing, one row per source and one column per target.

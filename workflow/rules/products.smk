@@ -5,6 +5,7 @@
 TABLE_PAIRS = {
     "matrix": lambda w: STUDY.matrix_pairs(w.name) + STUDY.ceiling_pairs(w.name),
     "averages": lambda w: STUDY.matrix_pairs(w.name),
+    "retrieval": lambda w: STUDY.matrix_pairs(w.name),
     "seeds": lambda w: STUDY.matrix_pairs(w.name) + STUDY.ceiling_pairs(w.name),
     "layerwise": lambda w: STUDY.layerwise_pairs(w.name),
     "sharedness": lambda w: STUDY.sharedness_pairs(w.name),
@@ -15,6 +16,7 @@ TABLE_PAIRS = {
 TABLE_KEYS = {
     "matrix": lambda w: STUDY.table_key("matrix", w.name),
     "seeds": lambda w: STUDY.table_key("seeds", w.name),
+    "retrieval": lambda w: STUDY.table_key("retrieval", w.name),
     "layerwise": lambda w: STUDY.table_key("layerwise", w.name),
     "sharedness": lambda w: STUDY.table_key("sharedness", w.name),
     "saes": lambda w: STUDY.table_key("saes"),

@@ -61,7 +61,7 @@ def _rows(pairs: Sequence[Pair], stores: Stores) -> list[dict[str, object]]:
         summary = {"pairs": len(pairs), "mean": values[:, n].mean(), "low": low, "high": high}
         summary["mean_excess"] = np.mean(excess)
         for (source, target), value, null, above in zip(pairs, values[:, n], nulls[:, n], excess, strict=True):
-            cell = {"source": source.encoder, "target": target.encoder, "reading": reading}
+            cell: dict[str, object] = {"source": source.encoder, "target": target.encoder, "reading": reading}
             cell |= {"source_seed": source.seed, "target_seed": target.seed}
             rows.append(cell | {"wmppc": value, "null": null, "excess": above} | summary)
     return rows

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from conceptshare.cli.options import StudyFile, TableOut, out_option
+from conceptshare.cli.options import GPUs, StudyFile, TableOut, Threads, compute_on, out_option
 from conceptshare.config.members import as_member
 from conceptshare.config.study import load_study
 from conceptshare.io.files import MATRICES
@@ -61,6 +61,18 @@ def seeds(analysis: Analysis, study: StudyFile, features: Features, correlations
     from conceptshare.analysis.tables import Stores, write_table
 
     write_table(seeds_table(load_study(study).grouped_members(analysis), Stores(features, correlations)), out)
+
+
+@app.command()
+def retrieval(
+    analysis: Analysis, study: StudyFile, features: Features, out: TableOut, threads: Threads = 1, gpus: GPUs = None
+) -> None:
+    """How often matched features find a sample's caption, or its image, among those of other samples."""
+    from conceptshare.analysis.retrieval import retrieval_table
+    from conceptshare.analysis.tables import write_table
+
+    compute_on(gpus, threads)
+    write_table(retrieval_table(load_study(study).grouped_members(analysis), features), out)
 
 
 @app.command()

@@ -7,9 +7,9 @@ have. The report's caption is `workflow/report/NAME.rst` for a figure, and `NAME
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
 
-When = Literal["always", "encoders", "seeds", "paper", "overlapping"]
-"""When it is made: always, for a matrix of different encoders, for one with an encoder of several seeds, for one that
-is compared with the paper, or for a study with two rankings of one source."""
+When = Literal["always", "encoders", "modalities", "seeds", "paper", "overlapping"]
+"""When it is made: always, for a matrix of different encoders, for one of both modalities, for one with an encoder of
+several seeds, for one that is compared with the paper, or for a study with two rankings of one source."""
 
 
 class Table(NamedTuple):
@@ -27,6 +27,9 @@ class Table(NamedTuple):
     when: When = "always"
     code: tuple[str, ...] = ()
     """Its modules, if that is not `analysis/tables.py` alone."""
+    gpu: bool = False
+    """Whether it computes on a GPU if there is one, in a job like those of stages."""
+    memory_mb: int = 2000
 
 
 class Figure(NamedTuple):
@@ -60,6 +63,16 @@ TABLES = (
     Table("matrix", "matrices/{name}", "wMPPC", (*_STORES, "similarity")),
     Table("averages", "matrices/{name}.averages", "averages by modality", ("correlations",), "matrix"),
     Table("seeds", "matrices/{name}.seeds", "wMPPC by seeds", _STORES, when="seeds", code=("analysis/seeds.py",)),
+    Table(
+        "retrieval",
+        "matrices/{name}.retrieval",
+        "retrieval by matched features",
+        ("study", "features"),
+        when="modalities",
+        code=("analysis/retrieval.py", "correlations/*.py", "io/sizes.py"),
+        gpu=True,
+        memory_mb=8000,
+    ),
     Table("paper", "matrices/{name}.paper", "compared with the paper", ("published",), "matrix", "paper"),
     Table("agreement", "matrices/{name}.paper-agreement", "agreement with the paper", (), "paper", "paper"),
     Table("layerwise", "layerwise/{name}", "all cells", (*_STORES, "similarity")),

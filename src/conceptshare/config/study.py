@@ -235,6 +235,8 @@ class Study(Spec):
         """Whether a table or figure is made for a data set and an analysis, as its `products.When` says."""
         if product.when == "encoders":
             return bool(encoder_pairs(self.matrix_pairs(analysis)))
+        if product.when == "modalities":
+            return len({self.encoders[member.encoder].modality for member in self.matrix_members(analysis)}) > 1
         if product.when == "seeds":
             return bool(self.ceiling_pairs(analysis))
         if product.when == "paper":
@@ -267,6 +269,7 @@ class Study(Spec):
         parts: dict[str, Callable[[], Any]] = {
             "matrix": lambda: self.grouped_members(name),
             "seeds": lambda: self.grouped_members(name),
+            "retrieval": lambda: [(str(m), self.encoders[m.encoder].modality) for m in self.matrix_members(name)],
             "layerwise": lambda: self.layerwise_names(name),
             "sharedness": lambda: self.sharedness_groups(name),
             "saes": lambda: [self.members(), self.seed_pairs()],
