@@ -48,9 +48,9 @@ by_name = {"ids": lambda make: make.__name__}
 def data_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     cells = []
-    for picture in models.pictures(len(ROWS)):
+    for image in models.noise_images(len(ROWS)):
         png = io.BytesIO()
-        picture.save(png, "png")
+        image.save(png, "png")
         cells.append(png.getvalue())
     # Written so that the shuffled samples are ROWS.
     places = np.argsort(np.random.default_rng(0).permutation(len(ROWS)))
@@ -76,7 +76,7 @@ def extracted(data, tmp_path_factory):
             spec = batched(make(folder / "model").spec)
             encoder = load_encoder(spec)
             extract(encoder, data, folder)
-            samples = ROWS if spec.modality == "text" else models.pictures(len(ROWS))
+            samples = ROWS if spec.modality == "text" else models.noise_images(len(ROWS))
             batches = [encoder.activations(samples[i : i + BATCH]) for i in range(0, len(ROWS), BATCH)]
             made[make] = spec, folder, batches
         return made[make]

@@ -35,9 +35,9 @@ def data_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     captions = [f"{' '.join(CAPTIONS[n % len(CAPTIONS)].split()[: 1 + n % 5])}" for n in range(SAMPLES)]
     cells = []
-    for picture in islice(cycle(models.pictures(7)), SAMPLES):
+    for image in islice(cycle(models.noise_images(7)), SAMPLES):
         png = io.BytesIO()
-        picture.save(png, "png")
+        image.save(png, "png")
         cells.append(png.getvalue())
     pq.write_table(pa.table({"image": cells, "caption": captions}), folder / "rows.parquet")
     make_dataset(DatasetSpec(source=str(folder / "rows.parquet")), folder / "made")

@@ -32,10 +32,10 @@ SAMPLES, F, SEED = 60, 24, 3
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     cells = []
-    for picture in islice(cycle(models.pictures(5)), SAMPLES):
-        noise = np.random.default_rng(len(cells)).integers(0, 60, (*picture.size[::-1], 3), np.uint8)
+    for image in islice(cycle(models.noise_images(5)), SAMPLES):
+        noise = np.random.default_rng(len(cells)).integers(0, 60, (*image.size[::-1], 3), np.uint8)
         png = io.BytesIO()
-        Image.fromarray(np.asarray(picture) // 2 + noise).save(png, "png")
+        Image.fromarray(np.asarray(image) // 2 + noise).save(png, "png")
         cells.append(png.getvalue())
     captions = [" ".join(np.random.default_rng(n).choice(models.WORDS, 1 + n % 7)) for n in range(SAMPLES)]
     pq.write_table(pa.table({"image": cells, "caption": captions}), folder / "rows.parquet")

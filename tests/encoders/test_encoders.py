@@ -292,7 +292,7 @@ def test_blocks_with_tokens_before_samples_give_the_same_residual_stream():
         forward=lambda inputs: tower(inputs["x"]),
         batch_first=False,
     )
-    found = encoder.activations(models.pictures(4))
+    found = encoder.activations(models.noise_images(4))
     with torch.no_grad():
         _, hidden = tower.forward_intermediates(x)
     for layer, own in enumerate(hidden):
@@ -332,14 +332,14 @@ def test_the_remedies_for_a_hierarchical_encoder_lead_to_its_last_grid_of_tokens
             spec, **{key: value for pairs in given for key, value in zip(pairs[::2], pairs[1::2], strict=True)}
         )
     assert any("single residual stream" in line or "not one residual stream" in line for line in messages)
-    found = encoder.activations(models.pictures())
+    found = encoder.activations(models.noise_images())
     assert len(found.tokens) == 1
     # The smallest grid between blocks is the last stage's; it may include a class token.
     shapes = set()
     hooks = [
         m.register_forward_hook(lambda _, __, out: shapes.add(getattr(out, "shape", (0,)))) for m in encoder.blocks
     ]
-    encoder.activations(models.pictures())
+    encoder.activations(models.noise_images())
     for hook in hooks:
         hook.remove()
     (tokens,) = found.tokens.values()
@@ -428,10 +428,10 @@ def test_never_treats_rows_of_a_grid_as_tokens(width):
             forward=lambda inputs, block=block: block(inputs["x"]),
         )
         if width == 20 and 10 not in shape:
-            assert encoder.activations(models.pictures(3)).tokens[0].shape == (3, 196, 20)
+            assert encoder.activations(models.noise_images(3)).tokens[0].shape == (3, 196, 20)
         else:
             with pytest.raises(EncoderError, match=r"set width: 20|cannot be distinguished; set image_size"):
-                encoder.activations(models.pictures(3))
+                encoder.activations(models.noise_images(3))
 
 
 def test_uses_blocks_at_a_given_path():
@@ -669,7 +669,7 @@ def checkpoint_truth(checkpoint, images, settings, **config):
 
 
 def test_named_open_clip_models_load_from_a_checkpoint_file(checkpoint):
-    images = models.pictures()
+    images = models.noise_images()
     spec = models.entry("conceptshare-tiny", "image", "first", library="open_clip", weights=str(checkpoint))
     found = load_encoder(spec).activations(images)
     own = checkpoint_truth(checkpoint, images, PreprocessCfg(size=models.SIDE))
@@ -677,7 +677,7 @@ def test_named_open_clip_models_load_from_a_checkpoint_file(checkpoint):
 
 
 def test_open_clip_tags_set_preprocessing_and_computation(checkpoint, monkeypatch):
-    images = models.pictures()
+    images = models.noise_images()
     settings = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear", "resize_mode": "squash"}
     tag = {"file": str(checkpoint), "quick_gelu": True, **settings}
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "conceptshare-tiny", {"squashed": tag})
@@ -932,8 +932,8 @@ def save_flava_image(folder):
 @pytest.mark.parametrize("save", [save_llava, save_flava, save_flava_image], ids=["llava", "flava", "image"])
 def test_reads_images_with_the_image_part_of_a_multimodal_model(tmp_path, save):
     tower, processor = save(tmp_path)
-    found = load_encoder(models.entry(tmp_path, "image", "first")).activations(models.pictures())
-    own = models.image_truth(tower, processor)(models.pictures())
+    found = load_encoder(models.entry(tmp_path, "image", "first")).activations(models.noise_images())
+    own = models.image_truth(tower, processor)(models.noise_images())
     for layer in range(IMAGE_LAYERS - 1):
         assert close(found.tokens[layer].cpu(), own.hidden[layer])
 
@@ -963,7 +963,7 @@ def test_another_image_size_keeps_the_proportions_of_preprocessing(tmp_path, nam
     model = models.randomise(transformers.Dinov2Model(transformers.Dinov2Config(**models._vision(), mlp_ratio=2)))
     model.save_pretrained(tmp_path)
     PROCESSORS[name]().save_pretrained(tmp_path)
-    square = [models.pictures(1)[0].resize((90, 90))]
+    square = [models.noise_images(1)[0].resize((90, 90))]
     spec = models.entry(tmp_path, "image", "first", kind="vision")
     own, same, other = (load_encoder(change(spec, image_size=size)).prepare(square) for size in (None, models.SIDE, 64))
     assert torch.equal(own.pixels, same.pixels)
@@ -994,7 +994,7 @@ def save_naflex(folder):
 def test_refuses_an_image_size_for_a_patch_processor(tmp_path):
     save_naflex(tmp_path)
     spec = models.entry(tmp_path, "image", "mean")
-    load_encoder(spec).activations(models.pictures())
+    load_encoder(spec).activations(models.noise_images())
     with pytest.raises(EncoderError, match="image_size does not fit an image processor of patches; leave it out"):
         load_encoder(change(spec, image_size=64))
 
@@ -1014,10 +1014,10 @@ def test_images_of_different_sizes_need_batches_of_one(tmp_path, capsys):
     encoder = load_encoder(spec)
     assert remedy in capsys.readouterr().err
     with pytest.raises(EncoderError, match=f"images of different sizes cannot share a batch; {remedy}$"):
-        encoder.activations(models.pictures())
+        encoder.activations(models.noise_images())
     one = load_encoder(change(spec, batch_size=1))
     assert remedy not in capsys.readouterr().err
-    assert {one.activations([image]).tokens[0].shape[1] for image in models.pictures()} == {25, 17}
+    assert {one.activations([image]).tokens[0].shape[1] for image in models.noise_images()} == {25, 17}
 
 
 def test_a_model_that_joins_the_images_of_a_batch_needs_batches_of_one(tmp_path):
@@ -1029,7 +1029,7 @@ def test_a_model_that_joins_the_images_of_a_batch_needs_batches_of_one(tmp_path)
     spec = models.entry(tmp_path, "image", "mean")
     with pytest.raises(EncoderError, match=r"1 rows for 2 samples; set batch_size: 1$"):
         load_encoder(spec)
-    encoder, (image, *_) = load_encoder(change(spec, batch_size=1)), models.pictures()
+    encoder, (image, *_) = load_encoder(change(spec, batch_size=1)), models.noise_images()
     inputs = transformers.AutoImageProcessor.from_pretrained(tmp_path)(images=[image], return_tensors="pt")
     with torch.no_grad():
         states = model(**inputs, output_hidden_states=True).hidden_states
@@ -1049,7 +1049,7 @@ def test_records_outputs_before_they_are_changed_in_place():
     )
     with torch.no_grad():
         own = tower[0](x).flatten(2).transpose(1, 2)
-    assert torch.equal(encoder.activations(models.pictures(3)).tokens[0], own)
+    assert torch.equal(encoder.activations(models.noise_images(3)).tokens[0], own)
 
 
 def test_refuses_blocks_that_the_forward_pass_skips():
@@ -1062,7 +1062,7 @@ def test_refuses_blocks_that_the_forward_pass_skips():
         forward=lambda inputs: tower[0](inputs["x"]),
     )
     with pytest.raises(EncoderError, match="layer 1: its block is not called in the forward pass"):
-        encoder.activations(models.pictures(3))
+        encoder.activations(models.noise_images(3))
 
 
 def test_refuses_blocks_with_a_length_other_than_the_tokenizers():
@@ -1087,4 +1087,4 @@ def test_refuses_a_grid_whose_width_equals_its_sides():
         forward=lambda inputs: block(inputs["x"]),
     )
     with pytest.raises(EncoderError, match=r"width and sides of its grid \[3, 8, 8, 8\] cannot be distinguished"):
-        encoder.activations(models.pictures(3))
+        encoder.activations(models.noise_images(3))

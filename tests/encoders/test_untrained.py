@@ -191,11 +191,11 @@ def named(tmp_path, monkeypatch):
 def test_the_tag_of_an_open_clip_model_sets_its_preprocessing_and_activation(named, tag):
     settings = {} if tag is None else {"mean": (0.5,) * 3, "std": (0.2,) * 3, "resize_mode": "squash"}
     spec = untrained(named, weights=tag)
-    found = load_encoder(spec, record_of(spec)).activations(models.pictures())
+    found = load_encoder(spec, record_of(spec)).activations(models.noise_images())
     torch.manual_seed(0)
     own = open_clip.CLIP(**models.open_clip_config(quick_gelu=tag is not None)).eval()
     transform = image_transform_v2(PreprocessCfg(size=models.SIDE, **settings), is_train=False)
-    expected = models.open_clip_image_truth(own, transform)(models.pictures())
+    expected = models.open_clip_image_truth(own, transform)(models.noise_images())
     assert all(models.close(found.tokens[layer], x) for layer, x in enumerate(expected.hidden))
 
 

@@ -702,9 +702,9 @@ def test_a_repository_of_another_library_is_an_error_for_timm(hub, tmp_path):
 @pytest.fixture
 def data(tmp_path):
     cells = []
-    for picture in models.pictures(len(models.CAPTIONS)):
+    for image in models.noise_images(len(models.CAPTIONS)):
         png = io.BytesIO()
-        picture.save(png, "png")
+        image.save(png, "png")
         cells.append(png.getvalue())
     pq.write_table(pa.table({"image": cells, "caption": models.CAPTIONS}), tmp_path / "rows.parquet")
     make_dataset(DatasetSpec(source=str(tmp_path / "rows.parquet")), tmp_path / "data")

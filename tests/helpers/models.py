@@ -72,8 +72,8 @@ def randomise(model: nn.Module) -> Any:
     return model.eval()
 
 
-def pictures(count: int = 3) -> list[Image.Image]:
-    """Pictures of noise, of several sizes and shapes."""
+def noise_images(count: int = 3) -> list[Image.Image]:
+    """Images of noise, of several sizes and shapes."""
     rng = np.random.default_rng(0)
     return [
         Image.fromarray(rng.integers(0, 256, (40 + 7 * i, 60 - 5 * i, 3), dtype=np.uint8)).convert("RGB")
@@ -269,7 +269,7 @@ def clip_image(folder: Path, side: int | None = None) -> Family:
     def head(token: Tensor) -> Tensor:
         return model.visual_projection(model.vision_model.post_layernorm(token))
 
-    return Family(entry(folder, "image", "first", image_size=side), pictures(), truth, head)
+    return Family(entry(folder, "image", "first", image_size=side), noise_images(), truth, head)
 
 
 def clip_image_resized(folder: Path) -> Family:
@@ -360,7 +360,7 @@ def siglip_image(folder: Path) -> Family:
     """Its own embedding is an attention pool over all tokens, so the global token, a mean, has no head."""
     model = save_siglip(folder)
     processor = square_processor(transformers.SiglipImageProcessor)
-    return Family(entry(folder, "image", "mean"), pictures(), image_truth(model.vision_model, processor))
+    return Family(entry(folder, "image", "mean"), noise_images(), image_truth(model.vision_model, processor))
 
 
 def siglip_text(folder: Path, tokenizer: Callable[[], Any] = siglip_tokenizer) -> Family:
@@ -401,7 +401,9 @@ def dinov2(folder: Path, side: int | None = None) -> Family:
     ]
     made[0].save_pretrained(folder)
     truth = image_truth(model, made[1], lambda out: out.pooler_output)
-    return Family(entry(folder, "image", "first", kind="vision", image_size=side), pictures(), truth, model.layernorm)
+    return Family(
+        entry(folder, "image", "first", kind="vision", image_size=side), noise_images(), truth, model.layernorm
+    )
 
 
 def dinov2_resized(folder: Path) -> Family:
@@ -419,7 +421,7 @@ def vit(folder: Path, side: int | None = None) -> Family:
     def head(token: Tensor) -> Tensor:
         return torch.tanh(model.pooler.dense(model.layernorm(token)))
 
-    return Family(entry(folder, "image", "first", kind="vision", image_size=side), pictures(), truth, head)
+    return Family(entry(folder, "image", "first", kind="vision", image_size=side), noise_images(), truth, head)
 
 
 def vit_resized(folder: Path) -> Family:
@@ -451,7 +453,7 @@ def vit_classifier(folder: Path) -> Family:
     def head(token: Tensor) -> Tensor:
         return model.classifier(model.vit.layernorm(token))
 
-    return Family(entry(folder, "image", "first", kind="vision", image_size=SIDE), pictures(), truth, head)
+    return Family(entry(folder, "image", "first", kind="vision", image_size=SIDE), noise_images(), truth, head)
 
 
 # MambaVision: the real code of the package mambavision, in a folder like NVIDIA's
@@ -535,7 +537,7 @@ def mambavision(folder: Path) -> Family:
 
     how = {"layers": 4, "width": 64, "use_layers": "last", "blocks": "model.levels", "image_size": side}
     spec = entry(folder, "image", "mean", kind="vision", remote_code=True, **how)
-    return Family(spec, pictures(), truth, head)
+    return Family(spec, noise_images(), truth, head)
 
 
 # Language models, with left-padding tokenizers like those of decoders
@@ -669,7 +671,7 @@ def timm_vit(folder: Path, side: int | None = None) -> Family:
     how = {"library": "timm", "kind": "vision", "layers": 6, "width": 64, "image_size": side}
     truth = timm_truth(model, side or 160, hidden)
     return Family(
-        entry(folder, "image", "first", **how), pictures(), truth, lambda token: model.head(model.norm(token))
+        entry(folder, "image", "first", **how), noise_images(), truth, lambda token: model.head(model.norm(token))
     )
 
 
@@ -689,7 +691,7 @@ def timm_convnext(folder: Path) -> Family:
     def head(token: Tensor) -> Tensor:
         return model.head(token[:, :, None, None])
 
-    return Family(entry(folder, "image", "mean", **how), pictures(), timm_truth(model, 160, hidden), head)
+    return Family(entry(folder, "image", "mean", **how), noise_images(), timm_truth(model, 160, hidden), head)
 
 
 def timm_swin(folder: Path) -> Family:
@@ -701,7 +703,7 @@ def timm_swin(folder: Path) -> Family:
         return [model.layers(model.patch_embed(pixels)).flatten(1, 2)]
 
     how = {"library": "timm", "kind": "vision", "layers": 3, "width": 32, "blocks": "layers", "use_layers": "last"}
-    return Family(entry(folder, "image", "mean", image_size=64, **how), pictures(), timm_truth(model, 64, hidden))
+    return Family(entry(folder, "image", "mean", image_size=64, **how), noise_images(), timm_truth(model, 64, hidden))
 
 
 # open_clip
@@ -744,7 +746,7 @@ def open_clip_image(folder: Path) -> Family:
     model = save_open_clip(folder, open_clip_config())
     truth = open_clip_image_truth(model, image_transform_v2(PreprocessCfg(size=SIDE), is_train=False))
     spec = entry(folder, "image", "first", library="open_clip")
-    return Family(spec, pictures(), truth, open_clip_image_head(model))
+    return Family(spec, noise_images(), truth, open_clip_image_head(model))
 
 
 def open_clip_image_resized(folder: Path) -> Family:
@@ -753,7 +755,7 @@ def open_clip_image_resized(folder: Path) -> Family:
     model, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}", force_image_size=48)
     truth = open_clip_image_truth(model.eval(), transform)
     spec = entry(folder, "image", "first", library="open_clip", image_size=48)
-    return Family(spec, pictures(), truth, open_clip_image_head(model))
+    return Family(spec, noise_images(), truth, open_clip_image_head(model))
 
 
 def open_clip_timm_image(folder: Path) -> Family:
@@ -766,7 +768,7 @@ def open_clip_timm_image(folder: Path) -> Family:
     def head(token: Tensor) -> Tensor:
         return model.visual.head(model.visual.trunk.norm(token))
 
-    return Family(entry(folder, "image", "first", library="open_clip", layers=6, width=64), pictures(), truth, head)
+    return Family(entry(folder, "image", "first", library="open_clip", layers=6, width=64), noise_images(), truth, head)
 
 
 def open_clip_text(folder: Path, context: int | None = None) -> Family:

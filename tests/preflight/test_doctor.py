@@ -258,7 +258,7 @@ def test_names_a_missing_program(slurm):
 
 @pytest.mark.parametrize(
     ("requirement", "found"),
-    [("no-such-package>=1", "not installed"), ("numpy>=99", "where >=99 is needed"), ("numpy<1; extra == 'x'", None)],
+    [("no-such-package>=1", "not installed"), ("numpy>=99", "needed: >=99"), ("numpy<1; extra == 'x'", None)],
 )
 def test_missing_or_outdated_packages_come_with_the_install_command(monkeypatch, requirement, found):
     monkeypatch.setattr("importlib.metadata.requires", lambda _: ["numpy>=2", requirement])

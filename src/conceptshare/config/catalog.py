@@ -57,7 +57,7 @@ def _as_name(value: str) -> str:
     if not isinstance(value, str) or not NAME.fullmatch(value):
         raise ValueError(f"{value!r} is not a name: use letters, digits, and single '.', '_' or '-' between them")
     if len(value) > MAX_NAME_LENGTH:
-        raise ValueError(f"{value!r} has {len(value)} letters, where a name has {MAX_NAME_LENGTH} at most; shorten it")
+        raise ValueError(f"{value!r} has {len(value)} letters; shorten it to at most {MAX_NAME_LENGTH}")
     return value
 
 
@@ -72,7 +72,7 @@ class Spec(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _reject_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse ``yes``, ``no``, ``on`` and ``off`` where a number is due: YAML reads them as true and false."""
+        """Refuse ``yes``, ``no``, ``on`` and ``off`` for a number: YAML reads them as true and false."""
         wanted = cls.model_fields[str(info.field_name)].annotation
         if wanted is not bool and any(isinstance(item, bool) for item in _leaves(value)):
             raise ValueError(
@@ -342,7 +342,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        StudyError: where the file is missing, is too large, is not YAML, says a key twice, or holds something else than
+        StudyError: if the file is missing, too large, or not YAML, if a key is given twice, or if it is anything but
             a mapping.
     """
     try:
@@ -359,11 +359,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, origin: str) -> dict[str, Any]:
-    """The mapping that a YAML text holds, where its aliases do not make it absurdly large.
+    """The mapping in a YAML text; its aliases must not make it absurdly large.
 
     Raises:
-        StudyError: naming ``origin``, where it is not YAML, says a key twice, is nested too deeply, has too many
-            values, or holds something else than a mapping.
+        StudyError: naming ``origin``, if it is not YAML or not a mapping, gives a key twice, is nested too deeply, or
+            has too many values.
     """
     content = None
     try:
@@ -395,7 +395,7 @@ def _count_values(node: yaml.Node, counts: dict[int, int], levels: int) -> int:
     """How many values a YAML node holds with its aliases written out, counting each node once.
 
     Raises:
-        yaml.YAMLError: where there are more than `_MAX_VALUES`, or more levels than ``levels``.
+        yaml.YAMLError: if there are more than `_MAX_VALUES`, or more levels than ``levels``.
     """
     if levels == 0:
         raise yaml.YAMLError(_TOO_DEEP)
@@ -428,7 +428,7 @@ def complete(name: str, given: dict[str, Any] | None, entries: dict[str, dict[st
     """An entry of a study: the catalog's entry of that name, or of its ``base``, with the study's keys over it.
 
     Raises:
-        StudyError: where ``base`` is unknown, or the name is and nothing describes it.
+        StudyError: if ``base`` is unknown, or the name is unknown and has no description.
     """
     if given is not None and not isinstance(given, dict):
         raise StudyError(f"{what}.{name}: expected keys and values (or nothing), found {_shown(given)}")
@@ -449,7 +449,7 @@ def parse(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
     """Validate ``values``, and report every fault as one line ``where.key: what is wrong``.
 
     Raises:
-        StudyError: where a key is unknown or missing, or a value is wrong.
+        StudyError: if a key is unknown or missing, or a value is wrong.
     """
     try:
         return model.model_validate(values)

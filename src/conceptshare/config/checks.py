@@ -106,7 +106,7 @@ def _check_layerwise(study: "Study") -> None:
         for a, b in layerwise.pairs:
             if study.member(a) == study.member(b):
                 raise ValueError(
-                    f"analyses.layerwise.{name}: {a} is paired with itself, where every feature has a perfect match; "
+                    f"analyses.layerwise.{name}: {a} is paired with itself, so every feature has a perfect match; "
                     f"pair two seeds or two encoders"
                 )
 
@@ -118,7 +118,7 @@ def _check_sharedness(study: "Study") -> None:
         if study.member(analysis.source) in shared | not_shared:
             raise ValueError(
                 f"analyses.sharedness.{name}: the source {analysis.source} is also in a group it is compared with, "
-                f"where every feature has a perfect match; leave it out there"
+                f"so every feature has a perfect match; leave it out of that group"
             )
         if both := shared & not_shared:
             raise ValueError(

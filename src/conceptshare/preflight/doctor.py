@@ -116,7 +116,7 @@ def _packages() -> list[Finding]:
             version = importlib.metadata.version(one.name)
             if one.specifier.contains(version, prereleases=True):
                 continue
-            found = f"{version}, where {one.specifier} is needed"
+            found = f"{version}; needed: {one.specifier}"
         except importlib.metadata.PackageNotFoundError:
             found = "not installed"
         wrong.append(Finding(one.name, "missing", found, f"pip install '{one}'"))
