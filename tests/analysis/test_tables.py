@@ -366,8 +366,32 @@ def test_a_matrix_has_the_documented_columns(study):
         *("source", "target", "source_modality", "target_modality", "source_kind", "target_kind", "reading"),
         *("wmppc", "low", "high", "floor", "ceiling", "null", "null_error", "p", "excess", "relative"),
         *("mppc", "features", "beyond_shuffled", "significant"),
-        *("strength_cv", "strength_rho", "cka", "mutual_knn"),
+        *("strength_cv", "strength_rho", "cka", "mutual_knn", "unexplained"),
     ]
+
+
+def test_tables_count_layers_whose_sae_leaves_most_of_the_global_tokens_unexplained(tmp_path, write_features, rng):
+    """The SAE of layer n has an FVU of 0.2 n at global tokens."""
+    for member, layers in (("a@0", (1, 5, 6)), ("b@0", (4, 5)), ("c@0", (7, 4))):
+        write_features(tmp_path, member, {n: rng.random((50, 4)) for n in sorted(layers)})
+    stores = Stores(tmp_path, tmp_path)
+    correlate(stores, ["a@0", "b@0", "c@0"])
+    members = [GroupedMember(f"{name}@0", "image", "vision") for name in "abc"]
+    matrix = matrix_table(members, stores)
+    counts = {key: cell.unexplained for key, cell in cells_of(matrix)}
+    assert {key: counts[key] for key in counts if key[0] == "a@0"} == {
+        ("a@0", "b@0", "pooled"): 3,
+        ("a@0", "b@0", "layer_mean"): 3,
+        ("a@0", "b@0", "last"): 2,
+        ("a@0", "c@0", "pooled"): 3,
+        ("a@0", "c@0", "layer_mean"): 3,
+        ("a@0", "c@0", "last"): 2,
+    }
+    assert averages_table(matrix, stores.correlations).unexplained.tolist() == [6, 6, 6]
+    cells = layerwise_table([("a@0", "b@0")], stores)
+    forth = cells[cells.source == "a@0"].pivot(index="source_layer", columns="target_layer", values="unexplained")
+    assert forth.to_numpy().tolist() == [[0, 1], [1, 2], [1, 2]]
+    assert set(sharedness_table("a@0", ["b@0"], ["c@0"], stores).unexplained) == {"a@0, b@0, c@0"}
 
 
 def test_three_samples_give_no_significance(tmp_path, write_features, rng):
@@ -404,7 +428,8 @@ def test_averages_are_the_means_over_the_cells_of_two_modalities(study):
     matrix = matrix_table(MEMBERS, stores)
     table = averages_table(matrix, stores.correlations)
     assert list(table.columns) == [
-        *("reading", "source_modality", "target_modality", "cells", "wmppc", "low", "high", "floor", "null", "excess")
+        *("reading", "source_modality", "target_modality", "cells", "wmppc", "low", "high", "floor", "null", "excess"),
+        "unexplained",
     ]
     directions = [("image", "text"), ("text", "image"), ("text", "text")]
     keys = [(reading, *direction) for reading in READINGS for direction in directions]

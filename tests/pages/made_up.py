@@ -244,6 +244,7 @@ def write_site(folder, seed=0):
                 },
                 "null": {reading: [[0.05] * 4] * 3 + [[0.125] * 4] for reading in ("pooled", "layer_mean", "last")},
                 "p": {reading: [[0.04] * 4] * 3 + [[0.5] * 4] for reading in ("pooled", "layer_mean", "last")},
+                "unexplained": {reading: [[0] * 4] * 3 + [[2] * 4] for reading in ("pooled", "layer_mean", "last")},
             }
         ],
         "layerwise": [
@@ -261,6 +262,7 @@ def write_site(folder, seed=0):
                         "excess": [[0.25, 0.13, 0.06]] * 3,
                         "null": [[0.07] * 3] * 3,
                         "p": [[0.04] * 3] * 3,
+                        "unexplained": [[0, 0, 1]] * 3,
                     }
                     for a, b in pairs
                 ],
@@ -313,7 +315,7 @@ def write_large_site(folder, features=8192, others=9, seed=1):
     study = {"study": "large", "version": "0.1.0", "commit": None, "datasets": [{"name": DATASET, "samples": SAMPLES}]}
     study |= {"saes": [SAE], "layerwise": [], "sharedness": [], "overlaps": []}
     matrix = {"dataset": DATASET, "sae": SAE, "name": "everything", "members": names}
-    nothing = {column: {"pooled": [[None]]} for column in ("excess", "null", "p")}
+    nothing = {column: {"pooled": [[None]]} for column in ("excess", "null", "p", "unexplained")}
     study["matrices"] = [matrix | {"wmppc": {"pooled": square(rng, others + 1)}, **nothing}]
     study["members"] = [member_entry(name, name[:-2], "image", "vision", [0], features) for name in names]
     write(folder, "study", study)

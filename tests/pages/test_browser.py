@@ -130,7 +130,10 @@ def test_published_and_calibrated_values_are_a_switch_and_cells_by_chance_are_ha
     assert seen(tables.nth(1).locator("tbody td")) == [f"{value:.2f}" for row in pair["excess"] for value in row]
     assert tables.first.locator("a.hatched").count() == 3  # the cells of one source
     label = f"from {NAMES[3]} to {NAMES[0]}: {matrix['excess']['pooled'][3][0]:.2f}, not above chance"
-    expect(page.get_by_role("link", name=label)).to_have_class("hatched")
+    label += ", 2 layers not explained by SAEs"
+    expect(page.get_by_role("link", name=label)).to_have_class("hatched unexplained")
+    assert tables.nth(1).locator("a.unexplained").count() == 3  # the cells of one layer
+    expect(page.get_by_text("Cells with a marked corner have layers whose SAE leaves most")).to_be_visible()
     page.reload()
     expect(page.get_by_label("Value")).to_have_value("excess")
 

@@ -91,9 +91,11 @@ def test_changing_a_note_plans_nothing(study):
     assert study.plan() == {}
 
 
-def test_an_added_encoder_plans_its_jobs_its_pairs_and_the_summaries(study):
+@pytest.mark.parametrize("untrained", [False, True])
+def test_an_added_encoder_plans_its_jobs_its_pairs_and_the_summaries(study, untrained):
     config = study.config
-    config["encoders"]["added"] = encoder_entry("./models/second-reader", "text", "language")
+    model = "./models/reader" if untrained else "./models/second-reader"
+    config["encoders"]["added"] = encoder_entry(model, "text", "language") | {"untrained": untrained}
     study.config = config
     assert study.plan() == {
         "weights": 1,
@@ -110,29 +112,9 @@ def test_an_added_encoder_plans_its_jobs_its_pairs_and_the_summaries(study):
         **SAE_REPORT,
         **CHANGED_STUDY,
     }
-
-
-def test_an_untrained_twin_is_planned_and_computed_like_an_added_encoder(study):
-    config = study.config
-    config["encoders"]["twin"] = config["encoders"]["reader"] | {"untrained": True, "seeds": [0]}
-    study.config = config
-    assert study.plan() == {
-        "weights": 1,
-        "activations": 1,
-        "sae": LAYERS,
-        "features": 1,
-        "correlations": 2,
-        "similarity": 2,
-        "metrics_pair": 2,
-        "names": 1,
-        "examples": 1,
-        **SITE,
-        **MATRIX,
-        **SAE_REPORT,
-        **CHANGED_STUDY,
-    }
-    result = study.run("--cores", "2", "results/studies/miniature/squares/tiny/matrices/all.png")
-    assert result.returncode == 0, result.stdout + result.stderr
+    if untrained:
+        result = study.run("--cores", "2", "results/studies/miniature/squares/tiny/matrices/all.png")
+        assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_an_encoders_changed_setting_plans_only_its_jobs(study):

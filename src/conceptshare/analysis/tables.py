@@ -28,6 +28,7 @@ from conceptshare.io.readers import (
     read_correlations,
     read_spec,
     read_statistics,
+    unexplained_layers,
 )
 from conceptshare.io.store import read_root
 from conceptshare.sae.folder import REMEDY, sae_file, sae_of
@@ -37,7 +38,7 @@ MATRIX_COLUMNS = (
     *("source", "target", "source_modality", "target_modality", "source_kind", "target_kind", "reading"),
     *("wmppc", "low", "high", "floor", "ceiling", "null", "null_error", "p", "excess", "relative"),
     *("mppc", "features", "beyond_shuffled", "significant"),
-    *("strength_cv", "strength_rho", *SIMILARITIES),
+    *("strength_cv", "strength_rho", *SIMILARITIES, "unexplained"),
 )
 
 _CELL = ("source", "target", "reading")
@@ -45,8 +46,19 @@ _DIRECTION = ["reading", "source_modality", "target_modality"]
 _QUALITY = tuple(f"{measure}_{tokens}" for tokens in ("all", "global") for measure in ("fvu", "l0", "dead"))
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "matrix": MATRIX_COLUMNS,
-    "averages": (*_DIRECTION, "cells", "wmppc", "low", "high", "floor", "null", "excess"),
-    "layerwise": ("source", "target", "source_layer", "target_layer", "wmppc", "floor", "null", "p", "excess"),
+    "averages": (*_DIRECTION, "cells", "wmppc", "low", "high", "floor", "null", "excess", "unexplained"),
+    "layerwise": (
+        "source",
+        "target",
+        "source_layer",
+        "target_layer",
+        "wmppc",
+        "floor",
+        "null",
+        "p",
+        "excess",
+        "unexplained",
+    ),
     "sharedness": ("rank", "top", "source", "layer", "feature", "delta", "strength", "density", "rho_g", "rho_h"),
     "overlaps": ("source", "first", "second", "top", "overlap", "expected", "log10_p"),
     "saes": ("encoder", "seed", "layer", "latents", "steps", *_QUALITY),
@@ -76,6 +88,12 @@ class Stores(NamedTuple):
     def active(self, member: str) -> dict[int, FeatureStatistics]:
         """A member's feature statistics by layer, see `active_statistics`."""
         return active_statistics(self.features / f"{member}.zarr")
+
+    def unexplained(self, member: str) -> list[bool]:
+        """For each layer of a member, whether its SAE leaves most of the global tokens unexplained."""
+        path = self.features / f"{member}.zarr"
+        marked = unexplained_layers(path)
+        return [layer in marked for layer in read_spec(path, FEATURES)["layers"]]
 
     def digests(self, members: Iterable[str]) -> dict[str, str]:
         """The digests of members' feature stores."""
@@ -241,7 +259,9 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
     - ``strength_cv``: the coefficient of variation of S; ``strength_rho``: the correlation of S with rho;
     - ``cka``, ``mutual_knn``: similarity of the encoders' global tokens; for ``last`` that of the last layers, for
       ``layer_mean`` the mean over the source's layers of the best layer of the target, for ``pooled`` that of the best
-      pair of layers.
+      pair of layers;
+    - ``unexplained``: the number of layers that take part, of both members, whose SAE leaves more than
+      ``max_fvu_global`` of the variance of the global tokens unexplained.
 
     Raises:
         StoreError: if a store is missing, or no feature of a member is active.
@@ -273,6 +293,10 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
                 calibrated = {
                     "ceiling": ceilings[reading],
                     "relative": metrics.relative(cell["wmppc"], cell["null"], ceilings[reading]),
+                    "unexplained": sum(
+                        sum(marked[-1:] if reading == "last" else marked)
+                        for marked in map(stores.unexplained, (source.member, target.member))
+                    ),
                 }
                 cells.append(described | cell | calibrated | of_tokens)
         # Many cells at once, because drawing the samples takes the most time, but not all, which might not fit memory.
@@ -417,6 +441,7 @@ def averages_table(matrix: pd.DataFrame, correlations: Path) -> pd.DataFrame:
 
     All cells of a mean are resampled with the same samples: a sample's influence on the mean is the mean of its
     influences on the cells. Cells of two seeds of one encoder, and those of untrained encoders, are left out.
+    ``unexplained`` is the number of cells with layers that are not explained.
 
     Args:
         matrix: the table of `matrix_table`.
@@ -452,15 +477,16 @@ def modality_means(matrix: pd.DataFrame) -> pd.DataFrame:
     """The number of cells of a matrix per reading and direction, and the means of their columns."""
     cells = _averaged(matrix).groupby(_DIRECTION, as_index=False)
     means = {column: (column, "mean") for column in ("wmppc", "floor", "null", "excess")}
-    return cells.agg(cells=("wmppc", "size"), **means)
+    unexplained = ("unexplained", lambda counts: (counts > 0).sum())
+    return cells.agg(cells=("wmppc", "size"), **means, unexplained=unexplained)
 
 
 def layerwise_table(pairs: Sequence[tuple[str, str]], stores: Stores) -> pd.DataFrame:
     """wMPPC and MPPC between all layers of two members, in both directions.
 
-    ``floor`` is the wMPPC with the target's samples shuffled; ``null``, ``p`` and ``excess`` are as in `matrix_table`;
-    ``cka`` and ``mutual_knn`` compare the global tokens of
-    the two layers, NaN for two seeds of one encoder.
+    ``floor`` is the wMPPC with the target's samples shuffled; ``null``, ``p``, ``excess`` and ``unexplained`` are as in
+    `matrix_table`; ``cka`` and ``mutual_knn`` compare the global tokens of the two layers, NaN for two seeds of one
+    encoder.
 
     Raises:
         StoreError: if a store is missing, or no feature of a member is active.
@@ -469,6 +495,7 @@ def layerwise_table(pairs: Sequence[tuple[str, str]], stores: Stores) -> pd.Data
     members = {member for pair in pairs for member in pair}
     for a, b in pairs:
         statistics = {member: stores.active(member) for member in (a, b)}
+        unexplained = {member: stores.unexplained(member) for member in (a, b)}
         for source, target in ((a, b), (b, a)):
             pair, similar = stores.pair(source, target), stores.similar(source, target)
             ends, floor_ends = np.cumsum(pair.best.sizes_a), np.cumsum(pair.floor_sizes)
@@ -496,6 +523,7 @@ def layerwise_table(pairs: Sequence[tuple[str, str]], stores: Stores) -> pd.Data
                             "mppc": metrics.mppc(rho),
                             "floor": metrics.wmppc(by_chance, S[: len(by_chance)]),
                             **_calibrated(value, pair.null[:, place, n].astype(np.float64)),
+                            "unexplained": int(unexplained[source][place]) + unexplained[target][n],
                             **{
                                 measure: float(similar[measure].loc[layer, target_layer]) if similar else float("nan")
                                 for measure in SIMILARITIES
@@ -564,7 +592,8 @@ def sharedness_table(
 ) -> pd.DataFrame:
     """The source's last-layer features ranked by Comparative Sharedness: most shared with G and least with H first.
 
-    A feature's rho with a member is that of its best match in the member's last layer.
+    A feature's rho with a member is that of its best match in the member's last layer. ``unexplained`` lists the
+    members whose last layer is not explained by its SAE, as in `matrix_table`, separated by commas.
 
     Raises:
         StoreError: if a store is missing, or no feature of a member is active.
@@ -576,6 +605,8 @@ def sharedness_table(
     F = len(statistics[layer].strength)
     rho = {member: stores.pair(source, member).best.rho_ab[-1, -F:] for member in [*shared_with, *not_shared_with]}
     table = ranking(source, layer, statistics[layer], rho, shared_with, not_shared_with)
+    unexplained = [member for member in (source, *rho) if stores.unexplained(member)[-1]]
+    table = table.assign(unexplained=", ".join(unexplained))
     return _made_from(stores, (source, *shared_with, *not_shared_with), table)
 
 

@@ -66,8 +66,8 @@ class SAESettings(Spec):
     max_dead: float = Field(default=0.5, ge=0, le=1)
     """Log a warning if a larger fraction of latents is active on no token."""
     max_fvu_global: float = Field(default=0.9, ge=0)
-    """Log a warning if the fraction of variance unexplained of the global tokens, which are compared, is larger.
-    Predicting their mean gives 1."""
+    """If the fraction of variance unexplained of the global tokens, which are compared, is larger, log a warning, and
+    mark the layer in tables, figures and pages. Predicting their mean gives 1."""
 
     @model_validator(mode="before")
     @classmethod

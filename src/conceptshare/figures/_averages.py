@@ -8,14 +8,24 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from conceptshare.figures._style import READING_TITLES, STYLE, annotate_empty, explain, heatmap, letters_on, save
+from conceptshare.figures._style import (
+    READING_TITLES,
+    STYLE,
+    UNEXPLAINED,
+    annotate_empty,
+    explain,
+    heatmap,
+    letters_on,
+    save,
+)
 
 
 def draw_averages(averages: pd.DataFrame, out: Path) -> None:
     """The mean wMPPC from each modality to each: a heatmap per reading, annotated with intervals.
 
-    The modality averages have at least ``reading, source_modality, target_modality, wmppc, low, high``. There are none
-    if all members belong to one encoder.
+    A star marks averages of cells with unexplained layers. The modality averages have at least ``reading,
+    source_modality, target_modality, wmppc, low, high, unexplained``. There are none if all members belong to one
+    encoder.
     """
     modalities = list(dict.fromkeys([*averages.source_modality, *averages.target_modality]))
     top = averages.wmppc.max()
@@ -38,12 +48,17 @@ def draw_averages(averages: pd.DataFrame, out: Path) -> None:
             for cell in cells[np.isfinite(cells.wmppc)].itertuples():
                 style: Any = {"ha": "center", "color": letters_on(images[-1], cell.wmppc)}
                 row, column = modalities.index(cell.source_modality), modalities.index(cell.target_modality)
-                ax.text(column, row, f"{cell.wmppc:.3f}", va="bottom", fontsize=9.5, **style)
+                ax.text(
+                    column, row, f"{cell.wmppc:.3f}{'*' * bool(cell.unexplained)}", va="bottom", fontsize=9.5, **style
+                )
                 ax.text(column, row + 0.06, f"{cell.low:.3f} to {cell.high:.3f}", va="top", fontsize=6.5, **style)
             ax.set_xlabel("to")
         axes[0].set_ylabel("from")
+        notes = ["* with cells " + UNEXPLAINED] if averages.unexplained.any() else []
         if any(np.ma.getmaskarray(image.get_array()).any() for image in images):
-            explain(figure, "grey: no pair of different encoders")
+            notes.insert(0, "grey: no pair of different encoders")
+        if notes:
+            explain(figure, "; ".join(notes))
         if images:
             figure.colorbar(images[0], ax=axes, label="mean wMPPC")
         save(figure, out)

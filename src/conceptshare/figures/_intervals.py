@@ -11,7 +11,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from conceptshare.analysis.formats import short_labels
-from conceptshare.figures._style import MARKERS, PAGE, READING_TITLES, STYLE, annotate_empty, save, text_width
+from conceptshare.figures._style import (
+    MARKERS,
+    PAGE,
+    READING_TITLES,
+    STYLE,
+    UNEXPLAINED,
+    annotate_empty,
+    save,
+    text_width,
+)
 
 _ROW = 0.13
 """Height of a row, in inches."""
@@ -26,9 +35,9 @@ _CEILING: Any = {"color": "black", "marker": "|", "markersize": 7.5, "markeredge
 def draw_intervals(table: pd.DataFrame, out: Path) -> None:
     """Each wMPPC with its 95% interval: a panel per reading and a row per cell, in blocks of one source.
 
-    Each row also shows the ``floor`` (shuffled samples) and, if there is one, the ``ceiling`` (another seed of the
-    source). The matrix table has at least ``source, target, target_modality, reading, wmppc, low, high, floor,
-    ceiling``.
+    The points of cells with unexplained layers are hollow. Each row also shows the ``floor`` (shuffled samples) and, if
+    there is one, the ``ceiling`` (another seed of the source). The matrix table has at least ``source, target,
+    target_modality, reading, wmppc, low, high, floor, ceiling, unexplained``.
     """
     members = list(dict.fromkeys(table["source"]))
     label = dict(zip(members, short_labels(members), strict=True))
@@ -68,7 +77,9 @@ def _panel(ax: Axes, cells: pd.DataFrame, place: dict[Any, int]) -> None:
     for modality, look in MARKERS.items():
         of = (cells.target_modality == modality).to_numpy()
         ax.hlines(y[of], cells.low[of], cells.high[of], color=look["color"], linewidth=1.4)
-        ax.plot(cells.wmppc[of], y[of], linestyle="none", markersize=3.2, **look)
+        for unexplained, fill in ((False, look["color"]), (True, "white")):
+            these = of & ((cells.unexplained > 0) == unexplained).to_numpy()
+            ax.plot(cells.wmppc[these], y[these], linestyle="none", markersize=3.2, markerfacecolor=fill, **look)
     if cells.wmppc.isna().all():
         annotate_empty(ax, "no values")
     ax.grid(axis="x", color="0.85", linewidth=0.6)
@@ -84,6 +95,10 @@ def _legend(table: pd.DataFrame) -> list[Line2D]:
         if modality in set(table.target_modality)
     ]
     marks.append(Line2D([], [], linestyle="none", label="floor: samples shuffled", **_FLOOR))
+    if table.unexplained.any():
+        marks.append(
+            Line2D([], [], linestyle="none", marker="o", color="0.3", markerfacecolor="white", label=UNEXPLAINED)
+        )
     if table.ceiling.notna().any():
         marks.append(Line2D([], [], linestyle="none", label="ceiling: another seed", **_CEILING))
     return marks

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from conceptshare.config.members import as_member
-from conceptshare.figures._style import ABOVE_CHANCE, STYLE, VALUES, explain, heatmap, layer_ticks, save
+from conceptshare.figures._style import ABOVE_CHANCE, STYLE, UNEXPLAINED, VALUES, explain, heatmap, layer_ticks, save
 from conceptshare.io.errors import StudyError
 
 _PANEL = 2.15
@@ -25,7 +25,8 @@ _SMALL: Any = {"font.size": 7, "axes.titlesize": 7.5}
 def draw_layerwise(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], out: Path) -> None:
     """Heatmaps of wMPPC from each layer of one member to each of another, a panel per pair, one colour scale (Fig. 1).
 
-    Below them are those of the excess over chance. Cells that are not above their null are hatched. Layer 0 is at the
+    Below them are those of the excess over chance. Cells that are not above their null are hatched, and those with
+    unexplained layers have a marked corner. Layer 0 is at the
     bottom left.
 
     Raises:
@@ -57,6 +58,8 @@ def draw_layerwise(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], out: P
         notes = ["grey: no value"] if any(panel.wmppc.isna().any() for panel in chosen) else []
         if any((panel.p > ABOVE_CHANCE).any() for panel in chosen):
             notes.append("hatched: not above the level of samples that are re-paired at random")
+        if any(panel.unexplained.any() for panel in chosen):
+            notes.append(f"marked corner: {UNEXPLAINED}")
         if notes:
             explain(figure, "; ".join(notes))
         save(figure, out)
@@ -72,9 +75,12 @@ def _draw_panels(
 ) -> Any:
     """Draw a column of the table for each pair, and return the last image."""
     for ax, title, (label_a, label_b), panel in zip(axes.flat, titles, labels, chosen, strict=False):
-        cells, p = (panel.pivot(index="source_layer", columns="target_layer", values=column) for column in (value, "p"))
+        cells, p, unexplained = (
+            panel.pivot(index="source_layer", columns="target_layer", values=column)
+            for column in (value, "p", "unexplained")
+        )
         letters = 6 if max(cells.shape) <= 8 else None
-        image = heatmap(ax, cells.to_numpy(), 0, top, letters, p.to_numpy() > ABOVE_CHANCE)
+        image = heatmap(ax, cells.to_numpy(), 0, top, letters, p.to_numpy() > ABOVE_CHANCE, unexplained.to_numpy() > 0)
         # Panels have one size, so cells are oblong if the encoders differ in depth.
         ax.set_aspect("auto")
         ax.set_box_aspect(1)

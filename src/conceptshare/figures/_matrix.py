@@ -18,6 +18,7 @@ from conceptshare.figures._style import (
     PAGE,
     READING_TITLES,
     STYLE,
+    UNEXPLAINED,
     VALUES,
     fitted,
     heatmap,
@@ -48,9 +49,9 @@ class _Group(NamedTuple):
 def draw_matrix(table: pd.DataFrame, out: Path) -> None:
     """The wMPPC matrix of each reading, and below it the excess over chance, with members in groups of one kind.
 
-    Cells that are not above their null are hatched. It fits the width of a printed page. Cells show their numbers if
-    these are large enough to read. The matrix table has at least ``source, target, source_modality, source_kind,
-    reading, wmppc, excess, p``.
+    Cells that are not above their null are hatched, and those with unexplained layers have a marked corner. It fits
+    the width of a printed page. Cells show their numbers if these are large enough to read. The matrix table has at
+    least ``source, target, source_modality, source_kind, reading, wmppc, excess, p, unexplained``.
     """
     members = list(dict.fromkeys(table["source"]))
     groups = _groups(table.drop_duplicates("source"))
@@ -58,15 +59,15 @@ def draw_matrix(table: pd.DataFrame, out: Path) -> None:
         figure, axes, bars, cell = _panels(short_labels(members), groups)
         letters = min(7.0, 72 * cell / 2.7)  # a number is 2.3 times as wide as high, and lines take some of a cell
         for ax, (value, reading) in zip(axes, product(VALUES, READING_TITLES), strict=True):
-            cells, p = (
+            cells, p, unexplained = (
                 table[table.reading == reading]
                 .pivot(index="source", columns="target", values=column)
                 .reindex(index=members, columns=members)
                 .to_numpy()
-                for column in (value, "p")
+                for column in (value, "p", "unexplained")
             )
             top = float(table[value].max()) if table[value].max() > 0 else 1.0
-            image = heatmap(ax, cells, 0, top, letters if letters >= 4.5 else None, p > ABOVE_CHANCE)
+            image = heatmap(ax, cells, 0, top, letters if letters >= 4.5 else None, p > ABOVE_CHANCE, unexplained > 0)
             title = READING_TITLES[reading].replace(", ", ",\n")
             ax.set_title(title if value == "wmppc" else f"Excess:\n{_SHORT[reading]}", fontsize=8)
             for before, group in pairwise(groups):
@@ -78,6 +79,8 @@ def draw_matrix(table: pd.DataFrame, out: Path) -> None:
         note = "grey: an encoder with itself" + (", or no value" if table.wmppc.isna().any() else "")
         if (table.p > ABOVE_CHANCE).any():
             note += "; hatched: not above the level of samples that are re-paired at random"
+        if table.unexplained.any():
+            note += f"; marked corner: {UNEXPLAINED}"
         place = 0.04 / figure.get_figwidth(), 0.04 / figure.get_figheight()
         figure.text(*place, note, va="bottom", fontsize=6.5, color="0.3")
         for bar in bars.values():

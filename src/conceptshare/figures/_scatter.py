@@ -1,6 +1,7 @@
 """Comparative Sharedness: where a ranking's features lie between the two groups."""
 
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
@@ -12,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 from numpy.typing import NDArray
 
-from conceptshare.figures._style import RED, STYLE, number, save
+from conceptshare.figures._style import RED, STYLE, explain, number, save
 
 _BINS = 40
 """Bins per axis, to count how many features are near each one."""
@@ -30,7 +31,8 @@ def draw_scatter(table: pd.DataFrame, out: Path) -> None:
 
     Above the diagonal are the features that group G shares more than group H does (Delta > 0). The title counts the
     features on either side; a feature that was never active lies on the diagonal, as both of its rho are 0.
-    The ranking has at least ``rank, top, source, layer, rho_g, rho_h``: rho_g is the smallest of a feature's best
+    The ranking has at least ``rank, top, source, layer, rho_g, rho_h,
+    unexplained``: rho_g is the smallest of a feature's best
     matches in the members of G, rho_h the largest of those in H.
     """
     points = table[["rho_g", "rho_h"]].to_numpy(np.float64)
@@ -63,6 +65,8 @@ def draw_scatter(table: pd.DataFrame, out: Path) -> None:
         ax.annotate(", ".join(counts), (0, 1), **at, fontsize=7)
         look: Any = {"marker": "D", "color": RED, "markeredgecolor": "black", "markeredgewidth": 0.5, "markersize": 5}
         mark = Line2D([], [], linestyle="none", label=f"top 1% by $\\Delta$: {top.sum():,}", **look)
+        if table.unexplained[0]:
+            explain(figure, fill(f"SAEs leave most of the global tokens unexplained: {table.unexplained[0]}", 70))
         below: Any = {"loc": "upper left", "bbox_to_anchor": (-0.03, -0.13)}
         ax.legend(handles=[mark], **below, frameon=False, handletextpad=0.1)
         ticks = LogLocator(subs=(1, 2, 5))

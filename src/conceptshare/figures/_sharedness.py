@@ -90,8 +90,12 @@ def draw_sharedness(
         heading = _wrapped(title, width - 2 * _MARGIN, 4, 9, "bold").splitlines()
         groups = [
             line
-            for words, column in (("shared with (G)", "shared_with"), ("more than with (H)", "not_shared_with"))
-            if column in table
+            for words, column in (
+                ("shared with (G)", "shared_with"),
+                ("more than with (H)", "not_shared_with"),
+                ("SAEs leave most of the global tokens unexplained", "unexplained"),
+            )
+            if column in table and table[column][0]
             for line in _wrapped(f"{words}: {table[column][0]}", width - 2 * _MARGIN, 6, 7.5).splitlines()
         ]
         above = 0.16 * len(heading) + 0.13 * len(groups) + 0.14

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from conceptshare.figures._style import BLUE, PAGE, RED, STYLE, annotate_empty, known, save
+from conceptshare.figures._style import BLUE, PAGE, RED, STYLE, UNEXPLAINED, annotate_empty, explain, known, save
 from conceptshare.metrics import correlation
 
 _MEASURES = {"cka": "Linear CKA", "mutual_knn": "Mutual nearest neighbours"}
@@ -23,7 +23,8 @@ _LOOKS: Any = {
 def draw_similarity(table: pd.DataFrame, out: Path) -> None:
     """CKA and mutual nearest neighbours against wMPPC, a point per cell, with the rank correlation for each reading.
 
-    The matrix table has at least ``reading, wmppc, cka, mutual_knn``. Cells that lack either value are left out.
+    The matrix table has at least ``reading, wmppc, cka, mutual_knn, unexplained``. Cells that lack either
+    value are left out; those with unexplained layers are hollow.
     """
     with mpl.rc_context(STYLE | {"font.size": 8, "axes.titlesize": 8}):
         figure = Figure(figsize=(PAGE, 3.7), layout="constrained")
@@ -32,6 +33,8 @@ def draw_similarity(table: pd.DataFrame, out: Path) -> None:
             ax.set_ylabel(f"{name} of global tokens")
             ax.set_xlabel("wMPPC")
         marks = [Line2D([], [], linestyle="none", **look) for look in _LOOKS.values()]
+        if table.unexplained.any():
+            explain(figure, f"hollow: {UNEXPLAINED}")
         figure.legend(handles=marks, loc="outside upper center", ncols=2, frameon=False, handletextpad=0.1)
         save(figure, out)
 
@@ -41,7 +44,10 @@ def _panel(ax: Axes, cells: pd.DataFrame, measure: str) -> None:
     for reading, look in _LOOKS.items():
         of_reading = cells[cells.reading == reading]
         if len(of_reading):
-            ax.scatter(of_reading.wmppc, of_reading[measure], s=16, alpha=0.75, linewidths=0, **look)
+            for unexplained, fill in ((False, look["color"]), (True, "none")):
+                these = of_reading[(of_reading.unexplained > 0) == unexplained]
+                style: Any = {"marker": look["marker"], "facecolor": fill, "edgecolor": look["color"]}
+                ax.scatter(these.wmppc, these[measure], s=16, alpha=0.75, linewidths=0.8, **style)
             ranks = correlation(of_reading.wmppc.rank(), of_reading[measure].rank())
             found.append(f"Spearman, {look['label']}: {known(ranks)} (n = {len(of_reading)})")
     if not found:

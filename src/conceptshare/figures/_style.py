@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Polygon, Rectangle
 from matplotlib.patheffects import withStroke
 from numpy.typing import ArrayLike
 
@@ -56,6 +56,8 @@ VALUES = {"wmppc": "wMPPC", "excess": "excess"}
 """The columns that heatmaps of wMPPC show, and the labels of their colour bars."""
 ABOVE_CHANCE = 0.05
 """Largest p of a cell that counts as above its null."""
+UNEXPLAINED = "with layers whose SAE leaves most of the global tokens' variance unexplained"
+"""What the mark of a cell means whose ``unexplained`` is not 0."""
 
 
 def heatmap(
@@ -65,8 +67,12 @@ def heatmap(
     high: float,
     letters: float | None,
     hatched: np.ndarray[Any, Any] | None = None,
+    marked: np.ndarray[Any, Any] | None = None,
 ) -> Any:
-    """A heatmap of cells, grey for NaN, with their numbers at a font size of ``letters``, if any."""
+    """A heatmap of cells, grey for NaN, with their numbers at a font size of ``letters``, if any.
+
+    Cells can be hatched, or marked with a triangle in their upper right corner.
+    """
     image = ax.imshow(cells, cmap=COLOURS, vmin=low, vmax=high, aspect="equal")
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
@@ -74,6 +80,9 @@ def heatmap(
     for i, j in [] if hatched is None else np.argwhere(hatched):
         lines: Any = {"hatch": "////", "edgecolor": letters_on(image, cells[i, j]), "linewidth": 0}
         ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, **lines))
+    for i, j in [] if marked is None else np.argwhere(marked & np.isfinite(cells)):
+        corner = [(j + 0.5, i - 0.5), (j + 0.22, i - 0.5), (j + 0.5, i - 0.22)]
+        ax.add_patch(Polygon(corner, color=letters_on(image, cells[i, j]), linewidth=0))
     if letters:
         for (i, j), value in np.ndenumerate(cells):
             if np.isfinite(value):

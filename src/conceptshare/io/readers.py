@@ -94,6 +94,15 @@ def read_spec(path: Path, kind: str) -> dict[str, Any]:
     return spec
 
 
+def unexplained_layers(path: Path) -> set[int]:
+    """The layers of a feature store whose SAE leaves more of the global tokens unexplained than ``max_fvu_global``.
+
+    Raises:
+        StoreError: if the store is missing or incomplete, or its attributes were changed.
+    """
+    return set(read_spec(path, FEATURES).get("unexplained", []))
+
+
 def check_samples(features: Path, data: Path, content_hash: str) -> None:
     """Make sure that a feature store was made from the data set at ``data``: the same samples in the same order.
 

@@ -85,7 +85,7 @@ def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
 
 # Numbers that figures show too are rounded once, not to four digits and then to two.
 _EXACT = 8
-_CELL_COLUMNS = ("wmppc", "excess", "null", "p")
+_CELL_COLUMNS = ("wmppc", "excess", "null", "p", "unexplained")
 """Columns of a cell of a matrix or heatmap."""
 
 
@@ -122,6 +122,7 @@ def _ranking(table: pd.DataFrame) -> dict[str, Any]:
         "rho_g": numbers(table.rho_g),
         "rho_h": numbers(table.rho_h),
         "top": int(table.top.sum()),
+        "unexplained": table.unexplained.iloc[0],
     }
 
 

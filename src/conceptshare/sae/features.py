@@ -37,7 +37,7 @@ from conceptshare.io.readers import FEATURES, LayerFeatures, read_kept_features
 from conceptshare.io.sizes import FEATURE_COLUMNS, FEATURE_ROWS, IN_MEMORY_BYTES, SLAB_BYTES, TOP_SAMPLES
 from conceptshare.io.store import as_float16, layer_array, new_array, new_store, open_store, save_array
 from conceptshare.sae import TopKSAE, load_sae
-from conceptshare.sae.folder import REMEDY, sae_of
+from conceptshare.sae.folder import REMEDY, leaves_unexplained, sae_of
 
 # Rows of global tokens that are copied to a GPU at a time, in whole blocks.
 _GPU_ROWS = 64 * FEATURE_ROWS
@@ -86,6 +86,7 @@ def record_features(activation_store: Path, saes: Path, seed: int, out: Path, ke
     described |= {
         "seed": seed,
         "made_from": {"activations": source.attrs["digest"], "saes": digests},
+        "unexplained": [layer for layer, (folder, sae) in records.items() if leaves_unexplained(folder, sae)],
     }
     if not keep:
         inputs_by_name = {"activations": activation_store, "saes": saes}

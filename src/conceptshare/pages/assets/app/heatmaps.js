@@ -23,9 +23,10 @@ let heatmaps = 0;
 /**
  * A heatmap: a table of links, between which arrow keys move, so that it is one stop of the Tab key.
  *
- * Its first row is at the top, or at the bottom if it goes `upward`. Cells that are not above chance are hatched.
+ * Its first row is at the top, or at the bottom if it goes `upward`. Cells that are not above chance are hatched, and
+ * those with unexplained layers have a marked corner.
  */
-function heatmap({ caption, corner, rows, columns, values, nulls, p, scale, cellLink, cellLabel, emptyLabel, upward }) {
+function heatmap({ caption, corner, rows, columns, values, cells, scale, cellLink, cellLabel, emptyLabel, upward }) {
   const id = `heatmap-${heatmaps++}`;
   const long = Math.max(...columns.map((name) => name.length)) > 4;
   const upright = long && columns.length > 6;
@@ -56,9 +57,11 @@ function heatmap({ caption, corner, rows, columns, values, nulls, p, scale, cell
               return h("td.null", { title: empty }, h("span.hidden", empty));
             }
             const { background, ink } = viridis((value - scale.low) / (scale.high - scale.low || 1));
-            const hatched = (p[row]?.[column] ?? 0) > ABOVE_CHANCE;
-            const chance = `${byChance(nulls[row]?.[column])}${hatched ? ", not above chance" : ""}`;
-            const label = `${cellLabel(row, column)}: ${fixed(value)}${chance}`;
+            const [chance, p, unexplained] = ["null", "p", "unexplained"].map((name) => cells[name]?.[row]?.[column]);
+            const hatched = p > ABOVE_CHANCE;
+            const label =
+              `${cellLabel(row, column)}: ${fixed(value)}${byChance(chance)}${hatched ? ", not above chance" : ""}` +
+              (unexplained ? `, ${plural(unexplained, "layer")} not explained by SAEs` : "");
             return h(
               "td",
               h(
@@ -68,7 +71,7 @@ function heatmap({ caption, corner, rows, columns, values, nulls, p, scale, cell
                   "aria-label": label,
                   title: label,
                   tabindex: "-1",
-                  class: hatched ? "hatched" : "",
+                  class: [hatched && "hatched", unexplained && "unexplained"].filter(Boolean).join(" "),
                   style: { backgroundColor: background, color: ink },
                 },
                 fixed(value),

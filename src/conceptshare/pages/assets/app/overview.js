@@ -11,6 +11,7 @@ const VALUES = {
   wmppc: "wMPPC, as published",
   excess: "excess over chance",
 };
+const UNEXPLAINED = "whose SAE leaves most of the global tokens’ variance unexplained";
 const FORMULAS = { wmppc: "wMPPC", excess: "excess (wMPPC − null) / (1 − null)" };
 
 function rankingItem(ranking) {
@@ -82,8 +83,11 @@ function setSection(at, choices, update) {
           rows: matrix.members.map((name) => [name, h("span.quiet", kindOf(memberNamed(name)))]),
           columns: matrix.members,
           values: matrix[value][reading],
-          nulls: value === "wmppc" ? matrix.null[reading] : [],
-          p: matrix.p[reading],
+          cells: {
+            null: value === "wmppc" && matrix.null[reading],
+            p: matrix.p[reading],
+            unexplained: matrix.unexplained[reading],
+          },
           scale: scales[value],
           cellLink: (row, column) =>
             pairLink(
@@ -131,6 +135,7 @@ function setSection(at, choices, update) {
             `random (the null), it is ${fixed(Math.min(...nulls))} to ${fixed(Math.max(...nulls))} here. The excess over ` +
             "chance is (wMPPC − null) / (1 − null). ",
         hatched && "Hatched cells are not above their null. ",
+        every("unexplained").some(Boolean) && `Cells with a marked corner have layers ${UNEXPLAINED}. `,
         layerwise.length > 0 && "In heatmaps by layer, the first layer is at the bottom left. ",
         "Arrow keys move between the cells of a table.",
       ),
@@ -159,8 +164,7 @@ function layerHeatmap(at, { a, b, layers_a, layers_b, ...cells }, scales, chosen
       rows: layers_a.map(String),
       columns: layers_b.map(String),
       values: cells[value],
-      nulls: value === "wmppc" ? cells.null : [],
-      p: cells.p,
+      cells: { ...cells, null: value === "wmppc" && cells.null },
       scale: scales[value],
       cellLink: (row, column) => pairLink(at, a, layers_a[row], b, layers_b[column]),
       cellLabel: (row, column) =>

@@ -186,6 +186,7 @@ async function rankingView(parts) {
         "p.note",
         "Δ = S (ρ G² − ρ H²). Matches are between last layers: ρ G is the smallest best correlation in the first " +
           "group, ρ H the largest in the second. Other layers may match better.",
+        ranking.unexplained && ` Of ${ranking.unexplained}, the last layer has an SAE that explains little of what is compared.`,
       ),
       h(
         "div.split",
