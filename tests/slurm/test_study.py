@@ -22,7 +22,7 @@ ASKED = {
     "activations": (8, 16_000, 480),
     "sae": (4, 8_000, 720),
     "features": (4, 8_000, 120),
-    "correlations": (4, 9_000, 720),
+    "correlations": (4, 16_000, 720),
     "similarity": (4, 4_000, 120),
 }
 
