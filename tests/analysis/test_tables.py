@@ -803,6 +803,7 @@ def test_csv_and_parquet_hold_the_same_table(study, tmp_path):
         "pair": pair_table("vit@0", "bert@1", study[0]),
     }
     tables["matrix"].loc[2, "wmppc"] = np.nan
+    tables["sharedness"]["unexplained"] = "bert@1"
     for name, table in tables.items():
         write_table(table, tmp_path / "out" / f"{name}.csv")
         from_csv, from_parquet = (

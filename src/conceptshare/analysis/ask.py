@@ -13,6 +13,7 @@ from conceptshare.analysis.tables import active_counts, active_statistics, cells
 from conceptshare.correlations import FeatureStore, check_pair, judged, max_correlations
 from conceptshare.correlations.blocks import Precision
 from conceptshare.io.errors import StoreError
+from conceptshare.io.readers import unexplained_layers
 
 COLUMNS = (
     "source",
@@ -82,8 +83,9 @@ def sharedness_of(source: Path, shared_with: Sequence[Path], not_shared_with: Se
     rho = {
         names[path]: max_correlations(stores[source].arrays[-1], stores[path].arrays[-1]).rho_ab[0] for path in groups
     }
-    named = ([names[path] for path in group] for group in (shared_with, not_shared_with))
-    table = ranking(names[source], last, statistics[last], rho, *named)
+    of_g, of_h = ([names[path] for path in group] for group in (shared_with, not_shared_with))
+    unexplained = [names[path] for path in (source, *groups) if unexplained_layers(path)[-1]]
+    table = ranking(names[source], last, statistics[last], rho, of_g, of_h, unexplained)
     table.attrs["features"] = {names[path]: stores[path].digest for path in stores}
     return table
 

@@ -90,10 +90,8 @@ class Stores(NamedTuple):
         return active_statistics(self.features / f"{member}.zarr")
 
     def unexplained(self, member: str) -> list[bool]:
-        """For each layer of a member, whether its SAE leaves most of the global tokens unexplained."""
-        path = self.features / f"{member}.zarr"
-        marked = unexplained_layers(path)
-        return [layer in marked for layer in read_spec(path, FEATURES)["layers"]]
+        """For each layer of a member, whether it is unexplained; see `unexplained_layers`."""
+        return unexplained_layers(self.features / f"{member}.zarr")
 
     def digests(self, members: Iterable[str]) -> dict[str, str]:
         """The digests of members' feature stores."""
@@ -592,8 +590,7 @@ def sharedness_table(
 ) -> pd.DataFrame:
     """The source's last-layer features ranked by Comparative Sharedness: most shared with G and least with H first.
 
-    A feature's rho with a member is that of its best match in the member's last layer. ``unexplained`` lists the
-    members whose last layer is not explained by its SAE, as in `matrix_table`, separated by commas.
+    A feature's rho with a member is that of its best match in the member's last layer.
 
     Raises:
         StoreError: if a store is missing, or no feature of a member is active.
@@ -604,9 +601,8 @@ def sharedness_table(
     layer = max(statistics)
     F = len(statistics[layer].strength)
     rho = {member: stores.pair(source, member).best.rho_ab[-1, -F:] for member in [*shared_with, *not_shared_with]}
-    table = ranking(source, layer, statistics[layer], rho, shared_with, not_shared_with)
     unexplained = [member for member in (source, *rho) if stores.unexplained(member)[-1]]
-    table = table.assign(unexplained=", ".join(unexplained))
+    table = ranking(source, layer, statistics[layer], rho, shared_with, not_shared_with, unexplained)
     return _made_from(stores, (source, *shared_with, *not_shared_with), table)
 
 
@@ -617,10 +613,12 @@ def ranking(
     rho: Mapping[str, NDArray[Any]],
     shared_with: Sequence[str],
     not_shared_with: Sequence[str],
+    unexplained: Sequence[str],
 ) -> pd.DataFrame:
     """Rank the F features of a layer by Comparative Sharedness; ``top`` marks the first 1%, as in the paper.
 
-    Ties keep the features' order. ``shared_with`` and ``not_shared_with`` list the groups, separated by commas.
+    Ties keep the features' order. ``shared_with`` and ``not_shared_with`` list the groups, and ``unexplained`` the
+    members whose layer is unexplained, separated by commas.
 
     Args:
         source: the member of the features.
@@ -629,6 +627,7 @@ def ranking(
         rho: ``[F]`` rho of their best matches, by member of both groups.
         shared_with: the group G.
         not_shared_with: the group H.
+        unexplained: the members whose layer's SAE leaves most of the global tokens unexplained.
     """
     F = len(statistics.strength)
     rho = {member: values.astype(np.float64) for member, values in rho.items()}
@@ -645,6 +644,7 @@ def ranking(
             "rho_h": h.max(axis=0),
             "shared_with": ", ".join(shared_with),
             "not_shared_with": ", ".join(not_shared_with),
+            "unexplained": ", ".join(unexplained),
             **{f"rho[{member}]": values for member, values in rho.items()},
         }
     )

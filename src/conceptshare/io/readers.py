@@ -94,13 +94,14 @@ def read_spec(path: Path, kind: str) -> dict[str, Any]:
     return spec
 
 
-def unexplained_layers(path: Path) -> set[int]:
-    """The layers of a feature store whose SAE leaves more of the global tokens unexplained than ``max_fvu_global``.
+def unexplained_layers(path: Path) -> list[bool]:
+    """Whether each layer of a feature store is unexplained: the FVU of its SAE at global tokens exceeds its bound.
 
     Raises:
         StoreError: if the store is missing or incomplete, or its attributes were changed.
     """
-    return set(read_spec(path, FEATURES).get("unexplained", []))
+    spec = read_spec(path, FEATURES)
+    return [layer in spec["unexplained"] for layer in spec["layers"]]
 
 
 def check_samples(features: Path, data: Path, content_hash: str) -> None:
