@@ -361,11 +361,25 @@ def test_a_matrix_is_compared_with_its_null(study):
             assert row.relative == pytest.approx((row.wmppc - row.null) / (row.ceiling - row.null))
 
 
+def test_a_matrix_averages_the_companions_of_best_matches_by_strength(study):
+    stores, features = study
+    table = matrix_table(MEMBERS, stores)
+    for (source, target, reading), row in cells_of(table):
+        S = [x.sum(0) for x in features[source].values()]
+        for name in ("iou", "one_to_one"):
+            over_all, in_last = stored(stores, source, target, name)
+            best = np.split(over_all, np.cumsum([len(s) for s in S])[:-1])
+            expected = by_reading(best, in_last[-len(S[-1]) :], S)[reading]
+            assert getattr(row, name) == pytest.approx(expected, abs=1e-6)
+        assert 0 < row.one_to_one < row.wmppc + 1e-6
+    assert table.iou.between(0.1, 1).all()
+
+
 def test_a_matrix_has_the_documented_columns(study):
     assert list(matrix_table(MEMBERS, study[0]).columns) == [
         *("source", "target", "source_modality", "target_modality", "source_kind", "target_kind", "reading"),
         *("wmppc", "low", "high", "floor", "ceiling", "null", "null_error", "p", "excess", "relative"),
-        *("mppc", "features", "beyond_shuffled", "significant"),
+        *("mppc", "iou", "one_to_one", "features", "beyond_shuffled", "significant"),
         *("strength_cv", "strength_rho", "cka", "mutual_knn", "unexplained"),
     ]
 
@@ -507,7 +521,7 @@ def test_pair_table_has_every_features_best_match_in_both_directions(study):
     table = pair_table("clip-text@0", "vit@0", stores)
     assert list(table.columns) == [
         *("source", "target", "layer", "feature", "strength", "density", "rho"),
-        *("match_layer", "match_feature", "beyond_shuffled", "log10_p", "significant"),
+        *("match_layer", "match_feature", "iou", "beyond_shuffled", "log10_p", "significant"),
     ]
     assert table.source.tolist() == ["clip-text@0"] * 16 + ["vit@0"] * 12
     for source, rows in table.groupby("source"):
@@ -525,8 +539,10 @@ def test_pair_table_has_every_features_best_match_in_both_directions(study):
                 match = b[row.match_layer][:, row.match_feature]
                 r = np.corrcoef(a[row.layer][:, row.feature], match)[0, 1]
                 assert row.rho == pytest.approx(r, abs=1e-5)
+                of_feature, of_match = a[row.layer][:, row.feature] > 0, match > 0
+                assert row.iou == pytest.approx((of_feature & of_match).sum() / (of_feature | of_match).sum())
             else:
-                assert (row.match_layer, row.match_feature, row.rho) == (-1, -1, 0)
+                assert (row.match_layer, row.match_feature, row.rho, row.iou) == (-1, -1, 0, 0)
         p = 1 - norm.cdf(np.arctanh(rho(x, y)[varying]) * np.sqrt(60 - 3)) ** y.any(0).sum()
         np.testing.assert_allclose(10 ** rows.log10_p[varying], p, rtol=1e-4, atol=1e-9)
         assert rows.log10_p[~varying].isna().all()

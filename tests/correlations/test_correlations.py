@@ -16,6 +16,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy.optimize import linear_sum_assignment
 
 from conceptshare.correlations import (
     _engine,
@@ -24,6 +25,7 @@ from conceptshare.correlations import (
     max_correlations,
 )
 from conceptshare.correlations._null import drawn, repaired
+from conceptshare.correlations._one_to_one import one_to_one
 from conceptshare.correlations.blocks import plan_blocks
 from conceptshare.device import DEVICE
 from conceptshare.io.errors import NumericsError, StoreError
@@ -677,6 +679,67 @@ def test_influence_is_the_derivative_of_wmppc_by_a_samples_weight(larger_stores,
             weights[sample] += step
             changed = (readings(weights) - readings(np.ones(N))) / step * N
             np.testing.assert_allclose(pair.influence[:, sample], changed, rtol=2e-3, atol=2e-3)
+
+
+def test_the_iou_is_that_of_the_samples_that_activate_a_feature_and_its_best_match(tmp_path, write_features, rng):
+    layers = [features_of(rng, 300, {0: 40, 3: 20}), features_of(rng, 300, {1: 30, 2: 25})]
+    for side in layers:
+        for x in side.values():  # some are stored with an offset: nearly constant, with and without zeros
+            x[:, :4] = 30 + rng.random((300, 4))
+            x[rng.random(300) < 0.2, 2:4] = 0
+            x[:, 4] = 0
+    layers[1][2][:, 5] = layers[0][3][:, 5]
+    paths = [write_features(tmp_path, member, side) for member, side in zip(("vit@0", "bert@1"), layers, strict=True)]
+    assert all((store.encoder().offset > 0).any() for store in map(_store.FeatureStore, paths))
+    out = tmp_path / "pair.zarr"
+    correlate_stores(*paths, out, memory_bytes=300_000)
+    for source, sides in (("vit@0", layers), ("bert@1", layers[::-1])):
+        pair = read_correlations(out, source)
+        ours, others = (list(side.values()) for side in sides)
+        found, F, last = pair.best, len(pair.iou[0]), ours[-1].shape[1]
+        for row, first in ((0, 0), (1, F - last)):
+            for n, x in enumerate(np.concatenate(ours, axis=1).T[first:], first):
+                layer = found.rho_ab[:, n].argmax() if row == 0 else len(others) - 1
+                y, match = others[layer], found.match_ab[layer, n]
+                both, either = ((x > 0) & (y[:, match] > 0)).sum(), ((x > 0) | (y[:, match] > 0)).sum()
+                assert pair.iou[row, n] == pytest.approx(0 if match < 0 else both / either, rel=1e-6)
+        assert not pair.iou[1, : F - last].any()
+        assert (pair.iou[0] == 1).any()
+        assert ((pair.iou[0] > 0) & (pair.iou[0] < 1)).any()
+
+
+def test_partners_have_the_largest_sum_of_correlations_among_best_matches(rng):
+    """Against the assignment problem on the dense matrix of candidates."""
+    common = rng.standard_normal((60, 12))  # features of few kinds compete for the same match
+    a, b = (
+        [common[:, rng.integers(12, size=width)] + rng.standard_normal((60, width)) for width in widths]
+        for widths in ((30, 20), (25, 15, 18))
+    )
+    a[1][:, 3] = 0
+    found = max_correlations(a, b)
+    r = np.nan_to_num(all_correlations(np.concatenate(a, axis=1), np.concatenate(b, axis=1)))
+    candidates = np.zeros_like(r)
+    for one, of_one, values in ((0, b, r), (1, a, r.T)):
+        at = candidates.T if one else candidates
+        for end, width in zip(np.cumsum([x.shape[1] for x in of_one]), [x.shape[1] for x in of_one], strict=True):
+            best = end - width + values[:, end - width : end].argmax(1)
+            at[np.arange(len(at)), best] = values[np.arange(len(at)), best]
+    of_a, of_b = one_to_one(found)
+    for row, (first_a, first_b) in enumerate(((0, 0), (30, 40))):
+        rows, columns = linear_sum_assignment(candidates[first_a:, first_b:], maximize=True)
+        expected = candidates[first_a + rows, first_b + columns].clip(0)
+        assert of_a[row].sum() == pytest.approx(expected.sum(), abs=1e-4)
+        np.testing.assert_array_equal(np.sort(of_a[row][of_a[row] > 0]), np.sort(of_b[row][of_b[row] > 0]))
+        assert not of_a[row, :first_a].any()
+        assert not of_b[row, :first_b].any()
+        for values, best in ((of_a[row], found.rho_ab), (of_b[row], found.rho_ba)):
+            assert (values <= best.max(0) + 1e-6).all()
+        assert of_a[row].sum() < 0.9 * found.rho_ab.max(0)[first_a:].sum()  # the best matches are not one to one
+
+
+def test_without_best_matches_there_are_no_partners():
+    found = max_correlations([np.zeros((9, 3))], [np.random.default_rng(0).random((9, 4))])
+    assert not any(values.any() for values in one_to_one(found))
 
 
 def test_stores_full_matrices_of_selected_layers(larger_stores, tmp_path):

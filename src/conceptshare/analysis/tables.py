@@ -37,7 +37,7 @@ SIMILARITIES = ("cka", "mutual_knn")
 MATRIX_COLUMNS = (
     *("source", "target", "source_modality", "target_modality", "source_kind", "target_kind", "reading"),
     *("wmppc", "low", "high", "floor", "ceiling", "null", "null_error", "p", "excess", "relative"),
-    *("mppc", "features", "beyond_shuffled", "significant"),
+    *("mppc", "iou", "one_to_one", "features", "beyond_shuffled", "significant"),
     *("strength_cv", "strength_rho", *SIMILARITIES, "unexplained"),
 )
 
@@ -254,6 +254,9 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
       Benjamini and Hochberg (NaN for 3 samples or fewer). Appendix B assumes independent, normal features. SAE features
       are neither, and sparse ones coincide by chance, so it counts too many: see `metrics.significance`. Constant
       features are not tested;
+    - ``iou``: the mean, weighted by S, of the intersection over union of the samples on which a feature and its best
+      match are active; ``one_to_one``: that of the correlations if every feature has at most one partner, see
+      `correlations`;
     - ``strength_cv``: the coefficient of variation of S; ``strength_rho``: the correlation of S with rho;
     - ``cka``, ``mutual_knn``: similarity of the encoders' global tokens; for ``last`` that of the last layers, for
       ``layer_mean`` the mean over the source's layers of the best layer of the target, for ``pooled`` that of the best
@@ -339,6 +342,7 @@ def cells_of(
     shuffled = _shuffled(sizes, pair.floor_sizes)
     floors = wmppc_readings(pair.floor, S[shuffled], pair.floor_sizes)
     nulls = metrics.null_readings(pair.null, pair.null_error, S, sizes)
+    ious, partners = (_companion_readings(values, S, sizes) for values in (pair.iou, pair.one_to_one))
     cells = []
     for reading in metrics.READINGS:
         best, strength = _best(rho, sizes, reading), _best(S[None], sizes, reading)
@@ -353,6 +357,8 @@ def cells_of(
                 **_calibrated(values[reading], nulls[reading][0]),
                 "null_error": nulls[reading][1],
                 "mppc": metrics.mppc(best),
+                "iou": ious[reading],
+                "one_to_one": partners[reading],
                 "features": len(best),
                 "beyond_shuffled": int(_beyond_shuffled(pair, density, reading).sum()),
                 "significant": significant.sum() if pair.samples > 3 else float("nan"),
@@ -432,6 +438,12 @@ def wmppc_readings(rho: NDArray[Any], S: metrics.Array, sizes: NDArray[np.int64]
         "layer_mean": metrics.wmppc_layer_mean(rho, S, sizes),
         "last": metrics.wmppc(rho[-1, -last:], S[-last:]),
     }
+
+
+def _companion_readings(values: NDArray[Any], S: metrics.Array, sizes: NDArray[np.int64]) -> dict[str, float]:
+    """The mean, weighted by S, of values ``[2, F]`` over all layers and between the last layers, for each reading."""
+    last = int(sizes[-1])
+    return wmppc_readings(values[:1], S, sizes) | {"last": metrics.wmppc(values[1, -last:], S[-last:])}
 
 
 def averages_table(matrix: pd.DataFrame, correlations: Path) -> pd.DataFrame:
@@ -535,7 +547,8 @@ def pair_table(a: str, b: str, stores: Stores) -> pd.DataFrame:
     """Every feature of two members with its best match in the other: the features of ``a``, then those of ``b``.
 
     ``rho`` is the largest correlation with any feature of any layer of the target, attained by ``match_feature`` of
-    ``match_layer``; both are -1, and rho is 0, for a constant feature. ``beyond_shuffled``: whether rho is larger than
+    ``match_layer``; both are -1, and rho is 0, for a constant feature. ``iou``: the intersection over union of the
+    samples on which both are active. ``beyond_shuffled``: whether rho is larger than
     with shuffled samples, as in `matrix_table`. ``log10_p``: the p-value of rho by the paper's appendix B, NaN for a
     constant feature and for 3 samples or fewer. ``significant``: whether the feature counts as shared by that p-value,
     by Benjamini and Hochberg at a false discovery rate of 5% over the features of one direction. These are too many:
@@ -568,6 +581,7 @@ def pair_table(a: str, b: str, stores: Stores) -> pd.DataFrame:
                     "rho": rho,
                     "match_layer": np.where(match < 0, -1, np.array(pair.layers_b)[best[0]]),
                     "match_feature": match,
+                    "iou": pair.iou[0],
                     "beyond_shuffled": _beyond_shuffled(pair, density, "pooled"),
                     "log10_p": log10_p,
                     "significant": significant,

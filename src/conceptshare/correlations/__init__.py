@@ -10,6 +10,9 @@ are concatenated; ``sizes_a [L_A]`` and ``sizes_b [L_B]`` are the numbers of fea
 - ``null_ab [R, L_A, L_B + 1]`` float32: the wMPPC from each layer of A to each of B, and last to all layers of B, with
   A's samples in R random orders, and ``null_error_ab [L_A, L_B + 1]`` float32, the standard error of their means;
 - ``influence_ab [3, N]`` float32: each sample's influence on the wMPPC from A to B, by reading;
+- ``iou_ab [2, F_A]`` float32: the intersection over union of the samples on which a feature of A and its best match are
+  active, for matches in all layers, and for features of the last layer, else 0, in the last layer;
+- ``one_to_one_ab [2, F_A]`` float32: the correlation with its partner if every feature has at most one, likewise;
 - ``rho_ba [L_A, F_B]`` and so on: the same from B to A;
 - ``full/layer-NN__layer-MM [F_a, F_b]`` float32: the full correlation matrix of two layers, if requested.
 

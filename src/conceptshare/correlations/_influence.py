@@ -1,8 +1,11 @@
-"""Each sample's influence on a wMPPC, which gives its confidence interval without recomputing products of features."""
+"""Each sample's influence on a wMPPC, which gives its confidence interval without recomputing products of features.
+
+The same pass counts the samples on which a feature and its best match are active.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,16 +34,29 @@ class Encoder:
     """``[F]`` mean of the values in ``layers``."""
     deviation: NDArray[np.float64]
     """``[F]`` population standard deviation over the samples."""
+    offset: NDArray[np.float32]
+    """``[F]`` constant to add to the values in ``layers``; a feature is active if the sum is positive."""
+
+
+class Matched(NamedTuple):
+    """What one direction of a pair tells about features and their best matches."""
+
+    influence: NDArray[np.float32]
+    """``[3, N]`` influence of each sample on the wMPPC, by reading."""
+    iou: NDArray[np.float32]
+    """``[2, F]`` intersection over union of the samples on which a feature and its best match are active: its match in
+    all layers, and for features of the last layer, else 0, its match in the last layer."""
 
 
 @full_float32()
 def influences(
     a: Encoder, b: Encoder, found: MaxCorrelations, memory_bytes: int, what: str = "influence"
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The influence of each sample on the wMPPC from A to B and from B to A, by reading: each ``[3, N]``.
+) -> tuple[Matched, Matched]:
+    """The influence of each sample on the wMPPC from A to B and from B to A, and the IoU of features and best matches.
 
     See `influence_weights` for the definition. It takes one pass over the features, and only the product of each
-    feature with its best match. Sums are in float32, with an error of about 1e-5 of the largest influence.
+    feature with its best match. Sums are in float32, with an error of about 1e-5 of the largest influence. Counts of
+    samples are exact.
 
     Args:
         a: an encoder.
@@ -57,7 +73,7 @@ def influences(
         block = slice(start, start + rows)
         of_a, of_b = ([as_tensor(layer[block, :], device) for layer in each.layers] for each in (a, b))
         ab[:, block], ba[:, block] = to_b.influence(of_a, of_b), to_a.influence(of_b, of_a)
-    return ab, ba
+    return Matched(ab, to_b.iou()), Matched(ba, to_a.iou())
 
 
 class _Direction:
@@ -71,20 +87,44 @@ class _Direction:
         starts_b = np.cumsum(found.sizes_b) - found.sizes_b
         self._best, self._last = found.rho_ab.max(axis=0), found.rho_ab[-1, self._layers[-1]]
         self._weights = influence_weights(self._best, self._last, a.strength, found.sizes_a, N)
-        # Features of B are numbered through all layers; -1 means none.
+        # Features of B are numbered through all layers; -1 means none. The second row is for matches in the last layer.
         layer = found.rho_ab.argmax(axis=0)
         match = np.take_along_axis(found.match_ab, layer[None], axis=0)[0]
-        self._matched = np.where(found.match_ab.max(axis=0) < 0, -1, starts_b[layer] + match)
-        self._matched_last = np.where(found.match_ab[-1] < 0, -1, starts_b[-1] + found.match_ab[-1])
+        self._matched = np.stack(
+            [
+                np.where(found.match_ab.max(axis=0) < 0, -1, starts_b[layer] + match),
+                np.where(found.match_ab[-1] < 0, -1, starts_b[-1] + found.match_ab[-1]),
+            ]
+        )
+        self._both, self._either = (torch.zeros(2, len(match), dtype=torch.int64, device=device) for _ in range(2))
 
     def influence(self, of_a: Sequence[Tensor], of_b: Sequence[Tensor]) -> NDArray[np.float32]:
         """``[3, n]`` influences of a block of samples, from its features in all layers of A and B."""
         result = torch.zeros(len(READINGS), len(of_a[0]), device=self._device)
         for x, place in zip(of_a, self._layers, strict=True):
             one = _Layer(x.float(), self._a, place, self._weights)
-            result[:2] += one.influence(slice(0, 2), self._best[place], self._b, of_b, self._matched[place])
-        result[2:] += one.influence(slice(2, 3), self._last, self._b, of_b, self._matched_last[place])
+            y = self._matches(x, of_b, 0, place)
+            result[:2] += one.influence(slice(0, 2), self._best[place], self._b, y, self._matched[0, place])
+        y = self._matches(x, of_b, 1, place)
+        result[2:] += one.influence(slice(2, 3), self._last, self._b, y, self._matched[1, place])
         return result.cpu().numpy()
+
+    def _matches(self, x: Tensor, of_b: Sequence[Tensor], row: int, place: slice) -> Tensor:
+        """``[n, F]`` the matches of a layer's features ``x [n, F]``, after counting the samples that activate them."""
+        matched = self._matched[row, place]
+        y = _gathered(of_b, matched)
+        of_x, of_y = (
+            values + torch.from_numpy(offset).to(self._device) > 0
+            for values, offset in ((x, self._a.offset[place]), (y, self._b.offset[matched]))
+        )
+        self._both[row, place] += (of_x & of_y).sum(0)
+        self._either[row, place] += (of_x | of_y).sum(0)
+        return y
+
+    def iou(self) -> NDArray[np.float32]:
+        """The IoU of all samples so far, see `Matched`; 0 for features without a match."""
+        shares = (self._both / self._either.clamp(min=1)).cpu().numpy()
+        return np.where(self._matched < 0, 0, shares)
 
 
 def influence_weights(
@@ -144,30 +184,28 @@ class _Layer:
         self._deviations = x - self._on_device(a.mean[place])
         self._z = self._deviations * self._on_device(_inverse(a.deviation[place]))
 
-    def influence(
-        self, readings: slice, rho: Any, b: Encoder, of_b: Sequence[Tensor], matched: NDArray[np.int64]
-    ) -> Tensor:
-        """``[readings, n]`` influences for the matches ``matched [F]`` in B with correlations ``rho [F]``."""
+    def influence(self, readings: slice, rho: Any, b: Encoder, y: Tensor, matched: NDArray[np.int64]) -> Tensor:
+        """``[readings, n]`` influences for the matches ``matched [F]`` in B with values ``y [n, F]``, which change."""
         scale = np.where(matched < 0, 0, _inverse(b.deviation[matched]))
-        y = self._gathered(of_b, matched)
         z = y.sub_(self._on_device(b.mean[matched])).mul_(self._on_device(scale))
         # Pairs without a correlation do not contribute.
         products = self._z * z - self._on_device(rho / 2) * (self._z**2 + z**2)
         return self._c1[readings] @ self._deviations.T + self._c2[readings] @ products.T
 
-    def _gathered(self, of_b: Sequence[Tensor], matched: NDArray[np.int64]) -> Tensor:
-        """``[n, F]`` the matched features."""
-        y = torch.zeros(len(of_b[0]), len(matched), device=self._device)
-        start = 0
-        for layer in of_b:
-            here = np.flatnonzero((matched >= start) & (matched < start + layer.shape[1]))
-            if len(here):
-                y[:, here] = layer[:, matched[here] - start].float()
-            start += layer.shape[1]
-        return y
-
     def _on_device(self, values: Any) -> Tensor:
         return torch.as_tensor(np.asarray(values, np.float32)).to(self._device)
+
+
+def _gathered(of_b: Sequence[Tensor], matched: NDArray[np.int64]) -> Tensor:
+    """``[n, F]`` the features of B that are matched; zeros without a match."""
+    y = torch.zeros(len(of_b[0]), len(matched), device=of_b[0].device)
+    start = 0
+    for layer in of_b:
+        here = np.flatnonzero((matched >= start) & (matched < start + layer.shape[1]))
+        if len(here):
+            y[:, here] = layer[:, matched[here] - start].float()
+        start += layer.shape[1]
+    return y
 
 
 def _inverse(deviation: NDArray[np.float64]) -> NDArray[np.float64]:

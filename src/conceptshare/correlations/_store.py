@@ -1,4 +1,4 @@
-"""The store of a pair of members: matches, shuffled floor, influences, and full matrices if requested."""
+"""The store of a pair of members: matches, floors, nulls, influences, and full matrices if requested."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +12,7 @@ from conceptshare.correlations._arrays import sample_count
 from conceptshare.correlations._engine import Full, Kept, max_correlations
 from conceptshare.correlations._influence import Encoder, influences
 from conceptshare.correlations._null import repaired
+from conceptshare.correlations._one_to_one import one_to_one
 from conceptshare.correlations.blocks import MEMORY_BYTES, Blocks, Precision
 from conceptshare.io.errors import StoreError
 from conceptshare.io.files import FILE, Unchanged, unlocked_output
@@ -80,6 +81,7 @@ def correlate_stores(
             arrays |= {f"floor_{direction}": pair.floor, f"floor_sizes_{direction[0]}": pair.floor_sizes}
             arrays |= {f"null_{direction}": pair.null, f"null_error_{direction}": pair.null_error}
             arrays[f"influence_{direction}"] = pair.influence
+            arrays |= {f"iou_{direction}": pair.iou, f"one_to_one_{direction}": pair.one_to_one}
         for name, values in arrays.items():
             if name in store:  # from an attempt that was interrupted while writing these
                 del store[name]
@@ -113,7 +115,7 @@ def judged(
     memory_bytes: int | None = None,
     precision: Precision = "float32",
 ) -> tuple[PairCorrelations, PairCorrelations]:
-    """Add floors, nulls and influences to the best matches of two stores, from A to B and from B to A."""
+    """Add floors, nulls, influences and companions to the best matches of two stores, from A to B and from B to A."""
     floors = [
         shuffled_floor(source.arrays, target.arrays, memory_bytes, precision, f"floor of {source.name}")
         for source, target in ((a, b), (b, a))
@@ -141,10 +143,12 @@ def judged(
             floor_sizes=floor.sizes_a,
             null=null.values,
             null_error=null.error,
-            influence=influence,
+            influence=matched.influence,
+            iou=matched.iou,
+            one_to_one=partners,
         )
-        for best, source, target, floor, null, influence in zip(
-            (found, found.reverse()), (a, b), (b, a), floors, nulls, of_both, strict=True
+        for best, source, target, floor, null, matched, partners in zip(
+            (found, found.reverse()), (a, b), (b, a), floors, nulls, of_both, one_to_one(found), strict=True
         )
     )
     return of_ab, of_ba
@@ -183,7 +187,7 @@ class FeatureStore:
         features = read_features(path).values()
         # The offset does not affect correlations, and adding it would cost precision.
         self.arrays = [layer.stored for layer in features]
-        self._offset = np.concatenate([layer.offset.astype(np.float64) for layer in features])
+        self._offset = np.concatenate([layer.offset for layer in features])
         self.strengths, deviations = (
             [layer_array(store, n, name, path)[:] for n in self.layers] for name in ("strength", "deviation")
         )
@@ -192,7 +196,7 @@ class FeatureStore:
     def encoder(self) -> Encoder:
         """The features, with the statistics that standardise them."""
         mean = self._strength / self.samples - self._offset
-        return Encoder(self.arrays, self._strength, mean, self._deviation)
+        return Encoder(self.arrays, self._strength, mean, self._deviation, self._offset)
 
     def position(self, layer: int) -> int:
         """The position of a layer among the store's layers, from 0.

@@ -158,6 +158,12 @@ class PairCorrelations:
     """``[L_A, L_B + 1]`` standard error of their means over re-pairings."""
     influence: NDArray[np.float32]
     """``[3, N]`` each sample's influence on the wMPPC from A to B, for each of `metrics.READINGS`."""
+    iou: NDArray[np.float32]
+    """``[2, F_A]`` intersection over union of the samples on which a feature of A and its best match are active: its
+    match in all layers of B, and for features of A's last layer, else 0, its match in B's last layer."""
+    one_to_one: NDArray[np.float32]
+    """``[2, F_A]`` correlation of each feature of A with its partner in a one-to-one matching: over all layers, and
+    between the last layers; 0 without a partner."""
 
 
 def read_correlations(path: Path, source: str) -> PairCorrelations:
@@ -188,4 +194,6 @@ def read_correlations(path: Path, source: str) -> PairCorrelations:
         null=read(f"null_{direction}"),
         null_error=read(f"null_error_{direction}"),
         influence=read(f"influence_{direction}"),
+        iou=read(f"iou_{direction}"),
+        one_to_one=read(f"one_to_one_{direction}"),
     )

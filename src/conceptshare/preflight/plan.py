@@ -384,7 +384,7 @@ def correlations_cost(
     floors = [len(sizes[1]) * sum(first[0]), len(sizes[0]) * sum(first[1])]
     nulls = (REPAIRINGS + 1) * sum(len(one) * (len(other) + 1) for one, other in (sizes, sizes[::-1]))
     return Cost(
-        written=8 * sum(rhos) + 4 * (sum(floors) + nulls) + 2 * 3 * 4 * N,
+        written=8 * sum(rhos) + 4 * (sum(floors) + nulls) + 16 * (sum(sizes[0]) + sum(sizes[1])) + 2 * 3 * 4 * N,
         read=sum(each.read for each in features),
         flops=sum(each.flops for each in features) + (product if value == 4 else 0),
         half_flops=product if value == 2 else 0,
