@@ -38,6 +38,7 @@ from conceptshare.io.errors import StoreError
 from conceptshare.io.seals import seal
 from conceptshare.io.sizes import REPAIRINGS
 from conceptshare.io.store import open_store
+from conceptshare.sae.features import record_features
 from tests.helpers.studies import study_file
 
 MEMBERS = [
@@ -380,7 +381,7 @@ def test_a_matrix_has_the_documented_columns(study):
         *("source", "target", "source_modality", "target_modality", "source_kind", "target_kind", "reading"),
         *("wmppc", "low", "high", "floor", "ceiling", "null", "null_error", "p", "excess", "relative"),
         *("mppc", "iou", "one_to_one", "features", "beyond_shuffled", "significant"),
-        *("strength_cv", "strength_rho", "cka", "mutual_knn", "unexplained"),
+        *("strength_cv", "strength_rho", "cka", "mutual_knn", "unexplained", "code"),
     ]
 
 
@@ -406,6 +407,37 @@ def test_tables_count_layers_whose_sae_leaves_most_of_the_global_tokens_unexplai
     forth = cells[cells.source == "a@0"].pivot(index="source_layer", columns="target_layer", values="unexplained")
     assert forth.to_numpy().tolist() == [[0, 1], [1, 2], [1, 2]]
     assert set(sharedness_table("a@0", ["b@0"], ["c@0"], stores).unexplained) == {"a@0, b@0, c@0"}
+
+
+def test_tables_have_the_code_of_their_features(tmp_path, write_features_from, rng):
+    """SAEs with k = 1, so that each sample has one feature after TopK."""
+    x = {member: rng.random((40, 6)) for member in ("a@0", "b@0")}
+    for member, features in x.items():
+        write_features_from(tmp_path / "made", tmp_path / "features", member, {0: features})
+        made = tmp_path / "made" / member
+        (tmp_path / "features+after_topk").mkdir(exist_ok=True)
+        store = tmp_path / "features+after_topk" / f"{member}.zarr"
+        record_features(made / f"{member[0]}.zarr", made, 0, store, code="after_topk")
+    members = [GroupedMember(member, "image", "vision") for member in x]
+    tables = {}
+    for suffix, code in (("", "before_topk"), ("+after_topk", "after_topk")):
+        stores = Stores(tmp_path / f"features{suffix}", tmp_path / f"correlations{suffix}")
+        correlate(stores, x)
+        tables[code] = matrix_table(members, stores)
+        made = [tables[code], pair_table("a@0", "b@0", stores), layerwise_table([("a@0", "b@0")], stores)]
+        made += [sharedness_table("a@0", ["b@0"], ["b@0"], stores), averages_table(tables[code], stores.correlations)]
+        assert all((table["code"] == code).all() for table in made)
+        assert tables[code].attrs["features"] == stores.digests(x)
+    a, b = (np.where(f == f.max(1, keepdims=True), f, 0) for f in x.values())
+    after = tables["after_topk"].set_index(["source", "reading"])
+    assert after.wmppc["a@0", "last"] == pytest.approx(weighted(rho(a, b), a.sum(0)), abs=1e-3)
+    match = np.corrcoef(a, b, rowvar=False)[:6, 6:].argmax(1)
+    iou = ((a > 0) & (b[:, match] > 0)).sum(0) / ((a > 0) | (b[:, match] > 0)).sum(0)
+    assert after.iou["a@0", "last"] == pytest.approx(weighted(iou, a.sum(0)), abs=1e-3)
+    assert (tables["before_topk"].iou == 1).all()
+    paths = tmp_path / "features" / "a@0.zarr", tmp_path / "features+after_topk" / "b@0.zarr"
+    with pytest.raises(StoreError, match=r"a@0\.zarr has features before_topk, but .*b@0\.zarr after_topk; compare"):
+        correlate_stores(*paths, tmp_path / "mixed.zarr")
 
 
 def test_three_samples_give_no_significance(tmp_path, write_features, rng):
@@ -443,7 +475,7 @@ def test_averages_are_the_means_over_the_cells_of_two_modalities(study):
     table = averages_table(matrix, stores.correlations)
     assert list(table.columns) == [
         *("reading", "source_modality", "target_modality", "cells", "wmppc", "low", "high", "floor", "null", "excess"),
-        "unexplained",
+        *("unexplained", "code"),
     ]
     directions = [("image", "text"), ("text", "image"), ("text", "text")]
     keys = [(reading, *direction) for reading in READINGS for direction in directions]
@@ -521,7 +553,7 @@ def test_pair_table_has_every_features_best_match_in_both_directions(study):
     table = pair_table("clip-text@0", "vit@0", stores)
     assert list(table.columns) == [
         *("source", "target", "layer", "feature", "strength", "density", "rho"),
-        *("match_layer", "match_feature", "iou", "beyond_shuffled", "log10_p", "significant"),
+        *("match_layer", "match_feature", "iou", "beyond_shuffled", "log10_p", "significant", "code"),
     ]
     assert table.source.tolist() == ["clip-text@0"] * 16 + ["vit@0"] * 12
     for source, rows in table.groupby("source"):

@@ -15,6 +15,7 @@ from conceptshare.config.members import Member, pair_name
 from conceptshare.config.settings import paper_encoders
 from conceptshare.config.study import build_study, load_study, write_study
 from conceptshare.io.errors import StudyError
+from conceptshare.io.layout import uncoded
 
 ROOT = Path(__file__).parents[2]
 
@@ -683,6 +684,37 @@ def keys_of(study):
         "datasets": {name: study.dataset_key(name) for name in study.datasets},
         "activations": {name: spec.activations_key() for name, spec in study.encoders.items()},
     }
+
+
+def test_features_have_one_code_or_several(build):
+    assert build().features == ["before_topk"]
+    assert build(features="after_topk").coded() == {"paper+after_topk": "paper"}
+    both = build(features=["before_topk", "after_topk"], saes={"small": None, "large": None})
+    assert both.coded() == {"small": "small", "large": "large"} | {
+        f"{name}+after_topk": name for name in ("small", "large")
+    }
+    assert both.coded("after_topk").keys() == {"small+after_topk", "large+after_topk"}
+    assert [uncoded(name) for name in ("small", "small+after_topk")] == [
+        ("small", "before_topk"),
+        ("small", "after_topk"),
+    ]
+
+
+def test_rejects_unknown_and_repeated_codes(fault):
+    for features, words in (
+        ("after", "features.0: Input should be 'before_topk' or 'after_topk' (found 'after')"),
+        (["after_topk"] * 2, "features: after_topk is listed twice; leave one out"),
+        ([], "features"),
+    ):
+        assert words in fault(features=features)
+
+
+def test_a_second_code_changes_no_key(build):
+    one, both = build(analyses=ANALYSES), build(analyses=ANALYSES, features=["before_topk", "after_topk"])
+    assert keys_of(both) == keys_of(one)
+    assert both.table_key("pages") == one.table_key("pages")
+    after = build(analyses=ANALYSES, features=["after_topk"])
+    assert json.loads(after.table_key("pages"))["saes"] == ["paper+after_topk"]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -174,7 +174,7 @@ def matrix(members, rng):
         for reading in READINGS
     ]
     table = pd.DataFrame(rows)
-    return table.assign(excess=table.wmppc - 0.1, p=0.04, unexplained=0)
+    return table.assign(excess=table.wmppc - 0.1, p=0.04, unexplained=0, code="before_topk")
 
 
 FOUR = {
@@ -272,6 +272,23 @@ def test_every_figure_marks_what_unexplained_layers_are_part_of(tmp_path, rng, d
     assert f"{averages.wmppc[1]:.3f}*" in written_on(drawn[-1])
     draw_scatter(scattered(60, rng).assign(unexplained="minilm@0"), tmp_path / "figure.png")
     assert "SAEs leave most of the global tokens unexplained: minilm@0" in written_on(drawn[-1])
+
+
+def test_a_matrix_before_and_after_topk_has_panels_of_each_in_the_same_colours(tmp_path, rng, drawn, unsaved):
+    tables = [matrix(FOUR, rng), matrix(FOUR, rng).assign(code="after_topk")]
+    draw_matrix(pd.concat(tables), tmp_path / "matrix.png")
+    (figure,) = drawn
+    panels = [ax for ax in figure.axes if ax.get_title()]
+    titles = [" ".join(ax.get_title().split()) for ax in panels]
+    words = ("Before TopK", "Excess before TopK", "After TopK", "Excess after TopK")
+    assert titles == [f"{title}: {name}" for title in words for name in ("pooled", "mean over layers", "last layer")]
+    for number, (ax, (table, column, reading)) in enumerate(
+        zip(panels, product(tables, ("wmppc", "excess"), READINGS), strict=True)
+    ):
+        of_reading = table[table.reading == reading]
+        cells = of_reading.pivot(index="source", columns="target", values=column).reindex(FOUR, columns=[*FOUR])
+        np.testing.assert_array_equal(np.ma.filled(ax.images[0].get_array(), np.nan), cells)
+        assert ax.images[0].get_clim() == panels[number % 6].images[0].get_clim()
 
 
 def test_a_matrix_of_two_members_shows_its_values(tmp_path, rng):

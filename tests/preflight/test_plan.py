@@ -30,6 +30,7 @@ from conceptshare.io.sizes import NULL_FEATURES, REPAIRINGS, SHOWN_SAMPLES
 from conceptshare.io.store import open_store
 from conceptshare.preflight import plan
 from conceptshare.preflight.plan import Rates, make_plan
+from conceptshare.sae.features import record_features
 from tests.workflow.conftest import CLONE, Project
 
 COCO = 118_287
@@ -96,6 +97,15 @@ def test_planned_jobs_equal_snakemakes(config, elsewhere):
     assert list(found.costs) == list(found.jobs)
 
 
+def test_planned_jobs_of_two_codes_equal_snakemakes(elsewhere, tmp_path):
+    config = tmp_path / "both.yaml"
+    config.write_text(Path("config.yaml").read_text() + "\nfeatures: [after_topk, before_topk]\n")
+    found = make_plan(load_study(config), Rates(), results=elsewhere)
+    planned = Project(CLONE).plan("--forceall", "--configfile", str(config))
+    assert found.jobs == {rule: planned[rule] for rule in found.jobs}
+    assert found.jobs["features"] < found.jobs["names"] + found.jobs["examples"] < 2 * found.jobs["features"]
+
+
 def test_sizes_for_large_clip_on_coco(elsewhere):
     study = load_study("config/coco-large.yaml")
     clip = study.encoders["clip-image-large"]
@@ -107,12 +117,12 @@ def test_sizes_for_large_clip_on_coco(elsewhere):
 
 def test_operations_for_a_pair_of_large_encoders_on_coco():
     large = encoder(layers=24, width=1024)
-    cost = plan.correlations_cost(large, large, PAPER, COCO, keep=False)
+    cost = plan.correlations_cost(large, large, PAPER, COCO, stored="none")
     assert cost.half_flops == pytest.approx(9.14e15 * (1 + 2 * (512 + 1280) / 8192), rel=1e-3)
     # Once each for the matches, both floors, both nulls and the influences: all of A fits in memory.
     assert cost.flops == 2 * 6 * 24 * 2 * COCO * 1024 * 8192
     assert cost.read == 2 * 24 * (COCO * 1024 * 2 + 4 * (2 * 1024 * 8192 + 1024 + 8192))
-    exact = plan.correlations_cost(large, large, PAPER, COCO, CorrelationSettings(precision="float32"), keep=False)
+    exact = plan.correlations_cost(large, large, PAPER, COCO, CorrelationSettings(precision="float32"), stored="none")
     assert exact.half_flops == 0
     assert exact.flops > cost.flops + cost.half_flops  # panels of A do not all fit, so B is computed more often
     kept = plan.correlations_cost(large, large, PAPER, COCO)
@@ -197,7 +207,7 @@ def test_correlations_of_features_not_kept_have_the_estimated_operations(rng, tm
 
     monkeypatch.setattr(sae.TopKSAE, "encode", counting)
     _store.correlate_stores(*paths, tmp_path / "a@0__b@0.zarr")
-    cost = plan.correlations_cost(a, b, settings, N, keep=False)
+    cost = plan.correlations_cost(a, b, settings, N, stored="none")
     # Finding out the dtype of a layer and shuffling samples computes single blocks of 1,024 samples again.
     assert 1 <= sum(done) / cost.flops < 1.1
     drawn = REPAIRINGS * NULL_FEATURES
@@ -292,9 +302,30 @@ def test_features_have_the_estimated_size(tmp_path, rng, write_features):
     cost = plan.features_cost(spec, settings, N=5)
     assert cost.written == sum(array.nbytes for array in arrays)
     assert (cost.flops, cost.cpu_flops) == (2 * 2 * 5 * 2 * 8 * 8, 2 * 5 * 2 * 8 * 8)
-    without = plan.features_cost(spec, settings, N=5, keep=False)
+    without = plan.features_cost(spec, settings, N=5, stored="none")
     assert cost.written - without.written == 2 * 5 * 8 * 2
     assert without.cpu_flops == 0
+    record_features(tmp_path / "made/x@0/x.zarr", tmp_path / "made/x@0", 0, tmp_path / "after.zarr", code="after_topk")
+    recorded = store.open_store(tmp_path / "after.zarr", readers.FEATURES)
+    arrays = [array for name in recorded.group_keys() for _, array in recorded[name].arrays()]
+    assert plan.features_cost(spec, settings, N=5, stored="sparse").written == sum(array.nbytes for array in arrays)
+
+
+def test_a_second_code_costs_features_and_comparisons_alone():
+    first, second = (
+        make_plan(build_study(study_of(features=features), "test"), Rates(), samples=1000)
+        for features in ("before_topk", ["before_topk", "after_topk"])
+    )
+    twice = {"features", "correlations"}
+    assert second.jobs == {rule: (1 + (rule in twice)) * count for rule, count in first.jobs.items()}
+    for rule in first.jobs.keys() - twice:
+        assert second.costs[rule] == first.costs[rule]
+    written, read = (
+        [getattr(plan.costs[rule], of) for plan in (first, second)]
+        for rule, of in (("features", "written"), ("correlations", "read"))
+    )
+    for one, both in (written, read):
+        assert one < both < 1.5 * one
 
 
 def test_similarity_has_the_estimated_operations_and_bytes(tmp_path, rng, monkeypatch, write_activations):
@@ -327,7 +358,7 @@ def test_examples_cost_a_forward_pass_and_the_features_activations():
     assert cost.flops == plan.activations_cost(spec, N=100).flops + fires * 2 * 8
     assert cost.read == 1000 + 2 * 100 * 16 * 2 + 2 * 4 * (2 * 8 * 16 + 8)
     without, computed = (
-        plan.examples_cost(spec, settings, N=100, keep=False),
+        plan.examples_cost(spec, settings, N=100, stored="none"),
         plan.computed_features(spec, settings, 100),
     )
     assert without.flops - cost.flops == computed.flops == 2 * 2 * 100 * 8 * 16
@@ -364,7 +395,7 @@ def test_the_rule_requests_enough_time_for_the_largest_pair():
     rule = (CLONE / "workflow" / "rules" / "correlations.smk").read_text(encoding="utf-8")
     (asked,) = re.findall(r"runtime=grown\((.*)\),\n", rule)
     large = load_study("config/coco-large.yaml").encoders["clip-image-large"]
-    hours = plan.correlations_cost(large, large, PAPER, COCO, keep=False).hours(Rates())
+    hours = plan.correlations_cost(large, large, PAPER, COCO, stored="none").hours(Rates())
     assert hours < int(asked) / 60
     guide = (CLONE / "docs" / "reproducing-the-paper.md").read_text(encoding="utf-8")
     assert f"up to {60 * hours:.0f} minutes" in guide

@@ -21,10 +21,10 @@ from conceptshare.sae.folder import sae_of
 SAMPLES, D, F = 1100, 6, 600
 
 
-def write_sae(saes, layer, seed, W_enc, b_dec, **spec):
+def write_sae(saes, layer, seed, W_enc, b_dec, k=2, **spec):
     folder = saes / layer_name(layer) / f"seed-{seed}"
     folder.mkdir(parents=True)
-    sae = TopKSAE(*W_enc.shape, k=2)
+    sae = TopKSAE(*W_enc.shape, k=k)
     with torch.no_grad():
         sae.W_enc_T.copy_(torch.from_numpy(W_enc.T))
         sae.W_dec.copy_(torch.from_numpy(W_enc.T))
@@ -129,6 +129,7 @@ def test_the_spec_records_the_inputs_of_the_features(recorded, tmp_path):
         "samples": SAMPLES,
         "layers": [0, 2],
         "seed": 7,
+        "code": "before_topk",
         "weights": None,
         "made_from": {
             "activations": open_store(tmp_path / "vit.zarr", "activations").attrs["digest"],
@@ -136,6 +137,74 @@ def test_the_spec_records_the_inputs_of_the_features(recorded, tmp_path):
         },
         "unexplained": [],
     }
+
+
+@pytest.fixture
+def after_topk(tmp_path, write_activations, rng):
+    """A store of features after TopK, and these by NumPy: sparse, nearly constant, never active."""
+    k, N = 40, 1100  # an SAE's k latents are more than the active ones of some samples
+    expected = {}
+    for layer in (1, 4):
+        x = rng.permuted(np.tile(np.arange(200) / 64, (N, 1)), axis=1)  # no ties
+        x[x < rng.integers(120, 190, (N, 1)) / 64] = 0
+        x[:, :3] = 20 + 0.1 * rng.standard_normal((N, 3))
+        x[rng.random(N) < 0.2, 2] = 0
+        x[:, 3] = 0
+        expected[layer] = x.astype(np.float16)
+    store = write_activations(tmp_path / "vit.zarr", {n: list(x[:, None]) for n, x in expected.items()})
+    for layer in expected:
+        write_sae(tmp_path / "saes", layer, 7, np.eye(200, dtype=np.float32), np.zeros(200, np.float32), k=k)
+    record_features(store, tmp_path / "saes", 7, tmp_path / "vit@7.zarr", keep=False, code="after_topk")
+    for x in expected.values():
+        x[x < np.sort(x, axis=1)[:, [-k]]] = 0
+    return tmp_path / "vit@7.zarr", expected
+
+
+def test_features_after_topk_are_a_samples_k_largest_and_0(after_topk):
+    path, expected = after_topk
+    store = open_store(path, "features")
+    assert store.attrs["spec"]["code"] == "after_topk"
+    for layer, stored in read_features(path).items():
+        group, f = store[layer_name(layer)], expected[layer]
+        assert {name: (each.shape, each.dtype) for name, each in group.arrays() if name in {"values", "places"}} == {
+            "values": ((SAMPLES, 40), np.float16),
+            "places": ((SAMPLES, 40), np.int32),
+        }
+        assert "features" not in group
+        found = stored[:]
+        np.testing.assert_array_equal(found > 0, f > 0)
+        np.testing.assert_allclose(found, f, rtol=2**-11, atol=2**-11)
+        assert (group["offset"][:3] > 0).all()
+        np.testing.assert_array_equal((group["places"][:] >= 0).sum(1), (f > 0).sum(1))
+        assert len({*(f > 0).sum(1)}) > 1
+        for block in product([slice(0, None), slice(3, 1030)], [slice(0, 7), slice(150, 260), slice(60, 61)]):
+            np.testing.assert_array_equal(stored[block], found[block])
+
+
+def test_statistics_after_topk_are_those_of_the_code(after_topk):
+    path, expected = after_topk
+    for layer, statistics in read_statistics(path).items():
+        f = read_features(path)[layer][:].astype(np.float64)
+        np.testing.assert_allclose(statistics.strength, f.sum(0), rtol=1e-6)
+        np.testing.assert_array_equal(statistics.density, (expected[layer] > 0).mean(0))
+        np.testing.assert_allclose(statistics.deviation, f.std(0), rtol=1e-4, atol=1e-12)
+        order = np.argsort(-f, axis=0, kind="stable")[:100]
+        values = np.take_along_axis(f, order, axis=0)
+        np.testing.assert_array_equal(statistics.top_samples, np.where(values > 0, order, -1).T)
+
+
+@pytest.mark.parametrize("memory_bytes", [None, 2**20])
+def test_features_after_topk_are_correlated_like_others(memory_bytes, after_topk, tmp_path):
+    path, expected = after_topk
+    correlate_stores(path, path, tmp_path / "pair.zarr", memory_bytes)
+    pair, f = read_correlations(tmp_path / "pair.zarr", "vit@7"), read_features(path)
+    everything = np.concatenate([f[layer][:].astype(np.float64) for layer in expected], axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r = np.nan_to_num(np.corrcoef(everything[:, :200].T, everything[:, 200:].T)[:200, 200:], nan=-1)
+    np.testing.assert_allclose(pair.best.rho_ab[1, :200], np.where(r.max(1) == -1, 0, r.max(1)), atol=1e-5)
+    np.testing.assert_allclose(pair.best.rho_ba[0, 200:], np.where(r.max(0) == -1, 0, r.max(0)), atol=1e-5)
+    assert pair.best.rho_ab.min() < 0.2  # the example has features that do not match
+    assert pair.null.mean() < 0.3
 
 
 def test_fewer_samples_than_top_samples(tmp_path, write_features):

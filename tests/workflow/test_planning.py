@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -115,6 +116,32 @@ def test_an_added_encoder_plans_its_jobs_its_pairs_and_the_summaries(study, untr
     if untrained:
         result = study.run("--cores", "2", "results/studies/miniature/squares/tiny/matrices/all.png")
         assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_a_second_code_makes_its_features_and_comparisons_and_nothing_before_topk(study):
+    stages = study.folder / "results/squares"
+    made_at = {path: path.stat().st_mtime_ns for path in stages.rglob("*") if path.is_file()}
+    study.config = study.config | {"features": ["before_topk", "after_topk"]}
+    assert study.plan() == {
+        "features": 3,
+        "correlations": 2,
+        "names": 1,  # of the source of the rankings, for their figures
+        **TABLES_AND_FIGURES,
+        "figures_matrix": 2,  # that of features before TopK shows both
+        **CHANGED_STUDY,
+    }
+    result = study.run("--cores", "2")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert {path: path.stat().st_mtime_ns for path in made_at} == made_at
+    new = {path.relative_to(stages).parts[:2] for path in stages.rglob("*") if path.is_file() and path not in made_at}
+    assert new == {(stage, "tiny+after_topk") for stage in ("features", "correlations", "names")}
+    assert study.plan() == {}
+    made = study.folder / "results/studies/miniature/squares"
+    for folder, code in (("tiny", "before_topk"), ("tiny+after_topk", "after_topk")):
+        assert set(pd.read_csv(made / folder / "matrices/all.csv")["code"]) == {code}
+    figures = [made / folder / "matrices/all.png" for folder in ("tiny", "tiny+after_topk")]
+    heights = [Image.open(path).height for path in figures]
+    assert heights[0] > 1.8 * heights[1]  # twice the panels
 
 
 def test_an_encoders_changed_setting_plans_only_its_jobs(study):

@@ -46,8 +46,11 @@ except ConceptshareError as error:
 # Computed once: it involves all pairs, and the pages of each member look up theirs.
 COMPARISONS = STUDY.comparisons()
 
-# All combinations of a data set and an SAE setting: every analysis is done for each.
-SETTINGS = [(dataset, sae) for dataset in STUDY.datasets for sae in STUDY.saes]
+# All combinations of a data set, an SAE setting and a code of its features: every analysis is done for each.
+SETTINGS = [(dataset, sae) for dataset in STUDY.datasets for sae in STUDY.coded()]
+
+# Those that pages show.
+SHOWN = [(dataset, sae) for dataset in STUDY.datasets for sae in STUDY.coded(STUDY.features[0])]
 
 
 def record_of(kind, file):
@@ -213,29 +216,43 @@ def filled(pattern, wildcards, **others):
     return pattern.format(**{**wildcards, **others})
 
 
-def saes_pattern(wildcards):
+def setting_of(wildcards):
+    """The SAE setting that a wildcard names, with or without a code of its features."""
+    return layout.uncoded(wildcards.sae)[0]
+
+
+def encoder_saes(wildcards, **others):
     """The folder of an encoder's SAEs, trained from stored tokens or in a stream."""
-    return layout.STREAMED_SAES if STUDY.streams(wildcards.sae) else layout.SAES
+    sae = setting_of(wildcards)
+    return filled(layout.STREAMED_SAES if STUDY.streams(sae) else layout.SAES, wildcards, sae=sae, **others)
 
 
 def saes_folder(wildcards):
     """The folder of all SAEs of an SAE setting."""
-    return str(Path(filled(saes_pattern(wildcards), wildcards, encoder="encoder")).parent)
+    return str(Path(encoder_saes(wildcards, encoder="encoder")).parent)
 
 
 def saes_of(wildcards):
     """The SAEs of a member: the files of all its layers, or the folder that a stream writes."""
-    folder = filled(saes_pattern(wildcards), wildcards)
-    if STUDY.streams(wildcards.sae):
+    folder = encoder_saes(wildcards)
+    if STUDY.streams(setting_of(wildcards)):
         return [folder]
     layers = STUDY.encoders[wildcards.encoder].layer_numbers()
     return [f"{folder}/{layout.sae_place(layer, wildcards.seed)}/sae_weights.safetensors" for layer in layers]
 
 
+def stored_features(wildcards):
+    """The options of the features to store: before TopK, all or only their statistics, or after TopK."""
+    if layout.uncoded(wildcards.sae)[1] == "after_topk":
+        return "--code after_topk"
+    return "--keep" if STUDY.keep_features else "--no-keep"
+
+
 def activations_of(wildcards, encoder="encoder"):
     """The store with the global tokens of the encoder that a wildcard names."""
-    pattern = layout.STREAMED_ACTIVATIONS if STUDY.streams(wildcards.sae) else layout.ACTIVATIONS
-    return filled(pattern, wildcards, encoder=wildcards[encoder])
+    sae = setting_of(wildcards)
+    pattern = layout.STREAMED_ACTIVATIONS if STUDY.streams(sae) else layout.ACTIVATIONS
+    return filled(pattern, wildcards, sae=sae, encoder=wildcards[encoder])
 
 
 def one_of(names):
@@ -303,7 +320,8 @@ def pairs_of(pairs, wildcards):
 
 def similarity_of(pairs, wildcards):
     """The tables of similarity of the encoders in pairs of members; two seeds of one encoder have none."""
-    return [filled(layout.SIMILARITY, wildcards, encoder_a=a, encoder_b=b) for a, b in encoder_pairs(pairs)]
+    sae = setting_of(wildcards)
+    return [filled(layout.SIMILARITY, wildcards, sae=sae, encoder_a=a, encoder_b=b) for a, b in encoder_pairs(pairs)]
 
 
 def similarity_option(wildcards, input):
@@ -356,6 +374,14 @@ def compared_with(member):
     return ", ".join(map(str, COMPARISONS[as_member(member)]))
 
 
+def matrices_of_other_codes(wildcards):
+    """The same matrix of features of the study's other codes, which the figure of the first shows too."""
+    sae, code = layout.uncoded(wildcards.sae)
+    others = [layout.coded(sae, other) for other in STUDY.features[1:] if code == STUDY.features[0]]
+    table = product_file(products.table("matrix"), "parquet")
+    return [filled(table, wildcards, sae=other) for other in others]
+
+
 def ranking_file(wildcards, name):
     """A ranking, as Parquet."""
     return filled(product_file(products.table("sharedness"), "parquet"), wildcards, name=name)
@@ -380,7 +406,7 @@ def pages():
     study = {"study": STUDY.study}
     found = [f"{layout.PAGES}/index.html".format(**study)]
     found += [layout.PAGES_OF_SAMPLES.format(**study, dataset=dataset) for dataset in STUDY.datasets]
-    for dataset, sae in SETTINGS:
+    for dataset, sae in SHOWN:
         place = study | {"dataset": dataset, "sae": sae}
         found += [layout.PAGES_OF_MEMBER.format(**place, member=member) for member in STUDY.members()]
         found += [layout.PAGES_OF_PAIR.format(**place, a=a, b=b) for a, b in STUDY.directed_pairs()]

@@ -19,7 +19,7 @@ rule examples:
         runtime=grown(240),
     params:
         spec=lambda w: STUDY.encoders[w.encoder].activations_key(),
-        saes=lambda w: filled(saes_pattern(w), w),
+        saes=encoder_saes,
         data=lambda w, input: folder_of(input.data),
     shell:
         "python -m conceptshare examples --encoder {params.spec:q} --weights {input.weights:q} --data {params.data:q}"

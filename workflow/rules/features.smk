@@ -16,8 +16,8 @@ rule features:
         mem_mb=grown(8000),
         runtime=grown(120),
     params:
-        saes=lambda w: filled(saes_pattern(w), w),
-        keep="--keep" if STUDY.keep_features else "--no-keep",
+        saes=encoder_saes,
+        stored=stored_features,
     shell:
         "python -m conceptshare features --activations {input.activations:q} --saes {params.saes:q}"
-        " --seed {wildcards.seed} {params.keep} --threads {threads} --out {output:q} --gpus {resources.gpu} > {log:q} 2>&1"
+        " --seed {wildcards.seed} {params.stored} --threads {threads} --out {output:q} --gpus {resources.gpu} > {log:q} 2>&1"

@@ -36,6 +36,7 @@ def product_inputs(product):
         "source": lambda w: features_of([STUDY.sharedness_source(w.name)], w),
         "names": lambda w: names_of(STUDY.sharedness_source(w.name), w),
         "data": DATA,
+        "codes": matrices_of_other_codes,
     }
     found = {"table": product_file(products.table(product.table), "parquet")} if product.table else {}
     return found | {name: files[name] for name in product.inputs if name in files}
@@ -58,6 +59,7 @@ def product_command(product):
         "data": lambda w, files: f"--data {folder_of(files.data)}",
         "shown": lambda w, files: f"--features-shown {STUDY.analyses.sharedness[w.name].features_shown}",
         "first": lambda w, files: "--features-shown 1 --samples 100",
+        "codes": lambda w, files: " ".join(f"--table {quote(path)}" for path in files.codes),
     }
     command = getattr(product, "command", "") or product.name
 

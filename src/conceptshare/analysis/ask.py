@@ -61,7 +61,7 @@ def wmppc_between(a: Path, b: Path, memory_bytes: int | None = None, precision: 
 
 
 def sharedness_of(source: Path, shared_with: Sequence[Path], not_shared_with: Sequence[Path]) -> pd.DataFrame:
-    """Rank the last-layer features of a store by Comparative Sharedness, with the columns of `tables.ranking`.
+    """Rank the last-layer features of a store by Comparative Sharedness, like `tables.sharedness_table`.
 
     Only last layers are correlated.
 
@@ -86,6 +86,7 @@ def sharedness_of(source: Path, shared_with: Sequence[Path], not_shared_with: Se
     of_g, of_h = ([names[path] for path in group] for group in (shared_with, not_shared_with))
     unexplained = [names[path] for path in (source, *groups) if unexplained_layers(path)[-1]]
     table = ranking(names[source], last, statistics[last], rho, of_g, of_h, unexplained)
+    table["code"] = stores[source].code
     table.attrs["features"] = {names[path]: stores[path].digest for path in stores}
     return table
 

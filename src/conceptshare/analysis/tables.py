@@ -25,6 +25,7 @@ from conceptshare.io.readers import (
     FEATURES,
     FeatureStatistics,
     PairCorrelations,
+    read_code,
     read_correlations,
     read_spec,
     read_statistics,
@@ -38,7 +39,7 @@ MATRIX_COLUMNS = (
     *("source", "target", "source_modality", "target_modality", "source_kind", "target_kind", "reading"),
     *("wmppc", "low", "high", "floor", "ceiling", "null", "null_error", "p", "excess", "relative"),
     *("mppc", "iou", "one_to_one", "features", "beyond_shuffled", "significant"),
-    *("strength_cv", "strength_rho", *SIMILARITIES, "unexplained"),
+    *("strength_cv", "strength_rho", *SIMILARITIES, "unexplained", "code"),
 )
 
 _CELL = ("source", "target", "reading")
@@ -46,7 +47,7 @@ _DIRECTION = ["reading", "source_modality", "target_modality"]
 _QUALITY = tuple(f"{measure}_{tokens}" for tokens in ("all", "global") for measure in ("fvu", "l0", "dead"))
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "matrix": MATRIX_COLUMNS,
-    "averages": (*_DIRECTION, "cells", "wmppc", "low", "high", "floor", "null", "excess", "unexplained"),
+    "averages": (*_DIRECTION, "cells", "wmppc", "low", "high", "floor", "null", "excess", "unexplained", "code"),
     "layerwise": (
         "source",
         "target",
@@ -262,7 +263,8 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
       ``layer_mean`` the mean over the source's layers of the best layer of the target, for ``pooled`` that of the best
       pair of layers;
     - ``unexplained``: the number of layers that take part, of both members, whose SAE leaves more than
-      ``max_fvu_global`` of the variance of the global tokens unexplained.
+      ``max_fvu_global`` of the variance of the global tokens unexplained;
+    - ``code``: whether the features are ``before_topk`` or ``after_topk``, as in other tables.
 
     Raises:
         StoreError: if a store is missing, or no feature of a member is active.
@@ -305,7 +307,7 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
             ends = metrics.bootstrap_intervals([cell["wmppc"] for cell in cells], np.concatenate(influences))
             rows += [cell | {"low": low, "high": high} for cell, (low, high) in zip(cells, ends, strict=True)]
             cells, influences = [], []
-    return _made_from(stores, statistics, pd.DataFrame(rows)[list(MATRIX_COLUMNS)])
+    return _made_from(stores, statistics, pd.DataFrame(rows))[list(MATRIX_COLUMNS)]
 
 
 def _ceilings(source: GroupedMember, S: metrics.Array, stores: Stores) -> dict[str, float]:
@@ -322,8 +324,10 @@ def _ceilings(source: GroupedMember, S: metrics.Array, stores: Stores) -> dict[s
 
 
 def _made_from(stores: Stores, members: Iterable[str], table: pd.DataFrame) -> pd.DataFrame:
-    """Record in a table's ``attrs`` the feature stores that it was made from."""
-    table.attrs["features"] = stores.digests(members)
+    """Add a column with the code of the features, and record the feature stores in the table's ``attrs``."""
+    digests = stores.digests(members)
+    table["code"] = read_code(stores.features / f"{next(iter(digests))}.zarr")
+    table.attrs["features"] = digests
     return table
 
 
@@ -471,7 +475,7 @@ def averages_table(matrix: pd.DataFrame, correlations: Path) -> pd.DataFrame:
     ends = metrics.bootstrap_intervals(averages.wmppc, np.stack(means)) if means else np.empty((0, 2))
     averages.insert(2, "low", ends[:, 0])
     averages.insert(3, "high", ends[:, 1])
-    averages = averages.reset_index()
+    averages = averages.reset_index().assign(code=matrix.code.iloc[0])
     averages.attrs = {"features": matrix.attrs.get("features", {})}
     return averages
 

@@ -30,6 +30,20 @@ for _figure in FIGURES:
         _add_command(_figure)
 
 
+@app.command("matrix")
+def matrix(
+    table: Annotated[list[Path], typer.Option(help="The table to draw, as Parquet; or one per code of the features.")],
+    out: FigureOut,
+) -> None:
+    """Annotated wMPPC matrices."""
+    import pandas as pd
+
+    from conceptshare.analysis.tables import read_table
+    from conceptshare.figures import draw_matrix
+
+    draw_matrix(pd.concat([read_table(path, "matrix") for path in table], ignore_index=True), out)
+
+
 @app.command("strength")
 def strength(
     table: Annotated[Path, typer.Option(help="The matrix, as Parquet, for the order of its cells.")],

@@ -226,7 +226,10 @@ def features(
     saes: SAEFolders,
     out: Annotated[Path, out_option(store_kind("features"))],
     seed: Annotated[int, typer.Option(help="The seed of the SAEs.")] = 0,
-    keep: Annotated[bool, typer.Option(help="Store the features, not only their statistics.")] = True,
+    keep: Annotated[bool, typer.Option(help="Store features before TopK, not only their statistics.")] = True,
+    code: Annotated[Literal["before_topk", "after_topk"], typer.Option(help="Features before or after TopK.")] = (
+        "before_topk"
+    ),
     threads: Threads = 1,
     gpus: GPUs = None,
 ) -> None:
@@ -234,7 +237,7 @@ def features(
     from conceptshare.sae.features import record_features
 
     compute_on(gpus, threads)
-    record_features(activations, saes, seed, out, keep)
+    record_features(activations, saes, seed, out, keep, code)
 
 
 @app.command()

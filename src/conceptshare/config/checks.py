@@ -36,6 +36,7 @@ def check_study(study: "Study") -> None:
     _check_sharedness(study)
     _check_analysis_names(study)
     _check_names(study)
+    _check_features(study)
     _check_encoders(study)
     _check_saes(study)
 
@@ -141,7 +142,7 @@ def _check_names(study: "Study") -> None:
             raise ValueError(f"datasets.{dataset}: results/ has something else of that name; choose another name")
     members = sorted((str(member) for pair in study.pairs() for member in pair), key=len)
     analyses = sorted((name for _, named in study.analyses for name in named), key=len)
-    first = [study.study, max(study.datasets, key=len), max(study.saes, key=len)]
+    first = [study.study, max(study.datasets, key=len), max(study.coded(), key=len)]
     for last in (members[-2:], analyses[-1:]):
         joined = "_".join([*first, *last])
         if len(joined) > _MAX_FILE_NAME_LENGTH:
@@ -149,6 +150,11 @@ def _check_names(study: "Study") -> None:
                 f"the names {', '.join([*first, *last])} have {len(joined)} letters together, and Slurm's logs join "
                 f"them in the name of one folder, which has {_MAX_FILE_NAME_LENGTH} at most; shorten one"
             )
+
+
+def _check_features(study: "Study") -> None:
+    if len(set(study.features)) < len(study.features):
+        raise ValueError(f"features: {study.features[0]} is listed twice; leave one out")
 
 
 def _check_encoders(study: "Study") -> None:

@@ -82,7 +82,7 @@ TABLES = (
 )
 
 FIGURES = (
-    Figure("matrix", "matrix", "matrices/{name}", "wMPPC", "Annotated wMPPC matrices."),
+    Figure("matrix", "matrix", "matrices/{name}", "wMPPC", inputs=("codes",)),
     Figure(
         "averages",
         "averages",

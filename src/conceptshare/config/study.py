@@ -39,6 +39,7 @@ from conceptshare.config.settings import (
 )
 from conceptshare.io.errors import StudyError
 from conceptshare.io.files import STUDY, atomic_output
+from conceptshare.io.layout import Code, coded
 
 # Groups of a matrix, in the order of the paper's tables: what reads images first, then what reads text, then controls.
 _GROUPS = [("image", "vlm"), ("image", "vision"), ("text", "vlm"), ("text", "language")]
@@ -46,6 +47,10 @@ _GROUPS += [("image", "untrained"), ("text", "untrained")]
 
 # What the reference preset adds to an encoder's name, so that neither choice of token overwrites the other.
 _REFERENCE_SUFFIX = ".reference"
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 class Study(Spec):
@@ -70,9 +75,13 @@ class Study(Spec):
     """Keep an encoder's tokens on disk after its SAEs are trained. Without them, adding a seed or an SAE setting
     extracts the tokens again and retrains all SAEs of the encoder; adding encoders, analyses or data sets costs the
     same. A stream keeps none."""
+    features: Annotated[list[Code], BeforeValidator(_as_list)] = Field(default=["before_topk"], min_length=1)
+    """What is compared: latents ``before_topk``, as in the paper, or ``after_topk``, the k that reach the decoder and 0
+    for all others; or both as a list. Every analysis is done for each, and pages show the first."""
     keep_features: bool = True
-    """Store the features of all samples. Without them, a feature store holds their statistics and strongest samples,
-    a hundredth of the size, and stages that need all features recompute them, which a GPU does faster than reading."""
+    """Store the features before TopK of all samples. Without them, a feature store holds their statistics and strongest
+    samples, a hundredth of the size, and stages that need all features recompute them, which a GPU does faster than
+    reading. Features after TopK are few and always stored."""
     correlations: Annotated[CorrelationSettings, BeforeValidator(or_empty)] = CorrelationSettings()
     """Correlations of features."""
     names: Annotated[NameSettings, BeforeValidator(or_empty)] = NameSettings()
@@ -252,6 +261,10 @@ class Study(Spec):
                 if self.makes(product, dataset, name):
                     yield product, product.file.format(name=name)
 
+    def coded(self, code: Code | None = None) -> dict[str, str]:
+        """The SAE settings by their names in paths of features, see `layout.coded`: of all codes, or of one."""
+        return {coded(sae, each): sae for each in self.features if code in {None, each} for sae in self.saes}
+
     def streams(self, sae: str) -> bool:
         """Whether the SAEs of a setting are trained in a stream; those of global tokens are trained on stored ones."""
         return self.stream and self.saes[sae].train_on == "all"
@@ -282,7 +295,7 @@ class Study(Spec):
         return {
             "study": self.study,
             "datasets": sorted(self.datasets),
-            "saes": sorted(self.saes),
+            "saes": sorted(self.coded(self.features[0])),
             "members": [self._described(member) for member in sorted(self.members(), key=self._rank)],
             "matrices": {n: [str(m) for m in self.matrix_members(n)] for n in self.analyses.matrices},
             "layerwise": {n: self.layerwise_names(n) for n in self.analyses.layerwise},
@@ -292,7 +305,8 @@ class Study(Spec):
 
     def _described(self, member: Member) -> dict[str, Any]:
         spec = self.encoders[member.encoder]
-        features = {name: settings.expansion * spec.width for name, settings in self.saes.items()}
+        saes = self.coded(self.features[0])
+        features = {name: self.saes[sae].expansion * spec.width for name, sae in saes.items()}
         named = {"name": str(member), "encoder": member.encoder, "seed": member.seed, "layers": spec.layer_numbers()}
         return named | {"modality": spec.modality, "kind": spec.group[1], "features": features}
 

@@ -17,7 +17,7 @@ from conceptshare.correlations.blocks import MEMORY_BYTES, Blocks, Precision
 from conceptshare.io.errors import StoreError
 from conceptshare.io.files import FILE, Unchanged, unlocked_output
 from conceptshare.io.layout import layer_name
-from conceptshare.io.readers import CORRELATIONS, FEATURES, MaxCorrelations, PairCorrelations
+from conceptshare.io.readers import CORRELATIONS, FEATURES, MaxCorrelations, PairCorrelations, read_code
 from conceptshare.io.sizes import FLOOR_FEATURES
 from conceptshare.io.store import layer_array, new_array, new_store, open_store, resuming, save_array
 from conceptshare.sae.features import read_features
@@ -93,13 +93,16 @@ def check_pair(a: "FeatureStore", b: "FeatureStore") -> None:
     """Make sure that two stores can be correlated.
 
     Raises:
-        StoreError: if they have different samples or another order, or no feature of one is active.
+        StoreError: if they have different samples or another order, only one is of features after TopK, or no feature
+            of one is active.
         NumericsError: if there is only one sample.
     """
     if a.content_hash != b.content_hash:
         raise StoreError(
             f"{a.path} and {b.path} have different samples, or another order; make both from the same data set"
         )
+    if a.code != b.code:
+        raise StoreError(f"{a.path} has features {a.code}, but {b.path} {b.code}; compare features of one code")
     sample_count([*a.arrays, *b.arrays])
     for store in (a, b):
         if not store.encoder().strength.any():
@@ -184,6 +187,7 @@ class FeatureStore:
         self.layers: list[int] = spec["layers"]
         self.samples: int = spec["samples"]
         self.content_hash: str = spec["content_hash"]
+        self.code = read_code(path)
         features = read_features(path).values()
         # The offset does not affect correlations, and adding it would cost precision.
         self.arrays = [layer.stored for layer in features]

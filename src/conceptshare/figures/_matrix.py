@@ -37,6 +37,7 @@ _MODALITIES = {"image": "images", "text": "text"}
 _KINDS = {"vlm": "vision-language", "vision": "vision", "language": "language", "untrained": "untrained"}
 _HEADING = "input, kind of model"
 _SHORT = {"pooled": "pooled", "layer_mean": "mean over layers", "last": "last layer"}
+_CODES = {"before_topk": "before TopK", "after_topk": "after TopK"}
 
 
 class _Group(NamedTuple):
@@ -51,16 +52,18 @@ def draw_matrix(table: pd.DataFrame, out: Path) -> None:
 
     Cells that are not above their null are hatched, and those with unexplained layers have a marked corner. It fits
     the width of a printed page. Cells show their numbers if these are large enough to read. The matrix table has at
-    least ``source, target, source_modality, source_kind, reading, wmppc, excess, p, unexplained``.
+    least ``source, target, source_modality, source_kind, reading, wmppc, excess, p, unexplained, code``; features
+    before and after TopK have panels of their own, with the same colours.
     """
-    members = list(dict.fromkeys(table["source"]))
+    members, codes = (list(dict.fromkeys(table[column])) for column in ("source", "code"))
+    blocks = list(product(codes, VALUES))
     groups = _groups(table.drop_duplicates("source"))
     with mpl.rc_context(STYLE | FIXED_LAYOUT):
-        figure, axes, bars, cell = _panels(short_labels(members), groups)
+        figure, axes, bars, cell = _panels(short_labels(members), groups, len(blocks))
         letters = min(7.0, 72 * cell / 2.7)  # a number is 2.3 times as wide as high, and lines take some of a cell
-        for ax, (value, reading) in zip(axes, product(VALUES, READING_TITLES), strict=True):
+        for n, (ax, ((code, value), reading)) in enumerate(zip(axes, product(blocks, READING_TITLES), strict=True)):
             cells, p, unexplained = (
-                table[table.reading == reading]
+                table[(table.reading == reading) & (table.code == code)]
                 .pivot(index="source", columns="target", values=column)
                 .reindex(index=members, columns=members)
                 .to_numpy()
@@ -68,14 +71,13 @@ def draw_matrix(table: pd.DataFrame, out: Path) -> None:
             )
             top = float(table[value].max()) if table[value].max() > 0 else 1.0
             image = heatmap(ax, cells, 0, top, letters if letters >= 4.5 else None, p > ABOVE_CHANCE, unexplained > 0)
-            title = READING_TITLES[reading].replace(", ", ",\n")
-            ax.set_title(title if value == "wmppc" else f"Excess:\n{_SHORT[reading]}", fontsize=8)
+            ax.set_title(_title(value, reading, code if len(codes) > 1 else None), fontsize=8)
             for before, group in pairwise(groups):
                 line: Any = {"color": "white", "linewidth": 1.5 if before.modality == group.modality else 3}
                 ax.axhline(group.first - 0.5, **line)
                 ax.axvline(group.first - 0.5, **line)
             bar_ticks: Any = {"ticks": MaxNLocator(4), "format": lambda tick, _: f"{tick:.3g}"}
-            figure.colorbar(image, cax=bars[value], label=VALUES[value], **bar_ticks)
+            figure.colorbar(image, cax=bars[n // len(READING_TITLES)], label=VALUES[value], **bar_ticks)
         note = "grey: an encoder with itself" + (", or no value" if table.wmppc.isna().any() else "")
         if (table.p > ABOVE_CHANCE).any():
             note += "; hatched: not above the level of samples that are re-paired at random"
@@ -83,9 +85,17 @@ def draw_matrix(table: pd.DataFrame, out: Path) -> None:
             note += f"; marked corner: {UNEXPLAINED}"
         place = 0.04 / figure.get_figwidth(), 0.04 / figure.get_figheight()
         figure.text(*place, note, va="bottom", fontsize=6.5, color="0.3")
-        for bar in bars.values():
+        for bar in bars:
             bar.tick_params(labelsize=7)
         save(figure, out)
+
+
+def _title(value: str, reading: str, code: str | None) -> str:
+    """Two lines; with a code, if the figure shows several."""
+    if code is None:
+        return READING_TITLES[reading].replace(", ", ",\n") if value == "wmppc" else f"Excess:\n{_SHORT[reading]}"
+    words = _CODES[code] if value == "wmppc" else f"excess {_CODES[code]}"
+    return f"{words[0].upper()}{words[1:]}:\n{_SHORT[reading]}"
 
 
 def _groups(members: pd.DataFrame) -> list[_Group]:
@@ -95,8 +105,10 @@ def _groups(members: pd.DataFrame) -> list[_Group]:
     return [_Group(*kinds[places[0]], first=places[0], last=places[-1]) for places in runs]
 
 
-def _panels(labels: Sequence[str], groups: Sequence[_Group]) -> tuple[Figure, list[Axes], dict[str, Axes], float]:
-    """Three square panels for each of the `VALUES`, an axis for each colour bar, and the side of a cell in inches.
+def _panels(
+    labels: Sequence[str], groups: Sequence[_Group], blocks: int
+) -> tuple[Figure, list[Axes], list[Axes], float]:
+    """Three square panels for each block, an axis for each block's colour bar, and the side of a cell in inches.
 
     Positions are computed here because the font size depends on the size of cells.
     """
@@ -115,10 +127,10 @@ def _panels(labels: Sequence[str], groups: Sequence[_Group]) -> tuple[Figure, li
     below = _WORD + 0.08 + label * (0.75 if slanted else 1)
     side, rows = cell * len(labels), -(-3 // columns)
     width, row_height = left + columns * side + (columns - 1) * _GAP + _BAR, _TITLE + side + below
-    height = len(VALUES) * rows * row_height + _NOTE
+    height = blocks * rows * row_height + _NOTE
     figure = Figure(figsize=(width, height))
-    axes, bars = [], {}
-    for block, n in product(range(len(VALUES)), range(3)):
+    axes, bars = [], []
+    for block, n in product(range(blocks), range(3)):
         x = left + n % columns * (side + _GAP)
         y = height - (block * rows + n // columns) * row_height - _TITLE - side
         ax = figure.add_axes((x / width, y / height, side / width, side / height))
@@ -130,9 +142,9 @@ def _panels(labels: Sequence[str], groups: Sequence[_Group]) -> tuple[Figure, li
             figure.text(0.04 / width, (y + side / 2) / height, "from", rotation=90, va="center", fontsize=8)
             _bracket(ax, groups, names, (label + 0.11) / side, letters)
         axes.append(ax)
-    for block, value in enumerate(VALUES):
+    for block in range(blocks):
         y = height - block * rows * row_height - _TITLE - side
-        bars[value] = figure.add_axes(((width - _BAR + 0.08) / width, y / height, 0.1 / width, side / height))
+        bars.append(figure.add_axes(((width - _BAR + 0.08) / width, y / height, 0.1 / width, side / height)))
     return figure, axes, bars, cell
 
 

@@ -1,9 +1,14 @@
 """Layout of `results/`: every path is defined here once, and rules, pages, checks and docs use these definitions.
 
 Paths contain Snakemake wildcards. A member is an encoder with the seed of its SAEs; a pair consists of two members.
+From ``FEATURES`` on, ``sae`` is a name of `coded`, but for ``SIMILARITY``.
 """
 
 from pathlib import Path
+from typing import Literal
+
+Code = Literal["before_topk", "after_topk"]
+"""Which values of an SAE's latents its features are."""
 
 MEMBER = "{encoder}@{seed}"
 
@@ -42,6 +47,20 @@ def layer_name(layer: int) -> str:
 def sae_place(layer: int, seed: int) -> str:
     """Path of an SAE in a folder of SAEs: ``layer-03/seed-0``."""
     return SAE.replace("layer-{layer}", layer_name(layer)).format(seed=seed)
+
+
+def coded(sae: str, code: Code) -> str:
+    """Name of an SAE setting in the paths of its features and of all that is made from them.
+
+    Features before TopK have the name of the setting alone. No setting has a name with a plus sign.
+    """
+    return sae if code == "before_topk" else f"{sae}+{code}"
+
+
+def uncoded(name: str) -> tuple[str, Code]:
+    """The SAE setting and the code of a name of `coded`."""
+    sae, after, _ = name.partition("+")
+    return sae, "after_topk" if after else "before_topk"
 
 
 def path(pattern: str, results: Path = Path("results"), **wildcards: object) -> Path:

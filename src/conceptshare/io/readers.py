@@ -67,21 +67,30 @@ class LayerFeatures:
 
 
 def read_kept_features(path: Path) -> dict[int, LayerFeatures] | None:
-    """Open the features of each layer of a feature store, by layer; None if the study did not keep them.
+    """Open the features of each layer of a feature store, by layer; None if it does not hold them all.
 
-    `sae.features.read_features` recomputes those that were not kept.
+    `sae.features.read_features` also reads features after TopK, and recomputes those that were not kept.
 
     Raises:
         StoreError: if the store is missing, incomplete or damaged.
     """
     store: Any = open_store(path, FEATURES)
     spec: Any = store.attrs["spec"]
-    if "recomputed_from" in spec:
+    if "recomputed_from" in spec or spec.get("code") == "after_topk":
         return None
     return {
         layer: LayerFeatures(layer_array(store, layer, "features", path), layer_array(store, layer, "offset", path)[:])
         for layer in spec["layers"]
     }
+
+
+def read_code(features: Path) -> str:
+    """Whether the features of a store are those before or after TopK, a `layout.Code`.
+
+    Raises:
+        StoreError: if the store is missing or incomplete, or its attributes were changed.
+    """
+    return str(read_spec(features, FEATURES).get("code", "before_topk"))
 
 
 def read_spec(path: Path, kind: str) -> dict[str, Any]:

@@ -60,6 +60,8 @@ def differences(study: Study, results: Path) -> Iterator[Difference]:
         for sae in study.saes:
             at = partial(path, results=results, dataset=dataset, sae=sae)
             yield from _of_saes(study, sae, at)
+        for sae in study.coded():
+            at = partial(path, results=results, dataset=dataset, sae=sae)
             yield from _of_correlations(study, at)
             yield from _of_names(study, at)
     yield from _of_analyses(study, results)

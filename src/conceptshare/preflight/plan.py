@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
+from typing import Literal
 
 from tabulate import tabulate
 
@@ -61,6 +62,10 @@ _FIRES_BYTES = 400
 _SIMILARITY_BYTES = 32
 # Adam's operations per parameter and step.
 _ADAM_FLOPS = 12
+
+
+Stored = Literal["dense", "sparse", "none"]
+"""How a store holds features: all before TopK, those after TopK, or none, if those before TopK are not kept."""
 
 
 @dataclass(frozen=True)
@@ -158,16 +163,21 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
                 spec = needed[member.encoder]
                 if not study.streams(sae):
                     parts["sae"] += [sae_cost(spec, settings, N)] * len(spec.layer_numbers())
-                parts["features"].append(features_cost(spec, settings, N, study.keep_features))
-                parts["names"].append(names_cost(spec, settings, N, study.keep_features))
-                parts["examples"].append(examples_cost(spec, settings, N, data_bytes, study.keep_features))
                 parts["pages_member"].append(member_pages_cost(spec, settings, len(comparisons[member])))
-            parts["correlations"] += [
-                correlations_cost(
-                    needed[a.encoder], needed[b.encoder], settings, N, study.correlations, study.keep_features
-                )
-                for a, b in pairs
-            ]
+            for code in study.features:
+                stored: Stored = "sparse" if code == "after_topk" else "dense" if study.keep_features else "none"
+                shown = code == study.features[0]
+                for member in members:
+                    spec = needed[member.encoder]
+                    parts["features"].append(features_cost(spec, settings, N, stored))
+                    if shown or study.rankings_of(member):
+                        parts["names"].append(names_cost(spec, settings, N, stored))
+                    if shown:
+                        parts["examples"].append(examples_cost(spec, settings, N, data_bytes, stored))
+                parts["correlations"] += [
+                    correlations_cost(needed[a.encoder], needed[b.encoder], settings, N, study.correlations, stored)
+                    for a, b in pairs
+                ]
             parts["similarity"] += [similarity_cost(needed[a], needed[b], N) for a, b in study.similarity_pairs()]
     jobs = {rule: len(costs) for rule, costs in parts.items() if costs}
     if "activations_part" in jobs:  # one cost covers all parts of an encoder
@@ -276,7 +286,7 @@ def _latents_bytes(spec: EncoderSpec, settings: SAESettings) -> int:
     return 4 * 3 * tokens * settings.expansion * spec.width
 
 
-def features_cost(spec: EncoderSpec, settings: SAESettings, N: int, keep: bool = True) -> Cost:
+def features_cost(spec: EncoderSpec, settings: SAESettings, N: int, stored: Stored = "dense") -> Cost:
     """Features of N global tokens in every layer, with their statistics and top samples."""
     F, kept = settings.expansion * spec.width, len(spec.layer_numbers())
     rows = min(FEATURE_ROWS, N)
@@ -285,11 +295,11 @@ def features_cost(spec: EncoderSpec, settings: SAESettings, N: int, keep: bool =
     working = F * (14 * rows + 16 * (rows + min(TOP_SAMPLES, N)))
     computed = computed_features(spec, settings, N, 2)
     return Cost(
-        written=kept * (keep * features_bytes(F, N) + F * (28 + 8 * min(TOP_SAMPLES, N))),
+        written=kept * (stored_bytes(F, settings, N, stored) + F * (28 + 8 * min(TOP_SAMPLES, N))),
         read=computed.read,
         flops=computed.flops,
         # Compression takes about as long as a product.
-        cpu_flops=keep * computed.flops / 2,
+        cpu_flops=(stored == "dense") * computed.flops / 2,
         memory=_PROCESS_BYTES + computed.memory / kept + working,
     )
 
@@ -306,29 +316,34 @@ def computed_features(spec: EncoderSpec, settings: SAESettings, N: int, times: i
     )
 
 
-def feature_access_cost(spec: EncoderSpec, settings: SAESettings, N: int, times: int, keep: bool) -> Cost:
-    """Features of all layers, ``times`` times: read if they are kept, else computed."""
-    F, kept = settings.expansion * spec.width, len(spec.layer_numbers())
-    return Cost(read=times * kept * features_bytes(F, N)) if keep else computed_features(spec, settings, N, times)
+def feature_access_cost(spec: EncoderSpec, settings: SAESettings, N: int, times: int, stored: Stored) -> Cost:
+    """Features of all layers, ``times`` times: read if they are stored, else computed."""
+    if stored == "none":
+        return computed_features(spec, settings, N, times)
+    size = len(spec.layer_numbers()) * stored_bytes(settings.expansion * spec.width, settings, N, stored)
+    # Those after TopK stay in memory.
+    return Cost(read=times * size) if stored == "dense" else Cost(read=size, memory=size)
 
 
-def names_cost(spec: EncoderSpec, settings: SAESettings, N: int, keep: bool = True) -> Cost:
+def names_cost(spec: EncoderSpec, settings: SAESettings, N: int, stored: Stored = "dense") -> Cost:
     """Names of features, measured on the first samples, on the CPU."""
-    n = min(N, MEASURED_SAMPLES)
+    n, computed = min(N, MEASURED_SAMPLES), stored == "none"
     slabs = -(-features_bytes(settings.expansion * spec.width, n) // SLAB_BYTES)
-    features = feature_access_cost(spec, settings, n, 1 if keep else slabs, keep)
-    memory = _PROCESS_BYTES + features.memory + (0 if keep else SLAB_BYTES)
+    features = feature_access_cost(spec, settings, n, slabs if computed else 1, stored)
+    memory = _PROCESS_BYTES + features.memory + computed * SLAB_BYTES
     return Cost(read=features.read, cpu_flops=features.flops, memory=memory)
 
 
-def examples_cost(spec: EncoderSpec, settings: SAESettings, N: int, data_bytes: float = 0, keep: bool = True) -> Cost:
+def examples_cost(
+    spec: EncoderSpec, settings: SAESettings, N: int, data_bytes: float = 0, stored: Stored = "dense"
+) -> Cost:
     """A forward pass over the strongest samples of all features, and their activations there: 2 D per token."""
     D, F, kept = spec.width, settings.expansion * spec.width, len(spec.layer_numbers())
     shown = min(N, kept * F * SHOWN_SAMPLES)
     fires = kept * F * SHOWN_SAMPLES * usual_tokens(spec)
     saes = kept * 4 * sae_parameters(spec, settings)
     slabs = -(-features_bytes(F, N) // (GPU_MEMORY_BYTES // 4))
-    features = feature_access_cost(spec, settings, N, 1 if keep else slabs, keep)
+    features = feature_access_cost(spec, settings, N, slabs if stored == "none" else 1, stored)
     return Cost(
         written=fires + kept * F * (12 * SHOWN_SAMPLES + 8 * _WEAKER_SAMPLES + 4 * HISTOGRAM_BINS),
         read=features.read + saes + (data_bytes * shown / N if spec.modality == "image" else 0),
@@ -355,7 +370,7 @@ def correlations_cost(
     settings: SAESettings,
     N: int,
     correlations: CorrelationSettings | None = None,
-    keep: bool = True,
+    stored: Stored = "dense",
 ) -> Cost:
     """Best matches of two members: 2 N F_a F_b over all pairs of layers, once for both directions.
 
@@ -379,7 +394,9 @@ def correlations_cost(
             times[side] += count
         product += 2 * N * sum(one) * sum(other)
         memory = max(memory, blocks.bytes)
-    features = [feature_access_cost(spec, settings, N, count, keep) for spec, count in zip((a, b), times, strict=True)]
+    features = [
+        feature_access_cost(spec, settings, N, count, stored) for spec, count in zip((a, b), times, strict=True)
+    ]
     rhos = [len(sizes[1]) * sum(sizes[0]), len(sizes[0]) * sum(sizes[1])]
     floors = [len(sizes[1]) * sum(first[0]), len(sizes[0]) * sum(first[1])]
     nulls = (REPAIRINGS + 1) * sum(len(one) * (len(other) + 1) for one, other in (sizes, sizes[::-1]))
@@ -455,6 +472,11 @@ def chunk_bytes(spec: EncoderSpec) -> int:
 def features_bytes(F: int, N: int) -> int:
     """Bytes of one layer's F features, in float16."""
     return N * F * 2
+
+
+def stored_bytes(F: int, settings: SAESettings, N: int, stored: Stored) -> int:
+    """Bytes of one layer's features in a store: float16, and for those after TopK int32 places too."""
+    return {"dense": features_bytes(F, N), "sparse": N * settings.k * 6, "none": 0}[stored]
 
 
 def headline(plan: Plan) -> str:

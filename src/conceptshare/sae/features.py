@@ -1,12 +1,16 @@
-"""Stage `features`: the SAE features of every sample's global token, before TopK and after ReLU.
+"""Stage `features`: the SAE features of every sample's global token, after ReLU, and before or after TopK.
 
-`results/{dataset}/features/{sae}/{encoder}@{seed}.zarr` holds for each layer ``features [N, F]`` float16 minus each
-feature's ``offset [F]`` float32; the strength S ``strength [F]`` (summed activation), the fraction of positive samples
-``density [F]`` and the standard ``deviation [F]`` over the samples, all float64; and the samples with each feature's
-largest activations, ``top_samples [F, K]`` int32 with ``top_values [F, K]`` float32, in decreasing order and padded
-with -1. Statistics are those of the stored values plus the offset, as `read_features` returns them. If the study does
-not keep features, the array ``features`` is left out, and `read_features` recomputes it from the global tokens and the
-SAEs: the same operation on the same blocks, so on the same kind of device the same bytes.
+`results/{dataset}/features/{sae}/{encoder}@{seed}.zarr` holds for each layer, before TopK, ``features [N, F]`` float16
+minus each feature's ``offset [F]`` float32; the strength S ``strength [F]`` (summed activation), the fraction of
+positive samples ``density [F]`` and the standard ``deviation [F]`` over the samples, all float64; and the samples with
+each feature's largest activations, ``top_samples [F, K]`` int32 with ``top_values [F, K]`` float32, in decreasing order
+and padded with -1. Statistics are those of the stored values plus the offset, as `read_features` returns them. If the
+study does not keep features, the array ``features`` is left out, and `read_features` recomputes it from the global
+tokens and the SAEs: the same operation on the same blocks, so on the same kind of device the same bytes.
+
+After TopK, at most k features of a sample are above 0. In place of ``features``, stores in `features/{sae}+after_topk/`
+hold ``values [N, k]`` float16, minus the offset, and ``places [N, k]`` int32, the features that have them, or -1. All
+else is the same, and `read_features` makes slices dense.
 
 float16 has a relative rounding error of up to 2^-11. For a feature that is nearly constant over samples, such as one
 that marks the global token, this would destroy most of its variation. Therefore, if mean^2 of a feature exceeds 3
@@ -31,11 +35,18 @@ from conceptshare.activations import extraction
 from conceptshare.device import default_device, full_float32
 from conceptshare.io.errors import StoreError
 from conceptshare.io.files import Unchanged
-from conceptshare.io.layout import layer_name
+from conceptshare.io.layout import Code, layer_name
 from conceptshare.io.progress import progress
 from conceptshare.io.readers import FEATURES, LayerFeatures, read_kept_features
-from conceptshare.io.sizes import FEATURE_COLUMNS, FEATURE_ROWS, IN_MEMORY_BYTES, SLAB_BYTES, TOP_SAMPLES
-from conceptshare.io.store import as_float16, layer_array, new_array, new_store, open_store, save_array
+from conceptshare.io.sizes import (
+    FEATURE_COLUMNS,
+    FEATURE_ROWS,
+    IN_MEMORY_BYTES,
+    SHARD_BYTES,
+    SLAB_BYTES,
+    TOP_SAMPLES,
+)
+from conceptshare.io.store import RowWriter, as_float16, layer_array, new_array, new_store, open_store, save_array
 from conceptshare.sae import TopKSAE, load_sae
 from conceptshare.sae.folder import REMEDY, leaves_unexplained, sae_of
 
@@ -63,7 +74,9 @@ class Top:
 
 
 @full_float32()
-def record_features(activation_store: Path, saes: Path, seed: int, out: Path, keep: bool = True) -> None:
+def record_features(
+    activation_store: Path, saes: Path, seed: int, out: Path, keep: bool = True, code: Code = "before_topk"
+) -> None:
     """Encode the global tokens of every layer and write the feature store ``out``.
 
     Args:
@@ -71,7 +84,9 @@ def record_features(activation_store: Path, saes: Path, seed: int, out: Path, ke
         saes: the folder with `layer-NN/seed-S/` for each layer.
         seed: S.
         out: the store to write.
-        keep: store the features; otherwise only their statistics and top samples, and readers recompute them.
+        keep: store features before TopK; otherwise only their statistics and top samples, and readers recompute them.
+            Those after TopK, which are few, are stored in any case.
+        code: which features: before or after TopK.
 
     Raises:
         StoreError: if the activations or an SAE are missing or damaged, or do not match.
@@ -85,10 +100,11 @@ def record_features(activation_store: Path, saes: Path, seed: int, out: Path, ke
     digests = {str(layer): sae["digest"] for layer, (_, sae) in records.items()}
     described |= {
         "seed": seed,
+        "code": code,
         "made_from": {"activations": source.attrs["digest"], "saes": digests},
         "unexplained": [layer for layer, (folder, sae) in records.items() if leaves_unexplained(folder, sae)],
     }
-    if not keep:
+    if not keep and code == "before_topk":
         inputs_by_name = {"activations": activation_store, "saes": saes}
         described["recomputed_from"] = {name: os.path.relpath(path, out) for name, path in inputs_by_name.items()}
     with new_store(out, FEATURES, described) as store, inputs:
@@ -101,7 +117,7 @@ def record_features(activation_store: Path, saes: Path, seed: int, out: Path, ke
                     f"{folder}: an SAE for width {sae.W_dec.shape[1]}, but the activations have {x.shape[1]}; "
                     f"run the sae stage again"
                 )
-            _record_layer(store.create_group(layer_name(layer)), sae, x, f"{out.stem}, layer {layer}", keep)
+            _record_layer(store.create_group(layer_name(layer)), sae, x, f"{out.stem}, layer {layer}", keep, code)
 
 
 def _read_saes(saes: Path, seed: int, activations: dict[str, Any]) -> dict[int, tuple[Path, dict[str, Any]]]:
@@ -130,18 +146,22 @@ def _read_saes(saes: Path, seed: int, activations: dict[str, Any]) -> dict[int, 
 
 
 @torch.no_grad()
-def _record_layer(group: zarr.Group, sae: TopKSAE, x: Any, where: str, keep: bool) -> None:
+def _record_layer(group: zarr.Group, sae: TopKSAE, x: Any, where: str, keep: bool, code: Code) -> None:
     N, F = x.shape[0], len(sae.W_dec)
-    if keep:
+    sparse: list[RowWriter] = []
+    if code == "after_topk":
+        kinds = {"values": np.float16, "places": np.int32}
+        sparse = [RowWriter(group, name, sae.k, kind, SHARD_BYTES) for name, kind in kinds.items()]
+    elif keep:
         rows, columns = min(FEATURE_ROWS, N), min(FEATURE_COLUMNS, F)
         stored = new_array(group, "features", (N, F), np.float16, (rows, columns), (rows, columns * -(-F // columns)))
-    offset = _offset(sae, x)
+    offset = _offset(sae, x, code)
     total, density, squares = np.zeros(F), np.zeros(F), np.zeros(F)
     k, device = min(TOP_SAMPLES, N), sae.W_dec.device
     top = Top(torch.zeros(k, F, device=device), torch.full((k, F), -1, dtype=torch.int32, device=device))
     c = torch.from_numpy(offset).to(device)
-    for start, block in _rounded_blocks(sae, x, offset, range(N), where):
-        if keep:
+    for start, block in _rounded_blocks(sae, x, offset, range(N), where, code):
+        if keep and not sparse:
             stored[start : start + len(block)] = block.cpu().numpy()
         n, (of_block, deviations) = len(block), _moments(block)
         if start:  # Chan, Golub and LeVeque (1979)
@@ -151,6 +171,12 @@ def _record_layer(group: zarr.Group, sae: TopKSAE, x: Any, where: str, keep: boo
         restored = block.float() + c
         density += (restored > 0).sum(0).cpu().numpy()
         top.add(restored, start)
+        if sparse:
+            largest, places = restored.topk(sae.k)
+            sparse[0].append(block.gather(1, places).cpu().numpy())
+            sparse[1].append(places.where(largest > 0, -1).int().cpu().numpy())
+    for writer in sparse:
+        writer.flush()
     save_array(group, "offset", offset)
     save_array(group, "strength", total + N * offset.astype(np.float64))
     save_array(group, "density", density / N)
@@ -160,12 +186,12 @@ def _record_layer(group: zarr.Group, sae: TopKSAE, x: Any, where: str, keep: boo
     save_array(group, "top_values", values.T)
 
 
-def _offset(sae: TopKSAE, x: Any) -> NDArray[np.float32]:
+def _offset(sae: TopKSAE, x: Any, code: Code) -> NDArray[np.float32]:
     """``[F]`` offsets to subtract before rounding: the mean of features whose mean^2 exceeds 3 variances, else 0."""
     N, F, device = x.shape[0], len(sae.W_dec), sae.W_dec.device
     total, squares = (torch.zeros(F, dtype=torch.float64, device=device) for _ in range(2))
     lowest = torch.full((F,), torch.inf, device=device)
-    for _, f in _blocks(sae, x, range(N)):
+    for _, f in _blocks(sae, x, range(N), code):
         total += f.sum(0, dtype=torch.float64)
         squares += f.double().square_().sum(0)
         lowest = torch.minimum(lowest, f.amin(0))
@@ -192,11 +218,11 @@ def _moments(block: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 
 def _rounded_blocks(
-    sae: TopKSAE, x: Any, offset: NDArray[np.float32], samples: range, where: str
+    sae: TopKSAE, x: Any, offset: NDArray[np.float32], samples: range, where: str, code: Code = "before_topk"
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield features ``[n, F]`` float16 minus their offset, as they are stored, block by block; see `_blocks`."""
     c, least = (torch.from_numpy(each).to(sae.W_dec.device) for each in (offset, _next_float16(-offset)))
-    for start, f in _blocks(sae, x, samples):
+    for start, f in _blocks(sae, x, samples, code):
         # Zero stays zero, and no other value becomes zero.
         shifted = torch.maximum(f - c, torch.where(f > 0, least, 0 - c))
         block = shifted.half()
@@ -205,7 +231,7 @@ def _rounded_blocks(
         yield start, block
 
 
-def _blocks(sae: TopKSAE, x: Any, samples: range) -> Iterator[tuple[int, Tensor]]:
+def _blocks(sae: TopKSAE, x: Any, samples: range, code: Code) -> Iterator[tuple[int, Tensor]]:
     """Yield features ``[n, F]`` float32 of consecutive samples block by block, with each block's first sample.
 
     The samples start at the start of a block.
@@ -220,11 +246,18 @@ def _blocks(sae: TopKSAE, x: Any, samples: range) -> Iterator[tuple[int, Tensor]
         for start in range(0, len(tokens), FEATURE_ROWS):
             read = tokens[start : start + FEATURE_ROWS]
             rows[: len(read)] = read
-            yield first + start, sae.encode(rows)[: len(read)]
+            f = sae.encode(rows)[: len(read)]
+            yield first + start, f if code == "before_topk" else _after_top_k(f, sae.k)
+
+
+def _after_top_k(f: Tensor, k: int) -> Tensor:
+    """``[n, F]`` features without those that are not among a sample's k largest."""
+    values, places = f.topk(k)
+    return torch.zeros_like(f).scatter_(1, places, values)
 
 
 def read_features(path: Path) -> dict[int, LayerFeatures]:
-    """Open the features of each layer of a feature store, by layer; they are read, or recomputed, when sliced.
+    """Open the features of each layer of a feature store, by layer; they are read, or computed, when sliced.
 
     Raises:
         StoreError: if the store is missing, incomplete or damaged, or features that were not kept cannot be recomputed,
@@ -236,6 +269,8 @@ def read_features(path: Path) -> dict[int, LayerFeatures]:
     store: Any = open_store(path, FEATURES)
     spec: Any = store.attrs["spec"]
     offsets = {layer: layer_array(store, layer, "offset", path)[:] for layer in spec["layers"]}
+    if spec.get("code") == "after_topk":
+        return {n: LayerFeatures(_Sparse(store, n, path, offset), offset) for n, offset in offsets.items()}
     try:
         return {n: LayerFeatures(_Recomputed(path, spec, n, offset), offset) for n, offset in offsets.items()}
     except StoreError as error:
@@ -243,6 +278,30 @@ def read_features(path: Path) -> dict[int, LayerFeatures]:
             f"{path}: its features were not kept, and cannot be recomputed ({error}); run the features stage again, or "
             f"set keep_features: true"
         ) from error
+
+
+class _Sparse:
+    """A layer's features after TopK ``[N, F]`` float16 minus their offset, made dense when sliced."""
+
+    value_bytes = 2
+
+    def __init__(self, store: zarr.Group, layer: int, path: Path, offset: NDArray[np.float32]) -> None:
+        self._stored = [layer_array(store, layer, name, path) for name in ("values", "places")]
+        self._zeros = torch.from_numpy(-offset).half().to(default_device())
+        self.shape = self._stored[0].shape[0], len(offset)
+
+    @cached_property
+    def _code(self) -> list[Tensor]:
+        return [torch.from_numpy(array[:]) for array in self._stored]
+
+    def __getitem__(self, index: tuple[slice, slice]) -> Tensor:
+        """``[n, columns]`` float16, on the GPU if there is one."""
+        rows, columns = (range(*each.indices(size)) for each, size in zip(index, self.shape, strict=True))
+        values, places = (each[rows.start : rows.stop].to(self._zeros.device) for each in self._code)
+        sample, rank = ((places >= columns.start) & (places < columns.stop)).nonzero(as_tuple=True)
+        dense = self._zeros[columns.start : columns.stop].repeat(len(rows), 1)
+        dense[sample, places[sample, rank] - columns.start] = values[sample, rank]
+        return dense
 
 
 class _Recomputed:
