@@ -464,6 +464,14 @@ def test_lists_the_candidates_if_a_path_is_not_a_list_of_blocks(bert, place, lay
         load_encoder(change(spec, blocks=place, layers=layers, use_layers="last"))
 
 
+def test_a_model_without_blocks_is_an_error_that_does_not_advise_no_layers(bert):
+    spec, _ = bert
+    path = Path(spec.model) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": -1}))
+    with pytest.raises(EncoderError, match=r"no blocks found.*; correct the number of layers in the model's config"):
+        load_encoder(spec)
+
+
 @pytest.mark.parametrize("layers", [2, 5])
 def test_names_both_numbers_of_blocks_and_the_remedy_if_they_differ(bert, layers):
     spec, _ = bert

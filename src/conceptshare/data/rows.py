@@ -260,8 +260,8 @@ def _no_column(where: str, key: str, column: str, there: Iterable[str], what: st
     shown = ", ".join(map(cut, itertools.islice(there, 50)))
     remedy = f"set {key} to one of them"
     if key == "image" and column.endswith("file_name"):
-        remedy = f"rename the column with the image paths to {column}"
-    return DatasetError(f"{where}: no column {column!r}; the {what} are {shown}: {remedy}")
+        remedy = f"rename the column with the image paths to {cut(column)}"
+    return DatasetError(f"{where}: no column {cut(column)!r}; the {what} are {shown}: {remedy}")
 
 
 def _check_columns(where: str, columns: dict[str, str], there: list[str]) -> None:
@@ -269,7 +269,7 @@ def _check_columns(where: str, columns: dict[str, str], there: list[str]) -> Non
         if column not in there:
             raise _no_column(where, key, column, there)
         if there.count(column) > 1:
-            raise DatasetError(f"{where}: {there.count(column)} columns are called {column!r}; rename all but one")
+            raise DatasetError(f"{where}: {there.count(column)} columns are called {cut(column)!r}; rename all but one")
 
 
 # Tables

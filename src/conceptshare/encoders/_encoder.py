@@ -420,6 +420,11 @@ def find_blocks(tower: nn.Module, spec: EncoderSpec) -> list[nn.Module]:
                 f"an encoder with one stack of blocks, such as a ViT, or record only the last stage: blocks: {last}, "
                 f"layers: {len(lists[last])}, use_layers: last"
             )
+    if not blocks:
+        raise EncoderError(
+            f"{spec.model}: no blocks found{f' at {place}' if place else ''}; correct the number of layers in the "
+            f"model's config.json, or set blocks to the path of its module list"
+        )
     if len(blocks) != spec.layers:
         raise EncoderError(
             f"{spec.model}: {len(blocks)} blocks found{f' at {place}' if place else ''}, but its entry has layers: "
