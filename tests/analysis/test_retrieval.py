@@ -124,6 +124,7 @@ def test_the_table_has_both_directions_of_every_image_and_text_encoder(folder, t
     table = pd.read_csv(tmp_path / "all.csv")
     pairs = [("vit@0", "clip-text@1"), ("clip-text@1", "vit@0"), ("vit@0", "bert@0"), ("bert@0", "vit@0")]
     assert list(zip(table.source, table.target, strict=True)) == pairs
+    assert (table.code == "before_topk").all()
     (_, of_unrelated), (_, of_text) = directly(image, unrelated, 30), directly(image, text, 30)
     expected = [*of_unrelated, *of_text]
     np.testing.assert_allclose(table[["recall_1", "recall_10", "median_rank"]], expected, atol=1e-5)

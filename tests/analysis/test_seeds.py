@@ -76,6 +76,7 @@ def test_a_ceiling_is_the_mean_over_all_other_seeds(made):
 def test_the_table_of_seeds_has_every_pair_and_an_interval_over_seeds_and_samples(made):
     stores, features = made
     table = seeds_table(grouped(*MEMBERS), stores)
+    assert (table.code == "before_topk").all()
     for (source, target), rows in table[table.reading == "last"].groupby(["source", "target"]):
         seeds = {one: [int(m.split("@")[1]) for m in MEMBERS if m.startswith(one)] for one in (source, target)}
         pairs = list(permutations(seeds[source], 2) if source == target else product(seeds[source], seeds[target]))

@@ -61,7 +61,7 @@ def retrieval_table(members: Sequence[GroupedMember], features: Path) -> pd.Data
             matches, ranks = matched_retrieval(a.arrays[-1], b.arrays[-1])
             for source, target, found in zip((image, text), (text, image), ranks, strict=True):
                 rows.append({"source": source, "target": target, "matches": matches, **found})
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows).assign(code=a.code)
     table.attrs["features"] = {member: features_digest(features / f"{member}.zarr") for member in (*images, *texts)}
     return table
 

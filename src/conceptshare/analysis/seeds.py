@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from conceptshare import metrics
 from conceptshare.analysis.tables import Stores, side_by_side, wmppc_readings
 from conceptshare.config.members import GroupedMember, Member, Pair, as_member
+from conceptshare.io.readers import read_code
 
 STABLE = 0.7
 """Correlation above which another seed has the same feature."""
@@ -38,7 +39,7 @@ def seeds_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFram
         pairs = list(permutations(sorted(seeds[source]), 2) if same else product(listed[source], listed[target]))
         if len(pairs) > 1:
             rows += _rows(pairs, stores)
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows).assign(code=read_code(stores.features / f"{members[0].member}.zarr"))
     table.attrs["features"] = stores.digests(str(member) for encoder in sorted(seeds) for member in seeds[encoder])
     return table
 
