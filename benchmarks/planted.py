@@ -24,7 +24,7 @@ from conceptshare.analysis.tables import Stores, matrix_table, pair_table, share
 from conceptshare.config.members import GroupedMember
 from conceptshare.config.settings import SAESettings
 from conceptshare.correlations import correlate_stores
-from conceptshare.io.layout import layer_name, sae_place
+from conceptshare.io.layout import Code, layer_name, sae_place
 from conceptshare.io.store import new_store, save_array
 from conceptshare.sae import TopKSAE, save_sae, train_sae
 from conceptshare.sae.features import read_features, record_features
@@ -128,8 +128,8 @@ def oracle(encoder: Planted) -> TopKSAE:
     return sae
 
 
-def run_stages(made: dict[str, Planted], settings: SAESettings | None, folder: Path) -> Stores:
-    """Write activations, SAEs, which are oracles without settings, features and correlations."""
+def make_saes(made: dict[str, Planted], settings: SAESettings | None, folder: Path) -> None:
+    """Write activations and SAEs, which are oracles without settings."""
     for name, encoder in made.items():
         spec = {"name": name, "encoder": {"modality": "image"}, "content_hash": "planted", "batch_size": 64}
         spec |= {"samples": len(encoder.tokens), "layers": [0]}
@@ -141,8 +141,14 @@ def run_stages(made: dict[str, Planted], settings: SAESettings | None, folder: P
             save_sae(oracle(encoder), out, name, "layer 0", {"layer": 0, "seed": 0})
         else:
             train_sae(folder / f"{name}.zarr", 0, settings, 0, out)
-        record_features(folder / f"{name}.zarr", folder / "saes" / name, 0, folder / "features" / f"{name}@0.zarr")
-    stores = Stores(folder / "features", folder / "correlations")
+
+
+def compare(made: dict[str, Planted], folder: Path, code: Code = "before_topk") -> Stores:
+    """Write features and correlations."""
+    stores = Stores(folder / code / "features", folder / code / "correlations")
+    for name in made:
+        store, saes = folder / f"{name}.zarr", folder / "saes" / name
+        record_features(store, saes, 0, stores.features / f"{name}@0.zarr", code=code)
     for target in TARGETS:
         paths = (stores.features / f"{name}@0.zarr" for name in ("a", target))
         correlate_stores(*paths, stores.correlations / f"a@0__{target}@0.zarr")
@@ -162,8 +168,15 @@ def find(world: World, settings: SAESettings | None) -> tuple[pd.DataFrame, pd.D
     torch.set_num_threads(1)
     made = encoders(world)
     with TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
-        stores = run_stages(made, settings, Path(folder))
-        return reported(made, stores, {"world": world.name, "SAEs": "trained" if settings else "oracle"})
+        make_saes(made, settings, Path(folder))
+        names: dict[Code, str] = {"before_topk": "oracle"}
+        if settings:
+            names = {"before_topk": "trained", "after_topk": "trained, after TopK"}
+        found = [
+            reported(made, compare(made, Path(folder), code), {"world": world.name, "SAEs": name})
+            for code, name in names.items()
+        ]
+    return pd.concat([saes for saes, _ in found]), pd.concat([scores for _, scores in found])
 
 
 def reported(made: dict[str, Planted], stores: Stores, what: dict[str, str]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -185,11 +198,12 @@ def reported(made: dict[str, Planted], stores: Stores, what: dict[str, str]) -> 
             S, shared = made[source].features.sum(0), np.isin(made[source].names, made[other].names)
             rows = pairs[pairs.source == f"{source}@0"]
             own, match = latents[source], latents[other][rows.match_feature]
-            right, called = (own != "") & (own == match), rows.beyond_shuffled.to_numpy()
+            right, counted = (own != "") & (own == match), rows.beyond_shuffled.to_numpy()
+            to_match = np.isin(own, made[source].names[shared])
             score = {**what, "pair": f"{source} to {other}", "planted": S[shared].sum() / S.sum()}
             score |= cells.loc[f"{source}@0", ["wmppc", "excess"]].to_dict()
-            score["recall"] = (right & called).sum() / np.isin(own, made[source].names[shared]).sum()
-            score["precision"] = (right & called).sum() / ((own != "") & called).sum()
+            score |= {"matched": right[to_match].mean(), "counted": counted[to_match].mean()}
+            score["precision"] = right[counted & (own != "")].mean()
             if (source, other) == ("a", "b"):
                 score["ranked"] = ranking_precision(ranked, latents["a"])
             scores.append(score)

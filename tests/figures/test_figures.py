@@ -1133,7 +1133,7 @@ def test_intervals_without_values_or_without_ceilings(tmp_path, rng, drawn):
     check(lambda out: draw_intervals(table, out), tmp_path / "one")
     empty = table.assign(**dict.fromkeys(["wmppc", "low", "high", "floor"], np.nan))
     check(lambda out: draw_intervals(empty, out), tmp_path / "two", colours_at_least=30)
-    assert not any("another seed" in text for figure in drawn for text in written_on(figure))
+    assert not any("other seeds" in text for figure in drawn for text in written_on(figure))
     assert [written_on(figure).count("no values") for figure in drawn] == [0, 3]
 
 

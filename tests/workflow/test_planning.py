@@ -190,6 +190,20 @@ def test_an_added_seed_keeps_activations_and_other_seeds(study):
     }
 
 
+def test_a_matrix_of_all_seeds_plans_the_pairs_of_other_seeds(study):
+    config = study.config
+    config["analyses"]["matrices"]["all"] = {"seeds": "all"}
+    study.config = config
+    assert study.plan() == {
+        "correlations": 1,  # the reader's other seed with the viewer
+        "metrics_pair": 1,
+        "pages_member": 2,
+        "pages_index": 1,
+        **MATRIX,
+        **CHANGED_STUDY,
+    }
+
+
 def without_tokens(study):
     """As after a run with ``keep_tokens: false``, which deletes them as soon as SAEs are trained."""
     shutil.rmtree(study.folder / "results/squares/tokens")

@@ -36,7 +36,7 @@ def draw_intervals(table: pd.DataFrame, out: Path) -> None:
     """Each wMPPC with its 95% interval: a panel per reading and a row per cell, in blocks of one source.
 
     The points of cells with unexplained layers are hollow. Each row also shows the ``floor`` (shuffled samples) and, if
-    there is one, the ``ceiling`` (another seed of the source). The matrix table has at least ``source, target,
+    there is one, the ``ceiling`` (other seeds of the source). The matrix table has at least ``source, target,
     target_modality, reading, wmppc, low, high, floor, ceiling, unexplained``.
     """
     members = list(dict.fromkeys(table["source"]))
@@ -100,5 +100,5 @@ def _legend(table: pd.DataFrame) -> list[Line2D]:
             Line2D([], [], linestyle="none", marker="o", color="0.3", markerfacecolor="white", label=UNEXPLAINED)
         )
     if table.ceiling.notna().any():
-        marks.append(Line2D([], [], linestyle="none", label="ceiling: another seed", **_CEILING))
+        marks.append(Line2D([], [], linestyle="none", label="ceiling: other seeds", **_CEILING))
     return marks
