@@ -449,6 +449,28 @@ def test_the_95_percent_interval_covers_the_wmppc_of_the_population(rng):
     assert 0.9 <= covered / repetitions <= 0.98
 
 
+def test_feature_excess_is_zero_below_the_null_and_one_at_a_perfect_match():
+    found = metrics.feature_excess([[0.1, 0.6, 1.0], [0.3, 0.2, 1.0]], [0.2, 0.2, 1.0])
+    np.testing.assert_allclose(found, [[0, 0.5, 0], [0.125, 0, 0]])
+    assert metrics.feature_excess(1.0, 0.3) == 1
+
+
+def test_top_shares_count_resamples_and_ties_keep_their_order():
+    delta = [[3, 1, 2, 0], [0, 0, 0, 0], [-1, -2, -3, 5], [1, 3, 3, 3]]
+    assert metrics.top_shares(delta, 2).tolist() == [3 / 4, 2 / 4, 2 / 4, 1 / 4]
+
+
+def test_resamples_are_those_of_the_intervals(rng):
+    """The first ones of another number, too."""
+    psi = rng.standard_normal((1, 50))
+    means = np.stack([*metrics.resamples(50, 400)]) @ psi[0] / 50
+    expected = 0.4 + np.quantile(means, [0.025, 0.975])
+    assert metrics.bootstrap_intervals([0.4], psi, replicates=400)[0] == pytest.approx(expected)
+    for one, other in zip(metrics.resamples(50, 3), metrics.resamples(50, 9), strict=False):
+        assert (one == other).all()
+        assert one.sum() == 50
+
+
 def test_bootstrap_intervals_depend_only_on_the_seed(rng):
     psi = rng.standard_normal((3, 100))
     alone = metrics.bootstrap_intervals([0.4], psi[1:2], replicates=300)

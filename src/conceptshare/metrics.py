@@ -3,7 +3,7 @@
 Notation: rho_i is the largest Pearson correlation of feature i of A with any feature of B, S_i its summed activation.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -123,6 +123,28 @@ def comparative_sharedness(weights: ArrayLike, rho_g: ArrayLike, rho_h: ArrayLik
     h = np.atleast_2d(np.asarray(rho_h, np.float64)).max(axis=0)
     delta: Array = np.asarray(weights, np.float64) * (g**2 - h**2)
     return delta
+
+
+def feature_excess(rho: ArrayLike, null: ArrayLike) -> Array:
+    """Share of the way from the null of each feature's rho to 1: max(0, (rho - null) / (1 - null)).
+
+    Both are of one shape, or shapes that broadcast. A null of 1 leaves no way, and gives 0.
+    """
+    rho, null = np.asarray(rho, np.float64), np.asarray(null, np.float64)
+    above, way = np.broadcast_arrays(np.maximum(0, rho - null), 1 - null)
+    excess: Array = np.divide(above, way, out=np.zeros(above.shape), where=way > 0)
+    return excess
+
+
+def top_shares(delta: ArrayLike, top: int) -> Array:
+    """``[F]`` the share of resamples, the rows of ``delta [R, F]``, in which each feature is among the ``top`` largest.
+
+    Ties keep the features' order.
+    """
+    delta = np.asarray(delta, np.float64)
+    first = np.argsort(-delta, axis=1, kind="stable")[:, :top]
+    shares: Array = np.bincount(first.ravel(), minlength=delta.shape[1]) / len(delta)
+    return shares
 
 
 def significance(rho: ArrayLike, samples: int, candidates: int) -> Array:
@@ -290,13 +312,13 @@ def bootstrap_intervals(
     """
     influence = np.asarray(influence)
     C, N = influence.shape
-    rng = np.random.default_rng(seed)
+    draws = resamples(N, replicates, seed)
     sums = np.empty((replicates, C))
     for start in range(0, replicates, _REPLICATES_PER_BLOCK):
         block = sums[start : start + _REPLICATES_PER_BLOCK]
         counts = np.empty((len(block), N), influence.dtype)
-        for row in counts:
-            row[:] = np.bincount(rng.integers(N, size=N), minlength=N)
+        for row, drawn in zip(counts, draws):  # noqa: B905 - the draws of the next blocks are left
+            row[:] = drawn
         block[:] = counts @ influence.T
     ends = np.quantile(sums / N, [(1 - level) / 2, (1 + level) / 2], axis=0)
     intervals: Array = np.asarray(values, np.float64)[:, None] + ends.T
@@ -337,3 +359,10 @@ def seed_interval(
         return mean, mean
     half = t.ppf((1 + level) / 2, V**2 / sum(v**2 / nu for v, nu in zip(variances, freedom, strict=True))) * V**0.5
     return float(mean - half), float(mean + half)
+
+
+def resamples(samples: int, replicates: int, seed: int = 0) -> Iterator[NDArray[np.int64]]:
+    """Yield how often each sample is in each bootstrap resample, ``[N]``; they depend on N and the seed alone."""
+    rng = np.random.default_rng(seed)
+    for _ in range(replicates):
+        yield np.bincount(rng.integers(samples, size=samples), minlength=samples)

@@ -207,6 +207,13 @@ def test_a_matrixs_intervals_come_from_the_samples_influences(study, monkeypatch
         (expected,) = metrics.bootstrap_intervals([row.wmppc], influence[None])
         assert (row.low, row.high) == pytest.approx(tuple(expected), abs=1e-5)
         assert row.low < row.wmppc < row.high
+        crossed, influence = (
+            stored(stores, source, target, f"cross_fitted_{name}")[READINGS.index(reading)]
+            for name in ("readings", "influence")
+        )
+        (expected,) = metrics.bootstrap_intervals([crossed], influence[None])
+        found = row.cross_fitted, row.cross_fitted_low, row.cross_fitted_high
+        assert found == pytest.approx((crossed, *expected), abs=1e-5)
 
 
 def test_a_matrix_counts_features_shared_by_appendix_b_and_by_the_shuffled_baseline(study):
@@ -380,6 +387,7 @@ def test_a_matrix_has_the_documented_columns(study):
     assert list(matrix_table(MEMBERS, study[0]).columns) == [
         *("source", "target", "source_modality", "target_modality", "source_kind", "target_kind", "reading"),
         *("wmppc", "low", "high", "floor", "ceiling", "null", "null_error", "p", "excess", "relative"),
+        *("cross_fitted", "cross_fitted_low", "cross_fitted_high"),
         *("mppc", "iou", "one_to_one", "features", "beyond_shuffled", "significant"),
         *("strength_cv", "strength_rho", "cka", "mutual_knn", "unexplained", "code"),
     ]
@@ -475,6 +483,7 @@ def test_averages_are_the_means_over_the_cells_of_two_modalities(study):
     table = averages_table(matrix, stores.correlations)
     assert list(table.columns) == [
         *("reading", "source_modality", "target_modality", "cells", "wmppc", "low", "high", "floor", "null", "excess"),
+        *("cross_fitted", "cross_fitted_low", "cross_fitted_high"),
         *("unexplained", "code"),
     ]
     directions = [("image", "text"), ("text", "image"), ("text", "text")]
@@ -489,12 +498,16 @@ def test_averages_are_the_means_over_the_cells_of_two_modalities(study):
             if (reading, modality[source], modality[target]) == (row.reading, row.source_modality, row.target_modality)
         ]
         assert row.wmppc == pytest.approx(np.mean([cell.wmppc for cell in cells]))
-        for column in ("floor", "null", "excess"):
+        for column in ("floor", "null", "excess", "cross_fitted"):
             assert getattr(row, column) == pytest.approx(np.mean([getattr(cell, column) for cell in cells]))
-        n = READINGS.index(row.reading)
-        influence = np.mean([stored(stores, cell.source, cell.target, "influence")[n] for cell in cells], axis=0)
-        (expected,) = metrics.bootstrap_intervals([row.wmppc], influence[None])
-        assert (row.low, row.high) == pytest.approx(tuple(expected), abs=1e-5)
+        for name, value, *ends in (
+            ("influence", row.wmppc, row.low, row.high),
+            ("cross_fitted_influence", row.cross_fitted, row.cross_fitted_low, row.cross_fitted_high),
+        ):
+            n = READINGS.index(row.reading)
+            influence = np.mean([stored(stores, cell.source, cell.target, name)[n] for cell in cells], axis=0)
+            (expected,) = metrics.bootstrap_intervals([value], influence[None])
+            assert ends == pytest.approx(list(expected), abs=1e-5)
 
 
 def test_averages_exclude_untrained_encoders(study):
@@ -529,6 +542,8 @@ def test_layerwise_table_has_both_directions_for_every_pair_of_layers(study):
         assert row.null == pytest.approx(nulls.mean(), abs=1e-6)
         assert row.p == pytest.approx((1 + (nulls >= row.wmppc).sum()) / (1 + REPAIRINGS))
         assert row.excess == pytest.approx((row.wmppc - row.null) / (1 - row.null))
+        layers = stored(stores, row.source, row.target, "cross_fitted_layers")
+        assert row.cross_fitted == pytest.approx(layers[place])
         floor = stored(stores, row.source, row.target, "floor")[[1, 3].index(row.target_layer)]
         floor = floor.reshape(2, FLOOR_FEATURES)[[1, 3].index(row.source_layer)]
         assert row.floor == pytest.approx(weighted(floor, x.sum(0)[:FLOOR_FEATURES]), abs=1e-6)
@@ -610,6 +625,82 @@ def test_sharedness_table_ranks_last_layer_features(study):
     expected |= {"rho[bert@1]": g, "rho[vit@0]": h}
     for column, values in expected.items():
         np.testing.assert_allclose(table[column], values[order], rtol=1e-4, atol=1e-4, err_msg=column)
+
+
+def test_calibrated_sharedness_measures_rho_from_the_null_of_each_feature(study):
+    stores, features = study
+    table = sharedness_table("clip-text@0", ["bert@1"], ["vit@0"], stores)
+    x = features["clip-text@0"][3]
+    excess = []
+    for member in ("bert@1", "vit@0"):
+        null = stored(stores, "clip-text@0", member, "null_features")
+        excess.append(np.maximum(0, (rho(x, features[member][3]) - null) / (1 - null)))
+    delta = x.sum(0) * (excess[0] ** 2 - excess[1] ** 2)
+    for column, values in {"excess_g": excess[0], "excess_h": excess[1], "calibrated_delta": delta}.items():
+        np.testing.assert_allclose(table[column], values[table.feature], rtol=1e-4, atol=1e-4, err_msg=column)
+    calibrated = table.sort_values("calibrated_rank")
+    assert calibrated.calibrated_rank.tolist() == list(range(1, 9))
+    assert calibrated.feature.tolist() == np.argsort(-delta, kind="stable").tolist()
+    assert calibrated.calibrated_top.tolist() == [True] + [False] * 7
+
+
+def test_the_top_share_counts_resamples_of_samples_and_seeds(study):
+    """With matches and nulls held fixed, from the features."""
+    stores, features = study
+    x, R = features["clip-text@0"][3], 200
+    draws = [*metrics.resamples(60, R)]
+    members = {"bert@1": ["bert@1"], "vit@0": ["vit@0", "vit@7"]}
+    table = sharedness_table("clip-text@0", ["bert@1"], ["vit@0"], stores, members)
+    seeds = np.random.default_rng(0)
+    drawn = {member: seeds.integers(len(of), size=R) for member, of in members.items()}
+    counts = np.zeros((2, x.shape[1]))
+    for n, draw in enumerate(draws):
+        rows = np.repeat(np.arange(60), draw)
+        squares = []
+        for member, of in members.items():
+            seed = of[drawn[member][n]]
+            y = features[seed][3]
+            with np.errstate(invalid="ignore", divide="ignore"):
+                r = np.nan_to_num(np.corrcoef(x, y, rowvar=False)[: x.shape[1], x.shape[1] :], nan=-np.inf)
+                match = r.argmax(1)
+                again = np.nan_to_num(
+                    [np.corrcoef(f[rows], g[rows])[0, 1] for f, g in zip(x.T, y.T[match], strict=True)]
+                )
+            null = stored(stores, "clip-text@0", seed, "null_features")
+            squares.append((again**2, np.maximum(0, (again - null) / (1 - null)) ** 2))
+        for kind, delta in enumerate(x[rows].sum(0) * (g - h) for g, h in zip(*squares, strict=True)):
+            counts[kind, delta.argmax()] += 1
+    # Values in float16 may exchange the first two features in a few resamples.
+    np.testing.assert_allclose(table.set_index("feature").top_share.sort_index(), counts[0] / R, atol=0.015)
+    np.testing.assert_allclose(table.set_index("feature").calibrated_top_share.sort_index(), counts[1] / R, atol=0.015)
+    alone = sharedness_table("clip-text@0", ["bert@1"], ["vit@0"], stores)
+    assert (alone.top_share != table.top_share).any()
+    assert {counts[kind].max() > 20 for kind in (0, 1)} == {True}
+
+
+def test_calibrated_sharedness_does_not_count_the_width_of_a_group(tmp_path, write_features, rng):
+    """Each of two encoders shares ten features; one has 2,000, of which all others are noise, the other 20."""
+    N, shared, F = 100, 10, 200
+    x, narrow, wide = (np.maximum(rng.standard_normal((N, width)), 0) for width in (F, 20, 2000))
+    narrow[:, :shared] += 0.33 * x[:, :shared]
+    wide[:, :shared] += 0.9 * x[:, -shared:]
+    x[:, shared:-shared] *= 3
+    for member, features in (("a@0", x), ("narrow@0", narrow), ("wide@0", wide)):
+        write_features(tmp_path, member, {0: features})
+    for other in ("narrow@0", "wide@0"):
+        correlate_stores(tmp_path / "a@0.zarr", tmp_path / f"{other}.zarr", tmp_path / f"a@0__{other}.zarr")
+    stores = Stores(tmp_path, tmp_path)
+    # Of the features that the narrow encoder shares, most correlate more with noise of the wide one.
+    planted = sharedness_table("a@0", ["narrow@0"], ["wide@0"], stores).query("feature < @shared")
+    assert (planted.delta > 0).mean() <= 0.3
+    assert (planted.calibrated_delta > 0).mean() >= 0.9
+    # The wide encoder seems to share nearly all features, and strong ones of noise most.
+    table = sharedness_table("a@0", ["wide@0"], ["narrow@0"], stores)
+    assert (table.delta > 0).mean() > 0.9
+    assert (table.calibrated_delta > 0).mean() < 0.5
+    planted = table.query("feature >= @F - @shared")
+    assert (planted["rank"] <= shared).sum() <= 4
+    assert (planted.calibrated_rank <= shared).sum() >= 8
 
 
 def test_sharedness_table_takes_the_minimum_over_g_and_the_maximum_over_h(study):

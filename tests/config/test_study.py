@@ -797,6 +797,18 @@ def test_only_matrices_need_ceilings(build):
     assert layerwise.pairs() == [(Member("bert", 0), Member("vit", 0))]
 
 
+def test_rankings_need_every_seed_of_the_encoders_in_their_groups_except_the_source(build):
+    encoders = {"vit": {"seeds": [0, 1]}, "bert": {"seeds": [2, 0]}, "dinov2": None}
+    analysis = {"source": "vit@1", "shared_with": ["bert", "vit@0"], "not_shared_with": ["dinov2"]}
+    study = build(encoders=encoders, analyses={"sharedness": {"s": analysis}})
+    seeds = {"bert@2": ["bert@2", "bert@0"], "dinov2@0": ["dinov2@0"], "vit@0": ["vit@0"]}
+    assert study.sharedness_seeds("s") == json.loads(study.table_key("sharedness", "s"))["seeds"] == seeds
+    vit = Member("vit", 1)
+    others = [Member("bert", 0), Member("bert", 2), Member("dinov2", 0), Member("vit", 0)]
+    assert study.pairs() == sorted(tuple(sorted((vit, other))) for other in others)
+    assert study.sharedness_groups("s")["shared_with"] == ["bert@2", "vit@0"]
+
+
 def test_similarity_compares_different_encoders_of_matrix_and_layerwise_analyses(build):
     analyses = {
         "matrices": {"m": {"members": ["vit@0", "vit@1", "dinov2"]}},
@@ -952,6 +964,7 @@ def test_keys_are_json_with_sorted_keys(build):
         "source": "vit@1",
         "shared_with": ["bert@0", "clip-text@0"],
         "not_shared_with": ["dinov2@0"],
+        "seeds": {"bert@0": ["bert@0"], "clip-text@0": ["clip-text@0"], "dinov2@0": ["dinov2@0"]},
     }
     assert json.loads(study.table_key("layerwise", "seeds")) == [["vit@1", "vit@0"], ["bert@0", "dinov2@0"]]
     assert ["clip-text@0", "text", "vlm", []] in json.loads(study.table_key("matrix", "all"))

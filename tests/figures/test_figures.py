@@ -453,6 +453,13 @@ def ranking(count=4):
             "density": 0.125,
             "rho_g": np.linspace(0.9, 0.1, count),
             "rho_h": 0.05,
+            "excess_g": np.linspace(0.8, 0, count),
+            "excess_h": 0.0,
+            "calibrated_delta": np.linspace(20, 0, count),
+            "calibrated_rank": np.arange(count, 0, -1),
+            "calibrated_top": np.arange(count) == count - 1,
+            "top_share": 0.955,
+            "calibrated_top_share": 0.124,
         }
     )
 
@@ -529,6 +536,7 @@ def test_draws_a_grid_per_feature_of_the_ranking(tmp_path, data, drawn, unsaved)
     every = [f"#{n}  layer 3, feature {feature}" for n, feature in enumerate([3, 2, 1, 0], 1)]
     assert headings == [every[:3], every, ["#1  layer 3, feature 1", "#2  layer 3, feature 0"]]
     assert "$\\Delta$ 30, $\\rho_G$ 0.90, $\\rho_H$ 0.05" in written_on(drawn[0])
+    assert "calibrated #4; top share 96%, calibrated 12%" in written_on(drawn[0])
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
@@ -725,9 +733,14 @@ def scattered(features, rng, silent=0):
     for values in (strength, g, h):
         values[features - silent :] = 0
     table = pd.DataFrame({"source": "siglip2-image-large@0", "layer": 23, "rho_g": g, "rho_h": h, "unexplained": ""})
-    delta = strength * (g**2 - h**2)
-    table = table.assign(delta=delta).sort_values("delta", ascending=False, ignore_index=True)
-    return table.assign(rank=np.arange(1, features + 1), top=np.arange(features) < max(1, features // 100))
+    table = table.assign(excess_g=np.maximum(0, g - 0.2) / 0.8, excess_h=np.maximum(0, h - 0.3) / 0.7)
+    for prefix, delta in (
+        ("calibrated_", strength * (table.excess_g**2 - table.excess_h**2)),
+        ("", strength * (g**2 - h**2)),
+    ):
+        rank = np.argsort(np.argsort(-delta, kind="stable")) + 1
+        table[f"{prefix}rank"], table[f"{prefix}top"] = rank, rank <= max(1, features // 100)
+    return table.sort_values("rank", ignore_index=True)
 
 
 @pytest.mark.parametrize(("features", "silent"), [(60, 0), (512, 12), (8192, 900)])
@@ -737,26 +750,31 @@ def test_the_scatter_shows_every_feature_and_highlights_and_counts_the_top(
     table = scattered(features, rng, silent)
     draw_scatter(table, tmp_path / "figure.png")
     assert_readable(drawn[0])
-    ax = drawn[0].axes[0]
-    every, top = ax.collections
-    assert sorted(map(tuple, every.get_offsets())) == sorted(zip(table.rho_h, table.rho_g, strict=True))
-    first = table.head(max(1, features // 100))
-    np.testing.assert_array_equal(top.get_offsets(), first[["rho_h", "rho_g"]])
-    assert len(top.get_paths()[0].vertices) != len(every.get_paths()[0].vertices)  # another marker
-    assert np.ptp(top.get_facecolor()[0][:3]) > 0.5  # and coloured, while others are grey
-    assert np.ptp(every.get_cmap()(np.linspace(0, 1, 9))[:, :3], axis=1).max() < 0.01
-    assert ax.get_xlim() == ax.get_ylim()
-    assert ax.get_aspect() == 1
-    (diagonal,) = ax.lines
-    assert diagonal.get_slope() == 1
-    assert diagonal.get_xy1() == (0, 0)
-    numbered = {text.get_text(): text.xy for text in ax.texts if text.get_text().isdigit()}
-    assert numbered == {str(n): (row.rho_h, row.rho_g) for n, row in enumerate(first[:5].itertuples(), 1)}
-    more, less = (table.rho_g > table.rho_h).sum(), (table.rho_g < table.rho_h).sum()
-    counts = f"{more:,} with $\\rho_G > \\rho_H$, {less:,} with $\\rho_G < \\rho_H$"
-    assert counts + (f", {silent} with both 0 (no match)" if silent else "") in written_on(drawn[0])
+    count = max(1, features // 100)
+    for ax, symbol, g, h, rank in (
+        (drawn[0].axes[0], "\\rho", "rho_g", "rho_h", "rank"),
+        (drawn[0].axes[1], "e", "excess_g", "excess_h", "calibrated_rank"),
+    ):
+        every, top = ax.collections
+        assert sorted(map(tuple, every.get_offsets())) == sorted(zip(table[h], table[g], strict=True))
+        first = table.sort_values(rank).head(count)
+        np.testing.assert_array_equal(top.get_offsets(), first[[h, g]])
+        assert len(top.get_paths()[0].vertices) != len(every.get_paths()[0].vertices)  # another marker
+        assert np.ptp(top.get_facecolor()[0][:3]) > 0.5  # and coloured, while others are grey
+        assert np.ptp(every.get_cmap()(np.linspace(0, 1, 9))[:, :3], axis=1).max() < 0.01
+        assert ax.get_xlim() == ax.get_ylim()
+        assert ax.get_aspect() == 1
+        (diagonal,) = ax.lines
+        assert diagonal.get_slope() == 1
+        assert diagonal.get_xy1() == (0, 0)
+        numbered = {text.get_text(): text.xy for text in ax.texts if text.get_text().isdigit()}
+        assert numbered == {str(n): (row[h], row[g]) for n, (_, row) in enumerate(first[:5].iterrows(), 1)}
+        more, less = (table[g] > table[h]).sum(), (table[g] < table[h]).sum()
+        zero = (table[[g, h]] == 0).all(axis=1).sum()
+        counts = f"{more:,} with ${symbol}_G > {symbol}_H$, {less:,} with ${symbol}_G < {symbol}_H$"
+        assert counts + (f"\n{zero:,} with both 0" if zero else "") in written_on(drawn[0])
     assert f"siglip2-image-large@0, layer 23: {features:,} features" in written_on(drawn[0])
-    assert f"top 1% by $\\Delta$: {len(first)}" in written_on(drawn[0])
+    assert f"top 1% by $\\Delta$: {count}" in written_on(drawn[0])
 
 
 def test_the_scatter_is_darker_where_points_are_denser(tmp_path, rng, drawn, unsaved):
@@ -771,7 +789,11 @@ def test_the_scatter_is_darker_where_points_are_denser(tmp_path, rng, drawn, uns
     assert (np.diff(shown) >= 0).all()  # where points overlap, the darkest are on top
     greys = points.get_cmap()(points.norm(np.array([1, 200])))[:, 0]
     assert greys[0] > greys[1] + 0.3
-    assert points.norm.vmax == shown[(x > 0) | (y > 0)].max()  # without inactive features
+    busiest = max(
+        ax.collections[0].get_array()[(ax.collections[0].get_offsets() > 0).any(axis=1)].max()
+        for ax in drawn[0].axes[:2]
+    )
+    assert points.norm.vmax == busiest  # without inactive features
 
 
 def test_the_scatter_is_deterministic(tmp_path, rng, pdf):
@@ -782,7 +804,7 @@ def test_the_scatter_is_deterministic(tmp_path, rng, pdf):
 def test_the_scatter_without_active_features(tmp_path, rng, drawn):
     table = scattered(50, rng, 50)
     check(lambda out: draw_scatter(table, out), tmp_path / "drawn", colours_at_least=20)
-    assert any(text.endswith(", 50 with both 0 (no match)") for text in written_on(drawn[0]))
+    assert any(text.endswith("\n50 with both 0") for text in written_on(drawn[0]))
 
 
 KINDS = ("all", "global")

@@ -178,8 +178,13 @@ def write_samples(rng, folder):
 
 def ranking(rng, strength, rho_g, name, shared_with, not_shared_with):
     rho_h = rng.beta(2, 3, FEATURES)
-    delta = strength * (rho_g**2 - rho_h**2)
-    order = np.argsort(-delta)
+
+    def ranked(g, h):
+        delta = strength * (g**2 - h**2)
+        order = np.argsort(-delta)
+        columns = {"delta": delta, "rho_g": g, "rho_h": h, "share": np.linspace(0, 1, FEATURES) ** 2}
+        return {"features": order.tolist(), **{name: rounded(values[order]) for name, values in columns.items()}}
+
     return {
         "dataset": DATASET,
         "sae": SAE,
@@ -188,10 +193,8 @@ def ranking(rng, strength, rho_g, name, shared_with, not_shared_with):
         "layer": 5,
         "shared_with": shared_with,
         "not_shared_with": not_shared_with,
-        "features": order.tolist(),
-        "delta": rounded(delta[order]),
-        "rho_g": rounded(rho_g[order]),
-        "rho_h": rounded(rho_h[order]),
+        **ranked(rho_g, rho_h),
+        "calibrated": ranked(np.maximum(0, rho_g - 0.2), np.maximum(0, rho_h - 0.4)),
         "top": 10,
     }
 

@@ -537,6 +537,24 @@ def test_ranking(tab, site):
     assert texts[5].split() == [str(n) for n in both]
 
 
+def test_the_reader_switches_a_ranking_to_its_calibrated_form(tab, site):
+    page = tab.open(VIEWS["ranking"])
+    ranking = read_data(site, "study")["sharedness"][0]
+    assert ranking["features"] != ranking["calibrated"]["features"]
+    shares = [float(text.removesuffix("%")) / 100 for text in column(page, "Top share")]
+    assert shares == pytest.approx(ranking["share"][:100], rel=6e-3)
+    page.get_by_label("Value").select_option("calibrated")
+    assert column(page, "Feature") == [str(n) for n in ranking["calibrated"]["features"][:100]]
+    shown = [float(text) for text in column(page, "e H")]
+    assert shown == pytest.approx(ranking["calibrated"]["rho_h"][:100], abs=5.1e-3)
+    expect(page.locator(".scatter figcaption")).to_contain_text("e G > e H")
+    assert page.get_by_role("heading", name="Overlap").count() == 0
+    page.get_by_label("Value").select_option("published")
+    assert column(page, "Feature") == [str(n) for n in ranking["features"][:100]]
+    page.go_back()
+    assert column(page, "Feature") == [str(n) for n in ranking["calibrated"]["features"][:100]]
+
+
 def test_unclear_names_are_grey_and_searchable(tab, site):
     table = read_data(site, layer_key("seer@0", 3))
     some = [n for n, words in enumerate(table["candidate"]) if words]

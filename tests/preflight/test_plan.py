@@ -26,7 +26,7 @@ from conceptshare.config.study import build_study, load_study
 from conceptshare.correlations import _store
 from conceptshare.io import readers, store
 from conceptshare.io.errors import StudyError
-from conceptshare.io.sizes import NULL_FEATURES, REPAIRINGS, SHOWN_SAMPLES
+from conceptshare.io.sizes import FEATURE_REPAIRINGS, NULL_FEATURES, REPAIRINGS, SHOWN_SAMPLES
 from conceptshare.io.store import open_store
 from conceptshare.preflight import plan
 from conceptshare.preflight.plan import Rates, make_plan
@@ -118,15 +118,19 @@ def test_sizes_for_large_clip_on_coco(elsewhere):
 def test_operations_for_a_pair_of_large_encoders_on_coco():
     large = encoder(layers=24, width=1024)
     cost = plan.correlations_cost(large, large, PAPER, COCO, stored="none")
-    assert cost.half_flops == pytest.approx(9.14e15 * (1 + 2 * (512 + 1280) / 8192), rel=1e-3)
-    # Once each for the matches, both floors, both nulls and the influences: all of A fits in memory.
-    assert cost.flops == 2 * 6 * 24 * 2 * COCO * 1024 * 8192
+    of_last_layers = FEATURE_REPAIRINGS / 24**2
+    assert cost.half_flops == pytest.approx(9.14e15 * (2 + 2 * (512 + 1280) / 8192 + of_last_layers), rel=1e-3)
+    # Once each for the matches, those of halves, both floors, both nulls, and four times for influences and halves: all
+    # of A fits in memory. Twice for the last layers.
+    once = 24 * 2 * COCO * 1024 * 8192
+    assert cost.flops == pytest.approx(2 * (10 + 2 / 24) * once)
     assert cost.read == 2 * 24 * (COCO * 1024 * 2 + 4 * (2 * 1024 * 8192 + 1024 + 8192))
     exact = plan.correlations_cost(large, large, PAPER, COCO, CorrelationSettings(precision="float32"), stored="none")
     assert exact.half_flops == 0
     assert exact.flops > cost.flops + cost.half_flops  # panels of A do not all fit, so B is computed more often
     kept = plan.correlations_cost(large, large, PAPER, COCO)
-    assert (kept.read, kept.flops) == (2 * 6 * 24 * COCO * 8192 * 2, 0)
+    assert kept.read == pytest.approx((2 * 10 * 24 + (1 + FEATURE_REPAIRINGS) + (1 + 1)) * COCO * 8192 * 2)
+    assert kept.flops == 0
 
 
 def test_a_forward_pass_counts_the_operations_of_transformer_blocks():
@@ -212,7 +216,9 @@ def test_correlations_of_features_not_kept_have_the_estimated_operations(rng, tm
     assert 1 <= sum(done) / cost.flops < 1.1
     drawn = REPAIRINGS * NULL_FEATURES
     # Floors of layers below 512 features use all of them.
-    assert cost.half_flops == 2 * N * (3 * (2 * 40) * (3 * 60) + drawn * (2 * (3 * 60) + 3 * (2 * 40)))
+    all_pairs = (2 * 40) * (3 * 60)
+    expected = 4 * all_pairs + drawn * (2 * (3 * 60) + 3 * (2 * 40)) + FEATURE_REPAIRINGS * 40 * 60
+    assert cost.half_flops == 2 * N * expected
     store = open_store(tmp_path / "a@0__b@0.zarr", readers.CORRELATIONS)
     assert cost.written == pytest.approx(sum(store[name].nbytes for name in store.array_keys()), abs=200)
 

@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from conceptshare import metrics
-from conceptshare.analysis.tables import active_counts, active_statistics, cells_of, ranking, side_by_side
-from conceptshare.correlations import FeatureStore, check_pair, judged, max_correlations
+from conceptshare.analysis.tables import (
+    active_counts,
+    active_statistics,
+    cells_of,
+    ranking,
+    side_by_side,
+    with_intervals,
+)
+from conceptshare.correlations import FeatureStore, check_pair, judged, last_layers, max_correlations
 from conceptshare.correlations.blocks import Precision
 from conceptshare.io.errors import StoreError
 from conceptshare.io.readers import unexplained_layers
@@ -24,6 +30,9 @@ COLUMNS = (
     "high",
     "null",
     "excess",
+    "cross_fitted",
+    "cross_fitted_low",
+    "cross_fitted_high",
     "mppc",
     "features",
     "beyond_shuffled",
@@ -54,9 +63,8 @@ def wmppc_between(a: Path, b: Path, memory_bytes: int | None = None, precision: 
     pairs = judged(stores[a], stores[b], found, memory_bytes, precision)
     for source, target, pair in zip((a, b), (b, a), pairs, strict=True):
         cells = cells_of(pair, *side_by_side(statistics[source]), active_counts(statistics[target]))
-        ends = metrics.bootstrap_intervals([cell["wmppc"] for cell in cells], pair.influence)
-        for cell, (low, high) in zip(cells, ends, strict=True):
-            rows.append(cell | {"source": names[source], "target": names[target], "low": low, "high": high})
+        named = {"source": names[source], "target": names[target]}
+        rows += [named | cell for cell in with_intervals(cells, pair.influence, pair.cross_fitted.influence)]
     return pd.DataFrame(rows)[list(COLUMNS)]
 
 
@@ -80,12 +88,17 @@ def sharedness_of(source: Path, shared_with: Sequence[Path], not_shared_with: Se
     stores, names = _stores([source, *groups]), _names([source, *groups])
     statistics = {path: active_statistics(path) for path in (source, *groups)}[source]
     last = max(statistics)
-    rho = {
-        names[path]: max_correlations(stores[source].arrays[-1], stores[path].arrays[-1]).rho_ab[0] for path in groups
-    }
+    pairs = {}
+    for path in groups:
+        # In the order of a study's pairs, because the samples of the first are re-paired.
+        first, second = sorted((source, path), key=lambda store: store.stem.rpartition("@"))
+        found = max_correlations(stores[first].arrays[-1], stores[second].arrays[-1])
+        of_first, of_second = last_layers(stores[first], stores[second], found)
+        pairs[names[path]] = of_first if first == source else of_second
     of_g, of_h = ([names[path] for path in group] for group in (shared_with, not_shared_with))
     unexplained = [names[path] for path in (source, *groups) if unexplained_layers(path)[-1]]
-    table = ranking(names[source], last, statistics[last], rho, of_g, of_h, unexplained)
+    drawn = {name: [name] for name in pairs}
+    table = ranking(names[source], last, statistics[last], pairs, of_g, of_h, drawn, unexplained)
     table["code"] = stores[source].code
     table.attrs["features"] = {names[path]: stores[path].digest for path in stores}
     return table

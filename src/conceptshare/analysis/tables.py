@@ -24,9 +24,11 @@ from conceptshare.io.readers import (
     CORRELATIONS,
     FEATURES,
     FeatureStatistics,
+    LastLayer,
     PairCorrelations,
     read_code,
     read_correlations,
+    read_last_layer,
     read_spec,
     read_statistics,
     unexplained_layers,
@@ -35,9 +37,11 @@ from conceptshare.io.store import read_root
 from conceptshare.sae.folder import REMEDY, sae_file, sae_of
 
 SIMILARITIES = ("cka", "mutual_knn")
+_CROSS_FITTED = ("cross_fitted", "cross_fitted_low", "cross_fitted_high")
 MATRIX_COLUMNS = (
     *("source", "target", "source_modality", "target_modality", "source_kind", "target_kind", "reading"),
     *("wmppc", "low", "high", "floor", "ceiling", "null", "null_error", "p", "excess", "relative"),
+    *_CROSS_FITTED,
     *("mppc", "iou", "one_to_one", "features", "beyond_shuffled", "significant"),
     *("strength_cv", "strength_rho", *SIMILARITIES, "unexplained", "code"),
 )
@@ -47,20 +51,19 @@ _DIRECTION = ["reading", "source_modality", "target_modality"]
 _QUALITY = tuple(f"{measure}_{tokens}" for tokens in ("all", "global") for measure in ("fvu", "l0", "dead"))
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "matrix": MATRIX_COLUMNS,
-    "averages": (*_DIRECTION, "cells", "wmppc", "low", "high", "floor", "null", "excess", "unexplained", "code"),
-    "layerwise": (
-        "source",
-        "target",
-        "source_layer",
-        "target_layer",
-        "wmppc",
-        "floor",
-        "null",
-        "p",
-        "excess",
-        "unexplained",
+    "averages": (
+        *(*_DIRECTION, "cells", "wmppc", "low", "high", "floor", "null", "excess", *_CROSS_FITTED),
+        *("unexplained", "code"),
     ),
-    "sharedness": ("rank", "top", "source", "layer", "feature", "delta", "strength", "density", "rho_g", "rho_h"),
+    "layerwise": (
+        *("source", "target", "source_layer", "target_layer"),
+        *("wmppc", "floor", "null", "p", "excess", "cross_fitted", "unexplained"),
+    ),
+    "sharedness": (
+        *("rank", "top", "source", "layer", "feature", "delta", "strength", "density", "rho_g", "rho_h"),
+        *("excess_g", "excess_h", "calibrated_delta", "calibrated_rank", "calibrated_top"),
+        *("top_share", "calibrated_top_share"),
+    ),
     "overlaps": ("source", "first", "second", "top", "overlap", "expected", "log10_p"),
     "saes": ("encoder", "seed", "layer", "latents", "steps", *_QUALITY),
     "seeds": (*_CELL, "source_seed", "target_seed", "wmppc", "null", "excess", "pairs", "mean", "low", "high"),
@@ -102,6 +105,11 @@ class Stores(NamedTuple):
         """The best matches of the source's features in the target; see `read_pair`."""
         return read_pair(self.correlations, source, target, self.digests((source, target)))
 
+    def last_layer(self, source: str, target: str) -> LastLayer:
+        """The best matches of the source's last layer in the target's last layer; raises as `read_pair`."""
+        path = pair_path(self.correlations, source, target, self.digests((source, target)))
+        return read_last_layer(path, source)
+
     def similar(self, source: str, target: str) -> dict[str, pd.DataFrame]:
         """CKA and mutual nearest neighbours of two members' encoders, ``[source layers, target layers]`` each.
 
@@ -142,12 +150,17 @@ def read_pair(correlations: Path, source: str, target: str, features: Mapping[st
     Raises:
         StoreError: if the correlations are missing or damaged, or were made from other features.
     """
+    return read_correlations(pair_path(correlations, source, target, features), source)
+
+
+def pair_path(correlations: Path, source: str, target: str, features: Mapping[str, str]) -> Path:
+    """The correlation store of two members, made from the given features; arguments and errors as in `read_pair`."""
     path = correlations / f"{pair_name(as_member(source), as_member(target))}.zarr"
-    pair, spec = read_correlations(path, source), read_spec(path, CORRELATIONS)
+    spec = read_spec(path, CORRELATIONS)
     made_from = {spec[side]: spec[f"features_{side}"] for side in ("a", "b")}
     wanted = {member: features[member] for member in made_from if member in features}
     check_features(path, made_from, wanted, "correlations")
-    return pair
+    return path
 
 
 def features_digest(features: Path) -> str:
@@ -249,6 +262,8 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
     - ``null``: the mean wMPPC with the samples re-paired at random, with its standard error ``null_error``; ``p``: the
       probability of such a wMPPC for re-paired samples; ``excess``: (wMPPC - null) / (1 - null); ``relative``:
       (wMPPC - null) / (ceiling - null), NaN if there is no ceiling;
+    - ``cross_fitted``: the wMPPC corrected for the choice of the best of many matches, by measuring them on both halves
+      of the samples, with ``cross_fitted_low`` and ``cross_fitted_high``, its 95% bootstrap interval over samples;
     - ``mppc``, and ``features``, the number of features that it averages; ``beyond_shuffled``: the number of features
       that match better than with shuffled samples, at a false discovery rate of 5%, compared with features of similar
       density; ``significant``: the number of features that count as shared by the paper's appendix B, at that rate by
@@ -273,6 +288,7 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
     rows: list[dict[str, Any]] = []
     cells: list[dict[str, Any]] = []
     influences: list[NDArray[np.float32]] = []
+    of_parts: list[NDArray[np.float32]] = []
     for source in members:
         S, density = side_by_side(statistics[source.member])
         ceilings = _ceilings(source, S, stores)
@@ -290,6 +306,7 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
             pair = stores.pair(source.member, target.member)
             similar = stores.similar(source.member, target.member)
             influences.append(pair.influence)
+            of_parts.append(pair.cross_fitted.influence)
             for cell in cells_of(pair, S, density, active_counts(statistics[target.member])):
                 reading = cell["reading"]
                 of_tokens = {measure: _similarity(similar.get(measure), reading) for measure in SIMILARITIES}
@@ -304,9 +321,8 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
                 cells.append(described | cell | calibrated | of_tokens)
         # Many cells at once, because drawing the samples takes the most time, but not all, which might not fit memory.
         if len(cells) >= _CELLS_PER_BLOCK or source == members[-1]:
-            ends = metrics.bootstrap_intervals([cell["wmppc"] for cell in cells], np.concatenate(influences))
-            rows += [cell | {"low": low, "high": high} for cell, (low, high) in zip(cells, ends, strict=True)]
-            cells, influences = [], []
+            rows += with_intervals(cells, np.concatenate(influences), np.concatenate(of_parts))
+            cells, influences, of_parts = [], [], []
     return _made_from(stores, statistics, pd.DataFrame(rows))[list(MATRIX_COLUMNS)]
 
 
@@ -321,6 +337,19 @@ def _ceilings(source: GroupedMember, S: metrics.Array, stores: Stores) -> dict[s
         reading: float(np.mean([each[reading] for each in found])) if found else float("nan")
         for reading in metrics.READINGS
     }
+
+
+def with_intervals(
+    cells: Sequence[Mapping[str, Any]], influence: NDArray[np.float32], of_parts: NDArray[np.float32]
+) -> list[dict[str, Any]]:
+    """Cells with the intervals of wMPPC and of its cross-fitted form, from influences ``[C, N]`` on each of them."""
+    ends = metrics.bootstrap_intervals([cell["wmppc"] for cell in cells], influence)
+    of_crossed = metrics.bootstrap_intervals([cell["cross_fitted"] for cell in cells], of_parts)
+    columns = ("low", "high", *_CROSS_FITTED[1:])
+    return [
+        dict(cell) | dict(zip(columns, (*one, *other), strict=True))
+        for cell, one, other in zip(cells, ends, of_crossed, strict=True)
+    ]
 
 
 def _made_from(stores: Stores, members: Iterable[str], table: pd.DataFrame) -> pd.DataFrame:
@@ -348,7 +377,7 @@ def cells_of(
     nulls = metrics.null_readings(pair.null, pair.null_error, S, sizes)
     ious, partners = (_companion_readings(values, S, sizes) for values in (pair.iou, pair.one_to_one))
     cells = []
-    for reading in metrics.READINGS:
+    for reading, crossed in zip(metrics.READINGS, pair.cross_fitted.readings, strict=True):
         best, strength = _best(rho, sizes, reading), _best(S[None], sizes, reading)
         varying = _best(pair.best.match_ab, sizes, reading) >= 0
         candidates = active[-1] if reading == "last" else sum(active)
@@ -360,6 +389,7 @@ def cells_of(
                 "floor": floors[reading],
                 **_calibrated(values[reading], nulls[reading][0]),
                 "null_error": nulls[reading][1],
+                "cross_fitted": float(crossed),
                 "mppc": metrics.mppc(best),
                 "iou": ious[reading],
                 "one_to_one": partners[reading],
@@ -451,10 +481,11 @@ def _companion_readings(values: NDArray[Any], S: metrics.Array, sizes: NDArray[n
 
 
 def averages_table(matrix: pd.DataFrame, correlations: Path) -> pd.DataFrame:
-    """Mean wMPPC between modalities (Table 3), by reading, with its 95% bootstrap interval and floor.
+    """Mean wMPPC between modalities (Table 3), by reading, with its floor, null, excess and cross-fitted form.
 
-    All cells of a mean are resampled with the same samples: a sample's influence on the mean is the mean of its
-    influences on the cells. Cells of two seeds of one encoder, and those of untrained encoders, are left out.
+    Intervals are 95% bootstrap intervals. All cells of a mean are resampled with the same samples: a sample's influence
+    on the mean is the mean of its influences on the cells. Cells of two seeds of one encoder, and those of untrained
+    encoders, are left out.
     ``unexplained`` is the number of cells with layers that are not explained.
 
     Args:
@@ -462,19 +493,23 @@ def averages_table(matrix: pd.DataFrame, correlations: Path) -> pd.DataFrame:
         correlations: the folder of its correlation stores.
     """
     table = _averaged(matrix)
-    influences: dict[tuple[str, ...], metrics.Array] = {}
+    influences: dict[tuple[str, ...], metrics.Array] = {}  # [2, N], on wMPPC and on its cross-fitted form
     for pair, cells in table.groupby(["source", "target"]):
         source, target = pair
-        influence = read_pair(correlations, source, target, matrix.attrs.get("features", {})).influence
-        of_pair = dict(zip(metrics.READINGS, influence, strict=True))
+        found = read_pair(correlations, source, target, matrix.attrs.get("features", {}))
+        both = np.stack([found.influence, found.cross_fitted.influence], axis=1).astype(np.float64)
+        of_pair = dict(zip(metrics.READINGS, both, strict=True))
         for group in cells[_DIRECTION].itertuples(index=False, name=None):
-            influences[group] = influences.get(group, 0) + of_pair[group[0]].astype(np.float64)
+            influences[group] = influences.get(group, 0) + of_pair[group[0]]
     averages = modality_means(matrix).set_index(_DIRECTION)
     averages = averages.reindex(sorted(influences, key=lambda group: (metrics.READINGS.index(group[0]), *group)))
     means = [influences[group] / count for group, count in averages.cells.items()]
-    ends = metrics.bootstrap_intervals(averages.wmppc, np.stack(means)) if means else np.empty((0, 2))
-    averages.insert(2, "low", ends[:, 0])
-    averages.insert(3, "high", ends[:, 1])
+    for n, (column, low, high) in enumerate((("wmppc", "low", "high"), _CROSS_FITTED)):
+        of_each = np.stack([mean[n] for mean in means]) if means else None
+        ends = np.empty((0, 2)) if of_each is None else metrics.bootstrap_intervals(averages[column], of_each)
+        place = averages.columns.get_loc(column)
+        averages.insert(place + 1, low, ends[:, 0])
+        averages.insert(place + 2, high, ends[:, 1])
     averages = averages.reset_index().assign(code=matrix.code.iloc[0])
     averages.attrs = {"features": matrix.attrs.get("features", {})}
     return averages
@@ -490,7 +525,7 @@ def _averaged(matrix: pd.DataFrame) -> pd.DataFrame:
 def modality_means(matrix: pd.DataFrame) -> pd.DataFrame:
     """The number of cells of a matrix per reading and direction, and the means of their columns."""
     cells = _averaged(matrix).groupby(_DIRECTION, as_index=False)
-    means = {column: (column, "mean") for column in ("wmppc", "floor", "null", "excess")}
+    means = {column: (column, "mean") for column in ("wmppc", "floor", "null", "excess", "cross_fitted")}
     unexplained = ("unexplained", lambda counts: (counts > 0).sum())
     return cells.agg(cells=("wmppc", "size"), **means, unexplained=unexplained)
 
@@ -498,9 +533,9 @@ def modality_means(matrix: pd.DataFrame) -> pd.DataFrame:
 def layerwise_table(pairs: Sequence[tuple[str, str]], stores: Stores) -> pd.DataFrame:
     """wMPPC and MPPC between all layers of two members, in both directions.
 
-    ``floor`` is the wMPPC with the target's samples shuffled; ``null``, ``p``, ``excess`` and ``unexplained`` are as in
-    `matrix_table`; ``cka`` and ``mutual_knn`` compare the global tokens of the two layers, NaN for two seeds of one
-    encoder.
+    ``floor`` is the wMPPC with the target's samples shuffled; ``null``, ``p``, ``excess``, ``cross_fitted`` and
+    ``unexplained`` are as in `matrix_table`; ``cka`` and ``mutual_knn`` compare the global tokens of the two layers,
+    NaN for two seeds of one encoder.
 
     Raises:
         StoreError: if a store is missing, or no feature of a member is active.
@@ -537,6 +572,7 @@ def layerwise_table(pairs: Sequence[tuple[str, str]], stores: Stores) -> pd.Data
                             "mppc": metrics.mppc(rho),
                             "floor": metrics.wmppc(by_chance, S[: len(by_chance)]),
                             **_calibrated(value, pair.null[:, place, n].astype(np.float64)),
+                            "cross_fitted": float(pair.cross_fitted.layers[place, n]),
                             "unexplained": int(unexplained[source][place]) + unexplained[target][n],
                             **{
                                 measure: float(similar[measure].loc[layer, target_layer]) if similar else float("nan")
@@ -604,62 +640,90 @@ def read_direction(folder: Path, source: str, target: str) -> pd.DataFrame:
 
 
 def sharedness_table(
-    source: str, shared_with: Sequence[str], not_shared_with: Sequence[str], stores: Stores
+    source: str,
+    shared_with: Sequence[str],
+    not_shared_with: Sequence[str],
+    stores: Stores,
+    seeds: Mapping[str, Sequence[str]] | None = None,
 ) -> pd.DataFrame:
     """The source's last-layer features ranked by Comparative Sharedness: most shared with G and least with H first.
 
-    A feature's rho with a member is that of its best match in the member's last layer.
+    A feature's rho with a member is that of its best match in the member's last layer. See `ranking` for the columns.
+
+    Args:
+        source: a member.
+        shared_with: the group G.
+        not_shared_with: the group H.
+        stores: the folders of their stores.
+        seeds: for members of both groups, the members that stand for them in resamples: the seeds of their encoder.
 
     Raises:
         StoreError: if a store is missing, or no feature of a member is active.
     """
     statistics = stores.active(source)
-    for member in (*shared_with, *not_shared_with):
+    drawn = {member: (seeds or {}).get(member, [member]) for member in (*shared_with, *not_shared_with)}
+    members = sorted({*drawn, *(member for group in drawn.values() for member in group)})
+    for member in members:
         stores.active(member)
     layer = max(statistics)
-    F = len(statistics[layer].strength)
-    rho = {member: stores.pair(source, member).best.rho_ab[-1, -F:] for member in [*shared_with, *not_shared_with]}
-    unexplained = [member for member in (source, *rho) if stores.unexplained(member)[-1]]
-    table = ranking(source, layer, statistics[layer], rho, shared_with, not_shared_with, unexplained)
-    return _made_from(stores, (source, *shared_with, *not_shared_with), table)
+    pairs = {member: stores.last_layer(source, member) for member in members}
+    unexplained = [member for member in (source, *drawn) if stores.unexplained(member)[-1]]
+    table = ranking(source, layer, statistics[layer], pairs, shared_with, not_shared_with, drawn, unexplained)
+    return _made_from(stores, (source, *members), table)
 
 
 def ranking(
     source: str,
     layer: int,
     statistics: FeatureStatistics,
-    rho: Mapping[str, NDArray[Any]],
+    pairs: Mapping[str, LastLayer],
     shared_with: Sequence[str],
     not_shared_with: Sequence[str],
+    drawn: Mapping[str, Sequence[str]],
     unexplained: Sequence[str],
 ) -> pd.DataFrame:
     """Rank the F features of a layer by Comparative Sharedness; ``top`` marks the first 1%, as in the paper.
 
     Ties keep the features' order. ``shared_with`` and ``not_shared_with`` list the groups, and ``unexplained`` the
     members whose layer is unexplained, separated by commas.
+    ``excess_g`` and ``excess_h`` are the smallest excess of a feature over its null in G and the largest in H, and
+    ``calibrated_delta``, ``calibrated_rank`` and ``calibrated_top`` are computed from these as ``delta``, ``rank`` and
+    ``top`` are from rho. ``top_share`` and ``calibrated_top_share`` are the shares of bootstrap resamples, of samples
+    and of the seeds of each member, in which the feature is in the first 1%.
 
     Args:
         source: the member of the features.
         layer: the layer.
         statistics: statistics of that layer.
-        rho: ``[F]`` rho of their best matches, by member of both groups.
+        pairs: their best matches, by member.
         shared_with: the group G.
         not_shared_with: the group H.
+        drawn: for each member of both groups the members of which each resample draws one in its place.
         unexplained: the members whose layer's SAE leaves most of the global tokens unexplained.
     """
-    F = len(statistics.strength)
-    rho = {member: values.astype(np.float64) for member, values in rho.items()}
-    g, h = (np.stack([rho[member] for member in group]) for group in (shared_with, not_shared_with))
+    S, F = statistics.strength, len(statistics.strength)
+    groups = shared_with, not_shared_with
+    rho = {member: pairs[member].rho.astype(np.float64) for group in groups for member in group}
+    excess = {member: metrics.feature_excess(values, pairs[member].null) for member, values in rho.items()}
+    (g, h), (excess_g, excess_h) = (
+        [np.stack([values[member] for member in group]) for group in groups] for values in (rho, excess)
+    )
+    calibrated = metrics.comparative_sharedness(S, excess_g, excess_h)
     table = pd.DataFrame(
         {
             "source": source,
             "layer": layer,
             "feature": np.arange(F),
-            "delta": metrics.comparative_sharedness(statistics.strength, g, h),
-            "strength": statistics.strength,
+            "delta": metrics.comparative_sharedness(S, g, h),
+            "strength": S,
             "density": statistics.density,
             "rho_g": g.min(axis=0),
             "rho_h": h.max(axis=0),
+            "excess_g": excess_g.min(axis=0),
+            "excess_h": excess_h.max(axis=0),
+            "calibrated_delta": calibrated,
+            "calibrated_rank": np.argsort(np.argsort(-calibrated, kind="stable"), kind="stable") + 1,
+            **_top_shares(S, pairs, groups, drawn),
             "shared_with": ", ".join(shared_with),
             "not_shared_with": ", ".join(not_shared_with),
             "unexplained": ", ".join(unexplained),
@@ -669,7 +733,34 @@ def ranking(
     table = table.sort_values("delta", ascending=False, kind="stable", ignore_index=True)
     table.insert(0, "rank", np.arange(1, F + 1))
     table.insert(1, "top", np.arange(F) < top_count(F))
+    place = table.columns.get_loc("calibrated_rank")
+    table.insert(int(place) + 1, "calibrated_top", table.calibrated_rank <= top_count(F))
     return table
+
+
+def _top_shares(
+    S: metrics.Array,
+    pairs: Mapping[str, LastLayer],
+    groups: Sequence[Sequence[str]],
+    drawn: Mapping[str, Sequence[str]],
+) -> dict[str, metrics.Array]:
+    """Shares of resamples in which each feature is in the first 1% of the published and of the calibrated ranking."""
+    rng = np.random.default_rng(0)
+    strength = S * next(iter(pairs.values())).resampled_strength.astype(np.float64)
+    R = len(strength)
+    rho: list[list[metrics.Array]] = [[], []]
+    excess: list[list[metrics.Array]] = [[], []]
+    for n, group in enumerate(groups):
+        for member in group:
+            of_seeds = [pairs[seed] for seed in drawn[member]]
+            seed = rng.integers(len(of_seeds), size=R)
+            values = np.stack([each.resampled_rho for each in of_seeds])[seed, np.arange(R)].astype(np.float64)
+            rho[n].append(values)
+            excess[n].append(metrics.feature_excess(values, np.stack([each.null for each in of_seeds])[seed]))
+    return {
+        name: metrics.top_shares(metrics.comparative_sharedness(strength, *both), top_count(len(S)))
+        for name, both in (("top_share", rho), ("calibrated_top_share", excess))
+    }
 
 
 def top_count(features: int) -> int:

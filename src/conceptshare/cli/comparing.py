@@ -77,8 +77,9 @@ def wmppc(
 ) -> None:
     """Compute the wMPPC of two encoders in both directions from their feature stores.
 
-    For each reading: the wMPPC with its 95% interval over samples (low, high), the floor from shuffled samples, the
-    MPPC, and the number of features that match better than with shuffled samples.
+    For each reading: the wMPPC with its 95% interval over samples (low, high), its null from re-paired samples and its
+    excess over that, its cross-fitted form with an interval, the MPPC, and the number of features that match better
+    than with shuffled samples.
     """
     from conceptshare.analysis.ask import wmppc_between
 

@@ -158,8 +158,9 @@ def sharedness(
     """A member's features, ranked by Comparative Sharedness."""
     from conceptshare.analysis.tables import Stores, sharedness_table, write_table
 
-    groups = load_study(study).sharedness_groups(analysis)
-    write_table(sharedness_table(**groups, stores=Stores(features, correlations)), out)
+    loaded = load_study(study)
+    groups, seeds = loaded.sharedness_groups(analysis), loaded.sharedness_seeds(analysis)
+    write_table(sharedness_table(**groups, stores=Stores(features, correlations), seeds=seeds), out)
 
 
 @app.command()

@@ -212,7 +212,7 @@ class EncoderSpec(ModelSpec, extra="forbid"):
     token_seed: Seed = 0
     """Seed for drawing ``max_tokens``."""
     seeds: list[Seed] = Field(default=[0], min_length=1, max_length=100)
-    """Seeds of the SAEs trained on this encoder."""
+    """Seeds of the SAEs trained on this encoder. Rankings are resampled over all seeds of an encoder in a group."""
     tokens: Positive | None = None
     """Tokens of a typical sample, without padding. For estimates of size and time only."""
     gflops: float | None = Field(default=None, gt=0, le=10**9)

@@ -186,10 +186,22 @@ class Study(Spec):
         sorted_groups = {key: sorted(str(self.member(text)) for text in group) for key, group in groups}
         return {"source": str(self.member(analysis.source)), **sorted_groups}
 
-    def sharedness_pairs(self, name: str) -> list[Pair]:
-        """The pairs that a Comparative Sharedness analysis needs: its source with each of both groups."""
+    def sharedness_seeds(self, name: str) -> dict[str, list[str]]:
+        """For each member of both groups of a ranking, the seeds of its encoder as members, without the source."""
         source, analysis = self.sharedness_source(name), self.analyses.sharedness[name]
-        return [(source, self.member(text)) for text in (*analysis.shared_with, *analysis.not_shared_with)]
+        members = sorted(self.member(text) for text in (*analysis.shared_with, *analysis.not_shared_with))
+        seeds = {
+            member: [Member(member.encoder, seed) for seed in self.encoders[member.encoder].seeds] for member in members
+        }
+        return {
+            str(member): [str(seed) for seed in of_encoder if seed != source] for member, of_encoder in seeds.items()
+        }
+
+    def sharedness_pairs(self, name: str) -> list[Pair]:
+        """The pairs that a Comparative Sharedness analysis needs: its source with each seed of both groups."""
+        source = self.sharedness_source(name)
+        members = {self.member(seed) for seeds in self.sharedness_seeds(name).values() for seed in seeds}
+        return [(source, member) for member in sorted(members)]
 
     def overlapping(self) -> list[str]:
         """The names of Comparative Sharedness analyses that rank the features of the same member as another one."""
@@ -284,7 +296,7 @@ class Study(Spec):
             "seeds": lambda: self.grouped_members(name),
             "retrieval": lambda: [(str(m), self.encoders[m.encoder].modality) for m in self.matrix_members(name)],
             "layerwise": lambda: self.layerwise_names(name),
-            "sharedness": lambda: self.sharedness_groups(name),
+            "sharedness": lambda: self.sharedness_groups(name) | {"seeds": self.sharedness_seeds(name)},
             "saes": lambda: [self.members(), self.seed_pairs()],
             "pages": self.shown_on_pages,
         }

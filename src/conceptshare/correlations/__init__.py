@@ -13,6 +13,12 @@ are concatenated; ``sizes_a [L_A]`` and ``sizes_b [L_B]`` are the numbers of fea
 - ``iou_ab [2, F_A]`` float32: the intersection over union of the samples on which a feature of A and its best match are
   active, for matches in all layers, and for features of the last layer, else 0, in the last layer;
 - ``one_to_one_ab [2, F_A]`` float32: the correlation with its partner if every feature has at most one, likewise;
+- ``cross_fitted_layers_ab [L_A, L_B + 1]`` and ``cross_fitted_readings_ab [3]`` float64: the wMPPC corrected for the
+  choice of the best of many matches, by layer and by reading, and ``cross_fitted_influence_ab [3, N]`` float32, each
+  sample's influence on the latter;
+- ``null_features_ab [f]`` float32: for each of the f features of A's last layer, the mean of its best correlation with
+  B's last layer with the samples re-paired at random; ``resampled_rho_ab [R, f]`` float16, its correlation with its
+  best match there in R bootstrap resamples, and ``resampled_strength_ab [R, f]`` float16, S in these divided by S;
 - ``rho_ba [L_A, F_B]`` and so on: the same from B to A;
 - ``full/layer-NN__layer-MM [F_a, F_b]`` float32: the full correlation matrix of two layers, if requested.
 
@@ -26,7 +32,7 @@ from conceptshare._on_demand import on_demand
 
 if TYPE_CHECKING:
     from conceptshare.correlations._engine import max_correlations
-    from conceptshare.correlations._store import FeatureStore, check_pair, correlate_stores, judged
+    from conceptshare.correlations._store import FeatureStore, check_pair, correlate_stores, judged, last_layers
     from conceptshare.correlations.blocks import Precision
     from conceptshare.io.readers import MaxCorrelations
 
@@ -37,6 +43,7 @@ __all__ = [
     "check_pair",
     "correlate_stores",
     "judged",
+    "last_layers",
     "max_correlations",
 ]
 
@@ -44,5 +51,5 @@ __getattr__ = on_demand(
     __name__,
     blocks=["Precision"],
     _engine=["max_correlations"],
-    _store=["FeatureStore", "check_pair", "correlate_stores", "judged", "MaxCorrelations"],
+    _store=["FeatureStore", "check_pair", "correlate_stores", "judged", "last_layers", "MaxCorrelations"],
 )

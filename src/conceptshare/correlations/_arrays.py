@@ -107,6 +107,40 @@ def sizes_of(layers: Sequence[Any]) -> NDArray[np.int64]:
     return np.array([layer.shape[1] for layer in layers], np.int64)
 
 
+def places_of(sizes: NDArray[np.int64]) -> list[slice]:
+    """Where the features of each layer are when those of all layers are concatenated."""
+    return [slice(int(end - size), int(end)) for size, end in zip(sizes, np.cumsum(sizes), strict=True)]
+
+
+class View:
+    """Some of the features and samples of a layer.
+
+    Args:
+        layer: ``[N, F]``.
+        width: number of features, the first ones.
+        start: the first sample.
+        count: number of samples, at most N; the first sample follows the last one.
+    """
+
+    value_bytes = 2
+
+    def __init__(self, layer: Any, width: int, start: int, count: int) -> None:
+        self._layer, self._start, self.shape = layer, start, (count, width)
+
+    def __getitem__(self, place: tuple[slice, slice]) -> Any:
+        rows, columns = place
+        N = self._layer.shape[0]
+        start, stop, _ = rows.indices(self.shape[0])
+        start, stop = start + self._start, stop + self._start
+        columns = slice(*columns.indices(self.shape[1]))
+        if start >= N:
+            return self._layer[start - N : stop - N, columns]
+        if stop <= N:
+            return self._layer[start:stop, columns]
+        parts = [self._layer[start:N, columns], self._layer[0 : stop - N, columns]]
+        return torch.cat(parts) if isinstance(parts[0], Tensor) else np.concatenate(parts)
+
+
 def sample_count(layers: Sequence[Any]) -> int:
     """The number of samples that all layers have.
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from conceptshare.correlations._arrays import as_tensor, sizes_of
+from conceptshare.correlations._arrays import as_tensor, places_of, sizes_of
 from conceptshare.device import default_device, full_float32
 from conceptshare.io.progress import progress
 from conceptshare.io.readers import MaxCorrelations
@@ -48,11 +48,41 @@ class Matched(NamedTuple):
     all layers, and for features of the last layer, else 0, its match in the last layer."""
 
 
+class Matches(NamedTuple):
+    """For each feature of an encoder its match in another one, as the `READINGS` use it."""
+
+    sizes: NDArray[np.int64]
+    """``[L]`` number of features per layer of the encoder."""
+    best: NDArray[Any]
+    """``[F]`` correlation with the match in all layers of the other encoder, for ``pooled`` and ``layer_mean``."""
+    matched: NDArray[np.int64]
+    """``[F]`` that match; features are numbered through all layers, and -1 means none."""
+    last: NDArray[Any]
+    """``[sizes[-1]]`` correlation of the last layer's features with their match in the other's last layer."""
+    matched_last: NDArray[np.int64]
+    """``[sizes[-1]]`` that match, with the same numbers."""
+
+
+def matches_of(found: MaxCorrelations, rho: NDArray[Any]) -> Matches:
+    """The matches from A to B that ``found`` chooses, with their correlations ``rho [L_B, F_A]``."""
+    starts = np.cumsum(found.sizes_b) - found.sizes_b
+    matched = np.where(found.match_ab < 0, -1, starts[:, None] + found.match_ab)
+    layer, last = found.rho_ab.argmax(axis=0)[None], slice(-int(found.sizes_a[-1]), None)
+    best, matched_best = (np.take_along_axis(of, layer, axis=0)[0] for of in (rho, matched))
+    return Matches(found.sizes_a, best, matched_best, rho[-1, last], matched[-1, last])
+
+
 @full_float32()
 def influences(
-    a: Encoder, b: Encoder, found: MaxCorrelations, memory_bytes: int, what: str = "influence"
+    a: Encoder,
+    b: Encoder,
+    matches_ab: Matches,
+    matches_ba: Matches,
+    memory_bytes: int,
+    what: str = "influence",
+    count: bool = True,
 ) -> tuple[Matched, Matched]:
-    """The influence of each sample on the wMPPC from A to B and from B to A, and the IoU of features and best matches.
+    """The influence of each sample on the wMPPC from A to B and from B to A, and the IoU of features and their matches.
 
     See `influence_weights` for the definition. It takes one pass over the features, and only the product of each
     feature with its best match. Sums are in float32, with an error of about 1e-5 of the largest influence. Counts of
@@ -61,58 +91,55 @@ def influences(
     Args:
         a: an encoder.
         b: another one.
-        found: their best matches.
+        matches_ab: the matches of A's features in B.
+        matches_ba: the matches of B's features in A.
         memory_bytes: limit of the working memory.
         what: name of the step in the progress report.
+        count: whether to count active samples; without, the IoU are 0.
     """
     N, device = int(a.layers[0].shape[0]), default_device()
-    to_b, to_a = _Direction(a, b, found, N, device), _Direction(b, a, found.reverse(), N, device)
+    to_b = _Direction(a, b, matches_ab, N, device, count)
+    to_a = _Direction(b, a, matches_ba, N, device, count)
     ab, ba = (np.zeros((len(READINGS), N), np.float32) for _ in range(2))
     rows = _rows(a, b, memory_bytes)
     for start in progress(range(0, N, rows), -(-N // rows), what, "blocks"):
         block = slice(start, start + rows)
         of_a, of_b = ([as_tensor(layer[block, :], device) for layer in each.layers] for each in (a, b))
-        ab[:, block], ba[:, block] = to_b.influence(of_a, of_b), to_a.influence(of_b, of_a)
+        # Rows are gathered faster than columns.
+        rows_a, rows_b = (torch.cat([x.T for x in layers]) for layers in (of_a, of_b))
+        ab[:, block], ba[:, block] = to_b.influence(of_a, rows_b), to_a.influence(of_b, rows_a)
     return Matched(ab, to_b.iou()), Matched(ba, to_a.iou())
 
 
 class _Direction:
-    """The influences on the wMPPC from one encoder to another, given its best matches."""
+    """The influences on the wMPPC from one encoder to another, given its matches."""
 
-    def __init__(self, a: Encoder, b: Encoder, found: MaxCorrelations, N: int, device: torch.device) -> None:
-        self._a, self._b, self._device = a, b, device
-        self._layers = [
-            slice(int(end - size), int(end)) for size, end in zip(found.sizes_a, np.cumsum(found.sizes_a), strict=True)
-        ]
-        starts_b = np.cumsum(found.sizes_b) - found.sizes_b
-        self._best, self._last = found.rho_ab.max(axis=0), found.rho_ab[-1, self._layers[-1]]
-        self._weights = influence_weights(self._best, self._last, a.strength, found.sizes_a, N)
-        # Features of B are numbered through all layers; -1 means none. The second row is for matches in the last layer.
-        layer = found.rho_ab.argmax(axis=0)
-        match = np.take_along_axis(found.match_ab, layer[None], axis=0)[0]
-        self._matched = np.stack(
-            [
-                np.where(found.match_ab.max(axis=0) < 0, -1, starts_b[layer] + match),
-                np.where(found.match_ab[-1] < 0, -1, starts_b[-1] + found.match_ab[-1]),
-            ]
+    def __init__(self, a: Encoder, b: Encoder, matches: Matches, N: int, device: torch.device, count: bool) -> None:
+        self._a, self._b, self._matches, self._device, self._count = a, b, matches, device, count
+        self._layers = places_of(matches.sizes)
+        self._weights = influence_weights(matches.best, matches.last, a.strength, matches.sizes, N)
+        self._both, self._either = (
+            torch.zeros(2, len(matches.best), dtype=torch.int64, device=device) for _ in range(2)
         )
-        self._both, self._either = (torch.zeros(2, len(match), dtype=torch.int64, device=device) for _ in range(2))
 
-    def influence(self, of_a: Sequence[Tensor], of_b: Sequence[Tensor]) -> NDArray[np.float32]:
-        """``[3, n]`` influences of a block of samples, from its features in all layers of A and B."""
+    def influence(self, of_a: Sequence[Tensor], of_b: Tensor) -> NDArray[np.float32]:
+        """``[3, n]`` influences of a block of samples, from its features in each layer of A, and in B ``[F, n]``."""
         result = torch.zeros(len(READINGS), len(of_a[0]), device=self._device)
         for x, place in zip(of_a, self._layers, strict=True):
             one = _Layer(x.float(), self._a, place, self._weights)
-            y = self._matches(x, of_b, 0, place)
-            result[:2] += one.influence(slice(0, 2), self._best[place], self._b, y, self._matched[0, place])
-        y = self._matches(x, of_b, 1, place)
-        result[2:] += one.influence(slice(2, 3), self._last, self._b, y, self._matched[1, place])
+            best, matched = (of[place] for of in (self._matches.best, self._matches.matched))
+            y = self._matches_of(x, of_b, matched, 0, place)
+            result[:2] += one.influence(slice(0, 2), best, self._b, y, matched)
+        last, matched = self._matches.last, self._matches.matched_last
+        y = self._matches_of(x, of_b, matched, 1, place)
+        result[2:] += one.influence(slice(2, 3), last, self._b, y, matched)
         return result.cpu().numpy()
 
-    def _matches(self, x: Tensor, of_b: Sequence[Tensor], row: int, place: slice) -> Tensor:
+    def _matches_of(self, x: Tensor, of_b: Tensor, matched: NDArray[np.int64], row: int, place: slice) -> Tensor:
         """``[n, F]`` the matches of a layer's features ``x [n, F]``, after counting the samples that activate them."""
-        matched = self._matched[row, place]
-        y = _gathered(of_b, matched)
+        y = of_b[torch.from_numpy(matched).clamp(min=0).to(self._device)].float().T.contiguous()
+        if not self._count:
+            return y
         of_x, of_y = (
             values + torch.from_numpy(offset).to(self._device) > 0
             for values, offset in ((x, self._a.offset[place]), (y, self._b.offset[matched]))
@@ -124,7 +151,9 @@ class _Direction:
     def iou(self) -> NDArray[np.float32]:
         """The IoU of all samples so far, see `Matched`; 0 for features without a match."""
         shares = (self._both / self._either.clamp(min=1)).cpu().numpy()
-        return np.where(self._matched < 0, 0, shares)
+        shares[0, self._matches.matched < 0] = 0
+        shares[1, self._layers[-1]][self._matches.matched_last < 0] = 0
+        return shares
 
 
 def influence_weights(
@@ -182,11 +211,11 @@ class _Layer:
         self._device = x.device
         self._c1, self._c2 = (self._on_device(c[:, place]) for c in weights)
         self._deviations = x - self._on_device(a.mean[place])
-        self._z = self._deviations * self._on_device(_inverse(a.deviation[place]))
+        self._z = self._deviations * self._on_device(inverse(a.deviation[place]))
 
     def influence(self, readings: slice, rho: Any, b: Encoder, y: Tensor, matched: NDArray[np.int64]) -> Tensor:
         """``[readings, n]`` influences for the matches ``matched [F]`` in B with values ``y [n, F]``, which change."""
-        scale = np.where(matched < 0, 0, _inverse(b.deviation[matched]))
+        scale = np.where(matched < 0, 0, inverse(b.deviation[matched]))
         z = y.sub_(self._on_device(b.mean[matched])).mul_(self._on_device(scale))
         # Pairs without a correlation do not contribute.
         products = self._z * z - self._on_device(rho / 2) * (self._z**2 + z**2)
@@ -196,24 +225,13 @@ class _Layer:
         return torch.as_tensor(np.asarray(values, np.float32)).to(self._device)
 
 
-def _gathered(of_b: Sequence[Tensor], matched: NDArray[np.int64]) -> Tensor:
-    """``[n, F]`` the features of B that are matched; zeros without a match."""
-    y = torch.zeros(len(of_b[0]), len(matched), device=of_b[0].device)
-    start = 0
-    for layer in of_b:
-        here = np.flatnonzero((matched >= start) & (matched < start + layer.shape[1]))
-        if len(here):
-            y[:, here] = layer[:, matched[here] - start].float()
-        start += layer.shape[1]
-    return y
-
-
-def _inverse(deviation: NDArray[np.float64]) -> NDArray[np.float64]:
+def inverse(deviation: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The inverse of deviations, 0 for those of constant features."""
     return np.divide(1, deviation, out=np.zeros_like(deviation), where=deviation > 0)
 
 
 def _rows(a: Encoder, b: Encoder, memory_bytes: int) -> int:
-    """Number of samples per block: all layers in float16, and float32 copies of one layer, are in memory."""
+    """Number of samples per block: all layers in float16, twice, and float32 copies of one layer, are in memory."""
     sizes = [sizes_of(each.layers) for each in (a, b)]
-    per_sample = sum(2 * int(of.sum()) for of in sizes) + 4 * 6 * max(int(of.max()) for of in sizes)
+    per_sample = sum(4 * int(of.sum()) for of in sizes) + 4 * 6 * max(int(of.max()) for of in sizes)
     return max(1, min(FEATURE_ROWS, memory_bytes // per_sample))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from conceptshare.correlations._engine import max_correlations
 from conceptshare.correlations.blocks import Precision
-from conceptshare.io.sizes import FEATURE_COLUMNS, NULL_FEATURES, REPAIRINGS
+from conceptshare.io.sizes import FEATURE_COLUMNS, FEATURE_REPAIRINGS, NULL_FEATURES, REPAIRINGS
 
 _SEED = 0
 
@@ -60,6 +60,30 @@ def repaired(
     of_feature = best.reshape(len(b) + 1, len(a), REPAIRINGS, NULL_FEATURES).transpose(2, 1, 0, 3)
     error = of_feature.std(axis=(0, 3)) / (REPAIRINGS * NULL_FEATURES) ** 0.5
     return Null(of_feature.mean(axis=3).astype(np.float32), error.astype(np.float32))
+
+
+def repaired_features(
+    a: Any, b: Any, memory_bytes: int | None, precision: Precision, what: str
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The null of each feature of two layers: the mean of its best correlation over `FEATURE_REPAIRINGS` re-pairings.
+
+    Args:
+        a: a layer, ``[N, F_a]``.
+        b: another one.
+        memory_bytes: as in `max_correlations`.
+        precision: as in `max_correlations`.
+        what: name of the step in the progress report.
+
+    Returns:
+        ``[F_a]`` and ``[F_b]``: for a feature of A with any of B, and for one of B with any of A.
+    """
+    rng = np.random.default_rng(_SEED)
+    N, F = a.shape
+    orders = [rng.permutation(N) for _ in range(FEATURE_REPAIRINGS)]
+    found = max_correlations(
+        [_Repaired(a, [order], [np.arange(F)]) for order in orders], [b], memory_bytes, precision, what=what
+    )
+    return found.rho_ab.reshape(len(orders), F).mean(axis=0), found.rho_ba.mean(axis=0)
 
 
 def drawn(S: NDArray[np.float64], count: int, rng: np.random.Generator) -> NDArray[np.int64]:

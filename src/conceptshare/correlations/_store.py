@@ -5,19 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import zarr
 
-from conceptshare.correlations._arrays import sample_count
+from conceptshare.correlations._arrays import View, sample_count
+from conceptshare.correlations._crossfit import cross_fitted
 from conceptshare.correlations._engine import Full, Kept, max_correlations
-from conceptshare.correlations._influence import Encoder, influences
-from conceptshare.correlations._null import repaired
+from conceptshare.correlations._influence import Encoder, influences, matches_of
+from conceptshare.correlations._null import repaired, repaired_features
 from conceptshare.correlations._one_to_one import one_to_one
+from conceptshare.correlations._resample import resampled
 from conceptshare.correlations.blocks import MEMORY_BYTES, Blocks, Precision
 from conceptshare.io.errors import StoreError
 from conceptshare.io.files import FILE, Unchanged, unlocked_output
 from conceptshare.io.layout import layer_name
-from conceptshare.io.readers import CORRELATIONS, FEATURES, MaxCorrelations, PairCorrelations, read_code
+from conceptshare.io.readers import CORRELATIONS, FEATURES, LastLayer, MaxCorrelations, PairCorrelations, read_code
 from conceptshare.io.sizes import FLOOR_FEATURES
 from conceptshare.io.store import layer_array, new_array, new_store, open_store, resuming, save_array
 from conceptshare.sae.features import read_features
@@ -82,6 +83,11 @@ def correlate_stores(
             arrays |= {f"null_{direction}": pair.null, f"null_error_{direction}": pair.null_error}
             arrays[f"influence_{direction}"] = pair.influence
             arrays |= {f"iou_{direction}": pair.iou, f"one_to_one_{direction}": pair.one_to_one}
+            arrays |= {f"cross_fitted_{name}_{direction}": values for name, values in vars(pair.cross_fitted).items()}
+        for direction, last in zip(("ab", "ba"), last_layers(a, b, found, memory_bytes, precision), strict=True):
+            arrays[f"null_features_{direction}"] = last.null
+            arrays[f"resampled_rho_{direction}"] = last.resampled_rho
+            arrays[f"resampled_strength_{direction}"] = last.resampled_strength
         for name, values in arrays.items():
             if name in store:  # from an attempt that was interrupted while writing these
                 del store[name]
@@ -135,7 +141,9 @@ def judged(
         for source, target in ((a, b), (b, a))
     ]
     names = f"influence, {a.name} and {b.name}"
-    of_both = influences(a.encoder(), b.encoder(), found, memory_bytes or MEMORY_BYTES, names)
+    matches = matches_of(found, found.rho_ab), matches_of(found.reverse(), found.rho_ba)
+    of_both = influences(a.encoder(), b.encoder(), *matches, memory_bytes or MEMORY_BYTES, names)
+    crossed = cross_fitted(a.encoder(), b.encoder(), memory_bytes, precision, f"cross-fit, {a.name} and {b.name}")
     of_ab, of_ba = (
         PairCorrelations(
             best=best,
@@ -149,12 +157,46 @@ def judged(
             influence=matched.influence,
             iou=matched.iou,
             one_to_one=partners,
+            cross_fitted=of_halves,
         )
-        for best, source, target, floor, null, matched, partners in zip(
-            (found, found.reverse()), (a, b), (b, a), floors, nulls, of_both, one_to_one(found), strict=True
+        for best, source, target, floor, null, matched, partners, of_halves in zip(
+            (found, found.reverse()), (a, b), (b, a), floors, nulls, of_both, one_to_one(found), crossed, strict=True
         )
     )
     return of_ab, of_ba
+
+
+def last_layers(
+    a: "FeatureStore",
+    b: "FeatureStore",
+    found: MaxCorrelations,
+    memory_bytes: int | None = None,
+    precision: Precision = "float32",
+) -> tuple[LastLayer, LastLayer]:
+    """What Comparative Sharedness needs of the last layers of two stores, from A to B and from B to A.
+
+    Args:
+        a: a feature store.
+        b: another one.
+        found: their best matches; only those between last layers are used.
+        memory_bytes: as in `max_correlations`.
+        precision: as in `max_correlations`.
+    """
+    names = f"{a.name} and {b.name}"
+    last_a, last_b = slice(-a.arrays[-1].shape[1], None), slice(-b.arrays[-1].shape[1], None)
+    null_ab, null_ba = repaired_features(
+        a.arrays[-1], b.arrays[-1], memory_bytes, precision, f"re-paired last layers, {names}"
+    )
+    samples_ab, samples_ba = resampled(
+        a.last(),
+        b.last(),
+        found.match_ab[-1, last_a],
+        found.match_ba[-1, last_b],
+        memory_bytes or MEMORY_BYTES,
+        f"resamples, {names}",
+    )
+    of_ab = LastLayer(found.rho_ab[-1, last_a], null_ab, *samples_ab)
+    return of_ab, LastLayer(found.rho_ba[-1, last_b], null_ba, *samples_ba)
 
 
 def shuffled_floor(
@@ -166,10 +208,9 @@ def shuffled_floor(
     and reading stays sequential.
     """
     N = a[0].shape[0]
-    first = [_View(layer, min(FLOOR_FEATURES, layer.shape[1]), 0) for layer in a]
-    return max_correlations(
-        first, [_View(layer, layer.shape[1], N // 2) for layer in b], memory_bytes, precision, what=what
-    )
+    first = [View(layer, min(FLOOR_FEATURES, layer.shape[1]), 0, N) for layer in a]
+    shuffled = [View(layer, layer.shape[1], N // 2, N) for layer in b]
+    return max_correlations(first, shuffled, memory_bytes, precision, what=what)
 
 
 class FeatureStore:
@@ -202,6 +243,11 @@ class FeatureStore:
         mean = self._strength / self.samples - self._offset
         return Encoder(self.arrays, self._strength, mean, self._deviation, self._offset)
 
+    def last(self) -> Encoder:
+        """The same of the last layer alone."""
+        layers, *statistics = vars(self.encoder()).values()
+        return Encoder(layers[-1:], *(values[-layers[-1].shape[1] :] for values in statistics))
+
     def position(self, layer: int) -> int:
         """The position of a layer among the store's layers, from 0.
 
@@ -211,28 +257,6 @@ class FeatureStore:
         if layer not in self.layers:
             raise StoreError(f"{self.path}: no layer {layer}; it has {', '.join(map(str, self.layers))}")
         return self.layers.index(layer)
-
-
-class _View:
-    """The first features of a layer ``[N, F]`` float16, with its samples rotated by ``shift``."""
-
-    value_bytes = 2
-
-    def __init__(self, layer: Any, width: int, shift: int) -> None:
-        self._layer, self._shift, self.shape = layer, shift, (layer.shape[0], width)
-
-    def __getitem__(self, place: tuple[slice, slice]) -> Any:
-        rows, columns = place
-        N = self.shape[0]
-        start, stop, _ = rows.indices(N)
-        start, stop = start + self._shift, stop + self._shift
-        columns = slice(*columns.indices(self.shape[1]))
-        if start >= N:
-            return self._layer[start - N : stop - N, columns]
-        if stop <= N:
-            return self._layer[start:stop, columns]
-        parts = [self._layer[start:N, columns], self._layer[0 : stop - N, columns]]
-        return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else np.concatenate(parts)
 
 
 class _Progress:

@@ -38,7 +38,7 @@ _MISSING = re.compile(r"Glyph (\d+) .*missing from font", re.DOTALL)
 # In inches.
 _CELL, _GAP, _BETWEEN = 0.66, 0.05, 0.28
 """Side of a cell, room between two of them, and room between two grids."""
-_ABOVE, _UNDER = 0.5, 0.1
+_ABOVE, _UNDER = 0.63, 0.1
 """Room above a grid, for its feature's name and numbers, and below it."""
 _MARGIN = 0.06
 _LETTERS, _LINE = 5, 0.086
@@ -62,7 +62,8 @@ def draw_sharedness(
     """The top features of a ranking: a square grid each of the samples that activate it most, strongest first.
 
     For image encoders, images are shown, with captions cut to fit if there are few. For text encoders, captions are
-    shown. Above are the groups, and for each feature its name, or in grey the best candidate if no name is clear.
+    shown. Above are the groups, and for each feature its name, or in grey the best candidate if no name is clear, and
+    its calibrated rank with both top shares.
 
     Args:
         table: the ranking.
@@ -122,6 +123,9 @@ def draw_sharedness(
             ax.text(x, y + 0.4, numbers, va="baseline", fontsize=6.5)
             share = f"active on {row.density:.1%}"
             ax.text(x + grid[0], y + 0.4, share, ha="right", va="baseline", fontsize=6.5)
+            shares = f"top share {row.top_share:.0%}, calibrated {row.calibrated_top_share:.0%}"
+            line = _wrapped(f"calibrated #{row.calibrated_rank}; {shares}", grid[0], 1, 6.5)
+            ax.text(x, y + 0.53, line, va="baseline", fontsize=6.5)
             if not len(of_feature):
                 ax.text(x, y + _ABOVE, "active on no sample", va="top", fontsize=6.5)
             for k, sample in enumerate(of_feature):

@@ -149,6 +149,18 @@ class MaxCorrelations:
 
 
 @dataclass(frozen=True)
+class CrossFitted:
+    """wMPPC corrected for the choice of the best of many matches, in one direction; NaN for too few samples."""
+
+    layers: NDArray[np.float64]
+    """``[L_A, L_B + 1]`` from each layer of A to each of B, and last to all layers of B."""
+    readings: NDArray[np.float64]
+    """``[3]`` for each of `metrics.READINGS`."""
+    influence: NDArray[np.float32]
+    """``[3, N]`` each sample's influence on these."""
+
+
+@dataclass(frozen=True)
 class PairCorrelations:
     """Best matches of a pair of members from a correlation store, with their floor and influence."""
 
@@ -173,6 +185,30 @@ class PairCorrelations:
     one_to_one: NDArray[np.float32]
     """``[2, F_A]`` correlation of each feature of A with its partner in a one-to-one matching: over all layers, and
     between the last layers; 0 without a partner."""
+    cross_fitted: CrossFitted
+
+
+@dataclass(frozen=True)
+class LastLayer:
+    """The features of A's last layer and their best matches in B's last layer, for Comparative Sharedness."""
+
+    rho: NDArray[np.float32]
+    """``[F]`` correlation with the best match."""
+    null: NDArray[np.float32]
+    """``[F]`` the mean of such a correlation with the samples re-paired at random."""
+    resampled_rho: NDArray[np.float16]
+    """``[R, F]`` correlation with the same match in each of R bootstrap resamples of the samples."""
+    resampled_strength: NDArray[np.float16]
+    """``[R, F]`` S in each resample, divided by S; 0 if that is 0."""
+
+
+def read_last_layer(path: Path, source: str) -> LastLayer:
+    """Read a pair's last layers, oriented so that ``source`` is A; raises as `read_correlations`."""
+    store, direction = _open_pair(path, source)
+    names = ("null_features", "resampled_rho", "resampled_strength")
+    null, *resampled = (StoredArray(store, f"{name}_{direction}", path)[:] for name in names)
+    rho = StoredArray(store, f"rho_{direction}", path)[-1, -len(null) :]
+    return LastLayer(rho, null, *resampled)
 
 
 def read_correlations(path: Path, source: str) -> PairCorrelations:
@@ -181,20 +217,16 @@ def read_correlations(path: Path, source: str) -> PairCorrelations:
     Raises:
         StoreError: if the store is missing, incomplete or damaged, or ``source`` is not in the pair.
     """
-    store: Any = open_store(path, CORRELATIONS)
+    store, direction = _open_pair(path, source)
     spec: Any = store.attrs["spec"]
-    if source not in (spec["a"], spec["b"]):
-        raise StoreError(f"{path}: a pair of {spec['a']} and {spec['b']}, without {source}; name one of them")
 
     def read(name: str) -> NDArray[Any]:
         return StoredArray(store, name, path)[:]
 
     best = MaxCorrelations(**{name: read(name) for name in MaxCorrelations.__dataclass_fields__})
-    direction, one, other = "ab", "a", "b"
-    if source != spec["a"]:
-        best, direction, one, other = best.reverse(), "ba", "b", "a"
+    one, other = direction[0], direction[1]
     return PairCorrelations(
-        best=best,
+        best=best if direction == "ab" else best.reverse(),
         layers_a=spec[f"layers_{one}"],
         layers_b=spec[f"layers_{other}"],
         samples=spec["samples"],
@@ -205,4 +237,16 @@ def read_correlations(path: Path, source: str) -> PairCorrelations:
         influence=read(f"influence_{direction}"),
         iou=read(f"iou_{direction}"),
         one_to_one=read(f"one_to_one_{direction}"),
+        cross_fitted=CrossFitted(
+            **{name: read(f"cross_fitted_{name}_{direction}") for name in CrossFitted.__dataclass_fields__}
+        ),
     )
+
+
+def _open_pair(path: Path, source: str) -> tuple[Any, str]:
+    """A correlation store, and its direction from a member: ``ab`` or ``ba``."""
+    store: Any = open_store(path, CORRELATIONS)
+    spec: Any = store.attrs["spec"]
+    if source not in (spec["a"], spec["b"]):
+        raise StoreError(f"{path}: a pair of {spec['a']} and {spec['b']}, without {source}; name one of them")
+    return store, "ab" if source == spec["a"] else "ba"

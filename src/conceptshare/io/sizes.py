@@ -29,6 +29,11 @@ REPAIRINGS = 20
 NULL_FEATURES = 64
 """Number of features per layer and re-pairing that the null is estimated from."""
 
+FEATURE_REPAIRINGS = 10
+"""Number of random orders of the samples for the null of each feature of a last layer."""
+RESAMPLES = 200
+"""Number of bootstrap resamples in which the features of a last layer are ranked by Comparative Sharedness."""
+
 CKA_SAMPLES = 10_000
 """Maximum number of samples for linear CKA. Their float32 activations in all layers of one encoder are in memory."""
 NEIGHBOUR_SAMPLES = 4096

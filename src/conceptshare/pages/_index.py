@@ -115,15 +115,22 @@ def _heatmap(table: pd.DataFrame, a: str, b: str) -> dict[str, Any]:
 
 
 def _ranking(table: pd.DataFrame) -> dict[str, Any]:
+    calibrated = _ranked(
+        table.sort_values("calibrated_rank"), "calibrated_delta", "excess_g", "excess_h", "calibrated_top_share"
+    )
     return {
         "layer": int(table.layer.iloc[0]),
-        "features": table.feature.tolist(),
-        "delta": numbers(table.delta),
-        "rho_g": numbers(table.rho_g),
-        "rho_h": numbers(table.rho_h),
         "top": int(table.top.sum()),
         "unexplained": table.unexplained.iloc[0],
+        **_ranked(table, "delta", "rho_g", "rho_h", "top_share"),
+        "calibrated": calibrated,
     }
+
+
+def _ranked(table: pd.DataFrame, delta: str, g: str, h: str, share: str) -> dict[str, Any]:
+    """Columns of a ranking, in its order."""
+    columns = {"delta": delta, "rho_g": g, "rho_h": h, "share": share}
+    return {"features": table.feature.tolist(), **{name: numbers(table[column]) for name, column in columns.items()}}
 
 
 def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from conceptshare.io.sizes import (
     CHUNK_BYTES,
     CKA_SAMPLES,
     EVALUATED_SAMPLES,
+    FEATURE_REPAIRINGS,
     FEATURE_ROWS,
     FLOOR_FEATURES,
     HISTOGRAM_BINS,
@@ -31,6 +32,7 @@ from conceptshare.io.sizes import (
     NULL_FEATURES,
     QUANTILES,
     REPAIRINGS,
+    RESAMPLES,
     SHARD_BYTES,
     SHOWN_SAMPLES,
     SLAB_BYTES,
@@ -304,7 +306,7 @@ def features_cost(spec: EncoderSpec, settings: SAESettings, N: int, stored: Stor
     )
 
 
-def computed_features(spec: EncoderSpec, settings: SAESettings, N: int, times: int = 1) -> Cost:
+def computed_features(spec: EncoderSpec, settings: SAESettings, N: int, times: float = 1) -> Cost:
     """Features of all layers, computed ``times`` times from global tokens; memory is that of SAEs and tokens."""
     D, F, kept = spec.width, settings.expansion * spec.width, len(spec.layer_numbers())
     sae, tokens = 4 * (2 * D * F + D + F), global_bytes(spec, N)
@@ -316,7 +318,7 @@ def computed_features(spec: EncoderSpec, settings: SAESettings, N: int, times: i
     )
 
 
-def feature_access_cost(spec: EncoderSpec, settings: SAESettings, N: int, times: int, stored: Stored) -> Cost:
+def feature_access_cost(spec: EncoderSpec, settings: SAESettings, N: int, times: float, stored: Stored) -> Cost:
     """Features of all layers, ``times`` times: read if they are stored, else computed."""
     if stored == "none":
         return computed_features(spec, settings, N, times)
@@ -374,8 +376,10 @@ def correlations_cost(
 ) -> Cost:
     """Best matches of two members: 2 N F_a F_b over all pairs of layers, once for both directions.
 
-    Twice more for the first features of each layer with shuffled samples, twice for the drawn features of the nulls,
-    and a pass for the influences. Features are read or computed for each, and more often if they do not fit the budget.
+    As much again for matches chosen on halves of the samples, twice more for the first features of each layer with
+    shuffled samples, twice for the drawn features of the nulls, once for the re-paired last layers. Features are read
+    or computed for each, and more often if they do not fit the budget; then four times for influences and correlations
+    within halves, and those of last layers for resamples.
     """
     correlations = correlations or CorrelationSettings()
     budget = (correlations.memory_mb or 0) * 2**20 or GPU_MEMORY_BYTES
@@ -383,25 +387,36 @@ def correlations_cost(
     sizes = [[settings.expansion * spec.width] * len(spec.layer_numbers()) for spec in (a, b)]
     first = [[min(F, FLOOR_FEATURES) for F in side] for side in sizes]
     repaired = [[REPAIRINGS * NULL_FEATURES] * len(side) for side in sizes]
-    times, product, memory = [1, 1], 0, 0
-    for one, other, order in (
-        (sizes[0], sizes[1], (0, 1)),
-        *((sample[0], sizes[1], (0, 1)) for sample in (first, repaired)),
-        *((sample[1], sizes[0], (1, 0)) for sample in (first, repaired)),
+    # The last layers are read for the resamples, and A's last layer for each of its re-pairings, unless it is computed.
+    readings = FEATURE_REPAIRINGS if stored == "dense" else 1, 1
+    last = [(1 + each) / len(side) for side, each in zip(sizes, readings, strict=True)]
+    times, product, memory = [4 + share for share in last], 0, 0
+    for samples, one, other, order in (
+        (N, sizes[0], sizes[1], (0, 1)),
+        *((half, sizes[0], sizes[1], (0, 1)) for half in (N // 2, N - N // 2)),
+        *((N, sample[0], sizes[1], (0, 1)) for sample in (first, repaired)),
+        *((N, sample[1], sizes[0], (1, 0)) for sample in (first, repaired)),
     ):
-        blocks = plan_blocks(N, one, other, 2, budget, value, gpu=True)
+        blocks = plan_blocks(samples, one, other, 2, budget, value, gpu=True)
         for side, count in zip(order, (blocks.times_a, blocks.times_b), strict=True):
-            times[side] += count
-        product += 2 * N * sum(one) * sum(other)
+            times[side] += count * samples / N
+        product += 2 * samples * sum(one) * sum(other)
         memory = max(memory, blocks.bytes)
+    widths = [side[-1] for side in sizes]
+    product += 2 * N * FEATURE_REPAIRINGS * widths[0] * widths[1]
     features = [
         feature_access_cost(spec, settings, N, count, stored) for spec, count in zip((a, b), times, strict=True)
     ]
     rhos = [len(sizes[1]) * sum(sizes[0]), len(sizes[0]) * sum(sizes[1])]
     floors = [len(sizes[1]) * sum(first[0]), len(sizes[0]) * sum(first[1])]
-    nulls = (REPAIRINGS + 1) * sum(len(one) * (len(other) + 1) for one, other in (sizes, sizes[::-1]))
+    cells = sum(len(one) * (len(other) + 1) for one, other in (sizes, sizes[::-1]))
     return Cost(
-        written=8 * sum(rhos) + 4 * (sum(floors) + nulls) + 16 * (sum(sizes[0]) + sum(sizes[1])) + 2 * 3 * 4 * N,
+        written=8 * sum(rhos)
+        + 4 * (sum(floors) + (REPAIRINGS + 1) * cells)
+        + 8 * cells
+        + 16 * (sum(sizes[0]) + sum(sizes[1]))
+        + 2 * 2 * 3 * 4 * N
+        + (4 + 2 * 2 * RESAMPLES) * sum(widths),
         read=sum(each.read for each in features),
         flops=sum(each.flops for each in features) + (product if value == 4 else 0),
         half_flops=product if value == 2 else 0,

@@ -1,6 +1,8 @@
-// A ranking by Comparative Sharedness.
+// A ranking by Comparative Sharedness, as published or calibrated.
 
-function scatter(ranking, at, called) {
+const RANKINGS = { published: "ρ, as published", calibrated: "excess of ρ over chance" };
+
+function scatter(ranking, at, called, symbol) {
   const side = 320;
   const x = (value) => Math.min(Math.max(value, 0), 1) * side;
   const points = ranking.features.map((_, row) => [ranking.rho_h[row], ranking.rho_g[row]]);
@@ -17,8 +19,8 @@ function scatter(ranking, at, called) {
     svg("text", { x: -8, y: side - x(value) + 4, "text-anchor": "end" }, String(value)),
   ]);
   const label =
-    `Scatter plot of ${plural(points.length, "feature")}: ρ G, the match in the group that should share it (upwards), ` +
-    "against ρ H, the match in the other group (to the right). The table below has every number.";
+    `Scatter plot of ${plural(points.length, "feature")}: ${symbol} G, the match in the group that should share it ` +
+    `(upwards), against ${symbol} H, the match in the other group (to the right). The table below has every number.`;
   const drawing = svg(
     "svg",
     {
@@ -31,12 +33,12 @@ function scatter(ranking, at, called) {
     svg(
       "text",
       { x: side / 2, y: side + 34, "text-anchor": "middle" },
-      "ρ H: largest in the group that should not share it",
+      `${symbol} H: largest in the group that should not share it`,
     ),
     svg(
       "text",
       { transform: `translate(-32 ${side / 2}) rotate(-90)`, "text-anchor": "middle" },
-      "ρ G: smallest in the group that should share it",
+      `${symbol} G: smallest in the group that should share it`,
     ),
     svg("path", { class: "dots", d: dots(ranking.top) }),
     svg("path", { class: "dots best", d: dots(0, ranking.top) }),
@@ -65,7 +67,7 @@ function scatter(ranking, at, called) {
   });
   const count = (has) => whole(points.filter(([h, g]) => h !== null && g !== null && has(h, g)).length);
   const counts =
-    `${count((h, g) => g > h)} above the diagonal (ρ G > ρ H), ${count((h, g) => g < h)} below, ` +
+    `${count((h, g) => g > h)} above the diagonal (${symbol} G > ${symbol} H), ${count((h, g) => g < h)} below, ` +
     `${count((h, g) => h === 0 && g === 0)} with both 0 (no match). Large dots: the top 1% by Δ.`;
   return h("figure.scatter", drawing, h("figcaption.quiet", counts), said);
 }
@@ -137,11 +139,47 @@ async function rankingView(parts) {
   const ranking = found(rankingNamed(name, { dataset, sae }), `There is no ranking “${plain(name)}”.`);
   const at = { dataset, sae, member: ranking.source, layer: ranking.layer };
   const table = await loadTable(at);
+  const choice = control("Value", "value", {}, Object.entries(RANKINGS));
+  const body = h("div");
+  let value = null;
+  let content = null;
+  const [shared, others] = [ranking.shared_with, ranking.not_shared_with].map((members) => members.join(", "));
+  return {
+    title: `Ranking ${name}`,
+    at,
+    crumbs: [crumb(at), [`Ranking ${name}`, rankingLink(ranking)]],
+    nodes: [
+      h(
+        "p.lead",
+        `Features of ${at.member}, layer ${at.layer}, by how much more they are shared with ${shared} than with ${others}.`,
+      ),
+      choice.node,
+      body,
+    ],
+    update: (query) => {
+      choice.sync(query);
+      const chosen = query.get("value") === "calibrated" ? "calibrated" : "published";
+      if (value !== chosen) {
+        value = chosen;
+        content = rankingContent(ranking, value, at, table);
+        body.replaceChildren(...content.nodes.flat().filter(Boolean));
+      }
+      content.update(query);
+    },
+  };
+}
+
+/** What a ranking's page shows of the published or the calibrated ranking. */
+function rankingContent(published, value, at, table) {
+  const calibrated = value === "calibrated";
+  const ranking = calibrated ? { ...published, ...published.calibrated } : published;
+  const symbol = calibrated ? "e" : "ρ";
+  const measure = calibrated ? "excess over chance" : "best correlation";
   const feature = (row) => ranking.features[row];
   const here = (row) => ({ ...at, feature: feature(row) });
   const called = (row) => calledIn(table, feature(row));
   const list = listing({
-    caption: `Features of ${at.member}, layer ${at.layer}, ranked by ${name}`,
+    caption: `Features of ${at.member}, layer ${at.layer}, ranked by ${ranking.name}`,
     columns: [
       {
         id: "rank",
@@ -153,9 +191,10 @@ async function rankingView(parts) {
       numberColumn("feature", "Feature", feature),
       nameColumn("Name", "name", here, called),
       imagesColumn("images", here),
-      plainColumn("delta", "Δ", "Comparative Sharedness: S (ρ G² − ρ H²)", ranking.delta, size),
-      plainColumn("rho_g", "ρ G", "Smallest best correlation in the group that should share it", ranking.rho_g, rho),
-      plainColumn("rho_h", "ρ H", "Largest best correlation in the group that should not share it", ranking.rho_h, rho),
+      plainColumn("delta", "Δ", `Comparative Sharedness: S (${symbol} G² − ${symbol} H²)`, ranking.delta, size),
+      plainColumn("rho_g", `${symbol} G`, `Smallest ${measure} in the group that should share it`, ranking.rho_g, rho),
+      plainColumn("rho_h", `${symbol} H`, `Largest ${measure} in the group that should not share it`, ranking.rho_h, rho),
+      plainColumn("share", "Top share", "Share of resamples in which it is in the top 1%", ranking.share, percent),
     ],
     count: ranking.features.length,
     sorted: "+rank",
@@ -172,25 +211,22 @@ async function rankingView(parts) {
   const top = ranking.features.slice(0, ranking.top);
   const groups = typology(top.map((number) => table.name[number]));
   const most = Math.max(...groups.map(([, rows]) => rows.length));
-  const [shared, others] = [ranking.shared_with, ranking.not_shared_with].map((members) => members.join(", "));
   return {
-    title: `Ranking ${name}`,
-    at,
-    crumbs: [crumb(at), [`Ranking ${name}`, rankingLink(ranking)]],
     nodes: [
       h(
-        "p.lead",
-        `Features of ${at.member}, layer ${at.layer}, by how much more they are shared with ${shared} than with ${others}.`,
-      ),
-      h(
         "p.note",
-        "Δ = S (ρ G² − ρ H²). Matches are between last layers: ρ G is the smallest best correlation in the first " +
-          "group, ρ H the largest in the second. Other layers may match better.",
+        `Δ = S (${symbol} G² − ${symbol} H²). Matches are between last layers: ${symbol} G is the smallest ${measure} in ` +
+          `the first group, ${symbol} H the largest in the second. Other layers may match better. ` +
+          (calibrated
+            ? "e = (ρ − null) / (1 − null), at least 0, where the null is a feature’s best correlation with samples " +
+              "re-paired at random: a wider encoder matches better by chance. "
+            : "") +
+          "The top share is the share of bootstrap resamples in which a feature is in the top 1%.",
         ranking.unexplained && ` Of ${ranking.unexplained}, the last layer has an SAE that explains little of what is compared.`,
       ),
       h(
         "div.split",
-        section("Match in both groups", scatter(ranking, at, called)),
+        section("Match in both groups", scatter(ranking, at, called, symbol)),
         section(
           "Top 1% by topic",
           h("p.quiet", `${plural(ranking.top, "feature")}, grouped by the most frequent word in the names.`),
@@ -211,7 +247,7 @@ async function rankingView(parts) {
           ),
         ),
       ),
-      overlaps(ranking),
+      calibrated ? null : overlaps(ranking),
       section("Ranking", list.nodes),
     ],
     update: list.update,
