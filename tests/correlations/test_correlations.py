@@ -728,7 +728,7 @@ def test_partners_have_the_largest_sum_of_correlations_among_best_matches(rng):
     for row, (first_a, first_b) in enumerate(((0, 0), (30, 40))):
         rows, columns = linear_sum_assignment(candidates[first_a:, first_b:], maximize=True)
         expected = candidates[first_a + rows, first_b + columns].clip(0)
-        assert of_a[row].sum() == pytest.approx(expected.sum(), abs=1e-4)
+        assert expected.sum() - 1e-4 * len(expected) - 1e-5 <= of_a[row].sum() <= expected.sum() + 1e-4
         np.testing.assert_array_equal(np.sort(of_a[row][of_a[row] > 0]), np.sort(of_b[row][of_b[row] > 0]))
         assert not of_a[row, :first_a].any()
         assert not of_b[row, :first_b].any()
