@@ -201,18 +201,18 @@ def reported(made: dict[str, Planted], stores: Stores, what: dict[str, str]) -> 
             right, counted = (own != "") & (own == match), rows.beyond_shuffled.to_numpy()
             to_match = np.isin(own, made[source].names[shared])
             score = {**what, "pair": f"{source} to {other}", "planted": S[shared].sum() / S.sum()}
-            score |= cells.loc[f"{source}@0", ["wmppc", "excess"]].to_dict()
+            score |= cells.loc[f"{source}@0", ["wmppc", "excess", "cross_fitted"]].to_dict()
             score |= {"matched": right[to_match].mean(), "counted": counted[to_match].mean()}
             score["precision"] = right[counted & (own != "")].mean()
             if (source, other) == ("a", "b"):
-                score["ranked"] = ranking_precision(ranked, latents["a"])
+                score |= {rank: ranking_precision(ranked, rank, latents["a"]) for rank in ("rank", "calibrated_rank")}
             scores.append(score)
     return pd.DataFrame(saes), pd.DataFrame(scores)
 
 
-def ranking_precision(ranked: pd.DataFrame, latents: NDArray[Any]) -> float:
+def ranking_precision(ranking: pd.DataFrame, rank: str, latents: NDArray[Any]) -> float:
     """Of as many first features of a ranking as found what A and B, but not C, share, the share that did."""
-    good = np.char.startswith(latents.astype(str), "ab ")[ranked.feature]
+    good = np.char.startswith(latents.astype(str), "ab ")[ranking.sort_values(rank).feature]
     return float(good[: good.sum()].mean())
 
 

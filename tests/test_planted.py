@@ -45,7 +45,7 @@ def test_oracles_find_the_planted_share_whatever_the_width_of_the_target(tmp_pat
     assert by_pair.excess["a to b"] == pytest.approx(by_pair.excess["a to b-wide"], abs=0.01)
     assert (scores[["matched", "counted"]] == 1).all(axis=None)
     assert scores.precision.min() > 0.9
-    assert by_pair.ranked["a to b"] == 1
+    assert (by_pair.loc["a to b", ["rank", "calibrated_rank"]] == 1).all()
 
 
 def test_a_latent_has_found_the_feature_that_it_correlates_with():
