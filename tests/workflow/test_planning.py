@@ -175,16 +175,17 @@ def test_an_added_seed_keeps_activations_and_other_seeds(study):
     assert study.plan() == {
         "sae": LAYERS,
         "features": 1,
-        "correlations": 1,
-        "metrics_pair": 1,
+        "correlations": 2,  # with the first seed, and with the source of the rankings
+        "metrics_pair": 2,
         "names": 1,
         "examples": 1,
-        "pages_member": 2,
+        "pages_member": 3,
         "pages_pair": 2,
         "pages_index": 1,
         # The other seed is now its ceiling.
         **{job: n for job, n in MATRIX.items() if job != "metrics_retrieval"},
         **LAYERWISE,
+        **SHAREDNESS,  # resampled over both seeds
         **SAE_REPORT,
         **CHANGED_STUDY,
     }
