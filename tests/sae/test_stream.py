@@ -267,10 +267,37 @@ def test_refuses_precisions_that_would_affect_the_encoder(encoder_of, data_folde
     assert not (tmp_path / "out").exists()
 
 
-def test_refuses_to_train_on_global_tokens_which_are_stored_anyway(encoder_of, data_folder, tmp_path):
-    with pytest.raises(StudyError, match="train_on: global needs no stream, as global tokens are stored; run"):
-        streamed(encoder_of(models.bert), Data(data_folder), SAESettings(train_on="global"), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_saes_of_global_tokens_take_one_pass_and_equal_those_of_stored_ones(encoder_of, data_folder, tmp_path):
+    encoder, settings = encoder_of(models.bert), SAESettings(preset="global", **SETTINGS | {"k": 2, "epochs": 2})
+    streamed(encoder, Data(data_folder), settings, tmp_path / "one")
+    extract_activations(encoder, Data(data_folder), tmp_path / "two" / "tiny.zarr")
+    for layer, seed in itertools.product(encoder.spec.layer_numbers(), SEEDS):
+        out = tmp_path / "two" / "tiny" / layer_name(layer) / f"seed-{seed}"
+        train_sae(tmp_path / "two" / "tiny.zarr", layer, settings, seed, out)
+    assert_the_same(tmp_path / "one", tmp_path / "two")
+
+
+def test_an_interrupted_training_on_global_tokens_keeps_its_finished_saes(
+    encoder_of, data_folder, tmp_path, monkeypatch
+):
+    encoder, settings = encoder_of(models.bert), SAESettings(preset="global", **SETTINGS | {"epochs": 2})
+    made = []
+
+    def interrupted(*arguments):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(arguments[-1])
+        train_sae(*arguments)
+
+    monkeypatch.setattr("conceptshare.sae._stream.train_sae", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        streamed(encoder, Data(data_folder), settings, tmp_path / "one")
+    monkeypatch.setattr("conceptshare.sae._stream.train_sae", lambda *of: made.append(of[-1]) or train_sae(*of))
+    streamed(encoder, Data(data_folder), settings, tmp_path / "one")
+    monkeypatch.undo()
+    assert len(made) == len(set(made)) == len(SEEDS) * len(encoder.spec.layer_numbers())
+    streamed(encoder, Data(data_folder), settings, tmp_path / "two")
+    assert_the_same(tmp_path / "one", tmp_path / "two")
 
 
 def test_does_not_resume_checkpoints_of_other_settings(encoder_of, data_folder, tmp_path, capsys):

@@ -224,7 +224,7 @@ def setting_of(wildcards):
 def encoder_saes(wildcards, **others):
     """The folder of an encoder's SAEs, trained from stored tokens or in a stream."""
     sae = setting_of(wildcards)
-    return filled(layout.STREAMED_SAES if STUDY.streams(sae) else layout.SAES, wildcards, sae=sae, **others)
+    return filled(layout.STREAMED_SAES if STUDY.stream else layout.SAES, wildcards, sae=sae, **others)
 
 
 def saes_folder(wildcards):
@@ -235,7 +235,7 @@ def saes_folder(wildcards):
 def saes_of(wildcards):
     """The SAEs of a member: the files of all its layers, or the folder that a stream writes."""
     folder = encoder_saes(wildcards)
-    if STUDY.streams(setting_of(wildcards)):
+    if STUDY.stream:
         return [folder]
     layers = STUDY.encoders[wildcards.encoder].layer_numbers()
     return [f"{folder}/{layout.sae_place(layer, wildcards.seed)}/sae_weights.safetensors" for layer in layers]
@@ -251,7 +251,7 @@ def stored_features(wildcards):
 def activations_of(wildcards, encoder="encoder"):
     """The store with the global tokens of the encoder that a wildcard names."""
     sae = setting_of(wildcards)
-    pattern = layout.STREAMED_ACTIVATIONS if STUDY.streams(sae) else layout.ACTIVATIONS
+    pattern = layout.STREAMED_ACTIVATIONS if STUDY.stream else layout.ACTIVATIONS
     return filled(pattern, wildcards, sae=sae, encoder=wildcards[encoder])
 
 

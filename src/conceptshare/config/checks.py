@@ -164,7 +164,7 @@ def _check_encoders(study: "Study") -> None:
                 f"encoders.{encoder}: a file of that name tells how the weights of another came about; choose another "
                 f"name"
             )
-        if spec.parts > 1 and any(map(study.streams, study.saes)):
+        if spec.parts > 1 and study.stream:
             raise ValueError(
                 f"encoders.{study.name_in_config(encoder)}.parts: a stream is one job, as its SAEs learn from all "
                 f"samples in turn; leave parts out, or set stream: false"
@@ -173,7 +173,7 @@ def _check_encoders(study: "Study") -> None:
 
 def _check_saes(study: "Study") -> None:
     for name, settings in study.saes.items():
-        if settings.precision == "tf32" and study.streams(name):
+        if settings.precision == "tf32" and study.stream:
             raise ValueError(
                 f"saes.{name}.precision: tf32 would also round the products of the encoder that a stream runs; take "
                 f"bfloat16, or set stream: false"

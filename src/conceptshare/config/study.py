@@ -69,8 +69,8 @@ class Study(Spec):
     """SAE settings by name. Every analysis is done for each."""
     stream: bool = False
     """Train all SAEs of an encoder during its forward pass and store no tokens. The SAEs are the same, but each epoch
-    needs another forward pass, and adding a seed retrains all SAEs of the encoder. SAEs with ``train_on: global`` are
-    trained on stored global tokens in any case."""
+    needs another forward pass, and adding a seed retrains all SAEs of the encoder. SAEs with ``train_on: global`` need
+    one pass in any case: one job makes it and trains them all."""
     keep_tokens: bool = True
     """Keep an encoder's tokens on disk after its SAEs are trained. Without them, adding a seed or an SAE setting
     extracts the tokens again and retrains all SAEs of the encoder; adding encoders, analyses or data sets costs the
@@ -276,10 +276,6 @@ class Study(Spec):
     def coded(self, code: Code | None = None) -> dict[str, str]:
         """The SAE settings by their names in paths of features, see `layout.coded`: of all codes, or of one."""
         return {coded(sae, each): sae for each in self.features if code in {None, each} for sae in self.saes}
-
-    def streams(self, sae: str) -> bool:
-        """Whether the SAEs of a setting are trained in a stream; those of global tokens are trained on stored ones."""
-        return self.stream and self.saes[sae].train_on == "all"
 
     def stores_tokens(self) -> bool:
         """Whether some SAEs are trained on stored tokens of all positions."""

@@ -68,18 +68,18 @@ def differences(study: Study, results: Path) -> Iterator[Difference]:
 
 
 def _activations(study: Study, sae: str) -> str:
-    return layout.STREAMED_ACTIVATIONS if study.streams(sae) else layout.ACTIVATIONS
+    return layout.STREAMED_ACTIVATIONS if study.stream else layout.ACTIVATIONS
 
 
 def _of_saes(study: Study, sae: str, at: Callable[..., Path]) -> Iterator[Difference]:
     settings, key = study.saes[sae], study.sae_key(sae)
     for encoder, spec in study.encoders.items():
-        place = at(layout.STREAMED_SAES if study.streams(sae) else layout.SAES, encoder=encoder)
+        place = at(layout.STREAMED_SAES if study.stream else layout.SAES, encoder=encoder)
         for layer in spec.layer_numbers():
             for seed in spec.seeds:
                 one = place / sae_place(layer, seed)
                 found = read_object(one / "metrics.json").get("settings")
-                file = place if study.streams(sae) else one / "cfg.json"
+                file = place if study.stream else one / "cfg.json"
                 yield from _compared(place, file, key, type(settings), found, settings.model_dump(mode="json"))
 
 

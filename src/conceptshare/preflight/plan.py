@@ -152,18 +152,18 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
         copies = 1 if study.datasets[name].image_url is None else 2  # downloaded files are kept
         parts["dataset"].append(Cost(written=copies * data_bytes, read=data_bytes, memory=_PROCESS_BYTES))
         parts["pages_samples"].append(Cost(written=N * _THUMBNAIL_BYTES, read=data_bytes, memory=_PROCESS_BYTES))
-        if not all(map(study.streams, study.saes)):
+        if not study.stream:
             for spec in needed.values():
                 rule = "activations" if spec.parts == 1 else "activations_part"
                 parts[rule].append(activations_cost(spec, N, data_bytes, study.stores_tokens()))
-        for sae, settings in study.saes.items():
-            if study.streams(sae):
+        for settings in study.saes.values():
+            if study.stream:
                 parts["stream"] += [
                     stream_cost(spec, settings, N, len(spec.seeds), data_bytes) for spec in needed.values()
                 ]
             for member in members:
                 spec = needed[member.encoder]
-                if not study.streams(sae):
+                if not study.stream:
                     parts["sae"] += [sae_cost(spec, settings, N)] * len(spec.layer_numbers())
                 parts["pages_member"].append(member_pages_cost(spec, settings, len(comparisons[member])))
             for code in study.features:
@@ -251,18 +251,23 @@ def training_flops(spec: EncoderSpec, settings: SAESettings, N: int) -> float:
 
 
 def stream_cost(spec: EncoderSpec, settings: SAESettings, N: int, seeds: int, data_bytes: float = 0) -> Cost:
-    """A forward pass per epoch, and one over the samples for metrics, with training of all SAEs of an encoder."""
+    """A forward pass per epoch, and one over the samples for metrics, with training of all SAEs of an encoder.
+
+    SAEs of global tokens need one pass, and are trained one after the other.
+    """
     kept, F = len(spec.layer_numbers()), settings.expansion * spec.width
     last = settings.held_out_samples(N) or measured(N, settings)
     passes = (settings.epochs * (N - settings.held_out_samples(N)) + last) / N
-    saes = kept * seeds
+    saes = at_once = kept * seeds
+    if settings.train_on == "global":
+        passes, at_once = 1, 1
     return Cost(
         written=kept * global_bytes(spec, N) + saes * 4 * (sae_parameters(spec, settings) + F),
         read=passes * data_bytes if spec.modality == "image" else 0,
         flops=passes * N * forward_flops(spec) + saes * training_flops(spec, settings, N),
         memory=_PROCESS_BYTES
         + _forward_bytes(spec)
-        + saes * _optimised_bytes(spec, settings)
+        + at_once * _optimised_bytes(spec, settings)
         + _latents_bytes(spec, settings),
     )
 

@@ -1,8 +1,10 @@
 """Training on tokens that are never stored: SAEs are trained on an encoder's activations as they are computed."""
 
+import json
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from conceptshare.activations.extraction import KIND, GlobalTokens, describe, forward_pass
+from conceptshare.activations.extraction import KIND, GlobalTokens, describe, extract_activations, forward_pass
 from conceptshare.config.settings import SAESettings
 from conceptshare.data.dataset import Data
 from conceptshare.device import devices, full_float32
@@ -25,7 +27,7 @@ from conceptshare.io.store import new_store, resuming
 from conceptshare.sae import _order
 from conceptshare.sae._checkpoints import Checkpoints
 from conceptshare.sae._metrics import Evaluation, Evaluator, evaluate
-from conceptshare.sae._train import Origin, Report, run_steps, write_sae
+from conceptshare.sae._train import Origin, Report, run_steps, train_sae, write_sae
 from conceptshare.sae._trainer import Trainer
 
 Result = TypeVar("Result")
@@ -48,6 +50,9 @@ def train_stream(
     samples. Held-out samples are read once, at the end; if there are none, the last samples are read again. An
     interrupted training resumes from its last checkpoint and is the same to the byte as an uninterrupted one.
 
+    With ``train_on: global``, one forward pass stores the global tokens, and the SAEs are then trained on these, one
+    after the other.
+
     Args:
         encoder: the encoder.
         data: the samples.
@@ -62,20 +67,22 @@ def train_stream(
         NumericsError: if training diverges, or an activation is not finite or does not fit float16.
         EncoderError: if the encoder does not match its catalog entry.
         StoreError: if the partial store of an earlier attempt is damaged.
-        StudyError: if the settings' precision would also change that of the encoder, or they train on global tokens,
-            which `train_sae` does once they are stored.
+        StudyError: if the settings' precision would also change that of the encoder.
         AlreadyMadeError: if another process trained the same SAEs while this one waited for the lock.
         SystemExit: with the status PREEMPTED, after SIGTERM.
     """
     if settings.precision == "tf32":
         raise StudyError("precision: tf32 would also round the products of the encoder; use bfloat16, or store tokens")
-    if settings.train_on == "global":
-        raise StudyError(
-            "train_on: global needs no stream, as global tokens are stored; run `conceptshare activations` without "
-            "--tokens, then `conceptshare sae train`"
-        )
     spec, name, N = encoder.spec, saes.name, len(data)
     described = describe(encoder, data, name)
+    if settings.train_on == "global":
+        extract_activations(encoder, data, activations, None, workers)
+        made_of = {"settings": settings.model_dump(mode="json"), "made_from": described}
+        with atomic_output(saes, SAES, resume=True, key=json.dumps(made_of, sort_keys=True)) as folder:
+            for layer, seed in product(spec.layer_numbers(), seeds):
+                if not (out := folder / sae_place(layer, seed)).exists():
+                    train_sae(activations, layer, settings, seed, out)
+        return
     steps = _order.steps(N, settings.samples_per_step(spec.modality), spec.batch_size, settings)
     key = {"settings": settings.model_dump(mode="json"), "seeds": list(seeds), "made_from": described}
     checkpoints = Checkpoints(saes.with_name(name + ".checkpoints"), key)
