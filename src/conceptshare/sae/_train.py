@@ -250,7 +250,8 @@ def write_sae(
     quality = report.all_tokens.quality
     window = f"of {quality.tokens:,} {'held-out' if report.held_out else 'training'} tokens"
     info(f"{report.origin}: FVU {quality.fvu:.3f}, L0 {quality.l0:.1f}, dead {quality.dead:.1%} {window}")
-    if quality.dead > settings.max_dead:
+    measurable = quality.tokens * settings.k >= 10 * len(sae.W_dec)  # few tokens activate few latents
+    if measurable and quality.dead > settings.max_dead:
         warn(
             f"{report.origin}: {quality.dead:.0%} of the latents are dead, more than max_dead = "
             f"{settings.max_dead:g}; train longer (epochs), or with fewer latents (expansion), a larger k or another "
