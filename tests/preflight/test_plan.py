@@ -435,7 +435,7 @@ def test_sizes_for_the_default_study_match_its_stores():
 
 def test_uses_the_actual_size_of_an_existing_data_set(elsewhere):
     study = build_study(study_of(), "test")
-    assert make_plan(study, Rates(), results=elsewhere).samples == {"openclipart": 1888}
+    assert make_plan(study, Rates(), results=elsewhere).samples == {"openclipart": 1637}
     folder = elsewhere / "openclipart" / "data"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text('{"rows": 77}')
@@ -495,7 +495,7 @@ def test_the_reference_preset_costs_more_because_of_padding(elsewhere):
     )
     assert reference.jobs == own.jobs
     more = reference.costs["activations"].written - own.costs["activations"].written
-    assert more == 12 * 1888 * (77 - 14) * 768 * 2
+    assert more == 12 * 1637 * (77 - 14) * 768 * 2
 
 
 def run(*arguments):
