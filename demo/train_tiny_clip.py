@@ -7,8 +7,8 @@ The result is a folder that open_clip loads with no network, like any CLIP of it
 
 Fewer than 1,500 pairs are little to learn words from. So the text tower first learns to say what a sentence encoder,
 all-MiniLM-L6-v2, says of the same captions and of random words, starting from its word embeddings. Then the image tower
-learns to agree with the text tower, by the CLIP loss. A fifth of the pairs is held out: neither tower is trained on them, and
-the evaluation reads the weights back from the folder.
+learns to agree with the text tower, by the CLIP loss. A fifth of the pairs is held out: neither tower is trained on
+them, and the evaluation reads the weights back from the folder.
 
     python demo/train_tiny_clip.py               # ten to thirty minutes on two cores
     python demo/train_tiny_clip.py --evaluate    # only measure

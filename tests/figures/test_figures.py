@@ -1095,6 +1095,8 @@ def full_matrix(members, rng):
     table["wmppc"] = rng.uniform(0.15, 0.6, len(table))
     table["low"] = table.wmppc - rng.uniform(0.001, 0.03, len(table))
     table["high"] = table.wmppc + rng.uniform(0.001, 0.03, len(table))
+    table["cross_fitted"] = table.wmppc - 0.05
+    table["cross_fitted_low"], table["cross_fitted_high"] = table.low - 0.06, table.high - 0.04
     table["floor"] = rng.uniform(0.03, 0.08, len(table))
     table["ceiling"] = np.where(table.source.isin(list(members)[::2]), rng.uniform(0.6, 0.7, len(table)), np.nan)
     for measure in ("cka", "mutual_knn"):
@@ -1139,8 +1141,10 @@ def test_intervals_show_each_cells_interval_floor_and_ceiling(tmp_path, rng, dra
         for modality, marker in (("image", "o"), ("text", "s")):
             to = {y: of.wmppc[cell] for cell, y in rows.items() if members[cell[1]] == modality}
             assert marked(ax, marker) == to
-        bars = {int(y): (x, end) for bars in ax.collections for (x, y), (end, _) in bars.get_segments()}
-        assert bars == {y: (of.low[cell], of.high[cell]) for cell, y in rows.items()}
+        assert marked(ax, "d") == {y: of.cross_fitted[cell] for cell, y in rows.items()}
+        bars = {y: (x, end) for bars in ax.collections for (x, y), (end, _) in bars.get_segments()}
+        crossed = {y + 0.3: (of.cross_fitted_low[cell], of.cross_fitted_high[cell]) for cell, y in rows.items()}
+        assert bars == {y: (of.low[cell], of.high[cell]) for cell, y in rows.items()} | crossed
         assert ax.get_xlim()[1] > table[["high", "ceiling"]].max(axis=None)
         assert ax.get_ylim()[0] > len(expected) - 1 > 0 > ax.get_ylim()[1]  # the first row is at the top
 
@@ -1153,7 +1157,11 @@ def test_intervals_are_deterministic(tmp_path, rng, pdf):
 def test_intervals_without_values_or_without_ceilings(tmp_path, rng, drawn):
     table = full_matrix(SOME["four"], rng).assign(ceiling=np.nan)
     check(lambda out: draw_intervals(table, out), tmp_path / "one")
-    empty = table.assign(**dict.fromkeys(["wmppc", "low", "high", "floor"], np.nan))
+    empty = table.assign(
+        **dict.fromkeys(
+            ["wmppc", "low", "high", "cross_fitted", "cross_fitted_low", "cross_fitted_high", "floor"], np.nan
+        )
+    )
     check(lambda out: draw_intervals(empty, out), tmp_path / "two", colours_at_least=30)
     assert not any("other seeds" in text for figure in drawn for text in written_on(figure))
     assert [written_on(figure).count("no values") for figure in drawn] == [0, 3]

@@ -29,22 +29,28 @@ _LABELS = 1.7
 _TALL = 40
 """With more rows than this, the axis is shown at the top too."""
 _FLOOR: Any = {"color": "0.45", "marker": "x", "markersize": 3.5, "markeredgewidth": 0.9}
+_CROSS: Any = {"color": "0.3", "marker": "d", "markersize": 2.8}
+_BELOW = 0.3
+"""How far below the wMPPC the cross-fitted one is, in rows."""
 _CEILING: Any = {"color": "black", "marker": "|", "markersize": 7.5, "markeredgewidth": 1.1}
 
 
 def draw_intervals(table: pd.DataFrame, out: Path) -> None:
     """Each wMPPC with its 95% interval: a panel per reading and a row per cell, in blocks of one source.
 
-    The points of cells with unexplained layers are hollow. Each row also shows the ``floor`` (shuffled samples) and, if
-    there is one, the ``ceiling`` (other seeds of the source). The matrix table has at least ``source, target,
-    target_modality, reading, wmppc, low, high, floor, ceiling, unexplained``.
+    The points of cells with unexplained layers are hollow. Below each is the cross-fitted wMPPC with its interval. Each
+    row also shows the ``floor`` (shuffled samples) and, if there is one, the ``ceiling`` (other seeds of the source).
+    The matrix table has at least ``source, target, target_modality, reading, wmppc, low, high, cross_fitted,
+    cross_fitted_low, cross_fitted_high, floor, ceiling, unexplained``.
     """
     members = list(dict.fromkeys(table["source"]))
     label = dict(zip(members, short_labels(members), strict=True))
     targets = {source: list(dict.fromkeys(of.target)) for source, of in table.groupby("source", sort=False)}
     rows = [(source, target) for source in members for target in (None, *targets[source])]
     place = {row: n for n, row in enumerate(rows)}
-    numbers = table[["wmppc", "low", "high", "floor", "ceiling"]].to_numpy(np.float64)
+    numbers = table[["wmppc", "low", "high", "cross_fitted_low", "cross_fitted_high", "floor", "ceiling"]].to_numpy(
+        np.float64
+    )
     known = numbers[np.isfinite(numbers)]
     low, high = (known.min(initial=0), known.max()) if len(known) else (0, 1)
     with mpl.rc_context(STYLE | {"font.size": 7.5, "axes.titlesize": 8}):
@@ -66,7 +72,7 @@ def draw_intervals(table: pd.DataFrame, out: Path) -> None:
         axes[0].set_yticks(range(len(rows)), names, fontsize=6.5)
         for (_, target), text in zip(rows, axes[0].get_yticklabels(), strict=True):
             text.set_fontweight("bold" if target is None else "normal")
-        figure.legend(handles=_legend(table), loc="outside upper center", ncols=4, frameon=False)
+        figure.legend(handles=_legend(table), loc="outside upper center", ncols=5, frameon=False)
         save(figure, out)
 
 
@@ -74,6 +80,8 @@ def _panel(ax: Axes, cells: pd.DataFrame, place: dict[Any, int]) -> None:
     y = np.array([place[row] for row in zip(cells.source, cells.target, strict=True)])
     ax.plot(cells.floor, y, linestyle="none", **_FLOOR)
     ax.plot(cells.ceiling, y, linestyle="none", **_CEILING)
+    ax.hlines(y + _BELOW, cells.cross_fitted_low, cells.cross_fitted_high, color=_CROSS["color"], linewidth=0.9)
+    ax.plot(cells.cross_fitted, y + _BELOW, linestyle="none", **_CROSS)
     for modality, look in MARKERS.items():
         of = (cells.target_modality == modality).to_numpy()
         ax.hlines(y[of], cells.low[of], cells.high[of], color=look["color"], linewidth=1.4)
@@ -94,6 +102,7 @@ def _legend(table: pd.DataFrame) -> list[Line2D]:
         for modality, article in (("image", "an"), ("text", "a"))
         if modality in set(table.target_modality)
     ]
+    marks.append(Line2D([], [], linewidth=0.9, label="cross-fitted", **_CROSS))
     marks.append(Line2D([], [], linestyle="none", label="floor: samples shuffled", **_FLOOR))
     if table.unexplained.any():
         marks.append(
