@@ -32,6 +32,7 @@ from conceptshare.analysis.tables import (
     write_table,
 )
 from conceptshare.cli import app
+from conceptshare.cli.tables import _warn_without
 from conceptshare.config.members import GroupedMember, Member, as_member, pair_name
 from conceptshare.correlations import _store, correlate_stores
 from conceptshare.io.errors import StoreError
@@ -772,6 +773,11 @@ def test_commands_without_similarities_warn_unless_there_are_none(study, tmp_pat
     for table, name, warns in (("matrix", "all", True), ("layerwise", "both", True), ("layerwise", "seeds", False)):
         arguments = ["metrics", table, name, *places, "--out", tmp_path / f"{name}.csv"]
         assert (warning in CliRunner().invoke(app, [*map(str, arguments)]).stderr) is warns
+
+
+def test_pairs_of_seeds_of_several_encoders_need_no_similarities(capsys):
+    _warn_without(None, [("vit@0", "vit@7"), ("bert@0", "bert@1")])
+    assert not capsys.readouterr().err
 
 
 def test_commands_write_the_tables_and_figures_of_a_matrix(study, tmp_path):

@@ -1,6 +1,7 @@
 """Commands that write a study's tables from its stores: `conceptshare metrics`."""
 
 from collections.abc import Iterable
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,8 +25,8 @@ Matrix = Annotated[Path, typer.Option("--table", help="The matrix, as Parquet.")
 Analysis = Annotated[str, typer.Argument(help="Name of the analysis in the study.", show_default=False)]
 
 
-def _warn_without(similarity: Path | None, members: Iterable[str]) -> None:
-    if similarity is None and len({as_member(member).encoder for member in members}) > 1:
+def _warn_without(similarity: Path | None, pairs: Iterable[tuple[str, str]]) -> None:
+    if similarity is None and any(as_member(a).encoder != as_member(b).encoder for a, b in pairs):
         warn("without --similarity, the columns of CKA and mutual nearest neighbours are empty")
 
 
@@ -42,7 +43,7 @@ def matrix(
     from conceptshare.analysis.tables import Stores, matrix_table, write_table
 
     members = load_study(study).grouped_members(analysis)
-    _warn_without(similarity, (entry.member for entry in members))
+    _warn_without(similarity, combinations([entry.member for entry in members], 2))
     write_table(matrix_table(members, Stores(features, correlations, similarity)), out)
 
 
@@ -133,7 +134,7 @@ def layerwise(
     from conceptshare.analysis.tables import Stores, layerwise_table, write_table
 
     pairs = load_study(study).layerwise_names(analysis)
-    _warn_without(similarity, (member for pair in pairs for member in pair))
+    _warn_without(similarity, pairs)
     write_table(layerwise_table(pairs, Stores(features, correlations, similarity)), out)
 
 
