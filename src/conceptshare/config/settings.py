@@ -19,7 +19,7 @@ class SAESettings(Spec):
     preset: Literal["paper", "gao", "global"] = "paper"
     """Source of the defaults: ``gao`` sets ``auxk: 0.03125``, ``initial_b_dec: mean``, ``unit_norm_decoder: true`` and
     a learning rate of 2e-4 / sqrt(F / 16384). ``global`` sets ``train_on: global``, ``standardise: true``, ``epochs:
-    20``, batches of 64, ``learning_rate: 0.002`` and ``decay_share: 0.3``."""
+    20``, batches of 64, ``learning_rate: 0.003`` and ``decay_share: 0.7``."""
     train_on: Literal["all", "global"] = "all"
     """Tokens to train on: all, or the global token of each sample alone. For ``global``, no other tokens are stored or
     streamed, and a batch has as many tokens as samples."""
@@ -103,8 +103,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 20,
         "batch_samples": 64,
         "batch_captions": 64,
-        "learning_rate": 2e-3,
-        "decay_share": 0.3,
+        "learning_rate": 3e-3,
+        "decay_share": 0.7,
     },
 }
 
