@@ -294,17 +294,17 @@ def test_a_matrix_before_and_after_topk_has_panels_of_each_in_the_same_colours(t
 def test_a_matrix_of_two_members_shows_its_values(tmp_path, rng):
     """Cells are coloured by value: other values give other pixels."""
     table = matrix(dict(list(FOUR.items())[:2]), rng)
-    pictures = [
+    drawings = [
         check(lambda out, values=values: draw_matrix(table.assign(wmppc=values, excess=0.01), out), tmp_path / str(n))
         for n, values in enumerate((table.wmppc, table.wmppc[::-1].to_numpy()))
     ]
-    assert pictures[0].shape == pictures[1].shape
-    published = pictures[0][: len(pictures[0]) // 2]  # the excess is below
+    assert drawings[0].shape == drawings[1].shape
+    published = drawings[0][: len(drawings[0]) // 2]  # the excess is below
     cells = [(published == colour).all(axis=2) for colour in coloured(published)]
     assert len(cells) == 6
     for cell in cells:
         assert 0.9 < box(cell, cell).mean() < 1  # it has a number
-    assert (pictures[0] != pictures[1]).any(axis=2).mean() > 0.05
+    assert (drawings[0] != drawings[1]).any(axis=2).mean() > 0.05
 
 
 WORDS = {"image": "images", "text": "text", "vlm": "vision-language", "vision": "vision", "language": "language"}
@@ -511,10 +511,10 @@ def test_images_are_in_a_square_grid_strongest_first_and_keep_their_aspect_ratio
     order = [3, 0, 2, 1, 7, 6, 5, 4]
     kept = {3: FeatureStatistics(*np.ones((3, 1)), np.array([[*order, *[-1] * 92]], np.int32))}
     draw_sharedness(ranking(1).assign(feature=0), kept, data, 1, tmp_path / "figure.png", samples)
-    pictures = [image for ax in drawn[0].axes for image in ax.images]
-    assert len(pictures) == shown
+    drawings = [image for ax in drawn[0].axes for image in ax.images]
+    assert len(drawings) == shown
     cells = []
-    for image, sample in zip(pictures, order, strict=False):
+    for image, sample in zip(drawings, order, strict=False):
         left, right, foot, head = image.get_extent()
         width, height = data.image(sample).size
         assert (right - left) / (foot - head) == pytest.approx(width / height)
@@ -523,7 +523,7 @@ def test_images_are_in_a_square_grid_strongest_first_and_keep_their_aspect_ratio
     centres = sorted({round(x, 6) for _, x in cells})
     assert len(centres) == min(side, shown)
     assert [round(x, 6) for _, x in cells] == [centres[n % side] for n in range(shown)]
-    assert_apart([image.get_window_extent().extents for image in pictures])
+    assert_apart([image.get_window_extent().extents for image in drawings])
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
