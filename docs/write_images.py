@@ -19,7 +19,7 @@ FIGURES = {
     "between-encoders": TABLES / "layerwise" / "between-encoders.png",
     "sharedness": TABLES / "sharedness" / "seen-and-said.png",
 }
-FEATURE = "#/feature/openclipart/small/tiny-clip-image@0/3/446"
+FEATURE = "#/feature/openclipart/small/tiny-clip-image@0/3/445"
 # The address within the site, and the section to show; without one, the upper part of the page.
 PAGES = {
     "overview": ("#/", None),
