@@ -269,7 +269,7 @@ class Seeing:
 def models_batch(pixels):
     from conceptshare.encoders import Batch
 
-    return Batch({"pixel_values": pixels}, mask=None, eot=None)
+    return Batch({"pixel_values": pixels}, mask=None)
 
 
 def cut(picture):

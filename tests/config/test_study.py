@@ -136,6 +136,16 @@ def test_names_a_missing_key(fault, build, catalog):
 
 
 @pytest.mark.parametrize(
+    ("former", "remedy"), [("eot", "last_token"), ("last", "last_position for SigLIP.*last_token")]
+)
+def test_names_what_a_choice_of_token_is_now_called(fault, former, remedy):
+    message = fault(encoders={"vit": {"global_token": former}})
+    assert re.fullmatch(
+        rf"study\.yaml: encoders\.vit\.global_token: {former} is now called {remedy}.* \(found .*\)", message
+    )
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"encoders": {"vitt": None}}, "encoders.vitt: 'vitt' is not in the catalog of encoders; did you mean 'vit'?"),
@@ -430,7 +440,7 @@ def test_refuses_an_empty_seed(fault, place):
 
 
 PRESET = {
-    "encoders": {"clip-text": {"global_token": "eot"}, "vit": {"seeds": [0, 1]}, "bert": None},
+    "encoders": {"clip-text": {"global_token": "last_token"}, "vit": {"seeds": [0, 1]}, "bert": None},
     "analyses": {
         "matrices": {"all": None, "few": {"members": ["vit@1", "clip-text"]}},
         "layerwise": {"l": {"pairs": [["vit", "vit@1"]]}},
@@ -445,7 +455,7 @@ def test_the_reference_preset_renames_encoders_and_reads_position_0(build):
     assert list(own.encoders) == ["clip-text", "vit", "bert"]
     assert list(reference.encoders) == ["clip-text.reference", "vit.reference", "bert.reference"]
     assert {spec.global_token for spec in reference.encoders.values()} == {"reference"}
-    assert [spec.global_token for spec in own.encoders.values()] == ["eot", "first", "first"]
+    assert [spec.global_token for spec in own.encoders.values()] == ["last_token", "first", "first"]
     for name, spec in own.encoders.items():
         changed = reference.encoders[f"{name}.reference"]
         assert changed.model == spec.model
@@ -972,17 +982,17 @@ def test_keys_are_json_with_sorted_keys(build):
 
 PAPER = {
     "clip-image-base": ("open_clip", "ViT-B-32-quickgelu", "image", 12, 768, "first"),
-    "clip-text-base": ("open_clip", "ViT-B-32-quickgelu", "text", 12, 512, "eot"),
+    "clip-text-base": ("open_clip", "ViT-B-32-quickgelu", "text", 12, 512, "last_token"),
     "clip-image-large": ("open_clip", "ViT-L-14-quickgelu", "image", 24, 1024, "first"),
-    "clip-text-large": ("open_clip", "ViT-L-14-quickgelu", "text", 12, 768, "eot"),
+    "clip-text-large": ("open_clip", "ViT-L-14-quickgelu", "text", 12, 768, "last_token"),
     "dfn-image-base": ("open_clip", "hf-hub:apple/DFN2B-CLIP-ViT-B-16", "image", 12, 768, "first"),
-    "dfn-text-base": ("open_clip", "hf-hub:apple/DFN2B-CLIP-ViT-B-16", "text", 12, 512, "eot"),
+    "dfn-text-base": ("open_clip", "hf-hub:apple/DFN2B-CLIP-ViT-B-16", "text", 12, 512, "last_token"),
     "dfn-image-large": ("open_clip", "hf-hub:apple/DFN2B-CLIP-ViT-L-14", "image", 24, 1024, "first"),
-    "dfn-text-large": ("open_clip", "hf-hub:apple/DFN2B-CLIP-ViT-L-14", "text", 12, 768, "eot"),
+    "dfn-text-large": ("open_clip", "hf-hub:apple/DFN2B-CLIP-ViT-L-14", "text", 12, 768, "last_token"),
     "siglip2-image-base": ("transformers", "google/siglip2-base-patch16-224", "image", 12, 768, "mean"),
-    "siglip2-text-base": ("transformers", "google/siglip2-base-patch16-224", "text", 12, 768, "last"),
+    "siglip2-text-base": ("transformers", "google/siglip2-base-patch16-224", "text", 12, 768, "last_position"),
     "siglip2-image-large": ("transformers", "google/siglip2-large-patch16-384", "image", 24, 1024, "mean"),
-    "siglip2-text-large": ("transformers", "google/siglip2-large-patch16-384", "text", 24, 1024, "last"),
+    "siglip2-text-large": ("transformers", "google/siglip2-large-patch16-384", "text", 24, 1024, "last_position"),
     "dinov2-base": ("transformers", "facebook/dinov2-base", "image", 12, 768, "first"),
     "dinov2-large": ("transformers", "facebook/dinov2-large", "image", 24, 1024, "first"),
     "vit-base": ("transformers", "google/vit-base-patch16-224", "image", 12, 768, "first"),

@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import string
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +62,8 @@ def expected_position(spec, mask):
     unpadded = [row.nonzero()[:, 0] for row in mask]
     return {
         "first": [int(row[0]) for row in unpadded],
-        "eot": [int(row[-1]) for row in unpadded],
-        "last": [mask.shape[1] - 1] * len(mask),
+        "last_token": [int(row[-1]) for row in unpadded],
+        "last_position": [mask.shape[1] - 1] * len(mask),
         "mean": None,
     }[spec.global_token]
 
@@ -154,33 +155,47 @@ def test_a_second_pass_gives_the_same(loaded, make):
     assert all(torch.equal(again.tokens[layer], x) for layer, x in found.tokens.items())
 
 
-def test_last_is_the_last_position_even_if_it_is_padding(loaded):
+def test_last_position_is_read_even_if_it_is_padding(loaded):
     _, _, found, truth = loaded(models.siglip_text)
     assert not truth.mask[0, -1]
     assert found.tokens[0].shape[1] == CONTEXT
     assert torch.equal(found.global_token[1], found.tokens[1][:, -1])
 
 
-def test_mean_excludes_padding(bert):
+@pytest.mark.parametrize(("global_token", "pool"), [("mean", np.mean), ("max", np.max)])
+def test_mean_and_max_are_over_all_tokens_but_padding(bert, global_token, pool):
     spec, _ = bert
-    found = load_encoder(change(spec, global_token="mean")).activations(["dog", "a cat on a mat"])
+    found = load_encoder(change(spec, global_token=global_token)).activations(["dog", "a cat on a mat"])
     assert found.training.sum(1).tolist() == [3, 7]
-    assert close(found.global_token[2][0], found.tokens[2][0, :3].mean(0))
+    x = found.tokens[2].double().numpy()
+    assert np.abs(pool(x[0], axis=0) - pool(x[0, :3], axis=0)).max() > 1e-3
+    assert close(
+        found.global_token[2].double(), torch.from_numpy(np.stack([pool(x[0, :3], axis=0), pool(x[1], axis=0)]))
+    )
 
 
 @pytest.mark.parametrize("kind", models.LANGUAGE_MODELS)
-def test_padding_on_either_side_does_not_change_a_captions_activations(tmp_path, kind):
-    """The result also equals transformers' for the caption alone, without padding."""
+def test_a_caption_in_a_batch_has_the_activations_that_transformers_gives_it_alone(tmp_path, kind):
+    """Without padding there, and here with the tokenizer's own padding on the left."""
     model = models.language_model(kind, tmp_path, positions=20)
-    tower = model.encoder if kind in ("T5", "Bart") else model
-    found = load_encoder(models.entry(tmp_path, "text", "eot", kind="language")).activations(CAPTIONS)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tower = model.encoder if kind in models.ENCODER_DECODERS else model
+    encoder = load_encoder(models.entry(tmp_path, "text", "last_token", kind="language"))
+    found = {
+        token: replace(encoder, spec=change(encoder.spec, global_token=token)).activations(CAPTIONS)
+        for token in ("last_token", "first", "mean", "max")
+    }
+    tokens, training = found["last_token"].tokens, found["last_token"].training
+    assert not training.all()
     for sample, caption in enumerate(CAPTIONS):
         with torch.no_grad():
-            inputs = models.word_tokenizer()([caption], return_tensors="pt", return_token_type_ids=False)
+            inputs = tokenizer([caption], return_tensors="pt", return_token_type_ids=False)
             states = tower(**inputs, output_hidden_states=True).hidden_states[1:]
         for layer in range(LAYERS - 1):  # many models normalise their last hidden state
-            assert close(found.tokens[layer][sample][found.training[sample]].cpu(), states[layer][0]), layer
-            assert close(found.global_token[layer][sample].cpu(), states[layer][0, -1]), layer
+            (own,) = states[layer]
+            assert close(tokens[layer][sample][training[sample]].cpu(), own), layer
+            for token, expected in zip(found, (own[-1], own[0], own.mean(0), own.amax(0)), strict=True):
+                assert close(found[token].global_token[layer][sample].cpu(), expected), (layer, token)
 
 
 @pytest.mark.parametrize("kind", ["FNet", "MobileBert"])
@@ -196,24 +211,30 @@ def test_refuses_a_text_encoder_that_attends_to_padding_unless_nothing_is_padded
     load_encoder(change(spec, batch_size=1)).activations(CAPTIONS[:1])
 
 
-@pytest.mark.parametrize("global_token", ["eot", "last"])
-@pytest.mark.parametrize("end", [None, "[SEP]"])
-def test_a_language_model_without_a_padding_token_is_read_at_its_last_real_token(tmp_path, global_token, end):
-    model = models.language_model("GPT2", tmp_path, pad_token=None, eos_token=end)
-    found = load_encoder(models.entry(tmp_path, "text", global_token, kind="language")).activations(CAPTIONS)
+@pytest.mark.parametrize(
+    "special", [{"pad_token": None}, {"pad_token": None, "eos_token": "[SEP]"}, {"pad_token": "<not a word>"}], ids=str
+)
+@pytest.mark.parametrize("kind", models.DECODERS)
+def test_a_language_model_without_a_padding_token_in_its_vocabulary_is_read_at_its_last_real_token(
+    tmp_path, kind, special
+):
+    model = models.language_model(kind, tmp_path, **special)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    spec = models.entry(tmp_path, "text", "last_token", kind="language", context_length=CONTEXT)
+    found = load_encoder(spec).activations(CAPTIONS)
+    assert not found.training.all()
     for sample, caption in enumerate(CAPTIONS):
         with torch.no_grad():
-            inputs = models.word_tokenizer()([caption], truncation=True, max_length=CONTEXT, return_tensors="pt")
+            inputs = tokenizer([caption], truncation=True, max_length=CONTEXT, return_tensors="pt")
             own = model(inputs.input_ids, output_hidden_states=True).hidden_states[1]
         assert close(found.global_token[0][sample].cpu(), own[0, -1])
 
 
-def test_last_is_the_end_of_text_for_models_not_trained_on_padding(loaded):
-    for make in (models.bert, models.open_clip_text):
-        family, _, found, truth = loaded(make)
-        last = load_encoder(change(family.spec, global_token="last")).activations(family.samples)
-        ends = truth.mask.shape[1] - 1 - truth.mask.flip(1).int().argmax(1)
-        assert torch.equal(last.global_token[1].cpu(), found.tokens[1].cpu()[range(len(ends)), ends])
+@pytest.mark.parametrize("make", [models.bert, models.open_clip_text], **by_name)
+def test_refuses_the_last_position_of_a_model_that_masks_padding(make, tmp_path):
+    spec = change(make(tmp_path).spec, global_token="last_position")
+    with pytest.raises(EncoderError, match=r"its last position is padding, .*; set global_token: last_token$"):
+        load_encoder(spec)
 
 
 def test_shows_a_caption_without_tokens(tmp_path):
@@ -221,7 +242,7 @@ def test_shows_a_caption_without_tokens(tmp_path):
     backend = models.word_tokenizer().backend_tokenizer
     backend.post_processor = tokenizers.processors.TemplateProcessing(single="$A", special_tokens=[])
     transformers.PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
-    encoder = load_encoder(models.entry(tmp_path, "text", "last", kind="language"))
+    encoder = load_encoder(models.entry(tmp_path, "text", "last_token", kind="language"))
     with pytest.raises(EncoderError, match="its tokenizer returns no token for the caption ' '"):
         encoder.prepare(["a dog", " "])
 
@@ -261,24 +282,18 @@ def test_reference_pads_siglip_to_the_batch_without_a_mask_like_the_papers_code(
     assert all(close(found.tokens[layer].cpu(), own.hidden[layer]) for layer in range(LAYERS))
 
 
-@pytest.mark.parametrize("global_token", ["eot", "mean", "first"])
+@pytest.mark.parametrize("global_token", ["last_token", "mean", "max", "first"])
 def test_siglip_reads_all_padding_for_any_global_token(loaded, global_token):
     family, _, found, _ = loaded(models.siglip_text)
     other = load_encoder(change(family.spec, global_token=global_token)).activations(family.samples)
     assert torch.equal(other.tokens[2], found.tokens[2])
 
 
-def test_an_image_has_no_end_of_text(loaded):
-    family, _, _, _ = loaded(models.vit)
-    with pytest.raises(EncoderError, match="images have no end of text; set global_token"):
-        load_encoder(change(family.spec, global_token="eot")).activations(family.samples)
-
-
 def test_training_positions_of_a_causal_tower_do_not_depend_on_the_global_token(loaded):
-    family, _, eot, _ = loaded(models.open_clip_text)
+    family, _, last, _ = loaded(models.open_clip_text)
     first = load_encoder(change(family.spec, global_token="first")).activations(family.samples)
-    assert torch.equal(first.training, eot.training)
-    assert torch.equal(first.global_token[1], eot.tokens[1][:, 0])
+    assert torch.equal(first.training, last.training)
+    assert torch.equal(first.global_token[1], last.tokens[1][:, 0])
 
 
 def test_blocks_with_tokens_before_samples_give_the_same_residual_stream():
@@ -288,7 +303,7 @@ def test_blocks_with_tokens_before_samples_give_the_same_residual_stream():
         models.entry("tower", "image", "first", layers=LAYERS, width=WIDTH),
         torch.device("cpu"),
         list(tower.resblocks),
-        prepare=lambda samples: Batch({"x": x}, mask=None, eot=None),
+        prepare=lambda samples: Batch({"x": x}, mask=None),
         forward=lambda inputs: tower(inputs["x"]),
         batch_first=False,
     )
@@ -347,7 +362,7 @@ def test_the_remedies_for_a_hierarchical_encoder_lead_to_its_last_grid_of_tokens
     assert tokens.shape[1] in (4, 5, 25), tokens.shape
 
 
-@pytest.mark.parametrize("token", ["first", "last"])
+@pytest.mark.parametrize("token", ["first", "last_token", "last_position"])
 def test_refuses_a_corner_of_a_grid_as_global_token(tmp_path, token):
     spec = change(models.staged("ConvNext", tmp_path), global_token=token)
     for _ in range(5):
@@ -397,7 +412,7 @@ WITHOUT_CLASS_TOKEN = {
 }
 
 
-@pytest.mark.parametrize("token", ["first", "last"])
+@pytest.mark.parametrize("token", ["first", "last_token", "last_position"])
 @pytest.mark.parametrize("make", WITHOUT_CLASS_TOKEN.values(), ids=WITHOUT_CLASS_TOKEN)
 def test_refuses_a_patch_as_global_token_without_a_class_token(make, token, tmp_path):
     spec = make(tmp_path / "model")
@@ -411,8 +426,8 @@ def test_refuses_a_patch_as_global_token_without_a_class_token(make, token, tmp_
 def test_refuses_the_last_patch_as_global_token_with_a_class_token(make, tmp_path):
     spec = make(tmp_path / "model").spec
     load_encoder(spec)
-    with pytest.raises(EncoderError, match=r"last.*is a patch or register.*set global_token: mean"):
-        load_encoder(change(spec, global_token="last"))
+    with pytest.raises(EncoderError, match=r"its last token is a patch or register.*set global_token: mean"):
+        load_encoder(change(spec, global_token="last_token"))
 
 
 @pytest.mark.parametrize("width", [10, 14, 20, 99])
@@ -424,7 +439,7 @@ def test_never_treats_rows_of_a_grid_as_tokens(width):
             models.entry("tower", "image", "mean", layers=1, width=width),
             torch.device("cpu"),
             [block],
-            prepare=lambda samples, shape=shape: Batch({"x": torch.ones(3, *shape)}, mask=None, eot=None),
+            prepare=lambda samples, shape=shape: Batch({"x": torch.ones(3, *shape)}, mask=None),
             forward=lambda inputs, block=block: block(inputs["x"]),
         )
         if width == 20 and 10 not in shape:
@@ -494,7 +509,7 @@ def test_refuses_blocks_without_a_residual_stream():
         models.entry("tower", "text", "first", layers=1),
         torch.device("cpu"),
         list(tower),
-        prepare=lambda samples: Batch({"x": torch.ones(len(samples), WIDTH)}, mask=None, eot=None),
+        prepare=lambda samples: Batch({"x": torch.ones(len(samples), WIDTH)}, mask=None),
         forward=lambda inputs: tower(inputs["x"]),
     )
     with pytest.raises(EncoderError, match=r"layer 0: no residual stream \[B, T, D\]; set blocks"):
@@ -544,7 +559,7 @@ def test_weights_in_half_precision_are_computed_in_single_precision(tmp_path):
 )
 def test_truncates_captions_at_the_models_length_and_reports_if_it_has_none(tmp_path, kind, longest, settings, capsys):
     models.language_model(kind, tmp_path, positions=600, **settings)
-    found = load_encoder(models.entry(tmp_path, "text", "eot", kind="language")).activations(["a cat " * 500])
+    found = load_encoder(models.entry(tmp_path, "text", "last_token", kind="language")).activations(["a cat " * 500])
     assert found.tokens[0].shape[1] == longest
     assert ("has no maximum length; texts are cut at 512 tokens" in capsys.readouterr().err) == (kind == "T5")
 
@@ -552,7 +567,7 @@ def test_truncates_captions_at_the_models_length_and_reports_if_it_has_none(tmp_
 @pytest.mark.parametrize("kind", ["Roberta", "GPT2"])
 def test_refuses_a_context_longer_than_the_model(tmp_path, kind):
     models.language_model(kind, tmp_path, positions=16)
-    spec = models.entry(tmp_path, "text", "eot", kind="language")
+    spec = models.entry(tmp_path, "text", "last_token", kind="language")
     load_encoder(change(spec, context_length=16)).activations(["a cat " * 20])
     with pytest.raises(EncoderError, match="context_length 17 is more than the 16 tokens it can read"):
         load_encoder(change(spec, context_length=17))
@@ -656,7 +671,7 @@ def test_splits_a_very_long_word_like_open_clip_but_quickly(tmp_path):
     prepare = load_encoder(spec).prepare
     assert torch.equal(prepare(words).ids, own(words))
     # open_clip itself would take hours.
-    assert prepare(["".join(rng.choices(string.ascii_lowercase, k=500_000))]).eot.item() == CONTEXT - 1
+    assert prepare(["".join(rng.choices(string.ascii_lowercase, k=500_000))]).mask.all()
 
 
 @pytest.fixture
@@ -1052,7 +1067,7 @@ def test_records_outputs_before_they_are_changed_in_place():
         models.entry("tower", "image", "mean", layers=1, width=WIDTH),
         torch.device("cpu"),
         [tower[0]],
-        prepare=lambda samples: Batch({"x": x}, mask=None, eot=None),
+        prepare=lambda samples: Batch({"x": x}, mask=None),
         forward=lambda inputs: tower(inputs["x"]),
     )
     with torch.no_grad():
@@ -1066,7 +1081,7 @@ def test_refuses_blocks_that_the_forward_pass_skips():
         models.entry("tower", "image", "first", layers=2, width=WIDTH),
         torch.device("cpu"),
         list(tower),
-        prepare=lambda samples: Batch({"x": torch.ones(3, 4, WIDTH)}, mask=None, eot=None),
+        prepare=lambda samples: Batch({"x": torch.ones(3, 4, WIDTH)}, mask=None),
         forward=lambda inputs: tower[0](inputs["x"]),
     )
     with pytest.raises(EncoderError, match="layer 1: its block is not called in the forward pass"):
@@ -1078,7 +1093,7 @@ def test_refuses_blocks_with_a_length_other_than_the_tokenizers():
         models.entry("tower", "text", "first", layers=1),
         torch.device("cpu"),
         [block := nn.Linear(WIDTH, WIDTH)],
-        prepare=lambda samples: Batch({"x": torch.ones(3, 8, WIDTH)}, torch.ones(3, 7, dtype=torch.bool), eot=None),
+        prepare=lambda samples: Batch({"x": torch.ones(3, 8, WIDTH)}, torch.ones(3, 7, dtype=torch.bool)),
         forward=lambda inputs: block(inputs["x"]),
     )
     with pytest.raises(EncoderError, match="its blocks return 8 positions, but its tokenizer made 7"):
@@ -1091,7 +1106,7 @@ def test_refuses_a_grid_whose_width_equals_its_sides():
         models.entry("tower", "image", "mean", layers=1, width=8),
         torch.device("cpu"),
         [block],
-        prepare=lambda samples: Batch({"x": torch.ones(3, 8, 8, 8)}, mask=None, eot=None),
+        prepare=lambda samples: Batch({"x": torch.ones(3, 8, 8, 8)}, mask=None),
         forward=lambda inputs: block(inputs["x"]),
     )
     with pytest.raises(EncoderError, match=r"width and sides of its grid \[3, 8, 8, 8\] cannot be distinguished"):

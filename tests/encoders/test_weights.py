@@ -282,7 +282,9 @@ def test_records_and_loads_a_checkpoint_file():
     assert list(record["files"]) == ["tiny.safetensors"]
     assert record["settings"]["weights"] == "./tiny.safetensors"
     spec = EncoderSpec(
-        **models.entry("conceptshare-recorded", "text", "eot", library="open_clip").model_dump(exclude={"weights"}),
+        **models.entry("conceptshare-recorded", "text", "last_token", library="open_clip").model_dump(
+            exclude={"weights"}
+        ),
         weights="./tiny.safetensors",
     )
     found = load_encoder(spec, path).activations(models.CAPTIONS)

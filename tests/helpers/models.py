@@ -289,7 +289,7 @@ def clip_text(folder: Path) -> Family:
     def head(token: Tensor) -> Tensor:
         return model.text_projection(model.text_model.final_layer_norm(token))
 
-    return Family(entry(folder, "text", "eot"), CAPTIONS, truth, head)
+    return Family(entry(folder, "text", "last_token"), CAPTIONS, truth, head)
 
 
 def siglip_tokenizer() -> Any:
@@ -377,7 +377,7 @@ def siglip_text(folder: Path, tokenizer: Callable[[], Any] = siglip_tokenizer) -
     def head(token: Tensor) -> Tensor:
         return model.text_model.head(model.text_model.final_layer_norm(token))
 
-    return Family(entry(folder, "text", "last"), CAPTIONS, truth, head)
+    return Family(entry(folder, "text", "last_position"), CAPTIONS, truth, head)
 
 
 def siglip2_text(folder: Path) -> Family:
@@ -555,11 +555,14 @@ def word_tokenizer(**more: Any) -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special | {"padding_side": "left"} | more)
 
 
-# Encoders, encoder-decoders and decoders, with every kind of positions.
-LANGUAGE_MODELS = (
+# With every kind of positions.
+ENCODERS = (
     *("Bert", "Roberta", "XLMRoberta", "Deberta", "DebertaV2", "MPNet", "XLNet", "Electra", "DistilBert", "ModernBert"),
-    *("T5", "Bart", "GPT2", "GPTNeoX", "Llama", "Gemma", "OPT", "Bloom", "CLIPText", "OpenAIGPT"),
+    "CLIPText",
 )
+ENCODER_DECODERS = ("T5", "Bart")
+DECODERS = ("GPT2", "GPTNeoX", "Llama", "Gemma", "OPT", "Bloom", "OpenAIGPT", "Qwen2", "Mistral")
+LANGUAGE_MODELS = (*ENCODERS, *ENCODER_DECODERS, *DECODERS)
 
 
 def language_model(kind: str, folder: Path, positions: int = CONTEXT, **tokenizer: Any) -> Any:
@@ -587,6 +590,8 @@ def language_model(kind: str, folder: Path, positions: int = CONTEXT, **tokenize
         "OPT": {"ffn_dim": 32, "word_embed_proj_dim": WIDTH},
         "ModernBert": {"cls_token_id": 2, "sep_token_id": 3},
         "Llama": {"num_key_value_heads": 2},
+        "Qwen2": {"num_key_value_heads": 2},
+        "Mistral": {"num_key_value_heads": 2},
         "Gemma": {"num_key_value_heads": 2, "head_dim": 8},
     }
     config = getattr(transformers, f"{kind}Config")(**common | own.get(kind, {}))
@@ -786,7 +791,7 @@ def open_clip_text(folder: Path, context: int | None = None) -> Family:
     def head(token: Tensor) -> Tensor:
         return model.ln_final(token) @ model.text_projection
 
-    spec = entry(folder, "text", "eot", library="open_clip", context_length=context)
+    spec = entry(folder, "text", "last_token", library="open_clip", context_length=context)
     return Family(spec, [*CAPTIONS, "a dog !~ a cat"], truth, head)
 
 
@@ -827,17 +832,17 @@ def open_clip_hf_text(folder: Path, global_token: str, custom_text: bool, **more
 
 def open_clip_siglip_text(folder: Path) -> Family:
     """Like SigLIP in open_clip: it attends to padding, and the last position is the embedding."""
-    return open_clip_hf_text(folder, "last", custom_text=True, no_causal_mask=True, pool_type="last")
+    return open_clip_hf_text(folder, "last_position", custom_text=True, no_causal_mask=True, pool_type="last")
 
 
 def open_clip_eos_text(folder: Path) -> Family:
     """A causal tower whose end of text is not the highest id, as in models of many languages."""
-    return open_clip_hf_text(folder, "eot", custom_text=False, pool_type="eos", eos_id=1)
+    return open_clip_hf_text(folder, "last_token", custom_text=False, pool_type="eos", eos_id=1)
 
 
 def open_clip_last_text(folder: Path) -> Family:
     """A tower with a tokenizer of transformers, read at the end of text, which is not the highest id."""
-    return open_clip_hf_text(folder, "eot", custom_text=True, no_causal_mask=True, pool_type="last")
+    return open_clip_hf_text(folder, "last_token", custom_text=True, no_causal_mask=True, pool_type="last")
 
 
 def open_clip_coca_text(folder: Path) -> Family:
@@ -859,7 +864,7 @@ def open_clip_coca_text(folder: Path) -> Family:
     def head(token: Tensor) -> Tensor:
         return model.text.ln_final(token) @ model.text.text_projection
 
-    return Family(entry(folder, "text", "last", library="open_clip"), CAPTIONS, truth, head)
+    return Family(entry(folder, "text", "last_token", library="open_clip"), CAPTIONS, truth, head)
 
 
 TEXTS = [

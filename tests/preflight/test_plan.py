@@ -150,6 +150,7 @@ def test_uses_the_number_of_operations_in_an_entry():
     [
         ({}, 17),
         ({"global_token": "mean"}, 18),
+        ({"global_token": "max"}, 18),
         ({"max_tokens": 5}, 5),
         ({"max_tokens": 500}, 17),
         ({"use_layers": "last"}, 17),
@@ -180,7 +181,7 @@ def test_counts_padding_for_text_towers_that_attend_to_it():
         text = {"modality": "text", "kind": "vlm", "tokens": 14, "context_length": 77}
         return plan.activations_cost(encoder(**(text | changes)), N=1).flops
 
-    assert of(library="open_clip") == of(global_token="last") == of(tokens=77) > of()
+    assert of(library="open_clip") == of(global_token="last_position") == of(tokens=77) > of()
 
 
 def test_parts_of_a_forward_pass_are_jobs_with_the_same_total_cost(elsewhere):

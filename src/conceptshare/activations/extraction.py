@@ -4,7 +4,7 @@
 recorded layer. `results/{dataset}/tokens/{encoder}.zarr` holds the training tokens of SAEs, ``layer-NN/tokens [T, D]``
 float16 (unpadded tokens and the global token), and, shared by all layers, ``offsets [N + 1]`` and ``global_rows [N]``:
 the tokens of sample i are rows ``offsets[i]`` to ``offsets[i + 1]``, and its global token is row ``global_rows[i]``. If
-the global token is a mean, it is the last row of its sample.
+the global token is a mean or maximum, it is the last row of its sample.
 """
 
 import json
@@ -166,7 +166,7 @@ def kept_rows(activations: Activations, spec: EncoderSpec, start: int, name: str
         chosen = _draw_tokens(activations, spec, numbers)
     counts = chosen.sum(1)
     if activations.position is None:
-        # The mean has no position: it is an additional row after the others.
+        # A mean or maximum has no position: it is an additional row after the others.
         counts = counts + 1
         places = counts - 1
     else:
@@ -200,7 +200,7 @@ def _draw_tokens(activations: Activations, spec: EncoderSpec, numbers: NDArray[n
             allowed = allowed & ~chosen[row]
         others = np.flatnonzero(allowed)
         draw = np.random.default_rng([spec.token_seed, int(number)])
-        # The global token, whether a position or the mean, counts as one of max_tokens.
+        # The global token, whether it has a position or not, counts as one of max_tokens.
         chosen[row, draw.permutation(others)[: spec.max_tokens - 1]] = True
     return torch.from_numpy(chosen).to(activations.training.device)
 

@@ -183,11 +183,11 @@ class EncoderSpec(ModelSpec, extra="forbid"):
     """Number of blocks; checked when the encoder is loaded."""
     width: int = Field(ge=1, le=10**6)
     """Width of the residual stream; checked when the encoder is loaded."""
-    global_token: Literal["first", "eot", "last", "mean", "reference"]
-    """The token that stands for a whole sample: the first token, the end-of-text token, the last position, or the mean
-    of the unpadded tokens. The last position is padding only in models trained to read it there (SigLIP); in others it
-    is the last token. ``reference`` is the choice of the paper's published code: position 0, with SAEs trained on
-    padding too, and captions of SigLIP2 not lower-cased."""
+    global_token: Literal["first", "last_token", "last_position", "mean", "max", "reference"]
+    """The token that stands for a whole sample: the first token; the last one, which in CLIP is the end of text; the
+    last position, padding included, of models trained to read it there (SigLIP); or, in each dimension, the mean or the
+    maximum of all tokens, special ones included and padding excluded. ``reference`` is the choice of the paper's
+    published code: position 0, with SAEs trained on padding too, and captions of SigLIP2 not lower-cased."""
     use_layers: Literal["all", "last"] | list[int] = "all"
     """The layers to record, counted from 0."""
     image_size: int | None = Field(default=None, ge=1, le=100_000)
@@ -221,6 +221,17 @@ class EncoderSpec(ModelSpec, extra="forbid"):
     """Its training data, for readers; it has no effect."""
     note: str = ""
     """Free text for readers; it has no effect."""
+
+    @field_validator("global_token", mode="before")
+    @classmethod
+    def _reject_former_names(cls, value: Any) -> Any:
+        if value == "eot":
+            raise ValueError("eot is now called last_token")
+        if value == "last":
+            raise ValueError(
+                "last is now called last_position for SigLIP, which reads padding, and last_token for others"
+            )
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -43,8 +43,6 @@ class Batch:
     inputs: dict[str, Tensor]
     mask: Tensor | None = None
     """``[B, T]`` bool, true for unpadded tokens; None if there is no padding."""
-    eot: Tensor | None = None
-    """``[B]`` position of each end-of-text token; None for images."""
 
     def __len__(self) -> int:
         return len(self._first)
@@ -75,7 +73,7 @@ class Activations:
     training: Tensor
     """``[B, T]`` bool: the positions SAEs train on, which are the unpadded tokens and the global token."""
     position: Tensor | None
-    """``[B]`` position of the global token; None if it is the mean of the unpadded tokens."""
+    """``[B]`` position of the global token; None if it is the mean or maximum of the unpadded tokens."""
 
 
 @dataclass(frozen=True)
@@ -128,10 +126,9 @@ class Encoder:
                 f"{self.spec.model}: its blocks return {some.shape[1]} positions, but its tokenizer made "
                 f"{mask.shape[1]}; such a model cannot be read token by token, use another encoder"
             )
-        training, position = self._chosen(mask, batch.eot)
+        training, position = self._chosen(mask)
         if position is None:
-            weights = mask / mask.sum(1, keepdim=True)
-            global_token = {layer: torch.einsum("bt,btd->bd", weights, x) for layer, x in tokens.items()}
+            global_token = {layer: self._pooled(x, mask) for layer, x in tokens.items()}
             return Activations(tokens, global_token, training, position)
         rows = torch.arange(len(batch), device=self.device)
         return Activations(tokens, {layer: x[rows, position] for layer, x in tokens.items()}, training, position)
@@ -139,11 +136,11 @@ class Encoder:
     def outline(self, batch: Batch) -> Activations:
         """Like `read` for captions, but without any layer: only uses the tokenizer's output, the model is not run."""
         assert batch.mask is not None
-        return Activations({}, {}, *self._chosen(batch.mask.to(self.device), batch.eot))
+        return Activations({}, {}, *self._chosen(batch.mask.to(self.device)))
 
-    def _chosen(self, mask: Tensor, eot: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _chosen(self, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """``[B, T]`` mask of the positions SAEs train on, and ``[B]`` positions of the global tokens."""
-        position = self._global_position(mask, eot)
+        position = self._global_position(mask)
         if position is None:
             return mask, None
         training = torch.ones_like(mask) if self.spec.global_token == "reference" else mask.clone()
@@ -207,7 +204,7 @@ class Encoder:
                     f"{self.spec.model}, layer {layer}: width and sides of its grid {list(x.shape)} cannot be "
                     f"distinguished; set image_size to another value, for a square grid"
                 )
-            if self.spec.global_token in {"first", "last"}:
+            if is_position(self.spec):
                 raise EncoderError(
                     f"{self.spec.model}, layer {layer}: its block returns a grid of patches without a token for the "
                     f"whole image; set global_token: mean"
@@ -242,24 +239,36 @@ class Encoder:
                 f"width: {width}"
             )
 
-    def _global_position(self, mask: Tensor, eot: Tensor | None) -> Tensor | None:
-        """``[B]`` positions of the global tokens; None if the global token is the mean of all tokens."""
+    def _pooled(self, x: Tensor, mask: Tensor) -> Tensor:
+        """``[B, D]`` mean or maximum of the unpadded tokens of ``x [B, T, D]`` in each dimension."""
+        if self.spec.global_token == "max":
+            return x.masked_fill(~mask[..., None], -torch.inf).amax(1)
+        return torch.einsum("bt,btd->bd", mask / mask.sum(1, keepdim=True), x)
+
+    def _global_position(self, mask: Tensor) -> Tensor | None:
+        """``[B]`` positions of the global tokens; None if the global token is computed from all tokens."""
+        final = mask.shape[1] - 1
         match self.spec.global_token:
             case "first":
                 return mask.int().argmax(1)  # some tokenizers pad on the left
             case "reference":
                 return torch.zeros(len(mask), dtype=torch.long, device=self.device)
-            case "last":
-                final = mask.shape[1] - 1
-                if self.attends_to_padding:
-                    return torch.full((len(mask),), final, device=self.device)
+            case "last_token":
                 return final - mask.flip(1).int().argmax(1)
-            case "eot":
-                if eot is None:
-                    raise EncoderError(f"{self.spec.model}: images have no end of text; set global_token")
-                return eot.to(self.device)
-            case "mean":
+            case "last_position":
+                if not (self.attends_to_padding or mask[:, -1].all()):
+                    raise EncoderError(
+                        f"{self.spec.model}: its last position is padding, which it does not read; set global_token: "
+                        f"last_token"
+                    )
+                return torch.full((len(mask),), final, device=self.device)
+            case "mean" | "max":
                 return None
+
+
+def is_position(spec: EncoderSpec) -> bool:
+    """Whether the global token is one that the model itself uses for a whole sample."""
+    return spec.global_token in {"first", "last_token", "last_position"}
 
 
 def preparing_images(transform: Callable[[Any], Tensor], spec: EncoderSpec) -> Callable[[Samples], Batch]:
@@ -280,14 +289,19 @@ def in_one_line(error: BaseException) -> str:
     return message if len(message) <= 600 else f"{message[:600]} ..."
 
 
-def ensure_pad_token(tokenizer: Any) -> None:
+def ensure_pad_token(tokenizer: Any, vocabulary: int | None = None) -> None:
     """Set a padding token if the tokenizer has none, as in most language models: the end of text or any other token.
 
-    Padding follows the text and is masked, so the choice of token has no effect.
+    A padding token that is not among the model's ``vocabulary`` first ids is replaced too. Padding follows the text and
+    is masked, so the choice of token has no effect.
     """
-    if tokenizer.pad_token_id is None:
+
+    def usable(token: str | None) -> bool:
+        return token is not None and (vocabulary is None or tokenizer.convert_tokens_to_ids(token) < vocabulary)
+
+    if not usable(tokenizer.pad_token):
         others = [tokenizer.eos_token, *tokenizer.all_special_tokens, tokenizer.convert_ids_to_tokens(0)]
-        tokenizer.pad_token = next(token for token in others if token is not None)
+        tokenizer.pad_token = next(filter(usable, others))
 
 
 def check_reading(encoder: Encoder) -> None:
@@ -305,7 +319,7 @@ def check_reading(encoder: Encoder) -> None:
         encoder.activations(samples[:1])
     if spec.modality == "text":
         exact.activations([" ".join(["dog"] * _TEST_WORDS)])  # fails if the model has fewer positions than configured
-    if spec.modality == "image" and spec.global_token in {"first", "last"}:
+    if spec.modality == "image" and is_position(spec):
         _check_class_token(exact)
     if spec.batch_size == 1:
         return
@@ -331,7 +345,7 @@ def check_reading(encoder: Encoder) -> None:
                 )
 
     if all((x[0] - x[1]).norm() <= 1e-5 * x[0].norm() for x in together.global_token.values()):
-        other = "eot" if spec.modality == "text" else "mean"
+        other = "last_token" if spec.modality == "text" else "mean"
         warn(f"{spec.model}: its global token is the same for two samples; unless intended, set global_token: {other}")
 
 
@@ -369,8 +383,8 @@ def _check_class_token(encoder: Encoder) -> None:
     patch = pairs and not any(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs)
     if patch or not encoder.class_token:
         raise EncoderError(
-            f"{encoder.spec.model}: its {encoder.spec.global_token} token is a patch or register, not a class token "
-            f"for the whole image; set global_token: mean"
+            f"{encoder.spec.model}: its {encoder.spec.global_token.removesuffix('_token')} token is a patch or "
+            f"register, not a class token for the whole image; set global_token: mean"
         )
 
 

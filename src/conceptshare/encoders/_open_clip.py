@@ -106,15 +106,12 @@ def _preparing_texts(model: Any, tokenizer: Any, spec: EncoderSpec) -> Callable[
     def prepare(samples: Samples) -> Batch:
         # The towers only accept fully padded texts, even if context_length truncates them earlier.
         ids = nn.functional.pad(tokenizer(list(samples), longest), (0, own - longest), value=padding)
-        eot = _end_of_text(ids, settings)
-        # The padding token may also occur in the text (open_clip's own tokenizer pads with "!"), so count tokens.
-        lengths = eot + 1 if inner is None else ((ids != padding).sum(1) + pads_with_end).clamp(max=own)
-        if inner is not None and _pool_type(settings) != "eos":
-            eot = lengths - 1  # the highest id is the end of text only in CLIP's own vocabulary
+        # open_clip's own tokenizer pads with "!", which may also occur in the text; its end of text has the highest id.
+        lengths = ids.argmax(1) + 1 if inner is None else ((ids != padding).sum(1) + pads_with_end).clamp(max=own)
         mask = torch.arange(own) < lengths[:, None]
         if getattr(settings, "cls_emb", None) is not None:
             mask = nn.functional.pad(mask, (0, 1), value=True)  # CoCa's class token follows the text
-        return Batch({"text": ids}, mask, eot)
+        return Batch({"text": ids}, mask)
 
     return prepare
 
@@ -122,14 +119,6 @@ def _preparing_texts(model: Any, tokenizer: Any, spec: EncoderSpec) -> Callable[
 def _settings(model: Any) -> Any:
     """The module with the settings of the text tower."""
     return model.text if hasattr(model, "text") else model
-
-
-def _end_of_text(ids: Tensor, settings: Any) -> Tensor:
-    """``[B]`` positions that open_clip's own pooling reads: the end-of-text id, by default the highest id."""
-    if _pool_type(settings) == "eos":
-        end: int = getattr(settings, "text_eos_id", getattr(settings, "eos_id", 0))
-        return torch.eq(ids, end).int().argmax(1)
-    return ids.argmax(1)
 
 
 def _pool_type(settings: Any) -> str:

@@ -263,7 +263,7 @@ def _prepare_texts(spec: EncoderSpec, folder: Path, tower: Any, config: Any, tak
     if tokenizer.vocab_files_names and not any((folder / name).is_file() for name in files):
         # transformers would continue without a vocabulary and read every word as unknown.
         raise EncoderError(f"{spec.model}: no tokenizer in {folder}; put {' or '.join(sorted(files))} there")
-    ensure_pad_token(tokenizer)
+    ensure_pad_token(tokenizer, getattr(config, "vocab_size", None))
     length, attends_to_padding = _length(spec, tokenizer, tower, config), _attends_to_padding(config)
     clean: Callable[[str], str] = str
     names = set(tokenizer.model_input_names) | (set() if attends_to_padding else {"attention_mask"})
@@ -292,8 +292,7 @@ def _prepare_texts(spec: EncoderSpec, folder: Path, tower: Any, config: Any, tak
                 f"{spec.model}: its tokenizer returns no token for the caption {samples[int(empty[0])]!r}; remove that "
                 f"sample"
             )
-        eot = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
-        return Batch({name: encoded[name] for name in encoded if name in names}, mask, eot)
+        return Batch({name: encoded[name] for name in encoded if name in names}, mask)
 
     return prepare, tokenizer.convert_ids_to_tokens
 

@@ -462,9 +462,9 @@ def usual_tokens(spec: EncoderSpec) -> int:
 
 
 def stored_tokens(spec: EncoderSpec) -> int:
-    """Training tokens of a sample: its own, with padding for ``reference``, and the mean if it is the global token."""
+    """Training tokens of a sample: its own, with padding for ``reference``, and a global token that is none of them."""
     tokens = positions(spec) if spec.global_token == "reference" else usual_tokens(spec)
-    tokens += spec.global_token in {"mean", "last"}
+    tokens += spec.global_token in {"mean", "max", "last_position"}
     return tokens if spec.max_tokens is None else min(tokens, spec.max_tokens)
 
 
@@ -568,7 +568,7 @@ def _hours(hours: float) -> str:
 
 
 def _padded(spec: EncoderSpec) -> bool:
-    return spec.library == "open_clip" or spec.global_token == "last"
+    return spec.library == "open_clip" or spec.global_token == "last_position"
 
 
 def _samples(name: str, spec: DatasetSpec, results: Path) -> int:
