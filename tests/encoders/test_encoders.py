@@ -198,7 +198,7 @@ def test_a_caption_in_a_batch_has_the_activations_that_transformers_gives_it_alo
                 assert close(found[token].global_token[layer][sample].cpu(), expected), (layer, token)
 
 
-@pytest.mark.parametrize("kind", ["FNet", "MobileBert"])
+@pytest.mark.parametrize("kind", ["FNet", "MobileBert", "ConvBert"])
 def test_refuses_a_text_encoder_that_attends_to_padding_unless_nothing_is_padded(tmp_path, kind):
     sizes = {"vocab_size": 4 + len(models.WORDS), "hidden_size": WIDTH, "num_hidden_layers": LAYERS}
     more = {"embedding_size": WIDTH, "intra_bottleneck_size": WIDTH, "num_attention_heads": 2}
@@ -212,9 +212,22 @@ def test_refuses_a_text_encoder_that_attends_to_padding_unless_nothing_is_padded
 
 
 @pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("Longformer", "return 512 positions, but its tokenizer made 4;"),
+        ("SqueezeBert", "its block is not called in the"),
+    ],
+)
+def test_refuses_a_text_encoder_whose_blocks_cannot_be_read_token_by_token(tmp_path, kind, message):
+    models.language_model(kind, tmp_path, positions=20)
+    with pytest.raises(EncoderError, match=message):
+        load_encoder(models.entry(tmp_path, "text", "first", kind="language"))
+
+
+@pytest.mark.parametrize(
     "special", [{"pad_token": None}, {"pad_token": None, "eos_token": "[SEP]"}, {"pad_token": "<not a word>"}], ids=str
 )
-@pytest.mark.parametrize("kind", models.DECODERS)
+@pytest.mark.parametrize("kind", ["GPT2", "GPTNeoX", "Llama", "Gemma", "Qwen2", "Bloom"])
 def test_a_language_model_without_a_padding_token_in_its_vocabulary_is_read_at_its_last_real_token(
     tmp_path, kind, special
 ):

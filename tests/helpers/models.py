@@ -557,42 +557,54 @@ def word_tokenizer(**more: Any) -> Any:
 
 # With every kind of positions.
 ENCODERS = (
-    *("Bert", "Roberta", "XLMRoberta", "Deberta", "DebertaV2", "MPNet", "XLNet", "Electra", "DistilBert", "ModernBert"),
-    "CLIPText",
+    *("Bert", "Roberta", "XLMRoberta", "Camembert", "Deberta", "DebertaV2", "MPNet", "XLNet", "Electra", "DistilBert"),
+    *("ModernBert", "NomicBert", "EuroBert", "BigBird", "RoFormer", "CLIPText"),
 )
-ENCODER_DECODERS = ("T5", "Bart")
-DECODERS = ("GPT2", "GPTNeoX", "Llama", "Gemma", "OPT", "Bloom", "OpenAIGPT", "Qwen2", "Mistral")
+ENCODER_DECODERS = ("T5", "MT5", "UMT5", "Bart", "MBart", "Pegasus", "Marian")
+DECODERS = (
+    *("GPT2", "GPTNeo", "GPTNeoX", "GPTJ", "Llama", "Gemma", "Gemma2", "Gemma3Text", "Qwen2", "Qwen3", "Mistral"),
+    *("Mixtral", "Phi", "Phi3", "Olmo2", "SmolLM3", "Granite", "Cohere", "StableLm", "Falcon", "OPT", "Bloom"),
+    "OpenAIGPT",
+)
 LANGUAGE_MODELS = (*ENCODERS, *ENCODER_DECODERS, *DECODERS)
 
 
 def language_model(kind: str, folder: Path, positions: int = CONTEXT, **tokenizer: Any) -> Any:
     """Write a language model of transformers' class ``kind`` into ``folder`` and return it."""
-    from_0 = kind not in ("Roberta", "XLMRoberta", "MPNet")  # which count positions from after the padding token
+    # These count positions from after the padding token.
+    from_0 = kind not in ("Roberta", "XLMRoberta", "Camembert", "MPNet")
     common = {
         "vocab_size": 4 + len(WORDS),
         "hidden_size": WIDTH,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": 2,
         "intermediate_size": 32,
+        "num_key_value_heads": 2,
         "pad_token_id": 0 if from_0 else 1,
         "bos_token_id": 2,
         "eos_token_id": 3,
     }
-    if kind not in ("XLNet", "T5", "Bloom"):
+    if kind not in ("XLNet", *ENCODER_DECODERS[:3], "Bloom"):
         common["max_position_embeddings"] = positions if from_0 else positions + 2
+    t5 = {"d_kv": 8, "d_ff": 32, "num_decoder_layers": 2, "decoder_start_token_id": 0}
+    bart = {"encoder_layers": LAYERS, "encoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_layers": 1}
     own: dict[str, Any] = {
+        **dict.fromkeys(("T5", "MT5", "UMT5"), t5),
+        **{name: {"head_dim": 8} for name in ("Gemma", "Gemma2", "Qwen3")},
+        **{name: {"embedding_size": WIDTH} for name in ("RoFormer", "SqueezeBert")},
+        **dict.fromkeys(("Bart", "MBart", "Pegasus", "Marian"), bart),
         "Deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False},
         "DebertaV2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4},
         "XLNet": {"d_inner": 32, "d_head": 8},
-        "T5": {"d_kv": 8, "d_ff": 32, "num_decoder_layers": 2, "decoder_start_token_id": 0},
-        "Bart": {"encoder_layers": LAYERS, "encoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_layers": 1},
         "DistilBert": {"hidden_dim": 32},
         "OPT": {"ffn_dim": 32, "word_embed_proj_dim": WIDTH},
         "ModernBert": {"cls_token_id": 2, "sep_token_id": 3},
-        "Llama": {"num_key_value_heads": 2},
-        "Qwen2": {"num_key_value_heads": 2},
-        "Mistral": {"num_key_value_heads": 2},
-        "Gemma": {"num_key_value_heads": 2, "head_dim": 8},
+        "BigBird": {"attention_type": "original_full"},
+        "GPTNeo": {"attention_types": [[["global", "local"], 1], [["global"], 1]], "window_size": 4},
+        "GPTJ": {"rotary_dim": 4},
+        "Gemma3Text": {"head_dim": 8, "sliding_window": 4, "sliding_window_pattern": 2},
+        "Mixtral": {"num_local_experts": 2},
+        "Falcon": {"alibi": True},
     }
     config = getattr(transformers, f"{kind}Config")(**common | own.get(kind, {}))
     model = randomise(getattr(transformers, f"{kind}Model")(config))
