@@ -188,6 +188,7 @@ OPTIONS = [
     {"precision": "tf32"},
     {"clip_norm": 1.0, "unit_norm_decoder": True, "scale_inputs": True, "initial_b_dec": "mean", "encoder_bias": True},
     {"auxk": 0.1, "auxk_latents": 16, "dead_after": 1},
+    {"auxk": 0.1, "auxk_latents": 16, "dead_after": 1, "global_weight": 4, "max_norm": 1.2},
 ]
 
 
@@ -202,7 +203,7 @@ def trained(settings, place, steps=60, width=16, tokens=200, resumed_at=None):
         if step == resumed_at:
             state, trainer = trainer.state(), new()
             trainer.restore(state)
-        trainer.train_on(torch.randn(tokens, width, generator=generator).to(place))
+        trainer.train_on(torch.randn(tokens, width, generator=generator).to(place), np.arange(0, tokens, 20))
     return trainer.state()
 
 

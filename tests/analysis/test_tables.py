@@ -896,6 +896,7 @@ def test_sae_table(study, saes):
         "fvu_global": pytest.approx(0.6),
         "l0_global": 3.5,
         "dead_global": 0.75,
+        "outlying": 0.125,
         "silent_features": 6 - silent,
     }
     assert last["silent_features"] >= 1

@@ -183,6 +183,14 @@ def dense_training(tokens, settings, seed):
     scale, last_active, seen = 1.0, torch.zeros(F), 0
     for step, batch in enumerate(batches):
         x = torch.from_numpy(np.concatenate([tokens[i] for i in batch]).astype(np.float32))
+        weights = torch.cat([torch.tensor([settings.global_weight, *[1.0] * (len(tokens[i]) - 1)]) for i in batch])
+        if settings.max_norm:
+            lengths = x.square().sum(1).sqrt()
+            median = lengths.sort().values[(len(x) - 1) // 2]
+            firsts = np.cumsum([0, *(len(tokens[i]) for i in batch[:-1])])
+            kept = [n in firsts or bool(length <= settings.max_norm * median) for n, length in enumerate(lengths)]
+            x, weights = x[kept], weights[kept]
+        weights = weights[:, None] / weights.sum() / D
         W_enc, W_dec, b_dec, b_enc = parameters
         if step == 0:
             scale = (math.sqrt(D) / x.norm(dim=1).mean()).item() if settings.scale_inputs else 1.0
@@ -190,7 +198,7 @@ def dense_training(tokens, settings, seed):
                 b_dec.data = (x * scale).mean(0)
         x = x * scale
         reconstruction = dense_reconstruction(x, W_enc, W_dec, b_dec, settings.k, b_enc)
-        loss = (reconstruction - x).square().mean()
+        loss = (weights * (reconstruction - x).square()).sum()
         losses.append(loss.item() / scale**2)
         seen += len(x)
         f = torch.relu((x - b_dec) @ W_enc + b_enc)
@@ -202,7 +210,7 @@ def dense_training(tokens, settings, seed):
             dead = f * (seen - last_active > settings.dead_after)
             values, indices = dead.topk(min(settings.auxk_latents, F), dim=1)
             revived = torch.zeros_like(f).scatter(1, indices, values) @ W_dec
-            loss = loss + settings.auxk * (revived - (x - reconstruction).detach()).square().mean()
+            loss = loss + settings.auxk * (weights * (revived - (x - reconstruction).detach()).square()).sum()
         gradients = list(torch.autograd.grad(loss, parameters))
         if not settings.encoder_bias:
             gradients[3] = torch.zeros(F)
@@ -239,6 +247,10 @@ OPTIONS = [
     {"auxk": 0.5, "auxk_latents": 8, "dead_after": 60},
     {"auxk": 0.5, "auxk_latents": 500, "dead_after": 60, "encoder_bias": True},
     {"preset": "gao", "dead_after": 60, "auxk_latents": 8},
+    {"global_weight": 5},
+    {"global_weight": 5, "auxk": 0.5, "auxk_latents": 8, "dead_after": 60, "scale_inputs": True, "clip_norm": 0.02},
+    {"max_norm": 1.2, "initial_b_dec": "mean", "scale_inputs": True},
+    {"max_norm": 1.2, "global_weight": 5, "auxk": 0.5, "auxk_latents": 500, "dead_after": 60},
 ]
 
 
@@ -255,6 +267,97 @@ def test_each_option_trains_like_dense_autograd_and_has_an_effect(options, monke
         torch.testing.assert_close(own.detach().cpu(), other, rtol=0, atol=2e-5)
     without, _ = train(reader(tokens), SAESettings(**{"learning_rate": settings.rate(64)} | plain), seed=7)
     assert (sae.W_dec - without.W_dec).abs().max() > 1e-3
+
+
+def test_gradients_of_weighted_losses_equal_dense_autograd_in_float64():
+    settings = SAESettings(expansion=3, k=4, auxk=0.3, auxk_latents=5, dead_after=1)
+    trainer = _trainer.Trainer(8, settings, 0, 1, torch.device("cpu"))
+    trainer.sae = some_sae().double()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(30, 8, dtype=torch.float64, generator=generator)
+    weights = torch.rand(30, dtype=torch.float64, generator=generator) ** 4
+    weights /= weights.sum()
+    trainer._seen = 100
+    trainer._last_active[::2] = 100
+    reconstruction = trainer.sae(x)
+    loss = _trainer.mean_square(reconstruction - x, weights)
+    (loss + settings.auxk * trainer._auxiliary_loss(x, reconstruction, weights)).backward()
+    W_enc, W_dec, b_dec, b_enc = equations(trainer.sae)
+    reconstruction = dense_reconstruction(x, W_enc, W_dec, b_dec, 4, b_enc)
+    f = torch.relu((x - b_dec) @ W_enc + b_enc)
+    values, indices = f[:, 1::2].topk(5, dim=1)
+    revived = torch.zeros_like(f[:, 1::2]).scatter(1, indices, values) @ W_dec[1::2]
+    expected = sum(
+        weight * share * (error**2).sum() / 8
+        for share, errors in ((1, reconstruction - x), (0.3, revived - (x - reconstruction).detach()))
+        for weight, error in zip(weights, errors, strict=True)
+    )
+    expected.backward()
+    gradients = {"W_enc_T": W_enc.grad.T, "W_dec": W_dec.grad, "b_dec": b_dec.grad, "b_enc": b_enc.grad}
+    for name, parameter in trainer.sae.named_parameters():
+        assert gradients[name].abs().max() > 1e-3
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-10, atol=1e-12, msg=name)
+
+
+def middle_is_global(tokens):
+    """A reader of samples whose second token is global."""
+    starts = np.cumsum([0, *(len(sample) for sample in tokens)])
+    return TokenReader(np.concatenate(tokens), starts, starts[:-1] + 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "of_five"),
+    [
+        ({"encoder_bias": True, "unit_norm_decoder": True}, {}),
+        ({"auxk": 0.5, "auxk_latents": 8, "dead_after": 60}, {"dead_after": 100}),
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_a_weight_of_3_equals_3_copies_of_the_global_token_in_every_batch(options, of_five, monkeypatch):
+    """Samples of 3 tokens have 5 with the copies, so as many steps are 5/3 as many tokens."""
+    monkeypatch.setattr(_trainer, "_STEPS_BETWEEN_CHECKS", LOOKS)
+    tokens = planted(samples=200)
+    copied = [sample[[0, 1, 1, 1, 2]] for sample in tokens]
+    plain = {"expansion": 4, "k": 2, "batch_samples": 4, "learning_rate": 3e-3} | options
+    sae, losses = train(middle_is_global(tokens), SAESettings(**plain, global_weight=3), seed=7)
+    expected, expected_losses = train(middle_is_global(copied), SAESettings(**plain | of_five), seed=7)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
+    for name, own in sae.named_parameters():
+        torch.testing.assert_close(own, getattr(expected, name), rtol=0, atol=2e-5, msg=name)
+    without, _ = train(middle_is_global(tokens), SAESettings(**plain), seed=7)
+    assert (sae.W_dec - without.W_dec).abs().max() > 1e-2
+
+
+def test_tokens_of_outlying_norm_are_left_out_unless_they_are_global(tmp_path, write_tokens):
+    """Each sample's last token is 40 times as long, and so are some global ones, which are its first."""
+    usual = planted(samples=70)
+    for sample in usual[::9]:
+        sample[0] *= 40
+    longer = [np.concatenate([sample, 40 * sample[-1:]]) for sample in usual]
+    settings = SETTINGS.model_copy(update={"max_norm": 8, "held_out": 0.2, "epochs": 3, "standardise": True})
+    train_sae(write_tokens(tmp_path / "of_4" / "vit.zarr", {3: longer}), 3, settings, 0, tmp_path / "without")
+    store = write_tokens(tmp_path / "of_3" / "vit.zarr", {3: usual})
+    train_sae(store, 3, settings.model_copy(update={"max_norm": None}), 0, tmp_path / "alone")
+    one, other = contents(tmp_path / "without"), contents(tmp_path / "alone")
+    for name in ("sae_weights.safetensors", "loss.csv"):
+        assert one[name] == other[name]
+    metrics, of_all = json.loads(one["metrics.json"]), json.loads(other["metrics.json"])
+    assert (metrics["outlying"], of_all["outlying"]) == (0.25, 0)
+    assert metrics["all_tokens"]["tokens"] == 14 * 4  # measured on all
+    # Kept in full, and so across a resumed training.
+    killed = run_training(tmp_path / "of_4" / "vit.zarr", tmp_path / "killed", last=8, settings=settings)
+    assert killed.returncode == -signal.SIGKILL
+    finished = run_training(tmp_path / "of_4" / "vit.zarr", tmp_path / "killed", settings=settings)
+    assert "resuming at step 7 of 12" in finished.stderr
+    assert contents(tmp_path / "killed") == one
+
+
+@pytest.mark.parametrize("option", [{"global_weight": 2}, {"max_norm": 8}], ids=str)
+def test_refuses_options_of_other_tokens_when_trained_on_global_ones(option):
+    (key,) = option
+    with pytest.raises(ValueError, match=f"{key}: train_on: global has no other tokens than global ones"):
+        SAESettings(preset="global", **option)
+    assert SAESettings(preset="global", global_weight=1, max_norm=None).train_on == "global"
 
 
 def test_auxk_only_updates_dead_latents():
@@ -760,7 +863,11 @@ def uneven():
     return [((sample - 1) * scales).astype(np.float16) for sample in planted(samples=80)]
 
 
-@pytest.mark.parametrize("options", [{}, {"encoder_bias": True, "initial_b_dec": "mean", "unit_norm_decoder": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"encoder_bias": True, "initial_b_dec": "mean", "unit_norm_decoder": True, "global_weight": 3}],
+    ids=lambda options: "-".join(options),
+)
 def test_standardising_equals_training_on_standardised_tokens(uneven, options):
     """In float64, from the first batch: the losses and the folded weights."""
     plain = {"expansion": 4, "k": 3, "batch_samples": 4, "learning_rate": 3e-3} | options
@@ -782,7 +889,9 @@ def test_standardising_equals_training_on_standardised_tokens(uneven, options):
     if options:
         start.b_dec.data = torch.from_numpy(first.mean(0))
     error = deviation * (start(torch.from_numpy(first)).detach().numpy() - first)
-    assert losses[0] == pytest.approx((error**2).mean(), rel=1e-4)  # in the units of the tokens
+    weights = [options.get("global_weight", 1), 1, 1] * 4
+    expected = np.average((error**2).mean(1), weights=weights)
+    assert losses[0] == pytest.approx(expected, rel=1e-4)  # in the units of the tokens
 
 
 def test_a_dimension_that_does_not_vary_is_reconstructed_by_its_mean_and_ignored(uneven):
@@ -873,8 +982,8 @@ with_signal, last = signal.Signals(int(sys.argv[4])), int(sys.argv[5])
 _train._SECONDS_BETWEEN_CHECKPOINTS = 0
 step = _train.Trainer.train_on
 
-def counted(self, x):
-    step(self, x)
+def counted(self, *batch):
+    step(self, *batch)
     if self.step == last:
         os.kill(os.getpid(), with_signal)
 

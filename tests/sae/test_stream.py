@@ -79,7 +79,7 @@ FAMILIES = [models.bert, models.clip_text, models.siglip_text, models.vit, model
 
 @pytest.mark.parametrize("make", FAMILIES, ids=lambda make: make.__name__)
 def test_streaming_equals_storing_for_every_kind_of_encoder(make, encoder_of, data_folder, tmp_path):
-    settings = SAESettings(**SETTINGS, epochs=2, held_out=0.2)
+    settings = SAESettings(**SETTINGS, epochs=2, held_out=0.2, global_weight=3)
     encoder, data = encoder_of(make), Data(data_folder)
     streamed(encoder, data, settings, tmp_path / "streamed", workers=2)
     assert_the_same(stored(encoder, data, settings, tmp_path / "stored"), tmp_path / "streamed")
@@ -96,6 +96,7 @@ def test_streaming_equals_storing_for_every_kind_of_encoder(make, encoder_of, da
         {"preset": "gao", "dead_after": 30, "epochs": 4},
         {"scale_inputs": True, "encoder_bias": True, "clip_norm": 1e-3, "warmup_steps": 3, "decay_share": 0.5},
         {"precision": "bfloat16"},
+        {"global_weight": 3, "standardise": True, "epochs": 2},
     ],
     ids=str,
 )
@@ -110,10 +111,22 @@ def test_streaming_equals_storing_with_every_option(options, encoder_of, data_fo
     "values", [{"max_tokens": 2}, {"use_layers": "last"}, {"batch_size": 64}, {"batch_size": 1}], ids=str
 )
 def test_streaming_equals_storing_for_every_choice_of_layers_and_tokens(values, encoder_of, data_folder, tmp_path):
-    settings = SAESettings(**SETTINGS, epochs=2)
+    settings = SAESettings(**SETTINGS, epochs=2, global_weight=3)
     encoder, data = encoder_of(models.bert, **values), Data(data_folder)
     streamed(encoder, data, settings, tmp_path / "streamed", seeds=[1])
     assert_the_same(stored(encoder, data, settings, tmp_path / "stored", seeds=[1]), tmp_path / "streamed")
+
+
+def test_streaming_leaves_out_the_same_tokens(encoder_of, data_folder, tmp_path):
+    settings = SAESettings(**SETTINGS, epochs=2, global_weight=3, max_norm=1.02)
+    encoder, data = encoder_of(models.vit), Data(data_folder)
+    streamed(encoder, data, settings, tmp_path / "streamed", workers=2)
+    assert_the_same(stored(encoder, data, settings, tmp_path / "stored"), tmp_path / "streamed")
+    shares = [
+        json.loads(path.read_text())["outlying"] for path in (tmp_path / "streamed").glob("tiny/*/*/metrics.json")
+    ]
+    assert len(set(shares)) > 1
+    assert all(0 < share < 0.5 for share in shares)
 
 
 @pytest.mark.parametrize(("held_out", "epochs", "passes"), [(0.2, 1, 1.0), (0.0, 1, 2.0), (0.2, 3, 2.6)])

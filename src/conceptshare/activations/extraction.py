@@ -148,6 +148,12 @@ class KeptRows:
         return {layer: x[ends[first] - self.counts[first] : ends[last]] for layer, x in self.tokens.items()}
 
 
+def rows_of_globals(counts: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``[n]`` rows of global tokens, from the number of rows per sample and their indices among these."""
+    rows: NDArray[np.int64] = counts.cumsum() - counts + places
+    return rows
+
+
 def kept_rows(activations: Activations, spec: EncoderSpec, start: int, name: str) -> KeptRows:
     """Select the rows of a batch that are stored and trained on, as float16.
 
@@ -475,6 +481,11 @@ class TokenReader:
         runs = np.split(samples, np.flatnonzero(np.diff(samples) != 1) + 1)
         parts = [self._tokens[self._offsets[run[0]] : self._offsets[run[-1] + 1]] for run in runs]
         return torch.from_numpy(np.concatenate(parts))
+
+    def global_rows(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``[n]`` rows of the samples' global tokens in `read`."""
+        starts = self._offsets[samples]
+        return rows_of_globals(self._offsets[samples + 1] - starts, self._global_rows[samples] - starts)
 
     def read_global(self, samples: NDArray[np.int64]) -> Tensor:
         """``[n, D]`` float16 global tokens of the given samples, in their order."""

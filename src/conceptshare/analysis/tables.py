@@ -65,7 +65,7 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
         *("top_share", "calibrated_top_share"),
     ),
     "overlaps": ("source", "first", "second", "top", "overlap", "expected", "log10_p"),
-    "saes": ("encoder", "seed", "layer", "latents", "steps", *_QUALITY),
+    "saes": ("encoder", "seed", "layer", "latents", "steps", *_QUALITY, "outlying"),
     "seeds": (*_CELL, "source_seed", "target_seed", "wmppc", "null", "excess", "pairs", "mean", "low", "high"),
     "paper": (*_CELL, "ours", "low", "high", "paper", "difference"),
     "names": ("layer", "feature", "name", "candidate", "score", "auc", "source"),
@@ -824,6 +824,8 @@ def named_features(
 def sae_table(members: Sequence[Member], saes: Path, features: Path) -> pd.DataFrame:
     """Size and quality of every SAE: FVU, L0 and dead latents over all tokens and over global tokens.
 
+    ``outlying`` is the fraction of training tokens that ``max_norm`` left out.
+
     Raises:
         StoreError: if an SAE's metrics are missing or unreadable.
     """
@@ -875,7 +877,7 @@ def _training_of(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise StoreError(f"{folder}: no readable metrics ({error}); {REMEDY}") from None
     quality = {name: metrics[f"{name.rpartition('_')[2]}_tokens"][name.rpartition("_")[0]] for name in _QUALITY}
-    return {"steps": metrics["steps"], **quality}
+    return {"steps": metrics["steps"], **quality, "outlying": metrics.get("outlying", 0.0)}
 
 
 def write_table(table: pd.DataFrame, out: Path) -> None:

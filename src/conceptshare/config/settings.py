@@ -23,6 +23,11 @@ class SAESettings(Spec):
     train_on: Literal["all", "global"] = "all"
     """Tokens to train on: all, or the global token of each sample alone. For ``global``, no other tokens are stored or
     streamed, and a batch has as many tokens as samples."""
+    global_weight: float = Field(default=1.0, ge=1, le=10**6)
+    """With ``train_on: all``, how many times the error of a global token counts in the loss; the others count once."""
+    max_norm: float | None = Field(default=None, ge=1, le=10**6)
+    """With ``train_on: all``, leave a token out of training if its norm is more than so many times the median norm of
+    its batch's tokens, unless it is a global token. None trains on all."""
     expansion: int = Field(default=8, ge=1, le=10_000)
     """Latents per dimension of the residual stream: F = expansion x D."""
     k: Positive = 32
@@ -80,6 +85,10 @@ class SAESettings(Spec):
     def _check(self) -> Self:
         if self.standardise and self.scale_inputs:
             raise ValueError("scale_inputs: standardised tokens have that length already; leave it out")
+        given = {"global_weight": self.global_weight > 1, "max_norm": self.max_norm is not None}
+        if self.train_on == "global" and any(given.values()):
+            key = max(given, key=lambda name: given[name])
+            raise ValueError(f"{key}: train_on: global has no other tokens than global ones; leave one of both out")
         return self
 
     def held_out_samples(self, samples: int) -> int:

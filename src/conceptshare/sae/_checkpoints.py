@@ -21,7 +21,7 @@ from conceptshare.sae._trainer import Trainer
 PREEMPTED = 75
 """Exit status of a training that received SIGTERM and saved its state: temporary failure, as in sysexits.h."""
 
-_VERSION = 1
+_VERSION = 2
 """Version of a state's contents; states of other versions are not used."""
 _KEY = "of.json"
 _KEPT = 2

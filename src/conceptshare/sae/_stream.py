@@ -13,7 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from conceptshare.activations.extraction import KIND, GlobalTokens, describe, extract_activations, forward_pass
+from conceptshare.activations.extraction import (
+    KIND,
+    GlobalTokens,
+    describe,
+    extract_activations,
+    forward_pass,
+    rows_of_globals,
+)
 from conceptshare.config.settings import SAESettings
 from conceptshare.data.dataset import Data
 from conceptshare.device import devices, full_float32
@@ -101,7 +108,7 @@ def train_stream(
         all_tokens, global_tokens = _evaluate(group, reader, _order.evaluated(N, settings), name)
         held_out = settings.held_out_samples(N) > 0
         for origin, trainer in group.by_origin.items():
-            report = Report(origin, all_tokens[origin], global_tokens[origin], held_out)
+            report = Report(origin, all_tokens[origin], global_tokens[origin], held_out, trainer.outlying)
             sae_folder = folder / sae_place(origin.layer, origin.seed)
             write_sae(sae_folder, trainer.sae, trainer.losses.cpu().numpy(), settings, report, described)
         reader.close()
@@ -132,9 +139,10 @@ class _SAEGroup:
         }
         return {origin: future.result() for origin, future in started.items()}
 
-    def train_on(self, tokens: TokensByLayer) -> None:
-        """Train every SAE for one step."""
-        self.each(lambda origin, trainer: trainer.train_on(tokens[origin.layer]))
+    def train_on(self, batch: tuple[TokensByLayer, NDArray[np.int64]]) -> None:
+        """Train every SAE for one step, on tokens with the rows of global ones."""
+        tokens, global_rows = batch
+        self.each(lambda origin, trainer: trainer.train_on(tokens[origin.layer], global_rows))
 
     def evaluate_on(self, tokens: TokensByLayer, evaluators: dict[Origin, Evaluator]) -> None:
         """Add tokens to the evaluation of every SAE."""
@@ -154,8 +162,10 @@ class _Reader:
         stored = store.attrs.get("progress", {"samples": 0})["samples"]
         self._global = GlobalTokens(store, encoder.spec, stored)
 
-    def read(self, wanted: list[NDArray[np.int64]]) -> Generator[TokensByLayer, None, None]:
+    def read(self, wanted: list[NDArray[np.int64]]) -> Generator[tuple[TokensByLayer, NDArray[np.int64]], None, None]:
         """Yield ``[rows, D]`` float16 training tokens of each batch of samples, by layer, with prefetching.
+
+        With them come the rows of global tokens, ``[n]``.
 
         Samples come in whole blocks, see `_order`, so the encoder's batches and therefore all values are the same to
         the bit as in an extraction.
@@ -169,14 +179,17 @@ class _Reader:
             ready = in_order((computing.submit(next, passes).result for _ in starts), 1)
             kept = None
             for runs in batches:
-                parts = []
+                parts, counts, places = [], [], []
                 for run in runs:
                     if kept is None or kept.start != run[0] // block * block:
                         kept = next(ready)
                         if kept.start == self._global.samples:
                             self._global.append(kept)
                     parts.append(kept.of(run))
-                yield {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
+                    counts.append(kept.counts[run - kept.start])
+                    places.append(kept.places[run - kept.start])
+                tokens = {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
+                yield tokens, rows_of_globals(np.concatenate(counts), np.concatenate(places))
 
     def left_before(self, sample: int) -> list[NDArray[np.int64]]:
         """Samples before ``sample`` whose global tokens are not stored yet, in blocks."""
@@ -204,7 +217,7 @@ def _evaluate(
     evaluators = group.each(lambda _, trainer: Evaluator(trainer.finish()))
     left = reader.left_before(int(samples[0][0]))
     with closing(reader.read(left + samples)) as batches:
-        for n, tokens in enumerate(progress(batches, len(left + samples), f"measuring {name}", "batches")):
+        for n, (tokens, _) in enumerate(progress(batches, len(left + samples), f"measuring {name}", "batches")):
             if n >= len(left):
                 group.evaluate_on(tokens, evaluators)
     reader.save_progress()

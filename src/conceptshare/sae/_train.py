@@ -54,6 +54,10 @@ class Tokens(Protocol):
         """``[rows, D]`` tokens of the samples, of any floating-point type."""
         ...
 
+    def global_rows(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``[n]`` rows of the samples' global tokens in `read`."""
+        ...
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -98,8 +102,20 @@ def train(
         NumericsError: if a loss is not finite, or k exceeds the number of latents.
         SystemExit: with the status PREEMPTED, after SIGTERM.
     """
+    trainer = _trained(tokens, settings, seed, batch_samples or settings.batch_samples, what, checkpoints)
+    return trainer.finish(), trainer.losses.cpu().numpy()
+
+
+def _trained(
+    tokens: Tokens,
+    settings: SAESettings,
+    seed: int,
+    batch_samples: int,
+    what: str,
+    checkpoints: Checkpoints | None,
+) -> Trainer:
     device = default_device()
-    batches = _order.steps(len(tokens), batch_samples or settings.batch_samples, tokens.block, settings)
+    batches = _order.steps(len(tokens), batch_samples, tokens.block, settings)
     trainer = Trainer(tokens.width, settings, seed, len(batches), device)
     if checkpoints is not None and checkpoints.restore({what: trainer}):
         info(f"{what}: resuming at step {trainer.step:,} of {len(batches):,}")
@@ -107,8 +123,8 @@ def train(
         trainer.standardise(tokens.read(batch) for batch in batches[: len(batches) // settings.epochs])
     left = batches[trainer.step :]
     with closing(_prefetch(tokens, left, device)) as ready:
-        run_steps(ready, trainer.train_on, {what: trainer}, what, checkpoints)
-    return trainer.finish(), trainer.losses.cpu().numpy()
+        run_steps(ready, lambda batch: trainer.train_on(*batch), {what: trainer}, what, checkpoints)
+    return trainer
 
 
 Batch = TypeVar("Batch")
@@ -163,10 +179,12 @@ def _check_finite(trainers: Mapping[str, Trainer]) -> None:
             )
 
 
-def _prefetch(tokens: Tokens, batches: list[NDArray[np.int64]], device: torch.device) -> Generator[Tensor, None, None]:
-    def read(batch: NDArray[np.int64]) -> Tensor:
-        x = tokens.read(batch)
-        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+def _prefetch(
+    tokens: Tokens, batches: list[NDArray[np.int64]], device: torch.device
+) -> Generator[tuple[Tensor, NDArray[np.int64]], None, None]:
+    def read(batch: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
+        x, rows = tokens.read(batch), tokens.global_rows(batch)
+        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x, rows
 
     with ThreadPoolExecutor(1) as reading:
         yield from in_order((reading.submit(read, batch).result for batch in batches), _AHEAD)
@@ -197,13 +215,14 @@ def train_sae(store: Path, layer: int, settings: SAESettings, seed: int, out: Pa
     checkpoints = Checkpoints(out.with_name(out.name + ".checkpoints"), key)
     batch_samples = settings.samples_per_step(tokens.modality)
     with atomic_output(out, SAE, key=checkpoints.key) as folder, inputs:
-        sae, losses = train(tokens, settings, origin.mixed_seed(), batch_samples, str(origin), checkpoints)
+        trainer = _trained(tokens, settings, origin.mixed_seed(), batch_samples, str(origin), checkpoints)
+        sae = trainer.finish()
         batches = _order.evaluated(len(tokens), settings)
         all_tokens = evaluate(sae, (tokens.read(batch) for batch in batches))
         global_tokens = evaluate(sae, (tokens.read_global(batch) for batch in batches))
         held_out = settings.held_out_samples(len(tokens)) > 0
-        report = Report(origin, all_tokens, global_tokens, held_out)
-        write_sae(folder, sae, losses, settings, report, tokens.made_from)
+        report = Report(origin, all_tokens, global_tokens, held_out, trainer.outlying)
+        write_sae(folder, sae, trainer.losses.cpu().numpy(), settings, report, tokens.made_from)
     checkpoints.remove()
 
 
@@ -216,6 +235,8 @@ class Report:
     global_tokens: Evaluation
     held_out: bool
     """Whether it was evaluated on held-out samples."""
+    outlying: float
+    """Fraction of the training tokens that were left out for their norm."""
 
 
 def write_sae(
@@ -234,6 +255,7 @@ def write_sae(
         "global_tokens": asdict(report.global_tokens.quality),
         "measured_on": "held-out samples" if report.held_out else "samples that were trained on",
         "steps": len(losses),
+        "outlying": report.outlying,
         "settings": settings.model_dump(mode="json"),
     }
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")

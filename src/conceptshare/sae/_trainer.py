@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from conceptshare.config.settings import SAESettings
@@ -37,14 +39,26 @@ class Trainer:
         # Trained on (x - shift) * scale.
         self._shift = torch.zeros(width, device=device)
         self._scale = torch.ones(width if settings.standardise else (), device=device)
+        # Numbers of tokens that were trained on, and left out.
         self._seen = 0
+        self._outlying = torch.zeros((), dtype=torch.int64, device=device)
         # The token count at which each latent was last active, and whether any latent was dead at the last check.
         self._last_active = torch.zeros(len(self.sae.W_dec), dtype=torch.int64, device=device)
         self._some_dead = False
 
-    def train_on(self, x: Tensor) -> None:
-        """Train for one step on the tokens ``x [T, D]``, of any floating-point type and on any device."""
-        x = x.to(self.losses.device).float()
+    @property
+    def outlying(self) -> float:
+        """Fraction of the tokens so far that `max_norm` left out."""
+        left_out = int(self._outlying)
+        return left_out / max(left_out + self._seen, 1)
+
+    def train_on(self, x: Tensor, global_rows: NDArray[np.int64] | None = None) -> None:
+        """Train for one step on the tokens ``x [T, D]``, of any floating-point type and on any device.
+
+        ``global_rows [n]`` are the rows of global tokens, which only ``global_weight`` and ``max_norm`` need.
+        """
+        x, weights = self._chosen(x.to(self.losses.device).float(), global_rows)
+        self._seen += len(x)
         if self.step == 0:
             self._initialize(x)
         if self._settings.scale_inputs or self._settings.standardise:
@@ -52,13 +66,13 @@ class Trainer:
         latents = self.sae.top_k(x, self._settings.precision)
         reconstruction = self.sae.decode(latents)
         error = reconstruction - x
-        loss = error.square().mean()
-        unscaled = (error / self._scale).square().mean() if self._settings.standardise else loss / self._scale**2
+        loss = mean_square(error, weights)
+        unscaled = mean_square(error / self._scale, weights) if self._settings.standardise else loss / self._scale**2
         self.losses[self.step] = unscaled.detach()
         if self._settings.auxk:
-            self._track_activity(latents, len(x))
+            self._track_activity(latents)
             if self._some_dead:
-                loss = loss + self._settings.auxk * self._auxiliary_loss(x, reconstruction)
+                loss = loss + self._settings.auxk * self._auxiliary_loss(x, reconstruction, weights)
         torch.autograd.backward(loss)
         self._update()
         self._adam.zero_grad()
@@ -99,6 +113,23 @@ class Trainer:
         for weights in (self.sae.W_enc_T, self.sae.W_dec):
             weights.mul_(deviation > 0)
 
+    def _chosen(self, x: Tensor, global_rows: NDArray[np.int64] | None) -> tuple[Tensor, Tensor | None]:
+        """Rows of ``x [T, D]`` to train on, and their weights in the loss, which sum to 1; None if all are equal."""
+        weight, bound = self._settings.global_weight, self._settings.max_norm
+        if weight == 1 and bound is None:
+            return x, None
+        is_global = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        is_global[torch.as_tensor(global_rows, device=x.device)] = True
+        if bound is not None:
+            norms = x.norm(dim=1)
+            outlying = (norms > bound * norms.median()) & ~is_global
+            self._outlying += outlying.sum()
+            x, is_global = x[~outlying], is_global[~outlying]
+        if weight == 1:
+            return x, None
+        weights = torch.where(is_global, weight, 1.0)
+        return x, weights / weights.sum()
+
     @torch.no_grad()
     def _initialize(self, x: Tensor) -> None:
         if self._settings.standardise and self._settings.train_on == "all":
@@ -124,8 +155,7 @@ class Trainer:
             self.sae.W_dec.div_(self.sae.W_dec.norm(dim=1, keepdim=True))
 
     @torch.no_grad()
-    def _track_activity(self, latents: TopK, tokens: int) -> None:
-        self._seen += tokens
+    def _track_activity(self, latents: TopK) -> None:
         now = torch.where(latents.values > 0, self._seen, 0)
         self._last_active.scatter_reduce_(0, latents.indices.flatten(), now.flatten(), "amax")
         if self.step % _STEPS_BETWEEN_CHECKS == 0:  # the check synchronizes with the GPU
@@ -134,12 +164,12 @@ class Trainer:
     def _dead(self) -> Tensor:
         return self._seen - self._last_active > self._settings.dead_after
 
-    def _auxiliary_loss(self, x: Tensor, reconstruction: Tensor) -> Tensor:
+    def _auxiliary_loss(self, x: Tensor, reconstruction: Tensor, weights: Tensor | None = None) -> Tensor:
         """Mean squared error of the residual's reconstruction by dead latents, without b_dec (AuxK)."""
         k = min(self._settings.auxk_latents, len(self.sae.W_dec))
         latents = self.sae.top_k(x, self._settings.precision, k, among=self._dead())
         residual = (x - reconstruction).detach()
-        return (self.sae.decode(latents) - self.sae.b_dec - residual).square().mean()
+        return mean_square(self.sae.decode(latents) - self.sae.b_dec - residual, weights)
 
     def state(self) -> dict[str, Tensor]:
         """Return the training state, on the CPU."""
@@ -147,6 +177,7 @@ class Trainer:
         for name, parameter in self.sae.named_parameters():
             state |= {f"adam.{name}.{key}": x for key, x in self._adam.state.get(parameter, {}).items()}
         state |= {"losses": self.losses, "shift": self._shift, "scale": self._scale, "last_active": self._last_active}
+        state |= {"outlying": self._outlying}
         counts = {"step": self.step, "seen": self._seen, "some_dead": self._some_dead}
         state |= {name: torch.tensor(int(count)) for name, count in counts.items()}
         return {name: x.detach().cpu().contiguous() for name, x in state.items()}
@@ -167,7 +198,13 @@ class Trainer:
         self._shift.copy_(state["shift"])
         self._scale.copy_(state["scale"])
         self._last_active.copy_(state["last_active"])
+        self._outlying.copy_(state["outlying"])
         self.step, self._seen, self._some_dead = int(state["step"]), int(state["seen"]), bool(state["some_dead"])
+
+
+def mean_square(error: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean square of ``error [T, D]``: with ``weights [T]`` that sum to 1, sum_t w_t |error_t|^2 / D."""
+    return error.square().mean() if weights is None else (weights * error.square().mean(1)).sum()
 
 
 def rate_share(step: int, steps: int, settings: SAESettings) -> float:

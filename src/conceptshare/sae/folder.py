@@ -149,6 +149,8 @@ def _training(metrics: dict[str, Any]) -> list[str]:
     wrapped = textwrap.wrap(settings.replace(": ", ":\u00a0"), _LINE - _LABEL, break_on_hyphens=False)
     lines = [_line("" if i else "settings", line.replace("\u00a0", " ")) for i, line in enumerate(wrapped)]
     lines.append(_line("steps", f"{metrics['steps']:,}"))
+    if metrics["settings"].get("max_norm") is not None:
+        lines.append(_line("left out", f"{metrics['outlying']:.2%} of the training tokens"))
     if "measured_on" in metrics:
         lines.append(_line("measured on", metrics["measured_on"]))
     lines.append(_line("", f"{'all tokens':<{_COLUMN}}global tokens"))
