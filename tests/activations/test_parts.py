@@ -100,6 +100,26 @@ def test_parts_can_be_joined_without_tokens(spec_of, data_folder, tmp_path, smal
     assert found == {name: content for name, content in expected.items() if name.startswith("activations/")}
 
 
+@pytest.mark.parametrize("make", [models.bert, models.clip_image], ids=lambda make: make.__name__)
+def test_parts_with_global_tokens_alone_join_to_the_same_store(make, spec_of, data_folder, tmp_path, small_shards):
+    encoder, data = load_encoder(spec_of(make)), Data(data_folder)
+    small_shards(7, 3, encoder.spec.width)
+    extract_activations(encoder, data, tmp_path / "whole" / "tiny.zarr")
+    for count in (1, 2, 5, 30):
+        paths = [tmp_path / f"{count}" / f"{n}.zarr" for n in range(1, count + 1)]
+        for n, path in enumerate(paths, start=1):
+            extract_part(encoder, data, path, n, count, tokens=False)
+            assert not [name for name in contents(path) if re.search("tokens|offsets|global_rows", name)]
+        join_parts(paths, tmp_path / f"{count}" / "joined" / "tiny.zarr")
+        assert contents(tmp_path / f"{count}" / "joined") == contents(tmp_path / "whole")
+    extract_part(encoder, data, tmp_path / "2" / "1.zarr", 1, 2)
+    both = [tmp_path / "2" / f"{n}.zarr" for n in (1, 2)]
+    join_parts(both, tmp_path / "mixed" / "tiny.zarr")
+    assert contents(tmp_path / "mixed") == contents(tmp_path / "whole")
+    with pytest.raises(StoreError, match=r"2\.zarr: only global tokens, but all are wanted"):
+        join(tmp_path / "all", both)
+
+
 def join(folder, paths):
     join_parts(paths, folder / "activations" / "tiny.zarr", folder / "tokens" / "tiny.zarr")
     return stores_in(folder)
@@ -189,6 +209,7 @@ def test_refuses_images_with_different_numbers_of_tokens(data_folder, tmp_path):
     with pytest.raises(StudyError, match=r"different numbers of tokens.*; set parts: 1"):
         extract_part(encoder, Data(data_folder), tmp_path / "parts" / "tiny.2-of-2.zarr", 2, 2)
     assert not (tmp_path / "parts").exists()
+    extract_part(encoder, Data(data_folder), tmp_path / "tiny.2-of-2.zarr", 2, 2, tokens=False)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +219,7 @@ def test_refuses_images_with_different_numbers_of_tokens(data_folder, tmp_path):
         (["--part", "0/2"], "--part 0/2: write PART/PARTS, such as 2/4"),
         (["--part", "2"], "--part 2: write PART/PARTS, such as 2/4"),
         (["--part", "1/2", "--tokens", "t.zarr"], "give either --tokens, for all samples, or --part, for some"),
+        (["--tokens", "t.zarr", "--global-only"], "give either --tokens or --global-only"),
     ],
     ids=str,
 )

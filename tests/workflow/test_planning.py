@@ -456,3 +456,28 @@ def test_a_study_of_global_tokens_stores_no_others(new_study, streamed):
     planned = new_study.plan()
     # All tokens need another forward pass; a stream keeps the SAEs of global tokens.
     assert planned == planned | ({"stream": 2, "features": 3} if streamed else {"activations": 2, "features": 6})
+
+
+def test_parts_of_a_study_of_global_tokens_store_no_others(new_study):
+    config = new_study.config
+    config["encoders"]["reader"]["parts"] = 2
+    new_study.config = config
+    made = ("--cores", "2", "--notemp", "--until", "activations_join")
+    arrays = {}
+    for train_on in ("all", "global"):
+        config["saes"]["tiny"]["train_on"] = train_on
+        new_study.config = config
+        if train_on == "global":  # parts with more than global tokens are used as they are
+            planned = new_study.plan()
+            assert "sae" in planned
+            assert not planned.keys() & {"activations_part", "activations_join"}
+            shutil.rmtree(new_study.folder / "results/squares/activations")
+            shutil.rmtree(new_study.folder / "results/squares/parts")
+        result = new_study.run(*made)
+        assert result.returncode == 0, result.stdout + result.stderr
+        parts = sorted((new_study.folder / "results/squares/parts").glob("reader.*.zarr"))
+        assert len(parts) == 2
+        arrays[train_on] = {path.parent.name for part in parts for path in part.rglob("zarr.json")} - {"layer-00"}
+    assert {"tokens", "offsets", "global_rows", "global"} <= arrays["all"]
+    assert not arrays["global"] & {"tokens", "offsets", "global_rows"}
+    assert "global" in arrays["global"]

@@ -48,13 +48,15 @@ rule activations_part:
         gpu=GPUS,
         mem_mb=grown(16000),
         runtime=grown(480),
+        # Not a parameter, as for `activations`.
+        tokens="" if STUDY.stores_tokens() else "--global-only",
     params:
         spec=lambda w: STUDY.encoders[w.encoder].activations_key(),
         data=lambda w, input: folder_of(input.data),
     shell:
         "python -m conceptshare activations --encoder {params.spec:q} --weights {input.weights:q}"
-        " --data {params.data:q} --threads {threads} --part {wildcards.part}/{wildcards.parts} --out {output:q}"
-        " --gpus {resources.gpu} > {log:q} 2>&1"
+        " --data {params.data:q} --threads {threads} --part {wildcards.part}/{wildcards.parts} {resources.tokens}"
+        " --out {output:q} --gpus {resources.gpu} > {log:q} 2>&1"
 
 
 rule activations_join:

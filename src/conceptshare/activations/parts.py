@@ -1,19 +1,21 @@
 """Stage `activations` split into several jobs: each records some of the shards, and a final job joins them.
 
 A part is a store with the shards that begin among the rows of its samples, with the same names as in the finished
-stores, and with its samples' ``offsets`` and ``global_rows``. So that every shard is written by one part, a part reads
-past its last sample until its last shard is full, and skips the rows that belong to the last shard of the previous
-part. Parts begin at batch boundaries, so all values are the same to the bit as without parts.
+stores, and with its samples' ``offsets`` and ``global_rows``, or with global tokens alone. So that every shard is
+written by one part, a part reads past its last sample until its last shard is full, and skips the rows that belong to
+the last shard of the previous part. Parts begin at batch boundaries, so all values are the same to the bit as without
+parts.
 """
 
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from itertools import islice, pairwise
+from itertools import islice, pairwise, repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from conceptshare.activations import extraction
 from conceptshare.activations.extraction import (
@@ -39,7 +41,9 @@ PART = "part"
 """Kind of store."""
 
 
-def extract_part(encoder: Encoder, data: Data, out: Path, part: int, parts: int, threads: int = 1) -> None:
+def extract_part(
+    encoder: Encoder, data: Data, out: Path, part: int, parts: int, threads: int = 1, tokens: bool = True
+) -> None:
     """Record one part of an extraction in the store ``out``.
 
     An interrupted extraction resumes from its last finished shards.
@@ -51,6 +55,7 @@ def extract_part(encoder: Encoder, data: Data, out: Path, part: int, parts: int,
         part: number of the part, from 1.
         parts: number of parts. Parts beyond the number of batches are empty.
         threads: number of threads that decode and prepare images.
+        tokens: whether all tokens are stored, or only global ones.
 
     Raises:
         StudyError: if the rows of a part's tokens cannot be determined without reading all samples before it.
@@ -58,15 +63,15 @@ def extract_part(encoder: Encoder, data: Data, out: Path, part: int, parts: int,
         EncoderError: if the encoder does not match its catalog entry.
         StoreError: if the partial store of an earlier attempt is damaged.
     """
-    share = _share(encoder, data, part, parts)
+    share = _share(encoder, data, part, parts, tokens)
     described = {key: value for key, value in describe(encoder, data, "").items() if key != "name"}
-    described |= {"part": part, "parts": parts, "first": share.first, "stop": share.stop}
+    described |= {"part": part, "parts": parts, "first": share.first, "stop": share.stop, "tokens": tokens}
     with new_store(out, PART, described, resume=True) as group:
         store: Any = group
         with resuming(out):
-            recorder = Recorder(store, store, encoder.spec, len(data), share)
+            recorder = Recorder(store, store if tokens else None, encoder.spec, len(data), share)
         record(encoder, data, recorder, threads, out.stem)
-        if share.stop > share.first and store["offsets"][share.stop] != share.stop_row:
+        if tokens and share.stop > share.first and store["offsets"][share.stop] != share.stop_row:
             raise _varying_token_counts(out.stem)
 
 
@@ -79,25 +84,25 @@ def join_parts(parts: Sequence[Path], out: Path, tokens: Path | None = None) -> 
         tokens: the store of all tokens to write, if wanted.
 
     Raises:
-        StoreError: if a part is missing, incomplete or damaged, or the parts are not of one extraction.
+        StoreError: if a part is missing, incomplete or damaged, has only global tokens although all are wanted, or the
+            parts are not of one extraction.
     """
     inputs = Unchanged(*parts)
     opened: list[tuple[Path, Any]] = [(path, open_store(path, PART)) for path in parts]
     opened.sort(key=lambda part: part[1].attrs["spec"]["part"])
     specs = [dict(store.attrs["spec"]) for _, store in opened]
     bounds = [(spec.pop("first"), spec.pop("stop"), spec.pop("part")) for spec in specs]
+    without = [path for (path, _), spec in zip(opened, specs, strict=True) if not spec.pop("tokens")]
+    if tokens and without:
+        raise StoreError(
+            f"{', '.join(map(str, without))}: only global tokens, but all are wanted; delete these parts and run again"
+        )
     if [part for _, _, part in bounds] != list(range(1, specs[0]["parts"] + 1)) or specs != specs[:1] * len(specs):
         raise StoreError(
             f"{', '.join(map(str, parts))}: not all parts of one extraction; make every part from the same encoder and "
             f"samples"
         )
     spans = [(path, store, first, stop) for (path, store), (first, stop, _) in zip(opened, bounds, strict=True)]
-    offsets = [StoredArray(store, "offsets", path)[first : stop + 1] for path, store, first, stop in spans]
-    offsets = [rows for rows in offsets if len(rows) > 1]
-    if any(one[-1] != next_one[0] for one, next_one in pairwise(offsets)):
-        raise StoreError(f"{', '.join(map(str, parts))}: their rows of tokens are not contiguous; make the parts again")
-    index = np.concatenate([[0], *(rows[1:] for rows in offsets)])
-    global_rows = [StoredArray(store, "global_rows", path)[first:stop] for path, store, first, stop in spans]
     described = {"name": out.stem, **{key: value for key, value in specs[0].items() if key != "parts"}}
     N, D = described["samples"], described["width"]
     with (
@@ -107,9 +112,10 @@ def join_parts(parts: Sequence[Path], out: Path, tokens: Path | None = None) -> 
     ):
         rows = {"global": (store, N, extraction.GLOBAL_SHARD_BYTES)}
         if token_store is not None:
-            save_index(token_store, "offsets", index)
-            save_index(token_store, "global_rows", np.concatenate(global_rows))
-            rows["tokens"] = token_store, int(index[-1]), sizes.SHARD_BYTES
+            offsets, global_rows = _joined_index(spans)
+            save_index(token_store, "offsets", offsets)
+            save_index(token_store, "global_rows", global_rows)
+            rows["tokens"] = token_store, int(offsets[-1]), sizes.SHARD_BYTES
         for layer in map(layer_name, described["layers"]):
             for name, (joined, length, shard_bytes) in rows.items():
                 group = joined.create_group(layer)
@@ -118,12 +124,23 @@ def join_parts(parts: Sequence[Path], out: Path, tokens: Path | None = None) -> 
                     _link_all(path / layer / name, group[name])
 
 
-def _share(encoder: Encoder, data: Data, part: int, parts: int) -> Share:
+def _joined_index(spans: Sequence[tuple[Path, Any, int, int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """``offsets`` and ``global_rows`` of all samples, from parts with their first samples and ends."""
+    offsets = [StoredArray(store, "offsets", path)[first : stop + 1] for path, store, first, stop in spans]
+    offsets = [rows for rows in offsets if len(rows) > 1]
+    if any(one[-1] != next_one[0] for one, next_one in pairwise(offsets)):
+        parts = ", ".join(str(path) for path, *_ in spans)
+        raise StoreError(f"{parts}: their rows of tokens are not contiguous; make the parts again")
+    global_rows = [StoredArray(store, "global_rows", path)[first:stop] for path, store, first, stop in spans]
+    return np.concatenate([[0], *(rows[1:] for rows in offsets)]), np.concatenate(global_rows)
+
+
+def _share(encoder: Encoder, data: Data, part: int, parts: int, tokens: bool) -> Share:
     spec, N = encoder.spec, len(data)
     batches = -(-N // spec.batch_size)
     begin, until = ((n * batches) // parts for n in (part - 1, part))
     first, stop = (min(batch * spec.batch_size, N) for batch in (begin, until))
-    in_batches = _rows_of_batches(encoder, data)
+    in_batches = _rows_of_batches(encoder, data) if tokens else repeat(0)
     row = sum(islice(in_batches, begin))
     stop_row = row + sum(islice(in_batches, until - begin))
     rows = _rows_of_shards(row, stop_row, rows_of(spec.width, np.float16, sizes.SHARD_BYTES)[1])

@@ -97,6 +97,10 @@ def activations(
         str | None,
         typer.Option(help="PART/PARTS, such as 2/4: record one part of the samples, for `join`.", show_default=False),
     ] = None,
+    global_only: Annotated[
+        bool,
+        typer.Option("--global-only", help="For --part: record global tokens alone."),
+    ] = False,
     threads: Threads = 1,
     gpus: GPUs = None,
 ) -> None:
@@ -110,9 +114,11 @@ def activations(
     numbers = _numbers_of_part(part)
     if tokens is not None and numbers is not None:
         raise StudyError("activations: give either --tokens, for all samples, or --part, for some of them")
+    if tokens is not None and global_only:
+        raise StudyError("activations: give either --tokens or --global-only")
     loaded = load_encoder(entry(EncoderSpec, "encoders", encoder), weights)
     if numbers is not None:
-        extract_part(loaded, Data(data), out, *numbers, threads)
+        extract_part(loaded, Data(data), out, *numbers, threads, tokens=not global_only)
     else:
         extract_activations(loaded, Data(data), out, tokens, threads)
 
