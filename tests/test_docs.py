@@ -167,7 +167,7 @@ def yaml_of(document):
 
 @pytest.mark.parametrize(
     ("document", "pieces"),
-    [("docs/adding-an-encoder.md", 4), ("docs/adding-a-data-set.md", 5), ("docs/tutorial.md", 2)],
+    [("docs/adding-an-encoder.md", 5), ("docs/adding-a-data-set.md", 5), ("docs/tutorial.md", 2)],
 )
 def test_config_snippets_of_pages_are_valid(document, pieces, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -175,7 +175,13 @@ def test_config_snippets_of_pages_are_valid(document, pieces, tmp_path, monkeypa
     assert len(found) == pieces
     encoders = dict.fromkeys(("minilm", "dinov2-small", "tiny-clip-image"))
     datasets = {"openclipart": None}
-    study = {"study": "some", "datasets": datasets, "encoders": encoders, "saes": {"some": None}, "analyses": {}}
+    study = {
+        "study": "some",
+        "datasets": datasets,
+        "encoders": encoders,
+        "saes": {"some": {"preset": "global"}},
+        "analyses": {},
+    }
     for piece in found:
         for key, entries in piece.items():
             study[key] |= entries

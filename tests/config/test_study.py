@@ -13,7 +13,7 @@ import yaml
 from conceptshare.config.catalog import EncoderSpec, local_path, parse_yaml, read_catalog
 from conceptshare.config.members import Member, pair_name
 from conceptshare.config.settings import paper_encoders
-from conceptshare.config.study import build_study, load_study, write_study
+from conceptshare.config.study import build_study, load_study, study_of, write_study
 from conceptshare.io.errors import StudyError
 from conceptshare.io.layout import uncoded
 
@@ -437,6 +437,48 @@ def test_refuses_k_larger_than_the_number_of_latents(build, fault, k, sound):
 def test_refuses_an_empty_seed(fault, place):
     message = fault(analyses=analyses_naming("bert@")[place])
     assert f"analyses.{place}: 'bert@': no seed after '@'; write bert, or bert@0" in message
+
+
+ARRAYS = {"library": "arrays", "model": "given", "modality": "text", "kind": "language", "layers": 1, "width": 8}
+
+
+@pytest.fixture
+def given(monkeypatch, tmp_path):
+    """An entry of arrays in an existing folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "given").mkdir()
+    return {"encoders": {"mine": ARRAYS}, "saes": {"own": {"train_on": "global"}}}
+
+
+def test_arrays_have_a_token_of_their_own(build, given):
+    study = build(**given)
+    assert study.encoders["mine"].global_token == "given"
+    assert study_of(json.loads(study.study_key())).encoders == study.encoders
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"saes": {"own": None}},
+            "one vector per sample, but saes.own trains on all tokens; set saes.own.train_on: gl",
+        ),
+        ({"datasets": {"coco": None, "laion": None}}, "has one data set, but the study 2; make a study of each"),
+        ({"preset": "reference"}, "has no token at position 0; leave preset: reference out"),
+        (
+            {"encoders": {"mine": ARRAYS | {"batch_size": 8}}},
+            "batch_size is for encoders that read samples; library: a",
+        ),
+        (
+            {"encoders": {"mine": ARRAYS | {"global_token": "mean"}}},
+            "global_token: given is for library: arrays, which",
+        ),
+        ({"encoders": {"mine": ARRAYS | {"library": "timm", "global_token": "given"}}}, "global_token: given is for"),
+        ({"encoders": {"mine": ARRAYS | {"model": "absent"}}}, "encoders.mine.model: absent does not exist; paths"),
+    ],
+)
+def test_refuses_what_arrays_do_not_have(fault, given, changes, message):
+    assert message in fault(**given | changes)
 
 
 PRESET = {

@@ -184,6 +184,14 @@ def test_counts_padding_for_text_towers_that_attend_to_it():
     assert of(library="open_clip") == of(global_token="last_position") == of(tokens=77) > of()
 
 
+def test_arrays_are_read_and_written_without_a_forward_pass():
+    spec = EncoderSpec(
+        library="arrays", model="given", modality="image", kind="vision", layers=3, width=64, use_layers=[0, 2]
+    )
+    cost = plan.activations_cost(spec, N=1000, data_bytes=10**9, tokens=False)
+    assert (cost.flops, cost.read, cost.written) == (0, 2 * 1000 * 64 * 4, 2 * 1000 * 64 * 2)
+
+
 def test_parts_of_a_forward_pass_are_jobs_with_the_same_total_cost(elsewhere):
     def plan_with(**entry):
         study = build_study(study_of(encoders={"minilm": entry, "dinov2-small": None}), "test")

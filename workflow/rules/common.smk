@@ -205,6 +205,11 @@ def grown(megabytes_or_minutes):
     return lambda wildcards, attempt: megabytes_or_minutes * attempt
 
 
+def data_of_arrays(wildcards):
+    """The data set whose ids those of arrays are compared with; none for an encoder that reads samples."""
+    return expand(DATA, dataset=STUDY.datasets) if STUDY.encoders[wildcards.encoder].library == "arrays" else []
+
+
 def environment_of(wildcards):
     """The conda environment of rules that run an encoder."""
     own = STUDY.encoders[wildcards.encoder].remote_code

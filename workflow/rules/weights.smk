@@ -8,6 +8,7 @@ rule weights:
     input:
         model=lambda w: local_files(STUDY.encoders[w.encoder].model),
         checkpoint=lambda w: local_files(STUDY.encoders[w.encoder].weights or ""),
+        data=data_of_arrays,
         code=code("encoders/weights.py", "encoders/untrained.py", "io/hub.py"),
     output:
         record=layout.WEIGHTS,
@@ -22,5 +23,6 @@ rule weights:
         runtime=grown(120),
     params:
         spec=lambda w: STUDY.encoders[w.encoder].activations_key(),
+        data=lambda w, input: f"--data {quote(folder_of(input.data))}" if input.data else "",
     shell:
-        "python -m conceptshare weights --encoder {params.spec:q} --out {output.record:q} > {log:q} 2>&1"
+        "python -m conceptshare weights --encoder {params.spec:q} {params.data} --out {output.record:q} > {log:q} 2>&1"

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from conceptshare.config.catalog import EncoderSpec
 from conceptshare.data.dataset import Data
-from conceptshare.encoders import Activations, Batch, Encoder
+from conceptshare.encoders import Activations, Arrays, Batch, Encoder
 from conceptshare.io import sizes
 from conceptshare.io.ahead import in_order
 from conceptshare.io.errors import EncoderError
@@ -54,14 +54,16 @@ _AHEAD = 2
 _ALL = range(2**62)
 
 
-def extract_activations(encoder: Encoder, data: Data, out: Path, tokens: Path | None = None, threads: int = 1) -> None:
+def extract_activations(
+    encoder: Encoder | Arrays, data: Data, out: Path, tokens: Path | None = None, threads: int = 1
+) -> None:
     """Record the residual stream of every sample: global tokens in the store ``out``, all tokens in ``tokens``.
 
     Images are decoded, the encoder runs and shards are written concurrently. If an earlier attempt was interrupted, its
     finished shards are kept; the result is the same to the byte as that of an uninterrupted run.
 
     Args:
-        encoder: the encoder.
+        encoder: the encoder, or the arrays in its place.
         data: the samples.
         out: the store of global tokens to write.
         tokens: the store of all tokens to write; without one, only global tokens are stored.
@@ -82,7 +84,7 @@ def extract_activations(encoder: Encoder, data: Data, out: Path, tokens: Path | 
         record(encoder, data, recorder, threads, out.stem)
 
 
-def record(encoder: Encoder, data: Data, recorder: "Recorder", threads: int, name: str) -> None:
+def record(encoder: Encoder | Arrays, data: Data, recorder: "Recorder", threads: int, name: str) -> None:
     """Pass the missing batches to a recorder, which writes while the next batches are computed."""
     started, starts = time.monotonic(), range(recorder.start, recorder.share.end, encoder.spec.batch_size)
     if recorder.start > recorder.share.first:
@@ -103,7 +105,7 @@ def record(encoder: Encoder, data: Data, recorder: "Recorder", threads: int, nam
     info(f"{name}: {made:,} samples, {len(layers)} layers in {seconds:.1f} s ({made / seconds:.3g}/s)")
 
 
-def describe(encoder: Encoder, data: Data, name: str) -> dict[str, Any]:
+def describe(encoder: Encoder | Arrays, data: Data, name: str) -> dict[str, Any]:
     """The spec of a store of an encoder's activations: its inputs and settings."""
     spec = encoder.spec
     return {
@@ -119,9 +121,12 @@ def describe(encoder: Encoder, data: Data, name: str) -> dict[str, Any]:
 
 
 def forward_pass(
-    encoder: Encoder, data: Data, starts: Sequence[int], threads: int, name: str
+    encoder: Encoder | Arrays, data: Data, starts: Sequence[int], threads: int, name: str
 ) -> Generator["KeptRows", None, None]:
     """Yield the stored rows of the batches that begin at ``starts``, in order; the next batches are prefetched."""
+    if isinstance(encoder, Arrays):
+        yield from (_rows_of_arrays(encoder, start, name) for start in starts)
+        return
     for start, batch in prepared(encoder, data, starts, threads):
         yield kept_rows(encoder.read(batch), encoder.spec, start, name)
 
@@ -152,6 +157,18 @@ def rows_of_globals(counts: NDArray[np.int64], places: NDArray[np.int64]) -> NDA
     """``[n]`` rows of global tokens, from the number of rows per sample and their indices among these."""
     rows: NDArray[np.int64] = counts.cumsum() - counts + places
     return rows
+
+
+def _rows_of_arrays(arrays: Arrays, start: int, name: str) -> KeptRows:
+    """The rows of a batch of arrays: each sample has one token, its global token."""
+    numbers = np.arange(start, min(start + arrays.spec.batch_size, len(arrays)))
+    tokens = {
+        layer: _to_float16(
+            arrays.rows(layer, start, start + len(numbers)), arrays.spec, f"{name}, layer {layer}", numbers
+        )
+        for layer in arrays.spec.layer_numbers()
+    }
+    return KeptRows(start, np.ones_like(numbers), np.zeros_like(numbers), tokens, tokens)
 
 
 def kept_rows(activations: Activations, spec: EncoderSpec, start: int, name: str) -> KeptRows:

@@ -58,6 +58,10 @@ def weights(
     load: Annotated[
         bool, typer.Option(help="Whether to load the encoder first, on the CPU, and test it on two samples.")
     ] = True,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="The folder of the dataset stage, for library: arrays, whose ids are compared with its."),
+    ] = None,
 ) -> None:
     """Find or fetch an encoder's files, check that they can be loaded, and record exactly which they are."""
     from conceptshare.encoders.weights import fetch_weights
@@ -69,11 +73,12 @@ def weights(
     spec: EncoderSpec = entry(EncoderSpec, "encoders", encoder)
 
     def check(location: Path) -> None:
+        from conceptshare.data.dataset import Data
         from conceptshare.encoders import try_encoder
 
         # Snakemake runs several of these jobs at once; loading one encoder at a time limits the memory.
         with FileLock(Path(gettempdir()) / f"conceptshare-{os.getuid()}-loading.lock"):
-            try_encoder(spec, location)
+            try_encoder(spec, location, None if data is None else Data(data))
 
     fetch_weights(spec, out, check)
 
@@ -108,7 +113,7 @@ def activations(
     from conceptshare.activations.extraction import extract_activations
     from conceptshare.activations.parts import extract_part
     from conceptshare.data.dataset import Data
-    from conceptshare.encoders import load_encoder
+    from conceptshare.encoders import load_encoder, load_source
 
     compute_on(gpus, threads)
     numbers = _numbers_of_part(part)
@@ -116,11 +121,11 @@ def activations(
         raise StudyError("activations: give either --tokens, for all samples, or --part, for some of them")
     if tokens is not None and global_only:
         raise StudyError("activations: give either --tokens or --global-only")
-    loaded = load_encoder(entry(EncoderSpec, "encoders", encoder), weights)
+    spec, samples = entry(EncoderSpec, "encoders", encoder), Data(data)
     if numbers is not None:
-        extract_part(loaded, Data(data), out, *numbers, threads, tokens=not global_only)
+        extract_part(load_encoder(spec, weights), samples, out, *numbers, threads, tokens=not global_only)
     else:
-        extract_activations(loaded, Data(data), out, tokens, threads)
+        extract_activations(load_source(spec, weights, samples), samples, out, tokens, threads)
 
 
 def _numbers_of_part(part: str | None) -> tuple[int, int] | None:
@@ -217,13 +222,14 @@ def stream(
 ) -> None:
     """Train the SAEs of all layers and seeds of an encoder during its forward passes, without storing tokens."""
     from conceptshare.data.dataset import Data
-    from conceptshare.encoders import load_encoder
+    from conceptshare.encoders import load_source
     from conceptshare.sae import train_stream
 
     compute_on(gpus, threads)
-    spec = entry(EncoderSpec, "encoders", encoder)
+    samples = Data(data)
+    source = load_source(entry(EncoderSpec, "encoders", encoder), weights, samples)
     chosen = parse(SAESettings, parse_yaml(settings, "--settings"), "settings")
-    train_stream(load_encoder(spec, weights), Data(data), chosen, sorted(set(seeds)), saes, activations, workers)
+    train_stream(source, samples, chosen, sorted(set(seeds)), saes, activations, workers)
 
 
 @app.command()
@@ -275,8 +281,9 @@ def examples(
     """Find examples of each feature: weaker samples, and its activation at each token of the strongest ones."""
     from conceptshare.concepts.examples import record_examples
     from conceptshare.data.dataset import Data
-    from conceptshare.encoders import load_encoder
+    from conceptshare.encoders import load_source
 
     compute_on(gpus)
-    loaded = load_encoder(entry(EncoderSpec, "encoders", encoder), weights)
-    record_examples(loaded, Data(data), features, saes, out, threads)
+    samples = Data(data)
+    source = load_source(entry(EncoderSpec, "encoders", encoder), weights, samples)
+    record_examples(source, samples, features, saes, out, threads)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, TypeVar
@@ -10,10 +11,11 @@ import typer
 
 from conceptshare.cli.options import StudyFile, out_option
 from conceptshare.config.catalog import DatasetSpec, EncoderSpec, is_path
-from conceptshare.config.study import load_study
-from conceptshare.io import provenance
+from conceptshare.config.study import Study, load_study
+from conceptshare.io import layout, provenance
 from conceptshare.io.errors import ConceptshareError, StoreError
 from conceptshare.io.files import PROVENANCE_RECORD
+from conceptshare.io.layout import path
 from conceptshare.io.progress import about
 from conceptshare.preflight.differences import differences, in_words
 from conceptshare.preflight.plan import Rates, make_plan, plan_as_json, plan_as_text
@@ -41,7 +43,7 @@ def check(
     local = {name: spec for name, spec in read.datasets.items() if is_path(spec.source)}
     sound = _all_pass("datasets", local, _check_columns)
     if load:
-        sound &= _all_pass("encoders", read.encoders, _try_encoder)
+        sound &= _all_pass("encoders", read.encoders, partial(_try_encoder, read))
     if not sound:
         raise typer.Exit(1)
 
@@ -65,12 +67,15 @@ def _check_columns(spec: DatasetSpec) -> None:
     check_columns(spec)
 
 
-def _try_encoder(spec: EncoderSpec) -> None:
+def _try_encoder(study: Study, spec: EncoderSpec) -> None:
+    from conceptshare.data.dataset import Data
     from conceptshare.encoders import try_encoder
     from conceptshare.encoders.weights import find
 
+    made = path(layout.DATA, dataset=min(study.datasets))  # the only one, for arrays
+    data = Data(made) if spec.library == "arrays" and made.exists() else None
     with TemporaryDirectory() as folder:
-        try_encoder(spec, find(spec, made=Path(folder) / "model").location)
+        try_encoder(spec, find(spec, made=Path(folder) / "model").location, data)
 
 
 @app.command()

@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from conceptshare.data.dataset import Data
 from conceptshare.device import default_device, full_float32
-from conceptshare.encoders import Batch, Encoder
+from conceptshare.encoders import Arrays, Batch, Encoder
 from conceptshare.io import provenance
 from conceptshare.io.ahead import in_order
 from conceptshare.io.errors import StoreError
@@ -72,11 +72,13 @@ _TEXTS = pa.schema({"sample": pa.int32(), "tokens": pa.list_(pa.string())})
 
 
 @full_float32()
-def record_examples(encoder: Encoder, data: Data, features: Path, saes: Path, out: Path, threads: int = 1) -> None:
+def record_examples(
+    encoder: Encoder | Arrays, data: Data, features: Path, saes: Path, out: Path, threads: int = 1
+) -> None:
     """Write the folder ``out`` of examples.
 
     Args:
-        encoder: the encoder of the features.
+        encoder: the encoder of the features, or the arrays in its place, whose features have no activations at tokens.
         data: the samples.
         features: the feature store.
         saes: the folder with `layer-NN/seed-S/` for each layer.
@@ -115,7 +117,11 @@ def record_examples(encoder: Encoder, data: Data, features: Path, saes: Path, ou
         loaded[layer] = load_sae(folder, record)
     with atomic_output(out, EXAMPLES) as partial, inputs:
         partial.mkdir()
-        described = locate_activations(encoder, data, loaded, tops, out.name, threads)
+        described = (
+            [{"sample": sample} for sample in _strongest(tops).tolist()]
+            if isinstance(encoder, Arrays)
+            else locate_activations(encoder, data, loaded, tops, out.name, threads)
+        )
         schema = _IMAGES if encoder.spec.modality == "image" else _TEXTS
         pq.write_table(pa.Table.from_pylist(described, schema), partial / "samples.parquet", compression="zstd")
         stored = read_features(features)
@@ -239,7 +245,7 @@ def locate_activations(
         ``tokens`` of a caption.
     """
     saes = {layer: sae.to(encoder.device) for layer, sae in saes.items()}
-    samples = np.unique(np.concatenate([top.samples() for top in tops.values()]))
+    samples = _strongest(tops)
     frame, described = Frame(encoder) if encoder.spec.modality == "image" else None, []
     two_words = [] if frame is not None else _pieces(encoder, encoder.prepare(["a dog"]), 0)
     # A CPU multiplies each sample with its own latents only. On a GPU, a launch per sample would cost more.
@@ -269,6 +275,11 @@ def locate_activations(
             for layer, of_layer in values.items():
                 tops[layer].add(entries[layer], of_layer.cpu())
     return described
+
+
+def _strongest(tops: dict[int, Tops]) -> NDArray[np.int32]:
+    """All samples that are among the strongest of any feature of any layer, in order."""
+    return np.unique(np.concatenate([top.samples() for top in tops.values()]))
 
 
 def _batches(

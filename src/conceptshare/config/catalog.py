@@ -149,12 +149,13 @@ class DatasetSpec(Spec):
 class ModelSpec(Spec, extra="ignore"):
     """The part of an encoder's entry that determines its files."""
 
-    library: Literal["transformers", "open_clip", "timm"]
-    """The library that loads the model."""
+    library: Literal["transformers", "open_clip", "timm", "arrays"]
+    """The library that loads the model; ``arrays`` reads embeddings that were computed elsewhere."""
     model: str
     """A hub id or the library's own model name; a path to a folder; ``package:NAME/FOLDER`` for a folder inside an
     installed Python package; or ``script:FILE.py`` for a script that writes the model to the folder given as its
-    argument. An existing folder takes precedence over a hub id of the same name."""
+    argument. An existing folder takes precedence over a hub id of the same name. For ``arrays``, a path to their
+    folder."""
     weights: str | None = None
     """open_clip only: the pretrained tag, or a path to a checkpoint."""
     revision: str | None = None
@@ -183,11 +184,12 @@ class EncoderSpec(ModelSpec, extra="forbid"):
     """Number of blocks; checked when the encoder is loaded."""
     width: int = Field(ge=1, le=10**6)
     """Width of the residual stream; checked when the encoder is loaded."""
-    global_token: Literal["first", "last_token", "last_position", "mean", "max", "reference"]
+    global_token: Literal["first", "last_token", "last_position", "mean", "max", "reference", "given"]
     """The token that stands for a whole sample: the first token; the last one, which in CLIP is the end of text; the
     last position, padding included, of models trained to read it there (SigLIP); or, in each dimension, the mean or the
     maximum of all tokens, special ones included and padding excluded. ``reference`` is the choice of the paper's
-    published code: position 0, with SAEs trained on padding too, and captions of SigLIP2 not lower-cased."""
+    published code: position 0, with SAEs trained on padding too, and captions of SigLIP2 not lower-cased. Entries of
+    ``library: arrays`` leave it out and have ``given``."""
     use_layers: Literal["all", "last"] | list[int] = "all"
     """The layers to record, counted from 0."""
     image_size: int | None = Field(default=None, ge=1, le=100_000)
@@ -222,6 +224,13 @@ class EncoderSpec(ModelSpec, extra="forbid"):
     note: str = ""
     """Free text for readers; it has no effect."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_given_token(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("library") == "arrays":
+            return {"global_token": "given"} | values
+        return values
+
     @field_validator("global_token", mode="before")
     @classmethod
     def _reject_former_names(cls, value: Any) -> Any:
@@ -242,6 +251,11 @@ class EncoderSpec(ModelSpec, extra="forbid"):
             raise ValueError(
                 f"use_layers names layer {absent[0]}, which the encoder lacks: it has layers 0 to {self.layers - 1}"
             )
+        if (self.global_token == "given") != (self.library == "arrays"):
+            raise ValueError("global_token: given is for library: arrays, which has no other; correct one of them")
+        unused = self.model_dump(exclude_defaults=True).keys() - _KEYS_OF_ARRAYS
+        if self.library == "arrays" and unused:
+            raise ValueError(f"{min(unused)} is for encoders that read samples; library: arrays does not, leave it out")
         if self.weights is not None and self.library != "open_clip":
             raise ValueError(f"weights is for library: open_clip; {self.library} takes its weights from model")
         if self.remote_code and self.library != "transformers":
@@ -284,6 +298,9 @@ class EncoderSpec(ModelSpec, extra="forbid"):
 
 INFORMATIVE_KEYS = {"samples", "tokens", "gflops", "trained_on", "note"}
 """Keys for readers and estimates, which change no result."""
+
+_KEYS_OF_ARRAYS = {"library", "model", "modality", "kind", "layers", "width", "global_token", "use_layers", "seeds"}
+_KEYS_OF_ARRAYS |= INFORMATIVE_KEYS
 
 
 def canonical(spec: BaseModel, keys: set[str] | None = None) -> str:

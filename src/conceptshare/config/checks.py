@@ -4,6 +4,7 @@ Each check raises a ValueError, or a StudyError, that names the key and the reme
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conceptshare.config.catalog import local_path
@@ -47,10 +48,13 @@ def check_files(study: "Study") -> None:
     Raises:
         StudyError: naming the key and the path.
     """
-    sources = [(f"datasets.{name}.source", spec.source) for name, spec in study.datasets.items()]
-    models = [(f"encoders.{study.name_in_config(name)}.model", spec.model) for name, spec in study.encoders.items()]
-    for key, text in sources + models:
-        path = local_path(text)
+    sources = [(f"datasets.{name}.source", spec.source, False) for name, spec in study.datasets.items()]
+    models = [
+        (f"encoders.{study.name_in_config(name)}.model", spec.model, spec.library == "arrays")
+        for name, spec in study.encoders.items()
+    ]
+    for key, text, is_folder in sources + models:
+        path = Path(text).expanduser() if is_folder else local_path(text)
         if path is not None and not path.exists():
             raise StudyError(f"{key}: {text} does not exist; paths are relative to the working directory")
 
@@ -164,11 +168,27 @@ def _check_encoders(study: "Study") -> None:
                 f"encoders.{encoder}: a file of that name tells how the weights of another came about; choose another "
                 f"name"
             )
+        if spec.library == "arrays":
+            _check_arrays(study, encoder)
         if spec.parts > 1 and study.stream:
             raise ValueError(
                 f"encoders.{study.name_in_config(encoder)}.parts: a stream is one job, as its SAEs learn from all "
                 f"samples in turn; leave parts out, or set stream: false"
             )
+
+
+def _check_arrays(study: "Study", encoder: str) -> None:
+    """Refuse what arrays have not: several data sets, another global token, and tokens besides it."""
+    place = f"encoders.{study.name_in_config(encoder)}: library: arrays"
+    if len(study.datasets) > 1:
+        raise ValueError(f"{place} has one data set, but the study {len(study.datasets)}; make a study of each")
+    if study.preset == "reference":
+        raise ValueError(f"{place} has no token at position 0; leave preset: reference out")
+    if other := next((name for name, settings in study.saes.items() if settings.train_on == "all"), None):
+        raise ValueError(
+            f"{place} has one vector per sample, but saes.{other} trains on all tokens; set saes.{other}.train_on: "
+            f"global, or preset: global"
+        )
 
 
 def _check_saes(study: "Study") -> None:

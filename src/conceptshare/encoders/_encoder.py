@@ -262,7 +262,7 @@ class Encoder:
                         f"last_token"
                     )
                 return torch.full((len(mask),), final, device=self.device)
-            case "mean" | "max":
+            case "mean" | "max" | "given":
                 return None
 
 

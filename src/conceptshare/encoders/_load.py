@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from conceptshare.config.catalog import EncoderSpec, ModelSpec
+from conceptshare.data.dataset import Data
 from conceptshare.device import default_device
+from conceptshare.encoders._arrays import Arrays
 from conceptshare.encoders._encoder import Encoder, check_reading, in_one_line
 from conceptshare.encoders.weights import check_record, find, fingerprint, recorded_location
 from conceptshare.io.errors import ConceptshareError, EncoderError
@@ -45,18 +47,46 @@ def load_encoder(spec: EncoderSpec, weights: Path | None = None) -> Encoder:
     return replace(encoder, fingerprint=fingerprint(weights)) if weights else encoder
 
 
-def try_encoder(spec: EncoderSpec, location: Path) -> None:
+def load_source(spec: EncoderSpec, weights: Path, data: Data) -> Encoder | Arrays:
+    """Load an encoder, or the arrays in its place, from the record of the `weights` stage.
+
+    Args:
+        spec: the encoder.
+        weights: the record.
+        data: the samples, whose ids those of arrays must be.
+
+    Raises:
+        DeviceError, EncoderError: as in `load_encoder` and `Arrays`.
+    """
+    if spec.library != "arrays":
+        return load_encoder(spec, weights)
+    check_record(weights, spec)
+    return Arrays(spec, recorded_location(weights), data, fingerprint(weights))
+
+
+def try_encoder(spec: EncoderSpec, location: Path, data: Data | None = None) -> None:
     """Load an encoder, check that it encodes two samples as its entry describes, and report the outcome.
 
-    An encoder that may exceed this machine's free memory is not loaded, which is reported too.
+    An encoder that may exceed this machine's free memory is not loaded, which is reported too. Arrays are read as a
+    whole.
 
     Args:
         spec: the encoder.
         location: its folder or checkpoint.
+        data: the samples, if they are known, whose ids those of arrays must be.
 
     Raises:
-        EncoderError: as in `load_encoder`.
+        EncoderError: as in `load_encoder` and `Arrays`.
+        NumericsError: if an array has a value that cannot be stored.
     """
+    if spec.library == "arrays":
+        arrays = Arrays(spec, location, data)
+        arrays.check_values()
+        checked = "" if data else "; their ids are checked when the data set is made"
+        info(
+            f"{spec.model}: {len(arrays):,} samples, {len(spec.layer_numbers())} layers of width {spec.width}{checked}"
+        )
+        return
     # 16-bit weights take twice their size when loaded as float32, and the library needs memory too.
     needed, free = 2**30 + 2 * sum(path.stat().st_size for path in _files_of(location)), free_memory()
     if needed > free:
@@ -155,6 +185,8 @@ def _excessive_counts(settings: Any) -> Iterator[tuple[str, int]]:
 def _load(spec: EncoderSpec, location: Path, device: torch.device) -> Encoder:
     # Import only the required library: each takes a second and hundreds of megabytes.
     match spec.library:
+        case "arrays":
+            raise EncoderError(f"{spec.model}: arrays cannot read samples; name an encoder of a library")
         case "open_clip":
             from conceptshare.encoders._open_clip import load_open_clip
 

@@ -170,7 +170,7 @@ def _find(spec: ModelSpec, made: Path) -> EncoderFiles:
         return _in_folder(spec, _make(spec.model.removeprefix("script:"), made))
     if spec.model.startswith("package:"):
         return _in_folder(spec, _in_package(spec.model.removeprefix("package:")))
-    path = local_path(spec.model)
+    path = Path(spec.model).expanduser() if spec.library == "arrays" else local_path(spec.model)
     if path is not None:
         if not path.is_dir():
             raise EncoderError(f"{spec.model}: no such folder")

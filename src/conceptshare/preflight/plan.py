@@ -187,7 +187,11 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
     return Plan(
         study=study.study,
         samples=counts,
-        guessed=[study.name_in_config(name) for name, spec in needed.items() if spec.tokens is None],
+        guessed=[
+            study.name_in_config(name)
+            for name, spec in needed.items()
+            if spec.tokens is None and spec.library != "arrays"
+        ],
         jobs=jobs,
         costs={rule: _sum(costs) for rule, costs in parts.items() if costs},
         rates=rates,
@@ -200,7 +204,7 @@ def activations_cost(spec: EncoderSpec, N: int, data_bytes: float = 0, tokens: b
     pending = kept * min(SHARD_BYTES, token_bytes)
     return Cost(
         written=kept * (token_bytes + global_bytes(spec, N)) + tokens * 8 * (2 * N + 1),
-        read=data_bytes if spec.modality == "image" else 0,
+        read=_inputs_bytes(spec, N, data_bytes),
         flops=N * forward_flops(spec),
         memory=_PROCESS_BYTES + pending + _forward_bytes(spec),
     )
@@ -210,6 +214,13 @@ def forward_flops(spec: EncoderSpec) -> float:
     """Operations per sample of a forward pass: 24 L T D^2 + 4 L T^2 D, or the number in the entry."""
     D, T = spec.width, positions(spec)
     return 24 * spec.layers * T * D**2 + 4 * spec.layers * T**2 * D if spec.gflops is None else spec.gflops * 1e9
+
+
+def _inputs_bytes(spec: EncoderSpec, N: int, data_bytes: float) -> float:
+    """Bytes read for a forward pass: the images, or arrays in float32; captions are negligible."""
+    if spec.library == "arrays":
+        return 4 * N * spec.width * len(spec.layer_numbers())
+    return data_bytes if spec.modality == "image" else 0
 
 
 def _forward_bytes(spec: EncoderSpec) -> int:
@@ -263,7 +274,7 @@ def stream_cost(spec: EncoderSpec, settings: SAESettings, N: int, seeds: int, da
         passes, at_once = 1, 1
     return Cost(
         written=kept * global_bytes(spec, N) + saes * 4 * (sae_parameters(spec, settings) + F),
-        read=passes * data_bytes if spec.modality == "image" else 0,
+        read=passes * _inputs_bytes(spec, N, data_bytes),
         flops=passes * N * forward_flops(spec) + saes * training_flops(spec, settings, N),
         memory=_PROCESS_BYTES
         + _forward_bytes(spec)
@@ -353,7 +364,7 @@ def examples_cost(
     features = feature_access_cost(spec, settings, N, slabs if stored == "none" else 1, stored)
     return Cost(
         written=fires + kept * F * (12 * SHOWN_SAMPLES + 8 * _WEAKER_SAMPLES + 4 * HISTOGRAM_BINS),
-        read=features.read + saes + (data_bytes * shown / N if spec.modality == "image" else 0),
+        read=features.read + saes + _inputs_bytes(spec, N, data_bytes) * shown / N,
         flops=features.flops + shown * forward_flops(spec) + 2 * D * fires,
         memory=_PROCESS_BYTES + _forward_bytes(spec) + saes + fires + kept * F * SHOWN_SAMPLES * _FIRES_BYTES,
     )
@@ -453,7 +464,9 @@ def positions(spec: EncoderSpec) -> int:
 
 
 def usual_tokens(spec: EncoderSpec) -> int:
-    """Tokens of a typical sample without padding: the number in the entry, or a guess."""
+    """Tokens of a typical sample without padding: the number in the entry, or a guess; none are computed of arrays."""
+    if spec.library == "arrays":
+        return 0
     if spec.tokens is not None:
         return spec.tokens
     if spec.modality == "image":

@@ -24,7 +24,7 @@ from conceptshare.activations.extraction import (
 from conceptshare.config.settings import SAESettings
 from conceptshare.data.dataset import Data
 from conceptshare.device import devices, full_float32
-from conceptshare.encoders import Encoder
+from conceptshare.encoders import Arrays, Encoder
 from conceptshare.io.ahead import in_order
 from conceptshare.io.errors import StudyError
 from conceptshare.io.files import SAES, atomic_output
@@ -43,7 +43,7 @@ TokensByLayer = dict[int, Tensor]
 
 @full_float32()
 def train_stream(
-    encoder: Encoder,
+    encoder: Encoder | Arrays,
     data: Data,
     settings: SAESettings,
     seeds: Sequence[int],
@@ -61,7 +61,7 @@ def train_stream(
     after the other.
 
     Args:
-        encoder: the encoder.
+        encoder: the encoder, or the arrays in its place.
         data: the samples.
         settings: settings of the SAEs.
         seeds: seeds of their initial weights.
@@ -119,7 +119,13 @@ class _SAEGroup:
     """The trainers of an encoder's SAEs, which take each step in parallel."""
 
     def __init__(
-        self, encoder: Encoder, settings: SAESettings, seeds: Sequence[int], name: str, steps: int, workers: int
+        self,
+        encoder: Encoder | Arrays,
+        settings: SAESettings,
+        seeds: Sequence[int],
+        name: str,
+        steps: int,
+        workers: int,
     ) -> None:
         spec, available = encoder.spec, devices()
         self.by_origin = {
@@ -157,7 +163,7 @@ class _SAEGroup:
 class _Reader:
     """Runs an encoder on a data set: yields the tokens of the requested samples, and stores all global tokens."""
 
-    def __init__(self, encoder: Encoder, data: Data, name: str, workers: int, store: Any) -> None:
+    def __init__(self, encoder: Encoder | Arrays, data: Data, name: str, workers: int, store: Any) -> None:
         self._encoder, self._data, self._name, self._workers, self._store = encoder, data, name, workers, store
         stored = store.attrs.get("progress", {"samples": 0})["samples"]
         self._global = GlobalTokens(store, encoder.spec, stored)
