@@ -68,7 +68,7 @@ def wmppc_layer_mean(rho: ArrayLike, weights: ArrayLike, sizes: ArrayLike) -> fl
 
 
 def null_readings(
-    null: ArrayLike, error: ArrayLike, weights: ArrayLike, sizes: ArrayLike
+    null: ArrayLike, error: ArrayLike, weights: ArrayLike, sizes: ArrayLike, kept: ArrayLike = True
 ) -> dict[str, tuple[Array, float]]:
     """The null of each of the `READINGS`: ``[R]`` for the re-pairings, and the standard error of their mean.
 
@@ -77,12 +77,13 @@ def null_readings(
         error: ``[L_A, L_B + 1]`` standard errors of their means.
         weights: ``[F]`` S of the features of all layers of A, concatenated.
         sizes: ``[L_A]`` number of features per layer of A.
+        kept: ``[L_A]`` which layers of A take part in ``pooled`` and ``layer_mean``; by default all.
     """
     null, error, S = np.asarray(null, np.float64), np.asarray(error, np.float64), np.asarray(weights, np.float64)
     sizes = np.asarray(sizes)
     totals = np.array([S[end - n : end].sum() for n, end in zip(sizes, np.cumsum(sizes), strict=True)])
-    found = {}
-    for reading, shares in (("pooled", totals), ("layer_mean", np.where(totals > 0, sizes, 0))):
+    found, S_kept = {}, np.where(kept, totals, 0)
+    for reading, shares in (("pooled", S_kept), ("layer_mean", np.where(S_kept > 0, sizes, 0))):
         shares = shares / shares.sum() if shares.any() else np.full(len(shares), np.nan)
         found[reading] = null[:, :, -1] @ shares, float(np.sqrt((shares**2 * error[:, -1] ** 2).sum()))
     last = null[:, -1, -2] if totals[-1] > 0 else np.full(len(null), np.nan)

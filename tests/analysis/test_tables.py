@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from itertools import combinations
+from itertools import combinations, product
 from math import comb
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from conceptshare import metrics
 from conceptshare.analysis import paper, tables
+from conceptshare.analysis.seeds import seeds_table
 from conceptshare.analysis.tables import (
     Stores,
     averages_table,
@@ -99,11 +100,12 @@ def stores_in(folder):
     return Stores(folder / "features", folder / "correlations", folder / "similarity")
 
 
-def correlate(stores, members):
+def correlate(stores, members, unexplained_layers="mark"):
     """Write the correlation store of every pair of members."""
     for pair in combinations(sorted(as_member(member) for member in members), 2):
         paths = [stores.features / f"{member}.zarr" for member in pair]
-        correlate_stores(*paths, stores.correlations / f"{pair_name(*pair)}.zarr")
+        out = stores.correlations / f"{pair_name(*pair)}.zarr"
+        correlate_stores(*paths, out, unexplained_layers=unexplained_layers)
 
 
 def rho(x, y):
@@ -390,7 +392,7 @@ def test_a_matrix_has_the_documented_columns(study):
         *("wmppc", "low", "high", "floor", "ceiling", "null", "null_error", "p", "excess", "relative"),
         *("cross_fitted", "cross_fitted_low", "cross_fitted_high"),
         *("mppc", "iou", "one_to_one", "features", "beyond_shuffled", "significant"),
-        *("strength_cv", "strength_rho", "cka", "mutual_knn", "unexplained", "code"),
+        *("strength_cv", "strength_rho", "cka", "mutual_knn", "unexplained", "left_out", "code"),
     ]
 
 
@@ -416,6 +418,139 @@ def test_tables_count_layers_whose_sae_leaves_most_of_the_global_tokens_unexplai
     forth = cells[cells.source == "a@0"].pivot(index="source_layer", columns="target_layer", values="unexplained")
     assert forth.to_numpy().tolist() == [[0, 1], [1, 2], [1, 2]]
     assert set(sharedness_table("a@0", ["b@0"], ["c@0"], stores).unexplained) == {"a@0, b@0, c@0"}
+
+
+# Layers from 5 on are unexplained: the SAE of layer n has an FVU of 0.2 n at global tokens.
+PARTLY = {"a@0": (6, 1, 3), "a@1": (1, 2), "b@0": (2, 7, 4, 5), "c@0": (0, 6)}
+
+
+@pytest.fixture(scope="module")
+def partly(tmp_path_factory, write_features_from):
+    """Stores of members with unexplained layers, correlated with and without them, and with the others alone."""
+    folder, rng, found = tmp_path_factory.mktemp("partly"), np.random.default_rng(1), {}
+    common, features = rng.lognormal(0, 1, (60, 4)), {}
+    for member, layers in PARTLY.items():
+        features[member] = {}
+        for n in layers:
+            x = rng.lognormal(0, 1, (60, 6)) * (rng.random((60, 6)) < 0.5)
+            x[:, :4] = rng.uniform(0.2, 0.9) * common[:, rng.permutation(4)] + 0.6 * rng.random() * x[:, :4]
+            features[member][n] = x.astype(np.float16).astype(np.float64)
+        kept = {n: x for n, x in features[member].items() if n < 5}
+        for name, of_layers in (("whole", features[member]), ("kept", kept)):
+            write_features_from(folder / name / "made", folder / name / "features", member, of_layers)
+    for name, (a, b) in product(("whole", "kept"), combinations(("a@0", "b@0", "c@0"), 2)):
+        pairs = [pair for pair in product(PARTLY[a], PARTLY[b]) if name == "whole" or max(pair) < 5]
+        rows = [(n, m, (10 * n + m) / 100, (n + 10 * m) / 100) for n, m in pairs]
+        table = pd.DataFrame(rows, columns=["source_layer", "target_layer", "cka", "mutual_knn"])
+        table.attrs["activations"] = {member[0]: activations_of(folder / name, member) for member in (a, b)}
+        (folder / name / "similarity").mkdir(exist_ok=True)
+        write_table(table, folder / name / f"similarity/{a[0]}__{b[0]}.csv")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_store, "FLOOR_FEATURES", FLOOR_FEATURES)
+        for name, of, setting in (
+            ("mark", "whole", "mark"),
+            ("leave_out", "whole", "leave_out"),
+            ("kept", "kept", "mark"),
+        ):
+            found[name] = stores_in(folder / of)._replace(correlations=folder / f"correlations-{name}")
+            correlate(found[name], PARTLY, setting)
+    return found, features
+
+
+PARTLY_MEMBERS = [
+    GroupedMember("a@0", "image", "vision", ("a@1",)),
+    GroupedMember("b@0", "text", "language"),
+    GroupedMember("c@0", "text", "language"),
+]
+BY_CELL = ["source", "target", "reading"]
+
+
+def test_layers_that_are_left_out_are_neither_source_nor_target(partly):
+    """Against NumPy on the features; the null, which samples features, from all of them in the same orders."""
+    stores, features = partly
+    tables = {name: matrix_table(PARTLY_MEMBERS, stores[name]).set_index(BY_CELL) for name in ("mark", "leave_out")}
+    found, marked = tables["leave_out"], tables["mark"]
+    rng = np.random.default_rng(0)
+    orders = [rng.permutation(60) for _ in range(REPAIRINGS)]
+    for (source, target, reading), row in found.iterrows():
+        if reading == "last":
+            continue
+        a, b = ({n: x for n, x in features[member].items() if n < 5} for member in (source, target))
+        y = np.concatenate(list(b.values()), axis=1)
+        S = [x.sum(0) for x in a.values()]
+        assert row.left_out == len(PARTLY[source]) + len(PARTLY[target]) - len(a) - len(b)
+        assert (row.unexplained, row.features) == (0, sum(len(s) for s in S))
+        by_layer = [rho(x, y) for x in a.values()]
+        wmppc = by_reading(by_layer, by_layer[-1], S)[reading]
+        assert row.wmppc == pytest.approx(wmppc, abs=1e-5)
+        by_layer = [rho(x[:, :FLOOR_FEATURES], np.roll(y, -30, axis=0)) for x in a.values()]
+        floor = by_reading(by_layer, by_layer[-1], [s[:FLOOR_FEATURES] for s in S])[reading]
+        assert row.floor == pytest.approx(floor, abs=1e-5)
+        of_orders = [[rho(x[order], y) for x in a.values()] for order in orders]
+        null = np.mean([by_reading(by_layer, by_layer[-1], S)[reading] for by_layer in of_orders])
+        assert row.null == pytest.approx(null, abs=3e-3)
+        assert row.excess == pytest.approx((wmppc - null) / (1 - null), abs=5e-3)
+        other = marked.loc[source, target, reading]
+        assert abs(other.excess - row.excess) > 0.01
+        assert abs(other.floor - row.floor) > 1e-4
+
+
+def test_leaving_layers_out_is_like_never_recording_them(partly):
+    """For all columns over all layers; the last layers are compared as before."""
+    stores, _ = partly
+    tables = {name: matrix_table(PARTLY_MEMBERS, of).set_index(BY_CELL) for name, of in stores.items()}
+    # The features that nulls are computed from are drawn layer by layer.
+    drawn = ["null", "null_error", "p", "excess", "relative"]
+    last = tables["leave_out"].index.get_level_values("reading") == "last"
+    found, kept = (tables[name][~last].drop(columns=["left_out", *drawn]) for name in ("leave_out", "kept"))
+    pd.testing.assert_frame_equal(found, kept, atol=1e-5)
+    np.testing.assert_allclose(tables["leave_out"].null[~last], tables["kept"].null[~last], atol=0.01)
+    pd.testing.assert_frame_equal(tables["leave_out"][last], tables["mark"][last])
+    assert (tables["leave_out"].unexplained[last] > 0).any()
+    compared = ["wmppc", "low", "ceiling", "floor", "cross_fitted", "cross_fitted_low", "iou", "one_to_one", "cka"]
+    for column in compared:
+        differ = abs(tables["mark"][column] - tables["leave_out"][column])[~last]
+        assert (differ.dropna() > 1e-4).all(), column
+    averages = [averages_table(matrix_table(PARTLY_MEMBERS, of), of.correlations) for of in stores.values()]
+    assert [table.left_out.tolist() for table in averages] == [[0] * 9, [2, 2, 2] * 2 + [0] * 3, [0] * 9]
+    columns = ["wmppc", "low", "high", "floor", "cross_fitted", "cross_fitted_low", "cross_fitted_high"]
+    pd.testing.assert_frame_equal(averages[1][columns][:6], averages[2][columns][:6], atol=1e-5)
+
+
+def test_features_of_layers_that_are_left_out_are_listed_and_not_tested(partly):
+    stores, _ = partly
+    found, marked, kept = (pair_table("a@0", "b@0", stores[name]) for name in ("leave_out", "mark", "kept"))
+    assert found.left_out.tolist() == (found.layer >= 5).tolist()
+    assert not marked.left_out.any()
+    pd.testing.assert_frame_equal(found[~found.left_out].reset_index(drop=True), kept, atol=1e-5)
+    out = found[found.left_out]
+    assert out.log10_p.isna().all()
+    assert not out[["beyond_shuffled", "significant"]].any(axis=None)
+    assert (found.match_layer < 5).all()
+    assert (marked.match_layer >= 5).any()
+
+
+def test_seeds_leave_unexplained_layers_out_and_layerwise_tables_do_not(partly):
+    stores, _ = partly
+    members = PARTLY_MEMBERS[:1]
+    found, marked, kept = (
+        seeds_table(members, stores[name]).set_index("reading") for name in ("leave_out", "mark", "kept")
+    )
+    layers = ["pooled", "layer_mean"]
+    np.testing.assert_allclose(found.wmppc[layers], kept.wmppc[layers], atol=1e-5)
+    np.testing.assert_allclose(found.null[layers], kept.null[layers], atol=0.01)
+    assert (abs(found.wmppc[layers] - marked.wmppc[layers]) > 1e-3).any()
+    pd.testing.assert_frame_equal(found.loc[["last"]], marked.loc[["last"]])
+    cells = [layerwise_table([("a@0", "b@0")], stores[name]) for name in ("leave_out", "mark")]
+    pd.testing.assert_frame_equal(*cells)
+
+
+def test_refuses_to_leave_out_all_layers_of_a_member(tmp_path, write_features, rng):
+    for member, layers in (("a@0", (1, 5)), ("b@0", (5, 6))):
+        write_features(tmp_path, member, {n: rng.random((50, 4)) for n in layers})
+    wanted = r"b@0\.zarr: the SAEs of all its layers .*; train better SAEs, raise max_fvu_global, remove the encoder"
+    with pytest.raises(StoreError, match=wanted):
+        correlate(Stores(tmp_path, tmp_path), ["a@0", "b@0"], "leave_out")
 
 
 def test_tables_have_the_code_of_their_features(tmp_path, write_features_from, rng):
@@ -485,7 +620,7 @@ def test_averages_are_the_means_over_the_cells_of_two_modalities(study):
     assert list(table.columns) == [
         *("reading", "source_modality", "target_modality", "cells", "wmppc", "low", "high", "floor", "null", "excess"),
         *("cross_fitted", "cross_fitted_low", "cross_fitted_high"),
-        *("unexplained", "code"),
+        *("unexplained", "left_out", "code"),
     ]
     directions = [("image", "text"), ("text", "image"), ("text", "text")]
     keys = [(reading, *direction) for reading in READINGS for direction in directions]
@@ -569,7 +704,8 @@ def test_pair_table_has_every_features_best_match_in_both_directions(study):
     table = pair_table("clip-text@0", "vit@0", stores)
     assert list(table.columns) == [
         *("source", "target", "layer", "feature", "strength", "density", "rho"),
-        *("match_layer", "match_feature", "iou", "beyond_shuffled", "log10_p", "significant", "code"),
+        *("match_layer", "match_feature", "iou", "beyond_shuffled", "log10_p", "significant", "left_out"),
+        "code",
     ]
     assert table.source.tolist() == ["clip-text@0"] * 16 + ["vit@0"] * 12
     for source, rows in table.groupby("source"):
@@ -603,7 +739,8 @@ def test_reads_one_direction_of_a_pair_table_by_its_source(study, tmp_path):
     table = pair_table("clip-text@0", "vit@0", study[0])
     write_table(table, tmp_path / "clip-text@0__vit@0.csv")
     for source, target in (("vit@0", "clip-text@0"), ("clip-text@0", "vit@0")):
-        expected = table[table.source == source][["source", "target", "strength", "rho"]].reset_index(drop=True)
+        expected = table[table.source == source][["source", "target", "strength", "rho", "left_out"]]
+        expected = expected.reset_index(drop=True)
         found = read_direction(tmp_path, source, target)
         pd.testing.assert_frame_equal(found, expected, check_dtype=False, check_categorical=False)
 

@@ -605,10 +605,10 @@ def weighted_best(a, b, S):
     return (all_correlations(a, b).max(axis=1) * S).sum() / S.sum()
 
 
-@pytest.mark.parametrize("memory_bytes", [None, 300_000])
-def test_the_null_is_the_wmppc_of_samples_paired_at_random(memory_bytes, rng):
+@pytest.mark.parametrize(("memory_bytes", "kept"), [(None, [True, True]), (300_000, [True, False])])
+def test_the_null_is_the_wmppc_of_samples_paired_at_random(memory_bytes, kept, rng):
     """From a sample of features: within its error of all features, for other pairings."""
-    N = 400
+    N, kept = 400, np.array(kept)
 
     # Features of very different S, whose null depends on S: rare ones meet by chance.
     def layer(width):
@@ -619,18 +619,18 @@ def test_the_null_is_the_wmppc_of_samples_paired_at_random(memory_bytes, rng):
 
     a, b = [layer(150), layer(90)], [layer(120), layer(600)]
     strengths = [x.sum(0) for x in a]
-    null = repaired(a, strengths, b, memory_bytes, "float32", "null")
+    null = repaired(a, strengths, b, memory_bytes, "float32", "null", kept)
     assert null.values.shape == (REPAIRINGS, 2, 3)
     assert (null.error < 0.004).all()
     pairings = [rng.permutation(N) for _ in range(30)]
     for n, (x, S) in enumerate(zip(a, strengths, strict=True)):
-        for m, y in enumerate([*b, np.concatenate(b, axis=1)]):
+        for m, y in enumerate([*b, np.concatenate([b[n] for n in np.flatnonzero(kept)], axis=1)]):
             values = [weighted_best(x[order], y, S) for order in pairings]
             error = np.hypot(null.error[n, m], np.std(values) * (1 / len(values) + 1 / REPAIRINGS) ** 0.5)
             assert null.values[:, n, m].mean() == pytest.approx(np.mean(values), abs=4 * error)
     # Each of the pairings is another, and the samples are re-paired indeed.
     assert len(np.unique(null.values[:, 0, 0])) == REPAIRINGS
-    assert repaired(a, strengths, a, None, "float32", "null").values.max() < 0.6
+    assert repaired(a, strengths, a, None, "float32", "null", np.ones(2, bool)).values.max() < 0.6
 
 
 def test_features_are_drawn_with_a_probability_proportional_to_their_strength(rng):
@@ -724,7 +724,7 @@ def test_partners_have_the_largest_sum_of_correlations_among_best_matches(rng):
         for end, width in zip(np.cumsum([x.shape[1] for x in of_one]), [x.shape[1] for x in of_one], strict=True):
             best = end - width + values[:, end - width : end].argmax(1)
             at[np.arange(len(at)), best] = values[np.arange(len(at)), best]
-    of_a, of_b = one_to_one(found)
+    of_a, of_b = one_to_one(found, np.ones(2, bool), np.ones(3, bool))
     for row, (first_a, first_b) in enumerate(((0, 0), (30, 40))):
         rows, columns = linear_sum_assignment(candidates[first_a:, first_b:], maximize=True)
         expected = candidates[first_a + rows, first_b + columns].clip(0)
@@ -739,7 +739,7 @@ def test_partners_have_the_largest_sum_of_correlations_among_best_matches(rng):
 
 def test_without_best_matches_there_are_no_partners():
     found = max_correlations([np.zeros((9, 3))], [np.random.default_rng(0).random((9, 4))])
-    assert not any(values.any() for values in one_to_one(found))
+    assert not any(values.any() for values in one_to_one(found, np.ones(1, bool), np.ones(1, bool)))
 
 
 def test_stores_full_matrices_of_selected_layers(larger_stores, tmp_path):

@@ -127,7 +127,7 @@ def test_influences_are_derivatives_by_a_samples_weight(features, stores, tmp_pa
 def crossed(x, y):
     """The cross-fitted wMPPC from features x to features y, with its interval, and the wMPPC."""
     a, b = (
-        Encoder([z.astype(np.float32)], z.sum(0), z.mean(0), z.std(0), np.zeros(z.shape[1]))
+        Encoder([z.astype(np.float32)], z.sum(0), z.mean(0), z.std(0), np.zeros(z.shape[1]), np.array([True]))
         for z in (x - x.min(), y - y.min())
     )
     found, _ = cross_fitted(a, b, None, "float32", "cross-fit")

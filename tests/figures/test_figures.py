@@ -163,7 +163,7 @@ def matrix(members, rng):
         for reading in READINGS
     ]
     table = pd.DataFrame(rows)
-    return table.assign(excess=table.wmppc - 0.1, p=0.04, unexplained=0, code="before_topk")
+    return table.assign(excess=table.wmppc - 0.1, p=0.04, unexplained=0, left_out=0, code="before_topk")
 
 
 FOUR = {
@@ -261,6 +261,26 @@ def test_every_figure_marks_what_unexplained_layers_are_part_of(tmp_path, rng, d
     assert f"{averages.wmppc[1]:.3f}*" in written_on(drawn[-1])
     draw_scatter(scattered(60, rng).assign(unexplained="minilm@0"), tmp_path / "figure.png")
     assert "SAEs leave most of the global tokens unexplained: minilm@0" in written_on(drawn[-1])
+
+
+def test_every_figure_says_that_layers_are_left_out(tmp_path, rng, drawn, unsaved):
+    note = "all layers: without those whose SAE leaves most of the global tokens' variance unexplained"
+    whole, averages = full_matrix(SOME["four"], rng), modality_averages(rng)
+    matrices = matrix(FOUR, rng)
+    for draw, table in (
+        (draw_matrix, matrices),
+        (draw_intervals, whole),
+        (draw_similarity, whole),
+        (draw_averages, averages),
+    ):
+        for left_out in (0, 2):
+            draw(table.assign(left_out=(table.reading == "pooled") * left_out), tmp_path / "figure.png")
+            assert any(note in text for text in written_on(drawn[-1])) == bool(left_out)
+    features = pd.DataFrame({"source": "a@0", "target": "b@0", "strength": [1.0, 2, 3, 4], "rho": [0.1, 0.4, 0.3, 0.9]})
+    draw_strength([("a@0", "b@0", features.assign(left_out=[False, False, False, True]))], tmp_path / "figure.png")
+    assert any(note in text for text in written_on(drawn[-1]))
+    assert any("0 of 3 silent" in text for text in written_on(drawn[-1]))
+    assert f"r {np.corrcoef([1, 2, 3], [0.1, 0.4, 0.3])[0, 1]:.2f}" in written_on(drawn[-1])
 
 
 def test_a_matrix_before_and_after_topk_has_panels_of_each_in_the_same_colours(tmp_path, rng, drawn, unsaved):
@@ -1085,7 +1105,7 @@ def full_matrix(members, rng):
     table["ceiling"] = np.where(table.source.isin(list(members)[::2]), rng.uniform(0.6, 0.7, len(table)), np.nan)
     for measure in ("cka", "mutual_knn"):
         table[measure] = np.clip(table.wmppc + rng.normal(0, 0.1, len(table)), 0, 1)
-    return table.assign(unexplained=0)
+    return table.assign(unexplained=0, left_out=0)
 
 
 def by_title(figure):
@@ -1154,7 +1174,8 @@ def modality_averages(rng, modalities=("image", "text")):
         for b in modalities
     ]
     numbers = rng.uniform(0.1, 0.6, len(rows))
-    return pd.DataFrame(rows).assign(wmppc=numbers, low=numbers - 0.01, high=numbers + 0.02, floor=0.05, unexplained=0)
+    ends = {"low": numbers - 0.01, "high": numbers + 0.02}
+    return pd.DataFrame(rows).assign(wmppc=numbers, **ends, floor=0.05, unexplained=0, left_out=0)
 
 
 @pytest.mark.parametrize("modalities", [("image", "text"), ("text",)])
@@ -1234,6 +1255,7 @@ def features(source, targets, rng, count=3000, silent=200):
     for target in targets:
         rho = np.clip(0.2 + 0.1 * np.log10(strength + 1) + rng.normal(0, 0.1, count), 0, 1)
         table = pd.DataFrame({"source": source, "target": target, "strength": strength, "rho": rho * (strength > 0)})
+        table["left_out"] = False
         back = table.rename(columns={"source": "target", "target": "source"}).assign(strength=1e9, rho=0.9)
         pairs.append((source, target, pd.concat([back, table])))
     return pairs

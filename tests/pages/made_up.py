@@ -234,6 +234,8 @@ def write_site(folder, seed=0):
         "commit": "0123456789abcdef",
         "datasets": [{"name": DATASET, "samples": SAMPLES}],
         "saes": [SAE],
+        "codes": ["before_topk"],
+        "unexplained_layers": "mark",
         "members": [member_entry(*member, LAYERS, FEATURES) for member in MEMBERS],
         "matrices": [
             {
@@ -248,6 +250,7 @@ def write_site(folder, seed=0):
                 "null": {reading: [[0.05] * 4] * 3 + [[0.125] * 4] for reading in ("pooled", "layer_mean", "last")},
                 "p": {reading: [[0.04] * 4] * 3 + [[0.5] * 4] for reading in ("pooled", "layer_mean", "last")},
                 "unexplained": {reading: [[0] * 4] * 3 + [[2] * 4] for reading in ("pooled", "layer_mean", "last")},
+                "left_out": {reading: [[0] * 4] * 4 for reading in ("pooled", "layer_mean", "last")},
             }
         ],
         "layerwise": [
@@ -316,9 +319,16 @@ def write_large_site(folder, features=8192, others=9, seed=1):
     captions = write_samples(rng, folder)
     names = [f"member{'-of-a-long-name' * (number % 5)}-{number}@0" for number in range(others + 1)]
     study = {"study": "large", "version": "0.1.0", "commit": None, "datasets": [{"name": DATASET, "samples": SAMPLES}]}
-    study |= {"saes": [SAE], "layerwise": [], "sharedness": [], "overlaps": []}
+    study |= {
+        "saes": [SAE],
+        "codes": ["before_topk"],
+        "unexplained_layers": "mark",
+        "layerwise": [],
+        "sharedness": [],
+        "overlaps": [],
+    }
     matrix = {"dataset": DATASET, "sae": SAE, "name": "everything", "members": names}
-    nothing = {column: {"pooled": [[None]]} for column in ("excess", "null", "p", "unexplained")}
+    nothing = {column: {"pooled": [[None]]} for column in ("excess", "null", "p", "unexplained", "left_out")}
     study["matrices"] = [matrix | {"wmppc": {"pooled": square(rng, others + 1)}, **nothing}]
     study["members"] = [member_entry(name, name[:-2], "image", "vision", [0], features) for name in names]
     write(folder, "study", study)

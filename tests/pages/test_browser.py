@@ -138,6 +138,33 @@ def test_published_and_calibrated_values_are_a_switch_and_cells_by_chance_are_ha
     expect(page.get_by_label("Value")).to_have_value("excess")
 
 
+def test_pages_state_which_layers_are_left_out_and_which_features_are_shown(open_tab, broken_site):
+    study = read_data(broken_site, "study")
+    study["matrices"][0]["left_out"]["pooled"][0][1] = 2
+    study |= {"codes": ["after_topk", "before_topk"], "unexplained_layers": "leave_out"}
+    (broken_site / "study.js").unlink()  # a hard link to the site of other tests
+    write(broken_site, "study", study)
+    tab = open_tab(broken_site)
+    page = tab.open()
+    expect(page.get_by_text("Readings of all layers leave out layers whose SAE leaves most")).to_be_visible()
+    shown = "These pages show features after TopK; those before TopK are in the study’s tables and figures."
+    expect(page.get_by_text(shown)).to_be_visible()
+    expect(page.get_by_text("its best match in any explained layer of the column")).to_be_visible()
+    page = tab.open(f"#/feature/{SET}/reader@0/5/21")
+    expect(page.get_by_text("Values of samples are after TopK, those of tokens before it.")).to_be_visible()
+    expect(page.get_by_text("Over all explained layers of the other member.")).to_be_visible()
+    page = tab.open(f"#/pair/{SET}/seer@0/0/reader@0/any")
+    expect(page.locator("h1")).to_have_text("seer@0 layer 0 → reader@0, any explained layer")
+
+
+def test_pages_of_all_layers_before_topk_state_neither(tab):
+    page = tab.open()
+    assert page.get_by_text("leave out layers").count() == page.get_by_text("These pages show features").count() == 0
+    page = tab.open(f"#/feature/{SET}/reader@0/5/21")
+    expect(page.get_by_text("Over all layers of the other member.")).to_be_visible()
+    assert page.get_by_text("after TopK").count() == 0
+
+
 def test_all_heatmaps_share_a_scale(tab, site):
     """The colour of a cell is matplotlib's viridis (of 16 colours), from 0, as in the figures, to the largest."""
     page = tab.open()

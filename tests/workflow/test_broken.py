@@ -149,6 +149,10 @@ CHANGES = [
     ),
     (change("saes", "tiny", "k", to=5), "saes/tiny/reader: made with k: 4, not 5"),
     (change("correlations", "precision", to="float32"), "reader@1.zarr: made with precision: float16, not float32"),
+    (
+        change("correlations", "unexplained_layers", to="leave_out"),
+        "reader@1.zarr: made with unexplained_layers: mark, not leave_out",
+    ),
     (change("names", to={"command": "true"}), "names/tiny/reader@0.parquet: made with names.command: , not true"),
     (
         change("analyses", "sharedness", "own", "features_shown", to=2),

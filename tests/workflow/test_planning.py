@@ -128,6 +128,7 @@ def test_a_second_code_makes_its_features_and_comparisons_and_nothing_before_top
         "names": 1,  # of the source of the rankings, for their figures
         **TABLES_AND_FIGURES,
         "figures_matrix": 2,  # that of features before TopK shows both
+        "pages_index": 1,  # which says so
         **CHANGED_STUDY,
     }
     result = study.run("--cores", "2")
@@ -360,17 +361,18 @@ def test_a_changed_image_of_a_table_is_read_again(new_study, listed):
     [
         ({"memory_mb": 50}, 0),
         ({"precision": "float32"}, 2),
+        ({"unexplained_layers": "leave_out"}, 2),
     ],
-    ids=["memory", "precision"],
+    ids=["memory", "precision", "unexplained"],
 )
 def test_correlation_settings_plan_only_the_affected_pairs(study, changes, correlations):
     config = study.config
     config["correlations"] |= changes
     study.config = config
     planned = study.plan()
-    assert planned.get("correlations", 0) == planned.get("metrics_pair", 0) == correlations
-    assert not planned.keys() & {"features", "similarity"}
-    assert planned or not correlations
+    later = {"pages_pair": 2, **SITE, **TABLES_AND_FIGURES, **CHANGED_STUDY}
+    del later["metrics_retrieval"]
+    assert planned == ({"correlations": 2, **later} if correlations else CHANGED_STUDY)
 
 
 def test_parsing_the_workflow_imports_no_compute_libraries(new_study):

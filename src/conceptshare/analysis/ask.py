@@ -19,7 +19,7 @@ from conceptshare.analysis.tables import (
 from conceptshare.correlations import FeatureStore, check_pair, judged, last_layers, max_correlations
 from conceptshare.correlations.blocks import Precision
 from conceptshare.io.errors import StoreError
-from conceptshare.io.readers import unexplained_layers
+from conceptshare.io.readers import Unexplained, unexplained_layers
 
 COLUMNS = (
     "source",
@@ -40,7 +40,13 @@ COLUMNS = (
 """Columns of the result of `wmppc_between`."""
 
 
-def wmppc_between(a: Path, b: Path, memory_bytes: int | None = None, precision: Precision = "float32") -> pd.DataFrame:
+def wmppc_between(
+    a: Path,
+    b: Path,
+    memory_bytes: int | None = None,
+    precision: Precision = "float32",
+    unexplained_layers: Unexplained = "mark",
+) -> pd.DataFrame:
     """wMPPC between two feature stores, with its interval and floor: one row per direction and reading.
 
     Args:
@@ -48,15 +54,17 @@ def wmppc_between(a: Path, b: Path, memory_bytes: int | None = None, precision: 
         b: another feature store of the same samples.
         memory_bytes: limit of the working memory, see `max_correlations`.
         precision: what standardised features are rounded to in the product.
+        unexplained_layers: whether ``pooled`` and ``layer_mean`` leave unexplained layers out.
 
     Returns:
         A table with the columns `COLUMNS`, as in `tables.matrix_table`.
 
     Raises:
-        StoreError: if a store is incomplete, damaged or without an active feature, or they have different samples.
+        StoreError: if a store is incomplete, damaged, without an active feature or without a layer left, or they have
+            different samples.
         NumericsError: if a feature is not finite.
     """
-    stores, names = _stores([a, b]), _names([a, b])
+    stores, names = _stores([a, b], unexplained_layers), _names([a, b])
     statistics = {path: active_statistics(path) for path in (a, b)}
     found = max_correlations(stores[a].arrays, stores[b].arrays, memory_bytes=memory_bytes, precision=precision)
     rows = []
@@ -104,9 +112,9 @@ def sharedness_of(source: Path, shared_with: Sequence[Path], not_shared_with: Se
     return table
 
 
-def _stores(paths: Iterable[Path]) -> dict[Path, FeatureStore]:
+def _stores(paths: Iterable[Path], unexplained_layers: Unexplained = "mark") -> dict[Path, FeatureStore]:
     """Open feature stores, and make sure that they have the same samples."""
-    stores = {path: FeatureStore(path) for path in paths}
+    stores = {path: FeatureStore(path, unexplained_layers) for path in paths}
     first, *others = stores.values()
     for store in others or [first]:
         check_pair(first, store)

@@ -51,9 +51,9 @@ def _rows(pairs: Sequence[Pair], stores: Stores) -> list[dict[str, object]]:
     for n, (source, target) in enumerate(pairs):
         S, _ = side_by_side(stores.active(str(source)))
         found = stores.pair(str(source), str(target))
-        sizes = found.best.sizes_a
-        values[n] = [*wmppc_readings(found.best.rho_ab, S, sizes).values()]
-        nulls[n] = [null.mean() for null, _ in metrics.null_readings(found.null, found.null_error, S, sizes).values()]
+        values[n] = [*wmppc_readings(found, S).values()]
+        of_readings = metrics.null_readings(found.null, found.null_error, S, found.best.sizes_a, found.kept_a)
+        nulls[n] = [null.mean() for null, _ in of_readings.values()]
         influence = influence + found.influence.astype(np.float64) / len(pairs)
     rows: list[dict[str, object]] = []
     for n, reading in enumerate(metrics.READINGS):

@@ -43,7 +43,7 @@ MATRIX_COLUMNS = (
     *("wmppc", "low", "high", "floor", "ceiling", "null", "null_error", "p", "excess", "relative"),
     *_CROSS_FITTED,
     *("mppc", "iou", "one_to_one", "features", "beyond_shuffled", "significant"),
-    *("strength_cv", "strength_rho", *SIMILARITIES, "unexplained", "code"),
+    *("strength_cv", "strength_rho", *SIMILARITIES, "unexplained", "left_out", "code"),
 )
 
 _CELL = ("source", "target", "reading")
@@ -53,7 +53,7 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "matrix": MATRIX_COLUMNS,
     "averages": (
         *(*_DIRECTION, "cells", "wmppc", "low", "high", "floor", "null", "excess", *_CROSS_FITTED),
-        *("unexplained", "code"),
+        *("unexplained", "left_out", "code"),
     ),
     "layerwise": (
         *("source", "target", "source_layer", "target_layer"),
@@ -252,7 +252,8 @@ def check_rankings(rankings: Mapping[Path, pd.DataFrame]) -> None:
 def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFrame:
     """wMPPC between all members, with its interval, floor and ceiling and related measures, for three readings.
 
-    The readings are ``pooled`` and ``layer_mean`` over all layers, and ``last``, between the last recorded layers only.
+    The readings are ``pooled`` and ``layer_mean`` over all layers but those that the correlations leave out, and
+    ``last``, between the last recorded layers only.
 
     Columns besides those that identify the cell:
 
@@ -278,13 +279,15 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
       ``layer_mean`` the mean over the source's layers of the best layer of the target, for ``pooled`` that of the best
       pair of layers;
     - ``unexplained``: the number of layers that take part, of both members, whose SAE leaves more than
-      ``max_fvu_global`` of the variance of the global tokens unexplained;
+      ``max_fvu_global`` of the variance of the global tokens unexplained; ``left_out``: the number of such layers, of
+      both members, that the reading leaves out;
     - ``code``: whether the features are ``before_topk`` or ``after_topk``, as in other tables.
 
     Raises:
         StoreError: if a store is missing, or no feature of a member is active.
     """
     statistics = {entry.member: stores.active(entry.member) for entry in members}
+    marked = {entry: np.array(stores.unexplained(entry.member)) for entry in members}
     rows: list[dict[str, Any]] = []
     cells: list[dict[str, Any]] = []
     influences: list[NDArray[np.float32]] = []
@@ -309,14 +312,14 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
             of_parts.append(pair.cross_fitted.influence)
             for cell in cells_of(pair, S, density, active_counts(statistics[target.member])):
                 reading = cell["reading"]
-                of_tokens = {measure: _similarity(similar.get(measure), reading) for measure in SIMILARITIES}
+                part = _part_of(pair, reading)
+                layers = np.array(pair.layers_a)[part.a], np.array(pair.layers_b)[part.b]
+                of_tokens = {measure: _similarity(similar.get(measure), reading, *layers) for measure in SIMILARITIES}
                 calibrated = {
                     "ceiling": ceilings[reading],
                     "relative": metrics.relative(cell["wmppc"], cell["null"], ceilings[reading]),
-                    "unexplained": sum(
-                        sum(marked[-1:] if reading == "last" else marked)
-                        for marked in map(stores.unexplained, (source.member, target.member))
-                    ),
+                    "unexplained": int(marked[source][part.a].sum() + marked[target][part.b].sum()),
+                    "left_out": 0 if reading == "last" else int((~part.a).sum() + (~part.b).sum()),
                 }
                 cells.append(described | cell | calibrated | of_tokens)
         # Many cells at once, because drawing the samples takes the most time, but not all, which might not fit memory.
@@ -331,8 +334,7 @@ def _ceilings(source: GroupedMember, S: metrics.Array, stores: Stores) -> dict[s
     found = []
     for seed in source.other_seeds:
         stores.active(seed)
-        other = stores.pair(source.member, seed).best
-        found.append(wmppc_readings(other.rho_ab, S, other.sizes_a))
+        found.append(wmppc_readings(stores.pair(source.member, seed), S))
     return {
         reading: float(np.mean([each[reading] for each in found])) if found else float("nan")
         for reading in metrics.READINGS
@@ -370,31 +372,29 @@ def cells_of(
     pair: PairCorrelations, S: metrics.Array, density: metrics.Array, active: Sequence[int]
 ) -> list[dict[str, Any]]:
     """The values of a cell for each reading; ``active`` is the number of active features per layer of the target."""
-    rho, sizes = pair.best.rho_ab, pair.best.sizes_a
-    values = wmppc_readings(rho, S, sizes)
-    shuffled = _shuffled(sizes, pair.floor_sizes)
-    floors = wmppc_readings(pair.floor, S[shuffled], pair.floor_sizes)
-    nulls = metrics.null_readings(pair.null, pair.null_error, S, sizes)
-    ious, partners = (_companion_readings(values, S, sizes) for values in (pair.iou, pair.one_to_one))
+    nulls = metrics.null_readings(pair.null, pair.null_error, S, pair.best.sizes_a, pair.kept_a)
+    of_chance = S[_shuffled(pair.best.sizes_a, pair.floor_sizes)]
     cells = []
     for reading, crossed in zip(metrics.READINGS, pair.cross_fitted.readings, strict=True):
-        best, strength = _best(rho, sizes, reading), _best(S[None], sizes, reading)
-        varying = _best(pair.best.match_ab, sizes, reading) >= 0
-        candidates = active[-1] if reading == "last" else sum(active)
-        _, significant = _significance(best[varying], pair.samples, candidates)
+        part, row = _part_of(pair, reading), int(reading == "last")
+        strength, sizes = S[part.features], pair.best.sizes_a[part.a]
+        best, match = (_best(of, part.b, part.features) for of in (pair.best.rho_ab, pair.best.match_ab))
+        by_chance = _best(pair.floor, part.b, part.by_chance)
+        value = _mean(reading, best, strength, sizes)
+        _, significant = _significance(best[match >= 0], pair.samples, int(np.array(active)[part.b].sum()))
         cells.append(
             {
                 "reading": reading,
-                "wmppc": values[reading],
-                "floor": floors[reading],
-                **_calibrated(values[reading], nulls[reading][0]),
+                "wmppc": value,
+                "floor": _mean(reading, by_chance, of_chance[part.by_chance], pair.floor_sizes[part.a]),
+                **_calibrated(value, nulls[reading][0]),
                 "null_error": nulls[reading][1],
                 "cross_fitted": float(crossed),
                 "mppc": metrics.mppc(best),
-                "iou": ious[reading],
-                "one_to_one": partners[reading],
+                "iou": _mean(reading, pair.iou[row, part.features], strength, sizes),
+                "one_to_one": _mean(reading, pair.one_to_one[row, part.features], strength, sizes),
                 "features": len(best),
-                "beyond_shuffled": int(_beyond_shuffled(pair, density, reading).sum()),
+                "beyond_shuffled": int(_beyond_shuffled(pair, part, density).sum()),
                 "significant": significant.sum() if pair.samples > 3 else float("nan"),
                 "strength_cv": metrics.coefficient_of_variation(strength),
                 "strength_rho": metrics.correlation(strength, best),
@@ -409,26 +409,64 @@ def _calibrated(value: float, nulls: metrics.Array) -> dict[str, float]:
     return {"null": null, "p": metrics.p_value(value, nulls), "excess": metrics.excess(value, null)}
 
 
-def _beyond_shuffled(pair: PairCorrelations, density: metrics.Array, reading: str) -> NDArray[np.bool_]:
+class _Part(NamedTuple):
+    """What takes part in a reading of the wMPPC from A to B."""
+
+    a: NDArray[np.bool_]
+    """``[L_A]`` the layers of A."""
+    b: NDArray[np.bool_]
+    """``[L_B]`` the layers of B."""
+    features: NDArray[np.bool_]
+    """``[F_A]`` the features of A."""
+    by_chance: NDArray[np.bool_]
+    """``[f_A]`` those of them that are correlated with shuffled samples."""
+
+
+def _part_of(pair: PairCorrelations, reading: str) -> _Part:
+    """The last layers for ``last``; for other readings, the layers that are not left out."""
+    a, b = pair.kept_a, pair.kept_b
+    if reading == "last":
+        a, b = (np.arange(len(layers)) == len(layers) - 1 for layers in (a, b))
+    return _Part(a, b, np.repeat(a, pair.best.sizes_a), np.repeat(a, pair.floor_sizes))
+
+
+def _best(values: NDArray[Any], layers: NDArray[np.bool_], features: NDArray[np.bool_]) -> NDArray[Any]:
+    """The maximum of ``[L_B, F]`` over some layers of B, for some features."""
+    best: NDArray[Any] = values.compress(layers, axis=0).compress(features, axis=1).max(axis=0)
+    return best
+
+
+def _mean(reading: str, values: NDArray[Any], S: metrics.Array, sizes: NDArray[np.int64]) -> float:
+    """The mean of the values ``[F]`` of a reading's features, weighted by S as the reading does."""
+    if reading == "layer_mean":
+        return metrics.wmppc_layer_mean(values[None], S, sizes)
+    return metrics.wmppc(values, S)
+
+
+def wmppc_readings(pair: PairCorrelations, S: metrics.Array) -> dict[str, float]:
+    """The wMPPC of each of `metrics.READINGS`; ``S [F]`` are of the features of all layers of A."""
+    parts = {reading: _part_of(pair, reading) for reading in metrics.READINGS}
+    best = {reading: _best(pair.best.rho_ab, part.b, part.features) for reading, part in parts.items()}
+    return {
+        reading: _mean(reading, best[reading], S[part.features], pair.best.sizes_a[part.a])
+        for reading, part in parts.items()
+    }
+
+
+def _beyond_shuffled(pair: PairCorrelations, part: _Part, density: metrics.Array) -> NDArray[np.bool_]:
     """Which of a reading's features match better than with shuffled samples, among features of similar density."""
-    sizes, shuffled = pair.best.sizes_a, _shuffled(pair.best.sizes_a, pair.floor_sizes)
+    shuffled = _shuffled(pair.best.sizes_a, pair.floor_sizes)
     strata = metrics.strata(density * pair.samples)
-    best, match, stratum = (_best(of, sizes, reading) for of in (pair.best.rho_ab, pair.best.match_ab, strata[None]))
-    by_chance, match_by_chance, stratum_by_chance = (
-        _best(of, pair.floor_sizes, reading)
-        for of in (pair.floor, pair.best.match_ab[:, shuffled], strata[None, shuffled])
+    best, match = (_best(of, part.b, part.features) for of in (pair.best.rho_ab, pair.best.match_ab))
+    by_chance, match_by_chance = (
+        _best(of, part.b, part.by_chance) for of in (pair.floor, pair.best.match_ab[:, shuffled])
     )
+    stratum, stratum_by_chance = strata[part.features], strata[shuffled][part.by_chance]
     beyond = np.zeros(len(best), bool)
     for n in np.unique(stratum):
         alike, alike_by_chance = (match >= 0) & (stratum == n), (match_by_chance >= 0) & (stratum_by_chance == n)
         beyond[alike] = metrics.beyond_shuffled(best[alike], by_chance[alike_by_chance])
     return beyond
-
-
-def _best(values: NDArray[Any], sizes: NDArray[np.int64], reading: str) -> NDArray[Any]:
-    """The maximum of ``[L_B, F]`` over the target's layers; ``last`` only uses the last layer on both sides."""
-    best: NDArray[Any] = values[-1, -int(sizes[-1]) :] if reading == "last" else values.max(axis=0)
-    return best
 
 
 def _shuffled(sizes: NDArray[np.int64], floor_sizes: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -450,34 +488,16 @@ def _significance(rho: NDArray[Any], samples: int, candidates: int) -> tuple[met
     return log10_p, metrics.benjamini_hochberg(log10_p)
 
 
-def _similarity(values: pd.DataFrame | None, reading: str) -> float:
-    """Reduce a measure ``[L_A, L_B]`` of two encoders to one number; layers with constant tokens are left out."""
+def _similarity(values: pd.DataFrame | None, reading: str, layers_a: NDArray[Any], layers_b: NDArray[Any]) -> float:
+    """Reduce a measure of two encoders to one number, for some of their layers and without those of constant tokens."""
     if values is None:
         return float("nan")
-    measure = values.to_numpy(np.float64)
-    if reading == "last":
-        return float(measure[-1, -1])
+    measure = values.loc[layers_a, layers_b].to_numpy(np.float64)
     best = np.fmax.reduce(measure, axis=1)
     best = best[~np.isnan(best)]
     if not len(best):
         return float("nan")
     return float(best.max() if reading == "pooled" else best.mean())
-
-
-def wmppc_readings(rho: NDArray[Any], S: metrics.Array, sizes: NDArray[np.int64]) -> dict[str, float]:
-    """The wMPPC of each of `metrics.READINGS`; arguments as in `metrics.wmppc_layer_mean`."""
-    last = int(sizes[-1])
-    return {
-        "pooled": metrics.wmppc_pooled(rho, S),
-        "layer_mean": metrics.wmppc_layer_mean(rho, S, sizes),
-        "last": metrics.wmppc(rho[-1, -last:], S[-last:]),
-    }
-
-
-def _companion_readings(values: NDArray[Any], S: metrics.Array, sizes: NDArray[np.int64]) -> dict[str, float]:
-    """The mean, weighted by S, of values ``[2, F]`` over all layers and between the last layers, for each reading."""
-    last = int(sizes[-1])
-    return wmppc_readings(values[:1], S, sizes) | {"last": metrics.wmppc(values[1, -last:], S[-last:])}
 
 
 def averages_table(matrix: pd.DataFrame, correlations: Path) -> pd.DataFrame:
@@ -486,7 +506,8 @@ def averages_table(matrix: pd.DataFrame, correlations: Path) -> pd.DataFrame:
     Intervals are 95% bootstrap intervals. All cells of a mean are resampled with the same samples: a sample's influence
     on the mean is the mean of its influences on the cells. Cells of two seeds of one encoder, and those of untrained
     encoders, are left out.
-    ``unexplained`` is the number of cells with layers that are not explained.
+    ``unexplained`` is the number of cells with layers that are not explained, ``left_out`` of those that leave such
+    layers out.
 
     Args:
         matrix: the table of `matrix_table`.
@@ -526,8 +547,8 @@ def modality_means(matrix: pd.DataFrame) -> pd.DataFrame:
     """The number of cells of a matrix per reading and direction, and the means of their columns."""
     cells = _averaged(matrix).groupby(_DIRECTION, as_index=False)
     means = {column: (column, "mean") for column in ("wmppc", "floor", "null", "excess", "cross_fitted")}
-    unexplained = ("unexplained", lambda counts: (counts > 0).sum())
-    return cells.agg(cells=("wmppc", "size"), **means, unexplained=unexplained)
+    marked = {column: (column, lambda counts: (counts > 0).sum()) for column in ("unexplained", "left_out")}
+    return cells.agg(cells=("wmppc", "size"), **means, **marked)
 
 
 def layerwise_table(pairs: Sequence[tuple[str, str]], stores: Stores) -> pd.DataFrame:
@@ -586,13 +607,14 @@ def layerwise_table(pairs: Sequence[tuple[str, str]], stores: Stores) -> pd.Data
 def pair_table(a: str, b: str, stores: Stores) -> pd.DataFrame:
     """Every feature of two members with its best match in the other: the features of ``a``, then those of ``b``.
 
-    ``rho`` is the largest correlation with any feature of any layer of the target, attained by ``match_feature`` of
-    ``match_layer``; both are -1, and rho is 0, for a constant feature. ``iou``: the intersection over union of the
-    samples on which both are active. ``beyond_shuffled``: whether rho is larger than
-    with shuffled samples, as in `matrix_table`. ``log10_p``: the p-value of rho by the paper's appendix B, NaN for a
+    ``rho`` is the largest correlation with any feature of any layer of the target that is not left out, attained by
+    ``match_feature`` of ``match_layer``; both are -1, and rho is 0, for a constant feature. ``iou``: the intersection
+    over union of the samples on which both are active. ``beyond_shuffled``: whether rho is larger than with shuffled
+    samples, as in `matrix_table`. ``log10_p``: the p-value of rho by the paper's appendix B, NaN for a
     constant feature and for 3 samples or fewer. ``significant``: whether the feature counts as shared by that p-value,
     by Benjamini and Hochberg at a false discovery rate of 5% over the features of one direction. These are too many:
-    see `metrics.significance`.
+    see `metrics.significance`. ``left_out``: whether the feature's own layer is left out of ``pooled`` and
+    ``layer_mean``; such features are not tested.
 
     Raises:
         StoreError: if a store is missing, or no feature of a member is active.
@@ -601,14 +623,17 @@ def pair_table(a: str, b: str, stores: Stores) -> pd.DataFrame:
     tables = []
     for source, target in ((a, b), (b, a)):
         pair, of_source = stores.pair(source, target), statistics[source]
-        best = pair.best.rho_ab.argmax(axis=0)[None]
-        rho, match = (np.take_along_axis(of, best, 0)[0] for of in (pair.best.rho_ab, pair.best.match_ab))
-        varying = pair.best.match_ab.max(axis=0) >= 0
+        part = _part_of(pair, "pooled")
+        of_layers, matches = (of.compress(part.b, axis=0) for of in (pair.best.rho_ab, pair.best.match_ab))
+        best = of_layers.argmax(axis=0)[None]
+        rho, match = (np.take_along_axis(of, best, 0)[0] for of in (of_layers, matches))
+        tested = (matches.max(axis=0) >= 0) & part.features
         log10_p, significant = np.full(len(rho), np.nan), np.zeros(len(rho), bool)
-        log10_p[varying], significant[varying] = _significance(
-            rho[varying], pair.samples, sum(active_counts(statistics[target]))
-        )
+        candidates = int(np.array(active_counts(statistics[target]))[part.b].sum())
+        log10_p[tested], significant[tested] = _significance(rho[tested], pair.samples, candidates)
         sizes, (S, density) = pair.best.sizes_a, side_by_side(of_source)
+        beyond = np.zeros(len(rho), bool)
+        beyond[part.features] = _beyond_shuffled(pair, part, density)
         tables.append(
             pd.DataFrame(
                 {
@@ -619,12 +644,13 @@ def pair_table(a: str, b: str, stores: Stores) -> pd.DataFrame:
                     "strength": S,
                     "density": density,
                     "rho": rho,
-                    "match_layer": np.where(match < 0, -1, np.array(pair.layers_b)[best[0]]),
+                    "match_layer": np.where(match < 0, -1, np.array(pair.layers_b)[part.b][best[0]]),
                     "match_feature": match,
                     "iou": pair.iou[0],
-                    "beyond_shuffled": _beyond_shuffled(pair, density, "pooled"),
+                    "beyond_shuffled": beyond,
                     "log10_p": log10_p,
                     "significant": significant,
+                    "left_out": ~part.features,
                 }
             )
         )
@@ -632,9 +658,9 @@ def pair_table(a: str, b: str, stores: Stores) -> pd.DataFrame:
 
 
 def read_direction(folder: Path, source: str, target: str) -> pd.DataFrame:
-    """Read the columns ``source, target, strength, rho`` of the source's features in a pair's table."""
+    """Read the columns ``source, target, strength, rho, left_out`` of the source's features in a pair's table."""
     path = folder / f"{pair_name(as_member(source), as_member(target))}.parquet"
-    columns = ["source", "target", "strength", "rho"]
+    columns = ["source", "target", "strength", "rho", "left_out"]
     table = read_table(path, "pairs", columns, [("source", "==", source)])
     return table.astype({"source": "category", "target": "category"})
 

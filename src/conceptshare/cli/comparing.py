@@ -16,6 +16,13 @@ Precision = Annotated[
     Literal["float32", "float16"],
     typer.Option(help="Precision of the product on a GPU; float16 is faster, with an error below 5e-4."),
 ]
+UnexplainedLayers = Annotated[
+    Literal["mark", "leave_out"],
+    typer.Option(
+        help="leave_out: leave layers whose SAE has an FVU above max_fvu_global at global tokens out of the readings "
+        "pooled and layer_mean."
+    ),
+]
 MemoryMB = Annotated[
     int | None,
     typer.Option(
@@ -36,6 +43,7 @@ def correlations(
         list[str],
         typer.Option(help="LAYER_A:LAYER_B, whose full correlation matrix is stored (repeatable)."),
     ] = [],  # noqa: B006 - typer copies it
+    unexplained_layers: UnexplainedLayers = "mark",
     memory_mb: MemoryMB = None,
     threads: Threads = 1,
     gpus: GPUs = None,
@@ -48,7 +56,7 @@ def correlations(
         if not re.fullmatch(r"\d+:\d+", entry):
             raise StudyError(f"--full {entry}: write LAYER_A:LAYER_B, such as 3:5")
     layers = [(int(layer_a), int(layer_b)) for layer_a, layer_b in (entry.split(":") for entry in full)]
-    correlate_stores(a, b, out, in_bytes(memory_mb), precision, layers)
+    correlate_stores(a, b, out, in_bytes(memory_mb), precision, layers, unexplained_layers)
 
 
 @app.command()
@@ -72,6 +80,7 @@ def wmppc(
     b: Annotated[Path, typer.Argument(help="Another feature store of the same samples.")],
     memory_mb: MemoryMB = None,
     precision: Precision = "float32",
+    unexplained_layers: UnexplainedLayers = "mark",
     threads: Threads = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -84,7 +93,7 @@ def wmppc(
     from conceptshare.analysis.ask import wmppc_between
 
     use_threads(threads)
-    table = wmppc_between(a, b, in_bytes(memory_mb), precision)
+    table = wmppc_between(a, b, in_bytes(memory_mb), precision, unexplained_layers)
     typer.echo(table.to_json(orient="records") if as_json else table.to_string(index=False, float_format="%.4f"))
 
 

@@ -72,7 +72,8 @@ class SAESettings(Spec):
     """Log a warning if a larger fraction of latents is active on no token, of at least 10 F / k tokens."""
     max_fvu_global: float = Field(default=0.9, ge=0)
     """If the fraction of variance unexplained of the global tokens, which are compared, is larger, log a warning, and
-    mark the layer in tables, figures and pages. Predicting their mean gives 1."""
+    mark the layer in tables, figures and pages. Predicting their mean gives 1. ``correlations.unexplained_layers`` can
+    leave such layers out of wMPPC over several layers."""
 
     @model_validator(mode="before")
     @classmethod
@@ -124,6 +125,10 @@ class CorrelationSettings(Spec):
     precision: Literal["float32", "float16"] = "float16"
     """Precision of standardised features in the product on a GPU, which sums in float32. With ``float16`` the error of
     a correlation is below 5e-4. CPUs use float32."""
+    unexplained_layers: Literal["mark", "leave_out"] = "mark"
+    """What happens to layers whose SAE is above ``max_fvu_global``: with ``mark``, results mark them; with
+    ``leave_out``, they also take no part in ``pooled`` and ``layer_mean``, neither as source nor as target. Results of
+    single layers, such as the reading ``last``, include them in any case."""
     memory_mb: Positive | None = None
     """Working memory of a job in MB; none means 1 GiB on a CPU, and most of the free memory of a GPU."""
 

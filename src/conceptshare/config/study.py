@@ -304,6 +304,8 @@ class Study(Spec):
             "study": self.study,
             "datasets": sorted(self.datasets),
             "saes": sorted(self.coded(self.features[0])),
+            "codes": self.features,
+            "unexplained_layers": self.correlations.unexplained_layers,
             "members": [self._described(member) for member in sorted(self.members(), key=self._rank)],
             "matrices": {n: [str(m) for m in self.matrix_members(n)] for n in self.analyses.matrices},
             "layerwise": {n: self.layerwise_names(n) for n in self.analyses.layerwise},

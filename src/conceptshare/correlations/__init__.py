@@ -22,6 +22,9 @@ are concatenated; ``sizes_a [L_A]`` and ``sizes_b [L_B]`` are the numbers of fea
 - ``rho_ba [L_A, F_B]`` and so on: the same from B to A;
 - ``full/layer-NN__layer-MM [F_a, F_b]`` float32: the full correlation matrix of two layers, if requested.
 
+Layers that the spec lists in ``left_out_a`` and ``left_out_b`` take no part where layers are combined: in the best of
+all layers, and in the first two readings. Values of a pair of layers, and of the last layers, include them.
+
 Both directions are the row and column maxima of one matrix, so one product serves both. Only a tile of the matrix is in
 memory: features are standardised and multiplied in panels, as wide as the memory budget allows.
 """

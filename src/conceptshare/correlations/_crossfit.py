@@ -63,7 +63,8 @@ def cross_fitted(
         part_a, part_b, crossed_ab, crossed_ba = _measured(a, b, other, half.start, half.stop, budget, what)
         measured = (0, other, crossed_ab, crossed_ba), (1, own, own.rho_ab, own.rho_ba)
         for kind, found, rho_ab, rho_ba in measured:
-            matches_ab, matches_ba = matches_of(found, rho_ab), matches_of(found.reverse(), rho_ba)
+            matches_ab = matches_of(found, rho_ab, b.kept)
+            matches_ba = matches_of(found.reverse(), rho_ba, a.kept)
             ab, ba = influences(part_a, part_b, matches_ab, matches_ba, budget, what, count=False)
             to_b.add(kind, half, part_a.strength, rho_ab, matches_ab, ab.influence)
             to_a.add(kind, half, part_b.strength, rho_ba, matches_ba, ba.influence)
@@ -80,7 +81,7 @@ class _Means:
     """C and W from A to B: means over both halves of values on each."""
 
     def __init__(self, a: Encoder, b: Encoder, N: int) -> None:
-        readings = len(metrics.READINGS)
+        readings, self._kept = len(metrics.READINGS), a.kept
         self._layers, self._readings = np.zeros((2, len(a.layers), len(b.layers) + 1)), np.zeros((2, readings))
         self._influence = np.zeros((2, readings, N))
 
@@ -88,9 +89,10 @@ class _Means:
         self, kind: int, half: slice, S: Array, rho: NDArray[Any], matches: Matches, influence: NDArray[np.float32]
     ) -> None:
         """Add C (``kind`` 0) or W (1) of a half: correlations ``rho [L_B, F_A]``, and influences on its readings."""
-        best = matches.best[None]
+        of_kept, sizes = np.repeat(self._kept, matches.sizes), matches.sizes[self._kept]
+        best, S_kept = matches.best[None, of_kept], S[of_kept]
         last = metrics.wmppc(matches.last, S[-len(matches.last) :])
-        readings = [metrics.wmppc_pooled(best, S), metrics.wmppc_layer_mean(best, S, matches.sizes), last]
+        readings = [metrics.wmppc_pooled(best, S_kept), metrics.wmppc_layer_mean(best, S_kept, sizes), last]
         layers = [
             [metrics.wmppc(of_target[place], S[place]) for of_target in (*rho, matches.best)]
             for place in places_of(matches.sizes)
@@ -190,6 +192,7 @@ class _Sums:
             mean=first + total / self._n,
             deviation=np.sqrt(np.maximum(0, squares / self._n - (total / self._n) ** 2)),
             offset=self._encoder.offset,
+            kept=self._encoder.kept,
         )
 
     def moments(self) -> tuple[Array, Array]:

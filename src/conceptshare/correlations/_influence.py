@@ -36,6 +36,8 @@ class Encoder:
     """``[F]`` population standard deviation over the samples."""
     offset: NDArray[np.float32]
     """``[F]`` constant to add to the values in ``layers``; a feature is active if the sum is positive."""
+    kept: NDArray[np.bool_]
+    """``[L]`` which layers take part in ``pooled`` and ``layer_mean``."""
 
 
 class Matched(NamedTuple):
@@ -45,7 +47,7 @@ class Matched(NamedTuple):
     """``[3, N]`` influence of each sample on the wMPPC, by reading."""
     iou: NDArray[np.float32]
     """``[2, F]`` intersection over union of the samples on which a feature and its best match are active: its match in
-    all layers, and for features of the last layer, else 0, its match in the last layer."""
+    all kept layers, and for features of the last layer, else 0, its match in the last layer."""
 
 
 class Matches(NamedTuple):
@@ -54,7 +56,7 @@ class Matches(NamedTuple):
     sizes: NDArray[np.int64]
     """``[L]`` number of features per layer of the encoder."""
     best: NDArray[Any]
-    """``[F]`` correlation with the match in all layers of the other encoder, for ``pooled`` and ``layer_mean``."""
+    """``[F]`` correlation with the match in all kept layers of the other encoder, for ``pooled`` and ``layer_mean``."""
     matched: NDArray[np.int64]
     """``[F]`` that match; features are numbered through all layers, and -1 means none."""
     last: NDArray[Any]
@@ -63,11 +65,15 @@ class Matches(NamedTuple):
     """``[sizes[-1]]`` that match, with the same numbers."""
 
 
-def matches_of(found: MaxCorrelations, rho: NDArray[Any]) -> Matches:
-    """The matches from A to B that ``found`` chooses, with their correlations ``rho [L_B, F_A]``."""
+def matches_of(found: MaxCorrelations, rho: NDArray[Any], kept: NDArray[np.bool_]) -> Matches:
+    """The matches from A to B that ``found`` chooses, with their correlations ``rho [L_B, F_A]``.
+
+    ``kept [L_B]`` are the layers of B among which that of the best match is chosen.
+    """
     starts = np.cumsum(found.sizes_b) - found.sizes_b
     matched = np.where(found.match_ab < 0, -1, starts[:, None] + found.match_ab)
-    layer, last = found.rho_ab.argmax(axis=0)[None], slice(-int(found.sizes_a[-1]), None)
+    layer = np.flatnonzero(kept)[found.rho_ab[kept].argmax(axis=0)][None]
+    last = slice(-int(found.sizes_a[-1]), None)
     best, matched_best = (np.take_along_axis(of, layer, axis=0)[0] for of in (rho, matched))
     return Matches(found.sizes_a, best, matched_best, rho[-1, last], matched[-1, last])
 
@@ -117,7 +123,7 @@ class _Direction:
     def __init__(self, a: Encoder, b: Encoder, matches: Matches, N: int, device: torch.device, count: bool) -> None:
         self._a, self._b, self._matches, self._device, self._count = a, b, matches, device, count
         self._layers = places_of(matches.sizes)
-        self._weights = influence_weights(matches.best, matches.last, a.strength, matches.sizes, N)
+        self._weights = influence_weights(matches.best, matches.last, a.strength, matches.sizes, N, a.kept)
         self._both, self._either = (
             torch.zeros(2, len(matches.best), dtype=torch.int64, device=device) for _ in range(2)
         )
@@ -157,7 +163,7 @@ class _Direction:
 
 
 def influence_weights(
-    best: ArrayLike, last: ArrayLike, weights: ArrayLike, sizes: ArrayLike, samples: int
+    best: ArrayLike, last: ArrayLike, weights: ArrayLike, sizes: ArrayLike, samples: int, kept: ArrayLike = True
 ) -> tuple[Array, Array]:
     """Weights of the source's features in a sample's influence on the wMPPC, for each of the `READINGS`.
 
@@ -173,11 +179,12 @@ def influence_weights(
     computed per layer and multiplied by the layer's share of the features of all active layers.
 
     Args:
-        best: ``[F]`` rho with the best match in all layers of the target, for ``pooled`` and ``layer_mean``.
+        best: ``[F]`` rho with the best match in all kept layers of the target, for ``pooled`` and ``layer_mean``.
         last: ``[sizes[-1]]`` rho of the last layer's features with their best match in the target's last layer.
         weights: ``[F]`` S.
         sizes: ``[L]`` features of each layer of the source, which sum to F.
         samples: N.
+        kept: ``[L]`` which layers take part in ``pooled`` and ``layer_mean``; by default all.
 
     Returns:
         c1 and c2, each ``[3, F]``: zero for features that do not take part in a reading, such as those of a layer that
@@ -186,11 +193,13 @@ def influence_weights(
     best, last = np.asarray(best, np.float64), np.asarray(last, np.float64)
     S, sizes = np.asarray(weights, np.float64), np.asarray(sizes)
     layers = [slice(end - size, end) for size, end in zip(sizes, np.cumsum(sizes), strict=True)]
-    active = sum(size for size, layer in zip(sizes, layers, strict=True) if S[layer].any())
+    of_kept = np.repeat(np.broadcast_to(kept, sizes.shape), sizes)
+    S_kept = np.where(of_kept, S, 0)
+    active = sum(size for size, layer in zip(sizes, layers, strict=True) if S_kept[layer].any())
     c = np.zeros((2, 3, len(S)))
-    c[:, 0] = _jackknife(best, S, samples)
+    c[:, 0] = _jackknife(best, S_kept, samples) * of_kept
     for size, layer in zip(sizes, layers, strict=True):
-        c[:, 1, layer] = _jackknife(best[layer], S[layer], samples) * (size / max(active, 1))
+        c[:, 1, layer] = _jackknife(best[layer], S_kept[layer], samples) * (size / max(active, 1))
     c[:, 2, layers[-1]] = _jackknife(last, S[layers[-1]], samples)
     return c[0], c[1]
 

@@ -19,7 +19,8 @@ class Null(NamedTuple):
     """wMPPC of randomly re-paired samples, for each pair of layers."""
 
     values: NDArray[np.float32]
-    """``[R, L_A, L_B + 1]`` for each re-pairing, from each layer of A to each of B, and last to all layers of B."""
+    """``[R, L_A, L_B + 1]`` for each re-pairing, from each layer of A to each of B, and last to all layers of B that
+    are kept."""
     error: NDArray[np.float32]
     """``[L_A, L_B + 1]`` the standard error of their mean over re-pairings, because features are sampled."""
 
@@ -31,6 +32,7 @@ def repaired(
     memory_bytes: int | None,
     precision: Precision,
     what: str,
+    kept: NDArray[np.bool_],
 ) -> Null:
     """Estimate the wMPPC from A to B with the samples of A in random order, for `REPAIRINGS` orders.
 
@@ -47,6 +49,7 @@ def repaired(
         memory_bytes: as in `max_correlations`.
         precision: as in `max_correlations`.
         what: name of the step in the progress report.
+        kept: ``[L_B]`` the layers of B that take part in the best of all layers.
     """
     rng = np.random.default_rng(_SEED)
     N = a[0].shape[0]
@@ -56,7 +59,7 @@ def repaired(
         for layer, S in zip(a, strengths, strict=True)
     ]
     rho = max_correlations(layers, b, memory_bytes, precision, what=what).rho_ab
-    best = np.concatenate([rho, rho.max(axis=0)[None]]).astype(np.float64)
+    best = np.concatenate([rho, rho[kept].max(axis=0)[None]]).astype(np.float64)
     of_feature = best.reshape(len(b) + 1, len(a), REPAIRINGS, NULL_FEATURES).transpose(2, 1, 0, 3)
     error = of_feature.std(axis=(0, 3)) / (REPAIRINGS * NULL_FEATURES) ** 0.5
     return Null(of_feature.mean(axis=3).astype(np.float32), error.astype(np.float32))

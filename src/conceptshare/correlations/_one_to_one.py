@@ -9,15 +9,22 @@ from conceptshare.io.readers import MaxCorrelations
 _STEP = 1e-4
 
 
-def one_to_one(found: MaxCorrelations) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def one_to_one(
+    found: MaxCorrelations, kept_a: NDArray[np.bool_], kept_b: NDArray[np.bool_]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Correlations of features with their partners, if every feature has at most one, of A and of B.
 
     Their sum of correlations is at most 0.0001 per pair below the largest among candidates: every feature's best match
     in each layer of the other encoder, in both directions, if their correlation is positive.
 
+    Args:
+        found: the best matches.
+        kept_a: ``[L_A]`` the layers of A that take part in the matching of all layers.
+        kept_b: ``[L_B]`` those of B.
+
     Returns:
-        ``[2, F_A]`` and ``[2, F_B]``: with partners in all layers; and for features of the last layer, else 0, with
-        partners in the last layer. 0 without a partner.
+        ``[2, F_A]`` and ``[2, F_B]``: with partners in all kept layers; and for features of the last layer, else 0,
+        with partners in the last layer. 0 without a partner.
     """
     F_A, F_B = found.rho_ab.shape[1], found.rho_ba.shape[1]
     starts_a, starts_b = (np.cumsum(sizes) - sizes for sizes in (found.sizes_a, found.sizes_b))
@@ -25,9 +32,10 @@ def one_to_one(found: MaxCorrelations) -> tuple[NDArray[np.float32], NDArray[np.
     b = np.concatenate([(starts_b[:, None] + found.match_ab).ravel(), np.tile(np.arange(F_B), len(starts_a))])
     rho = np.concatenate([found.rho_ab.ravel(), found.rho_ba.ravel()])
     positive = rho > 0
+    kept = positive & np.repeat(kept_a, found.sizes_a)[a] & np.repeat(kept_b, found.sizes_b)[b]
     last = positive & (a >= starts_a[-1]) & (b >= starts_b[-1])
     of_a, of_b = np.zeros((2, F_A), np.float32), np.zeros((2, F_B), np.float32)
-    for row, candidates in enumerate((positive, last)):
+    for row, candidates in enumerate((kept, last)):
         chosen = np.flatnonzero(candidates)
         chosen = chosen[_assigned(a[chosen], b[chosen], rho[chosen], F_A, F_B)]
         of_a[row, a[chosen]], of_b[row, b[chosen]] = rho[chosen], rho[chosen]

@@ -18,7 +18,15 @@ from conceptshare.correlations.blocks import MEMORY_BYTES, Blocks, Precision
 from conceptshare.io.errors import StoreError
 from conceptshare.io.files import FILE, Unchanged, unlocked_output
 from conceptshare.io.layout import layer_name
-from conceptshare.io.readers import CORRELATIONS, FEATURES, LastLayer, MaxCorrelations, PairCorrelations, read_code
+from conceptshare.io.readers import (
+    CORRELATIONS,
+    FEATURES,
+    LastLayer,
+    MaxCorrelations,
+    PairCorrelations,
+    Unexplained,
+    read_code,
+)
 from conceptshare.io.sizes import FLOOR_FEATURES
 from conceptshare.io.store import layer_array, new_array, new_store, open_store, resuming, save_array
 from conceptshare.sae.features import read_features
@@ -35,6 +43,7 @@ def correlate_stores(
     memory_bytes: int | None = None,
     precision: Precision = "float32",
     full: Sequence[tuple[int, int]] = (),
+    unexplained_layers: Unexplained = "mark",
 ) -> None:
     """Correlate two feature stores and write the store ``out``, resuming an interrupted attempt if there is one.
 
@@ -45,14 +54,15 @@ def correlate_stores(
         memory_bytes: as in `max_correlations`.
         precision: as in `max_correlations`.
         full: pairs of a layer of A and one of B whose full matrix is written too.
+        unexplained_layers: as in `FeatureStore`.
 
     Raises:
-        StoreError: if a store is incomplete or damaged, has no such layer or no active feature, or they have different
-            samples or another order.
+        StoreError: if a store is incomplete or damaged, has no such layer, no active feature or no layer left, or they
+            have different samples or another order.
         NumericsError: if a feature is not finite, or there is only one sample.
     """
     inputs = Unchanged(path_a, path_b)
-    a, b = FeatureStore(path_a), FeatureStore(path_b)
+    a, b = FeatureStore(path_a, unexplained_layers), FeatureStore(path_b, unexplained_layers)
     check_pair(a, b)
     described = {
         "a": path_a.stem,
@@ -65,6 +75,9 @@ def correlate_stores(
         "full": sorted([int(layer_a), int(layer_b)] for layer_a, layer_b in full),
         "features_a": a.digest,
         "features_b": b.digest,
+        "unexplained_layers": unexplained_layers,
+        "left_out_a": a.left_out,
+        "left_out_b": b.left_out,
     }
     for layer_a, layer_b in full:
         a.position(layer_a), b.position(layer_b)
@@ -137,18 +150,22 @@ def judged(
             memory_bytes,
             precision,
             f"re-paired samples of {source.name}",
+            target.kept,
         )
         for source, target in ((a, b), (b, a))
     ]
     names = f"influence, {a.name} and {b.name}"
-    matches = matches_of(found, found.rho_ab), matches_of(found.reverse(), found.rho_ba)
+    matches = matches_of(found, found.rho_ab, b.kept), matches_of(found.reverse(), found.rho_ba, a.kept)
     of_both = influences(a.encoder(), b.encoder(), *matches, memory_bytes or MEMORY_BYTES, names)
     crossed = cross_fitted(a.encoder(), b.encoder(), memory_bytes, precision, f"cross-fit, {a.name} and {b.name}")
+    partners_of = one_to_one(found, a.kept, b.kept)
     of_ab, of_ba = (
         PairCorrelations(
             best=best,
             layers_a=source.layers,
             layers_b=target.layers,
+            kept_a=source.kept,
+            kept_b=target.kept,
             samples=a.samples,
             floor=floor.rho_ab,
             floor_sizes=floor.sizes_a,
@@ -160,7 +177,7 @@ def judged(
             cross_fitted=of_halves,
         )
         for best, source, target, floor, null, matched, partners, of_halves in zip(
-            (found, found.reverse()), (a, b), (b, a), floors, nulls, of_both, one_to_one(found), crossed, strict=True
+            (found, found.reverse()), (a, b), (b, a), floors, nulls, of_both, partners_of, crossed, strict=True
         )
     )
     return of_ab, of_ba
@@ -216,16 +233,30 @@ def shuffled_floor(
 class FeatureStore:
     """A feature store, open for reading."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, unexplained_layers: Unexplained = "mark") -> None:
         """Open the store.
 
+        Args:
+            path: the store.
+            unexplained_layers: with ``leave_out``, unexplained layers take no part in ``pooled`` and ``layer_mean``,
+                neither as source nor as target.
+
         Raises:
-            StoreError: if it is missing, incomplete or damaged.
+            StoreError: if it is missing, incomplete or damaged, or all of its layers would be left out.
         """
         store: Any = open_store(path, FEATURES)
         self.path, self.name, self.digest = path, path.stem, str(store.attrs["digest"])
         spec: Any = store.attrs["spec"]
         self.layers: list[int] = spec["layers"]
+        self.left_out: list[int] = spec["unexplained"] if unexplained_layers == "leave_out" else []
+        self.kept = ~np.isin(self.layers, self.left_out)
+        """``[L]`` which layers take part in ``pooled`` and ``layer_mean``."""
+        if not self.kept.any():
+            raise StoreError(
+                f"{path}: the SAEs of all its layers leave more than max_fvu_global of the global tokens' variance "
+                f"unexplained, and unexplained_layers: leave_out would leave none; train better SAEs, raise "
+                f"max_fvu_global, remove the encoder from the comparison, or set correlations.unexplained_layers: mark"
+            )
         self.samples: int = spec["samples"]
         self.content_hash: str = spec["content_hash"]
         self.code = read_code(path)
@@ -241,12 +272,13 @@ class FeatureStore:
     def encoder(self) -> Encoder:
         """The features, with the statistics that standardise them."""
         mean = self._strength / self.samples - self._offset
-        return Encoder(self.arrays, self._strength, mean, self._deviation, self._offset)
+        return Encoder(self.arrays, self._strength, mean, self._deviation, self._offset, self.kept)
 
     def last(self) -> Encoder:
         """The same of the last layer alone."""
-        layers, *statistics = vars(self.encoder()).values()
-        return Encoder(layers[-1:], *(values[-layers[-1].shape[1] :] for values in statistics))
+        layers, *statistics, kept = vars(self.encoder()).values()
+        strength, mean, deviation, offset = (values[-layers[-1].shape[1] :] for values in statistics)
+        return Encoder(layers[-1:], strength, mean, deviation, offset, kept[-1:])
 
     def position(self, layer: int) -> int:
         """The position of a layer among the store's layers, from 0.

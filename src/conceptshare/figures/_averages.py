@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from conceptshare.figures._style import (
+    LEFT_OUT,
     READING_TITLES,
     STYLE,
     UNEXPLAINED,
@@ -24,8 +25,8 @@ def draw_averages(averages: pd.DataFrame, out: Path) -> None:
     """The mean wMPPC from each modality to each: a heatmap per reading, annotated with intervals.
 
     A star marks averages of cells with unexplained layers. The modality averages have at least ``reading,
-    source_modality, target_modality, wmppc, low, high, unexplained``. There are none if all members belong to one
-    encoder.
+    source_modality, target_modality, wmppc, low, high, unexplained, left_out``. There are none if all members belong to
+    one encoder.
     """
     modalities = list(dict.fromkeys([*averages.source_modality, *averages.target_modality]))
     top = averages.wmppc.max()
@@ -57,6 +58,8 @@ def draw_averages(averages: pd.DataFrame, out: Path) -> None:
         notes = ["* with cells " + UNEXPLAINED] if averages.unexplained.any() else []
         if any(np.ma.getmaskarray(image.get_array()).any() for image in images):
             notes.insert(0, "grey: no pair of different encoders")
+        if averages.left_out.any():
+            notes.append(LEFT_OUT)
         if notes:
             explain(figure, "; ".join(notes))
         if images:

@@ -12,12 +12,14 @@ from matplotlib.lines import Line2D
 
 from conceptshare.analysis.formats import short_labels
 from conceptshare.figures._style import (
+    LEFT_OUT,
     MARKERS,
     PAGE,
     READING_TITLES,
     STYLE,
     UNEXPLAINED,
     annotate_empty,
+    explain,
     save,
     text_width,
 )
@@ -41,7 +43,7 @@ def draw_intervals(table: pd.DataFrame, out: Path) -> None:
     The points of cells with unexplained layers are hollow. Below each is the cross-fitted wMPPC with its interval. Each
     row also shows the ``floor`` (shuffled samples) and, if there is one, the ``ceiling`` (other seeds of the source).
     The matrix table has at least ``source, target, target_modality, reading, wmppc, low, high, cross_fitted,
-    cross_fitted_low, cross_fitted_high, floor, ceiling, unexplained``.
+    cross_fitted_low, cross_fitted_high, floor, ceiling, unexplained, left_out``.
     """
     members = list(dict.fromkeys(table["source"]))
     label = dict(zip(members, short_labels(members), strict=True))
@@ -73,6 +75,8 @@ def draw_intervals(table: pd.DataFrame, out: Path) -> None:
         for (_, target), text in zip(rows, axes[0].get_yticklabels(), strict=True):
             text.set_fontweight("bold" if target is None else "normal")
         figure.legend(handles=_legend(table), loc="outside upper center", ncols=5, frameon=False)
+        if table.left_out.any():
+            explain(figure, LEFT_OUT)
         save(figure, out)
 
 

@@ -15,6 +15,7 @@ from conceptshare.analysis.formats import short_labels
 from conceptshare.figures._style import (
     ABOVE_CHANCE,
     FIXED_LAYOUT,
+    LEFT_OUT,
     PAGE,
     READING_TITLES,
     STYLE,
@@ -28,7 +29,7 @@ from conceptshare.figures._style import (
 
 # In inches.
 _WORD, _GAP, _TITLE, _BAR, _NOTE = 0.2, 0.14, 0.36, 0.68, 0.16
-"""Room for the words "from" and "to", between panels, for a panel's title, for the colour bar, and for the note."""
+"""Room for the words "from" and "to", between panels, for a panel's title, for the colour bar, and for a note."""
 _MAX_CELL, _MIN_CELL = 0.6, 0.21
 """Sides of a cell. If one row of panels needs smaller cells, there are two rows."""
 _LABEL = 2.0
@@ -52,14 +53,15 @@ def draw_matrix(table: pd.DataFrame, out: Path) -> None:
 
     Cells that are not above their null are hatched, and those with unexplained layers have a marked corner. It fits
     the width of a printed page. Cells show their numbers if these are large enough to read. The matrix table has at
-    least ``source, target, source_modality, source_kind, reading, wmppc, excess, p, unexplained, code``; features
-    before and after TopK have panels of their own, with the same colours.
+    least ``source, target, source_modality, source_kind, reading, wmppc, excess, p, unexplained, left_out, code``;
+    features before and after TopK have panels of their own, with the same colours.
     """
     members, codes = (list(dict.fromkeys(table[column])) for column in ("source", "code"))
     blocks = list(product(codes, VALUES))
     groups = _groups(table.drop_duplicates("source"))
+    notes = [_note(table), *[LEFT_OUT] * bool(table.left_out.any())]
     with mpl.rc_context(STYLE | FIXED_LAYOUT):
-        figure, axes, bars, cell = _panels(short_labels(members), groups, len(blocks))
+        figure, axes, bars, cell = _panels(short_labels(members), groups, len(blocks), len(notes))
         letters = min(7.0, 72 * cell / 2.7)  # a number is 2.3 times as wide as high, and lines take some of a cell
         for n, (ax, ((code, value), reading)) in enumerate(zip(axes, product(blocks, READING_TITLES), strict=True)):
             cells, p, unexplained = (
@@ -78,16 +80,21 @@ def draw_matrix(table: pd.DataFrame, out: Path) -> None:
                 ax.axvline(group.first - 0.5, **line)
             bar_ticks: Any = {"ticks": MaxNLocator(4), "format": lambda tick, _: f"{tick:.3g}"}
             figure.colorbar(image, cax=bars[n // len(READING_TITLES)], label=VALUES[value], **bar_ticks)
-        note = "grey: an encoder with itself" + (", or no value" if table.wmppc.isna().any() else "")
-        if (table.p > ABOVE_CHANCE).any():
-            note += "; hatched: not above the level of samples that are re-paired at random"
-        if table.unexplained.any():
-            note += f"; marked corner: {UNEXPLAINED}"
         place = 0.04 / figure.get_figwidth(), 0.04 / figure.get_figheight()
-        figure.text(*place, note, va="bottom", fontsize=6.5, color="0.3")
+        figure.text(*place, "\n".join(notes), va="bottom", fontsize=6.5, color="0.3")
         for bar in bars:
             bar.tick_params(labelsize=7)
         save(figure, out)
+
+
+def _note(table: pd.DataFrame) -> str:
+    """What the marks of cells mean."""
+    note = "grey: an encoder with itself" + (", or no value" if table.wmppc.isna().any() else "")
+    if (table.p > ABOVE_CHANCE).any():
+        note += "; hatched: not above the level of samples that are re-paired at random"
+    if table.unexplained.any():
+        note += f"; marked corner: {UNEXPLAINED}"
+    return note
 
 
 def _title(value: str, reading: str, code: str | None) -> str:
@@ -106,9 +113,11 @@ def _groups(members: pd.DataFrame) -> list[_Group]:
 
 
 def _panels(
-    labels: Sequence[str], groups: Sequence[_Group], blocks: int
+    labels: Sequence[str], groups: Sequence[_Group], blocks: int, notes: int
 ) -> tuple[Figure, list[Axes], list[Axes], float]:
     """Three square panels for each block, an axis for each block's colour bar, and the side of a cell in inches.
+
+    There is room for some notes below.
 
     Positions are computed here because the font size depends on the size of cells.
     """
@@ -127,7 +136,7 @@ def _panels(
     below = _WORD + 0.08 + label * (0.75 if slanted else 1)
     side, rows = cell * len(labels), -(-3 // columns)
     width, row_height = left + columns * side + (columns - 1) * _GAP + _BAR, _TITLE + side + below
-    height = blocks * rows * row_height + _NOTE
+    height = blocks * rows * row_height + notes * _NOTE
     figure = Figure(figsize=(width, height))
     axes, bars = [], []
     for block, n in product(range(blocks), range(3)):

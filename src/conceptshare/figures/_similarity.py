@@ -10,7 +10,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from conceptshare.figures._style import BLUE, PAGE, RED, STYLE, UNEXPLAINED, annotate_empty, explain, known, save
+from conceptshare.figures._style import (
+    BLUE,
+    LEFT_OUT,
+    PAGE,
+    RED,
+    STYLE,
+    UNEXPLAINED,
+    annotate_empty,
+    explain,
+    known,
+    save,
+)
 from conceptshare.metrics import correlation
 
 _MEASURES = {"cka": "Linear CKA", "mutual_knn": "Mutual nearest neighbours"}
@@ -23,8 +34,8 @@ _LOOKS: Any = {
 def draw_similarity(table: pd.DataFrame, out: Path) -> None:
     """CKA and mutual nearest neighbours against wMPPC, a point per cell, with the rank correlation for each reading.
 
-    The matrix table has at least ``reading, wmppc, cka, mutual_knn, unexplained``. Cells that lack either
-    value are left out; those with unexplained layers are hollow.
+    The matrix table has at least ``reading, wmppc, cka, mutual_knn, unexplained, left_out``. Cells that lack either
+    value are not drawn; those with unexplained layers are hollow.
     """
     with mpl.rc_context(STYLE | {"font.size": 8, "axes.titlesize": 8}):
         figure = Figure(figsize=(PAGE, 3.7), layout="constrained")
@@ -33,8 +44,9 @@ def draw_similarity(table: pd.DataFrame, out: Path) -> None:
             ax.set_ylabel(f"{name} of global tokens")
             ax.set_xlabel("wMPPC")
         marks = [Line2D([], [], linestyle="none", **look) for look in _LOOKS.values()]
-        if table.unexplained.any():
-            explain(figure, f"hollow: {UNEXPLAINED}")
+        notes = [f"hollow: {UNEXPLAINED}"] * bool(table.unexplained.any()) + [LEFT_OUT] * bool(table.left_out.any())
+        if notes:
+            explain(figure, "\n".join(notes))
         figure.legend(handles=marks, loc="outside upper center", ncols=2, frameon=False, handletextpad=0.1)
         save(figure, out)
 

@@ -18,6 +18,7 @@ from conceptshare.figures._style import (
     BLUE,
     COLOURS,
     FIXED_LAYOUT,
+    LEFT_OUT,
     PAGE,
     STYLE,
     annotate_empty,
@@ -44,12 +45,16 @@ def draw_strength(pairs: Iterable[tuple[str, str, pd.DataFrame]], out: Path) -> 
     The figure is as wide as a page, however many targets there are.
 
     Args:
-        pairs: source, target, and a table of the source's features with at least ``source, target, strength, rho``;
-            rows of other pairs are ignored. A source's distribution is taken from its first pair. The tables need not
-            be in memory together.
+        pairs: source, target, and a table of the source's features with at least ``source, target, strength, rho,
+            left_out``; rows of other pairs, and of layers that are left out, are ignored. A source's distribution is
+            taken from its first pair. The tables need not be in memory together.
         out: the path of the PNG.
     """
-    chosen = {(a, b): table.loc[(table.source == a) & (table.target == b), _COLUMNS] for a, b, table in pairs}
+    chosen, left_out = {}, False
+    for a, b, table in pairs:
+        of_pair = table[(table.source == a) & (table.target == b)]
+        chosen[a, b] = of_pair.loc[~of_pair.left_out, _COLUMNS]
+        left_out |= bool(of_pair.left_out.any())
     sources, targets = (list(dict.fromkeys(pair[side] for pair in chosen)) for side in (0, 1))
     members = list(dict.fromkeys([*sources, *targets]))
     targets = [member for member in members if member in targets]
@@ -70,7 +75,7 @@ def draw_strength(pairs: Iterable[tuple[str, str, pd.DataFrame]], out: Path) -> 
                     other.spines[:].set_visible(False)
                 else:
                     other.set_axis_off()
-        _finish(figure, axes, [image for image in images if image is not None], edges)
+        _finish(figure, axes, [image for image in images if image is not None], edges, left_out)
         save(figure, out)
 
 
@@ -146,7 +151,9 @@ def _against_rho(ax: Axes, features: pd.DataFrame, edges: NDArray[np.float64]) -
     return ax.imshow(shown, cmap=COLOURS, extent=place, origin="lower", aspect="auto", interpolation="none")
 
 
-def _finish(figure: Figure, axes: NDArray[Any], images: Sequence[Any], edges: NDArray[np.float64]) -> None:
+def _finish(
+    figure: Figure, axes: NDArray[Any], images: Sequence[Any], edges: NDArray[np.float64], left_out: bool
+) -> None:
     """Give all panels one colour scale, and only the outer ones labels."""
     norm = LogNorm(1, max([2.0, *(float(image.get_array().max()) for image in images)]))
     for image in images:
@@ -174,4 +181,4 @@ def _finish(figure: Figure, axes: NDArray[Any], images: Sequence[Any], edges: ND
     at: Any = {"x": 0.1 / width, "va": "top"}
     figure.text(y=1 - 0.08 / height, s="Strength S of features, and its correlation r with ρ", fontweight="bold", **at)
     note = "CV: coefficient of variation of S. r: over all features, silent ones too. Grey: an encoder with itself."
-    figure.text(y=1 - 0.26 / height, s=note, fontsize=7, **at)
+    figure.text(y=1 - 0.26 / height, s=f"{note}\n{LEFT_OUT}" if left_out else note, fontsize=7, **at)

@@ -58,6 +58,8 @@ ABOVE_CHANCE = 0.05
 """Largest p of a cell that counts as above its null."""
 UNEXPLAINED = "with layers whose SAE leaves most of the global tokens' variance unexplained"
 """What the mark of a cell means whose ``unexplained`` is not 0."""
+LEFT_OUT = "all layers: without those whose SAE leaves most of the global tokens' variance unexplained"
+"""What a figure says if the ``left_out`` of a cell is not 0."""
 
 
 def heatmap(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,9 @@ from conceptshare.io.store import StoredArray, layer_array, open_store, read_roo
 
 FEATURES, CORRELATIONS = "features", "correlations"
 """Kinds of stores."""
+
+Unexplained = Literal["mark", "leave_out"]
+"""What is done with unexplained layers: tables mark them, or ``pooled`` and ``layer_mean`` leave them out too."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ class CrossFitted:
     """wMPPC corrected for the choice of the best of many matches, in one direction; NaN for too few samples."""
 
     layers: NDArray[np.float64]
-    """``[L_A, L_B + 1]`` from each layer of A to each of B, and last to all layers of B."""
+    """``[L_A, L_B + 1]`` from each layer of A to each of B, and last to all layers of B that are kept."""
     readings: NDArray[np.float64]
     """``[3]`` for each of `metrics.READINGS`."""
     influence: NDArray[np.float32]
@@ -167,6 +170,10 @@ class PairCorrelations:
     best: MaxCorrelations
     layers_a: list[int]
     layers_b: list[int]
+    kept_a: NDArray[np.bool_]
+    """``[L_A]`` which layers of A take part in ``pooled`` and ``layer_mean``."""
+    kept_b: NDArray[np.bool_]
+    """``[L_B]``"""
     samples: int
     floor: NDArray[np.float32]
     """``[L_B, f_A]`` rho of the first features of each layer of A with B's samples shuffled."""
@@ -174,17 +181,17 @@ class PairCorrelations:
     """``[L_A]`` number of these features per layer."""
     null: NDArray[np.float32]
     """``[R, L_A, L_B + 1]`` wMPPC with the samples re-paired at random, for R re-pairings, from each layer of A to each
-    of B, and last to all layers of B."""
+    of B, and last to all layers of B that are kept."""
     null_error: NDArray[np.float32]
     """``[L_A, L_B + 1]`` standard error of their means over re-pairings."""
     influence: NDArray[np.float32]
     """``[3, N]`` each sample's influence on the wMPPC from A to B, for each of `metrics.READINGS`."""
     iou: NDArray[np.float32]
     """``[2, F_A]`` intersection over union of the samples on which a feature of A and its best match are active: its
-    match in all layers of B, and for features of A's last layer, else 0, its match in B's last layer."""
+    match in all kept layers of B, and for features of A's last layer, else 0, its match in B's last layer."""
     one_to_one: NDArray[np.float32]
-    """``[2, F_A]`` correlation of each feature of A with its partner in a one-to-one matching: over all layers, and
-    between the last layers; 0 without a partner."""
+    """``[2, F_A]`` correlation of each feature of A with its partner in a one-to-one matching: over all kept layers,
+    and between the last layers; 0 without a partner."""
     cross_fitted: CrossFitted
 
 
@@ -225,10 +232,14 @@ def read_correlations(path: Path, source: str) -> PairCorrelations:
 
     best = MaxCorrelations(**{name: read(name) for name in MaxCorrelations.__dataclass_fields__})
     one, other = direction[0], direction[1]
+    # Stores of earlier versions of the library leave nothing out.
+    kept = {side: ~np.isin(spec[f"layers_{side}"], spec.get(f"left_out_{side}", [])) for side in "ab"}
     return PairCorrelations(
         best=best if direction == "ab" else best.reverse(),
         layers_a=spec[f"layers_{one}"],
         layers_b=spec[f"layers_{other}"],
+        kept_a=kept[one],
+        kept_b=kept[other],
         samples=spec["samples"],
         floor=read(f"floor_{direction}"),
         floor_sizes=read(f"floor_sizes_{one}"),

@@ -49,7 +49,7 @@ def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
     """
     check_replaceable(out, SITE)
     write_frame(out)
-    shown: dict[str, Any] = {name: study[name] for name in ("study", "saes", "members")}
+    shown: dict[str, Any] = {name: study[name] for name in ("study", "saes", "members", "codes", "unexplained_layers")}
     shown["datasets"] = [
         {"name": name, "samples": len(Data(layout.path(layout.DATA, results, dataset=name)))}
         for name in study["datasets"]
@@ -66,7 +66,7 @@ def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
                         **where,
                         "name": name,
                         "members": members,
-                        **{column: _readings(table, members, column) for column in _CELL_COLUMNS},
+                        **{column: _readings(table, members, column) for column in (*_CELL_COLUMNS, "left_out")},
                     }
                 )
             for name, pairs in study["layerwise"].items():

@@ -84,10 +84,14 @@ def _of_saes(study: Study, sae: str, at: Callable[..., Path]) -> Iterator[Differ
 
 
 def _of_correlations(study: Study, at: Callable[..., Path]) -> Iterator[Difference]:
+    model = type(study.correlations)
     for first, second in study.pairs():
-        store, wanted = at(layout.CORRELATIONS, a=first, b=second), study.correlations.precision
-        if "precision" in (spec := _spec(store)):
-            yield from _compared(store, store, wanted, None, {"precision": spec["precision"]}, {"precision": wanted})
+        store = at(layout.CORRELATIONS, a=first, b=second)
+        spec = _spec(store)
+        for name in ("precision", "unexplained_layers") if spec else ():
+            wanted = getattr(study.correlations, name)
+            found = {name: spec[name]} if name in spec else {}
+            yield from _compared(store, store, wanted, model, found, {name: wanted})
 
 
 def _of_names(study: Study, at: Callable[..., Path]) -> Iterator[Difference]:

@@ -85,6 +85,9 @@ async function loadSample(dataset, sample) {
 
 let study = null;
 
+/** In front of the layers among which the best match in several layers is found. */
+const explained = () => (study.unexplained_layers === "leave_out" ? "explained " : "");
+
 function encode(text) {
   return encodeURIComponent(text).replaceAll("%40", "@");
 }

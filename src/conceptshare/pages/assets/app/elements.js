@@ -2,6 +2,7 @@
 
 const UNNAMED = "no clear name";
 const INPUTS = { image: "images", text: "text" };
+const CODES = { before_topk: "before TopK", after_topk: "after TopK" };
 const KINDS = { vlm: "vision-language", vision: "vision", language: "language", untrained: "untrained" };
 
 /** An element: its tag and classes, such as "p.note", its properties, if any, and its content. Texts never become markup. */

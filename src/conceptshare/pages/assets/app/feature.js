@@ -102,6 +102,9 @@ async function featureView(parts) {
               ? "The encoder reads only the captions; their images are shown as context."
               : "The encoder sees only the images; captions, and the names derived from them, are shown as context."
             : "This feature was never active on these samples.",
+          study.codes[0] === "after_topk" &&
+            (feature.mapped || feature.tokens) &&
+            " Values of samples are after TopK, those of tokens before it.",
         ),
         feature.mapped && h("div.toggle", overlay.node, key),
         feature.top.length > 0 && samples,
@@ -122,7 +125,7 @@ async function featureView(parts) {
       others.length > 0 &&
         section(
           "Best match in every other member",
-          h("p.note", "Over all layers of the other member. The best of many correlations is above 0 even by chance."),
+          h("p.note", `Over all ${explained()}layers of the other member. The best of many correlations is above 0 even by chance.`),
           h(
             "ul.matches",
             others.map((other) => match(at, n, other, table.best[other])),

@@ -64,7 +64,7 @@ async function layerView(parts) {
       fixed,
     ),
     ...others.map((name) =>
-      plainColumn(`rho:${name}`, `ρ ${name}`, `Best correlation in any layer of ${name}`, table.best[name].rho, rho),
+      plainColumn(`rho:${name}`, `ρ ${name}`, `Best correlation in any ${explained()}layer of ${name}`, table.best[name].rho, rho),
     ),
     ...rankings.map((name) =>
       plainColumn(
@@ -135,7 +135,7 @@ async function layerView(parts) {
         "p.note",
         "S (strength) is a feature’s activation summed over the samples, and density the fraction of samples on which " +
           "it is above zero. Name z and Name AUC rate the name, not the feature. ρ is the best correlation with any " +
-          "feature of a member, over all its layers; the best of many is above 0 even by chance.",
+          `feature of a member, over all its ${explained()}layers; the best of many is above 0 even by chance.`,
       ),
       ...list.nodes,
     ],
@@ -182,7 +182,7 @@ async function pairView(parts) {
   );
   const { layers, strength, names, theirs, rho: values, at } = await bestMatches(a, b, pairs);
   const here = (row) => ({ ...a, feature: row });
-  const there = any ? `${b.member}, any layer` : `${b.member} layer ${b.layer}`;
+  const there = any ? `${b.member}, any ${explained()}layer` : `${b.member} layer ${b.layer}`;
   const list = listing({
     caption: `Features of ${a.member} layer ${a.layer} with their best match in ${there}`,
     columns: [

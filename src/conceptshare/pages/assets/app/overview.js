@@ -78,7 +78,7 @@ function setSection(at, choices, update) {
         heatmap({
           caption:
             `From row to column, ${READINGS[reading] ?? reading}. Click a cell for the features of the row’s last ` +
-            "layer, each with its best match in any layer of the column.",
+            `layer, each with its best match in any ${explained()}layer of the column.`,
           corner: "from ↓ to →",
           rows: matrix.members.map((name) => [name, h("span.quiet", kindOf(memberNamed(name)))]),
           columns: matrix.members,
@@ -135,6 +135,8 @@ function setSection(at, choices, update) {
             `random (the null), it is ${fixed(Math.min(...nulls))} to ${fixed(Math.max(...nulls))} here. The excess over ` +
             "chance is (wMPPC − null) / (1 − null). ",
         hatched && "Hatched cells are not above their null. ",
+        matrices.some(({ left_out }) => Object.values(left_out).flat(2).some(Boolean)) &&
+          `Readings of all layers leave out layers ${UNEXPLAINED}. `,
         every("unexplained").some(Boolean) && `Cells with a marked corner have layers ${UNEXPLAINED}. `,
         layerwise.length > 0 && "In heatmaps by layer, the first layer is at the bottom left. ",
         "Arrow keys move between the cells of a table.",
@@ -214,6 +216,13 @@ function overview() {
     crumbs: [],
     nodes: [
       h("p.lead", `SAE features of ${encoders}, on ${sets}.`),
+      (study.codes.length > 1 || study.codes[0] !== "before_topk") &&
+        h(
+          "p",
+          `These pages show features ${CODES[study.codes[0]]}`,
+          study.codes.slice(1).map((code) => `; those ${CODES[code]} are in the study’s tables and figures`),
+          ".",
+        ),
       h("p.quiet", `conceptshare ${study.version}`),
       ...sections,
     ],
