@@ -188,6 +188,17 @@ def test_reports_changed_settings_that_snakemake_cannot_detect(study):
     assert study.plan()["figures_sharedness"] == 2
 
 
+def test_reports_features_of_another_code(study):
+    """Copied to another name, with nothing that Snakemake has recorded."""
+    features = study.folder / "results/squares/features"
+    shutil.copytree(features / "tiny", features / "tiny+after_topk", copy_function=shutil.copy2)
+    study.config = study.config | {"features": ["before_topk", "after_topk"]}
+    refused = study.run("--cores", "1", "-n")
+    assert refused.returncode == 1
+    expected = "tiny+after_topk/reader@0.zarr: made with code: before_topk, not after_topk"
+    assert expected in refused.stdout + refused.stderr
+
+
 def test_the_provenance_of_a_study_has_only_settings_that_its_results_were_made_with(study):
     store = study.folder / "results/squares/correlations/tiny/reader@0__viewer@0.zarr/zarr.json"
     store.write_text(store.read_text().replace('"float16"', '"float32"'))

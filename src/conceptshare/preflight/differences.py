@@ -62,6 +62,7 @@ def differences(study: Study, results: Path) -> Iterator[Difference]:
             yield from _of_saes(study, sae, at)
         for sae in study.coded():
             at = partial(path, results=results, dataset=dataset, sae=sae)
+            yield from _of_features(study, sae, at)
             yield from _of_correlations(study, at)
             yield from _of_names(study, at)
     yield from _of_analyses(study, results)
@@ -81,6 +82,17 @@ def _of_saes(study: Study, sae: str, at: Callable[..., Path]) -> Iterator[Differ
                 found = read_object(one / "metrics.json").get("settings")
                 file = place if study.stream else one / "cfg.json"
                 yield from _compared(place, file, key, type(settings), found, settings.model_dump(mode="json"))
+
+
+def _of_features(study: Study, sae: str, at: Callable[..., Path]) -> Iterator[Difference]:
+    code = layout.uncoded(sae)[1]
+    kept = "--keep" if study.keep_features else "--no-keep"
+    for member in study.members():
+        store = at(layout.FEATURES, member=member)
+        if spec := _spec(store):
+            found, wanted = {"code": spec.get("code", "before_topk")}, {"code": code}
+            key = kept if code == "before_topk" else f"--code {code}"
+            yield from _compared(store, store, key, None, found, wanted)
 
 
 def _of_correlations(study: Study, at: Callable[..., Path]) -> Iterator[Difference]:
