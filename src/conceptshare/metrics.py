@@ -326,6 +326,41 @@ def bootstrap_intervals(
     return intervals
 
 
+def signed_root(squares: ArrayLike) -> Array:
+    """Square roots of absolute values, with the signs of the values."""
+    squares = np.asarray(squares, np.float64)
+    roots: Array = np.sign(squares) * np.sqrt(np.abs(squares))
+    return roots
+
+
+def signed_square(values: ArrayLike) -> Array:
+    """The inverse of `signed_root`."""
+    values = np.asarray(values, np.float64)
+    squares: Array = values * np.abs(values)
+    return squares
+
+
+def root_intervals(values: ArrayLike, influence: ArrayLike) -> Array:
+    """Like `bootstrap_intervals`, from the influences on the values' squares, which have their signs.
+
+    The ends are roots of the ends for the squares: a root is too steep at 0 to be replaced by its slope.
+    """
+    return signed_root(bootstrap_intervals(signed_square(values), influence))
+
+
+def root_influence(values: ArrayLike, influence: ArrayLike) -> Array:
+    """``[C, N]`` influences on values from those on their squares, to average values.
+
+    The factor is the mean slope of the root within two standard errors of the square.
+    """
+    squares, influence = signed_square(values), np.asarray(influence, np.float64)
+    width = 2 * influence.std(axis=1) / influence.shape[1] ** 0.5
+    rise = signed_root(squares + width) - signed_root(squares - width)
+    slope = np.divide(rise, 2 * width, out=np.zeros_like(rise), where=width > 0)
+    of_values: Array = slope[:, None] * influence
+    return of_values
+
+
 def seed_interval(
     values: ArrayLike, uses: Sequence[NDArray[np.bool_]], influence: ArrayLike, level: float = 0.95
 ) -> tuple[float, float]:

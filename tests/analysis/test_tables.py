@@ -201,6 +201,17 @@ def test_a_matrixs_ceiling_is_the_wmppc_with_another_seed_of_the_source(study):
             assert np.isnan(row.ceiling)
 
 
+def signed_roots(squares):
+    return np.sign(squares) * np.sqrt(np.abs(squares))
+
+
+def slope(value, influence):
+    """The mean slope of the root within two standard errors of a value's square."""
+    width = 2 * influence.std() / np.sqrt(len(influence))
+    low, high = signed_roots(value * abs(value) + np.array([-width, width]))
+    return (high - low) / (2 * width)
+
+
 @pytest.mark.parametrize("at_once", [1, 7, 256])
 def test_a_matrixs_intervals_come_from_the_samples_influences(study, monkeypatch, at_once):
     monkeypatch.setattr(tables, "_CELLS_PER_BLOCK", at_once)
@@ -214,7 +225,7 @@ def test_a_matrixs_intervals_come_from_the_samples_influences(study, monkeypatch
             stored(stores, source, target, f"cross_fitted_{name}")[READINGS.index(reading)]
             for name in ("readings", "influence")
         )
-        (expected,) = metrics.bootstrap_intervals([crossed], influence[None])
+        (expected,) = signed_roots(metrics.bootstrap_intervals([crossed * abs(crossed)], influence[None]))
         found = row.cross_fitted, row.cross_fitted_low, row.cross_fitted_high
         assert found == pytest.approx((crossed, *expected), abs=1e-5)
 
@@ -641,7 +652,10 @@ def test_averages_are_the_means_over_the_cells_of_two_modalities(study):
             ("cross_fitted_influence", row.cross_fitted, row.cross_fitted_low, row.cross_fitted_high),
         ):
             n = READINGS.index(row.reading)
-            influence = np.mean([stored(stores, cell.source, cell.target, name)[n] for cell in cells], axis=0)
+            of_cells = [stored(stores, cell.source, cell.target, name)[n].astype(np.float64) for cell in cells]
+            if name.startswith("cross_fitted"):
+                of_cells = [psi * slope(cell.cross_fitted, psi) for cell, psi in zip(cells, of_cells, strict=True)]
+            influence = np.mean(of_cells, axis=0)
             (expected,) = metrics.bootstrap_intervals([value], influence[None])
             assert ends == pytest.approx(list(expected), abs=1e-5)
 

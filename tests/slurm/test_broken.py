@@ -13,7 +13,7 @@ import pytest
 
 from .conftest import LAYER, LONG_ENOUGH
 
-LONG = {"expansion": 2, "k": 4, "learning_rate": 1e-3, "batch_captions": 16, "epochs": 1000}
+LONG = {"expansion": 2, "k": 4, "learning_rate": 1e-3, "batch_captions": 16, "epochs": 500}
 FOLDER = Path(f"results/squares/saes/long/reader/layer-{LAYER:02d}/seed-0")
 TARGET = str(FOLDER / "sae_weights.safetensors")
 LOG = Path(f"results/logs/squares/saes/long/reader/layer-{LAYER:02d}/seed-0.log")

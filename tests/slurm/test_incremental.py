@@ -8,14 +8,6 @@ from .conftest import LAYER, WITHOUT_PAGES, contents, jobs_done
 STUDY = "studies/pocket/squares/tiny"
 SAES = {"metrics_saes": 1, "figures_saes": 1}
 LAYERWISE = {"metrics_layerwise": 1, "figures_layerwise": 1}
-CHANGED_WITH_AN_ENCODER = (
-    "activations/viewer",
-    "tokens/viewer",
-    "saes/tiny/viewer",
-    "features/tiny/viewer",
-    "correlations",
-    "similarity",
-)
 # Summaries over the encoders and pairs of a study.
 SUMS = (f"{STUDY}/layerwise", f"{STUDY}/saes")
 
@@ -23,15 +15,6 @@ SUMS = (f"{STUDY}/layerwise", f"{STUDY}/saes")
 def add_an_encoder(config, _):
     config["encoders"]["added"] = encoder_entry("./models/second-reader", "text", "language", use_layers=[LAYER])
     config["analyses"]["layerwise"]["both"]["pairs"].append(["added", "viewer"])
-
-
-def add_a_seed(config, _):
-    config["encoders"]["viewer"]["seeds"] = [0, 1]
-    config["analyses"]["layerwise"]["viewer"] = {"pairs": [["viewer@0", "viewer@1"]]}
-
-
-def add_a_layer(config, _):
-    config["encoders"]["viewer"]["use_layers"] = [LAYER - 1, LAYER]
 
 
 def add_a_ranking(config, _):
@@ -62,18 +45,6 @@ A_RANKING = (
     },
     (),
 )
-A_SEED = (
-    add_a_seed,
-    {"sae": 1, "features": 1, "correlations": 1},
-    {"metrics_pair": 1, **LAYERWISE, **SAES},
-    (f"{STUDY}/saes",),
-)
-A_LAYER = (
-    add_a_layer,
-    {"activations": 1, "sae": 2, "features": 1, "correlations": 1, "similarity": 1},
-    {"weights": 1, "metrics_pair": 1, **LAYERWISE, **SAES},  # the encoder is checked again, as its entry has changed
-    (*SUMS, "weights/viewer", f"{STUDY}/pairs", *(f"squares/{kind}" for kind in CHANGED_WITH_AN_ENCODER)),
-)
 A_DATASET = (
     add_a_dataset_whose_tokens_are_deleted,
     {"activations": 2, "sae": 2, "features": 2, "correlations": 1, "similarity": 1},
@@ -84,8 +55,8 @@ A_DATASET = (
 
 @pytest.mark.parametrize(
     "changes",
-    [(AN_ENCODER, A_RANKING), (A_SEED,), (A_LAYER,), (A_DATASET,)],
-    ids=["an encoder and a ranking", "a seed", "a layer", "a data set"],
+    [(AN_ENCODER, A_RANKING), (A_DATASET,)],
+    ids=["an encoder and a ranking", "a data set"],
 )
 def test_a_change_runs_only_its_own_jobs(pocket, changes):
     for change, queued, local, renewed in changes:

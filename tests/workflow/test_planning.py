@@ -192,6 +192,29 @@ def test_an_added_seed_keeps_activations_and_other_seeds(study):
     }
 
 
+def test_other_layers_of_an_encoder_plan_its_jobs_and_its_pairs(study):
+    config = study.config
+    config["encoders"]["viewer"]["use_layers"] = [1]
+    study.config = config
+    assert study.plan() == {
+        "weights": 1,  # the encoder is checked again, as its entry has changed
+        "activations": 1,
+        "sae": 1,
+        "features": 1,
+        "correlations": 1,
+        "similarity": 1,
+        "metrics_pair": 1,
+        "names": 1,
+        "examples": 1,
+        "pages_member": 2,
+        "pages_index": 1,
+        **MATRIX,
+        **SHAREDNESS,
+        **SAE_REPORT,
+        **CHANGED_STUDY,
+    }
+
+
 def test_a_matrix_of_all_seeds_plans_the_pairs_of_other_seeds(study):
     config = study.config
     config["analyses"]["matrices"]["all"] = {"seeds": "all"}

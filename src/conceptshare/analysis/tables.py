@@ -344,9 +344,12 @@ def _ceilings(source: GroupedMember, S: metrics.Array, stores: Stores) -> dict[s
 def with_intervals(
     cells: Sequence[Mapping[str, Any]], influence: NDArray[np.float32], of_parts: NDArray[np.float32]
 ) -> list[dict[str, Any]]:
-    """Cells with the intervals of wMPPC and of its cross-fitted form, from influences ``[C, N]`` on each of them."""
+    """Cells with the intervals of wMPPC and of its cross-fitted form.
+
+    The influences ``[C, N]`` are those on wMPPC, and on the square of the cross-fitted one.
+    """
     ends = metrics.bootstrap_intervals([cell["wmppc"] for cell in cells], influence)
-    of_crossed = metrics.bootstrap_intervals([cell["cross_fitted"] for cell in cells], of_parts)
+    of_crossed = metrics.root_intervals([cell["cross_fitted"] for cell in cells], of_parts)
     columns = ("low", "high", *_CROSS_FITTED[1:])
     return [
         dict(cell) | dict(zip(columns, (*one, *other), strict=True))
@@ -518,7 +521,8 @@ def averages_table(matrix: pd.DataFrame, correlations: Path) -> pd.DataFrame:
     for pair, cells in table.groupby(["source", "target"]):
         source, target = pair
         found = read_pair(correlations, source, target, matrix.attrs.get("features", {}))
-        both = np.stack([found.influence, found.cross_fitted.influence], axis=1).astype(np.float64)
+        of_crossed = metrics.root_influence(found.cross_fitted.readings, found.cross_fitted.influence)
+        both = np.stack([found.influence.astype(np.float64), of_crossed], axis=1)
         of_pair = dict(zip(metrics.READINGS, both, strict=True))
         for group in cells[_DIRECTION].itertuples(index=False, name=None):
             influences[group] = influences.get(group, 0) + of_pair[group[0]]

@@ -15,7 +15,7 @@ are concatenated; ``sizes_a [L_A]`` and ``sizes_b [L_B]`` are the numbers of fea
 - ``one_to_one_ab [2, F_A]`` float32: the correlation with its partner if every feature has at most one, likewise;
 - ``cross_fitted_layers_ab [L_A, L_B + 1]`` and ``cross_fitted_readings_ab [3]`` float64: the wMPPC corrected for the
   choice of the best of many matches, by layer and by reading, and ``cross_fitted_influence_ab [3, N]`` float32, each
-  sample's influence on the latter;
+  sample's influence on the square of the latter, which has its sign;
 - ``null_features_ab [f]`` float32: for each of the f features of A's last layer, the mean of its best correlation with
   B's last layer with the samples re-paired at random; ``resampled_rho_ab [R, f]`` float16, its correlation with its
   best match there in R bootstrap resamples, and ``resampled_strength_ab [R, f]`` float16, S in these divided by S;

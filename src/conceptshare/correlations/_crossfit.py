@@ -35,8 +35,11 @@ def cross_fitted(
     those on a half have errors of a variance e, then W is proportional to sqrt(v + e) and C to v / sqrt(v + e), so that
     T is the wMPPC without errors.
 
-    The square root is steep at 0, so the influence of a sample on T is not a derivative, but its influence on C W times
-    the mean slope of the root within two standard errors of C W.
+    Influences are those on C W, times a factor for the choice of matches. With matches held fixed, they are
+    f = W dC + C dW, with the influences dC and dW of a sample on C and W. In the same model C W is proportional to the
+    scalar product of the correlations on both halves, on which the influence is 2 W dC: the choice adds
+    g = W dC - C dW. Near 0 the scalar product is not linear, and its variance is the half of that of f + g, the sum of
+    the variances of f and g. So the factor is sqrt(1 + sum g^2 / sum f^2), which is 1 if the choice is certain.
 
     With fewer than 20 samples in a half, all values are NaN.
 
@@ -103,21 +106,15 @@ class _Means:
         self._influence[kind, :, half] = influence * (N / (2 * (half.stop - half.start)))
 
     def result(self) -> CrossFitted:
-        """T of the means."""
+        """T of the means, and influences on its square."""
         layers, readings = (c * np.abs(w) for c, w in (self._layers, self._readings))
         (c, w), (of_c, of_w) = self._readings[:, :, None], self._influence
-        of_product = np.abs(w) * of_c + c * np.sign(w) * of_w
-        width = 2 * of_product.std(axis=1) / of_product.shape[1] ** 0.5
-        rise = _root(readings + width) - _root(readings - width)
-        slope = np.divide(rise, 2 * width, out=np.zeros_like(rise), where=width > 0)
-        influence: NDArray[np.float32] = (slope[:, None] * of_product).astype(np.float32)
-        return CrossFitted(_root(layers), _root(readings), influence)
-
-
-def _root(product: Array) -> Array:
-    """The square root of C W, with the sign of C."""
-    root: Array = np.sign(product) * np.sqrt(np.abs(product))
-    return root
+        of_c, of_w = np.abs(w) * of_c, c * np.sign(w) * of_w
+        influence, of_choice = of_c + of_w, of_c - of_w
+        variances = [np.square(values).sum(axis=1) for values in (influence, of_choice)]
+        factor = np.sqrt(1 + np.divide(variances[1], variances[0], out=np.zeros(len(c)), where=variances[0] > 0))
+        influence *= factor[:, None]
+        return CrossFitted(metrics.signed_root(layers), metrics.signed_root(readings), influence.astype(np.float32))
 
 
 def _measured(

@@ -160,7 +160,7 @@ class CrossFitted:
     readings: NDArray[np.float64]
     """``[3]`` for each of `metrics.READINGS`."""
     influence: NDArray[np.float32]
-    """``[3, N]`` each sample's influence on these."""
+    """``[3, N]`` each sample's influence on their squares, which have their signs."""
 
 
 @dataclass(frozen=True)
