@@ -60,7 +60,7 @@ def weights(
     ] = True,
     data: Annotated[
         Path | None,
-        typer.Option(help="The folder of the dataset stage, for library: arrays, whose ids are compared with its."),
+        typer.Option(help="For library: arrays, the folder of the dataset stage, whose ids theirs must be."),
     ] = None,
 ) -> None:
     """Find or fetch an encoder's files, check that they can be loaded, and record exactly which they are."""

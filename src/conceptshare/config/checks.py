@@ -178,7 +178,7 @@ def _check_encoders(study: "Study") -> None:
 
 
 def _check_arrays(study: "Study", encoder: str) -> None:
-    """Refuse what arrays have not: several data sets, another global token, and tokens besides it."""
+    """Refuse what arrays do not have: a second data set, another global token, and other tokens."""
     place = f"encoders.{study.name_in_config(encoder)}: library: arrays"
     if len(study.datasets) > 1:
         raise ValueError(f"{place} has one data set, but the study {len(study.datasets)}; make a study of each")
