@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from conceptshare import analysis, sae
-from conceptshare.analysis import similarity
+from conceptshare.analysis import retrieval, similarity
 from conceptshare.cli import app
 from conceptshare.config.catalog import EncoderSpec
 from conceptshare.config.settings import CorrelationSettings, SAESettings
@@ -193,15 +193,19 @@ def test_arrays_are_read_and_written_without_a_forward_pass():
 
 
 def test_parts_of_a_forward_pass_are_jobs_with_the_same_total_cost(elsewhere):
-    def plan_with(**entry):
-        study = build_study(study_of(encoders={"minilm": entry, "dinov2-small": None}), "test")
-        return make_plan(study, Rates(), results=elsewhere)
+    def plan_with(preset="paper", **entry):
+        encoders = {"minilm": entry, "dinov2-small": None}
+        saes, analyses = {"small": {"preset": preset}}, {"matrices": {"all": None}}
+        given = study_of(encoders=encoders, saes=saes, analyses=analyses)
+        return make_plan(build_study(given, "test"), Rates(), results=elsewhere)
 
     whole, parted = plan_with(seeds=[0, 1]), plan_with(seeds=[0, 1], parts=4)
     jobs = {"activations": 1, "activations_part": 4}
     assert whole.jobs == whole.jobs | {"activations": 2}
     assert parted.jobs == whole.jobs | jobs
     assert parted.total() == whole.total()
+    of_globals = plan_with("global", parts=4)
+    assert of_globals.costs["activations_part"].written == 6 * plan.global_bytes(encoder(width=384), 1637)
 
 
 def test_correlations_of_features_not_kept_have_the_estimated_operations(rng, tmp_path, write_features, monkeypatch):
@@ -230,6 +234,25 @@ def test_correlations_of_features_not_kept_have_the_estimated_operations(rng, tm
     assert cost.half_flops == 2 * N * expected
     store = open_store(tmp_path / "a@0__b@0.zarr", readers.CORRELATIONS)
     assert cost.written == pytest.approx(sum(store[name].nbytes for name in store.array_keys()), abs=200)
+    candidates = store["rho_ab"].size + store["rho_ba"].size
+    assert cost.cpu_flops == plan._ASSIGNING_FLOPS * candidates
+
+
+def test_retrieval_has_the_estimated_operations(rng):
+    N, widths = 600, (40, 60)
+    a, b = (rng.random((N, width)).astype(np.float32) for width in widths)
+    with FlopCounterMode(display=False) as counted:
+        matches, _ = retrieval.matched_retrieval(a, b)
+    cosines = 2 * 300**2 * matches
+    assert counted.get_total_flops() == 2 * 300 * 40 * 60 + cosines
+    # Every feature has a match of its own at most, and float64 counts twice.
+    assert 0 < matches <= sum(widths)
+    images, texts = encoder(width=40), encoder(width=60, modality="text", kind="language")
+    cost = plan.retrieval_cost(images, texts, SAESettings(expansion=1, k=1), N)
+    assert cost.flops == 2 * 300 * 40 * 60 + 2 * 2 * 300**2 * 100
+    assert cost.read == N * 100 * 2  # of last layers alone
+    computed = plan.retrieval_cost(images, texts, SAESettings(expansion=1, k=1), N, stored="none")
+    assert computed.flops - cost.flops == 2 * N * (40**2 + 60**2)
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(257, 1024), (14, 768), (1, 64)])
@@ -331,7 +354,7 @@ def test_a_second_code_costs_features_and_comparisons_alone():
         make_plan(build_study(study_of(features=features), "test"), Rates(), samples=1000)
         for features in ("before_topk", ["before_topk", "after_topk"])
     )
-    twice = {"features", "correlations"}
+    twice = {"features", "correlations", "metrics_retrieval"}
     assert second.jobs == {rule: (1 + (rule in twice)) * count for rule, count in first.jobs.items()}
     for rule in first.jobs.keys() - twice:
         assert second.costs[rule] == first.costs[rule]

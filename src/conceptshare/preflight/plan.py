@@ -64,6 +64,9 @@ _FIRES_BYTES = 400
 _SIMILARITY_BYTES = 32
 # Adam's operations per parameter and step.
 _ADAM_FLOPS = 12
+# Work of one core that is not a product, as operations at the default rate of the CPU. Measured on an AMD EPYC: 10 us
+# per candidate for a one-to-one match (1 to 20, more for more features), 20 ns per value standardised for retrieval.
+_ASSIGNING_FLOPS, _STANDARDISING_FLOPS = 10e-6 * 200e9, 20e-9 * 200e9
 
 
 Stored = Literal["dense", "sparse", "none"]
@@ -143,7 +146,7 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
     """
     counts = {name: samples or _samples(name, spec, results) for name, spec in study.datasets.items()}
     rules: tuple[str, ...] = ("dataset", "activations", "activations_part", "sae", "stream", "features")
-    rules += ("correlations", "similarity", "names", "examples", "pages_samples", "pages_member")
+    rules += ("correlations", "similarity", "metrics_retrieval", "names", "examples", "pages_samples", "pages_member")
     parts: dict[str, list[Cost]] = {rule: [] for rule in rules}
     members, pairs, comparisons = study.members(), study.pairs(), study.comparisons()
     needed = {member.encoder: study.encoders[member.encoder] for member in members}
@@ -180,6 +183,11 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
                     correlations_cost(needed[a.encoder], needed[b.encoder], settings, N, study.correlations, stored)
                     for a, b in pairs
                 ]
+                for matrix in study.analyses.matrices:
+                    compared = [needed[member.encoder] for member in study.matrix_members(matrix)]
+                    images, texts = ([spec for spec in compared if spec.modality == one] for one in ("image", "text"))
+                    if costs := [retrieval_cost(a, b, settings, N, stored) for a in images for b in texts]:
+                        parts["metrics_retrieval"].append(_sum(costs))
             parts["similarity"] += [similarity_cost(needed[a], needed[b], N) for a, b in study.similarity_pairs()]
     jobs = {rule: len(costs) for rule, costs in parts.items() if costs}
     if "activations_part" in jobs:  # one cost covers all parts of an encoder
@@ -423,6 +431,7 @@ def correlations_cost(
     features = [
         feature_access_cost(spec, settings, N, count, stored) for spec, count in zip((a, b), times, strict=True)
     ]
+    # Each is a candidate for one-to-one matches.
     rhos = [len(sizes[1]) * sum(sizes[0]), len(sizes[0]) * sum(sizes[1])]
     floors = [len(sizes[1]) * sum(first[0]), len(sizes[0]) * sum(first[1])]
     cells = sum(len(one) * (len(other) + 1) for one, other in (sizes, sizes[::-1]))
@@ -436,6 +445,7 @@ def correlations_cost(
         read=sum(each.read for each in features),
         flops=sum(each.flops for each in features) + (product if value == 4 else 0),
         half_flops=product if value == 2 else 0,
+        cpu_flops=_ASSIGNING_FLOPS * sum(rhos),
         memory=_PROCESS_BYTES + memory + sum(each.memory for each in features),
     )
 
@@ -453,6 +463,23 @@ def similarity_cost(a: EncoderSpec, b: EncoderSpec, N: int) -> Cost:
         read=n * 2 * sum(widths),
         flops=2 * n * (pairs * a.width * b.width + sum(D**2 for D in widths)) + 2 * m**2 * sum(widths),
         memory=_PROCESS_BYTES + 4 * n * len(a.layer_numbers()) * a.width + 3 * 8 * n * max(widths),
+    )
+
+
+def retrieval_cost(a: EncoderSpec, b: EncoderSpec, settings: SAESettings, N: int, stored: Stored = "dense") -> Cost:
+    """Retrieval between the last layers of two members: matches on half of the first samples, cosines on the other.
+
+    For n samples in each half, matches have 2 n F_a F_b operations. Cosines have 2 n^2 for each of at most F_a + F_b
+    pairs of features, in float64, which count twice. Standardising their features is the CPU's.
+    """
+    n, widths = min(N, CKA_SAMPLES) // 2, [settings.expansion * spec.width for spec in (a, b)]
+    last = [spec.model_copy(update={"use_layers": "last"}) for spec in (a, b)]
+    features = [feature_access_cost(spec, settings, 2 * n, 1, stored) for spec in last]
+    return Cost(
+        read=sum(each.read for each in features),
+        flops=sum(each.flops for each in features) + 2 * n * widths[0] * widths[1] + 2 * 2 * n**2 * sum(widths),
+        cpu_flops=_STANDARDISING_FLOPS * 2 * n * sum(widths),
+        memory=_PROCESS_BYTES + sum(each.memory for each in features) + 4 * n * sum(widths) + 4 * 8 * n**2,
     )
 
 
@@ -555,7 +582,7 @@ def _assumptions(plan: Plan) -> list[str]:
         f"Samples: {samples}.",
         f"Rates: {rates.tflops:g} TFLOP/s on the GPU (--tflops), {rates.half_tflops:g} for products of float16 values",
         f"(--half-tflops), {rates.disk_mb_per_s:g} MB/s from and to disk (--disk-mb-per-s), {rates.cpu_gflops:g}",
-        "GFLOP/s on the CPU (--cpu-gflops), which names and compresses features.",
+        "GFLOP/s on the CPU (--cpu-gflops), which names and compresses features and assigns one-to-one matches.",
         "Hours: jobs run one after another on one GPU; computation and reading do not overlap.",
         "Disk: before compression; models in the hub's cache not counted. Memory: of the largest job, with the GPU's.",
         "Correlations: memory as in correlations.memory_mb, or 64 GB of a GPU.",
