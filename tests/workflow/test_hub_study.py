@@ -21,11 +21,10 @@ pytestmark = pytest.mark.xdist_group("hub")
 ENCODERS = {
     "reader": (models.bert, "{}"),
     "pairs-image": (models.open_clip_image, "hf-hub:{}"),
-    "pairs-text": (models.open_clip_eos_text, "hf-hub:{}"),
     "viewer": (models.timm_vit, "hf-hub:{}"),
     "scanner": (models.mambavision, "{}"),
 }
-PAIRS = [["reader", "pairs-image"], ["pairs-text", "viewer"], ["scanner", "viewer"]]
+PAIRS = [["reader", "pairs-image"], ["scanner", "viewer"]]
 # Settings of an entry, other than the location of its model.
 KEYS = {"library", "modality", "kind", "layers", "width", "global_token", "blocks", "remote_code"}
 

@@ -152,6 +152,9 @@ def results_of(study):
     return {path: content for path, content in contents(folder).items() if not (folder / path).is_relative_to(logs)}
 
 
+SAE = "results/squares/saes/tiny/viewer/layer-00/seed-0"
+
+
 def test_results_do_not_depend_on_cores_parts_or_keep_tokens(finished, new_study):
     config = new_study.config | {"keep_tokens": False}
     config["encoders"]["reader"]["parts"] = 2
@@ -164,7 +167,7 @@ def test_results_do_not_depend_on_cores_parts_or_keep_tokens(finished, new_study
     }
     # First with a separate Python per job, as for users.
     for result in (
-        new_study.start("snakemake", "--cores", "1", "results/squares/features/tiny/viewer@0.zarr"),
+        new_study.start("snakemake", "--cores", "1", f"{SAE}/sae_weights.safetensors"),
         new_study.run("--cores", "1", "--until", "names", "examples", "correlations", "similarity"),
     ):
         assert result.returncode == 0, result.stdout + result.stderr
