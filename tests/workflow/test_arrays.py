@@ -50,6 +50,12 @@ def test_arrays_are_a_member_like_any_other(before, tmp_path):
     assert project.plan() == {}
 
 
+def test_only_encoders_need_a_gpu(before):
+    for encoder, gpus in (("given", 0), ("viewer", 1)):
+        planned = before.run("-n", "--forcerun", "activations", "--", f"results/squares/activations/{encoder}.zarr")
+        assert f"gpu={gpus}" in planned.stdout + planned.stderr
+
+
 def test_arrays_in_another_order_are_refused_before_other_jobs(before, tmp_path):
     project = before.copy(tmp_path / "clone")
     file = project.folder / "given/ids.json"

@@ -16,7 +16,7 @@ rule activations:
         environment_of
     threads: 1
     resources:
-        gpu=GPUS,
+        gpu=lambda w: 0 if STUDY.encoders[w.encoder].library == "arrays" else GPUS,
         mem_mb=grown(16000),
         runtime=grown(480),
         tokens=tokens_option,
