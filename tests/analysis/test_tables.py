@@ -877,24 +877,35 @@ def test_ties_keep_their_order_and_one_percent_of_features_is_top(tmp_path, writ
     assert table["rank"][table.top].tolist() == [1, 2]
 
 
-def some_ranking(source, order, top):
-    return pd.DataFrame({"source": source, "feature": order, "top": np.arange(len(order)) < top})
+def some_ranking(source, order, top, calibrated=None):
+    """A ranking in this order of features, whose first ``top`` of the order ``calibrated`` are the calibrated top."""
+    place = np.argsort(order if calibrated is None else calibrated)[order]
+    at_top = {"top": np.arange(len(order)) < top, "calibrated_top": place < top}
+    return pd.DataFrame({"source": source, "feature": order, **at_top})
 
 
 def test_overlap_table_has_every_two_rankings_of_one_source(rng):
-    orders = [rng.permutation(40) for _ in range(3)]
-    rankings = {name: some_ranking("vit@0", order, 9) for name, order in zip("cab", orders, strict=True)}
-    rankings["other"] = some_ranking("bert@0", orders[0], 9)
+    orders = {name: [rng.permutation(40) for _ in range(2)] for name in "cab"}
+    rankings = {name: some_ranking("vit@0", order, 9, calibrated) for name, (order, calibrated) in orders.items()}
+    rankings["other"] = some_ranking("bert@0", orders["c"][0], 9)
     table = overlap_table(rankings)
-    assert list(table.columns) == ["source", "first", "second", "top", "overlap", "expected", "log10_p"]
+    assert list(table.columns) == [
+        *("source", "first", "second", "top", "overlap", "expected", "log10_p"),
+        *("calibrated_overlap", "calibrated_log10_p"),
+    ]
     assert list(zip(table["first"], table.second, strict=True)) == [("a", "b"), ("a", "c"), ("b", "c")]
     for row in table.itertuples():
-        a, b = (set(rankings[name].feature[:9]) for name in (row.first, row.second))
-        assert (row.source, row.top, row.overlap) == ("vit@0", 9, len(a & b))
+        assert (row.source, row.top) == ("vit@0", 9)
         assert row.expected == pytest.approx(9 * 9 / 40)
-        # The chance that 9 of 40 include at least this many of 9 others.
-        p = sum(comb(9, n) * comb(31, 9 - n) for n in range(len(a & b), 10)) / comb(40, 9)
-        assert row.log10_p == pytest.approx(np.log10(p))
+        for n, (found, log10_p) in enumerate(
+            [(row.overlap, row.log10_p), (row.calibrated_overlap, row.calibrated_log10_p)]
+        ):
+            a, b = (set(orders[name][n][:9]) for name in (row.first, row.second))
+            assert found == len(a & b)
+            # The chance that 9 of 40 include at least this many of 9 others.
+            p = sum(comb(9, n) * comb(31, 9 - n) for n in range(len(a & b), 10)) / comb(40, 9)
+            assert log10_p == pytest.approx(np.log10(p))
+    assert (table.overlap != table.calibrated_overlap).any()
 
 
 def test_identical_rankings_overlap_fully_without_underflow_of_the_chance():

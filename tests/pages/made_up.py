@@ -227,6 +227,7 @@ def write_site(folder, seed=0):
         ranking(rng, strength, rho_g, "shared-with-vlms", ["reader-clip@1"], ["seer@0", "reader@0"]),
     ]
     both = set(rankings[0]["features"][:10]) & set(rankings[1]["features"][:10])
+    calibrated = set.intersection(*(set(one["calibrated"]["features"][:10]) for one in rankings[:2]))
     pairs = [("seer@0", "reader@0"), ("seer-clip@1", "reader-clip@1")]
     study = {
         "study": "made-up",
@@ -285,6 +286,8 @@ def write_site(folder, seed=0):
                 "overlap": len(both),
                 "expected": 100 / FEATURES,
                 "log10_p": -4.3,
+                "calibrated_overlap": len(calibrated),
+                "calibrated_log10_p": -1.3,
             }
         ],
     }

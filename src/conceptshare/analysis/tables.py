@@ -64,7 +64,10 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
         *("excess_g", "excess_h", "calibrated_delta", "calibrated_rank", "calibrated_top"),
         *("top_share", "calibrated_top_share"),
     ),
-    "overlaps": ("source", "first", "second", "top", "overlap", "expected", "log10_p"),
+    "overlaps": (
+        *("source", "first", "second", "top", "overlap", "expected", "log10_p"),
+        *("calibrated_overlap", "calibrated_log10_p"),
+    ),
     "saes": ("encoder", "seed", "layer", "latents", "steps", *_QUALITY, "outlying"),
     "seeds": (*_CELL, "source_seed", "target_seed", "wmppc", "null", "excess", "pairs", "mean", "low", "high"),
     "paper": (*_CELL, "ours", "low", "high", "paper", "difference"),
@@ -802,6 +805,7 @@ def overlap_table(rankings: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Number of top features that every two rankings of one source have in common, and the number expected by chance.
 
     ``expected`` is top^2 / F, and ``log10_p`` the probability of this many or more in the hypergeometric distribution.
+    ``calibrated_overlap`` and ``calibrated_log10_p`` are those of the top features of the calibrated rankings.
 
     Args:
         rankings: tables of `sharedness_table`, by name.
@@ -813,18 +817,12 @@ def overlap_table(rankings: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         if a.source[0] != b.source[0]:
             continue
         F, top = len(a), int(a.top.sum())
-        overlap = len(set(a.feature[a.top]) & set(b.feature[b.top]))
-        rows.append(
-            {
-                "source": a.source[0],
-                "first": first,
-                "second": second,
-                "top": top,
-                "overlap": overlap,
-                "expected": top**2 / F,
-                "log10_p": float(hypergeom.logsf(overlap - 1, F, top, top) / np.log(10)),
-            }
-        )
+        row: dict[str, Any] = {"source": a.source[0], "first": first, "second": second, "top": top}
+        for form, expected in (("", {"expected": top**2 / F}), ("calibrated_", {})):
+            overlap = len({*a.feature[a[f"{form}top"]]} & {*b.feature[b[f"{form}top"]]})
+            log10_p = float(hypergeom.logsf(overlap - 1, F, top, top) / np.log(10))
+            row |= {f"{form}overlap": overlap, **expected, f"{form}log10_p": log10_p}
+        rows.append(row)
     return pd.DataFrame(rows)
 
 

@@ -134,6 +134,5 @@ def _ranked(table: pd.DataFrame, delta: str, g: str, h: str, share: str) -> dict
 
 
 def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    columns = ["first", "second", "top", "overlap", "expected", "log10_p"]
-    rows: list[dict[str, Any]] = table[columns].to_dict("records")
-    return [row | {name: number(row[name]) for name in ("expected", "log10_p")} for row in rows]
+    rows: list[dict[str, Any]] = table.drop(columns="source").to_dict("records")
+    return [row | {name: number(row[name]) for name in ("expected", "log10_p", "calibrated_log10_p")} for row in rows]

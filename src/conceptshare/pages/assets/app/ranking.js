@@ -86,12 +86,13 @@ function typology(names) {
   return [...groups].sort(([a, x], [b, y]) => (a === null) - (b === null) || y.length - x.length || (a < b ? -1 : 1));
 }
 
-function overlaps(ranking) {
+function overlaps(ranking, calibrated) {
   const related = study.overlaps
     .filter(inSet(ranking))
     .filter((entry) => [entry.first, entry.second].includes(ranking.name));
   if (!related.length) return null;
-  const top = ranking.features.slice(0, ranking.top);
+  const topOf = (one) => (calibrated ? one.calibrated : one).features.slice(0, one.top);
+  const top = topOf(ranking);
   return section(
     "Overlap with other rankings",
     h(
@@ -113,13 +114,16 @@ function overlaps(ranking) {
             const name = entry.first === ranking.name ? entry.second : entry.first;
             const other = rankingNamed(name, ranking);
             const alike = other?.source === ranking.source && other.layer === ranking.layer;
-            const theirs = new Set(alike ? other.features.slice(0, other.top) : []);
+            const theirs = new Set(alike ? topOf(other) : []);
+            const [overlap, p] = calibrated
+              ? [entry.calibrated_overlap, entry.calibrated_log10_p]
+              : [entry.overlap, entry.log10_p];
             const both = top.filter((feature) => theirs.has(feature));
             const at = { ...ranking, member: ranking.source };
             return h(
               "tr",
               h("th", { scope: "row" }, other ? anchor(rankingLink(other), name) : name),
-              [whole(entry.top), whole(entry.overlap), size(entry.expected), probability(entry.log10_p)].map((text) =>
+              [whole(entry.top), whole(overlap), size(entry.expected), probability(p)].map((text) =>
                 h("td.number", text),
               ),
               h(
@@ -247,7 +251,7 @@ function rankingContent(published, value, at, table) {
           ),
         ),
       ),
-      calibrated ? null : overlaps(ranking),
+      overlaps(ranking, calibrated),
       section("Ranking", list.nodes),
     ],
     update: list.update,
