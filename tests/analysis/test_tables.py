@@ -549,7 +549,8 @@ def test_seeds_leave_unexplained_layers_out_and_layerwise_tables_do_not(partly):
     )
     layers = ["pooled", "layer_mean"]
     np.testing.assert_allclose(found.wmppc[layers], kept.wmppc[layers], atol=1e-5)
-    np.testing.assert_allclose(found.null[layers], kept.null[layers], atol=0.01)
+    cells = matrix_table([members[0], GroupedMember("a@1", "image", "vision")], stores["leave_out"])
+    np.testing.assert_allclose(found.null.sort_index(), cells.set_index("reading").null.sort_index(kind="stable"))
     assert (abs(found.wmppc[layers] - marked.wmppc[layers]) > 1e-3).any()
     pd.testing.assert_frame_equal(found.loc[["last"]], marked.loc[["last"]])
     cells = [layerwise_table([("a@0", "b@0")], stores[name]) for name in ("leave_out", "mark")]
