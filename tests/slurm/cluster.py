@@ -136,10 +136,13 @@ class Cluster:
 
     def cancel_all(self):
         """End every job that is running, waiting or suspended."""
+        self._wait(self._nothing_left_to_cancel)
+
+    def _nothing_left_to_cancel(self):
         unfinished = self.run("squeue", "--noheader", "--format=%i").split()
         if unfinished:
             self.run("scancel", *unfinished, check=False)
-            self._wait(lambda: not self.run("squeue", "--noheader", "--format=%i").split())
+        return not unfinished
 
     def _stop(self, daemon):
         file = self._folder / f"{daemon}.pid"

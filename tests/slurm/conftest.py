@@ -48,10 +48,14 @@ class SlurmProject(Project):
         self._started.append(process)
         return process
 
-    def end(self):
-        """End processes left by a failed test: their jobs would keep GPUs from later tests."""
+    def kill(self):
+        """Kill the processes that were started, but not their jobs."""
         for process in self._started:
             process.kill()
+
+    def end(self):
+        """End processes and jobs left by a test, which would keep GPUs from later ones."""
+        self.kill()
         self.cluster.cancel_all()
 
     def submit(self, *arguments):

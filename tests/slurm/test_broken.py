@@ -144,7 +144,7 @@ def test_jobs_that_reach_their_time_limits_save_and_are_resumed(training, tmp_pa
         for rule, (*_, state) in jobs.items():
             assert states(job for job in submitted if job.rule == rule) == [state, "RUNNING"]
     finally:
-        streaming.end()
+        streaming.kill()
 
 
 def test_survives_an_outage_of_the_controller(training, undisturbed):
