@@ -127,7 +127,7 @@ def test_the_page_on_using_saes_shows_the_output_of_info(page):
     assert labels[0] == labels[1]
     settings = [set(re.findall(r"(\w+): ", " ".join(lines))) for lines in (shown, described)]
     assert settings[0] == settings[1]
-    assert {"preset", "k", "max_dead"} <= settings[0]
+    assert {"preset", "k", "dead_after"} <= settings[0]
 
 
 def test_the_page_imports_the_sae_that_it_exported(page, tmp_path):

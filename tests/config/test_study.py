@@ -317,6 +317,32 @@ def test_base_derives_a_variant_with_overrides(build):
     assert variant.activations_key() != study.encoders["vit"].activations_key()
 
 
+def test_base_can_be_another_entry_of_the_study(build, fault):
+    described = {
+        key: value for key, value in build(encoders={"vit": None}).encoders["vit"].model_dump().items() if value
+    }
+    encoders = {"twin": {"base": "mean", "untrained": True}, "mean": {"base": "mine", "global_token": "mean"}}
+    study = build(encoders={**encoders, "mine": described | {"width": 96}})
+    assert [study.encoders[name].width for name in ("twin", "mean", "mine")] == [96] * 3
+    assert (study.encoders["twin"].global_token, study.encoders["twin"].untrained) == ("mean", True)
+    circle = fault(encoders={"a": {"base": "b"}, "b": {"base": "a"}})
+    assert "encoders.b.base: 'a' is not in the catalog of encoders" in circle
+
+
+def test_bounds_of_warnings_change_no_sae(build):
+    studies = [build(saes={"small": {"k": 4, **bounds}}) for bounds in ({}, {"max_dead": 0.1, "max_fvu_global": 0.2})]
+    assert len({study.sae_key("small") for study in studies}) == 1
+    assert json.loads(studies[1].sae_settings("small")) == {"k": 4, "max_dead": 0.1, "max_fvu_global": 0.2}
+    assert [study.features_options("small") for study in studies] == ["--keep", "--keep --max-fvu-global 0.2"]
+
+
+@pytest.mark.parametrize("token", ["cls", "Mean", "", None, 5])
+def test_lists_the_choices_of_token_for_an_encoder(fault, token):
+    message = fault(encoders={"vit": {"global_token": token}})
+    assert "vit.global_token: expected first (the class token of most models), last_token, last_position" in message
+    assert "given" not in message
+
+
 def test_an_untrained_variant_is_another_encoder_in_a_group_of_its_own(build):
     entries = {"random": {"base": "vit", "untrained": True}, "other": {"base": "bert", "untrained": True}}
     again = {"again": {"base": "vit", "untrained": True, "untrained_seed": 1}}

@@ -136,7 +136,8 @@ FAULTS = {
     "order": (change_ids(swapped), r"ids\.json: row 4 is sample '\d+', but the data set's is '\d+'; sort ids and rows"),
     "missing": (change_ids(lambda ids: ids[:-2]), r"lacks 2 of the data set's 70 samples, such as '\d+'; add them"),
     "more": (change_ids(lambda ids: [*ids, "x"]), "has 1 samples that the data set lacks, such as 'x'; leave out"),
-    "twice": (change_ids(lambda ids: [*ids, ids[0]]), "71 ids of 70 samples; give one row per sample"),
+    "twice": (change_ids(lambda ids: [*ids, ids[0]]), r"has '\d+' more than once; give each sample one row"),
+    "numbers": (change_ids(lambda ids: list(range(len(ids)))), "none of the data set's ids, such as '0+'; write these"),
     "no list": (change_ids(lambda ids: {"ids": ids}), "not a list of ids; write a JSON list"),
     "no ids": (lambda folder: (folder / "ids.json").unlink(), r"ids\.json: cannot be read .*; write the list"),
     "layers": (
@@ -144,7 +145,10 @@ FAULTS = {
         "holds .*layer-02.npy, but .* layers: 2; name",
     ),
     "none": (lambda folder: (folder / "layer-00.npy").unlink(), r"holds layer-01\.safetensors, but .* layers: 2; name"),
-    "both": (lambda folder: write(folder / "layer-00.zarr", values(0)), r"holds layer-00\.npy, layer-00\.zarr, .*name"),
+    "both": (
+        lambda folder: write(folder / "layer-00.zarr", values(0)),
+        r"00\.npy: layer-00\.zarr is the same layer; re",
+    ),
     "rows": (lambda folder: write(folder / "layer-00.npy", values(0)[1:]), "has 69 rows, but ids.json 70 ids"),
     "width": (lambda folder: write(folder / "layer-00.npy", values(0)[:, 1:]), "has the width 15, .*; set width: 15$"),
     "tokens": (
@@ -157,8 +161,8 @@ FAULTS = {
         lambda folder: save_file({"a": torch.ones(2), "b": torch.ones(2)}, folder / "layer-01.safetensors"),
         "has 2",
     ),
-    "nan": (with_value(np.nan), "layer 1, sample 42: a value that is not finite; leave"),
-    "large": (with_value(1e5), "layer 1, sample 42: 1e[+]05 is beyond float16's 65504; leave"),
+    "nan": (with_value(np.nan), r"layer-01\.safetensors, sample \d{8}: a value that is not finite; correct"),
+    "large": (with_value(1e5), r"sample \d{8}: 1e[+]05 is beyond float16's 65504; .* divide the whole array"),
 }
 
 
@@ -175,6 +179,15 @@ def test_the_weights_stage_reports_a_fault_in_one_line_and_leaves_no_record(fold
     with pytest.raises(type(ended.exception), match=message):
         raise ended.exception
     assert not (tmp_path / "wrong.json").exists()
+
+
+def test_a_layer_of_equal_rows_is_a_warning(folder, data, capsys):
+    arrays = Arrays(entry(folder), folder, data)
+    arrays.check_values()
+    assert not capsys.readouterr().err
+    write(folder / "layer-00.npy", np.ones((SAMPLES, WIDTH), np.float32))
+    Arrays(entry(folder), folder, data).check_values()
+    assert "layer-00.npy: all rows are equal; unless intended" in capsys.readouterr().err
 
 
 def test_arrays_read_no_samples(folder):

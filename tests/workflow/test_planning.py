@@ -398,6 +398,18 @@ def test_correlation_settings_plan_only_the_affected_pairs(study, changes, corre
     assert planned == ({"correlations": 2, **later} if correlations else CHANGED_STUDY)
 
 
+def test_bounds_of_warnings_train_no_sae(study):
+    config = study.config
+    config["saes"]["tiny"]["max_dead"] = 0.1
+    study.config = config
+    assert study.plan() == CHANGED_STUDY
+    config["saes"]["tiny"]["max_fvu_global"] = 0.01
+    study.config = config
+    planned = study.plan()
+    assert planned["features"] == 3
+    assert not {"activations", "sae", "similarity"} & planned.keys()
+
+
 def test_parsing_the_workflow_imports_no_compute_libraries(new_study):
     result = new_study.start("python", "-X", "importtime", "-m", "snakemake", "-n")
     assert result.returncode == 0, result.stdout + result.stderr

@@ -246,13 +246,6 @@ def saes_of(wildcards):
     return [f"{folder}/{layout.sae_place(layer, wildcards.seed)}/sae_weights.safetensors" for layer in layers]
 
 
-def stored_features(wildcards):
-    """The options of the features to store: before TopK, all or only their statistics, or after TopK."""
-    if layout.uncoded(wildcards.sae)[1] == "after_topk":
-        return "--code after_topk"
-    return "--keep" if STUDY.keep_features else "--no-keep"
-
-
 def activations_of(wildcards, encoder="encoder"):
     """The store with the global tokens of the encoder that a wildcard names."""
     sae = setting_of(wildcards)

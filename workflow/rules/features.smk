@@ -17,7 +17,7 @@ rule features:
         runtime=grown(120),
     params:
         saes=encoder_saes,
-        stored=stored_features,
+        stored=lambda w: STUDY.features_options(w.sae),
     shell:
         "python -m conceptshare features --activations {input.activations:q} --saes {params.saes:q}"
         " --seed {wildcards.seed} {params.stored} --threads {threads} --out {output:q} --gpus {resources.gpu} > {log:q} 2>&1"

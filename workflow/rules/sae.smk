@@ -23,10 +23,12 @@ rule sae:
         gpu=GPUS,
         mem_mb=grown(8000),
         runtime=grown(720),
+        # Not a parameter: bounds of warnings change no SAE.
+        settings=lambda w: STUDY.sae_settings(w.sae),
     params:
-        settings=lambda w: STUDY.sae_key(w.sae),
+        depends_on=lambda w: STUDY.sae_key(w.sae),
         folder=subpath(output.config, parent=True),
     shell:
         "python -m conceptshare sae train --tokens {input.tokens:q} --layer {wildcards.layer}"
-        " --seed {wildcards.seed} --settings {params.settings:q} --threads {threads} --out {params.folder:q}"
+        " --seed {wildcards.seed} --settings {resources.settings:q} --threads {threads} --out {params.folder:q}"
         " --gpus {resources.gpu} > {log:q} 2>&1"

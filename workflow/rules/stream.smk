@@ -17,13 +17,15 @@ rule stream:
         gpu=GPUS,
         mem_mb=grown(24000),
         runtime=grown(1440),
+        # Not a parameter: bounds of warnings change no SAE.
+        settings=lambda w: STUDY.sae_settings(w.sae),
     params:
         spec=lambda w: STUDY.encoders[w.encoder].activations_key(),
-        settings=lambda w: STUDY.sae_key(w.sae),
+        depends_on=lambda w: STUDY.sae_key(w.sae),
         # All that the entry lists, needed or not, so that studies with the same entry share a stream.
         seeds=lambda w: " ".join(f"--seed {seed}" for seed in sorted(STUDY.encoders[w.encoder].seeds)),
         data=lambda w, input: folder_of(input.data),
     shell:
         "python -m conceptshare stream --encoder {params.spec:q} --weights {input.weights:q} --data {params.data:q}"
-        " --settings {params.settings:q} {params.seeds} --workers {threads} --saes {output.saes:q}"
+        " --settings {resources.settings:q} {params.seeds} --workers {threads} --saes {output.saes:q}"
         " --activations {output.activations:q} --gpus {resources.gpu} > {log:q} 2>&1"

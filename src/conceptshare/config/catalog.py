@@ -8,7 +8,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
@@ -173,6 +173,9 @@ class ModelSpec(Spec, extra="ignore"):
         return canonical(self, set(ModelSpec.model_fields))
 
 
+GlobalToken = Literal["first", "last_token", "last_position", "mean", "max", "reference", "given"]
+
+
 class EncoderSpec(ModelSpec, extra="forbid"):
     """An encoder: its source, its inputs, and the activations to record."""
 
@@ -184,7 +187,7 @@ class EncoderSpec(ModelSpec, extra="forbid"):
     """Number of blocks; checked when the encoder is loaded."""
     width: int = Field(ge=1, le=10**6)
     """Width of the residual stream; checked when the encoder is loaded."""
-    global_token: Literal["first", "last_token", "last_position", "mean", "max", "reference", "given"]
+    global_token: GlobalToken
     """The token that stands for a whole sample: the first token; the last one, which in CLIP is the end of text; the
     last position, padding included, of models trained to read it there (SigLIP); or, in each dimension, the mean or the
     maximum of all tokens, special ones included and padding excluded. ``reference`` is the choice of the paper's
@@ -233,13 +236,15 @@ class EncoderSpec(ModelSpec, extra="forbid"):
 
     @field_validator("global_token", mode="before")
     @classmethod
-    def _reject_former_names(cls, value: Any) -> Any:
+    def _reject_other_names(cls, value: Any) -> Any:
         if value == "eot":
             raise ValueError("eot is now called last_token")
         if value == "last":
             raise ValueError(
                 "last is now called last_position for SigLIP, which reads padding, and last_token for others"
             )
+        if value not in get_args(GlobalToken):
+            raise ValueError("expected first (the class token of most models), last_token, last_position, mean or max")
         return value
 
     @model_validator(mode="after")
@@ -452,8 +457,16 @@ def read_catalog(what: Literal["datasets", "encoders"], catalog: Path = CATALOG)
 _ESSENTIAL = {"datasets": "source", "encoders": "model"}
 
 
-def complete(name: str, given: dict[str, Any] | None, entries: dict[str, dict[str, Any]], what: str) -> dict[str, Any]:
+def complete(
+    name: str,
+    given: dict[str, Any] | None,
+    entries: dict[str, dict[str, Any]],
+    what: str,
+    own: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """An entry of a study: the catalog's entry of that name, or of its ``base``, with the study's keys over it.
+
+    A ``base`` that the catalog lacks is one of the study's ``own`` entries, which describes itself in full.
 
     Raises:
         StudyError: if ``base`` is unknown, or the name is unknown and has no description.
@@ -466,6 +479,9 @@ def complete(name: str, given: dict[str, Any] | None, entries: dict[str, dict[st
     base = overrides.pop("base", None)
     if base is not None and not isinstance(base, str):
         raise StudyError(f"{what}.{name}.base: expected a name in the catalog, found {_shown(base)}")
+    others = {other: entry for other, entry in (own or {}).items() if other != name}
+    if base in others and base not in entries:
+        entries = entries | {base: complete(base, others[base], entries, what, others)}
     if base is not None and base not in entries:
         raise StudyError(f"{what}.{name}.base: {_unknown(base, entries, what)}")
     if base is None and name not in entries and _ESSENTIAL[what] not in overrides:

@@ -9,6 +9,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from conceptshare.config.catalog import Name, Positive, Spec
 
+SAE_BOUNDS = {"max_dead", "max_fvu_global"}
+"""Settings of SAEs that change nothing in them."""
+
 
 class SAESettings(Spec):
     """Training of sparse autoencoders; the defaults are the paper's.
@@ -24,10 +27,11 @@ class SAESettings(Spec):
     """Tokens to train on: all, or the global token of each sample alone. For ``global``, no other tokens are stored or
     streamed, and a batch has as many tokens as samples."""
     global_weight: float = Field(default=1.0, ge=1, le=10**6)
-    """With ``train_on: all``, how many times the error of a global token counts in the loss; the others count once."""
+    """With ``train_on: all``, how many times the error of a global token counts in the loss (at least 1); the others
+    count once."""
     max_norm: float | None = Field(default=None, ge=1, le=10**6)
-    """With ``train_on: all``, leave a token out of training if its norm is more than so many times the median norm of
-    its batch's tokens, unless it is a global token. None trains on all."""
+    """With ``train_on: all``, leave a token out of training if its norm is more than so many times (at least 1) the
+    median norm of its batch's tokens, unless it is a global token. None trains on all."""
     expansion: int = Field(default=8, ge=1, le=10_000)
     """Latents per dimension of the residual stream: F = expansion x D."""
     k: Positive = 32
@@ -72,8 +76,8 @@ class SAESettings(Spec):
     """Log a warning if a larger fraction of latents is active on no token, of at least 10 F / k tokens."""
     max_fvu_global: float = Field(default=0.9, ge=0)
     """If the fraction of variance unexplained of the global tokens, which are compared, is larger, log a warning, and
-    mark the layer in tables, figures and pages. Predicting their mean gives 1. ``correlations.unexplained_layers`` can
-    leave such layers out of wMPPC over several layers."""
+    mark the layer in tables, figures and pages. Another bound retrains no SAE. Predicting their mean gives 1.
+    ``correlations.unexplained_layers`` can leave such layers out of wMPPC over several layers."""
 
     @model_validator(mode="before")
     @classmethod
@@ -91,6 +95,10 @@ class SAESettings(Spec):
             key = max(given, key=lambda name: given[name])
             raise ValueError(f"{key}: train_on: global has no other tokens than global ones; leave one of both out")
         return self
+
+    def of_training(self) -> dict[str, Any]:
+        """The settings that an SAE depends on: all but the bounds above which warnings are logged and layers marked."""
+        return self.model_dump(mode="json", exclude=SAE_BOUNDS)
 
     def held_out_samples(self, samples: int) -> int:
         """How many of so many samples, the last ones, are not trained on."""

@@ -30,6 +30,7 @@ from conceptshare.config.checks import check_files, check_study
 from conceptshare.config.members import GroupedMember, Member, Pair, encoder_pairs, sorted_pair
 from conceptshare.config.products import FIGURES, TABLES, Figure, Table
 from conceptshare.config.settings import (
+    SAE_BOUNDS,
     Analyses,
     CorrelationSettings,
     NameSettings,
@@ -39,7 +40,7 @@ from conceptshare.config.settings import (
 )
 from conceptshare.io.errors import StudyError
 from conceptshare.io.files import STUDY, atomic_output
-from conceptshare.io.layout import Code, coded
+from conceptshare.io.layout import Code, coded, uncoded
 
 # Groups of a matrix, in the order of the paper's tables: what reads images first, then what reads text, then controls.
 _GROUPS = [("image", "vlm"), ("image", "vision"), ("text", "vlm"), ("text", "language")]
@@ -321,8 +322,19 @@ class Study(Spec):
         return named | {"modality": spec.modality, "kind": spec.group[1], "features": features}
 
     def sae_key(self, name: str) -> str:
-        """Settings of an SAE as canonical JSON."""
+        """What an SAE depends on, as canonical JSON."""
+        return canonical(self.saes[name], set(SAESettings.model_fields) - SAE_BOUNDS)
+
+    def sae_settings(self, name: str) -> str:
+        """All settings of an SAE, as canonical JSON."""
         return canonical(self.saes[name])
+
+    def features_options(self, sae: str) -> str:
+        """Options of the job that records features of SAEs and their code, ``NAME`` or ``NAME+after_topk``."""
+        name, code = uncoded(sae)
+        stored = ("--keep" if self.keep_features else "--no-keep") if code == "before_topk" else f"--code {code}"
+        bound = self.saes[name].max_fvu_global
+        return stored if bound == SAESettings().max_fvu_global else f"{stored} --max-fvu-global {bound}"
 
     def dataset_key(self, name: str) -> str:
         """What a data set depends on, as canonical JSON."""
@@ -371,7 +383,7 @@ def build_study(config: dict[str, Any], origin: str, catalog: Path = CATALOG) ->
             given = config.get(what)
             if isinstance(given, dict):
                 entries = read_catalog(what, catalog)
-                completed[what] = {name: complete(name, value, entries, what) for name, value in given.items()}
+                completed[what] = {name: complete(name, value, entries, what, given) for name, value in given.items()}
         study: Study = parse(Study, completed, "")
         check_files(study)
     except StudyError as error:

@@ -5,6 +5,7 @@ floating-point type, and `ids.json`, the list of the ids of the N samples, in th
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from conceptshare.config.catalog import EncoderSpec
 from conceptshare.data.dataset import Data
 from conceptshare.io.errors import EncoderError, reading
 from conceptshare.io.layout import layer_name
+from conceptshare.io.progress import warn
 from conceptshare.io.store import as_float16
 
 _ENDINGS = (".npy", ".safetensors", ".zarr")
@@ -41,17 +43,17 @@ class Arrays:
 
     def __init__(self, spec: EncoderSpec, folder: Path, data: Data | None = None, fingerprint: str = "") -> None:
         self.spec, self.fingerprint = spec, fingerprint
-        ids = _read_ids(folder / "ids.json")
+        self._ids = _read_ids(folder / "ids.json")
         if data is not None:
-            _check_ids(folder / "ids.json", ids, data.ids())
-        self._samples = len(ids)
+            _check_ids(folder / "ids.json", self._ids, data.ids())
         paths = _paths(spec, folder)
-        self._arrays = {layer: _open(paths[layer_name(layer)]) for layer in spec.layer_numbers()}
+        self._paths = {layer: paths[layer_name(layer)] for layer in spec.layer_numbers()}
+        self._arrays = {layer: _open(path) for layer, path in self._paths.items()}
         for layer, array in self._arrays.items():
-            _check_shape(paths[layer_name(layer)], tuple(array.shape), self._samples, spec.width)
+            _check_shape(self._paths[layer], tuple(array.shape), len(self), spec.width)
 
     def __len__(self) -> int:
-        return self._samples
+        return len(self._ids)
 
     def rows(self, layer: int, start: int, stop: int) -> Tensor:
         """``[n, D]`` float32 global tokens of the samples from ``start`` to ``stop`` (exclusive) in one layer."""
@@ -62,15 +64,20 @@ class Arrays:
             return torch.from_numpy(np.array(rows, np.float32))
 
     def check_values(self) -> None:
-        """Read all rows.
+        """Read all rows. A layer with the same values in all rows is a warning.
 
         Raises:
             NumericsError: if a value is not finite or does not fit float16, the type in which they are stored.
         """
-        for layer in self._arrays:
+        ids, remedy = np.array(self._ids), "correct the row, or divide the whole array by a number"
+        for layer, path in self._paths.items():
+            first, varies = self.rows(layer, 0, 1).numpy(), False
             for start in range(0, len(self), _ROWS):
                 rows = self.rows(layer, start, start + _ROWS).numpy()
-                as_float16(rows, f"{self.spec.model}, layer {layer}", np.arange(start, start + len(rows)))
+                as_float16(rows, str(path), ids[start : start + len(rows)], remedy)
+                varies = varies or bool((rows != first).any())
+            if not varies:
+                warn(f"{path}: all rows are equal; unless intended, write the array again")
 
 
 def _read_ids(file: Path) -> list[str]:
@@ -87,6 +94,11 @@ def _check_ids(file: Path, ids: list[str], wanted: list[str]) -> None:
     """Raise an EncoderError if ids are not those of the data set, in its order."""
     if ids == wanted:
         return
+    twice = [name for name, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise EncoderError(f"{file}: has {twice[0]!r} more than once; give each sample one row")
+    if not {*ids} & {*wanted}:
+        raise EncoderError(f"{file}: has none of the data set's ids, such as {wanted[0]!r}; write these, as strings")
     absent, others = sorted({*wanted} - {*ids}), sorted({*ids} - {*wanted})
     if absent:
         raise EncoderError(
@@ -98,8 +110,6 @@ def _check_ids(file: Path, ids: list[str], wanted: list[str]) -> None:
             f"{file}: has {len(others):,} samples that the data set lacks, such as {others[0]!r}; leave out them and "
             f"their rows"
         )
-    if len(ids) > len(wanted):
-        raise EncoderError(f"{file}: {len(ids):,} ids of {len(wanted):,} samples; give one row per sample")
     n = next(n for n, pair in enumerate(zip(ids, wanted, strict=True)) if pair[0] != pair[1])
     raise EncoderError(
         f"{file}: row {n} is sample {ids[n]!r}, but the data set's is {wanted[n]!r}; sort ids and rows as its ids"
@@ -110,8 +120,11 @@ def _paths(spec: EncoderSpec, folder: Path) -> dict[str, Path]:
     """The array of each layer, by its name without an ending."""
     found = [path for path in sorted(folder.glob("layer-*")) if path.suffix in _ENDINGS]
     paths = {path.stem: path for path in found}
+    if len(paths) < len(found):
+        twice = next(path for path in found if paths[path.stem] != path)
+        raise EncoderError(f"{twice}: {paths[twice.stem].name} is the same layer; remove one of both")
     expected = [layer_name(layer) for layer in range(spec.layers)]
-    if len(found) != len(paths) or paths.keys() != set(expected):
+    if paths.keys() != set(expected):
         raise EncoderError(
             f"{folder}: holds {', '.join(path.name for path in found[:5]) or 'no arrays'}{', ...' * (len(found) > 5)}, "
             f"but its entry has layers: {spec.layers}; name one array per layer, {expected[0]} to {expected[-1]}, with "

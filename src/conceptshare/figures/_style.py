@@ -88,8 +88,11 @@ def heatmap(
     if letters:
         for (i, j), value in np.ndenumerate(cells):
             if np.isfinite(value):
-                around = withStroke(linewidth=2, foreground=image.cmap(image.norm(value)))
+                colour = image.cmap(image.norm(value))
+                around = withStroke(linewidth=2, foreground=colour)
                 ink: Any = {"color": letters_on(image, value), "path_effects": [around]}
+                if hatched is not None and hatched[i, j]:
+                    ink["bbox"] = {"facecolor": colour, "edgecolor": "none", "pad": 1}
                 ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=letters, **ink)
     return image
 

@@ -325,7 +325,7 @@ class RowWriter:
 def as_float16(
     values: NDArray[np.float32],
     where: str,
-    samples: NDArray[np.int64],
+    samples: NDArray[Any],
     remedy: str = "leave the sample or the layer out",
 ) -> NDArray[np.float16]:
     """Convert values ``[n, ...]`` to float16, the dtype of stored activations and features.
@@ -333,7 +333,7 @@ def as_float16(
     Args:
         values: the values.
         where: encoder and layer, for the error message.
-        samples: ``[n]`` the sample of each row, for the error message.
+        samples: ``[n]`` the number or id of each row's sample, for the error message.
         remedy: how to fix the error, for the error message.
 
     Raises:

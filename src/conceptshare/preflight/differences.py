@@ -81,18 +81,18 @@ def _of_saes(study: Study, sae: str, at: Callable[..., Path]) -> Iterator[Differ
                 one = place / sae_place(layer, seed)
                 found = read_object(one / "metrics.json").get("settings")
                 file = place if study.stream else one / "cfg.json"
-                yield from _compared(place, file, key, type(settings), found, settings.model_dump(mode="json"))
+                yield from _compared(place, file, key, type(settings), found, settings.of_training())
 
 
 def _of_features(study: Study, sae: str, at: Callable[..., Path]) -> Iterator[Difference]:
-    code = layout.uncoded(sae)[1]
-    kept = "--keep" if study.keep_features else "--no-keep"
+    name, code = layout.uncoded(sae)
+    wanted = {"code": code, "max_fvu_global": study.saes[name].max_fvu_global}
     for member in study.members():
         store = at(layout.FEATURES, member=member)
         if spec := _spec(store):
-            found, wanted = {"code": spec.get("code", "before_topk")}, {"code": code}
-            key = kept if code == "before_topk" else f"--code {code}"
-            yield from _compared(store, store, key, None, found, wanted)
+            found = {key: spec[key] for key in wanted if key in spec}
+            found.setdefault("code", "before_topk")
+            yield from _compared(store, store, study.features_options(sae), type(study.saes[name]), found, wanted)
 
 
 def _of_correlations(study: Study, at: Callable[..., Path]) -> Iterator[Difference]:

@@ -84,14 +84,14 @@ def train_stream(
     described = describe(encoder, data, name)
     if settings.train_on == "global":
         extract_activations(encoder, data, activations, None, workers)
-        made_of = {"settings": settings.model_dump(mode="json"), "made_from": described}
+        made_of = {"settings": settings.of_training(), "made_from": described}
         with atomic_output(saes, SAES, resume=True, key=json.dumps(made_of, sort_keys=True)) as folder:
             for layer, seed in product(spec.layer_numbers(), seeds):
                 if not (out := folder / sae_place(layer, seed)).exists():
                     train_sae(activations, layer, settings, seed, out)
         return
     steps = _order.steps(N, settings.samples_per_step(spec.modality), spec.batch_size, settings)
-    key = {"settings": settings.model_dump(mode="json"), "seeds": list(seeds), "made_from": described}
+    key = {"settings": settings.of_training(), "seeds": list(seeds), "made_from": described}
     checkpoints = Checkpoints(saes.with_name(name + ".checkpoints"), key)
     with (
         atomic_output(saes, SAES, key=checkpoints.key) as folder,

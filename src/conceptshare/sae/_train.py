@@ -211,7 +211,7 @@ def train_sae(store: Path, layer: int, settings: SAESettings, seed: int, out: Pa
     if not len(tokens):
         raise StoreError(f"{store}: no samples in it; run the activations stage again")
     origin = Origin(store.stem, layer, seed)
-    key = {"settings": settings.model_dump(mode="json"), "seed": seed, "layer": layer, "made_from": tokens.made_from}
+    key = {"settings": settings.of_training(), "seed": seed, "layer": layer, "made_from": tokens.made_from}
     checkpoints = Checkpoints(out.with_name(out.name + ".checkpoints"), key)
     batch_samples = settings.samples_per_step(tokens.modality)
     with atomic_output(out, SAE, key=checkpoints.key) as folder, inputs:
@@ -256,7 +256,7 @@ def write_sae(
         "measured_on": "held-out samples" if report.held_out else "samples that were trained on",
         "steps": len(losses),
         "outlying": report.outlying,
-        "settings": settings.model_dump(mode="json"),
+        "settings": settings.of_training(),
     }
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     _write_csv(folder / "loss.csv", ["step", "loss"], [(step, f"{loss:.6g}") for step, loss in enumerate(losses)])

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from conceptshare.activations import extraction
+from conceptshare.config.settings import SAESettings
 from conceptshare.device import default_device, full_float32
 from conceptshare.io.errors import StoreError
 from conceptshare.io.files import Unchanged
@@ -75,7 +76,13 @@ class Top:
 
 @full_float32()
 def record_features(
-    activation_store: Path, saes: Path, seed: int, out: Path, keep: bool = True, code: Code = "before_topk"
+    activation_store: Path,
+    saes: Path,
+    seed: int,
+    out: Path,
+    keep: bool = True,
+    code: Code = "before_topk",
+    max_fvu_global: float = SAESettings().max_fvu_global,
 ) -> None:
     """Encode the global tokens of every layer and write the feature store ``out``.
 
@@ -87,6 +94,7 @@ def record_features(
         keep: store features before TopK; otherwise only their statistics and top samples, and readers recompute them.
             Those after TopK, which are few, are stored in any case.
         code: which features: before or after TopK.
+        max_fvu_global: layers whose SAE has a larger FVU at global tokens are recorded as unexplained.
 
     Raises:
         StoreError: if the activations or an SAE are missing or damaged, or do not match.
@@ -102,7 +110,8 @@ def record_features(
         "seed": seed,
         "code": code,
         "made_from": {"activations": source.attrs["digest"], "saes": digests},
-        "unexplained": [layer for layer, (folder, sae) in records.items() if leaves_unexplained(folder, sae)],
+        "max_fvu_global": max_fvu_global,
+        "unexplained": [layer for layer, sae in records.items() if leaves_unexplained(*sae, max_fvu_global)],
     }
     if not keep and code == "before_topk":
         inputs_by_name = {"activations": activation_store, "saes": saes}

@@ -5,7 +5,6 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from conceptshare.config.settings import SAESettings
 from conceptshare.io.errors import StoreError
 from conceptshare.io.layout import sae_place
 from conceptshare.io.seals import MANIFEST, read_manifest, recorded_file
@@ -76,8 +75,8 @@ def sae_file(folder: Path, name: str, record: dict[str, Any] | None = None) -> P
     return recorded_file(folder, name, record, REMEDY)
 
 
-def leaves_unexplained(folder: Path, record: dict[str, Any]) -> bool:
-    """Whether an SAE's FVU at global tokens is above its setting ``max_fvu_global``; false for one without metrics.
+def leaves_unexplained(folder: Path, record: dict[str, Any], max_fvu_global: float) -> bool:
+    """Whether an SAE's FVU at global tokens is above a bound; false for one without metrics.
 
     Raises:
         StoreError: if its metrics do not match the record.
@@ -85,8 +84,7 @@ def leaves_unexplained(folder: Path, record: dict[str, Any]) -> bool:
     if "metrics.json" not in record["files"]:  # imported from a library that records none
         return False
     metrics = json.loads(sae_file(folder, "metrics.json", record).read_text(encoding="utf-8"))
-    bound = record["spec"].get("settings", {}).get("max_fvu_global", SAESettings().max_fvu_global)
-    return bool(metrics["global_tokens"]["fvu"] > bound)
+    return bool(metrics["global_tokens"]["fvu"] > max_fvu_global)
 
 
 def other_meaning(config: dict[str, Any]) -> dict[str, Any]:
