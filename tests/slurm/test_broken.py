@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,22 @@ def test_a_job_that_outlives_its_snakemake_and_its_replacement_both_succeed(trai
     assert "Nothing to be done" in training.submit(TARGET)
 
 
+def trainer(project, job):
+    """The process of a Slurm job that trains."""
+    processes = [int(line.split()[0]) for line in project.cluster.run("scontrol", "listpids", job).splitlines()[1:]]
+    return next(one for one in processes if b"\0conceptshare\0" in Path(f"/proc/{one}/cmdline").read_bytes())
+
+
+def has_been_asked_to_end(process):
+    """Whether SIGTERM waits for a stopped process, or none is left of it."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except FileNotFoundError:
+        return True
+    pending = int(re.search(r"^ShdPnd:\s*(\w+)", status, re.MULTILINE)[1], 16)
+    return bool(pending >> (signal.SIGTERM - 1) & 1) or "State:\tT" not in status
+
+
 def test_jobs_that_reach_their_time_limits_save_and_are_resumed(training, tmp_path):
     """An SAE and a stream at the same time, because Slurm takes a minute to end each."""
     endless = training.config | {"saes": {"long": LONG | {"batch_captions": 1, "epochs": 10_000}}}
@@ -129,6 +146,7 @@ def test_jobs_that_reach_their_time_limits_save_and_are_resumed(training, tmp_pa
     stream = "results/squares/streams/long/saes/reader", "results/logs/squares/streams/long/saes/reader.log"
     # The stream gets less than the notice that the profile asks for: it ends by itself, before its limit.
     jobs = {"sae": (training, TARGET, LOG, 1, "TIMEOUT"), "stream": (streaming, *stream, 5, "FAILED")}
+    paused = []
     try:
         for project, target, *_ in jobs.values():
             project.start(target)
@@ -136,8 +154,12 @@ def test_jobs_that_reach_their_time_limits_save_and_are_resumed(training, tmp_pa
             until(lambda project=project, log=log: log_contains(project, " steps, ", log))
             job = next(str(job.id) for job in training.cluster.jobs()[::-1] if job.rule == rule)
             training.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
-            for line in training.cluster.run("scontrol", "listpids", job).splitlines()[1:]:
-                os.setpriority(os.PRIO_PROCESS, int(line.split()[0]), 10)  # it computes until it ends
+            paused.append(trainer(training, job))
+            os.kill(paused[-1], signal.SIGSTOP)  # so that it does not compute all the while
+        for process in paused:
+            until(lambda process=process: has_been_asked_to_end(process))
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT)
         for project, _, log, *_ in jobs.values():
             until(lambda project=project, log=log: log_contains(project, ": resuming at step ", log))
         submitted = training.submitted()
