@@ -136,6 +136,7 @@ def test_the_spec_records_the_inputs_of_the_features(recorded, tmp_path):
             "activations": open_store(tmp_path / "vit.zarr", "activations").attrs["digest"],
             "saes": {str(layer): sae_of(tmp_path / "saes", layer, 7)[1]["digest"] for layer in (0, 2)},
         },
+        "max_fvu_global": 0.9,
         "unexplained": [],
     }
 
