@@ -137,7 +137,7 @@ FAULTS = {
     "missing": (change_ids(lambda ids: ids[:-2]), r"lacks 2 of the data set's 70 samples, such as '\d+'; add them"),
     "more": (change_ids(lambda ids: [*ids, "x"]), "has 1 samples that the data set lacks, such as 'x'; leave out"),
     "twice": (change_ids(lambda ids: [*ids, ids[0]]), r"has '\d+' more than once; give each sample one row"),
-    "numbers": (change_ids(lambda ids: list(range(len(ids)))), r"none of the data set's ids, such as '\d+'; write these"),
+    "numbers": (change_ids(lambda ids: list(range(len(ids)))), r"none of the data set's ids, such as '\d+'; write"),
     "no list": (change_ids(lambda ids: {"ids": ids}), "not a list of ids; write a JSON list"),
     "no ids": (lambda folder: (folder / "ids.json").unlink(), r"ids\.json: cannot be read .*; write the list"),
     "layers": (
