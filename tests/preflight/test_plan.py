@@ -444,7 +444,7 @@ def sizes(folder):
 
 
 def test_sizes_for_the_default_study_match_its_stores():
-    """Activations are not compressed; SAEs come with logs; compression saves up to four fifths of features."""
+    """Activations are not compressed; SAEs come with logs, a tenth of the smallest; compression saves up to four fifths of features."""
     made, study = CLONE / "results" / "openclipart", load_study()
     stores = {path.stem: path for path in made.glob("streams/small/activations/*.zarr")}
     if set(stores) != set(study.encoders):
@@ -454,7 +454,7 @@ def test_sizes_for_the_default_study_match_its_stores():
     for name, path in stores.items():
         spec = study.encoders[name]
         written = sizes(path) + sizes(made / "streams" / "small" / "saes" / name)
-        assert written / plan.stream_cost(spec, settings, N, len(spec.seeds)).written == pytest.approx(1, abs=0.08)
+        assert written / plan.stream_cost(spec, settings, N, len(spec.seeds)).written == pytest.approx(1, abs=0.12)
         for recorded in (made / "features" / "small").glob(f"{name}@*.zarr"):
             assert 0.2 < sizes(recorded) / plan.features_cost(spec, settings, N).written < 1.01, recorded
         for recorded in (made / "examples" / "small").glob(f"{name}@*"):
