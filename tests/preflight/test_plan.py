@@ -444,7 +444,10 @@ def sizes(folder):
 
 
 def test_sizes_for_the_default_study_match_its_stores():
-    """Activations are not compressed; SAEs come with logs, a tenth of the smallest; compression saves up to four fifths of features."""
+    """Activations are not compressed; compression saves up to four fifths of features.
+
+    SAEs come with logs, a tenth of the size of the smallest.
+    """
     made, study = CLONE / "results" / "openclipart", load_study()
     stores = {path.stem: path for path in made.glob("streams/small/activations/*.zarr")}
     if set(stores) != set(study.encoders):
