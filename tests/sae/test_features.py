@@ -141,6 +141,14 @@ def test_the_spec_records_the_inputs_of_the_features(recorded, tmp_path):
     }
 
 
+@pytest.mark.parametrize(("bound", "unexplained"), [(0.9, [5]), (0.3, [2, 5]), (1, [])])
+def test_layers_whose_sae_is_above_the_bound_are_unexplained(tmp_path, write_features, rng, bound, unexplained):
+    write_features(tmp_path, "a@0", {layer: rng.random((9, 3)) for layer in (1, 2, 5)})  # FVU of 0.2 per layer
+    made, out = tmp_path / "made" / "a@0", tmp_path / "again" / "a@0.zarr"
+    record_features(made / "a.zarr", made, 0, out, max_fvu_global=bound)
+    assert open_store(out, "features").attrs["spec"]["unexplained"] == unexplained
+
+
 @pytest.fixture
 def after_topk(tmp_path, write_activations, rng):
     """A store of features after TopK, and these by NumPy: sparse, nearly constant, never active."""

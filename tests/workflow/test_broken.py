@@ -148,6 +148,10 @@ CHANGES = [
         "weights/reader.json: made with model: ./models/reader, not ./models/second-reader",
     ),
     (change("saes", "tiny", "k", to=5), "saes/tiny/reader: made with k: 4, not 5"),
+    (
+        change("saes", "tiny", "max_fvu_global", to=0.5),
+        "features/tiny/reader@0.zarr: made with max_fvu_global: 0.9, not 0.5",
+    ),
     (change("correlations", "precision", to="float32"), "reader@1.zarr: made with precision: float16, not float32"),
     (
         change("correlations", "unexplained_layers", to="leave_out"),
