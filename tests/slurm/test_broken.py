@@ -61,11 +61,38 @@ def wait_until_it_trains(project):
     return project.cluster.jobs()[-1]
 
 
-def suspended(project):
-    """The training job, suspended so that it does not finish meanwhile."""
+def paused(project):
+    """The training job and its process, stopped so that it neither finishes nor computes meanwhile.
+
+    ``scontrol suspend`` returns before the node has stopped the processes, which may then happen after ``scancel``.
+    """
     job = wait_until_it_trains(project)
-    project.cluster.run("scontrol", "suspend", str(job.id))
-    return job
+    process = trainer(project, job.id)
+    os.kill(process, signal.SIGSTOP)
+    return job, process
+
+
+def trainer(project, job):
+    """The process of a Slurm job that trains."""
+    lines = project.cluster.run("scontrol", "listpids", str(job)).splitlines()[1:]
+    processes = [int(line.split()[0]) for line in lines]
+    return next(one for one in processes if b"\0conceptshare\0" in Path(f"/proc/{one}/cmdline").read_bytes())
+
+
+def has_been_asked_to_end(process):
+    """Whether SIGTERM waits for a stopped process, or none is left of it."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except FileNotFoundError:
+        return True
+    pending = int(re.search(r"^ShdPnd:\s*(\w+)", status, re.MULTILINE)[1], 16)
+    return bool(pending >> (signal.SIGTERM - 1) & 1) or "State:\tT" not in status
+
+
+def resume_when_asked_to_end(process):
+    until(lambda: has_been_asked_to_end(process))
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGCONT)
 
 
 def log_contains(project, text, log=LOG):
@@ -85,9 +112,11 @@ def finish(process):
 
 
 def test_a_cancelled_job_is_resubmitted_with_more_memory_and_resumes(training, undisturbed):
-    process = training.start(TARGET)
-    training.cluster.run("scancel", str(suspended(training).id))
-    finish(process)
+    snakemake = training.start(TARGET)
+    job, process = paused(training)
+    training.cluster.run("scancel", str(job.id))
+    resume_when_asked_to_end(process)
+    finish(snakemake)
     first, second = training.submitted()
     assert states([first, second]) == ["CANCELLED", "COMPLETED"]
     assert (second.memory_mb, second.minutes) == (2 * first.memory_mb, 2 * first.minutes)
@@ -104,38 +133,22 @@ def test_an_out_of_memory_job_is_resubmitted_with_more_memory(training, undistur
 
 def test_a_job_that_outlives_its_snakemake_and_its_replacement_both_succeed(training, undisturbed):
     killed = training.start(TARGET)
-    orphan = suspended(training)
+    orphan, process = paused(training)
     killed.kill()
     killed.communicate()
     refused = training.run("--profile", "slurm", TARGET)
     assert refused.returncode == 1
     assert "--unlock" in refused.stdout + refused.stderr
     assert training.run("--unlock").returncode == 0
-    process = training.start(TARGET)
+    snakemake = training.start(TARGET)
     until(lambda: log_contains(training, f"Slurm job {orphan.id}), which is making it"))
-    training.cluster.run("scontrol", "resume", str(orphan.id))
-    finish(process)
+    os.kill(process, signal.SIGCONT)
+    finish(snakemake)
     until(lambda: all(job.state == "COMPLETED" for job in training.cluster.jobs()[-2:]))
     assert len(training.submitted()) == 2
     assert log_contains(training, f"(Slurm job {orphan.id}) while this process waited")
     assert read(training.folder / FOLDER) == undisturbed
     assert "Nothing to be done" in training.submit(TARGET)
-
-
-def trainer(project, job):
-    """The process of a Slurm job that trains."""
-    processes = [int(line.split()[0]) for line in project.cluster.run("scontrol", "listpids", job).splitlines()[1:]]
-    return next(one for one in processes if b"\0conceptshare\0" in Path(f"/proc/{one}/cmdline").read_bytes())
-
-
-def has_been_asked_to_end(process):
-    """Whether SIGTERM waits for a stopped process, or none is left of it."""
-    try:
-        status = Path(f"/proc/{process}/status").read_text()
-    except FileNotFoundError:
-        return True
-    pending = int(re.search(r"^ShdPnd:\s*(\w+)", status, re.MULTILINE)[1], 16)
-    return bool(pending >> (signal.SIGTERM - 1) & 1) or "State:\tT" not in status
 
 
 def test_jobs_that_reach_their_time_limits_save_and_are_resumed(training, tmp_path):
@@ -146,7 +159,7 @@ def test_jobs_that_reach_their_time_limits_save_and_are_resumed(training, tmp_pa
     stream = "results/squares/streams/long/saes/reader", "results/logs/squares/streams/long/saes/reader.log"
     # The stream gets less than the notice that the profile asks for: it ends by itself, before its limit.
     jobs = {"sae": (training, TARGET, LOG, 1, "TIMEOUT"), "stream": (streaming, *stream, 5, "FAILED")}
-    paused = []
+    stopped = []
     try:
         for project, target, *_ in jobs.values():
             project.start(target)
@@ -154,12 +167,10 @@ def test_jobs_that_reach_their_time_limits_save_and_are_resumed(training, tmp_pa
             until(lambda project=project, log=log: log_contains(project, " steps, ", log))
             job = next(str(job.id) for job in training.cluster.jobs()[::-1] if job.rule == rule)
             training.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
-            paused.append(trainer(training, job))
-            os.kill(paused[-1], signal.SIGSTOP)  # so that it does not compute all the while
-        for process in paused:
-            until(lambda process=process: has_been_asked_to_end(process))
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGCONT)
+            stopped.append(trainer(training, job))
+            os.kill(stopped[-1], signal.SIGSTOP)  # so that it does not compute all the while
+        for process in stopped:
+            resume_when_asked_to_end(process)
         for project, _, log, *_ in jobs.values():
             until(lambda project=project, log=log: log_contains(project, ": resuming at step ", log))
         submitted = training.submitted()
@@ -179,6 +190,7 @@ def test_survives_an_outage_of_the_controller(training, undisturbed):
     time.sleep(3)  # during which Snakemake polls
     training.cluster.start_controller()
     finish(process)
+    training.cluster.run("scontrol", "reconfigure")  # counts devices wrong if the job ended before the node registered
     assert states(training.submitted()) == ["COMPLETED"]
     assert read(training.folder / FOLDER) == undisturbed
 
@@ -186,10 +198,11 @@ def test_survives_an_outage_of_the_controller(training, undisturbed):
 def test_an_interrupted_snakemake_cancels_its_jobs_and_resumes_when_restarted(training, undisturbed):
     # While polling, it has no list of jobs to cancel, so it is interrupted before the first poll.
     training.choice = {"ASK_NOTHING": "yes"}
-    process = training.start(TARGET)
-    suspended(training)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=LONG_ENOUGH)
+    snakemake = training.start(TARGET)
+    _, process = paused(training)
+    snakemake.send_signal(signal.SIGINT)
+    snakemake.communicate(timeout=LONG_ENOUGH)
+    resume_when_asked_to_end(process)
     until(lambda: training.cluster.jobs()[-1].state == "CANCELLED")
     training.choice = {}
     training.submit(TARGET)
