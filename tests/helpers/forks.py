@@ -15,25 +15,7 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 
 FORKS = multiprocessing.get_context("forkserver")
-# Optimisers import torch._dynamo when they are created.
-FORKS.set_forkserver_preload(
-    [
-        "datasets",
-        "matplotlib.backends.backend_agg",
-        "matplotlib.backends.backend_pdf",
-        "snakemake.cli",
-        "torch._dynamo",
-        "transformers.models.bert.modeling_bert",
-        "transformers.models.siglip.modeling_siglip",
-        "transformers.models.vit.image_processing_vit",
-        "transformers.models.vit.modeling_vit",
-        *("conceptshare.cli", "conceptshare.encoders._transformers", "conceptshare.encoders.weights"),
-        *(f"conceptshare.sae.{name}" for name in ("_stream", "features")),
-        *(f"conceptshare.{name}" for name in ("correlations._store", "figures", "pages")),
-        *(f"conceptshare.analysis.{name}" for name in ("formats", "similarity", "tables")),
-        *(f"conceptshare.concepts.{name}" for name in ("examples", "names")),
-    ]
-)
+FORKS.set_forkserver_preload(["tests.helpers.preloaded"])
 # Forwards its arguments and exits with the job's status: 137 if the job was killed.
 _CLIENT = """
 import json, os, socket, sys

@@ -67,7 +67,7 @@ Name = Annotated[str, BeforeValidator(_as_name)]
 class Spec(BaseModel):
     """Base of every part of a study: unknown keys are errors, numbers are finite, and values are immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
