@@ -165,8 +165,9 @@ def test_results_do_not_depend_on_cores_parts_or_keep_tokens(finished, new_study
         for path, file in results_of(finished).items()
         if not path.startswith(("studies/", "squares/tokens/"))
     }
-    # First with a separate Python per job, as for users.
     for result in (
+        new_study.run("--cores", "1", "--until", "activations", "activations_join"),
+        # A separate Python for a job, as for users.
         new_study.start("snakemake", "--cores", "1", f"{SAE}/sae_weights.safetensors"),
         new_study.run("--cores", "1", "--until", "names", "examples", "correlations", "similarity"),
     ):
