@@ -1,5 +1,9 @@
-"""A local model hub: serves the requests of the hub's client over HTTP, with failures on demand."""
+"""A local model hub: serves the requests of the hub's client over HTTP, with failures on demand.
 
+Uploads are those of the client without Xet, its storage service: one commit, with large files by the LFS protocol.
+"""
+
+import base64
 import hashlib
 import json
 import os
@@ -15,6 +19,8 @@ from urllib.parse import unquote, urlsplit
 import huggingface_hub
 from huggingface_hub import constants
 
+USER = "us"
+"""The user whose token is `TOKEN`."""
 TOKEN = "hf_a_token_that_is_nowhere_to_be_written"
 
 
@@ -26,6 +32,7 @@ class Request:
     path: str
     range: str | None
     token: str | None
+    body: bytes = b""
 
     def __str__(self) -> str:
         return f"{self.method} {self.path}"
@@ -63,6 +70,7 @@ class Hub:
         self.timed_out = False
         """Whether a client waited longer than this hub stays silent."""
         self._names: dict[str, str] = {}
+        self._blobs: dict[str, bytes] = {}
         self._repositories: dict[tuple[str, str], Repository] = {}
         self._troubles: list[Trouble] = []
         self._lock = threading.Lock()
@@ -84,6 +92,11 @@ class Hub:
         known.revisions[revision] = commit
         return commit
 
+    def files(self, repository: str) -> dict[str, bytes]:
+        """The files at a model's main branch."""
+        known = self._repositories["model", repository]
+        return known.commits[known.revisions["main"]]
+
     def rename(self, old: str, new: str) -> None:
         """Redirect requests for a model's old name to its new one."""
         self._names[old] = new
@@ -95,6 +108,10 @@ class Hub:
     def fail(self, status: int, times: int, where: str = "") -> None:
         """Answer the next requests with an error status."""
         self._troubles.append(Trouble("fail", where, times, status))
+
+    def recover(self) -> None:
+        """End all failures."""
+        self._troubles.clear()
 
     def cut(self, after: int, where: str, times: int = 1) -> None:
         """Drop the connection in the middle of the next bodies."""
@@ -137,6 +154,10 @@ class Hub:
 
     def answer(self, request: Request) -> "Answer":
         """The hub's normal answer to a request."""
+        if request.method in ("POST", "PUT"):
+            return self._receive(request)
+        if request.path == "/api/whoami-v2":
+            return _json({"type": "user", "name": USER}) if request.token == TOKEN else Answer(401)
         parts = unquote(request.path).strip("/").split("/")
         if parts[0] == "api":
             kind, rest = parts[1].removesuffix("s"), parts[2:]
@@ -161,6 +182,47 @@ class Hub:
             return _json([{"type": "file", "path": name, "size": len(x), "oid": _tag(x)} for name, x in files.items()])
         return _json({"id": name, "sha": commit, "siblings": [{"rfilename": name} for name in files]})
 
+    def _receive(self, request: Request) -> "Answer":
+        """The answer to a request of an upload."""
+        parts = request.path.strip("/").split("/")
+        if parts[0] == "lfs":  # where the answer to a batch request sends the client, without its token
+            assert hashlib.sha256(request.body).hexdigest() == parts[1]
+            self._blobs[parts[1]] = request.body
+            return Answer(200)
+        if request.token != TOKEN:
+            return Answer(401)
+        if request.path == "/api/validate-yaml":
+            return _json({"errors": [], "warnings": []})
+        if request.path == "/api/repos/create":
+            wanted = json.loads(request.body)
+            name = f"{wanted['organization'] or USER}/{wanted['name']}"
+            if not name.startswith(f"{USER}/"):
+                return Answer(403)
+            if ("model", name) in self._repositories:
+                return Answer(409, body=json.dumps({"url": f"{self.endpoint}/{name}"}).encode())
+            self.add(name, {".gitattributes": b""})
+            return _json({"url": f"{self.endpoint}/{name}"})
+        if request.path.endswith(".git/info/lfs/objects/batch"):
+            objects = json.loads(request.body)["objects"]
+            for each in objects:
+                if each["oid"] not in self._blobs:
+                    each["actions"] = {"upload": {"href": f"{self.endpoint}/lfs/{each['oid']}"}}
+            return _json({"objects": objects})
+        name = "/".join(parts[2:4])
+        if ("model", name) not in self._repositories:
+            return Answer(404, {"X-Error-Code": "RepoNotFound"})
+        files = self.files(name)
+        if parts[4] == "preupload":
+            return _json({"files": [_mode(file, files) for file in json.loads(request.body)["files"]]})
+        assert parts[4] == "commit"
+        changed = {}
+        for line in map(json.loads, request.body.splitlines()[1:]):
+            value = line["value"]
+            is_large = line["key"] == "lfsFile"
+            changed[value["path"]] = self._blobs[value["oid"]] if is_large else base64.b64decode(value["content"])
+        commit = self.add(name, files | changed)
+        return _json({"commitOid": commit, "commitUrl": f"{self.endpoint}/{name}/commit/{commit}"})
+
 
 @dataclass
 class Answer:
@@ -175,6 +237,17 @@ def _failure(status: int, bearer: str) -> Answer:
     """A failure that repeats the secret of the request, as careless servers do."""
     message = f"refused to {bearer}"
     return Answer(status, {"X-Error-Message": message}, json.dumps({"error": message}).encode())
+
+
+def _mode(file: dict[str, Any], known: dict[str, bytes]) -> dict[str, Any]:
+    """How to upload a file, and the git hash or, for LFS, the SHA-256 of the one that is there."""
+    mode = "lfs" if file["path"].endswith((".safetensors", ".parquet")) else "regular"
+    described = {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
+    if file["path"] not in known:
+        return described
+    content = known[file["path"]]
+    git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return {**described, "oid": git if mode == "regular" else _tag(content)}
 
 
 def _json(content: Any) -> Answer:
@@ -209,6 +282,12 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             self._respond()
 
+        def do_POST(self) -> None:
+            self._respond()
+
+        def do_PUT(self) -> None:
+            self._respond()
+
         def log_message(self, *args: Any) -> None:
             """Log nothing."""
 
@@ -218,7 +297,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return
             bearer = self.headers["Authorization"]
             token = bearer.removeprefix("Bearer ") if bearer else None
-            request = Request(self.command, urlsplit(self.path).path, self.headers["Range"], token)
+            body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+            request = Request(self.command, urlsplit(self.path).path, self.headers["Range"], token, body)
             trouble = hub.trouble(request)
             if trouble is not None and trouble.kind == "ignore":
                 hub.timed_out |= not hub.over.wait(20)
@@ -266,6 +346,7 @@ def use(monkeypatch: Any, endpoint: str, cache: Path) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("conceptshare.io.hub._PAUSES", (0.01, 0.02))
@@ -275,4 +356,4 @@ def use(monkeypatch: Any, endpoint: str, cache: Path) -> None:
 def environment(endpoint: str, cache: Path, **more: str) -> dict[str, str]:
     """The environment of a process that uses ``endpoint``."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    return {**own, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), **more}
+    return {**own, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", **more}

@@ -1,4 +1,4 @@
-"""Fetching from a hub: the selected files, failures and error messages."""
+"""Fetching from a hub, and uploading: the selected files, failures and error messages."""
 
 import os
 import signal
@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from huggingface_hub import constants, snapshot_download
 
 from conceptshare.io import progress
 from conceptshare.io.errors import HubError
-from conceptshare.io.hub import chosen, fetch_files
+from conceptshare.io.hub import chosen, fetch_files, upload
 from tests.helpers.hub import TOKEN, Hub, environment, running, use
 
 FILES = {
@@ -397,3 +398,89 @@ def test_the_real_client_works_with_this_hub(hub, cache):
     """The client alone works with the hub of these tests, so they do not depend on a shared mistake."""
     commit = hub.add("us/tiny", FILES)
     assert Path(snapshot_download("us/tiny")) == cache / "models--us--tiny" / "snapshots" / commit
+
+
+# --- uploads ---
+
+
+@pytest.fixture
+def release(tmp_path, monkeypatch):
+    """A folder to upload, by a user who is logged in."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    folder = tmp_path / "release"
+    (folder / "saes").mkdir(parents=True)
+    (folder / "README.md").write_text("---\nconceptshare_study: ours\n---\n# SAEs\n")
+    (folder / "saes" / "cfg.json").write_text("{}")
+    (folder / "saes" / "sae_weights.safetensors").write_bytes(bytes(range(256)))
+    return folder
+
+
+def test_uploads_to_a_new_repository_and_sends_only_changed_files_later(hub, release):
+    address = upload("us/saes", release)
+    assert {**content(release), ".gitattributes": b""} == hub.files("us/saes")
+    assert address.startswith(f"{hub.endpoint}/us/saes/commit/")
+    assert len(hub.asked("PUT")) == len(hub.asked("POST", "/commit/")) == 1
+    assert upload("us/saes", release) == address
+    assert len(hub.asked("PUT")) == len(hub.asked("POST", "/commit/")) == 1
+    (release / "saes" / "cfg.json").write_text('{"k": 1}')
+    (release / "added.parquet").write_bytes(b"PAR1")
+    assert upload("us/saes", release) != address
+    assert {**content(release), ".gitattributes": b""} == hub.files("us/saes")
+    assert [request.path.split("/")[2] for request in hub.asked("PUT")] == [
+        sha256(content(release)[name]).hexdigest() for name in ("saes/sae_weights.safetensors", "added.parquet")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("there", "first"),
+    [
+        ({"model.safetensors": b"another model"}, "model.safetensors"),
+        ({"README.md": b"# By hand"}, "README.md"),
+        ({"README.md": b"---\nconceptshare_study: theirs\n---\n"}, "README.md"),
+        ({"README.md": b"---\nconceptshare_study: ours\n---\n", "saes/other.json": b"{}"}, "saes/other.json"),
+    ],
+)
+def test_never_uploads_into_a_repository_of_something_else(hub, release, there, first):
+    hub.add("us/saes", there)
+    with pytest.raises(HubError, match=f"^us/saes: not uploaded to .*: it has {first}, .*name another repository"):
+        upload("us/saes", release)
+    assert not hub.asked("POST") + hub.asked("PUT")
+    assert hub.files("us/saes") == there
+
+
+def test_uploads_into_an_empty_repository_and_over_an_older_card_of_the_study(hub, release):
+    hub.add("us/saes", {".gitattributes": b"x", "README.md": b"---\nconceptshare_study: ours\n---\nolder\n"})
+    upload("us/saes", release)
+    assert hub.files("us/saes") == {**content(release), ".gitattributes": b"x"}
+
+
+@pytest.mark.parametrize(
+    ("token", "repository", "why"),
+    [
+        (None, "us/saes", "you are not logged in; run `hf auth login`, or set HF_TOKEN"),
+        ("wrong", "us/saes", r"your token may not write there \(401\); use one with write access"),
+        (TOKEN, "them/saes", r"your token may not write there \(403\); use one with write access"),
+        (TOKEN, "not an id", "this is not a hub id of the form OWNER/NAME"),
+    ],
+)
+def test_a_refused_upload_is_one_line_with_the_remedy(hub, release, monkeypatch, token, repository, why):
+    monkeypatch.delenv("HF_TOKEN")
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(HubError, match=f"^{repository}: not uploaded to {hub.endpoint}: {why}") as error:
+        upload(repository, release)
+    assert "\n" not in str(error.value)
+    assert not hub.asked("PUT")
+
+
+def test_an_upload_that_fails_at_its_end_is_resumed(hub, release):
+    hub.fail(500, times=10, where="/commit/")
+    with pytest.raises(
+        HubError, match=r"the hub answered 500 .*; run again, which sends only what is missing"
+    ) as error:
+        upload("us/saes", release)
+    assert TOKEN not in str(error.value)
+    hub.recover()
+    upload("us/saes", release)
+    assert len(hub.asked("PUT")) == 1
+    assert hub.files("us/saes").keys() == {*content(release), ".gitattributes"}

@@ -7,7 +7,6 @@ the last shard of the previous part. Parts begin at batch boundaries, so all val
 parts.
 """
 
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice, pairwise, repeat
@@ -33,7 +32,7 @@ from conceptshare.data.dataset import Data
 from conceptshare.encoders import Encoder
 from conceptshare.io import sizes
 from conceptshare.io.errors import StoreError, StudyError
-from conceptshare.io.files import Unchanged
+from conceptshare.io.files import Unchanged, link
 from conceptshare.io.layout import layer_name
 from conceptshare.io.store import StoredArray, new_rows, new_store, open_store, resuming, rows_of
 
@@ -186,9 +185,4 @@ def _link_all(source: Path, array: Any) -> None:
     """Hard-link every shard of a part's array into the joined array, or copy it if links are not supported."""
     for file in (source / "c").rglob("*"):
         if file.is_file():
-            target = Path(array.store.root) / array.path / file.relative_to(source)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                target.hardlink_to(file)
-            except OSError:
-                shutil.copyfile(file, target)
+            link(file, Path(array.store.root) / array.path / file.relative_to(source))

@@ -21,7 +21,7 @@ app.add_typer(pages.app, name="pages")
 
 # Commands that may access a hub. All others run offline: compute nodes often have no internet, and the files that a run
 # reads are recorded by then.
-_FETCHING = {"check", "dataset", "weights", "doctor"}
+_FETCHING = {"check", "dataset", "weights", "doctor", "publish"}
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 

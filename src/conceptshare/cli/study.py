@@ -1,6 +1,7 @@
 """Commands for a whole study."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -123,6 +124,42 @@ def study_provenance(
 ) -> None:
     """Write down a study with the versions and the machine it is run on, as JSON."""
     read = load_study(study)
-    if found := in_words(differences(read, results)):
-        raise StoreError(f"results were made with other settings than the study's:\n{found}")
+    _check_settings(read, results)
     provenance.record_study(read.study_key(), out)
+
+
+def _check_settings(study: Study, results: Path) -> None:
+    if found := in_words(differences(study, results)):
+        raise StoreError(f"results were made with other settings than the study's:\n{found}")
+
+
+@app.command()
+def publish(
+    repository: Annotated[
+        str, typer.Argument(help="The repository on the hub, OWNER/NAME; made if it does not exist.")
+    ],
+    study: StudyFile = Path("config.yaml"),
+    results: Annotated[Path, typer.Option(help="The folder of all results.")] = Path("results"),
+    features: Annotated[bool, typer.Option("--features", help="Also publish feature stores and names.")] = False,
+    licence: Annotated[str, typer.Option(help="Licence of the SAEs, by its identifier on the hub.")] = "unknown",
+    push: Annotated[bool, typer.Option("--push", help="Upload; by default, only write and list the files.")] = False,
+) -> None:
+    """Publish the SAEs of a finished study on a model hub, with a model card."""
+    from conceptshare.io.hub import upload
+    from conceptshare.pages import write_release
+
+    read = load_study(study)
+    _check_settings(read, results)
+    out = path(layout.RELEASE, results, study=read.study)
+    write_release(read, results, repository, licence, features, out)
+    sizes: Counter[Path] = Counter()
+    for file in out.rglob("*"):
+        if file.is_file():  # the files of a store together
+            sizes[next((folder for folder in file.parents if folder.suffix == ".zarr"), file)] += file.stat().st_size
+    for place, size in sorted(sizes.items()):
+        typer.echo(f"{size:>17,}  {place.relative_to(out)}")
+    typer.echo(f"{sizes.total():>17,}  bytes at {out}")
+    if push:
+        typer.echo(f"uploaded: {upload(repository, out)}")
+    else:
+        typer.echo(f"nothing was uploaded; read {out / 'README.md'}, then run again with --push")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from conceptshare.config.study import Study
 
 # What `results/` and a study's folder hold next to the folders of data sets, in lower case, as some disks have it.
-_NOT_DATASETS = {"weights", "studies", "logs", "readme.md", "pages", "provenance.json", "report.zip"}
+_NOT_DATASETS = {"weights", "studies", "releases", "logs", "readme.md", "pages", "provenance.json", "report.zip"}
 
 # Bytes that most disks allow in a file's name. Slurm's logs join all names of a job, by an underscore each.
 _MAX_FILE_NAME_LENGTH = 255

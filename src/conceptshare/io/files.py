@@ -123,6 +123,13 @@ SITE = Kind(
 )
 
 
+RELEASE = Kind(
+    "a folder to publish",
+    r"README\.md|(saes|features|names)/.+",
+    is_valid=lambda path: "conceptshare" in read_object(path / PROVENANCE),
+)
+
+
 def store_kind(*names: str) -> Kind:
     """A kind of Zarr store, such as ``"activations"``; with several names, any of these kinds."""
     return Kind(
@@ -438,6 +445,15 @@ def _sync_one(path: Path) -> None:
             raise
     finally:
         os.close(opened)
+
+
+def link(source: Path, target: Path) -> None:
+    """Hard-link a file to ``target``, in a folder that is made if needed; copy it if links are not supported."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def remove(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The model hub: fetch the files of a model or data set at one revision, with errors that name the remedy.
+"""The model hub: fetch the files of a model or data set at one revision, and upload a folder; errors name the remedy.
 
 Files are in the cache of the hub's own client (``HF_HOME``), which other tools on the machine share. Running an
 interrupted fetch again fetches the missing files. A partially fetched file starts over: the client (2.4) gives each
@@ -25,6 +25,9 @@ Kind = Literal["model", "dataset"]
 
 # Seconds before the second and the third attempt.
 _PAUSES = (1.0, 4.0)
+
+STUDY = "conceptshare_study"
+"""Key of a model card that names the study whose SAEs its repository has."""
 
 # The key of a study's config that can name a local copy instead.
 _KEYS = {"model": "model", "dataset": "source"}
@@ -88,6 +91,58 @@ def fetch_files(
             info(f"{repository}: {why}; using the cached files at {cached.folder}")
             return cached
     raise HubError(f"{wanted} cannot be fetched: {why}; or point to a local copy, as in {remedy}") from error
+
+
+def upload(repository: str, folder: Path) -> str:
+    """Upload a folder to a repository of models, which is made if it does not exist; return the address of the commit.
+
+    Files that an earlier upload of the same study sent are not sent again, or replaced if they have changed.
+
+    Raises:
+        HubError: if no user is logged in or may write there, the repository has other files, or the hub fails.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    api, refused = HfApi(), f"{repository}: not uploaded to {constants.ENDPOINT}"
+    try:
+        api.whoami()
+        if other := _other_files(repository, folder):
+            raise HubError(
+                f"{refused}: it has {other[0]}, which is not of this study; name another repository, or delete it"
+            )
+        api.create_repo(repository, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=folder).commit_url)
+    except HubError:
+        raise
+    except LocalTokenNotFoundError:
+        raise HubError(
+            f"{refused}: you are not logged in; run `hf auth login`, or set HF_TOKEN to your token"
+        ) from None
+    except Exception as error:  # the client raises many types
+        why = _reason(error, repository, "model", None)
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            why = f"your token may not write there ({error.response.status_code}); use one with write access"
+        elif _is_down(error):
+            why += "; run again, which sends only what is missing"
+        raise HubError(f"{refused}: {why}") from error
+
+
+def _other_files(repository: str, folder: Path) -> list[str]:
+    """Files of a repository that an upload of this folder's study did not write; none if there is no repository."""
+    from huggingface_hub import HfApi, ModelCard
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        found = set(HfApi().list_repo_files(repository))
+    except RepositoryNotFoundError:
+        return []
+    ours = {path.relative_to(folder).as_posix() for path in folder.rglob("*")} | {".gitattributes"}
+    if "README.md" in found:
+        cards = [ModelCard.load(place, ignore_metadata_errors=True) for place in (repository, folder / "README.md")]
+        if cards[0].data.get(STUDY) != cards[1].data.get(STUDY):
+            ours.remove("README.md")
+    return sorted(found - ours)
 
 
 def chosen(names: Iterable[str], patterns: Sequence[str] | None) -> list[str]:

@@ -38,6 +38,9 @@ PAGES_OF_SAMPLES = f"{PAGES}/samples/{{dataset}}"
 PAGES_OF_MEMBER = f"{PAGES}/data/{{dataset}}/{{sae}}/{{member}}"
 PAGES_OF_PAIR = f"{PAGES}/data/{{dataset}}/{{sae}}/pairs/{{a}}__{{b}}"
 
+RELEASE = "results/releases/{study}"
+"""What `conceptshare publish` uploads."""
+
 
 def layer_name(layer: int) -> str:
     """Name of a layer's group or folder: ``layer-03``."""

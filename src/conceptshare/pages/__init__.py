@@ -7,6 +7,7 @@ loaded when it is needed; docs/formats.md describes them.
 from conceptshare.pages._index import write_index
 from conceptshare.pages._member import write_member
 from conceptshare.pages._pair import write_pair
+from conceptshare.pages._release import write_release
 from conceptshare.pages._samples import write_samples
 
-__all__ = ["write_index", "write_member", "write_pair", "write_samples"]
+__all__ = ["write_index", "write_member", "write_pair", "write_release", "write_samples"]
