@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -44,16 +45,13 @@ def at_work_in(folder):
 
 
 @pytest.fixture
-def other_file_system(tmp_path_factory):
+def other_file_system(tmp_path):
     """A folder on another file system than the tests', if there is one."""
-    shared = Path("/dev/shm")
-    if not os.access(shared, os.W_OK):
-        yield tmp_path_factory.mktemp("results")
-        return
-    folder = shared / f"conceptshare-test-{os.getpid()}"
-    folder.mkdir()
-    yield folder
-    shutil.rmtree(folder)
+    for place in (tempfile.gettempdir(), "/dev/shm"):
+        if os.access(place, os.W_OK) and Path(place).stat().st_dev != tmp_path.stat().st_dev:
+            break
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        yield Path(folder)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the job that outlives Snakemake in /proc")
