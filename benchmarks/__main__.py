@@ -36,7 +36,7 @@ from conceptshare.device import default_device, log_device
 from conceptshare.encoders import load_encoder
 from conceptshare.io.layout import layer_name
 from conceptshare.io.store import RowWriter, new_array, new_store, save_array
-from conceptshare.sae import TopKSAE, _order, evaluate, train_sae
+from conceptshare.sae import SAE, TopK, _order, evaluate, train_sae
 from conceptshare.sae._trainer import Trainer
 
 TURNS = 7
@@ -138,11 +138,11 @@ def sae_steps(precision: str, width: int = D) -> tuple[Callable[[], None], Calla
     device = default_device()
     x = torch.randn(TOKENS * 16, width, generator=torch.Generator().manual_seed(0)).to(device)
     trainer = Trainer(width, SAESettings(precision=precision), 0, 1000, device)
-    sae = TopKSAE(width, 8 * width, K, torch.Generator().manual_seed(0)).to(device)
+    sae = SAE(width, 8 * width, TopK(K), torch.Generator().manual_seed(0)).to(device)
     adam = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=5e-5, fused=True)
 
     def dense() -> None:
-        values, indices = sae.encode(x).topk(sae.k, dim=1)
+        values, indices = sae.encode(x).topk(K, dim=1)
         latents = torch.zeros(len(x), 8 * width, device=device).scatter(1, indices, values)
         loss = (latents @ sae.W_dec + sae.b_dec - x).square().mean()
         adam.zero_grad()
@@ -256,7 +256,7 @@ def reading_features(folder: Path) -> None:
     stored = zarr.open_group(folder / "features.zarr", mode="r")[layer_name(0)]
     generator = torch.Generator().manual_seed(0)
     for width in (512, 1024):
-        sae = TopKSAE(width, FEATURES, K, generator).to(default_device())
+        sae = SAE(width, FEATURES, TopK(K), generator).to(default_device())
         x = torch.randn(SAMPLES, width, generator=generator)
         with torch.no_grad():
             compare(

@@ -26,7 +26,7 @@ from conceptshare.config.settings import SAESettings
 from conceptshare.correlations import correlate_stores
 from conceptshare.io.layout import Code, layer_name, sae_place
 from conceptshare.io.store import new_store, save_array
-from conceptshare.sae import TopKSAE, save_sae, train_sae
+from conceptshare.sae import SAE, TopK, save_sae, train_sae
 from conceptshare.sae.features import read_features, record_features
 
 Array = NDArray[np.float64]
@@ -116,11 +116,11 @@ def encoders(world: World) -> dict[str, Planted]:
     return made
 
 
-def oracle(encoder: Planted) -> TopKSAE:
+def oracle(encoder: Planted) -> SAE:
     """An SAE that decodes by the planted directions, and encodes by the best linear estimate of the features."""
     x, f = encoder.tokens, encoder.features
     weights = np.linalg.lstsq(x - x.mean(0), f - f.mean(0), rcond=None)[0]
-    sae = TopKSAE(x.shape[1], f.shape[1], TRAINED.k)
+    sae = SAE(x.shape[1], f.shape[1], TopK(TRAINED.k))
     with torch.no_grad():
         sae.W_enc_T.copy_(torch.from_numpy(weights.T))
         sae.W_dec.copy_(torch.from_numpy(encoder.directions))

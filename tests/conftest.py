@@ -19,7 +19,7 @@ from hypothesis import settings
 
 from conceptshare.io.layout import layer_name
 from conceptshare.io.store import RowWriter, new_store, save_array
-from conceptshare.sae import TopKSAE, save_sae
+from conceptshare.sae import SAE, TopK, save_sae
 from conceptshare.sae.features import record_features
 from tests.helpers.browser import browser, open_tab  # noqa: F401 - fixtures
 
@@ -137,7 +137,7 @@ def write_features_from(write_activations):
         write_activations(store, {n: list(x[:, None, :]) for n, x in layers.items()}, content_hash)
         for layer, x in layers.items():
             width = x.shape[1]
-            sae = TopKSAE(width, width, k=1)
+            sae = SAE(width, width, TopK(1))
             with torch.no_grad():
                 sae.W_enc_T.copy_(torch.eye(width))
                 sae.W_dec.copy_(torch.eye(width))

@@ -107,7 +107,7 @@ from conceptshare.sae import load_sae
 
 sae = load_sae("{folder}")
 with torch.no_grad():
-    assert torch.allclose(reconstruction, sae.decode(sae.top_k(x)), atol=1e-5)
+    assert torch.allclose(reconstruction, sae.decode(sae.active(x)), atol=1e-5)
 """
     for library, block in zip((["sae_lens", "transformer_lens"], ["sparsify"]), blocks[2:], strict=True):
         run_elsewhere(library, block + checked, cwd=tmp_path)

@@ -25,7 +25,7 @@ from conceptshare.correlations._store import _Progress
 from conceptshare.data.dataset import Data, make_dataset
 from conceptshare.encoders import load_encoder
 from conceptshare.io.errors import DatasetError, EncoderError, OutputError, StoreError, StudyError
-from conceptshare.sae import TopKSAE, load_sae, save_sae
+from conceptshare.sae import SAE, TopK, load_sae, save_sae
 from conceptshare.sae.exchange import import_sae
 from tests.helpers import models
 from tests.helpers.samples import contents
@@ -160,7 +160,7 @@ def test_does_not_run_a_models_code_in_any_other_way(tmp_path, marker, make, mon
 
 def pickled_sae(folder, marker):
     """An SAE whose weights are a pickle under the name of safetensors."""
-    save_sae(TopKSAE(4, 8, k=2), folder, "vit", "layer 0")
+    save_sae(SAE(4, 8, TopK(2)), folder, "vit", "layer 0")
     (folder / "sae_weights.safetensors").write_bytes(pickle.dumps(Payload(marker)))
 
 

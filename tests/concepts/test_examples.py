@@ -20,7 +20,7 @@ from conceptshare.encoders import load_encoder
 from conceptshare.io.errors import StoreError
 from conceptshare.io.layout import layer_name
 from conceptshare.io.store import open_store
-from conceptshare.sae import TopKSAE, save_sae
+from conceptshare.sae import SAE, TopK, save_sae
 from conceptshare.sae.features import record_features
 from tests.helpers import models
 from tests.helpers.samples import contents
@@ -55,7 +55,7 @@ class Stage:
         self.layers = self.spec.layer_numbers()
         for layer in self.layers:
             generator = torch.Generator().manual_seed(layer)
-            self.saes[layer] = TopKSAE(spec.width, F, 4, generator)
+            self.saes[layer] = SAE(spec.width, F, TopK(4), generator)
             with torch.no_grad():
                 self.saes[layer].b_dec.copy_(torch.randn(spec.width, generator=generator) / 10)
                 self.saes[layer].W_enc_T[5] = 0  # a feature that never activates
@@ -187,7 +187,7 @@ def test_joins_a_one_word_caption_by_its_tokenizers_markers(pieces, of_another, 
 
 
 def test_a_batch_has_the_products_of_its_samples():
-    sae, x = TopKSAE(8, F, 4, torch.Generator().manual_seed(0)), torch.randn(3, 5, 8)
+    sae, x = SAE(8, F, TopK(4), torch.Generator().manual_seed(0)), torch.randn(3, 5, 8)
     shown = torch.tensor([[1, 2, 3], [2, -1, -1], [0, 4, -1]])
     entries = np.array([(0, 7, 0), (0, 9, 3), (1, 7, 1), (2, 2, 0), (2, 7, 2)])
     found = examples._encode(sae, x, shown, entries)

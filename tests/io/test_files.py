@@ -16,7 +16,7 @@ from conceptshare.io.files import (
     PARQUET,
     PNG,
     PROVENANCE_RECORD,
-    SAE,
+    SAE_FOLDER,
     Kind,
     Unchanged,
     atomic_output,
@@ -102,7 +102,7 @@ import sys
 from pathlib import Path
 from conceptshare.io.errors import AlreadyMadeError
 from conceptshare.io.errors import OutputError, StoreError
-from conceptshare.io.files import FILE, SAE, Kind, Unchanged, check_replaceable, atomic_output
+from conceptshare.io.files import FILE, SAE_FOLDER, Kind, Unchanged, check_replaceable, atomic_output
 
 FOLDER = Kind("a folder", "new|old|part|left over")
 
@@ -251,7 +251,7 @@ def foreign_files(folder):
 @pytest.mark.parametrize(
     "name", ["thesis", "letter", "link", "nowhere", "queue", "letter/sae", ".", "..", "/", "thesis/.."]
 )
-@pytest.mark.parametrize("kind", [SAE, FILE])
+@pytest.mark.parametrize("kind", [SAE_FOLDER, FILE])
 def test_never_replaces_anything_but_a_result_of_the_same_kind(tmp_path, monkeypatch, name, kind):
     foreign_files(tmp_path)
     (tmp_path / "here").mkdir()
@@ -323,7 +323,7 @@ def test_a_replaced_input_is_an_error_whatever_else_failed(tmp_path, as_folder):
 
 
 @pytest.mark.parametrize("unfinished_name", ["result.partial", "result.replaced.partial", ".result.lock"])
-@pytest.mark.parametrize("kind", [SAE, FILE])
+@pytest.mark.parametrize("kind", [SAE_FOLDER, FILE])
 @pytest.mark.parametrize("resume", [False, True])
 def test_keeps_foreign_files_named_like_an_unfinished_result(tmp_path, unfinished_name, kind, resume):
     for name in ("thesis", "letter", "link", "queue"):

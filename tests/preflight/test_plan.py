@@ -216,13 +216,13 @@ def test_correlations_of_features_not_kept_have_the_estimated_operations(rng, tm
     for name, spec in (("a@0", a), ("b@0", b)):
         layers = {n: rng.random((N, spec.width)) for n in range(spec.layers)}
         paths.append(write_features(tmp_path, name, layers, keep=False))
-    encode, done = sae.TopKSAE.encode, []
+    encode, done = sae.SAE.encode, []
 
     def counting(self, x):
         done.append(2 * len(x) * self.W_enc.numel())
         return encode(self, x)
 
-    monkeypatch.setattr(sae.TopKSAE, "encode", counting)
+    monkeypatch.setattr(sae.SAE, "encode", counting)
     _store.correlate_stores(*paths, tmp_path / "a@0__b@0.zarr")
     cost = plan.correlations_cost(a, b, settings, N, stored="none")
     # Finding out the dtype of a layer and shuffling samples computes single blocks of 1,024 samples again.
@@ -267,14 +267,14 @@ def test_reading_samples_counts_whole_chunks(tokens, width, at_once):
 
 def test_an_sae_has_the_estimated_size(tmp_path):
     spec, settings = encoder(width=32), SAESettings(expansion=4, k=3)
-    sae.save_sae(sae.TopKSAE(32, 128, 3, torch.Generator()), tmp_path, "x", "layer 0")
+    sae.save_sae(sae.SAE(32, 128, sae.TopK(3), torch.Generator()), tmp_path, "x", "layer 0")
     weights = (tmp_path / "sae_weights.safetensors").stat().st_size
     assert plan.sae_cost(spec, settings, N=10).written == pytest.approx(weights, abs=500)
 
 
 def test_training_an_sae_counts_the_operations_of_its_products():
     spec, settings = encoder(width=32, tokens=5), SAESettings(expansion=4, k=3, epochs=2, batch_samples=4)
-    model = sae.TopKSAE(32, 128, 3, torch.Generator())
+    model = sae.SAE(32, 128, sae.TopK(3), torch.Generator())
     with FlopCounterMode(display=False) as counted:
         model(torch.randn(5, 32))
     dense = counted.get_total_flops()

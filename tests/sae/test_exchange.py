@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from conceptshare.cli import app
 from conceptshare.io import seals
 from conceptshare.io.errors import StoreError
-from conceptshare.sae import TopKSAE, load_sae, save_sae
+from conceptshare.sae import SAE, TopK, load_sae, save_sae
 from conceptshare.sae.exchange import export_to_sparsify, import_sae
 from conceptshare.sae.folder import describe_sae
 from tests.helpers.elsewhere import run_elsewhere
@@ -27,7 +27,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 def some_sae():
     """An SAE none of whose parameters is zero, with decoder rows of many lengths."""
     generator = torch.Generator().manual_seed(0)
-    sae = TopKSAE(D, F, K, generator)
+    sae = SAE(D, F, TopK(K), generator)
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.normal_(generator=generator)
@@ -90,10 +90,10 @@ def edit_tensors(folder, **tensors):
 
 @torch.no_grad()
 def latents_and_reconstruction(folder, x):
-    """``[T, F]`` latents after TopK and ``[T, D]`` reconstructions."""
+    """``[T, F]`` latents that reach the decoder and ``[T, D]`` reconstructions."""
     sae = load_sae(folder)
-    top = sae.top_k(x)
-    return {"latents": torch.zeros(len(x), F).scatter(1, top.indices, top.values), "reconstruction": sae.decode(top)}
+    active = sae.active(x)
+    return {"latents": active.dense(F), "reconstruction": sae.decode(active)}
 
 
 def assert_same(found, expected, **tolerance):
@@ -108,7 +108,8 @@ SAE_LENS = """
 from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
-from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
+from sae_lens import SAE, GatedSAE, GatedSAEConfig, JumpReLUSAE, JumpReLUSAEConfig
+from sae_lens import StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 
 folder = Path(sys.argv[1])
@@ -151,8 +152,13 @@ for name, rescaled in (("training", True), ("training-plain", False)):
     sae.save_inference_model(folder / f"{name}-inference")
     record(sae, name)
     record(SAE.load_from_disk(folder / f"{name}-inference"), f"{name}-inference")
-filled(StandardSAE(StandardSAEConfig(**size))).save_model(folder / "standard")
-filled(JumpReLUSAE(JumpReLUSAEConfig(**size))).save_model(folder / "jumprelu")
+for name, kind, config in (("standard", StandardSAE, StandardSAEConfig), ("jumprelu", JumpReLUSAE, JumpReLUSAEConfig)):
+    for suffix, keys in (("", {}), ("-not-subtracted", {"apply_b_dec_to_input": False})):
+        sae = filled(kind(config(**size, **keys)))
+        sae.save_model(folder / (name + suffix))
+        record(sae, name + suffix)
+gated = filled(GatedSAE(GatedSAEConfig(**size)))
+gated.save_model(folder / "gated")
 """
 
 
@@ -186,6 +192,10 @@ def test_sae_lens_reads_our_folder(sae_lens):
         "training-inference",
         "training-plain",
         "training-plain-inference",
+        "standard",
+        "standard-not-subtracted",
+        "jumprelu",
+        "jumprelu-not-subtracted",
     ],
 )
 def test_imported_sae_lens_saes_compute_the_same(sae_lens, tmp_path, name):
@@ -205,7 +215,9 @@ def test_an_import_records_its_source(sae_lens, tmp_path):
 
 
 @pytest.mark.xdist_group("sae_lens")
-@pytest.mark.parametrize("name", ["plain", "bfloat16", "training-plain", "training-plain-inference"])
+@pytest.mark.parametrize(
+    "name", ["plain", "bfloat16", "training-plain", "training-plain-inference", "standard", "jumprelu"]
+)
 def test_loads_equivalent_sae_lens_saes_directly(sae_lens, name):
     expected = load_file(sae_lens / f"{name}.safetensors")
     assert_same(latents_and_reconstruction(sae_lens / name, tokens()), expected)
@@ -220,12 +232,13 @@ def test_loads_equivalent_sae_lens_saes_directly(sae_lens, name):
         ("expected_average_only_in", "normalize_activations = 'expected_average_only_in'"),
         ("covariance_whitening", "normalize_activations = 'covariance_whitening'"),
         ("hook_z", "reshape_activations = 'hook_z'"),
-        ("standard", "architecture = 'standard'"),
-        ("jumprelu", "architecture = 'jumprelu'"),
+        ("gated", "architecture = 'gated'"),
     ],
 )
 def test_refuses_sae_lens_saes_that_compute_something_else(sae_lens, tmp_path, name, message):
-    with pytest.raises(StoreError, match=f"{name}: {message} is not supported; only SAELens's TopK SAEs"):
+    with pytest.raises(
+        StoreError, match=f"{name}: {message} is not supported; only SAELens's TopK, JumpReLU and standard SAEs"
+    ):
         import_sae(sae_lens / name, tmp_path / "imported")
     with pytest.raises(StoreError, match=f"{name}: cfg.json has {message}, .*`conceptshare sae import .*{name} --out"):
         load_sae(sae_lens / name)
@@ -345,7 +358,7 @@ def test_importing_our_own_folder_changes_nothing(own, tmp_path):
 def test_exports_any_number_of_latents(tmp_path):
     """Including F that is not a multiple of D."""
     (tmp_path / "own").mkdir()
-    save_sae(TopKSAE(D, 19, K, torch.Generator().manual_seed(0)), tmp_path / "own", "vit", "layer 3")
+    save_sae(SAE(D, 19, TopK(K), torch.Generator().manual_seed(0)), tmp_path / "own", "vit", "layer 3")
     export_to_sparsify(tmp_path / "own", tmp_path / "exported")
     config = json.loads((tmp_path / "exported" / "cfg.json").read_text())
     assert (config["num_latents"], config["d_in"], config["k"]) == (19, D, K)
@@ -361,7 +374,8 @@ def make_sparsify(own, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"architecture": "standard"}, r"architecture = 'standard'"),
+        ({"architecture": "gated"}, r"architecture = 'gated'"),
+        ({"activation_fn_kwargs": {"k": 4}}, r"activation_fn_kwargs = {'k': 4}"),
         ({"architecture": None}, r"architecture = None"),
         ({"apply_b_dec_to_input": False}, r"apply_b_dec_to_input = False"),
         ({"rescale_acts_by_decoder_norm": True}, r"rescale_acts_by_decoder_norm = True"),
@@ -571,7 +585,7 @@ def test_the_description_omits_metrics_missing_from_older_versions(measured):
 
 
 def test_size_and_bias_come_from_the_files(tmp_path):
-    sae = TopKSAE(64, 512, 4, torch.Generator().manual_seed(0))
+    sae = SAE(64, 512, TopK(4), torch.Generator().manual_seed(0))
     save_sae(sae, tmp_path, "vit", "layer 3")
     (tmp_path / "more").write_bytes(bytes(2_000_000))
     lines = describe_sae(tmp_path).splitlines()

@@ -13,7 +13,7 @@ from conceptshare.io.errors import NumericsError, StoreError
 from conceptshare.io.layout import layer_name
 from conceptshare.io.readers import read_correlations, read_statistics
 from conceptshare.io.store import open_store
-from conceptshare.sae import TopKSAE, features, load_sae, save_sae
+from conceptshare.sae import SAE, JumpReLU, TopK, features, load_sae, save_sae
 from conceptshare.sae.exchange import import_sae
 from conceptshare.sae.features import read_features, record_features
 from conceptshare.sae.folder import sae_of
@@ -22,10 +22,10 @@ from conceptshare.sae.folder import sae_of
 SAMPLES, D, F = 1100, 6, 600
 
 
-def write_sae(saes, layer, seed, W_enc, b_dec, k=2, **spec):
+def write_sae(saes, layer, seed, W_enc, b_dec, activation=None, **spec):
     folder = saes / layer_name(layer) / f"seed-{seed}"
     folder.mkdir(parents=True)
-    sae = TopKSAE(*W_enc.shape, k=k)
+    sae = SAE(*W_enc.shape, activation or TopK(2))
     with torch.no_grad():
         sae.W_enc_T.copy_(torch.from_numpy(W_enc.T))
         sae.W_dec.copy_(torch.from_numpy(W_enc.T))
@@ -163,7 +163,7 @@ def after_topk(tmp_path, write_activations, rng):
         expected[layer] = x.astype(np.float16)
     store = write_activations(tmp_path / "vit.zarr", {n: list(x[:, None]) for n, x in expected.items()})
     for layer in expected:
-        write_sae(tmp_path / "saes", layer, 7, np.eye(200, dtype=np.float32), np.zeros(200, np.float32), k=k)
+        write_sae(tmp_path / "saes", layer, 7, np.eye(200, dtype=np.float32), np.zeros(200, np.float32), TopK(k))
     record_features(store, tmp_path / "saes", 7, tmp_path / "vit@7.zarr", keep=False, code="after_topk")
     for x in expected.values():
         x[x < np.sort(x, axis=1)[:, [-k]]] = 0
@@ -201,6 +201,23 @@ def test_statistics_after_topk_are_those_of_the_code(after_topk):
         order = np.argsort(-f, axis=0, kind="stable")[:100]
         values = np.take_along_axis(f, order, axis=0)
         np.testing.assert_array_equal(statistics.top_samples, np.where(values > 0, order, -1).T)
+
+
+def test_features_that_reach_the_decoder_are_those_above_their_thresholds(tmp_path, write_activations, rng):
+    """Without TopK, their number varies between samples, and may be 0."""
+    x = rng.integers(-60, 60, (SAMPLES, 200)) / 8
+    x[:5] = -1
+    activation = JumpReLU(200)
+    thresholds = rng.integers(-20, 60, 200) / 8  # some pre-activations equal their threshold
+    activation.threshold = torch.from_numpy(thresholds).float()
+    store = write_activations(tmp_path / "vit.zarr", {0: list(x[:, None])})
+    write_sae(tmp_path / "saes", 0, 7, np.eye(200, dtype=np.float32), np.zeros(200, np.float32), activation)
+    record_features(store, tmp_path / "saes", 7, tmp_path / "vit@7.zarr", code="after_topk")
+    expected = np.where(x > thresholds, x, 0).clip(min=0)
+    most = (expected > 0).sum(1).max()
+    assert most < (np.maximum(x, 0) > 0).sum(1).max()
+    assert open_store(tmp_path / "vit@7.zarr", "features")["layer-00/places"].shape == (SAMPLES, most)
+    np.testing.assert_array_equal(read_features(tmp_path / "vit@7.zarr")[0][:], expected)
 
 
 @pytest.mark.parametrize("memory_bytes", [None, 2**20])

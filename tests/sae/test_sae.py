@@ -17,7 +17,8 @@ from conceptshare.config.settings import SAESettings
 from conceptshare.io.errors import NumericsError, StoreError
 from conceptshare.io.store import new_store, save_array
 from conceptshare.sae import (
-    TopKSAE,
+    SAE,
+    TopK,
     _checkpoints,
     _order,
     _train,
@@ -47,7 +48,7 @@ def dense_reconstruction(x, W_enc, W_dec, b_dec, k, b_enc=0):
 def some_sae(d_in=8, d_sae=24, k=4, seed=0):
     """An SAE far from initialisation: non-zero biases, and encoder and decoder not aligned."""
     generator = torch.Generator().manual_seed(seed)
-    sae = TopKSAE(d_in, d_sae, k, generator)
+    sae = SAE(d_in, d_sae, TopK(k), generator)
     sae.b_enc.requires_grad_(True)
     with torch.no_grad():
         for parameter in sae.parameters():
@@ -113,12 +114,12 @@ def test_reconstruction_keeps_only_the_k_largest_latents():
     torch.testing.assert_close(sae(x), expected, rtol=1e-5, atol=1e-5)
     f = torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
     torch.testing.assert_close(sae.encode(x), f)
-    torch.testing.assert_close(sae.top_k(x).values, f.sort(dim=1, descending=True).values[:, :4])
+    torch.testing.assert_close(sae.active(x).values, f.sort(dim=1, descending=True).values[:, :4])
 
 
 def test_initial_weights():
     D, F = 48, 2000
-    sae = TopKSAE(D, F, 4, torch.Generator().manual_seed(0))
+    sae = SAE(D, F, TopK(4), torch.Generator().manual_seed(0))
     assert sae.W_enc.shape == (D, F)
     assert sae.W_dec.shape == (F, D)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(F))
@@ -135,7 +136,7 @@ def test_initial_weights():
 
 def test_refuses_k_larger_than_the_number_of_latents():
     with pytest.raises(NumericsError, match=r"k = 9 is more than the 8 latents"):
-        TopKSAE(4, 8, 9)
+        SAE(4, 8, TopK(9))
     with pytest.raises(NumericsError, match=r"k = 33"):
         train(reader(planted()), SAESettings(expansion=2, k=33), seed=0)
 
@@ -431,7 +432,7 @@ def test_200_steps_of_training_equal_dense_autograd():
     torch.testing.assert_close(sae.W_dec, W_dec, rtol=0, atol=1e-5)
     torch.testing.assert_close(sae.b_dec, b_dec, rtol=0, atol=1e-5)
     # The weights moved far from initialisation, so only the same training comes this close.
-    start = TopKSAE(16, 64, 4, torch.Generator().manual_seed(7))
+    start = SAE(16, 64, TopK(4), torch.Generator().manual_seed(7))
     assert (sae.W_enc - start.W_enc).abs().max() > 0.1
 
 
@@ -440,7 +441,7 @@ def test_training_learns_planted_features():
     settings = SAESettings(expansion=4, k=3, learning_rate=1e-2, epochs=4)
     everything = [tokens.read(np.arange(len(tokens)))]
     sae, losses = train(tokens, settings, seed=0)
-    before = evaluate(TopKSAE(16, 64, 3, torch.Generator().manual_seed(0)), everything).quality
+    before = evaluate(SAE(16, 64, TopK(3), torch.Generator().manual_seed(0)), everything).quality
     after = evaluate(sae, everything).quality
     assert losses[-20:].mean() < 0.25 * losses[:5].mean()
     assert after.fvu < 0.25 * before.fvu
@@ -465,7 +466,7 @@ def test_predicting_the_mean_has_fvu_1():
 
 def sae_of_both_signs(D):
     """x = relu(x) - relu(-x): a perfect reconstruction with D active latents of 2D."""
-    sae = TopKSAE(D, 2 * D, D)
+    sae = SAE(D, 2 * D, TopK(D))
     with torch.no_grad():
         both = torch.cat([torch.eye(D), -torch.eye(D)])
         sae.W_enc_T.copy_(both)
@@ -488,7 +489,7 @@ def test_l0_counts_positive_latents_and_dead_latents_are_never_positive():
 
 
 def test_a_latent_that_top_k_always_drops_is_dead():
-    sae = TopKSAE(2, 2, 1)
+    sae = SAE(2, 2, TopK(1))
     with torch.no_grad():
         sae.W_enc_T.copy_(torch.tensor([[2.0, 0], [1.0, 0]]))
         sae.W_dec.zero_()
@@ -551,7 +552,7 @@ def test_an_sae_replaces_all_files_of_an_older_one(stored, tmp_path):
         "density.csv",
         "manifest.json",
     }
-    assert load_sae(tmp_path / "sae").k == SETTINGS.k
+    assert load_sae(tmp_path / "sae").activation.k == SETTINGS.k
 
 
 def test_another_seed_layer_or_encoder_gives_other_initial_weights(stored, tmp_path, write_tokens):
@@ -598,7 +599,7 @@ def test_a_saved_sae_survives_a_round_trip(tmp_path):
     sae = some_sae()
     save_sae(sae, tmp_path, "vit", "layer 3")
     loaded = load_sae(tmp_path)
-    assert loaded.k == sae.k
+    assert loaded.activation.k == sae.activation.k
     for name, parameter in sae.named_parameters():
         assert torch.equal(parameter, dict(loaded.named_parameters())[name])
     assert load_sae(str(tmp_path)).W_enc.shape == (8, 24)
@@ -735,7 +736,7 @@ def test_cosine_length_ratio_and_density_follow_their_definitions():
     found = evaluate(sae, x.split(64))
     with torch.no_grad():
         cosine, ratio = metrics_of(x, sae(x))
-        latents = sae.top_k(x)
+        latents = sae.active(x)
     assert found.quality.cosine == pytest.approx(cosine, rel=1e-6)
     assert found.quality.l2_ratio == pytest.approx(ratio, rel=1e-6)
     assert found.quality.explained_variance == pytest.approx(1 - found.quality.fvu)
@@ -794,14 +795,14 @@ def test_bfloat16_selects_latents_by_rounded_products_and_recomputes_them_in_flo
     sae = some_sae(d_in=64, d_sae=256, k=8)
     x = torch.randn(300, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        found = sae.top_k(x, "bfloat16")
+        found = sae.active(x, "bfloat16")
         f = sae.encode(x)
         torch.testing.assert_close(found.values, f.gather(1, found.indices), rtol=1e-5, atol=1e-5)
-        exact = sae.top_k(x)
+        exact = sae.active(x)
     same = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(found.indices, exact.indices, strict=True)]
     assert 7 < np.mean(same) < 8
     x.requires_grad_()
-    (sae.decode(sae.top_k(x, "bfloat16")) - x).square().mean().backward()
+    (sae.decode(sae.active(x, "bfloat16")) - x).square().mean().backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in sae.parameters())
 
 
@@ -809,12 +810,12 @@ def test_tf32_selects_latents_by_tf32_products_and_recomputes_them_in_float32(mo
     sae, asked = some_sae(d_in=64, d_sae=256, k=8), []
     x = torch.randn(300, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        exact, f = sae.top_k(x), sae.encode(x)
+        exact, f = sae.active(x), sae.encode(x)
         addmm = torch.addmm
         monkeypatch.setattr(
             torch, "addmm", lambda *xs: asked.append(torch.backends.cuda.matmul.allow_tf32) or addmm(*xs)
         )
-        found = sae.top_k(x, "tf32")
+        found = sae.active(x, "tf32")
     assert asked == [True]
     assert not torch.backends.cuda.matmul.allow_tf32
     assert torch.equal(found.indices, exact.indices)  # CPUs have no such products
@@ -885,7 +886,7 @@ def test_standardising_equals_training_on_standardised_tokens(uneven, options):
     np.testing.assert_allclose(sae.W_enc.detach().numpy(), W_enc / deviation[:, None], atol=1e-3 / deviation.min())
     assert evaluate(sae, [torch.from_numpy(x)]).quality.fvu == pytest.approx(fvu(x, expected), rel=1e-3)
     first = np.concatenate(standardised[:4])
-    start = TopKSAE(16, 64, 3, torch.Generator().manual_seed(7))
+    start = SAE(16, 64, TopK(3), torch.Generator().manual_seed(7))
     if options:
         start.b_dec.data = torch.from_numpy(first.mean(0))
     error = deviation * (start(torch.from_numpy(first)).detach().numpy() - first)
@@ -946,7 +947,7 @@ def test_global_tokens_are_standardised_over_all_training_samples(uneven):
     np.testing.assert_allclose(trainer._scale, 1 / deviation, rtol=1e-6)
     mean, deviation = in_float64(globals_[:64])  # the others are held out
     np.testing.assert_allclose(sae.b_dec.detach(), mean, rtol=1e-5)
-    expected = TopKSAE(16, 32, 4, torch.Generator().manual_seed(0)).W_dec.detach().numpy() * deviation
+    expected = SAE(16, 32, TopK(4), torch.Generator().manual_seed(0)).W_dec.detach().numpy() * deviation
     np.testing.assert_allclose(sae.W_dec.detach(), expected, rtol=1e-5)
 
 

@@ -29,7 +29,7 @@ from conceptshare.io.files import (
     EXAMPLES,
     PARQUET,
     PROVENANCE_SIDECAR,
-    SAE,
+    SAE_FOLDER,
     SAES,
     SPARSIFY,
     WEIGHTS,
@@ -158,7 +158,7 @@ app.add_typer(sae_app, name="sae")
 def sae_train(
     tokens: Annotated[Path, typer.Option(help="A store of all tokens; for train_on: global, one of global tokens.")],
     layer: Annotated[int, typer.Option(help="The layer to train on, from 0.")],
-    out: Annotated[Path, out_option(SAE)],
+    out: Annotated[Path, out_option(SAE_FOLDER)],
     settings: Settings = "{}",
     seed: Annotated[int, typer.Option(help="Seed of the initial weights.", min=0)] = 0,
     threads: Threads = 1,
@@ -195,8 +195,8 @@ def sae_export(
 
 
 @sae_app.command("import")
-def sae_import(folder: Folder, out: Annotated[Path, out_option(SAE)]) -> None:
-    """Convert a TopK SAE of SAELens or sparsify to our format."""
+def sae_import(folder: Folder, out: Annotated[Path, out_option(SAE_FOLDER)]) -> None:
+    """Convert an SAE of SAELens or sparsify to our format."""
     from conceptshare.sae.exchange import import_sae
 
     import_sae(folder, out)

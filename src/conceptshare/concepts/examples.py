@@ -40,7 +40,7 @@ from conceptshare.io.readers import FEATURES
 from conceptshare.io.seals import seal
 from conceptshare.io.sizes import FEATURE_COLUMNS, HISTOGRAM_BINS, NEAR, QUANTILES, SHOWN_SAMPLES
 from conceptshare.io.store import layer_array, open_store
-from conceptshare.sae import TopKSAE, load_sae
+from conceptshare.sae import SAE, load_sae
 from conceptshare.sae.features import read_features
 from conceptshare.sae.folder import sae_of
 
@@ -228,7 +228,7 @@ def ranks_near(active: int) -> list[slice]:
 
 
 def locate_activations(
-    encoder: Encoder, data: Data, saes: dict[int, TopKSAE], tops: dict[int, Tops], name: str, threads: int
+    encoder: Encoder, data: Data, saes: dict[int, SAE], tops: dict[int, Tops], name: str, threads: int
 ) -> list[dict[str, Any]]:
     """Compute each feature's activation at the tokens of its strongest samples, and add it to ``tops``.
 
@@ -300,7 +300,7 @@ def _batches(
 
 
 @torch.inference_mode()
-def _encode(sae: TopKSAE, x: Tensor, shown: Tensor, entries: NDArray[np.int64]) -> Tensor:
+def _encode(sae: SAE, x: Tensor, shown: Tensor, entries: NDArray[np.int64]) -> Tensor:
     """Selected latents at the tokens that are shown, which are rounded to float16 as in stored and training tokens.
 
     Args:

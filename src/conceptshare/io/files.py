@@ -101,7 +101,7 @@ DATASET = Kind(
     unfinished="as-read",
     is_valid=lambda path: "content_hash" in read_object(path / "manifest.json"),
 )
-SAE = Kind("an SAE", _SAE_FILES, is_valid=lambda path: "d_sae" in read_object(path / "cfg.json"))
+SAE_FOLDER = Kind("an SAE", _SAE_FILES, is_valid=lambda path: "d_sae" in read_object(path / "cfg.json"))
 SAES = Kind("a folder of SAEs", rf"layer-\d+/seed-\d+/{_SAE_FILES}")
 SPARSIFY = Kind(
     "an SAE in sparsify's format",

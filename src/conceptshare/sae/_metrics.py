@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from conceptshare.sae._model import TopKSAE
+from conceptshare.sae._model import SAE
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Evaluation:
     """``[F]`` fraction of tokens for which each latent was positive and reached the decoder."""
 
 
-def evaluate(sae: TopKSAE, batches: Iterable[Tensor]) -> Evaluation:
+def evaluate(sae: SAE, batches: Iterable[Tensor]) -> Evaluation:
     """Evaluate an SAE on all rows of the batches ``[rows, D]``, in float64 and one pass, on the SAE's device."""
     evaluator = Evaluator(sae)
     for batch in batches:
@@ -51,7 +51,7 @@ def evaluate(sae: TopKSAE, batches: Iterable[Tensor]) -> Evaluation:
 class Evaluator:
     """Streaming accumulator of SAE quality metrics."""
 
-    def __init__(self, sae: TopKSAE) -> None:
+    def __init__(self, sae: SAE) -> None:
         F, D = sae.W_dec.shape
 
         def zeros(*shape: int) -> Tensor:
@@ -66,8 +66,8 @@ class Evaluator:
     def add(self, batch: Tensor) -> None:
         """Add ``batch [rows, D]``."""
         x = batch.to(self._sae.W_dec.device).float()
-        latents = self._sae.top_k(x)
-        reconstruction, x = self._sae.decode(latents).double(), x.double()
+        active = self._sae.active(x)
+        reconstruction, x = self._sae.decode(active).double(), x.double()
         self._tokens += len(x)
         self._total += x.sum(0)
         self._square += x.square().sum(0)
@@ -76,9 +76,9 @@ class Evaluator:
         # The clamps avoid divisions by zero: the cosine of a token of norm 0 counts as 0.
         self._cosine += ((reconstruction * x).sum(1) / (lengths * reconstructed).clamp(min=1e-30)).sum()
         self._ratio += (reconstructed / lengths.clamp(min=1e-30)).sum()
-        above = (latents.values > 0).double()
+        above = (active.values > 0).double()
         self._active += above.sum()
-        self._counts.index_add_(0, latents.indices.flatten(), above.flatten())
+        self._counts.index_add_(0, active.indices.flatten(), above.flatten())
 
     def result(self) -> Evaluation:
         """Return the metrics over all added batches."""

@@ -1,10 +1,10 @@
-"""The TopK SAE model, and reading and writing of its folder, which SAELens can read too."""
+"""The SAE model, and reading and writing of its folder, which SAELens can read too."""
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,36 +13,30 @@ from torch.nn.functional import embedding_bag
 
 from conceptshare.io.errors import NumericsError, StoreError
 from conceptshare.io.seals import seal
+from conceptshare.sae._activations import Activation, Active, TopK, saved_activation
 from conceptshare.sae.folder import ELSEWHERE, other_meaning, sae_file
 
 # The version of SAELens that this layout was tested with.
 _SAE_LENS_VERSION = "6.54.12"
 
 
-class TopK(NamedTuple):
-    """The latents that reach the decoder."""
-
-    values: Tensor
-    """``[T, k]`` float32, at least 0."""
-    indices: Tensor
-    """``[T, k]`` int64."""
-
-
-class TopKSAE(nn.Module):
-    """A TopK sparse autoencoder.
+class SAE(nn.Module):
+    """A sparse autoencoder.
 
     Args:
         d_in: D, the width of the residual stream.
         d_sae: F, the number of latents.
-        k: latents kept per token.
+        activation: selects the latents that reach the decoder.
         generator: random generator for the initial weights; without one they are left uninitialised.
     """
 
-    def __init__(self, d_in: int, d_sae: int, k: int, generator: torch.Generator | None = None) -> None:
+    def __init__(self, d_in: int, d_sae: int, activation: Activation, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        if k > d_sae:
-            raise NumericsError(f"k = {k} is more than the {d_sae} latents there are; lower k or raise expansion")
-        self.k = k
+        if isinstance(activation, TopK) and activation.k > d_sae:
+            raise NumericsError(
+                f"k = {activation.k} is more than the {d_sae} latents there are; lower k or raise expansion"
+            )
+        self.activation = activation
         # One row per latent, as in the decoder, so that an active latent's weights are contiguous.
         self.W_enc_T = nn.Parameter(torch.empty(d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(d_sae), requires_grad=False)
@@ -60,38 +54,60 @@ class TopKSAE(nn.Module):
         return self.W_enc_T.T
 
     def encode(self, x: Tensor) -> Tensor:
-        """``[T, F]`` latents of ``x [T, D]``, before TopK and after ReLU."""
+        """``[T, F]`` latents of ``x [T, D]``, after ReLU and before the activation drops any."""
         return torch.relu(torch.addmm(self.b_enc, x - self.b_dec, self.W_enc))
 
-    def top_k(self, x: Tensor, precision: str = "float32", k: int | None = None, among: Tensor | None = None) -> TopK:
-        """Compute the k largest latents of each row of ``x [T, D]``.
+    def active(
+        self,
+        x: Tensor,
+        precision: str = "float32",
+        activation: Activation | None = None,
+        among: Tensor | None = None,
+    ) -> Active:
+        """Compute the latents of ``x [T, D]`` that reach the decoder.
 
         Args:
             x: tokens.
             precision: with bfloat16 or tf32, x and W_enc are rounded for the product that selects the latents; the
                 selected values are computed in float32.
-            k: number of latents; defaults to the model's k.
+            activation: selects the latents; defaults to the model's.
             among: ``[F]`` bool, the latents to choose from; values of other latents are 0. Defaults to all.
         """
-        values, indices = _TopLatents.apply(x - self.b_dec, self.W_enc_T, self.b_enc, k or self.k, precision, among)
-        return TopK(values, indices)
+        chosen = activation or self.activation
+        return Active(*_ActiveLatents.apply(x - self.b_dec, self.W_enc_T, self.b_enc, chosen, precision, among))
 
-    def decode(self, latents: TopK) -> Tensor:
+    def decode(self, active: Active) -> Tensor:
         """``[T, D]`` reconstruction."""
-        return _weighted_sum(latents.indices, self.W_dec, latents.values) + self.b_dec
+        return _weighted_sum(active.indices, self.W_dec, active.values, active.starts) + self.b_dec
+
+    def load_saved(self, tensors: dict[str, Tensor]) -> None:
+        """Copy the tensors of SAELens's `sae_weights.safetensors`.
+
+        Raises:
+            RuntimeError: if names or shapes differ: the meaning of additional tensors is unknown.
+        """
+        own = self.activation.state_dict()
+        named = {f"activation.{name}" if name in own else name: tensor for name, tensor in tensors.items()}
+        self.load_state_dict({"W_enc_T": named.pop("W_enc").T, **named})
 
     def forward(self, x: Tensor) -> Tensor:
         """``[T, D]`` reconstruction of ``x [T, D]``."""
-        return self.decode(self.top_k(x))
+        return self.decode(self.active(x))
 
 
-class _TopLatents(torch.autograd.Function):
-    """TopK(ReLU(x W_enc + b_enc)) with gradients that only touch the kept latents."""
+class _ActiveLatents(torch.autograd.Function):
+    """Active latents of x W_enc + b_enc, with gradients that only touch these."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W_enc_T: Tensor, b_enc: Tensor, k: int, precision: str, among: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        x: Tensor,
+        W_enc_T: Tensor,
+        b_enc: Tensor,
+        activation: Activation,
+        precision: str,
+        among: Tensor | None,
+    ) -> Active:
         rounded = precision != "float32"
         if precision == "bfloat16":
             products = torch.addmm(b_enc.bfloat16(), x.bfloat16(), W_enc_T.bfloat16().T)
@@ -102,21 +118,23 @@ class _TopLatents(torch.autograd.Function):
             products = torch.addmm(b_enc, x, W_enc_T.T)
         if among is not None:
             products = products.masked_fill(~among, -torch.inf)
-        values, indices = products.topk(k, dim=1)
+        active: Active = activation(products)
         if rounded:
-            values = torch.where(values.isneginf(), -torch.inf, _dots(indices, W_enc_T, x) + b_enc[indices])
-        values = torch.relu(values)
-        ctx.save_for_backward(x, W_enc_T, values, indices)
-        ctx.mark_non_differentiable(indices)
-        return values, indices
+            exact = _dots(active, W_enc_T, x) + b_enc[active.indices]
+            if among is not None:
+                exact = exact.where(among[active.indices], 0)
+            active = active._replace(values=torch.relu(exact))
+        ctx.save_for_backward(x, W_enc_T, *active)
+        ctx.mark_non_differentiable(*(places for places in active[1:] if places is not None))
+        return active
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, W_enc_T, values, indices = ctx.saved_tensors
+        x, W_enc_T, values, indices, starts = ctx.saved_tensors
         latent_gradients = gradients[0] * (values > 0)
         with torch.enable_grad():
             weights = W_enc_T.detach().requires_grad_()
-            x_gradient = _weighted_sum(indices, weights, latent_gradients)
+            x_gradient = _weighted_sum(indices, weights, latent_gradients, starts)
         # The vector-Jacobian product of sum_j g_j W_j with x, for W, is the sum over tokens of g_j x: the encoder's
         # gradient.
         (W_gradient,) = torch.autograd.grad(x_gradient, weights, grad_outputs=x)
@@ -145,25 +163,29 @@ def _tf32() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def _weighted_sum(indices: Tensor, W: Tensor, weights: Tensor) -> Tensor:
-    """``[T, D]`` sums of the rows ``indices [T, k]`` of ``W [F, D]`` with ``weights [T, k]``, without a gather."""
-    return embedding_bag(indices, W, per_sample_weights=weights, mode="sum")
+def _weighted_sum(indices: Tensor, W: Tensor, weights: Tensor, starts: Tensor | None) -> Tensor:
+    """``[T, D]`` sums of each token's rows ``indices`` of ``W [F, D]`` with ``weights``, as in `Active`.
+
+    No row is gathered.
+    """
+    return embedding_bag(indices, W, starts, per_sample_weights=weights, mode="sum")
 
 
-def _dots(indices: Tensor, W: Tensor, x: Tensor) -> Tensor:
-    """``[T, k]`` dot products of ``x [T, D]`` with the rows ``indices [T, k]`` of ``W``, without gathering rows.
+def _dots(active: Active, W: Tensor, x: Tensor) -> Tensor:
+    """Dot products of ``x [T, D]`` with the active latents' rows of ``W``, in their shape, without gathering rows.
 
     Computed as the gradient of a weighted sum of these rows with respect to the weights, for the output gradient x.
     """
-    T, k = indices.shape
-    tokens = torch.arange(T, device=x.device)
+    indices, starts = active.indices, active.starts
+    if starts is None:
+        starts = torch.arange(len(x), device=x.device) * indices.shape[1]
     products: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        x, W, indices.flatten(), tokens * k, tokens.repeat_interleave(k), mode=0
+        x, W, indices.flatten(), starts, active.tokens(), mode=0
     )
     return products.view_as(indices)
 
 
-def save_sae(sae: TopKSAE, folder: Path, model_name: str, hook_name: str, spec: dict[str, Any] | None = None) -> None:
+def save_sae(sae: SAE, folder: Path, model_name: str, hook_name: str, spec: dict[str, Any] | None = None) -> None:
     """Write `sae_weights.safetensors` and `cfg.json` in the layout of SAELens, and seal the folder in `manifest.json`.
 
     Args:
@@ -179,19 +201,21 @@ def save_sae(sae: TopKSAE, folder: Path, model_name: str, hook_name: str, spec: 
         "W_dec": sae.W_dec.detach(),
         "b_enc": sae.b_enc.detach(),
         "b_dec": sae.b_dec.detach(),
+        **sae.activation.state_dict(),
     }
     save_file(tensors, folder / "sae_weights.safetensors")
+    # Keys in SAELens's order; None for those of other activations, which are left out.
     config = {
-        "architecture": "topk",
+        "architecture": sae.activation.architecture,
         "d_in": d_in,
         "d_sae": d_sae,
-        "k": sae.k,
+        "k": None,
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "rescale_acts_by_decoder_norm": False,
+        "rescale_acts_by_decoder_norm": None,
         "metadata": {
             "sae_lens_version": _SAE_LENS_VERSION,
             "model_name": model_name,
@@ -199,11 +223,12 @@ def save_sae(sae: TopKSAE, folder: Path, model_name: str, hook_name: str, spec: 
             "token_position": (spec or {}).get("settings", {}).get("train_on", "all"),
         },
     }
+    config = {key: value for key, value in (config | sae.activation.config()).items() if value is not None}
     (folder / "cfg.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     seal(folder, {"kind": "sae", "version": 1, "spec": spec or {}})
 
 
-def load_sae(folder: Path | str, record: dict[str, Any] | None = None) -> TopKSAE:
+def load_sae(folder: Path | str, record: dict[str, Any] | None = None) -> SAE:
     """Load an SAE that `save_sae` wrote, or one of SAELens that computes the same.
 
     Args:
@@ -224,9 +249,8 @@ def load_sae(folder: Path | str, record: dict[str, Any] | None = None) -> TopKSA
                 f"`conceptshare sae import {folder} --out FOLDER`"
             )
         tensors = load_file(sae_file(folder, "sae_weights.safetensors", record))
-        sae = TopKSAE(config["d_in"], config["d_sae"], config["k"])
-        # Strict in names and shapes: the meaning of additional tensors is unknown.
-        sae.load_state_dict({"W_enc_T": tensors.pop("W_enc").T, **tensors})
+        sae = SAE(config["d_in"], config["d_sae"], saved_activation(config))
+        sae.load_saved(tensors)
     except StoreError:
         raise
     except Exception as error:  # damaged files raise many types

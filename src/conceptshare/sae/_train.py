@@ -22,12 +22,12 @@ from conceptshare.device import default_device, full_float32
 from conceptshare.io import provenance
 from conceptshare.io.ahead import in_order
 from conceptshare.io.errors import NumericsError, StoreError
-from conceptshare.io.files import SAE, Unchanged, atomic_output
+from conceptshare.io.files import SAE_FOLDER, Unchanged, atomic_output
 from conceptshare.io.progress import info, progress, warn
 from conceptshare.sae import _order
 from conceptshare.sae._checkpoints import PREEMPTED, Checkpoints, stop_on_sigterm
 from conceptshare.sae._metrics import Evaluation, density_histogram, evaluate
-from conceptshare.sae._model import TopKSAE, save_sae
+from conceptshare.sae._model import SAE, save_sae
 from conceptshare.sae._trainer import Trainer
 
 _SECONDS_BETWEEN_CHECKPOINTS = 300.0
@@ -84,7 +84,7 @@ def train(
     batch_samples: int | None = None,
     what: str = "SAE",
     checkpoints: Checkpoints | None = None,
-) -> tuple[TopKSAE, NDArray[np.float32]]:
+) -> tuple[SAE, NDArray[np.float32]]:
     """Train an SAE, on the GPU if there is one, with prefetching of tokens.
 
     Args:
@@ -214,7 +214,7 @@ def train_sae(store: Path, layer: int, settings: SAESettings, seed: int, out: Pa
     key = {"settings": settings.of_training(), "seed": seed, "layer": layer, "made_from": tokens.made_from}
     checkpoints = Checkpoints(out.with_name(out.name + ".checkpoints"), key)
     batch_samples = settings.samples_per_step(tokens.modality)
-    with atomic_output(out, SAE, key=checkpoints.key) as folder, inputs:
+    with atomic_output(out, SAE_FOLDER, key=checkpoints.key) as folder, inputs:
         trainer = _trained(tokens, settings, origin.mixed_seed(), batch_samples, str(origin), checkpoints)
         sae = trainer.finish()
         batches = _order.evaluated(len(tokens), settings)
@@ -241,7 +241,7 @@ class Report:
 
 def write_sae(
     folder: Path,
-    sae: TopKSAE,
+    sae: SAE,
     losses: NDArray[np.float32],
     settings: SAESettings,
     report: Report,

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from conceptshare.config.settings import SAESettings
-from conceptshare.sae._model import TopK, TopKSAE
+from conceptshare.sae._activations import Active, TopK
+from conceptshare.sae._model import SAE
 
 _STEPS_BETWEEN_CHECKS = 50
 
@@ -27,7 +28,7 @@ class Trainer:
     def __init__(self, width: int, settings: SAESettings, seed: int, steps: int, device: torch.device) -> None:
         self._settings = settings
         generator = torch.Generator().manual_seed(seed)
-        self.sae = TopKSAE(width, settings.expansion * width, settings.k, generator).to(device)
+        self.sae = SAE(width, settings.expansion * width, TopK(settings.k), generator).to(device)
         self.sae.b_enc.requires_grad_(settings.encoder_bias)
         trained = [parameter for parameter in self.sae.parameters() if parameter.requires_grad]
         self._rate = settings.rate(len(self.sae.W_dec))
@@ -63,14 +64,14 @@ class Trainer:
             self._initialize(x)
         if self._settings.scale_inputs or self._settings.standardise:
             x = (x - self._shift) * self._scale
-        latents = self.sae.top_k(x, self._settings.precision)
-        reconstruction = self.sae.decode(latents)
+        active = self.sae.active(x, self._settings.precision)
+        reconstruction = self.sae.decode(active)
         error = reconstruction - x
         loss = mean_square(error, weights)
         unscaled = mean_square(error / self._scale, weights) if self._settings.standardise else loss / self._scale**2
         self.losses[self.step] = unscaled.detach()
         if self._settings.auxk:
-            self._track_activity(latents)
+            self._track_activity(active)
             if self._some_dead:
                 loss = loss + self._settings.auxk * self._auxiliary_loss(x, reconstruction, weights)
         torch.autograd.backward(loss)
@@ -78,7 +79,7 @@ class Trainer:
         self._adam.zero_grad()
         self.step += 1
 
-    def finish(self) -> TopKSAE:
+    def finish(self) -> SAE:
         """Return the SAE for tokens as they are: scaling and standardising are folded into its weights.
 
         ((x - shift) * scale - b_dec) W_enc = (x - (b_dec / scale + shift)) (scale * W_enc), so b_enc stays the same.
@@ -155,9 +156,9 @@ class Trainer:
             self.sae.W_dec.div_(self.sae.W_dec.norm(dim=1, keepdim=True))
 
     @torch.no_grad()
-    def _track_activity(self, latents: TopK) -> None:
-        now = torch.where(latents.values > 0, self._seen, 0)
-        self._last_active.scatter_reduce_(0, latents.indices.flatten(), now.flatten(), "amax")
+    def _track_activity(self, active: Active) -> None:
+        now = torch.where(active.values > 0, self._seen, 0)
+        self._last_active.scatter_reduce_(0, active.indices.flatten(), now.flatten(), "amax")
         if self.step % _STEPS_BETWEEN_CHECKS == 0:  # the check synchronizes with the GPU
             self._some_dead = bool(self._dead().any())
 
@@ -167,9 +168,9 @@ class Trainer:
     def _auxiliary_loss(self, x: Tensor, reconstruction: Tensor, weights: Tensor | None = None) -> Tensor:
         """Mean squared error of the residual's reconstruction by dead latents, without b_dec (AuxK)."""
         k = min(self._settings.auxk_latents, len(self.sae.W_dec))
-        latents = self.sae.top_k(x, self._settings.precision, k, among=self._dead())
+        active = self.sae.active(x, self._settings.precision, TopK(k), among=self._dead())
         residual = (x - reconstruction).detach()
-        return mean_square(self.sae.decode(latents) - self.sae.b_dec - residual, weights)
+        return mean_square(self.sae.decode(active) - self.sae.b_dec - residual, weights)
 
     def state(self) -> dict[str, Tensor]:
         """Return the training state, on the CPU."""

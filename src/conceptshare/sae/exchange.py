@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conceptshare.io.errors import ConceptshareError, StoreError
-from conceptshare.io.files import SAE, SPARSIFY, Kind, atomic_output
-from conceptshare.sae._model import TopKSAE, load_sae, save_sae
+from conceptshare.io.files import SAE_FOLDER, SPARSIFY, Kind, atomic_output
+from conceptshare.sae._activations import TopK, saved_activation
+from conceptshare.sae._model import SAE, load_sae, save_sae
 from conceptshare.sae.folder import other_meaning, sae_file
 
 _SAE_LENS_WEIGHTS = "sae_weights.safetensors"
@@ -22,10 +23,10 @@ _SPARSIFY_MEANING = {"activation": "topk", "transcode": False, "skip_connection"
 
 
 class _Imported(NamedTuple):
-    """The state of a `TopKSAE` and the origin of the SAE."""
+    """Tensors and keys of an SAE as SAELens names them, and its origin."""
 
     tensors: dict[str, Tensor]
-    k: int
+    config: dict[str, Any]
     model_name: str
     hook_name: str
 
@@ -34,9 +35,14 @@ def export_to_sparsify(folder: Path | str, out: Path | str) -> None:
     """Write an SAE in the format of sparsify's `SparseCoder.load_from_disk`: `cfg.json` and `sae.safetensors`.
 
     Raises:
-        StoreError: if the folder holds no SAE, or ``out`` exists.
+        StoreError: if the folder holds no TopK SAE, or ``out`` exists.
     """
     sae = load_sae(folder)
+    if not isinstance(sae.activation, TopK):
+        raise StoreError(
+            f"{folder}: its architecture is {sae.activation.architecture}, but sparsify has only TopK SAEs; SAELens "
+            f"reads the folder as it is"
+        )
     metadata = json.loads((Path(folder) / "cfg.json").read_text(encoding="utf-8")).get("metadata", {})
     F, D = sae.W_dec.shape
     config = {
@@ -44,7 +50,7 @@ def export_to_sparsify(folder: Path | str, out: Path | str) -> None:
         "expansion_factor": F // D,
         "normalize_decoder": False,
         "num_latents": F,
-        "k": sae.k,
+        "k": sae.activation.k,
         "multi_topk": False,
         "skip_connection": False,
         "transcode": False,
@@ -62,7 +68,7 @@ def export_to_sparsify(folder: Path | str, out: Path | str) -> None:
 def import_sae(folder: Path | str, out: Path | str) -> None:
     """Convert an SAE of SAELens or sparsify to the format of `load_sae`, with weights in float32.
 
-    Operations beyond a TopK SAE are folded into the weights if that is exact, and rejected otherwise.
+    Operations beyond those of `load_sae` are folded into the weights if that is exact, and rejected otherwise.
 
     Raises:
         StoreError: if the folder holds no SAE or one that cannot be expressed, or if ``out`` exists.
@@ -80,8 +86,9 @@ def import_sae(folder: Path | str, out: Path | str) -> None:
     try:
         config = json.loads(sae_file(folder, "cfg.json").read_text(encoding="utf-8"))
         imported = read(folder, config, load_file(sae_file(folder, weights)))
-        sae = TopKSAE(config["d_in"], len(imported.tensors["W_dec"]), imported.k)
-        sae.load_state_dict(imported.tensors)
+        d_sae = len(imported.tensors["W_dec"])
+        sae = SAE(config["d_in"], d_sae, saved_activation(imported.config | {"d_sae": d_sae}))
+        sae.load_saved(imported.tensors)
     except ConceptshareError:
         raise
     except Exception as error:  # damaged files raise many types
@@ -90,7 +97,7 @@ def import_sae(folder: Path | str, out: Path | str) -> None:
             f"{folder}: cfg.json and {weights} do not match or are damaged ({type(error).__name__}: {message}); "
             "fetch or save the folder again"
         ) from error
-    with _new_folder(Path(out), SAE) as partial:
+    with _new_folder(Path(out), SAE_FOLDER) as partial:
         save_sae(sae, partial, imported.model_name, imported.hook_name)
 
 
@@ -106,7 +113,7 @@ def _from_sae_lens(folder: Path, config: dict[str, Any], tensors: dict[str, Tens
     # Some versions of SAELens saved a factor per latent, which is 1 if unused.
     if not (tensors.pop("scaling_factor", torch.ones(1)) == 1).all():
         other["scaling_factor"] = "not 1"
-    _reject(folder, other, "SAELens's TopK SAEs on unnormalised activations")
+    _reject(folder, other, "SAELens's TopK, JumpReLU and standard SAEs on unnormalised activations")
     W_enc, W_dec = tensors.pop("W_enc"), tensors.pop("W_dec")
     b_enc, b_dec = tensors.pop("b_enc"), tensors.pop("b_dec")
     if not subtracted:
@@ -124,8 +131,8 @@ def _from_sae_lens(folder: Path, config: dict[str, Any], tensors: dict[str, Tens
         W_enc, b_enc, W_dec = W_enc.double() * lengths, b_enc.double() * lengths, W_dec.double() / lengths[:, None]
     metadata = config.get("metadata", {})
     return _Imported(
-        {"W_enc_T": W_enc.T, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, **tensors},
-        config["k"],
+        {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, **tensors},
+        config,
         metadata.get("model_name") or "unknown",
         metadata.get("hook_name") or "unknown",
     )
@@ -135,10 +142,10 @@ def _from_sparsify(folder: Path, config: dict[str, Any], tensors: dict[str, Tens
     settings = _SPARSIFY_MEANING | config
     other = {key: settings[key] for key, expected in _SPARSIFY_MEANING.items() if settings[key] != expected}
     _reject(folder, other, "sparsify's TopK SAEs, without transcoding, skips, groups or signs,")
-    named = {"encoder.weight": "W_enc_T", "encoder.bias": "b_enc"}
+    W_enc, b_enc = tensors.pop("encoder.weight").T, tensors.pop("encoder.bias")
     return _Imported(
-        {named.get(name, name): tensor for name, tensor in tensors.items()},
-        config["k"],
+        {"W_enc": W_enc, "b_enc": b_enc, **tensors},
+        {"architecture": "topk", "k": config["k"]},
         config.get("model_name", "unknown"),
         # sparsify names a folder after the module that its SAE was trained on.
         config.get("hook_name", folder.resolve().name),

@@ -48,7 +48,7 @@ from conceptshare.io.sizes import (
     TOP_SAMPLES,
 )
 from conceptshare.io.store import RowWriter, as_float16, layer_array, new_array, new_store, open_store, save_array
-from conceptshare.sae import TopKSAE, load_sae
+from conceptshare.sae import SAE, TopK, load_sae
 from conceptshare.sae.folder import REMEDY, leaves_unexplained, sae_of
 
 # Rows of global tokens that are copied to a GPU at a time, in whole blocks.
@@ -155,16 +155,17 @@ def _read_saes(saes: Path, seed: int, activations: dict[str, Any]) -> dict[int, 
 
 
 @torch.no_grad()
-def _record_layer(group: zarr.Group, sae: TopKSAE, x: Any, where: str, keep: bool, code: Code) -> None:
+def _record_layer(group: zarr.Group, sae: SAE, x: Any, where: str, keep: bool, code: Code) -> None:
     N, F = x.shape[0], len(sae.W_dec)
+    offset, most = _offset(sae, x, code)
     sparse: list[RowWriter] = []
     if code == "after_topk":
+        kept = sae.activation.k if isinstance(sae.activation, TopK) else max(most, 1)
         kinds = {"values": np.float16, "places": np.int32}
-        sparse = [RowWriter(group, name, sae.k, kind, SHARD_BYTES) for name, kind in kinds.items()]
+        sparse = [RowWriter(group, name, kept, kind, SHARD_BYTES) for name, kind in kinds.items()]
     elif keep:
         rows, columns = min(FEATURE_ROWS, N), min(FEATURE_COLUMNS, F)
         stored = new_array(group, "features", (N, F), np.float16, (rows, columns), (rows, columns * -(-F // columns)))
-    offset = _offset(sae, x, code)
     total, density, squares = np.zeros(F), np.zeros(F), np.zeros(F)
     k, device = min(TOP_SAMPLES, N), sae.W_dec.device
     top = Top(torch.zeros(k, F, device=device), torch.full((k, F), -1, dtype=torch.int32, device=device))
@@ -181,7 +182,7 @@ def _record_layer(group: zarr.Group, sae: TopKSAE, x: Any, where: str, keep: boo
         density += (restored > 0).sum(0).cpu().numpy()
         top.add(restored, start)
         if sparse:
-            largest, places = restored.topk(sae.k)
+            largest, places = restored.topk(kept)
             sparse[0].append(block.gather(1, places).cpu().numpy())
             sparse[1].append(places.where(largest > 0, -1).int().cpu().numpy())
     for writer in sparse:
@@ -195,18 +196,23 @@ def _record_layer(group: zarr.Group, sae: TopKSAE, x: Any, where: str, keep: boo
     save_array(group, "top_values", values.T)
 
 
-def _offset(sae: TopKSAE, x: Any, code: Code) -> NDArray[np.float32]:
-    """``[F]`` offsets to subtract before rounding: the mean of features whose mean^2 exceeds 3 variances, else 0."""
+def _offset(sae: SAE, x: Any, code: Code) -> tuple[NDArray[np.float32], int]:
+    """``[F]`` offsets to subtract before rounding: the mean of features whose mean^2 exceeds 3 variances, else 0.
+
+    For features after TopK, also the largest number of a sample's features above 0.
+    """
     N, F, device = x.shape[0], len(sae.W_dec), sae.W_dec.device
     total, squares = (torch.zeros(F, dtype=torch.float64, device=device) for _ in range(2))
-    lowest = torch.full((F,), torch.inf, device=device)
+    lowest, most = torch.full((F,), torch.inf, device=device), 0
     for _, f in _blocks(sae, x, range(N), code):
         total += f.sum(0, dtype=torch.float64)
         squares += f.double().square_().sum(0)
         lowest = torch.minimum(lowest, f.amin(0))
+        if code == "after_topk":
+            most = max(most, int((f > 0).sum(1).max()))
     mean = (total / N).clamp_(max=float(np.finfo(np.float16).max))
     mean = torch.where(lowest > 0, mean.float(), mean.half().float())
-    return torch.where(4 * (total / N) ** 2 > 3 * squares / N, mean, 0).cpu().numpy()
+    return torch.where(4 * (total / N) ** 2 > 3 * squares / N, mean, 0).cpu().numpy(), most
 
 
 def _next_float16(values: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -227,7 +233,7 @@ def _moments(block: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 
 def _rounded_blocks(
-    sae: TopKSAE, x: Any, offset: NDArray[np.float32], samples: range, where: str, code: Code = "before_topk"
+    sae: SAE, x: Any, offset: NDArray[np.float32], samples: range, where: str, code: Code = "before_topk"
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield features ``[n, F]`` float16 minus their offset, as they are stored, block by block; see `_blocks`."""
     c, least = (torch.from_numpy(each).to(sae.W_dec.device) for each in (offset, _next_float16(-offset)))
@@ -240,7 +246,7 @@ def _rounded_blocks(
         yield start, block
 
 
-def _blocks(sae: TopKSAE, x: Any, samples: range, code: Code) -> Iterator[tuple[int, Tensor]]:
+def _blocks(sae: SAE, x: Any, samples: range, code: Code) -> Iterator[tuple[int, Tensor]]:
     """Yield features ``[n, F]`` float32 of consecutive samples block by block, with each block's first sample.
 
     The samples start at the start of a block.
@@ -256,13 +262,7 @@ def _blocks(sae: TopKSAE, x: Any, samples: range, code: Code) -> Iterator[tuple[
             read = tokens[start : start + FEATURE_ROWS]
             rows[: len(read)] = read
             f = sae.encode(rows)[: len(read)]
-            yield first + start, f if code == "before_topk" else _after_top_k(f, sae.k)
-
-
-def _after_top_k(f: Tensor, k: int) -> Tensor:
-    """``[n, F]`` features without those that are not among a sample's k largest."""
-    values, places = f.topk(k)
-    return torch.zeros_like(f).scatter_(1, places, values)
+            yield first + start, f if code == "before_topk" else sae.activation(f).dense(len(sae.W_dec))
 
 
 def read_features(path: Path) -> dict[int, LayerFeatures]:
@@ -347,7 +347,7 @@ class _Recomputed:
         return max(SLAB_BYTES, torch.cuda.mem_get_info(self._device)[0] // 4)
 
     @cached_property
-    def _sae(self) -> TopKSAE:
+    def _sae(self) -> SAE:
         return load_sae(self._folder, self._record).to(self._device)
 
     @cached_property

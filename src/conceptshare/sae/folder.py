@@ -16,13 +16,15 @@ ELSEWHERE = "name a folder that the sae stage or `conceptshare sae import` wrote
 
 _KEY, _STAGE = "spec", "sae"
 
-# Values of SAELens's keys with which its weights mean the same as ours. All but the first are its defaults.
+ARCHITECTURES = ("topk", "jumprelu", "standard")
+"""Architectures of SAELens that are read; `standard` is ReLU."""
+# SAELens's defaults of keys, with which its weights mean the same as ours.
 _MEANING: dict[str, Any] = {
-    "architecture": "topk",
     "apply_b_dec_to_input": True,
     "rescale_acts_by_decoder_norm": False,
     "normalize_activations": "none",
     "reshape_activations": "none",
+    "activation_fn_kwargs": None,  # of versions before 6, where the architecture does not set the activation
 }
 _QUALITY = {
     "tokens": ("tokens", ",d"),
@@ -89,15 +91,17 @@ def leaves_unexplained(folder: Path, record: dict[str, Any], max_fvu_global: flo
 
 def other_meaning(config: dict[str, Any]) -> dict[str, Any]:
     """The keys of SAELens's `cfg.json` with which its weights have another meaning than ours."""
-    settings = _MEANING | {"architecture": None} | config
-    return {key: settings[key] for key, expected in _MEANING.items() if settings[key] != expected}
+    settings = _MEANING | config
+    architecture = config.get("architecture")
+    other = {} if architecture in ARCHITECTURES else {"architecture": architecture}
+    return other | {key: settings[key] for key, expected in _MEANING.items() if settings[key] != expected}
 
 
 def describe_sae(folder: Path | str) -> str:
     """Describe an SAE, its training and its quality in aligned lines.
 
     Raises:
-        StoreError: if the folder holds no TopK SAE.
+        StoreError: if the folder holds no SAE.
     """
     folder = Path(folder)
     try:
@@ -117,13 +121,13 @@ def describe_sae(folder: Path | str) -> str:
 
 def _size(folder: Path, config: dict[str, Any]) -> list[str]:
     metadata = config.get("metadata", {})
-    D, F, k = config["d_in"], config["d_sae"], config["k"]
+    D, F = config["d_in"], config["d_sae"]
     lines = [
         _line("encoder", metadata.get("model_name", "unknown")),
         _line("layer", str(metadata.get("hook_name", "unknown")).removeprefix("layer ")),
         _line("D", f"{D:,}"),
         _line("F", f"{F:,}"),
-        _line("k", f"{k:,}"),
+        _line("k", f"{config['k']:,}") if "k" in config else _line("architecture", config["architecture"]),
         _line("expansion", f"{F / D:g}"),
         _line("encoder bias", "yes" if _has_encoder_bias(sae_file(folder, "sae_weights.safetensors")) else "no"),
         _line("size on disk", f"{sum(path.stat().st_size for path in folder.iterdir()) / 1e6:,.1f} MB"),
