@@ -116,8 +116,7 @@ save_file({{"latents": latents.detach()}}, "latents.safetensors")
     run_elsewhere(["sae_lens", "transformer_lens"], around.format(lines), cwd=tmp_path)
     sae = load_sae(release / folder)
     with torch.no_grad():
-        top = sae.top_k(x)
-    expected = torch.zeros(20, 32).scatter(1, top.indices, top.values)
+        expected = sae.active(x).dense(32)
     assert expected.count_nonzero() > 20
     torch.testing.assert_close(load_file(tmp_path / "latents.safetensors")["latents"], expected)
 
