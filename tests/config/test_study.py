@@ -336,6 +336,31 @@ def test_bounds_of_warnings_change_no_sae(build):
     assert [study.features_options("small") for study in studies] == ["--keep", "--keep --max-fvu-global 0.2"]
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"template": "a dog"}, "template has no place for the image; write {image} once, where it belongs"),
+        ({"template": ""}, "template has no place for the image; write {image} once"),
+        ({"template": "<image>"}, "template has no place for the image; write {image} once"),
+        ({"template": "{image} {image}"}, "template has more than one place for the image; write {image} once"),
+        (
+            {"template": "{image}", "modality": "text", "kind": "vlm"},
+            "template has no place for the caption; write {caption} once, where it belongs in the prompt",
+        ),
+        ({"template": "{image}", "library": "timm"}, "template is for library: transformers without remote_code"),
+        ({"template": "{image}", "remote_code": True}, "without remote_code; leave it out"),
+        ({"template": "{image}", "global_token": "reference"}, "is not for prompts; set last_token, mean or max"),
+        ({"template": "{image}", "image_size": 64}, "image_size is for image encoders without a template; leave it"),
+    ],
+    ids=str,
+)
+def test_refuses_a_template_that_cannot_be_read(fault, values, words):
+    message = fault(encoders={"vit": values})
+    assert message.startswith("study.yaml: encoders.vit: ")
+    assert words in message
+    assert "\n" not in message
+
+
 @pytest.mark.parametrize("token", ["cls", "Mean", "", None, 5])
 def test_lists_the_choices_of_token_for_an_encoder(fault, token):
     message = fault(encoders={"vit": {"global_token": token}})

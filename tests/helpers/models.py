@@ -543,10 +543,10 @@ def mambavision(folder: Path) -> Family:
 # Language models, with left-padding tokenizers like those of decoders
 
 
-def word_tokenizer(**more: Any) -> Any:
+def word_tokenizer(words: list[str] = WORDS, **more: Any) -> Any:
     """Words between a start and an end of text, padded on the left."""
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    vocabulary = {word: i for i, word in enumerate([*special.values(), *WORDS])}
+    vocabulary = {word: i for i, word in enumerate([*special.values(), *words])}
     backend = Tokenizer(token_models.WordLevel(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(

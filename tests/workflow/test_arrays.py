@@ -1,4 +1,4 @@
-"""An image encoder compared with arrays: those that it computes."""
+"""An image encoder compared with arrays, those that it computes, and a decoder's two modalities with each other."""
 
 import json
 
@@ -8,16 +8,17 @@ import pytest
 import zarr
 
 from conceptshare.data.dataset import Data
+from tests.helpers import decoders
 from tests.helpers.samples import contents
 
-from .conftest import LAYERS, WIDTH
+from .conftest import LAYERS, WIDTH, WORDS
 
 ENTRY = {"library": "arrays", "model": "./given", "modality": "image", "kind": "vision"}
 
 
 @pytest.fixture(scope="module")
 def before(finished, tmp_path_factory):
-    """The study with arrays, before they are read."""
+    """The study with arrays and a decoder, before they are read."""
     project = finished.copy(tmp_path_factory.mktemp("arrays") / "clone")
     given = project.folder / "given"
     given.mkdir()
@@ -27,17 +28,30 @@ def before(finished, tmp_path_factory):
     (given / "ids.json").write_text(json.dumps(Data(project.folder / "results/squares/data").ids()))
     config = project.config
     config["encoders"] = {"viewer": config["encoders"]["viewer"], "given": ENTRY | {"layers": LAYERS, "width": WIDTH}}
+    decoders.decoder("Llava", project.folder / "models/decoder", WORDS)
+    for name, modality in (("seeing", "image"), ("reading", "text")):
+        entry = decoders.decoder_entry("Llava", "./models/decoder", modality)
+        config["encoders"][name] = entry.model_dump(exclude_defaults=True)
     config["saes"]["tiny"]["train_on"] = "global"
-    config["analyses"] = {"matrices": {"all": None}}
+    config["analyses"] = {
+        "matrices": {"all": {"members": ["viewer", "given"]}},
+        "layerwise": {"modalities": {"pairs": [["seeing", "reading"]]}},
+    }
     project.config = config
     return project
 
 
-def test_arrays_are_a_member_like_any_other(before, tmp_path):
-    project = before.copy(tmp_path / "clone")
-    ended = project.run("--cores", "2", "--until", "metrics_matrix", "pages_member")
+@pytest.fixture(scope="module")
+def after(before, tmp_path_factory):
+    """The study after its run."""
+    project = before.copy(tmp_path_factory.mktemp("after") / "clone")
+    ended = project.run("--cores", "2", "--until", "metrics_matrix", "metrics_layerwise", "pages_member")
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    results = project.folder / "results"
+    return project
+
+
+def test_arrays_are_a_member_like_any_other(after):
+    results = after.folder / "results"
     given, viewer = (contents(results / f"squares/activations/{name}.zarr") for name in ("given", "viewer"))
     layers = [name for name in given if name.startswith("layer-")]
     assert len(layers) == 3 * LAYERS
@@ -48,6 +62,15 @@ def test_arrays_are_a_member_like_any_other(before, tmp_path):
     pages = contents(results / "studies/miniature/pages/data/squares/tiny/given@0")
     assert len([name for name in pages if name.endswith("/000.js")]) == LAYERS
     assert not [name for name in pages if "maps" in name]
+
+
+def test_a_decoders_modalities_are_compared_layer_by_layer(after):
+    results = after.folder / "results"
+    table = pd.read_csv(results / "studies/miniature/squares/tiny/layerwise/modalities.csv")
+    assert len(table) == 2 * decoders.LAYERS**2
+    assert table.wmppc.between(0.01, 1).all()
+    layers = [contents(results / f"squares/activations/{name}.zarr/layer-00") for name in ("seeing", "reading")]
+    assert layers[0] != layers[1]
 
 
 def test_only_encoders_need_a_gpu(before):

@@ -20,7 +20,7 @@ rule provenance:
         mem_mb=grown(2000),
         runtime=grown(30),
     params:
-        key=STUDY.study_key(),
+        key=lambda w: STUDY.study_key(),  # not expanded: a template has braces
         study=study_file,
     shell:
         "python -m conceptshare provenance --study {params.study:q} --out {output:q} > {log:q} 2>&1"

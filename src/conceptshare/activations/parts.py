@@ -166,10 +166,10 @@ def _rows_of_batches(encoder: Encoder, data: Data) -> Iterator[int]:
         for start in starts:
             yield int(kept_rows(encoder.outline(prepare(encoder, data, start)), spec, start, spec.model).counts.sum())
         return
-    one = encoder.prepare([data.image(0)])
-    if one.mask is not None:
+    some = prepare(encoder, data, 0)
+    if some.mask is not None:
         raise _varying_token_counts(spec.model)
-    (rows,) = kept_rows(encoder.read(one), spec, 0, spec.model).counts
+    rows, *_ = kept_rows(encoder.read(some), spec, 0, spec.model).counts
     for start in starts:
         yield int(rows) * (min(start + spec.batch_size, len(data)) - start)
 

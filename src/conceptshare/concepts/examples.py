@@ -320,7 +320,15 @@ def _encode(sae: SAE, x: Tensor, shown: Tensor, entries: NDArray[np.int64]) -> T
 
 
 def _grid(batch: Batch, tokens: int) -> tuple[Tensor, int]:
-    """Positions of an image's square grid, which are the last tokens, and its side; empty if there is no such grid."""
+    """Positions of an image's square grid and its side; empty if there is no such grid.
+
+    In a prompt, they are the tokens of the image, and otherwise the last tokens.
+    """
+    if batch.image_tokens is not None:
+        positions = batch.image_tokens[0].nonzero()[:, 0]
+        side = isqrt(len(positions))
+        whole = batch.mask is None and batch.pixels.ndim == 4 and len(batch.pixels) == len(batch)  # not in tiles
+        return (positions, side) if whole and side**2 == len(positions) else (positions[:0], 0)
     side = isqrt(tokens)
     before = tokens - side**2
     if batch.mask is not None or before > _MAX_TOKENS_BEFORE:  # the patches keep the image's aspect ratio

@@ -173,6 +173,9 @@ class ModelSpec(Spec, extra="ignore"):
         return canonical(self, set(ModelSpec.model_fields))
 
 
+PLACES = {"image": "{image}", "text": "{caption}"}
+"""Where a sample of each modality stands in a template."""
+
 GlobalToken = Literal["first", "last_token", "last_position", "mean", "max", "reference", "given"]
 
 
@@ -193,14 +196,19 @@ class EncoderSpec(ModelSpec, extra="forbid"):
     maximum of all tokens, special ones included and padding excluded. ``reference`` is the choice of the paper's
     published code: position 0, with SAEs trained on padding too, and captions of SigLIP2 not lower-cased. Entries of
     ``library: arrays`` leave it out and have ``given``."""
+    template: str | None = None
+    """The prompt through which a multimodal language model of transformers, such as LLaVA, reads a sample, with a place
+    for it: ``{image}`` or ``{caption}``. Layers and width are then those of its language model. Without a template,
+    images are read by its image encoder, and captions by its language model alone."""
     use_layers: Literal["all", "last"] | list[int] = "all"
     """The layers to record, counted from 0."""
     image_size: int | None = Field(default=None, ge=1, le=100_000)
     """Side of the input images in pixels, with the crop ratio of the model's processor. The default is the model's own
     size."""
     context_length: int | None = Field(default=None, ge=1, le=10**8)
-    """Maximum length of a text in tokens; longer texts are cut. The default is the model's own length: the smaller of
-    the limits of its tokenizer and its positions, or 512 if neither has a limit, which is then logged."""
+    """Maximum length of a text in tokens, without those of ``template``; longer texts are cut. The default is the
+    model's own length: the smaller of the limits of its tokenizer and its positions, or 512 if neither has a limit,
+    which is then logged."""
     blocks: str | None = None
     """Dotted path of the module list that holds the blocks, if it is not the longest run of modules of one class."""
     batch_size: int = Field(default=32, ge=1, le=10**6)
@@ -222,6 +230,8 @@ class EncoderSpec(ModelSpec, extra="forbid"):
     """Tokens of a typical sample, without padding. For estimates of size and time only."""
     gflops: float | None = Field(default=None, gt=0, le=10**9)
     """GFLOPs of a sample's forward pass, if they do not follow from layers, width and tokens. For estimates only."""
+    parameters: float | None = Field(default=None, gt=0, le=10**9)
+    """Millions of parameters of the whole model, if they do not follow from layers and width. For estimates only."""
     trained_on: str = ""
     """Its training data, for readers; it has no effect."""
     note: str = ""
@@ -271,6 +281,8 @@ class EncoderSpec(ModelSpec, extra="forbid"):
             )
         if self.untrained_seed and not self.untrained:
             raise ValueError("untrained_seed is for untrained: true; set that too, or leave untrained_seed out")
+        if self.template is not None:
+            self._check_template(self.template)
         if self.modality == "text" and self.image_size is not None:
             raise ValueError("image_size is for image encoders; leave it out")
         if self.modality == "image" and self.context_length is not None:
@@ -282,6 +294,20 @@ class EncoderSpec(ModelSpec, extra="forbid"):
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds names a seed twice: {self.seeds}")
         return self
+
+    def _check_template(self, template: str) -> None:
+        place = PLACES[self.modality]
+        if template.count(place) != 1:
+            raise ValueError(
+                f"template has {'no' if place not in template else 'more than one'} place for the "
+                f"{place.strip('{}')}; write {place} once, where it belongs in the prompt"
+            )
+        if self.library != "transformers" or self.remote_code:
+            raise ValueError("template is for library: transformers without remote_code; leave it out")
+        if self.global_token == "reference":
+            raise ValueError("global_token: reference is not for prompts; set last_token, mean or max")
+        if self.image_size is not None:
+            raise ValueError("image_size is for image encoders without a template; leave it out")
 
     @property
     def group(self) -> tuple[str, str]:
@@ -301,7 +327,7 @@ class EncoderSpec(ModelSpec, extra="forbid"):
         return canonical(self, set(type(self).model_fields) - INFORMATIVE_KEYS - {"seeds", "parts"})
 
 
-INFORMATIVE_KEYS = {"samples", "tokens", "gflops", "trained_on", "note"}
+INFORMATIVE_KEYS = {"samples", "tokens", "gflops", "parameters", "trained_on", "note"}
 """Keys for readers and estimates, which change no result."""
 
 _KEYS_OF_ARRAYS = {"library", "model", "modality", "kind", "layers", "width", "global_token", "use_layers", "seeds"}

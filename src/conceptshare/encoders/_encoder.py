@@ -43,6 +43,8 @@ class Batch:
     inputs: dict[str, Tensor]
     mask: Tensor | None = None
     """``[B, T]`` bool, true for unpadded tokens; None if there is no padding."""
+    image_tokens: Tensor | None = None
+    """``[B, T]`` bool, true for the tokens of an image in a prompt; None if the inputs are not prompts with images."""
 
     def __len__(self) -> int:
         return len(self._first)
@@ -50,7 +52,7 @@ class Batch:
     @property
     def pixels(self) -> Tensor:
         """``[B, 3, H, W]`` pixels of images, as passed to the model."""
-        return self._first
+        return self.inputs.get("pixel_values", self._first)
 
     @property
     def ids(self) -> Tensor:
@@ -319,7 +321,8 @@ def check_reading(encoder: Encoder) -> None:
         encoder.activations(samples[:1])
     if spec.modality == "text":
         exact.activations([" ".join(["dog"] * _TEST_WORDS)])  # fails if the model has fewer positions than configured
-    if spec.modality == "image" and is_position(spec):
+    # The last token of a prompt reads the image before it.
+    if spec.modality == "image" and is_position(spec) and not (spec.template and spec.global_token != "first"):
         _check_class_token(exact)
     if spec.batch_size == 1:
         return

@@ -7,6 +7,7 @@ import string
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -14,11 +15,19 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+)
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
-from conceptshare.config.catalog import EncoderSpec, ModelSpec
+from conceptshare.config.catalog import PLACES, EncoderSpec, ModelSpec
 from conceptshare.device import full_float32
 from conceptshare.encoders._encoder import (
     Batch,
@@ -53,26 +62,36 @@ _IMAGE_SIZE = 224
 
 
 def load_transformers(spec: EncoderSpec, folder: Path, device: torch.device) -> Encoder:
-    """Load the encoder in ``folder``; for a model with two towers, the tower for ``spec.modality``."""
+    """Load the encoder in ``folder``; for a model with two towers, the tower for ``spec.modality``.
+
+    With a template, it is the language model of a multimodal model, which runs as a whole.
+    """
     model, missing = _from_remote_code(spec, folder) if spec.remote_code else _from_library(spec, folder)
-    tower = _tower(spec, model).eval().to(device)
-    takes = set(inspect.signature(tower.forward).parameters)
+    tower = _tower("text" if spec.template else spec.modality, spec, model)
+    runs = (model if spec.template else tower).eval().to(device)
+    takes = set(inspect.signature(runs.forward).parameters)
     config = getattr(tower, "config", model.config)  # towers of remote code may have none
-    if spec.modality == "image":
-        prepare, words = _prepare_images(spec, folder, model.config, takes), None
+    processor = _load_processor(spec, folder, config) if spec.template else None
+    if spec.modality == "text":
+        tokenizer = _load_tokenizer(spec, folder, config) if processor is None else processor.tokenizer
+        prepare, words = _prepare_texts(spec, tokenizer, tower, config, takes)
+    elif processor is not None:
+        prepare, words = _prepare_prompts(spec, processor, model.config, takes), None
     else:
-        prepare, words = _prepare_texts(spec, folder, tower, config, takes)
-    options = {"interpolate_pos_encoding": True} if spec.image_size and "interpolate_pos_encoding" in takes else {}
+        prepare, words = _prepare_images(spec, folder, model.config, takes), None
+    options: dict[str, Any] = {"use_cache": False} if spec.template else {}
+    if spec.image_size and "interpolate_pos_encoding" in takes:
+        options = {"interpolate_pos_encoding": True}
 
     def forward(inputs: dict[str, Tensor], **more: Any) -> Any:
-        if spec.modality == "image":
+        if spec.modality == "image" and not spec.template:
             # Remote code may use any name for its first input.
             others = {name: x for name, x in inputs.items() if name != "pixel_values"}
             return tower(inputs["pixel_values"], **others, **options, **more)
-        return tower(**inputs, **more)
+        return runs(**inputs, **options, **more)
 
     blocks = find_blocks(tower, spec)
-    _check_weights(spec, model, tower, blocks, missing)
+    _check_weights(spec, model, runs, blocks, missing)
     attends_to_padding = spec.modality == "text" and _attends_to_padding(config)
     batch_first = config.model_type != "xlnet"
     class_token = spec.remote_code or has_class_token(tower)  # remote code may use any name for it
@@ -82,14 +101,13 @@ def load_transformers(spec: EncoderSpec, folder: Path, device: torch.device) -> 
     return encoder
 
 
-def _tower(spec: EncoderSpec, model: Any) -> Any:
-    """The part of a model that encodes ``spec.modality``."""
+def _tower(modality: str, spec: EncoderSpec, model: Any) -> Any:
+    """The part of a model that encodes a modality."""
     if model.config.model_type == "vit_mae":
         raise EncoderError(f"{spec.model}: it masks random patches of its input; use a plain ViT with its weights")
-    names = _TOWERS[spec.modality]
-    tower = next((getattr(model, name) for name in names if hasattr(model, name)), model)
+    tower = next((getattr(model, name) for name in _TOWERS[modality] if hasattr(model, name)), model)
     has_decoder = tower is model and hasattr(model, "encoder") and hasattr(model, "decoder")
-    return model.encoder if has_decoder and spec.modality == "text" else tower
+    return model.encoder if has_decoder and modality == "text" else tower
 
 
 def _check_residual_stream(encoder: Encoder, forward: Callable[..., Any]) -> None:
@@ -257,19 +275,63 @@ def _pixels(processor: Any, image: Image.Image | str, sizes: dict[str, dict[str,
     return pixels
 
 
-def _prepare_texts(spec: EncoderSpec, folder: Path, tower: Any, config: Any, takes: set[str]) -> Any:
+def _load_processor(spec: EncoderSpec, folder: Path, config: Any) -> Any:
+    """Load the processor of a multimodal model, which prepares images and texts together."""
+    processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if getattr(processor, "image_token", None) is None:
+        raise EncoderError(
+            f"{spec.model}: its processor has no token that stands for an image; template is for multimodal language "
+            f"models such as LLaVA, leave it out"
+        )
+    ensure_pad_token(processor.tokenizer, getattr(config, "vocab_size", None))
+    return processor
+
+
+def _prepare_prompts(spec: EncoderSpec, processor: Any, config: Any, takes: set[str]) -> Any:
+    """Put images into the template; prompts with fewer tokens of their image are padded on the right."""
+    assert spec.template is not None
+    prompt = spec.template.replace(PLACES["image"], processor.image_token)
+    tokenizing = Lock()  # tokenizers are not thread-safe
+
+    def prepare(samples: Samples) -> Batch:
+        with tokenizing:
+            encoded = processor(
+                images=[[image] for image in samples],
+                text=[prompt] * len(samples),
+                padding=True,
+                padding_side="right",
+                return_tensors="pt",
+            )
+        mask = encoded["attention_mask"].bool()
+        inputs = {name: encoded[name] for name in encoded if name in takes}
+        return Batch(inputs, None if mask.all() else mask, encoded["input_ids"] == config.image_token_id)
+
+    return prepare
+
+
+def _load_tokenizer(spec: EncoderSpec, folder: Path, config: Any) -> Any:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=spec.remote_code)
     files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
     if tokenizer.vocab_files_names and not any((folder / name).is_file() for name in files):
         # transformers would continue without a vocabulary and read every word as unknown.
         raise EncoderError(f"{spec.model}: no tokenizer in {folder}; put {' or '.join(sorted(files))} there")
     ensure_pad_token(tokenizer, getattr(config, "vocab_size", None))
+    return tokenizer
+
+
+def _prepare_texts(spec: EncoderSpec, tokenizer: Any, tower: Any, config: Any, takes: set[str]) -> Any:
     length, attends_to_padding = _length(spec, tokenizer, tower, config), _attends_to_padding(config)
     clean: Callable[[str], str] = str
     names = set(tokenizer.model_input_names) | (set() if attends_to_padding else {"attention_mask"})
     if "input_ids" in takes:
         names &= takes
     padding = "longest"
+    options: dict[str, Any] = {"truncation": True, "max_length": length}
+    if spec.template:
+        # Captions are cut before, so that the end of the template stays. Some models read by it what is a prompt.
+        clean, options = _filling(spec.template, tokenizer, length), {}
+        if "token_type_ids" in takes:
+            names, options = names | {"token_type_ids"}, {"return_token_type_ids": True}
     if spec.global_token != "reference":  # which reproduces the paper's code, even where it reads padding
         # Positions count from the left, so padding on that side would shift a caption's positions in every batch.
         tokenizer.padding_side = "right"
@@ -280,8 +342,7 @@ def _prepare_texts(spec: EncoderSpec, folder: Path, tower: Any, config: Any, tak
         encoded = tokenizer(
             [clean(str(sample)) for sample in samples],  # captions are strings already
             padding=padding,
-            truncation=True,
-            max_length=length,
+            **options,
             return_attention_mask=True,
             return_tensors="pt",
         )
@@ -295,6 +356,16 @@ def _prepare_texts(spec: EncoderSpec, folder: Path, tower: Any, config: Any, tak
         return Batch({name: encoded[name] for name in encoded if name in names}, mask)
 
     return prepare, tokenizer.convert_ids_to_tokens
+
+
+def _filling(template: str, tokenizer: Any, length: int) -> Callable[[str], str]:
+    """Return a function that puts a caption, cut at ``length`` tokens, into a template."""
+
+    def fill(caption: str) -> str:
+        pieces = tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return template.replace(PLACES["text"], caption[: pieces[length - 1][1]] if len(pieces) > length else caption)
+
+    return fill
 
 
 def _attends_to_padding(config: Any) -> bool:

@@ -50,6 +50,8 @@ _SAMPLE_BYTES = 160_000
 # Side of images and patches, and length of captions, for entries without `tokens`.
 _IMAGE_SIZE, _PATCH = 224, 14
 _CAPTION_TOKENS = 16
+# Letters per token of a template.
+_TOKEN_LETTERS = 4
 # Python with torch and a model library, before a model is loaded.
 _PROCESS_BYTES = 1_000_000_000
 # A thumbnail of a photograph, with its caption.
@@ -234,7 +236,8 @@ def _inputs_bytes(spec: EncoderSpec, N: int, data_bytes: float) -> float:
 def _forward_bytes(spec: EncoderSpec) -> int:
     """Bytes of the model, of one batch of activations in float32, and of prefetched ones in float16."""
     batch = spec.batch_size * positions(spec) * spec.width * len(spec.layer_numbers())
-    return 4 * 12 * spec.layers * spec.width**2 + (4 + 4 * 2) * batch
+    parameters = 12 * spec.layers * spec.width**2 if spec.parameters is None else int(spec.parameters * 1e6)
+    return 4 * parameters + (4 + 4 * 2) * batch
 
 
 def sae_cost(spec: EncoderSpec, settings: SAESettings, N: int) -> Cost:
@@ -496,9 +499,10 @@ def usual_tokens(spec: EncoderSpec) -> int:
         return 0
     if spec.tokens is not None:
         return spec.tokens
+    prompt = len(spec.template or "") // _TOKEN_LETTERS
     if spec.modality == "image":
-        return ((spec.image_size or _IMAGE_SIZE) // _PATCH) ** 2 + 1
-    return min(_CAPTION_TOKENS, spec.context_length or _CAPTION_TOKENS)
+        return ((spec.image_size or _IMAGE_SIZE) // _PATCH) ** 2 + 1 + prompt
+    return min(_CAPTION_TOKENS, spec.context_length or _CAPTION_TOKENS) + prompt
 
 
 def stored_tokens(spec: EncoderSpec) -> int:
