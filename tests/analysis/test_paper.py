@@ -50,7 +50,7 @@ def matrix(members):
         for reading in ("pooled", "layer_mean", "last")
     ]
     numbers = np.random.default_rng(0).uniform(0.1, 0.6, len(rows))
-    return pd.DataFrame(rows).assign(wmppc=numbers, low=numbers - 0.01, high=numbers + 0.02, floor=0.05)
+    return pd.DataFrame(rows).assign(wmppc=numbers, low=numbers - 0.01, high=numbers + 0.02, floor=0.05, left_out=0)
 
 
 def keys(cells):
@@ -63,7 +63,8 @@ def test_compares_the_catalogs_encoders_in_every_cell_of_the_paper(dataset, size
     expected = printed(dataset, size)
     table = matrix([f"{name}{suffix}" for name in catalog(size)])
     cells = compare(table, dataset, size)
-    assert list(cells.columns) == ["reading", "source", "target", "ours", "low", "high", "paper", "difference"]
+    columns = ["reading", "source", "target", "ours", "low", "high", "paper", "difference", "left_out"]
+    assert list(cells.columns) == columns
     assert len(cells) == len(expected)
     assert dict(zip(keys(cells), cells.paper, strict=True)) == expected
     ours = table.set_index(["reading", "source", "target"])

@@ -1387,10 +1387,13 @@ def test_labels_of_the_farthest_points_do_not_overlap(tmp_path, seed, drawn):
 @pytest.mark.parametrize("count", [2, 3])
 def test_few_of_the_papers_cells(tmp_path, rng, drawn, count):
     cells = compared(rng, dict(list(ELEVEN.items())[:count]))
+    cells.loc[cells.reading == "layer_mean", "left_out"] = count - 2
     check(lambda out: draw_paper(cells, out), tmp_path / "drawn")
     assert_readable(drawn[0])
     assert "image to image" in written_on(drawn[0])
     assert "text to image" not in written_on(drawn[0])
+    note = "all layers: without those whose SAE leaves most of the global tokens' variance unexplained"
+    assert (note in written_on(drawn[0])) == (count > 2)
 
 
 def test_cells_of_the_paper_missing_from_our_results(tmp_path, rng, drawn):

@@ -75,8 +75,10 @@ def paused(project):
 def trainer(project, job):
     """The process of a Slurm job that trains."""
     lines = project.cluster.run("scontrol", "listpids", str(job)).splitlines()[1:]
-    processes = [int(line.split()[0]) for line in lines]
-    return next(one for one in processes if b"\0conceptshare\0" in Path(f"/proc/{one}/cmdline").read_bytes())
+    commands = {int(line.split()[0]): Path(f"/proc/{line.split()[0]}/cmdline").read_bytes() for line in lines}
+    # A shell would end at SIGTERM, and Slurm then kills what is left, before it has saved.
+    assert not [command for command in commands.values() if b"-m conceptshare " in command]
+    return next(process for process, command in commands.items() if b"\0conceptshare\0" in command)
 
 
 def has_been_asked_to_end(process):

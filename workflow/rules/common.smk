@@ -31,6 +31,10 @@ os.environ.update(
     PYTHONPATH=os.pathsep.join(filter(None, [str(_LIBRARY.parent), os.getenv("PYTHONPATH", "")])),
 )
 
+# A rule's command replaces its shell: at a time limit, Slurm would end the shell at once, Snakemake with it, and then
+# the command before it has saved its state.
+shell.prefix("exec ")
+
 # GPUs that computing rules request: none if the CPU was chosen. On a cluster, a job fails without its GPU; on this
 # machine, it uses what is available.
 GPUS = 0 if os.getenv("CONCEPTSHARE_DEVICE") == "cpu" else 1

@@ -28,13 +28,14 @@ def compare(table: pd.DataFrame, dataset: str, size: str) -> pd.DataFrame:
     out.
 
     Args:
-        table: the tidy matrix table, with at least ``source, target, reading, wmppc, low, high``.
+        table: the tidy matrix table, with at least ``source, target, reading, wmppc, low, high, left_out``.
         dataset: ``coco``, ``laion`` or ``flowers``.
         size: size of the encoders, ``large`` or ``base``.
 
     Returns:
-        ``reading, source, target, ours, low, high, paper, difference``, one row per cell in the table's order. Source
-        and target have the paper's names, and the difference is ours minus the paper's.
+        ``reading, source, target, ours, low, high, paper, difference, left_out``, one row per cell in the table's order.
+        Source and target have the paper's names, the difference is ours minus the paper's, and ``left_out`` is the
+        number of layers that ours leaves out, where the paper's has all.
 
     Raises:
         StudyError: if the paper has no such data set and size, or no cell of the table.
@@ -50,7 +51,7 @@ def compare(table: pd.DataFrame, dataset: str, size: str) -> pd.DataFrame:
         )
     cells = both.rename(columns={"wmppc": "ours", "wmppc_of_paper": "paper"}).reset_index(drop=True)
     cells["difference"] = cells.ours - cells.paper
-    return cells[["reading", "source", "target", "ours", "low", "high", "paper", "difference"]]
+    return cells[["reading", "source", "target", "ours", "low", "high", "paper", "difference", "left_out"]]
 
 
 def agreement(cells: pd.DataFrame) -> pd.DataFrame:
