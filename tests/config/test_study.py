@@ -12,7 +12,7 @@ import yaml
 
 from conceptshare.config.catalog import EncoderSpec, local_path, parse_yaml, read_catalog
 from conceptshare.config.members import Member, pair_name
-from conceptshare.config.settings import paper_encoders
+from conceptshare.config.settings import SAESettings, paper_encoders
 from conceptshare.config.study import build_study, load_study, study_of, write_study
 from conceptshare.io.errors import StudyError
 from conceptshare.io.layout import uncoded
@@ -275,6 +275,30 @@ def test_refuses_more_latents_than_int32_can_hold(fault):
     assert "saes.paper.expansion: 9000 gives vit" in fault(
         saes={"paper": {"expansion": 9000}}, encoders={"vit": {"width": 300_000}}
     )
+
+
+def test_the_number_of_latents_is_a_multiple_of_the_width_or_given(build, fault):
+    study = build(saes={"wide": {"expansion": 3}, "same": {"features": 4096, "preset": "gao"}})
+    assert [study.saes[name].latents(width) for name in ("wide", "same") for width in (10, 768)] == [
+        30,
+        2304,
+        4096,
+        4096,
+    ]
+    assert "saes.x: features and expansion both give the number of latents; leave one of both out" in fault(
+        saes={"x": {"features": 4096, "expansion": 8}}
+    )
+    assert fault(saes={"x": {"features": 0}}).startswith("study.yaml: saes.x.features: ")
+    message = fault(saes={"x": {"features": 16, "k": 17}})
+    assert "17 is more than the 16 latents that" in message
+    assert message.endswith("lower k, or raise expansion or features")
+
+
+def test_sae_settings_without_a_number_of_latents_are_recorded_as_before():
+    assert "features" not in SAESettings().of_training()
+    given = SAESettings(features=48).of_training()
+    assert given["features"] == 48
+    assert SAESettings(**given) == SAESettings(features=48)
 
 
 def test_truncates_a_long_wrong_value(fault):

@@ -432,6 +432,16 @@ def test_correlations_request_enough_host_memory_on_a_gpu():
     assert asked > plan._PROCESS_BYTES + 2 * 24 * plan.global_bytes(encoder(width=1024), COCO) + 2 * result
 
 
+def test_a_number_of_latents_costs_as_much_as_the_expansion_that_gives_it():
+    spec, wide, given = encoder(), SAESettings(expansion=5), SAESettings(features=5 * 64)
+    for cost in (plan.sae_cost, plan.features_cost, plan.names_cost, plan.examples_cost):
+        assert cost(spec, given, 1000) == cost(spec, wide, 1000)
+    assert plan.stream_cost(spec, given, 1000, 2) == plan.stream_cost(spec, wide, 1000, 2)
+    assert plan.correlations_cost(spec, spec, given, 1000) == plan.correlations_cost(spec, spec, wide, 1000)
+    assert plan.retrieval_cost(spec, spec, given, 1000) == plan.retrieval_cost(spec, spec, wide, 1000)
+    assert plan.member_pages_cost(spec, given, 3) == plan.member_pages_cost(spec, wide, 3)
+
+
 def test_the_rule_requests_enough_time_for_the_largest_pair():
     rule = (CLONE / "workflow" / "rules" / "correlations.smk").read_text(encoding="utf-8")
     (asked,) = re.findall(r"runtime=grown\((.*)\),\n", rule)

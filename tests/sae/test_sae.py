@@ -409,6 +409,16 @@ def test_the_global_preset_explains_held_out_global_tokens(stored_globals, tmp_p
     )
 
 
+def test_a_number_of_latents_trains_the_same_sae_as_the_expansion_that_gives_it():
+    tokens = reader(planted())
+    own = {"k": 3, "learning_rate": 1e-2, "encoder_bias": True}
+    saes = [
+        train(tokens, SAESettings(**own, **size), 0)[0] for size in ({"expansion": 3}, {"features": 3 * tokens.width})
+    ]
+    one, other = (sae.state_dict() for sae in saes)
+    assert all(torch.equal(x, other[name]) for name, x in one.items())
+
+
 def test_held_out_samples_are_used_only_for_metrics(stored, tmp_path):
     settings = SETTINGS.model_copy(update={"held_out": 0.25})
     held_out = np.arange(45, 60)

@@ -199,7 +199,7 @@ def _check_saes(study: "Study") -> None:
                 f"bfloat16, or set stream: false"
             )
         for encoder, spec in study.encoders.items():
-            latents = settings.expansion * spec.width
+            latents = settings.latents(spec.width)
             if latents > _MAX_LATENTS:
                 raise ValueError(
                     f"saes.{name}.expansion: {settings.expansion} gives {study.name_in_config(encoder)} {latents} "
@@ -208,5 +208,5 @@ def _check_saes(study: "Study") -> None:
             if settings.k > latents:
                 raise ValueError(
                     f"saes.{name}.k: {settings.k} is more than the {latents} latents that "
-                    f"{study.name_in_config(encoder)} has; lower k, or raise expansion"
+                    f"{study.name_in_config(encoder)} has; lower k, or raise expansion or features"
                 )

@@ -34,6 +34,8 @@ class SAESettings(Spec):
     median norm of its batch's tokens, unless it is a global token. None trains on all."""
     expansion: int = Field(default=8, ge=1, le=10_000)
     """Latents per dimension of the residual stream: F = expansion x D."""
+    features: Positive | None = None
+    """Number of latents F, the same for every encoder, in place of ``expansion``."""
     k: Positive = 32
     """Latents that TopK keeps per token."""
     learning_rate: float | None = Field(default=5e-5, gt=0, le=100)
@@ -83,6 +85,8 @@ class SAESettings(Spec):
     @classmethod
     def _with_preset(cls, values: Any) -> Any:
         if isinstance(values, dict):
+            if values.get("features") is not None and "expansion" in values:
+                raise ValueError("features and expansion both give the number of latents; leave one of both out")
             return _PRESETS.get(str(values.get("preset")), {}) | values
         return values
 
@@ -98,7 +102,12 @@ class SAESettings(Spec):
 
     def of_training(self) -> dict[str, Any]:
         """The settings that an SAE depends on: all but the bounds above which warnings are logged and layers marked."""
-        return self.model_dump(mode="json", exclude=SAE_BOUNDS)
+        unused = "features" if self.features is None else "expansion"
+        return self.model_dump(mode="json", exclude=SAE_BOUNDS | {unused})
+
+    def latents(self, width: int) -> int:
+        """Number of latents F of an SAE on tokens of a width."""
+        return self.expansion * width if self.features is None else self.features
 
     def held_out_samples(self, samples: int) -> int:
         """How many of so many samples, the last ones, are not trained on."""

@@ -242,7 +242,7 @@ def _forward_bytes(spec: EncoderSpec) -> int:
 
 def sae_cost(spec: EncoderSpec, settings: SAESettings, N: int) -> Cost:
     """Training on one layer's stored tokens."""
-    F = settings.expansion * spec.width
+    F = settings.latents(spec.width)
     size = N * trained_tokens(spec, settings) * spec.width * 2
     in_memory = size <= IN_MEMORY_BYTES
     samples = settings.epochs * (N - settings.held_out_samples(N)) + measured(N, settings)
@@ -262,7 +262,7 @@ def training_flops(spec: EncoderSpec, settings: SAESettings, N: int) -> float:
 
     Those five are decoding, its gradients for weights and latents, and the encoder's for inputs and weights.
     """
-    D, F, k = spec.width, settings.expansion * spec.width, settings.k
+    D, F, k = spec.width, settings.latents(spec.width), settings.k
     trained, tokens = N - settings.held_out_samples(N), trained_tokens(spec, settings)
     steps = settings.epochs * -(-trained // settings.samples_per_step(spec.modality))
     return (
@@ -277,7 +277,7 @@ def stream_cost(spec: EncoderSpec, settings: SAESettings, N: int, seeds: int, da
 
     SAEs of global tokens need one pass, and are trained one after the other.
     """
-    kept, F = len(spec.layer_numbers()), settings.expansion * spec.width
+    kept, F = len(spec.layer_numbers()), settings.latents(spec.width)
     last = settings.held_out_samples(N) or measured(N, settings)
     passes = (settings.epochs * (N - settings.held_out_samples(N)) + last) / N
     saes = at_once = kept * seeds
@@ -296,7 +296,7 @@ def stream_cost(spec: EncoderSpec, settings: SAESettings, N: int, seeds: int, da
 
 def sae_parameters(spec: EncoderSpec, settings: SAESettings) -> int:
     """Number of parameters of an SAE: W_enc, W_dec and b_dec."""
-    return 2 * spec.width * settings.expansion * spec.width + spec.width
+    return 2 * spec.width * settings.latents(spec.width) + spec.width
 
 
 def measured(N: int, settings: SAESettings) -> int:
@@ -312,12 +312,12 @@ def _optimised_bytes(spec: EncoderSpec, settings: SAESettings) -> int:
 def _latents_bytes(spec: EncoderSpec, settings: SAESettings) -> int:
     """Latents of one batch before and after ReLU, and their order."""
     tokens = max(settings.samples_per_step(spec.modality), 32) * trained_tokens(spec, settings)
-    return 4 * 3 * tokens * settings.expansion * spec.width
+    return 4 * 3 * tokens * settings.latents(spec.width)
 
 
 def features_cost(spec: EncoderSpec, settings: SAESettings, N: int, stored: Stored = "dense") -> Cost:
     """Features of N global tokens in every layer, with their statistics and top samples."""
-    F, kept = settings.expansion * spec.width, len(spec.layer_numbers())
+    F, kept = settings.latents(spec.width), len(spec.layer_numbers())
     rows = min(FEATURE_ROWS, N)
     # A block of rows in float32, as computed, shifted and stored, and in float16, and values with their samples and
     # order while top samples are merged.
@@ -335,7 +335,7 @@ def features_cost(spec: EncoderSpec, settings: SAESettings, N: int, stored: Stor
 
 def computed_features(spec: EncoderSpec, settings: SAESettings, N: int, times: float = 1) -> Cost:
     """Features of all layers, computed ``times`` times from global tokens; memory is that of SAEs and tokens."""
-    D, F, kept = spec.width, settings.expansion * spec.width, len(spec.layer_numbers())
+    D, F, kept = spec.width, settings.latents(spec.width), len(spec.layer_numbers())
     sae, tokens = 4 * (2 * D * F + D + F), global_bytes(spec, N)
     in_memory = tokens <= IN_MEMORY_BYTES
     return Cost(
@@ -349,7 +349,7 @@ def feature_access_cost(spec: EncoderSpec, settings: SAESettings, N: int, times:
     """Features of all layers, ``times`` times: read if they are stored, else computed."""
     if stored == "none":
         return computed_features(spec, settings, N, times)
-    size = len(spec.layer_numbers()) * stored_bytes(settings.expansion * spec.width, settings, N, stored)
+    size = len(spec.layer_numbers()) * stored_bytes(settings.latents(spec.width), settings, N, stored)
     # Those after TopK stay in memory.
     return Cost(read=times * size) if stored == "dense" else Cost(read=size, memory=size)
 
@@ -357,7 +357,7 @@ def feature_access_cost(spec: EncoderSpec, settings: SAESettings, N: int, times:
 def names_cost(spec: EncoderSpec, settings: SAESettings, N: int, stored: Stored = "dense") -> Cost:
     """Names of features, measured on the first samples, on the CPU."""
     n, computed = min(N, MEASURED_SAMPLES), stored == "none"
-    slabs = -(-features_bytes(settings.expansion * spec.width, n) // SLAB_BYTES)
+    slabs = -(-features_bytes(settings.latents(spec.width), n) // SLAB_BYTES)
     features = feature_access_cost(spec, settings, n, slabs if computed else 1, stored)
     memory = _PROCESS_BYTES + features.memory + computed * SLAB_BYTES
     return Cost(read=features.read, cpu_flops=features.flops, memory=memory)
@@ -367,7 +367,7 @@ def examples_cost(
     spec: EncoderSpec, settings: SAESettings, N: int, data_bytes: float = 0, stored: Stored = "dense"
 ) -> Cost:
     """A forward pass over the strongest samples of all features, and their activations there: 2 D per token."""
-    D, F, kept = spec.width, settings.expansion * spec.width, len(spec.layer_numbers())
+    D, F, kept = spec.width, settings.latents(spec.width), len(spec.layer_numbers())
     shown = min(N, kept * F * SHOWN_SAMPLES)
     fires = kept * F * SHOWN_SAMPLES * usual_tokens(spec)
     saes = kept * 4 * sae_parameters(spec, settings)
@@ -383,7 +383,7 @@ def examples_cost(
 
 def member_pages_cost(spec: EncoderSpec, settings: SAESettings, others: int) -> Cost:
     """A site's data on a member's features: samples, token activations and best matches in other members."""
-    F, kept = settings.expansion * spec.width, len(spec.layer_numbers())
+    F, kept = settings.latents(spec.width), len(spec.layer_numbers())
     cell = 4 / 3 if spec.modality == "image" else 8  # in base64, or a number and a piece of text
     samples = SHOWN_SAMPLES * (cell * usual_tokens(spec) + _SHOWN_BYTES) + _WEAKER_SAMPLES * _SHOWN_BYTES
     return Cost(
@@ -411,7 +411,7 @@ def correlations_cost(
     correlations = correlations or CorrelationSettings()
     budget = (correlations.memory_mb or 0) * 2**20 or GPU_MEMORY_BYTES
     value = {"float16": 2, "float32": 4}[correlations.precision]
-    sizes = [[settings.expansion * spec.width] * len(spec.layer_numbers()) for spec in (a, b)]
+    sizes = [[settings.latents(spec.width)] * len(spec.layer_numbers()) for spec in (a, b)]
     first = [[min(F, FLOOR_FEATURES) for F in side] for side in sizes]
     repaired = [[REPAIRINGS * NULL_FEATURES] * len(side) for side in sizes]
     # The last layers are read for the resamples, and A's last layer for each of its re-pairings, unless it is computed.
@@ -475,7 +475,7 @@ def retrieval_cost(a: EncoderSpec, b: EncoderSpec, settings: SAESettings, N: int
     For n samples in each half, matches have 2 n F_a F_b operations. Cosines have 2 n^2 for each of at most F_a + F_b
     pairs of features, in float64, which count twice. Standardising their features is the CPU's.
     """
-    n, widths = min(N, CKA_SAMPLES) // 2, [settings.expansion * spec.width for spec in (a, b)]
+    n, widths = min(N, CKA_SAMPLES) // 2, [settings.latents(spec.width) for spec in (a, b)]
     last = [spec.model_copy(update={"use_layers": "last"}) for spec in (a, b)]
     features = [feature_access_cost(spec, settings, 2 * n, 1, stored) for spec in last]
     return Cost(

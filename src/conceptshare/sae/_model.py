@@ -34,7 +34,8 @@ class SAE(nn.Module):
         super().__init__()
         if isinstance(activation, TopK) and activation.k > d_sae:
             raise NumericsError(
-                f"k = {activation.k} is more than the {d_sae} latents there are; lower k or raise expansion"
+                f"k = {activation.k} is more than the {d_sae} latents there are; lower k, or raise expansion or "
+                f"features"
             )
         self.activation = activation
         # One row per latent, as in the decoder, so that an active latent's weights are contiguous.

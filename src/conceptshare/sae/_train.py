@@ -276,8 +276,8 @@ def write_sae(
     if measurable and quality.dead > settings.max_dead:
         warn(
             f"{report.origin}: {quality.dead:.0%} of the latents are dead, more than max_dead = "
-            f"{settings.max_dead:g}; train longer (epochs), or with fewer latents (expansion), a larger k or another "
-            f"learning_rate"
+            f"{settings.max_dead:g}; train longer (epochs), or with fewer latents (expansion or features), a larger k "
+            f"or another learning_rate"
         )
     if (fvu := report.global_tokens.quality.fvu) > settings.max_fvu_global:
         warn(

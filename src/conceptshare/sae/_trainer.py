@@ -28,7 +28,7 @@ class Trainer:
     def __init__(self, width: int, settings: SAESettings, seed: int, steps: int, device: torch.device) -> None:
         self._settings = settings
         generator = torch.Generator().manual_seed(seed)
-        self.sae = SAE(width, settings.expansion * width, TopK(settings.k), generator).to(device)
+        self.sae = SAE(width, settings.latents(width), TopK(settings.k), generator).to(device)
         self.sae.b_enc.requires_grad_(settings.encoder_bias)
         trained = [parameter for parameter in self.sae.parameters() if parameter.requires_grad]
         self._rate = settings.rate(len(self.sae.W_dec))
