@@ -10,6 +10,7 @@ import subprocess
 import tarfile
 import zipfile
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -543,6 +544,71 @@ def test_paths_are_relative_to_their_table_or_the_data_sets_folder(tmp_path):
     table(tmp_path / "set" / "tables" / "a.csv", "one", "two")
     (tmp_path / "set" / "tables" / "1.png").rename(tmp_path / "set" / "1.png")
     assert captions(tmp_path / "set") == ["one", "two"]
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """COCO's folders, with captions that are not in the order of their images."""
+    (tmp_path / "val").mkdir()
+    (tmp_path / "annotations").mkdir()
+    images = [{"id": 10 * n, "file_name": f"{n:012d}.png", "width": 4} for n in (3, 1, 2)]
+    for image in images:
+        (tmp_path / "val" / image["file_name"]).write_bytes(png(image["id"]))
+    annotations = [
+        {"id": 900 - n, "image_id": image, "caption": caption}
+        for n, (image, caption) in enumerate([(10, "dogs"), (30, "cat"), (10, "a dog"), (20, "bird"), (30, "a cat")])
+    ]
+    file = tmp_path / "annotations" / "captions_val.json"
+    file.write_text(json.dumps({"info": {}, "licenses": [], "images": images, "annotations": annotations}))
+    return file
+
+
+def test_reads_the_captions_of_coco(coco, tmp_path):
+    keys = {"image_folder": str(tmp_path / "val"), "id": "id", "several_captions": "joined"}
+    found = captions(coco, **keys)
+    assert found == ["a cat cat", "a dog dogs", "bird"]  # in the order of images, and of captions' ids
+    data = AsRead(tmp_path / "annotations" / "made")
+    assert [data.ids()[row] for row in range(3)] == ["30", "10", "20"]
+    assert [np.asarray(data.image(row))[0, 0, 0] for row in range(3)] == [30, 10, 20]
+    spec = DatasetSpec(source=str(coco), **keys)
+    assert inputs(spec) == ([str(coco), *(str(tmp_path / "val" / f"{n:012d}.png") for n in (1, 2, 3))], "")
+    with pytest.raises(DatasetError, match="image_folder names the folder it is in"):
+        read(coco, tmp_path / "again")
+
+
+def test_an_image_of_coco_without_a_caption_is_dropped(coco, tmp_path):
+    content = json.loads(coco.read_text())
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] != 20]
+    coco.write_text(json.dumps(content))
+    found, manifest = read(coco, image_folder=str(tmp_path / "val"), max_dropped=0.5)
+    assert (len(found), manifest["rows_read"]) == (2, 3)
+
+
+def test_other_annotations_of_coco_are_an_error_with_a_remedy(coco, tmp_path):
+    content = json.loads(coco.read_text())
+    for annotation in content["annotations"]:
+        del annotation["caption"]
+    coco.write_text(json.dumps(content))
+    with pytest.raises(DatasetError, match=r"KeyError: 'caption'.*name one of COCO's captions_"):
+        read(coco, image_folder=str(tmp_path / "val"))
+
+
+def test_only_a_table_on_this_machine_has_an_image_folder():
+    with pytest.raises(ValueError, match="image_folder is for a table on this machine"):
+        DatasetSpec(source="owner/name", image_folder="./images")
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_the_names_of_class_labels_are_captions(form, tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a cat", "a dog"])})
+    rows = {"image": [{"bytes": png(n), "path": None} for n in range(4)], "label": [1, 0, 1, -1]}
+    made = datasets.Dataset.from_dict(rows, features)
+    if form == "arrow":
+        made.save_to_disk(str(tmp_path / "set"))
+    else:
+        (tmp_path / "set").mkdir()
+        made.to_parquet(tmp_path / "set" / "a.parquet")
+    assert captions(tmp_path / "set", caption="label", max_dropped=0.5) == ["a dog", "a cat", "a dog"]
 
 
 def test_a_table_can_name_images_whose_names_are_not_utf_8(tmp_path):

@@ -102,8 +102,8 @@ class DatasetSpec(Spec):
 
     source: str
     """A hub id, or a path to a Parquet, CSV, TSV, JSON, JSON lines or Arrow file or a folder of them, to a folder in
-    the `imagefolder` layout or a zip of one, or to a WebDataset tar file or a folder of them. An existing path takes
-    precedence over a hub id of the same name."""
+    the `imagefolder` layout or a zip of one, to COCO's `captions_*.json`, or to a WebDataset tar file or a folder of
+    them. An existing path takes precedence over a hub id of the same name."""
     revision: str | None = None
     """The hub revision. The default is the newest, which the manifest records."""
     configuration: str | None = None
@@ -115,11 +115,13 @@ class DatasetSpec(Spec):
     image: str = "image"
     """The column of images: the bytes of image files, or paths relative to the table. In a WebDataset, columns are the
     members' extensions; of alternatives such as ``jpg;png;webp``, the first one that a sample has is used."""
+    image_folder: str | None = None
+    """The folder that paths of images start from, for a table on this machine. The default is the table's folder."""
     image_url: str | None = None
     """The column of image URLs (http or https) to download; ``image`` is then ignored. Downloads are kept in
     `results/{dataset}/downloads/`."""
     caption: str = "caption"
-    """The column of captions: strings, or lists of strings."""
+    """The column of captions: strings, lists of strings, or class labels, whose names are the captions."""
     several_captions: Literal["first", "joined", "sampled"] = "first"
     """For lists of captions: use the first, all of them joined by spaces, or a random one. Empty captions are ignored.
     """
@@ -144,6 +146,12 @@ class DatasetSpec(Spec):
     """Number of samples, for estimates of size and time only."""
     note: str = ""
     """Free text for readers; it has no effect."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.image_folder is not None and not is_path(self.source):
+            raise ValueError("image_folder is for a table on this machine; leave it out, or name a copy as source")
+        return self
 
 
 class ModelSpec(Spec, extra="ignore"):

@@ -53,7 +53,12 @@ def check_files(study: "Study") -> None:
         (f"encoders.{study.name_in_config(name)}.model", spec.model, spec.library == "arrays")
         for name, spec in study.encoders.items()
     ]
-    for key, text, is_folder in sources + models:
+    folders = [
+        (f"datasets.{name}.image_folder", spec.image_folder, True)
+        for name, spec in study.datasets.items()
+        if spec.image_folder is not None
+    ]
+    for key, text, is_folder in sources + folders + models:
         path = Path(text).expanduser() if is_folder else local_path(text)
         if path is not None and not path.exists():
             raise StudyError(f"{key}: {text} does not exist; paths are relative to the working directory")

@@ -483,7 +483,8 @@ def _why_unreadable(cell: str, error: OSError | ValueError) -> str:
     if _BASE64.fullmatch(cell[:4096].rstrip()):
         return f"image cannot be read ({len(cell):,} letters that look like base64, {cut(cell)}; decode them to bytes)"
     message = error.strerror if isinstance(error, OSError) else str(error)
-    return f"image cannot be read ({type(error).__name__}: {message}: {cut(cell, _MAX_ID_LENGTH)!r})"
+    remedy = "; image_folder names the folder it is in" if isinstance(error, FileNotFoundError) else ""
+    return f"image cannot be read ({type(error).__name__}: {message}: {cut(cell, _MAX_ID_LENGTH)!r}{remedy})"
 
 
 def _check_share(spec: DatasetSpec, samples: int, dropped: _DroppedRows) -> None:

@@ -170,7 +170,7 @@ def _rows(
         for row in _file_rows(spec, source, file, seen_columns, paths_only):
             if source.kind == "images" and isinstance(row.get("image"), str):
                 seen.append(hash_of(os.path.normpath(file.parent / row["image"])))
-            yield file.parent, row
+            yield file.parent if spec.image_folder is None else Path(spec.image_folder).expanduser(), row
     seen_columns.check()
     if source.kind == "images" and "image" in columns:
         _report_images_without_row(source, np.array(seen))
@@ -309,6 +309,7 @@ def _parquet_rows(table: _Table, columns: dict[str, str], paths_only: bool) -> I
     # Without buffering ahead, a row group is read page by page; a group of images may be larger than memory.
     file = pq.ParquetFile(table.stream, pre_buffer=False, buffer_size=_BUFFER)
     _check_columns(table.where, columns, file.schema_arrow.names)
+    names = _class_names(file.schema_arrow, columns)
     wanted = list(dict.fromkeys(columns.values()))
     if paths_only:  # skip images that are stored in the table itself
         wanted = [name for column in wanted for name in _path_of(file.schema_arrow.field(column))]
@@ -317,7 +318,7 @@ def _parquet_rows(table: _Table, columns: dict[str, str], paths_only: bool) -> I
     size = sum(file.metadata.row_group(n).total_byte_size for n in range(file.num_row_groups))
     rows = max(1, min(1024, _BATCH_BYTES * file.metadata.num_rows // max(1, size)))
     for batch in file.iter_batches(rows, columns=wanted):
-        yield from _cells(batch, columns)
+        yield from _cells(batch, columns, names)
 
 
 def _path_of(column: pa.Field) -> list[str]:
@@ -338,14 +339,24 @@ def _arrow_rows(table: _Table, columns: dict[str, str], paths_only: bool) -> Ite
     _check_columns(table.where, columns, reader.schema.names)
     if paths_only and not all(_path_of(reader.schema.field(column)) for column in columns.values()):
         return
+    names = _class_names(reader.schema, columns)
     for batch in batches:
         rows = max(1, _BATCH_BYTES * batch.num_rows // max(1, batch.nbytes))
         for start in range(0, batch.num_rows, rows):
-            yield from _cells(batch.slice(start, rows), columns)
+            yield from _cells(batch.slice(start, rows), columns, names)
 
 
-def _cells(batch: pa.RecordBatch, columns: dict[str, str]) -> Iterator[dict[str, Any]]:
+def _class_names(schema: pa.Schema, columns: dict[str, str]) -> list[str]:
+    """The names of the captions' classes, if the `datasets` library has noted that they are class labels."""
+    noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    feature = noted.get("info", {}).get("features", {}).get(columns.get("caption"), {})
+    return feature["names"] if feature.get("_type") == "ClassLabel" else []
+
+
+def _cells(batch: pa.RecordBatch, columns: dict[str, str], names: list[str]) -> Iterator[dict[str, Any]]:
     lists = {key: batch.column(column).to_pylist() for key, column in columns.items()}
+    if names:  # -1 is an unknown class
+        lists["caption"] = [names[n] if n is not None and 0 <= n < len(names) else None for n in lists["caption"]]
     for row in range(batch.num_rows):
         yield {key: cells[row] for key, cells in lists.items()}
 
@@ -419,10 +430,12 @@ def _json_lines(table: _Table) -> Iterator[dict[str, Any]]:
 
 
 def _json_objects(table: _Table, columns: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a JSON file: a list of objects, concatenated objects, or one object of lists."""
+    """Yield the rows of a JSON file: a list of objects, concatenated objects, one object of lists, or COCO's."""
     values = _json_values(table)
     first = list(itertools.islice(values, 2))
     alone = first[0] if len(first) == 1 and isinstance(first[0], dict) else {}
+    if alone.keys() >= {"images", "annotations"}:
+        first = _coco_rows(alone, table)
     lists: list[Any] = [alone.get(column) for column in columns.values()]
     if lists and all(isinstance(cells, list) for cells in lists):
         if len(set(map(len, lists))) > 1:
@@ -432,6 +445,23 @@ def _json_objects(table: _Table, columns: dict[str, str]) -> Iterator[dict[str, 
         if not isinstance(value, dict):
             raise DatasetError(f"{table.where}: item {number} is not an object of columns and cells; correct it")
         yield value
+
+
+def _coco_rows(content: dict[str, Any], table: _Table) -> list[dict[str, Any]]:
+    """A row per image of COCO's `captions_*.json`: its own columns, ``image`` (its file name) and its captions."""
+    captions: dict[Any, list[Any]] = {}
+    try:
+        for annotation in sorted(content["annotations"], key=lambda annotation: annotation["id"]):
+            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+        return [
+            {**image, "image": image["file_name"], "caption": captions.get(image["id"], [])}
+            for image in content["images"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise DatasetError(
+            f"{table.where}: annotations without captions of images ({type(error).__name__}: {error}); name one of "
+            "COCO's captions_*.json"
+        ) from None
 
 
 def _json_values(table: _Table) -> Iterator[Any]:

@@ -33,9 +33,9 @@ def compare(table: pd.DataFrame, dataset: str, size: str) -> pd.DataFrame:
         size: size of the encoders, ``large`` or ``base``.
 
     Returns:
-        ``reading, source, target, ours, low, high, paper, difference, left_out``, one row per cell in the table's order.
-        Source and target have the paper's names, the difference is ours minus the paper's, and ``left_out`` is the
-        number of layers that ours leaves out, where the paper's has all.
+        ``reading, source, target, ours, low, high, paper, difference, left_out``, one row per cell in the table's
+        order. Source and target have the paper's names, the difference is ours minus the paper's, and ``left_out`` is
+        the number of layers that ours leaves out, where the paper's has all.
 
     Raises:
         StudyError: if the paper has no such data set and size, or no cell of the table.
