@@ -1,13 +1,19 @@
 """The pages of real studies in a browser: they agree with tables and stores, and everything works."""
 
 import re
+import zipfile
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import zarr
 from playwright.sync_api import expect
+from typer.testing import CliRunner
 
+from conceptshare.cli import app
+from conceptshare.config.study import load_study
+from conceptshare.io.errors import StoreError
+from conceptshare.pages import pack_site
 from tests.helpers.browser import read_data
 
 DEFAULT = Path(__file__).parents[2] / "results/studies/openclipart/pages"
@@ -48,6 +54,35 @@ def test_a_features_page_shows_its_strongest_samples_and_its_match(tab, finished
     (match,) = pairs.query(f"source == 'viewer@0' and layer == 1 and feature == {feature}").itertuples()
     page.get_by_role("link", name=f"Layer {match.match_layer}, feature {match.match_feature}").first.click()
     expect(page.locator("h1")).to_have_text(f"Feature {match.match_feature} of reader@0, layer {match.match_layer}")
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_a_packed_site_opens_with_and_without_images(finished, tmp_path, monkeypatch, open_tab, images):
+    monkeypatch.chdir(finished.folder)
+    option = "--images" if images else "--no-images"
+    for name in ("one", "two"):
+        packed = CliRunner().invoke(app, ["pages", "pack", option, "--out", str(tmp_path / f"{name}.zip")])
+        assert packed.exit_code == 0, packed.output
+    assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "one.zip") as zipped:
+        zipped.extractall(tmp_path)
+    unpacked, site = (folder / name for folder, name in ((tmp_path, "miniature"), (Path(RESULTS), "pages")))
+    assert "- squares: ./squares.parquet" in (unpacked / "README.txt").read_text()
+    files = [path.relative_to(site) for path in site.rglob("[!.]*.*") if images or path.suffix != ".webp"]
+    assert {path.relative_to(unpacked) for path in unpacked.rglob("*.*")} == {*files, Path("README.txt")}
+    assert all((unpacked / file).read_bytes() == (site / file).read_bytes() for file in files)
+    tab = open_tab(unpacked)
+    tab.allowed = [] if images else [".webp"]
+    page = tab.open("#/feature/squares/tiny/viewer@0/1/0")
+    samples = page.locator(".samples").first
+    expect(samples.locator("img")).to_have_count(9 if images else 0)
+    expect(samples.get_by_role("img", name="No image")).to_have_count(0 if images else 9)
+
+
+def test_without_a_site_there_is_nothing_to_pack(fresh, tmp_path, monkeypatch):
+    monkeypatch.chdir(fresh.folder)
+    with pytest.raises(StoreError, match="pages: no site there; run the study first"):
+        pack_site(load_study(Path("config.yaml")), Path("results"), True, tmp_path / "site.zip")
 
 
 @pytest.fixture(params=["miniature", "default"])

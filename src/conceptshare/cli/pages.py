@@ -8,7 +8,7 @@ import typer
 from conceptshare.cli.options import DataFolder, FeatureStore, StudyFile, out_option
 from conceptshare.config.members import as_member
 from conceptshare.config.study import load_study
-from conceptshare.io.files import MEMBER_PAGES, PAIR_PAGES, SAMPLE_PAGES, SITE
+from conceptshare.io.files import MEMBER_PAGES, PAIR_PAGES, SAMPLE_PAGES, SITE, ZIP
 
 app = typer.Typer(help="A site of a study's features.", no_args_is_help=True)
 
@@ -74,3 +74,19 @@ def index(
     from conceptshare.pages import write_index
 
     write_index(load_study(study).shown_on_pages(), results, out)
+
+
+@app.command("pack")
+def pack(
+    out: Annotated[Path, out_option(ZIP)],
+    study: StudyFile = Path("config.yaml"),
+    results: Annotated[Path, typer.Option(help="The folder of all results.")] = Path("results"),
+    images: Annotated[
+        bool, typer.Option(help="Include thumbnails; leave them out if the images may not be passed on.")
+    ] = True,
+) -> None:
+    """The site of a finished study as one zip, to share or to put on a static web host."""
+    from conceptshare.pages import pack_site
+
+    pack_site(load_study(study), results, images, out)
+    typer.echo(f"{out}: {out.stat().st_size:,} bytes")

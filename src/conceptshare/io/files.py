@@ -79,6 +79,7 @@ CSV = Kind("a CSV file", suffix=".csv")
 PARQUET = Kind("a Parquet file", suffix=".parquet", magic=b"PAR1")
 PNG = Kind("a PNG file", suffix=".png", magic=b"\x89PNG")
 PDF = Kind("a PDF file", suffix=".pdf", magic=b"%PDF")
+ZIP = Kind("a zip", suffix=".zip", magic=b"PK")
 PROVENANCE_RECORD = Kind(
     "a provenance record", suffix=".json", magic=b"{", is_valid=lambda path: "conceptshare" in read_object(path)
 )
