@@ -186,7 +186,8 @@ def test_config_snippets_of_pages_are_valid(document, pieces, tmp_path, monkeypa
         for key, entries in piece.items():
             study[key] |= entries
             for entry in filter(None, entries.values()):
-                for local in filter(lambda path: str(path).startswith("./"), (entry.get("source"), entry.get("model"))):
+                paths = [entry.get(key) for key in ("source", "image_folder", "model")]
+                for local in filter(lambda path: str(path).startswith("./"), paths):
                     (tmp_path / local).mkdir(parents=True)
     build_study(study, origin=document)
 
