@@ -167,29 +167,26 @@ def yaml_of(document):
 
 @pytest.mark.parametrize(
     ("document", "pieces"),
-    [("docs/adding-an-encoder.md", 6), ("docs/adding-a-data-set.md", 6), ("docs/tutorial.md", 2)],
+    [("docs/adding-an-encoder.md", 7), ("docs/adding-a-data-set.md", 6), ("docs/tutorial.md", 2)],
 )
 def test_config_snippets_of_pages_are_valid(document, pieces, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = list(yaml_of(document))
     assert len(found) == pieces
     encoders = dict.fromkeys(("minilm", "dinov2-small", "tiny-clip-image"))
-    datasets = {"openclipart": None}
     study = {
         "study": "some",
-        "datasets": datasets,
+        "datasets": {"openclipart": None},
         "encoders": encoders,
-        "saes": {"some": {"preset": "global"}},
+        "saes": {"some": {"preset": "global", "features": 64}},
         "analyses": {},
     }
     for piece in found:
-        for key, entries in piece.items():
-            study[key] |= entries
-            for entry in filter(None, entries.values()):
-                paths = [entry.get(key) for key in ("source", "image_folder", "model")]
-                for local in filter(lambda path: str(path).startswith("./"), paths):
+        for entry in (entry for entries in piece.values() for entry in entries.values() if entry):
+            for local in (entry.get(key) for key in ("source", "model", "image_folder")):
+                if str(local).startswith("./"):
                     (tmp_path / local).mkdir(parents=True)
-    build_study(study, origin=document)
+        build_study(study | {key: study[key] | entries for key, entries in piece.items()}, origin=document)
 
 
 def test_sae_and_download_snippets_of_the_config_guide_are_valid():

@@ -22,7 +22,7 @@ from conceptshare.encoders import load_encoder
 from conceptshare.encoders.weights import fetch_weights
 from conceptshare.io import sizes, store
 from conceptshare.io.errors import StoreError, StudyError
-from tests.helpers import models
+from tests.helpers import decoders, models
 from tests.helpers.forks import run_forked
 from tests.helpers.models import CAPTIONS
 from tests.helpers.samples import contents
@@ -210,6 +210,14 @@ def test_refuses_images_with_different_numbers_of_tokens(data_folder, tmp_path):
         extract_part(encoder, Data(data_folder), tmp_path / "parts" / "tiny.2-of-2.zarr", 2, 2)
     assert not (tmp_path / "parts").exists()
     extract_part(encoder, Data(data_folder), tmp_path / "tiny.2-of-2.zarr", 2, 2, tokens=False)
+
+
+def test_refuses_prompts_with_different_numbers_of_tokens_before_the_forward_pass(data_folder, tmp_path, monkeypatch):
+    decoders.decoder("Qwen2VL", tmp_path / "model")
+    encoder = load_encoder(decoders.decoder_entry("Qwen2VL", tmp_path / "model", "image", batch_size=4))
+    monkeypatch.setattr(type(encoder), "read", None)
+    with pytest.raises(StudyError, match=r"different numbers of tokens.*; set parts: 1"):
+        extract_part(encoder, Data(data_folder), tmp_path / "parts" / "tiny.1-of-2.zarr", 1, 2)
 
 
 @pytest.mark.parametrize(

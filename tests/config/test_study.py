@@ -385,6 +385,41 @@ def test_refuses_a_template_that_cannot_be_read(fault, values, words):
     assert "\n" not in message
 
 
+WIDTHS = {"layers": 2, "width": [8, 16], "global_token": "mean"}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"width": [8, 16, 32]}, "width has 3 numbers, but there are 2 layers; write one for each"),
+        ({"global_token": "first"}, "have no token in common; set global_token: mean or max"),
+        ({"modality": "text", "kind": "vlm"}, "are for image encoders; set width to one number"),
+        ({"template": "{image}"}, "are for image encoders; set width to one number"),
+        ({"parts": 2}, "parts is for layers of one width; leave it out"),
+        ({"width": [8, 0]}, "width: expected a whole number from 1 to 1,000,000, or a list with one for each layer"),
+        ({"width": "wide"}, "width: expected a whole number from 1 to 1,000,000, or a list with one for each layer"),
+        ({"width": []}, "width has 0 numbers, but there are 2 layers; write one for each"),
+        ({"blocks": 3}, "blocks: expected the path of a module list, or a list of paths"),
+    ],
+    ids=str,
+)
+def test_refuses_layers_of_several_widths_that_cannot_be_read(fault, values, words):
+    message = fault(encoders={"vit": WIDTHS | values})
+    assert message.startswith("study.yaml: encoders.vit")
+    assert "\n" not in message
+    assert words in message
+
+
+def test_layers_of_several_widths_need_saes_of_global_tokens_with_a_number_of_features(build, fault):
+    encoders = {"vit": WIDTHS}
+    message = fault(encoders=encoders, saes={"all": {"features": 32}})
+    assert "only global tokens are stored, but saes.all trains on all tokens; set saes.all.train_on: global" in message
+    message = fault(encoders=encoders, saes={"wide": {"preset": "global"}})
+    assert message.endswith("set saes.wide.features in place of expansion")
+    study = build(encoders=encoders, saes={"same": {"preset": "global", "features": 40}})
+    assert [study.encoders["vit"].width_of(layer) for layer in (0, 1)] == [8, 16]
+
+
 @pytest.mark.parametrize("token", ["cls", "Mean", "", None, 5])
 def test_lists_the_choices_of_token_for_an_encoder(fault, token):
     message = fault(encoders={"vit": {"global_token": token}})

@@ -432,6 +432,29 @@ def test_correlations_request_enough_host_memory_on_a_gpu():
     assert asked > plan._PROCESS_BYTES + 2 * 24 * plan.global_bytes(encoder(width=1024), COCO) + 2 * result
 
 
+def test_layers_of_several_widths_cost_the_sum_of_layers(elsewhere):
+    """For all that is proportional to the width, with one number of latents."""
+    settings, shared = SAESettings(preset="global", features=96), {"global_token": "mean", "tokens": 1, "gflops": 1}
+    several = encoder(width=[32, 96], **shared)
+    alone = [encoder(width=width, layers=1, **shared) for width in several.width]
+
+    def written(cost, *more):
+        each = sum(cost(spec, *more).written for spec in alone)
+        assert cost(several, *more).written == each
+
+    written(plan.features_cost, settings, 100)
+    written(plan.stream_cost, settings, 100, 1)
+    written(plan.activations_cost, 100, 0, False)
+    pairs = [plan.similarity_cost(a, b, 100) for a in alone for b in alone]
+    assert plan.similarity_cost(several, several, 100).read == sum(pair.read for pair in pairs) / 2
+    encoders = dict.fromkeys(("x", "y"), several.model_dump(exclude_defaults=True))
+    saes = {"s": {"preset": "global", "features": 96}}
+    study = build_study(study_of(encoders=encoders, saes=saes, analyses={"matrices": {"all": None}}), "test")
+    found = make_plan(study, Rates(), 100, elsewhere).costs["sae"]
+    narrow, wide = (plan.sae_cost(spec, settings, 100) for spec in alone)
+    assert (found.written, found.memory) == (2 * (narrow.written + wide.written), wide.memory)
+
+
 def test_a_number_of_latents_costs_as_much_as_the_expansion_that_gives_it():
     spec, wide, given = encoder(), SAESettings(expansion=5), SAESettings(features=5 * 64)
     for cost in (plan.sae_cost, plan.features_cost, plan.names_cost, plan.examples_cost):

@@ -198,10 +198,10 @@ def kept_rows(activations: Activations, spec: EncoderSpec, start: int, name: str
     global_token = {n: _to_float16(x, spec, f"{name}, layer {n}", numbers) for n, x in activations.global_token.items()}
     tokens = {}
     for layer, x in activations.tokens.items():
-        kept = x
+        kept = x[:, : chosen.shape[1]]  # of layers with several numbers of tokens, none but the global one
         mask = chosen
         if activations.position is None:
-            kept = torch.cat([x, activations.global_token[layer][:, None]], dim=1)
+            kept = torch.cat([kept, activations.global_token[layer][:, None]], dim=1)
             mask = torch.cat([chosen, chosen.new_ones(len(chosen), 1)], dim=1)
         rows = kept.flatten(0, 1) if mask.all() else kept[mask]
         tokens[layer] = _to_float16(rows, spec, f"{name}, layer {layer}", np.repeat(numbers, counts_))
@@ -345,7 +345,13 @@ class Recorder:
         groups = {layer: tokens.require_group(layer_name(layer)) for layer in spec.layer_numbers()}
         self._tokens = {
             layer: RowWriter(
-                group, "tokens", spec.width, np.float16, sizes.SHARD_BYTES, self._own.start, self.share.rows.start
+                group,
+                "tokens",
+                spec.width_of(layer),
+                np.float16,
+                sizes.SHARD_BYTES,
+                self._own.start,
+                self.share.rows.start,
             )
             for layer, group in groups.items()
         }
@@ -403,7 +409,9 @@ class GlobalTokens:
         self._own = range(min(max(keep, own.start), own.stop), own.stop)
         groups = {layer: store.require_group(layer_name(layer)) for layer in spec.layer_numbers()}
         self._writers = {
-            layer: RowWriter(group, "global", spec.width, np.float16, GLOBAL_SHARD_BYTES, self._own.start, own.start)
+            layer: RowWriter(
+                group, "global", spec.width_of(layer), np.float16, GLOBAL_SHARD_BYTES, self._own.start, own.start
+            )
             for layer, group in groups.items()
         }
         self.samples = keep

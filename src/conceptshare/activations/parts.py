@@ -142,8 +142,8 @@ def _share(encoder: Encoder, data: Data, part: int, parts: int, tokens: bool) ->
     in_batches = _rows_of_batches(encoder, data) if tokens else repeat(0)
     row = sum(islice(in_batches, begin))
     stop_row = row + sum(islice(in_batches, until - begin))
-    rows = _rows_of_shards(row, stop_row, rows_of(spec.width, np.float16, sizes.SHARD_BYTES)[1])
-    samples = _rows_of_shards(first, stop, rows_of(spec.width, np.float16, extraction.GLOBAL_SHARD_BYTES)[1])
+    rows = _rows_of_shards(row, stop_row, rows_of(spec.width_of(0), np.float16, sizes.SHARD_BYTES)[1])
+    samples = _rows_of_shards(first, stop, rows_of(spec.width_of(0), np.float16, extraction.GLOBAL_SHARD_BYTES)[1])
     end, end_row = stop, stop_row
     while end < N and ((rows and end_row < rows.stop) or (samples and end < samples.stop)):
         end, end_row = min(end + spec.batch_size, N), end_row + next(in_batches)

@@ -8,7 +8,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
@@ -62,6 +62,30 @@ def _as_name(value: str) -> str:
 
 
 Name = Annotated[str, BeforeValidator(_as_name)]
+
+
+def _one_or_several(fits: Callable[[Any], bool], wanted: str) -> BeforeValidator:
+    """Check a value or each value in a list, with one message for both."""
+
+    def check(value: Any) -> Any:
+        if not all(map(fits, value if isinstance(value, list) else [value])):
+            raise ValueError(f"expected {wanted}")
+        return value
+
+    return BeforeValidator(check)
+
+
+Widths = Annotated[
+    int | list[int],
+    _one_or_several(
+        lambda one: isinstance(one, int) and 1 <= one <= 10**6,
+        "a whole number from 1 to 1,000,000, or a list with one for each layer",
+    ),
+]
+Paths = Annotated[
+    str | list[str] | None,
+    _one_or_several(lambda one: isinstance(one, str | None), "the path of a module list, or a list of paths"),
+]
 
 
 class Spec(BaseModel):
@@ -196,8 +220,9 @@ class EncoderSpec(ModelSpec, extra="forbid"):
     """Its training data: image-text pairs, images or text."""
     layers: int = Field(ge=1, le=1000)
     """Number of blocks; checked when the encoder is loaded."""
-    width: int = Field(ge=1, le=10**6)
-    """Width of the residual stream; checked when the encoder is loaded."""
+    width: Widths
+    """Width of the residual stream, or of each layer of an image encoder whose stages differ, such as Swin or ResNet;
+    checked when the encoder is loaded."""
     global_token: GlobalToken
     """The token that stands for a whole sample: the first token; the last one, which in CLIP is the end of text; the
     last position, padding included, of models trained to read it there (SigLIP); or, in each dimension, the mean or the
@@ -217,8 +242,9 @@ class EncoderSpec(ModelSpec, extra="forbid"):
     """Maximum length of a text in tokens, without those of ``template``; longer texts are cut. The default is the
     model's own length: the smaller of the limits of its tokenizer and its positions, or 512 if neither has a limit,
     which is then logged."""
-    blocks: str | None = None
-    """Dotted path of the module list that holds the blocks, if it is not the longest run of modules of one class."""
+    blocks: Paths = None
+    """Dotted path of the module list that holds the blocks, if it is not the longest run of modules of one class; or
+    the paths of the blocks themselves."""
     batch_size: int = Field(default=32, ge=1, le=10**6)
     """Samples per forward pass."""
     parts: int = Field(default=1, ge=1, le=1000)
@@ -291,6 +317,8 @@ class EncoderSpec(ModelSpec, extra="forbid"):
             raise ValueError("untrained_seed is for untrained: true; set that too, or leave untrained_seed out")
         if self.template is not None:
             self._check_template(self.template)
+        if isinstance(self.width, list):
+            self._check_widths(self.width)
         if self.modality == "text" and self.image_size is not None:
             raise ValueError("image_size is for image encoders; leave it out")
         if self.modality == "image" and self.context_length is not None:
@@ -316,6 +344,28 @@ class EncoderSpec(ModelSpec, extra="forbid"):
             raise ValueError("global_token: reference is not for prompts; set last_token, mean or max")
         if self.image_size is not None:
             raise ValueError("image_size is for image encoders without a template; leave it out")
+
+    def _check_widths(self, widths: list[int]) -> None:
+        if len(widths) != self.layers:
+            raise ValueError(f"width has {len(widths)} numbers, but there are {self.layers} layers; write one for each")
+        if self.library == "arrays":
+            return
+        if self.modality == "text" or self.template is not None:
+            raise ValueError("layers of several widths are for image encoders; set width to one number")
+        if self.global_token not in {"mean", "max"}:
+            raise ValueError("layers of several widths have no token in common; set global_token: mean or max")
+        if self.parts > 1:
+            raise ValueError("parts is for layers of one width; leave it out")
+
+    def width_of(self, layer: int) -> int:
+        """Width of a layer's tokens."""
+        return self.width[layer] if isinstance(self.width, list) else self.width
+
+    @property
+    def mean_width(self) -> int:
+        """Mean width of the recorded layers, rounded, for estimates."""
+        widths = [self.width_of(layer) for layer in self.layer_numbers()]
+        return round(sum(widths) / len(widths))
 
     @property
     def group(self) -> tuple[str, str]:

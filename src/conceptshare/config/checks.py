@@ -175,6 +175,8 @@ def _check_encoders(study: "Study") -> None:
             )
         if spec.library == "arrays":
             _check_arrays(study, encoder)
+        if isinstance(spec.width, list):
+            _check_widths(study, encoder)
         if spec.parts > 1 and study.stream:
             raise ValueError(
                 f"encoders.{study.name_in_config(encoder)}.parts: a stream is one job, as its SAEs learn from all "
@@ -196,6 +198,21 @@ def _check_arrays(study: "Study", encoder: str) -> None:
         )
 
 
+def _check_widths(study: "Study", encoder: str) -> None:
+    """Refuse SAEs that layers of several widths cannot have."""
+    place = f"encoders.{study.name_in_config(encoder)} has layers of several widths"
+    for name, settings in study.saes.items():
+        if settings.train_on == "all":
+            raise ValueError(
+                f"{place}, of which only global tokens are stored, but saes.{name} trains on all tokens; set "
+                f"saes.{name}.train_on: global, or preset: global"
+            )
+        if settings.features is None:
+            raise ValueError(
+                f"{place}, but features of one number are compared; set saes.{name}.features in place of expansion"
+            )
+
+
 def _check_saes(study: "Study") -> None:
     for name, settings in study.saes.items():
         if settings.precision == "tf32" and study.stream:
@@ -204,7 +221,7 @@ def _check_saes(study: "Study") -> None:
                 f"bfloat16, or set stream: false"
             )
         for encoder, spec in study.encoders.items():
-            latents = settings.latents(spec.width)
+            latents = settings.latents(spec.mean_width)
             if latents > _MAX_LATENTS:
                 raise ValueError(
                     f"saes.{name}.expansion: {settings.expansion} gives {study.name_in_config(encoder)} {latents} "

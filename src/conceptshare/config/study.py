@@ -317,7 +317,7 @@ class Study(Spec):
     def _described(self, member: Member) -> dict[str, Any]:
         spec = self.encoders[member.encoder]
         saes = self.coded(self.features[0])
-        features = {name: self.saes[sae].latents(spec.width) for name, sae in saes.items()}
+        features = {name: self.saes[sae].latents(spec.width_of(spec.layer_numbers()[-1])) for name, sae in saes.items()}
         named = {"name": str(member), "encoder": member.encoder, "seed": member.seed, "layers": spec.layer_numbers()}
         return named | {"modality": spec.modality, "kind": spec.group[1], "features": features}
 

@@ -50,7 +50,7 @@ class Arrays:
         self._paths = {layer: paths[layer_name(layer)] for layer in spec.layer_numbers()}
         self._arrays = {layer: _open(path) for layer, path in self._paths.items()}
         for layer, array in self._arrays.items():
-            _check_shape(self._paths[layer], tuple(array.shape), len(self), spec.width)
+            _check_shape(self._paths[layer], tuple(array.shape), len(self), spec.width_of(layer))
 
     def __len__(self) -> int:
         return len(self._ids)

@@ -73,7 +73,8 @@ class Activations:
     global_token: dict[int, Tensor]
     """``[B, D]`` float32 by layer."""
     training: Tensor
-    """``[B, T]`` bool: the positions SAEs train on, which are the unpadded tokens and the global token."""
+    """``[B, T]`` bool: the positions SAEs train on, which are the unpadded tokens and the global token. ``[B, 0]`` if
+    layers have several widths and numbers of tokens."""
     position: Tensor | None
     """``[B]`` position of the global token; None if it is the mean or maximum of the unpadded tokens."""
 
@@ -118,8 +119,12 @@ class Encoder:
     def read(self, batch: Batch) -> Activations:
         """Like `activations`, for prepared inputs."""
         outputs = self._observe({name: value.to(self.device) for name, value in batch.inputs.items()})
-        tokens = {layer: self._residual(layer, outputs[layer], len(batch)) for layer in self.spec.layer_numbers()}
+        tokens = {layer: self.residual(layer, outputs[layer], len(batch)) for layer in self.spec.layer_numbers()}
         self._check_sizes(tokens)
+        if isinstance(self.spec.width, list):  # each layer is a grid of its own
+            whole = {layer: torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) for layer, x in tokens.items()}
+            none = torch.ones(len(batch), 0, dtype=torch.bool, device=self.device)
+            return Activations(tokens, {n: self._pooled(x, whole[n]) for n, x in tokens.items()}, none, None)
         some = next(iter(tokens.values()))
         mask = torch.ones(some.shape[:2], dtype=torch.bool) if batch.mask is None else batch.mask
         mask = mask.to(self.device)
@@ -195,7 +200,7 @@ class Encoder:
             )
         return outputs
 
-    def _residual(self, layer: int, output: Any, samples: int) -> Tensor:
+    def residual(self, layer: int, output: Any, samples: int) -> Tensor:
         """Convert a block's output to tokens ``[B, T, D]`` in float32."""
         x: Tensor = output
         if isinstance(x, Tensor) and x.ndim == 4:
@@ -227,13 +232,21 @@ class Encoder:
     def _check_sizes(self, tokens: dict[int, Tensor]) -> None:
         """Raise an EncoderError if layers differ in size, or their width is not that in the catalog."""
         sizes = {layer: (x.shape[1], x.shape[2]) for layer, x in tokens.items()}
+        widths = [sizes[n][1] if n in sizes else self.spec.width_of(n) for n in range(self.spec.layers)]
+        if isinstance(self.spec.width, list):
+            if widths != self.spec.width:
+                raise EncoderError(
+                    f"{self.spec.model}: its layers have other widths than its entry; set width: {widths}"
+                )
+            return
         last, (length, width) = next(reversed(sizes.items()))
         other = next((layer for layer, size in sizes.items() if size != (length, width)), None)
         if other is not None:
             raise EncoderError(
                 f"{self.spec.model}: layer {other} has {sizes[other][0]} tokens of width {sizes[other][1]}, layer "
                 f"{last} {length} of width {width}: not one residual stream; record layers of the same size, such as "
-                f"the last: use_layers: last, width: {width}"
+                f"the last: use_layers: last, width: {width}; or compare their mean tokens: global_token: mean, width: "
+                f"{widths}"
             )
         if width != self.spec.width:
             raise EncoderError(
@@ -337,9 +350,9 @@ def check_reading(encoder: Encoder) -> None:
             warn(f"{spec.model}: its tokenizer pads on the left, so global_token: reference reads padding")
         return
     for n, single in enumerate(apart):
-        for layer, x in together.tokens.items():
-            own = torch.cat([single.tokens[layer][0][single.training[0]], single.global_token[layer]])
-            shared = torch.cat([x[n][together.training[n]], together.global_token[layer][n : n + 1]])
+        for layer in together.tokens:
+            own = torch.cat([_trained(single, layer, 0), single.global_token[layer]])
+            shared = torch.cat([_trained(together, layer, n), together.global_token[layer][n : n + 1]])
             # Rounding changes a token by 1e-5; shifted positions or attended padding change it by several percent.
             if own.shape != shared.shape or ((own - shared).norm(dim=1) > 0.01 * own.norm(dim=1)).any():
                 raise EncoderError(
@@ -350,6 +363,12 @@ def check_reading(encoder: Encoder) -> None:
     if all((x[0] - x[1]).norm() <= 1e-5 * x[0].norm() for x in together.global_token.values()):
         other = "last_token" if spec.modality == "text" else "mean"
         warn(f"{spec.model}: its global token is the same for two samples; unless intended, set global_token: {other}")
+
+
+def _trained(activations: Activations, layer: int, sample: int) -> Tensor:
+    """``[n, D]`` tokens of a sample that SAEs train on, except for a global token that is none of them."""
+    of_sample = activations.training[sample]
+    return activations.tokens[layer][sample, : len(of_sample)][of_sample]
 
 
 def has_class_token(tower: nn.Module) -> bool:
@@ -410,6 +429,8 @@ def find_blocks(tower: nn.Module, spec: EncoderSpec) -> list[nn.Module]:
         for name, module in tower.named_modules()
         if isinstance(module, nn.ModuleList | nn.Sequential)
     }
+    if isinstance(spec.blocks, list):
+        return _blocks_at(spec.blocks, tower, spec)
     if spec.blocks is not None:
         place = spec.blocks
         known = ", ".join(name for name, run in lists.items() if len(run) > 1)
@@ -435,7 +456,7 @@ def find_blocks(tower: nn.Module, spec: EncoderSpec) -> list[nn.Module]:
                 f"{spec.model}: its blocks are in {len(stages)} stages ({shown}), which differ in width "
                 f"or number of tokens, so it has no single residual stream and cannot be read layer by layer; use "
                 f"an encoder with one stack of blocks, such as a ViT, or record only the last stage: blocks: {last}, "
-                f"layers: {len(lists[last])}, use_layers: last"
+                f"layers: {len(lists[last])}, use_layers: last; without use_layers, each stage is a layer"
             )
     if not blocks:
         raise EncoderError(
@@ -449,6 +470,21 @@ def find_blocks(tower: nn.Module, spec: EncoderSpec) -> list[nn.Module]:
             f"module list"
         )
     return blocks
+
+
+def _blocks_at(places: list[str], tower: nn.Module, spec: EncoderSpec) -> list[nn.Module]:
+    """The modules at the paths of blocks."""
+    known = dict(tower.named_modules())
+    missing = next((place for place in places if place not in known), None)
+    if missing is not None:
+        parts = ", ".join(name for name, _ in tower.named_children())
+        raise EncoderError(f"{spec.model}: no module at blocks: {missing}; its parts are: {parts}")
+    if len(places) != spec.layers:
+        raise EncoderError(
+            f"{spec.model}: blocks has {len(places)} paths, but its entry has layers: {spec.layers}; set layers: "
+            f"{len(places)}"
+        )
+    return [known[place] for place in places]
 
 
 def _is_list(module: nn.Module, parts: list[nn.Module]) -> bool:

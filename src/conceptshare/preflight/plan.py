@@ -169,7 +169,8 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
             for member in members:
                 spec = needed[member.encoder]
                 if not study.stream:
-                    parts["sae"] += [sae_cost(spec, settings, N)] * len(spec.layer_numbers())
+                    layers = [spec.model_copy(update={"width": spec.width_of(n)}) for n in spec.layer_numbers()]
+                    parts["sae"] += [sae_cost(layer, settings, N) for layer in layers]
                 parts["pages_member"].append(member_pages_cost(spec, settings, len(comparisons[member])))
             for code in study.features:
                 stored: Stored = "sparse" if code == "after_topk" else "dense" if study.keep_features else "none"
@@ -222,28 +223,28 @@ def activations_cost(spec: EncoderSpec, N: int, data_bytes: float = 0, tokens: b
 
 def forward_flops(spec: EncoderSpec) -> float:
     """Operations per sample of a forward pass: 24 L T D^2 + 4 L T^2 D, or the number in the entry."""
-    D, T = spec.width, positions(spec)
+    D, T = spec.mean_width, positions(spec)
     return 24 * spec.layers * T * D**2 + 4 * spec.layers * T**2 * D if spec.gflops is None else spec.gflops * 1e9
 
 
 def _inputs_bytes(spec: EncoderSpec, N: int, data_bytes: float) -> float:
     """Bytes read for a forward pass: the images, or arrays in float32; captions are negligible."""
     if spec.library == "arrays":
-        return 4 * N * spec.width * len(spec.layer_numbers())
+        return 4 * N * spec.mean_width * len(spec.layer_numbers())
     return data_bytes if spec.modality == "image" else 0
 
 
 def _forward_bytes(spec: EncoderSpec) -> int:
     """Bytes of the model, of one batch of activations in float32, and of prefetched ones in float16."""
-    batch = spec.batch_size * positions(spec) * spec.width * len(spec.layer_numbers())
-    parameters = 12 * spec.layers * spec.width**2 if spec.parameters is None else int(spec.parameters * 1e6)
+    batch = spec.batch_size * positions(spec) * spec.mean_width * len(spec.layer_numbers())
+    parameters = 12 * spec.layers * spec.mean_width**2 if spec.parameters is None else int(spec.parameters * 1e6)
     return 4 * parameters + (4 + 4 * 2) * batch
 
 
 def sae_cost(spec: EncoderSpec, settings: SAESettings, N: int) -> Cost:
     """Training on one layer's stored tokens."""
-    F = settings.latents(spec.width)
-    size = N * trained_tokens(spec, settings) * spec.width * 2
+    F = settings.latents(spec.mean_width)
+    size = N * trained_tokens(spec, settings) * spec.mean_width * 2
     in_memory = size <= IN_MEMORY_BYTES
     samples = settings.epochs * (N - settings.held_out_samples(N)) + measured(N, settings)
     return Cost(
@@ -262,7 +263,7 @@ def training_flops(spec: EncoderSpec, settings: SAESettings, N: int) -> float:
 
     Those five are decoding, its gradients for weights and latents, and the encoder's for inputs and weights.
     """
-    D, F, k = spec.width, settings.latents(spec.width), settings.k
+    D, F, k = spec.mean_width, settings.latents(spec.mean_width), settings.k
     trained, tokens = N - settings.held_out_samples(N), trained_tokens(spec, settings)
     steps = settings.epochs * -(-trained // settings.samples_per_step(spec.modality))
     return (
@@ -277,7 +278,7 @@ def stream_cost(spec: EncoderSpec, settings: SAESettings, N: int, seeds: int, da
 
     SAEs of global tokens need one pass, and are trained one after the other.
     """
-    kept, F = len(spec.layer_numbers()), settings.latents(spec.width)
+    kept, F = len(spec.layer_numbers()), settings.latents(spec.mean_width)
     last = settings.held_out_samples(N) or measured(N, settings)
     passes = (settings.epochs * (N - settings.held_out_samples(N)) + last) / N
     saes = at_once = kept * seeds
@@ -296,7 +297,7 @@ def stream_cost(spec: EncoderSpec, settings: SAESettings, N: int, seeds: int, da
 
 def sae_parameters(spec: EncoderSpec, settings: SAESettings) -> int:
     """Number of parameters of an SAE: W_enc, W_dec and b_dec."""
-    return 2 * spec.width * settings.latents(spec.width) + spec.width
+    return 2 * spec.mean_width * settings.latents(spec.mean_width) + spec.mean_width
 
 
 def measured(N: int, settings: SAESettings) -> int:
@@ -312,12 +313,12 @@ def _optimised_bytes(spec: EncoderSpec, settings: SAESettings) -> int:
 def _latents_bytes(spec: EncoderSpec, settings: SAESettings) -> int:
     """Latents of one batch before and after ReLU, and their order."""
     tokens = max(settings.samples_per_step(spec.modality), 32) * trained_tokens(spec, settings)
-    return 4 * 3 * tokens * settings.latents(spec.width)
+    return 4 * 3 * tokens * settings.latents(spec.mean_width)
 
 
 def features_cost(spec: EncoderSpec, settings: SAESettings, N: int, stored: Stored = "dense") -> Cost:
     """Features of N global tokens in every layer, with their statistics and top samples."""
-    F, kept = settings.latents(spec.width), len(spec.layer_numbers())
+    F, kept = settings.latents(spec.mean_width), len(spec.layer_numbers())
     rows = min(FEATURE_ROWS, N)
     # A block of rows in float32, as computed, shifted and stored, and in float16, and values with their samples and
     # order while top samples are merged.
@@ -335,7 +336,7 @@ def features_cost(spec: EncoderSpec, settings: SAESettings, N: int, stored: Stor
 
 def computed_features(spec: EncoderSpec, settings: SAESettings, N: int, times: float = 1) -> Cost:
     """Features of all layers, computed ``times`` times from global tokens; memory is that of SAEs and tokens."""
-    D, F, kept = spec.width, settings.latents(spec.width), len(spec.layer_numbers())
+    D, F, kept = spec.mean_width, settings.latents(spec.mean_width), len(spec.layer_numbers())
     sae, tokens = 4 * (2 * D * F + D + F), global_bytes(spec, N)
     in_memory = tokens <= IN_MEMORY_BYTES
     return Cost(
@@ -349,7 +350,7 @@ def feature_access_cost(spec: EncoderSpec, settings: SAESettings, N: int, times:
     """Features of all layers, ``times`` times: read if they are stored, else computed."""
     if stored == "none":
         return computed_features(spec, settings, N, times)
-    size = len(spec.layer_numbers()) * stored_bytes(settings.latents(spec.width), settings, N, stored)
+    size = len(spec.layer_numbers()) * stored_bytes(settings.latents(spec.mean_width), settings, N, stored)
     # Those after TopK stay in memory.
     return Cost(read=times * size) if stored == "dense" else Cost(read=size, memory=size)
 
@@ -357,7 +358,7 @@ def feature_access_cost(spec: EncoderSpec, settings: SAESettings, N: int, times:
 def names_cost(spec: EncoderSpec, settings: SAESettings, N: int, stored: Stored = "dense") -> Cost:
     """Names of features, measured on the first samples, on the CPU."""
     n, computed = min(N, MEASURED_SAMPLES), stored == "none"
-    slabs = -(-features_bytes(settings.latents(spec.width), n) // SLAB_BYTES)
+    slabs = -(-features_bytes(settings.latents(spec.mean_width), n) // SLAB_BYTES)
     features = feature_access_cost(spec, settings, n, slabs if computed else 1, stored)
     memory = _PROCESS_BYTES + features.memory + computed * SLAB_BYTES
     return Cost(read=features.read, cpu_flops=features.flops, memory=memory)
@@ -367,7 +368,7 @@ def examples_cost(
     spec: EncoderSpec, settings: SAESettings, N: int, data_bytes: float = 0, stored: Stored = "dense"
 ) -> Cost:
     """A forward pass over the strongest samples of all features, and their activations there: 2 D per token."""
-    D, F, kept = spec.width, settings.latents(spec.width), len(spec.layer_numbers())
+    D, F, kept = spec.mean_width, settings.latents(spec.mean_width), len(spec.layer_numbers())
     shown = min(N, kept * F * SHOWN_SAMPLES)
     fires = kept * F * SHOWN_SAMPLES * usual_tokens(spec)
     saes = kept * 4 * sae_parameters(spec, settings)
@@ -383,7 +384,7 @@ def examples_cost(
 
 def member_pages_cost(spec: EncoderSpec, settings: SAESettings, others: int) -> Cost:
     """A site's data on a member's features: samples, token activations and best matches in other members."""
-    F, kept = settings.latents(spec.width), len(spec.layer_numbers())
+    F, kept = settings.latents(spec.mean_width), len(spec.layer_numbers())
     cell = 4 / 3 if spec.modality == "image" else 8  # in base64, or a number and a piece of text
     samples = SHOWN_SAMPLES * (cell * usual_tokens(spec) + _SHOWN_BYTES) + _WEAKER_SAMPLES * _SHOWN_BYTES
     return Cost(
@@ -411,7 +412,7 @@ def correlations_cost(
     correlations = correlations or CorrelationSettings()
     budget = (correlations.memory_mb or 0) * 2**20 or GPU_MEMORY_BYTES
     value = {"float16": 2, "float32": 4}[correlations.precision]
-    sizes = [[settings.latents(spec.width)] * len(spec.layer_numbers()) for spec in (a, b)]
+    sizes = [[settings.latents(spec.mean_width)] * len(spec.layer_numbers()) for spec in (a, b)]
     first = [[min(F, FLOOR_FEATURES) for F in side] for side in sizes]
     repaired = [[REPAIRINGS * NULL_FEATURES] * len(side) for side in sizes]
     # The last layers are read for the resamples, and A's last layer for each of its re-pairings, unless it is computed.
@@ -459,13 +460,13 @@ def similarity_cost(a: EncoderSpec, b: EncoderSpec, N: int) -> Cost:
     CKA has 2 n D_a D_b operations for a pair of layers and 2 n D^2 for each layer, neighbours 2 m^2 D for a layer.
     """
     n, m = min(N, CKA_SAMPLES), min(N, NEIGHBOUR_SAMPLES)
-    widths = [spec.width for spec in (a, b) for _ in spec.layer_numbers()]
-    pairs = len(a.layer_numbers()) * len(b.layer_numbers())
+    of_a, of_b = ([spec.width_of(layer) for layer in spec.layer_numbers()] for spec in (a, b))
+    widths, pairs = of_a + of_b, len(of_a) * len(of_b)
     return Cost(
         written=_SIMILARITY_BYTES * pairs,
         read=n * 2 * sum(widths),
-        flops=2 * n * (pairs * a.width * b.width + sum(D**2 for D in widths)) + 2 * m**2 * sum(widths),
-        memory=_PROCESS_BYTES + 4 * n * len(a.layer_numbers()) * a.width + 3 * 8 * n * max(widths),
+        flops=2 * n * (sum(of_a) * sum(of_b) + sum(D**2 for D in widths)) + 2 * m**2 * sum(widths),
+        memory=_PROCESS_BYTES + 4 * n * sum(of_a) + 3 * 8 * n * max(widths),
     )
 
 
@@ -475,7 +476,7 @@ def retrieval_cost(a: EncoderSpec, b: EncoderSpec, settings: SAESettings, N: int
     For n samples in each half, matches have 2 n F_a F_b operations. Cosines have 2 n^2 for each of at most F_a + F_b
     pairs of features, in float64, which count twice. Standardising their features is the CPU's.
     """
-    n, widths = min(N, CKA_SAMPLES) // 2, [settings.latents(spec.width) for spec in (a, b)]
+    n, widths = min(N, CKA_SAMPLES) // 2, [settings.latents(spec.mean_width) for spec in (a, b)]
     last = [spec.model_copy(update={"use_layers": "last"}) for spec in (a, b)]
     features = [feature_access_cost(spec, settings, 2 * n, 1, stored) for spec in last]
     return Cost(
@@ -519,17 +520,17 @@ def trained_tokens(spec: EncoderSpec, settings: SAESettings) -> int:
 
 def tokens_bytes(spec: EncoderSpec, N: int) -> int:
     """Bytes of one layer's training tokens, in float16."""
-    return N * stored_tokens(spec) * spec.width * 2
+    return N * stored_tokens(spec) * spec.mean_width * 2
 
 
 def global_bytes(spec: EncoderSpec, N: int) -> int:
     """Bytes of one layer's global tokens, in float16."""
-    return N * spec.width * 2
+    return N * spec.mean_width * 2
 
 
 def chunk_bytes(spec: EncoderSpec) -> int:
     """Bytes of one chunk of tokens, the smallest unit that can be read."""
-    row = 2 * spec.width
+    row = 2 * spec.mean_width
     return max(1, CHUNK_BYTES // row) * row
 
 
@@ -639,7 +640,7 @@ def _data_bytes(name: str, spec: DatasetSpec, N: int, results: Path) -> float:
 
 def _sample_read(spec: EncoderSpec, at_once: int, tokens: int) -> float:
     """Bytes read per sample for so many tokens, from a layer too large for memory, with this many samples at once."""
-    rows = chunk_bytes(spec) // (2 * spec.width)
+    rows = chunk_bytes(spec) // (2 * spec.mean_width)
     return (1 + (at_once * tokens - 1) / rows) * chunk_bytes(spec) / at_once
 
 

@@ -129,7 +129,7 @@ class _SAEGroup:
     ) -> None:
         spec, available = encoder.spec, devices()
         self.by_origin = {
-            origin: Trainer(spec.width, settings, origin.mixed_seed(), steps, available[n % len(available)])
+            origin: Trainer(spec.width_of(layer), settings, origin.mixed_seed(), steps, available[n % len(available)])
             for n, layer in enumerate(spec.layer_numbers())
             for origin in (Origin(name, layer, seed) for seed in seeds)
         }
