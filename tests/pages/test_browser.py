@@ -104,6 +104,33 @@ def test_overview_shows_the_numbers(tab, site):
     assert seen(page.locator(".rankings a")) == ["shared-with-text", "shared-with-vlms"]
 
 
+def test_symbols_have_hints_for_pointer_and_keyboard(tab):
+    page = tab.open()
+    guide = page.get_by_text("How to read these pages")
+    guide.click()
+    hint = page.locator(".hint")
+    expect(hint).to_be_hidden()
+    terms = page.locator(".guide .term")
+    assert seen(terms) == ["S", "ρ", "wMPPC", "excess", "null", "Δ"]
+    for term in terms.all():
+        term.hover()
+        expect(hint).to_have_text(term.get_attribute("aria-description"))
+        box = hint.bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= page.viewport_size["width"]
+        assert box["y"] >= term.bounding_box()["y"]
+    guide.focus()
+    page.keyboard.press("Tab")
+    expect(hint).to_contain_text("activation summed over the samples")
+    page.keyboard.press("Escape")
+    expect(hint).to_be_hidden()
+    tab.open(f"#/layer/{SET}/seer@0/3")
+    page.get_by_role("button", name="Name AUC").hover()
+    expect(hint).to_contain_text("0.5 is chance")
+    page.locator("h1").hover()
+    expect(hint).to_be_hidden()
+
+
 def test_a_matrix_has_a_choice_of_readings(tab, site):
     page = tab.open()
     page.get_by_label("Reading (how layers are combined)").select_option("last")

@@ -16,7 +16,19 @@ from conceptshare.pages._script import number, numbers, write_script
 
 _ASSETS = files("conceptshare.pages") / "assets"
 # Joined into one script in this order: a page opened from a folder cannot load modules.
-_APP = ("data", "elements", "tables", "samples", "heatmaps", "overview", "layers", "feature", "ranking", "page")
+_APP = (
+    "data",
+    "elements",
+    "hints",
+    "tables",
+    "samples",
+    "heatmaps",
+    "overview",
+    "layers",
+    "feature",
+    "ranking",
+    "page",
+)
 
 
 def write_frame(out: Path) -> None:

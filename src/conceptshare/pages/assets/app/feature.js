@@ -15,7 +15,7 @@ function match(at, n, name, best) {
   return h(
     "li.match",
     head,
-    h("p", h("span.large", "ρ ", rho(value))),
+    h("p", h("span.large", term("ρ"), " ", rho(value))),
     h("p.where", anchor(featureLink(there), `Layer ${layer}, feature ${feature}`), " ", label),
     samples,
   );
@@ -80,17 +80,17 @@ async function featureView(parts) {
         step(n + 1, "Next →", "next"),
       ),
       facts([
-        ["Name z", fixed(table.score[n])],
-        ["Name AUC", fixed(table.auc[n])],
+        [term("Name z"), fixed(table.score[n])],
+        [term("Name AUC"), fixed(table.auc[n])],
         [
-          "S",
+          term("S"),
           size(table.strength[n]),
           feature.top.length > 0 && h("span.quiet", ` rank ${whole(rank)} of ${whole(table.strength.length)}`),
         ],
-        ["Density", percent(table.density[n])],
+        [term("Density"), percent(table.density[n])],
         ...deltas.map(([ranking, values]) => {
           const entry = rankingNamed(ranking, at);
-          return ["Δ ", entry ? anchor(rankingLink(entry), ranking) : ranking, ` ${size(values[n])}`];
+          return [[term("Δ"), " ", entry ? anchor(rankingLink(entry), ranking) : ranking], size(values[n])];
         }),
       ]),
       section(

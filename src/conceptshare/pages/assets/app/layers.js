@@ -21,10 +21,10 @@ const readNameColumn = (label, id, at) => ({
     return lazily(link, async () => named(await loadFeature(at(row))));
   },
 });
-const plainColumn = (id, label, title, values, write) => ({
+const plainColumn = (id, label, hint, values, write) => ({
   id,
   label,
-  title,
+  hint,
   value: (row) => values[row],
   cell: (row) => write(values[row]),
 });
@@ -53,16 +53,10 @@ async function layerView(parts) {
     numberColumn("feature", "Feature", (row) => row),
     nameColumn("Name", "name", here, called),
     imagesColumn("images", here),
-    plainColumn("strength", "S", "S: summed activation", table.strength, size),
-    plainColumn("density", "Density", "Fraction of samples above zero", table.density, percent),
-    plainColumn("score", "Name z", "How far the name’s words stand out (z)", table.score, fixed),
-    plainColumn(
-      "auc",
-      "Name AUC",
-      "How well the name predicts the feature on other samples (chance is 0.5)",
-      table.auc,
-      fixed,
-    ),
+    plainColumn("strength", "S", MEANINGS.S, table.strength, size),
+    plainColumn("density", "Density", MEANINGS.Density, table.density, percent),
+    plainColumn("score", "Name z", MEANINGS["Name z"], table.score, fixed),
+    plainColumn("auc", "Name AUC", MEANINGS["Name AUC"], table.auc, fixed),
     ...others.map((name) =>
       plainColumn(`rho:${name}`, `ρ ${name}`, `Best correlation in any ${explained()}layer of ${name}`, table.best[name].rho, rho),
     ),
@@ -190,7 +184,7 @@ async function pairView(parts) {
       numberColumn("feature", a.member, (row) => row),
       nameColumn("Name", "name", here, names),
       imagesColumn("images", here),
-      plainColumn("strength", "S", "S: summed activation", strength, size),
+      plainColumn("strength", "S", MEANINGS.S, strength, size),
       ...(any ? [numberColumn("layer", "Layer", (row) => at(row)?.layer ?? -1)] : []),
       numberColumn("match", b.member, (row) => at(row)?.feature ?? -1),
       any

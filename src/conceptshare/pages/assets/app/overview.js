@@ -129,7 +129,8 @@ function setSection(at, choices, update) {
       h("h3", "Shared features (wMPPC)"),
       h(
         "p",
-        "wMPPC is the mean of each feature’s best correlation with a feature of the other member, weighted by strength S. ",
+        term("wMPPC"),
+        " is the mean of each feature’s best correlation with a feature of the other member, weighted by strength S. ",
         nulls.length > 0 &&
           "It is above 0 even by chance, and the more so the more features the target has: with samples re-paired at " +
             `random (the null), it is ${fixed(Math.min(...nulls))} to ${fixed(Math.max(...nulls))} here. The excess over ` +
@@ -184,6 +185,22 @@ function layerHeatmap(at, { a, b, layers_a, layers_b, ...cells }, scales, chosen
   return slot;
 }
 
+/** How to read the pages, in five sentences. */
+const guide = () =>
+  h(
+    "details.guide",
+    h("summary", "How to read these pages"),
+    h(
+      "ul",
+      h("li", "A member is an encoder with the seed of its sparse autoencoders (SAEs); a feature is a latent of one of them."),
+      h("li", "A layer lists its features. A feature’s page shows its strongest samples, and its best match in each other member."),
+      h("li", term("S"), " says how active a feature is, ", term("ρ"), " how well its best match agrees, and ", term("wMPPC"), " is the mean of ρ over features."),
+      h("li", "Compare cells by their ", term("excess"), ": it subtracts the ", term("null"), ", which is larger for wider targets."),
+      h("li", "A ranking lists features shared with one group of members more than with another, by ", term("Δ"), "."),
+      h("li", "Names come from words in captions. One in grey, such as “perhaps red”, does not predict the feature on other samples."),
+    ),
+  );
+
 function overview() {
   const update = [];
   const readings = [...new Set(study.matrices.flatMap((matrix) => Object.keys(matrix.wmppc)))];
@@ -216,6 +233,7 @@ function overview() {
     crumbs: [],
     nodes: [
       h("p.lead", `SAE features of ${encoders}, on ${sets}.`),
+      guide(),
       (study.codes.length > 1 || study.codes[0] !== "before_topk") &&
         h(
           "p",

@@ -85,7 +85,7 @@ function searching(query) {
 /**
  * A table with filters, sorting and pages, whose state is in the address.
  *
- * Columns are {id, label, value(row), cell(row), text}; the one with `heading` names the row.
+ * Columns are {id, label, hint, value(row), cell(row), text}; the one with `heading` names the row.
  */
 function listing({ caption, columns, count, sorted, controls, keep, unit }) {
   const status = h("p.count", { role: "status" });
@@ -99,7 +99,7 @@ function listing({ caption, columns, count, sorted, controls, keep, unit }) {
         class: `${column.text || !column.value ? "" : "number"}${column.label.length > 16 ? " long" : ""}`,
       },
       column.value
-        ? h("button", { type: "button", title: column.title, onclick: () => sort(column) }, column.label)
+        ? h("button", { type: "button", ...(column.hint && hinted(column.hint)), onclick: () => sort(column) }, column.label)
         : h("span", column.label),
     ),
   );
