@@ -71,7 +71,7 @@ def main() -> None:
         reading_features(Path(folder))
     start_times()
     # By a process that is small itself: the peak memory that the system tells of a process is at least its parent's.
-    for part in ("planted", "largest_study", "site"):
+    for part in ("next_to_sae_lens", "planted", "largest_study", "site"):
         subprocess.run([sys.executable, "-m", f"benchmarks.{part}"], check=True)
 
 

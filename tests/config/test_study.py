@@ -543,6 +543,40 @@ def test_refuses_k_larger_than_the_number_of_latents(build, fault, k, sound):
         assert "narrow" in message
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"matryoshka": [64, 1536]}, None),
+        (
+            {"matryoshka": [64, 1537]},
+            "saes.nested.matryoshka: 1537 is more than the 1536 latents that narrow has; leave",
+        ),
+        ({"matryoshka": [64, 64]}, "saes.nested: matryoshka: [64, 64] do not increase; list each size once, smallest"),
+        ({"matryoshka": [128, 64]}, "saes.nested: matryoshka: [128, 64] do not increase"),
+        ({"matryoshka": [0, 64]}, "saes.nested.matryoshka.0: Input should be greater than or equal to 1 (found 0)"),
+        ({"matryoshka": 64}, "saes.nested.matryoshka: "),
+        ({"activation": "batchtopk", "k": 1536}, None),
+        ({"activation": "batchtopk", "k": 1537}, "saes.nested.k: 1537 is more than the 1536 latents"),
+        (
+            {"activation": "jumprelu"},
+            "saes.nested.activation: Input should be 'topk' or 'batchtopk' (found 'jumprelu')",
+        ),
+    ],
+    ids=str,
+)
+def test_activations_and_nested_sizes_must_fit_every_encoder(build, fault, setting, message):
+    changes = {
+        "encoders": {"vit": None, "narrow": {"base": "vit", "width": 192}},
+        "saes": {"paper": None, "nested": setting},
+    }
+    if message:
+        assert fault(**changes).startswith(f"study.yaml: {message}")
+    else:
+        study = build(**changes)
+        assert json.loads(study.sae_key("nested")) == setting
+        assert study.sae_key("paper") == "{}"
+
+
 @pytest.mark.parametrize("place", analyses_naming(""))
 def test_refuses_an_empty_seed(fault, place):
     message = fault(analyses=analyses_naming("bert@")[place])

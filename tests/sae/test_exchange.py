@@ -12,14 +12,22 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from conceptshare.cli import app
+from conceptshare.config.settings import SAESettings
 from conceptshare.io import seals
 from conceptshare.io.errors import StoreError
-from conceptshare.sae import SAE, TopK, load_sae, save_sae
+from conceptshare.sae import SAE, JumpReLU, TopK, load_sae, save_sae
+from conceptshare.sae._trainer import Trainer
 from conceptshare.sae.exchange import export_to_sparsify, import_sae
 from conceptshare.sae.folder import describe_sae
 from tests.helpers.elsewhere import run_elsewhere
 
 D, F, K = 8, 24, 4
+STEPS = 40
+TRAINED = {
+    "topk": {},
+    "batchtopk": {"activation": "batchtopk"},
+    "matryoshka": {"activation": "batchtopk", "matryoshka": [3, 10]},
+}
 # float32 results of two libraries differ only by rounding; latents and reconstructions are of size 1 to 20.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -36,6 +44,23 @@ def some_sae():
 
 def tokens():
     return torch.randn(200, D, generator=torch.Generator().manual_seed(1)) + 1
+
+
+def trainer(name):
+    """With the settings of SAELens's training below, whose loss is a sum over dimensions, and its clipped norm 1."""
+    options = {"expansion": F // D, "k": K, "learning_rate": 1e-2, "clip_norm": 1 / D, "encoder_bias": True}
+    return Trainer(D, SAESettings(**options, **TRAINED[name]), 0, STEPS, torch.device("cpu"))
+
+
+def batches():
+    """``[steps, T, D]`` tokens of varying length, so that BatchTopK keeps more latents of some."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(STEPS, 50, D, generator=generator) * torch.rand(STEPS, 50, 1, generator=generator) + 1
+
+
+def saved_tensors(sae):
+    """Copies of the weights, as SAELens names them."""
+    return {name: getattr(sae, name).detach().clone().contiguous() for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
 
 
 @pytest.fixture
@@ -78,6 +103,11 @@ def test_names_a_changed_file_of_a_sealed_folder(sealed, tmp_path, name, rng):
     load_sae(sealed)
 
 
+def new_folder(folder):
+    folder.mkdir()
+    return folder
+
+
 def edit(folder, **keys):
     config = json.loads((folder / "cfg.json").read_text())
     (folder / "cfg.json").write_text(json.dumps({**config, **keys}))
@@ -110,7 +140,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from sae_lens import SAE, GatedSAE, GatedSAEConfig, JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens import StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
-from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens import MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from sae_lens.training.sae_trainer import SAETrainer
 
 folder = Path(sys.argv[1])
 x = load_file(folder / "x.safetensors")["x"]
@@ -126,7 +159,8 @@ def filled(sae):
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return sae
 
-record(SAE.load_from_disk(folder / "own"), "own")
+for name in ("own", "own-topk", "own-batchtopk", "own-matryoshka"):
+    record(SAE.load_from_disk(folder / name), name)
 size = {"d_in": 8, "d_sae": 24}
 variants = {
     "plain": {},
@@ -157,6 +191,36 @@ for name, kind, config in (("standard", StandardSAE, StandardSAEConfig), ("jumpr
         sae = filled(kind(config(**size, **keys)))
         sae.save_model(folder / (name + suffix))
         record(sae, name + suffix)
+
+batches = load_file(folder / "batches.safetensors")["batches"]
+settings = SAETrainerConfig(batches[..., 0].numel(), len(batches[0]), lr=1e-2, lr_end=1e-2)
+for name, kind, config, keys in (
+    ("topk", TopKTrainingSAE, TopKTrainingSAEConfig, {}),
+    ("batchtopk", BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, {}),
+    (
+        "matryoshka",
+        MatryoshkaBatchTopKTrainingSAE,
+        MatryoshkaBatchTopKTrainingSAEConfig,
+        {"matryoshka_widths": [3, 10, 24]},
+    ),
+):
+    sae = kind(config(**size, k=4, rescale_acts_by_decoder_norm=False, **keys))
+    sae.load_state_dict(load_file(folder / "start.safetensors"), strict=False)
+    trainer = SAETrainer(settings, sae, iter(batches))
+    outputs = [trainer.step(batch) for batch in batches]
+    first = {key: getattr(outputs[0], key).detach() for key in ("hidden_pre", "feature_acts", "sae_out")}
+    losses = {key: torch.tensor([float(each.losses[key]) for each in outputs]) for key in outputs[0].losses}
+    save_file({**first, **losses, **sae.state_dict()}, folder / f"{name}-steps.safetensors")
+    sae.save_model(folder / f"{name}-trained")
+    sae.save_inference_model(folder / f"{name}-trained-inference")
+    for saved in (f"{name}-trained", f"{name}-trained-inference"):
+        record(SAE.load_from_disk(folder / f"{name}-trained-inference"), saved)
+sae = filled(BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**size, k=4)))
+sae.topk_threshold += 3
+sae.save_model(folder / "batchtopk-rescaled")
+sae.save_inference_model(folder / "batchtopk-rescaled-inference")
+record(SAE.load_from_disk(folder / "batchtopk-rescaled-inference"), "batchtopk-rescaled")
+
 gated = filled(GatedSAE(GatedSAEConfig(**size)))
 gated.save_model(folder / "gated")
 """
@@ -169,14 +233,50 @@ def sae_lens(tmp_path_factory):
     (folder / "own").mkdir()
     save_sae(some_sae(), folder / "own", "vit", "layer 3")
     save_file({"x": tokens()}, folder / "x.safetensors")
+    save_file({"batches": batches()}, folder / "batches.safetensors")
+    save_file(saved_tensors(trainer("topk").sae), folder / "start.safetensors")
+    for name in TRAINED:
+        training = trainer(name)
+        for batch in batches():
+            training.train_on(batch)
+        save_sae(training.finish(), new_folder(folder / f"own-{name}"), "vit", "layer 3")
     run_elsewhere(["sae_lens", "transformer_lens"], SAE_LENS, folder)
     return folder
 
 
 @pytest.mark.xdist_group("sae_lens")
-def test_sae_lens_reads_our_folder(sae_lens):
-    expected = load_file(sae_lens / "own.safetensors")
-    assert_same(latents_and_reconstruction(sae_lens / "own", tokens()), expected)
+@pytest.mark.parametrize("name", ["own", *(f"own-{name}" for name in TRAINED)])
+def test_sae_lens_reads_our_folder(sae_lens, name):
+    expected = load_file(sae_lens / f"{name}.safetensors")
+    assert_same(latents_and_reconstruction(sae_lens / name, tokens()), expected)
+
+
+@pytest.mark.xdist_group("sae_lens")
+@pytest.mark.parametrize("name", TRAINED)
+def test_trains_like_sae_lens_step_by_step(sae_lens, name):
+    expected, training = load_file(sae_lens / f"{name}-steps.safetensors"), trainer(name)
+    first, sae = batches()[0], training.sae
+    with torch.no_grad():
+        torch.testing.assert_close(sae.encode(first), expected["hidden_pre"].relu(), **CLOSE)
+        active = sae.active(first)
+        torch.testing.assert_close(active.dense(F), expected["feature_acts"], **CLOSE)
+        torch.testing.assert_close(sae.decode(active), expected["sae_out"], **CLOSE)
+    assert name == "topk" or len({*(active.dense(F) > 0).sum(1).tolist()}) > 5
+    for batch in batches():
+        training.train_on(batch)
+    np.testing.assert_allclose(D * training.losses, expected["mse_loss"], rtol=1e-3)
+    assert expected["mse_loss"][-1] < 0.5 * expected["mse_loss"][0]
+    for tensor, own in saved_tensors(sae).items():
+        # Adam divides by gradients; of one that is nearly 0, it magnifies rounding.
+        torch.testing.assert_close(own, expected[tensor], rtol=0, atol=5e-3, msg=tensor)
+        start = load_file(sae_lens / "start.safetensors")[tensor]
+        assert (own - start).abs().max() > 0.1
+    if name != "topk":
+        # SAELens's moving average starts at 0; ours is divided by the sum of its weights.
+        average = expected["topk_threshold"].item()
+        assert sae.activation.average.item() == pytest.approx(average, rel=1e-4)
+        threshold = training.finish().activation.threshold
+        torch.testing.assert_close(threshold, torch.full((F,), average / (1 - 0.99**STEPS)), rtol=1e-4, atol=0)
 
 
 @pytest.mark.xdist_group("sae_lens")
@@ -196,6 +296,10 @@ def test_sae_lens_reads_our_folder(sae_lens):
         "standard-not-subtracted",
         "jumprelu",
         "jumprelu-not-subtracted",
+        "batchtopk-trained",
+        "batchtopk-trained-inference",
+        "batchtopk-rescaled",
+        "matryoshka-trained",
     ],
 )
 def test_imported_sae_lens_saes_compute_the_same(sae_lens, tmp_path, name):
@@ -339,6 +443,16 @@ def test_refuses_sparsify_saes_that_compute_something_else(sparsify, tmp_path, n
 
 
 # --- our own code ---
+
+
+def test_other_activations_are_described_and_not_exported_to_sparsify(tmp_path):
+    save_sae(SAE(D, F, JumpReLU(torch.ones(F)), torch.Generator()), new_folder(tmp_path / "own"), "vit", "layer 3")
+    assert "architecture        jumprelu" in describe_sae(tmp_path / "own").splitlines()
+    config = json.loads((tmp_path / "own/cfg.json").read_text())
+    assert config["architecture"] == "jumprelu"
+    assert not {"k", "rescale_acts_by_decoder_norm"} & config.keys()
+    with pytest.raises(StoreError, match="own: its architecture is jumprelu, but sparsify has only TopK SAEs"):
+        export_to_sparsify(tmp_path / "own", tmp_path / "exported")
 
 
 def test_an_export_survives_a_round_trip(own, tmp_path):

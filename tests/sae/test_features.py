@@ -207,9 +207,8 @@ def test_features_that_reach_the_decoder_are_those_above_their_thresholds(tmp_pa
     """Without TopK, their number varies between samples, and may be 0."""
     x = rng.integers(-60, 60, (SAMPLES, 200)) / 8
     x[:5] = -1
-    activation = JumpReLU(200)
     thresholds = rng.integers(-20, 60, 200) / 8  # some pre-activations equal their threshold
-    activation.threshold = torch.from_numpy(thresholds).float()
+    activation = JumpReLU(torch.from_numpy(thresholds).float())
     store = write_activations(tmp_path / "vit.zarr", {0: list(x[:, None])})
     write_sae(tmp_path / "saes", 0, 7, np.eye(200, dtype=np.float32), np.zeros(200, np.float32), activation)
     record_features(store, tmp_path / "saes", 7, tmp_path / "vit@7.zarr", code="after_topk")

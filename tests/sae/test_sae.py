@@ -41,8 +41,14 @@ LOOKS = 5
 def dense_reconstruction(x, W_enc, W_dec, b_dec, k, b_enc=0):
     """x_hat as in the equations, with all latents: dropped ones are zeros."""
     f = torch.relu((x - b_dec) @ W_enc + b_enc)
-    values, indices = f.topk(k, dim=1)
-    return torch.zeros_like(f).scatter(1, indices, values) @ W_dec + b_dec
+    return (f * is_kept(f, k)) @ W_dec + b_dec
+
+
+def is_kept(f, k, activation="topk"):
+    """``[T, F]`` bool: the k largest of each row, or k per row on average over the batch."""
+    if activation == "batchtopk":
+        return f >= f.flatten().sort(descending=True).values[k * len(f) - 1]
+    return torch.zeros_like(f, dtype=torch.bool).scatter(1, f.topk(k, dim=1).indices, True)
 
 
 def some_sae(d_in=8, d_sae=24, k=4, seed=0):
@@ -181,7 +187,7 @@ def dense_training(tokens, settings, seed):
     orders = [order_of_pass(len(tokens), 1, number) for number in range(settings.epochs)]
     size, losses = settings.batch_samples, []
     batches = [order[start : start + size] for order in orders for start in range(0, len(order), size)]
-    scale, last_active, seen = 1.0, torch.zeros(F), 0
+    scale, last_active, seen, threshold = 1.0, torch.zeros(F), 0, 0.0
     for step, batch in enumerate(batches):
         x = torch.from_numpy(np.concatenate([tokens[i] for i in batch]).astype(np.float32))
         weights = torch.cat([torch.tensor([settings.global_weight, *[1.0] * (len(tokens[i]) - 1)]) for i in batch])
@@ -198,12 +204,16 @@ def dense_training(tokens, settings, seed):
             if settings.initial_b_dec == "mean":
                 b_dec.data = (x * scale).mean(0)
         x = x * scale
-        reconstruction = dense_reconstruction(x, W_enc, W_dec, b_dec, settings.k, b_enc)
+        f = torch.relu((x - b_dec) @ W_enc + b_enc)
+        kept = is_kept(f, settings.k, settings.activation) & (f > 0)
+        reconstruction = (f * kept) @ W_dec + b_dec
         loss = (weights * (reconstruction - x).square()).sum()
         losses.append(loss.item() / scale**2)
+        for size in settings.matryoshka:
+            nested = (f * kept)[:, :size] @ W_dec[:size] + b_dec
+            loss = loss + (weights * (nested - x).square()).sum()
+        threshold = 0.99 * threshold + 0.01 * f[kept].min().item()
         seen += len(x)
-        f = torch.relu((x - b_dec) @ W_enc + b_enc)
-        kept = torch.zeros_like(f, dtype=torch.bool).scatter(1, f.topk(settings.k, dim=1).indices, True) & (f > 0)
         last_active[kept.any(0)] = seen
         if settings.auxk and step % LOOKS == 0:
             some_dead = bool((seen - last_active > settings.dead_after).any())
@@ -234,7 +244,7 @@ def dense_training(tokens, settings, seed):
             if settings.unit_norm_decoder:
                 W_dec /= W_dec.norm(dim=1, keepdim=True)
     W_enc, W_dec, b_dec, b_enc = (p.detach() for p in parameters)
-    return (W_enc * scale, W_dec / scale, b_dec / scale, b_enc), losses
+    return (W_enc * scale, W_dec / scale, b_dec / scale, b_enc), losses, threshold / (1 - 0.99 ** len(batches))
 
 
 OPTIONS = [
@@ -252,6 +262,20 @@ OPTIONS = [
     {"global_weight": 5, "auxk": 0.5, "auxk_latents": 8, "dead_after": 60, "scale_inputs": True, "clip_norm": 0.02},
     {"max_norm": 1.2, "initial_b_dec": "mean", "scale_inputs": True},
     {"max_norm": 1.2, "global_weight": 5, "auxk": 0.5, "auxk_latents": 500, "dead_after": 60},
+    {"activation": "batchtopk"},
+    {"matryoshka": [5, 20]},
+    {
+        "activation": "batchtopk",
+        "matryoshka": [1, 24, 50],
+        "auxk": 0.5,
+        "auxk_latents": 8,
+        "dead_after": 60,
+        "global_weight": 5,
+        "max_norm": 1.2,
+        "scale_inputs": True,
+        "encoder_bias": True,
+        "unit_norm_decoder": True,
+    },
 ]
 
 
@@ -262,8 +286,10 @@ def test_each_option_trains_like_dense_autograd_and_has_an_effect(options, monke
     plain = {"expansion": 4, "k": 2, "batch_samples": 4} | ({} if "preset" in options else {"learning_rate": 3e-3})
     settings = SAESettings(**plain, **options)
     sae, losses = train(reader(tokens), settings, seed=7)
-    expected, expected_losses = dense_training(tokens, settings, seed=7)
+    expected, expected_losses, threshold = dense_training(tokens, settings, seed=7)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
+    if settings.activation == "batchtopk":
+        torch.testing.assert_close(sae.activation.threshold, torch.full((64,), threshold), rtol=1e-4, atol=0)
     for own, other in zip((sae.W_enc, sae.W_dec, sae.b_dec, sae.b_enc), expected, strict=True):
         torch.testing.assert_close(own.detach().cpu(), other, rtol=0, atol=2e-5)
     without, _ = train(reader(tokens), SAESettings(**{"learning_rate": settings.rate(64)} | plain), seed=7)
@@ -434,7 +460,7 @@ def test_200_steps_of_training_equal_dense_autograd():
     tokens = [sample[: 1 + i % 3] for i, sample in enumerate(planted(samples=398))]  # ragged, and a short last batch
     settings = SAESettings(expansion=4, k=4, learning_rate=3e-3, epochs=2, batch_samples=4)
     sae, losses = train(reader(tokens), settings, seed=7)
-    (W_enc, W_dec, b_dec, _), expected = dense_training(tokens, settings, seed=7)
+    (W_enc, W_dec, b_dec, _), expected, _ = dense_training(tokens, settings, seed=7)
     assert len(losses) == 200
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     sae = sae.cpu()
@@ -884,7 +910,7 @@ def test_standardising_equals_training_on_standardised_tokens(uneven, options):
     plain = {"expansion": 4, "k": 3, "batch_samples": 4, "learning_rate": 3e-3} | options
     mean, deviation = in_float64(uneven[:4])
     standardised = [((sample - mean) / deviation).astype(np.float32) for sample in uneven]
-    (W_enc, W_dec, b_dec, b_enc), _ = dense_training(standardised, SAESettings(**plain), seed=7)
+    (W_enc, W_dec, b_dec, b_enc), _, _ = dense_training(standardised, SAESettings(**plain), seed=7)
     sae, losses = train(reader(uneven), SAESettings(**plain, standardise=True), seed=7)
     W_enc, W_dec, b_dec, b_enc = (p.double().numpy() for p in (W_enc, W_dec, b_dec, b_enc))
     x = np.concatenate(uneven).astype(np.float64)

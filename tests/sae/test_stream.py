@@ -97,6 +97,7 @@ def test_streaming_equals_storing_for_every_kind_of_encoder(make, encoder_of, da
         {"scale_inputs": True, "encoder_bias": True, "clip_norm": 1e-3, "warmup_steps": 3, "decay_share": 0.5},
         {"precision": "bfloat16"},
         {"global_weight": 3, "standardise": True, "epochs": 2},
+        {"activation": "batchtopk", "matryoshka": [4, 16]},
     ],
     ids=str,
 )

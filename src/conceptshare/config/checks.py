@@ -232,3 +232,8 @@ def _check_saes(study: "Study") -> None:
                     f"saes.{name}.k: {settings.k} is more than the {latents} latents that "
                     f"{study.name_in_config(encoder)} has; lower k, or raise expansion or features"
                 )
+            if settings.matryoshka and settings.matryoshka[-1] > latents:
+                raise ValueError(
+                    f"saes.{name}.matryoshka: {settings.matryoshka[-1]} is more than the {latents} latents that "
+                    f"{study.name_in_config(encoder)} has; leave it out, or raise expansion"
+                )

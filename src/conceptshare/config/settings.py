@@ -11,6 +11,7 @@ from conceptshare.config.catalog import Name, Positive, Spec
 
 SAE_BOUNDS = {"max_dead", "max_fvu_global"}
 """Settings of SAEs that change nothing in them."""
+_LATER = {"activation", "matryoshka"}
 
 
 class SAESettings(Spec):
@@ -36,8 +37,14 @@ class SAESettings(Spec):
     """Latents per dimension of the residual stream: F = expansion x D."""
     features: Positive | None = None
     """Number of latents F, the same for every encoder, in place of ``expansion``."""
+    activation: Literal["topk", "batchtopk"] = "topk"
+    """Which latents reach the decoder: the k largest of each token, or with ``batchtopk``, in training the largest of a
+    batch, k per token on average, and then those above a threshold (Bussmann et al. 2024)."""
     k: Positive = 32
-    """Latents that TopK keeps per token."""
+    """Latents that reach the decoder: per token, or with ``activation: batchtopk``, per token on average."""
+    matryoshka: list[Positive] = Field(default=[])
+    """Nested numbers of latents, increasing: the loss adds the error of a reconstruction by the first so many latents
+    for each (Bussmann et al. 2025). The whole SAE need not be listed."""
     learning_rate: float | None = Field(default=5e-5, gt=0, le=100)
     """Adam's learning rate; none means 2e-4 / sqrt(F / 16384)."""
     warmup_steps: int = Field(default=0, ge=0, le=10**9)
@@ -94,6 +101,8 @@ class SAESettings(Spec):
     def _check(self) -> Self:
         if self.standardise and self.scale_inputs:
             raise ValueError("scale_inputs: standardised tokens have that length already; leave it out")
+        if self.matryoshka != sorted(set(self.matryoshka)):
+            raise ValueError(f"matryoshka: {self.matryoshka} do not increase; list each size once, smallest first")
         given = {"global_weight": self.global_weight > 1, "max_norm": self.max_norm is not None}
         if self.train_on == "global" and any(given.values()):
             key = max(given, key=lambda name: given[name])
@@ -101,9 +110,13 @@ class SAESettings(Spec):
         return self
 
     def of_training(self) -> dict[str, Any]:
-        """The settings that an SAE depends on: all but the bounds above which warnings are logged and layers marked."""
+        """The settings that an SAE depends on: all but the bounds above which warnings are logged and layers marked.
+
+        Later ones are left out at their default, so that records of earlier SAEs keep their bytes.
+        """
+        unset = {name for name in _LATER if getattr(self, name) == type(self).model_fields[name].default}
         unused = "features" if self.features is None else "expansion"
-        return self.model_dump(mode="json", exclude=SAE_BOUNDS | {unused})
+        return self.model_dump(mode="json", exclude=SAE_BOUNDS | unset | {unused})
 
     def latents(self, width: int) -> int:
         """Number of latents F of an SAE on tokens of a width."""

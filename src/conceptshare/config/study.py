@@ -77,7 +77,7 @@ class Study(Spec):
     extracts the tokens again and retrains all SAEs of the encoder; adding encoders, analyses or data sets costs the
     same. A stream keeps none."""
     features: Annotated[list[Code], BeforeValidator(_as_list)] = Field(default=["before_topk"], min_length=1)
-    """What is compared: latents ``before_topk``, as in the paper, or ``after_topk``, the k that reach the decoder and 0
+    """What is compared: latents ``before_topk``, as in the paper, or ``after_topk``, those that reach the decoder and 0
     for all others; or both as a list. Every analysis is done for each, and pages show the first."""
     keep_features: bool = True
     """Store the features before TopK of all samples. Without them, a feature store holds their statistics and strongest

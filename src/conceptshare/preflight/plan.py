@@ -66,6 +66,8 @@ _FIRES_BYTES = 400
 _SIMILARITY_BYTES = 32
 # Adam's operations per parameter and step.
 _ADAM_FLOPS = 12
+# Active latents of the sample with most, relative to k, for BatchTopK; measured in the last layer of minilm.
+_MOST_ACTIVE = 5
 # Work of one core that is not a product, as operations at the default rate of the CPU. Measured on an AMD EPYC: 10 us
 # per candidate for a one-to-one match (1 to 20, more for more features), 20 ns per value standardised for retrieval.
 _ASSIGNING_FLOPS, _STANDARDISING_FLOPS = 10e-6 * 200e9, 20e-9 * 200e9
@@ -311,9 +313,10 @@ def _optimised_bytes(spec: EncoderSpec, settings: SAESettings) -> int:
 
 
 def _latents_bytes(spec: EncoderSpec, settings: SAESettings) -> int:
-    """Latents of one batch before and after ReLU, and their order."""
+    """Latents of one batch before and after ReLU, and their order; and nested reconstructions, with gradients."""
     tokens = max(settings.samples_per_step(spec.modality), 32) * trained_tokens(spec, settings)
-    return 4 * 3 * tokens * settings.latents(spec.mean_width)
+    width = spec.mean_width
+    return 4 * tokens * (3 * settings.latents(width) + 4 * len(settings.matryoshka) * width)
 
 
 def features_cost(spec: EncoderSpec, settings: SAESettings, N: int, stored: Stored = "dense") -> Cost:
@@ -541,7 +544,8 @@ def features_bytes(F: int, N: int) -> int:
 
 def stored_bytes(F: int, settings: SAESettings, N: int, stored: Stored) -> int:
     """Bytes of one layer's features in a store: float16, and for those after TopK int32 places too."""
-    return {"dense": features_bytes(F, N), "sparse": N * settings.k * 6, "none": 0}[stored]
+    most = settings.k * (1 if settings.activation == "topk" else _MOST_ACTIVE)
+    return {"dense": features_bytes(F, N), "sparse": N * min(most, F) * 6, "none": 0}[stored]
 
 
 def headline(plan: Plan) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from conceptshare._on_demand import on_demand
 
 if TYPE_CHECKING:
-    from conceptshare.sae._activations import Activation, Active, JumpReLU, ReLU, TopK
+    from conceptshare.sae._activations import Activation, Active, BatchTopK, JumpReLU, ReLU, TopK
     from conceptshare.sae._metrics import Quality, evaluate
     from conceptshare.sae._model import SAE, load_sae, save_sae
     from conceptshare.sae._stream import train_stream
@@ -20,6 +20,7 @@ __all__ = [
     "SAE",
     "Activation",
     "Active",
+    "BatchTopK",
     "JumpReLU",
     "Quality",
     "ReLU",
@@ -34,7 +35,7 @@ __all__ = [
 
 __getattr__ = on_demand(
     __name__,
-    _activations=["Activation", "Active", "JumpReLU", "ReLU", "TopK"],
+    _activations=["Activation", "Active", "BatchTopK", "JumpReLU", "ReLU", "TopK"],
     _metrics=["Quality", "evaluate"],
     _model=["SAE", "load_sae", "save_sae"],
     _stream=["train_stream"],

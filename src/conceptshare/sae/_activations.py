@@ -2,8 +2,15 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+# BatchTopK's threshold: the weight of a batch in the moving average, as in SAELens.
+_AVERAGED = 0.01
+# On CPUs, the largest of so many values are sought among those above a bound, estimated from a sample of them.
+_SAMPLED_FROM = 2**20
+_SAMPLE_EVERY = 61
 
 
 class Active(NamedTuple):
@@ -15,6 +22,10 @@ class Active(NamedTuple):
     """The latents, of the same shape; int64."""
     starts: Tensor | None = None
     """If flat, the place of each token's first one, ``[T]``."""
+
+    def count_tokens(self) -> int:
+        """T."""
+        return len(self.values if self.starts is None else self.starts)
 
     def tokens(self) -> Tensor:
         """``[n]`` token of each flat value."""
@@ -43,6 +54,13 @@ class Activation(nn.Module):
         """Select among pre-activations ``pre [T, F]``, of which those below 0 count as 0."""
         raise NotImplementedError
 
+    def track(self, active: Active) -> None:
+        """Learn from a training batch's active latents, if it has anything to learn."""
+
+    def for_inference(self, d_sae: int) -> "Activation":
+        """The activation in its place after training, which treats each token by itself."""
+        return self
+
     def config(self) -> dict[str, Any]:
         """Its own keys in SAELens's `cfg.json`."""
         return {}
@@ -67,6 +85,42 @@ class TopK(Activation):
         return {"k": self.k, "rescale_acts_by_decoder_norm": False}
 
 
+class BatchTopK(TopK):
+    """The k T largest latents of a batch of T tokens; after training, all above their average smallest one.
+
+    Bussmann et al. (2024), BatchTopK Sparse Autoencoders.
+    """
+
+    average: Tensor
+    """Sum of the smallest active latent of each batch, float64, weighted with 0.01 and then 0.99 per later batch."""
+    batches: Tensor
+    """Number of these batches, int64."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__(k)
+        self.register_buffer("average", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, pre: Tensor) -> Active:
+        """Select the k T largest of ``pre [T, F]``, of those above 0."""
+        values = pre.flatten()
+        places = _largest(values, self.k * len(pre))
+        return _flat(pre, places[values[places] > 0])
+
+    @torch.no_grad()
+    def track(self, active: Active) -> None:
+        """Average the smallest active latent."""
+        positive = active.values[active.values > 0]
+        if len(positive):
+            self.average.mul_(1 - _AVERAGED).add_(_AVERAGED * positive.min())
+            self.batches += 1
+
+    def for_inference(self, d_sae: int) -> Activation:
+        """JumpReLU with the average, divided by the sum of its weights, as the threshold of all latents."""
+        weights = 1 - (1 - _AVERAGED) ** max(int(self.batches), 1)
+        return JumpReLU((self.average / weights).float().expand(d_sae).clone())
+
+
 class ReLU(Activation):
     """All latents above 0."""
 
@@ -78,20 +132,15 @@ class ReLU(Activation):
 
 
 class JumpReLU(Activation):
-    """Latents above their thresholds, and above 0.
-
-    Args:
-        d_sae: F.
-    """
+    """Latents above their ``threshold [F]``, float32, and above 0."""
 
     architecture = "jumprelu"
 
     threshold: Tensor
-    """``[F]`` float32."""
 
-    def __init__(self, d_sae: int) -> None:
+    def __init__(self, threshold: Tensor) -> None:
         super().__init__()
-        self.register_buffer("threshold", torch.zeros(d_sae))
+        self.register_buffer("threshold", threshold)
 
     def forward(self, pre: Tensor) -> Active:
         """Select those of ``pre [T, F]`` that are above ``threshold`` and 0."""
@@ -103,7 +152,18 @@ def saved_activation(config: dict[str, Any]) -> Activation:
     architecture = config["architecture"]
     if architecture == TopK.architecture:
         return TopK(config["k"])
-    return ReLU() if architecture == ReLU.architecture else JumpReLU(config["d_sae"])
+    return ReLU() if architecture == ReLU.architecture else JumpReLU(torch.zeros(config["d_sae"]))
+
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    """Places of the ``count`` largest of ``values [n]``, ascending."""
+    if not values.is_cuda and len(values) >= _SAMPLED_FROM:
+        sample = values[::_SAMPLE_EVERY]
+        bound = sample.topk(min(count * 5 // 4 // _SAMPLE_EVERY + 100, len(sample))).values[-1]
+        above = torch.from_numpy(np.flatnonzero((values > bound).numpy()))  # many times as fast as nonzero
+        if len(above) >= count:
+            return above[values[above].topk(count, sorted=False).indices].sort().values
+    return values.topk(count, sorted=False).indices.sort().values
 
 
 def _where(pre: Tensor, selected: Tensor) -> Active:

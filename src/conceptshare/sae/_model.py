@@ -1,7 +1,7 @@
 """The SAE model, and reading and writing of its folder, which SAELens can read too."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,18 @@ class SAE(nn.Module):
     def decode(self, active: Active) -> Tensor:
         """``[T, D]`` reconstruction."""
         return _weighted_sum(active.indices, self.W_dec, active.values, active.starts) + self.b_dec
+
+    def decode_nested(self, active: Active, sizes: Sequence[int]) -> Tensor:
+        """``[L + 1, T, D]`` reconstructions by the first ``sizes [L]`` latents each, ascending, and by all of them.
+
+        Each active latent is decoded once: the sums of levels are those of the levels below, and their own latents.
+        """
+        indices, T, levels = active.indices.flatten(), active.count_tokens(), len(sizes) + 1
+        bags = torch.bucketize(indices, indices.new_tensor(sizes), right=True) * T + active.tokens()
+        order = bags.argsort(stable=True)
+        starts = torch.searchsorted(bags[order], torch.arange(levels * T, device=bags.device))
+        parts = _weighted_sum(indices[order], self.W_dec, active.values.flatten()[order], starts)
+        return parts.view(levels, T, -1).cumsum(0) + self.b_dec
 
     def load_saved(self, tensors: dict[str, Tensor]) -> None:
         """Copy the tensors of SAELens's `sae_weights.safetensors`.
@@ -197,17 +209,18 @@ def save_sae(sae: SAE, folder: Path, model_name: str, hook_name: str, spec: dict
         spec: layer, seed, settings and inputs of the SAE, see `folder.sae_of`.
     """
     d_sae, d_in = sae.W_dec.shape
+    activation = sae.activation.for_inference(d_sae)
     tensors = {
         "W_enc": sae.W_enc.detach().contiguous(),
         "W_dec": sae.W_dec.detach(),
         "b_enc": sae.b_enc.detach(),
         "b_dec": sae.b_dec.detach(),
-        **sae.activation.state_dict(),
+        **activation.state_dict(),
     }
     save_file(tensors, folder / "sae_weights.safetensors")
     # Keys in SAELens's order; None for those of other activations, which are left out.
     config = {
-        "architecture": sae.activation.architecture,
+        "architecture": activation.architecture,
         "d_in": d_in,
         "d_sae": d_sae,
         "k": None,
@@ -224,7 +237,7 @@ def save_sae(sae: SAE, folder: Path, model_name: str, hook_name: str, spec: dict
             "token_position": (spec or {}).get("settings", {}).get("train_on", "all"),
         },
     }
-    config = {key: value for key, value in (config | sae.activation.config()).items() if value is not None}
+    config = {key: value for key, value in (config | activation.config()).items() if value is not None}
     (folder / "cfg.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     seal(folder, {"kind": "sae", "version": 1, "spec": spec or {}})
 

@@ -8,10 +8,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from conceptshare.config.settings import SAESettings
-from conceptshare.sae._activations import Active, TopK
+from conceptshare.sae._activations import Active, BatchTopK, TopK
 from conceptshare.sae._model import SAE
 
 _STEPS_BETWEEN_CHECKS = 50
+_ACTIVATIONS = {"topk": TopK, "batchtopk": BatchTopK}
 
 
 class Trainer:
@@ -28,7 +29,8 @@ class Trainer:
     def __init__(self, width: int, settings: SAESettings, seed: int, steps: int, device: torch.device) -> None:
         self._settings = settings
         generator = torch.Generator().manual_seed(seed)
-        self.sae = SAE(width, settings.latents(width), TopK(settings.k), generator).to(device)
+        activation = _ACTIVATIONS[settings.activation](settings.k)
+        self.sae = SAE(width, settings.latents(width), activation, generator).to(device)
         self.sae.b_enc.requires_grad_(settings.encoder_bias)
         trained = [parameter for parameter in self.sae.parameters() if parameter.requires_grad]
         self._rate = settings.rate(len(self.sae.W_dec))
@@ -65,11 +67,14 @@ class Trainer:
         if self._settings.scale_inputs or self._settings.standardise:
             x = (x - self._shift) * self._scale
         active = self.sae.active(x, self._settings.precision)
-        reconstruction = self.sae.decode(active)
+        self.sae.activation.track(active)
+        *inner, reconstruction = self._reconstructions(active)
         error = reconstruction - x
         loss = mean_square(error, weights)
         unscaled = mean_square(error / self._scale, weights) if self._settings.standardise else loss / self._scale**2
         self.losses[self.step] = unscaled.detach()
+        for nested in inner:
+            loss = loss + mean_square(nested - x, weights)
         if self._settings.auxk:
             self._track_activity(active)
             if self._some_dead:
@@ -79,9 +84,15 @@ class Trainer:
         self._adam.zero_grad()
         self.step += 1
 
-    def finish(self) -> SAE:
-        """Return the SAE for tokens as they are: scaling and standardising are folded into its weights.
+    def _reconstructions(self, active: Active) -> list[Tensor]:
+        """``[T, D]`` reconstructions by nested numbers of latents (Matryoshka), and last by all."""
+        sizes = [size for size in self._settings.matryoshka if size < len(self.sae.W_dec)]
+        return [*self.sae.decode_nested(active, sizes)] if sizes else [self.sae.decode(active)]
 
+    def finish(self) -> SAE:
+        """Return the SAE with its activation for inference, and for tokens as they are.
+
+        Scaling and standardising are folded into its weights:
         ((x - shift) * scale - b_dec) W_enc = (x - (b_dec / scale + shift)) (scale * W_enc), so b_enc stays the same.
         """
         with torch.no_grad():
@@ -90,6 +101,7 @@ class Trainer:
             self.sae.b_dec.div_(self._scale).add_(self._shift)
             self._scale.fill_(1)
             self._shift.zero_()
+        self.sae.activation = self.sae.activation.for_inference(len(self.sae.W_dec))
         return self.sae
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from conceptshare.sae.folder import other_meaning, sae_file
 
 _SAE_LENS_WEIGHTS = "sae_weights.safetensors"
 _SPARSIFY_WEIGHTS = "sae.safetensors"
+_BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")
 # Keys of sparsify's cfg.json that change what an SAE computes, with their required values. Older versions use `signed`.
 _SPARSIFY_MEANING = {"activation": "topk", "transcode": False, "skip_connection": False, "signed": False}
 
@@ -107,6 +108,10 @@ def _from_sae_lens(folder: Path, config: dict[str, Any], tensors: dict[str, Tens
             f"{folder}: cfg.json is from SAELens before version 6; load it with a newer version (SAE.load_from_disk) "
             "and save it again (save_model)"
         )
+    if config.get("architecture") in _BATCH_TOPK:
+        # Saved in training; SAELens's own inference folder has this threshold too.
+        config = config | {"architecture": "jumprelu"}
+        tensors["threshold"] = tensors.pop("topk_threshold").expand(len(tensors["b_enc"]))
     other = other_meaning(config)
     subtracted = other.pop("apply_b_dec_to_input", True)
     rescaled = other.pop("rescale_acts_by_decoder_norm", False)

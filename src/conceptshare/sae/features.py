@@ -8,9 +8,10 @@ and padded with -1. Statistics are those of the stored values plus the offset, a
 study does not keep features, the array ``features`` is left out, and `read_features` recomputes it from the global
 tokens and the SAEs: the same operation on the same blocks, so on the same kind of device the same bytes.
 
-After TopK, at most k features of a sample are above 0. In place of ``features``, stores in `features/{sae}+after_topk/`
-hold ``values [N, k]`` float16, minus the offset, and ``places [N, k]`` int32, the features that have them, or -1. All
-else is the same, and `read_features` makes slices dense.
+After TopK, at most k features of a sample are above 0; with another activation, k is the largest number of any sample.
+In place of ``features``, stores in `features/{sae}+after_topk/` hold ``values [N, k]`` float16, minus the offset, and
+``places [N, k]`` int32, the features that have them, or -1. All else is the same, and `read_features` makes slices
+dense.
 
 float16 has a relative rounding error of up to 2^-11. For a feature that is nearly constant over samples, such as one
 that marks the global token, this would destroy most of its variation. Therefore, if mean^2 of a feature exceeds 3
