@@ -235,5 +235,5 @@ def _check_saes(study: "Study") -> None:
             if settings.matryoshka and settings.matryoshka[-1] > latents:
                 raise ValueError(
                     f"saes.{name}.matryoshka: {settings.matryoshka[-1]} is more than the {latents} latents that "
-                    f"{study.name_in_config(encoder)} has; leave it out, or raise expansion"
+                    f"{study.name_in_config(encoder)} has; leave it out, or raise expansion or features"
                 )
