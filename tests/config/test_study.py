@@ -277,7 +277,7 @@ def test_refuses_more_latents_than_int32_can_hold(fault):
     )
 
 
-def test_the_number_of_latents_is_a_multiple_of_the_width_or_given(build, fault):
+def test_the_number_of_latents_is_a_multiple_of_the_width_or_given(build, fault, tmp_path):
     study = build(saes={"wide": {"expansion": 3}, "same": {"features": 4096, "preset": "gao"}})
     assert [study.saes[name].latents(width) for name in ("wide", "same") for width in (10, 768)] == [
         30,
@@ -285,8 +285,10 @@ def test_the_number_of_latents_is_a_multiple_of_the_width_or_given(build, fault)
         4096,
         4096,
     ]
+    write_study(study, tmp_path / "study.json")
+    assert load_study(tmp_path / "study.json") == study
     assert "saes.x: features and expansion both give the number of latents; leave one of both out" in fault(
-        saes={"x": {"features": 4096, "expansion": 8}}
+        saes={"x": {"features": 4096, "expansion": 4}}
     )
     assert fault(saes={"x": {"features": 0}}).startswith("study.yaml: saes.x.features: ")
     message = fault(saes={"x": {"features": 16, "k": 17}})

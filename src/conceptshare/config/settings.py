@@ -92,7 +92,8 @@ class SAESettings(Spec):
     @classmethod
     def _with_preset(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            if values.get("features") is not None and "expansion" in values:
+            default = cls.model_fields["expansion"].default  # in a study's JSON, which has every key
+            if values.get("features") is not None and values.get("expansion", default) != default:
                 raise ValueError("features and expansion both give the number of latents; leave one of both out")
             return _PRESETS.get(str(values.get("preset")), {}) | values
         return values
