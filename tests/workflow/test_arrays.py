@@ -1,4 +1,7 @@
-"""An image encoder compared with arrays, those that it computes, and a decoder's two modalities with each other."""
+"""An image encoder compared with arrays, those that it computes, and with an encoder whose layers differ in width.
+
+A decoder's two modalities are compared with each other.
+"""
 
 import json
 
@@ -8,10 +11,10 @@ import pytest
 import zarr
 
 from conceptshare.data.dataset import Data
-from tests.helpers import decoders
+from tests.helpers import decoders, models
 from tests.helpers.samples import contents
 
-from .conftest import LAYERS, WIDTH, WORDS
+from .conftest import LAYERS, WIDTH, WORDS, encoder_entry
 
 ENTRY = {"library": "arrays", "model": "./given", "modality": "image", "kind": "vision"}
 
@@ -32,9 +35,13 @@ def before(finished, tmp_path_factory):
     for name, modality in (("seeing", "image"), ("reading", "text")):
         entry = decoders.decoder_entry("Llava", "./models/decoder", modality)
         config["encoders"][name] = entry.model_dump(exclude_defaults=True)
-    config["saes"]["tiny"]["train_on"] = "global"
+    models.save_timm(project.folder / "models/stages", "test_convnext")
+    stages = {"library": "timm", "blocks": "stages", "layers": 4, "width": [24, 32, 48, 64], "global_token": "mean"}
+    config["encoders"]["stages"] = encoder_entry("./models/stages", "image", "vision", **stages)
+    del config["saes"]["tiny"]["expansion"]
+    config["saes"]["tiny"] |= {"train_on": "global", "features": 32}
     config["analyses"] = {
-        "matrices": {"all": {"members": ["viewer", "given"]}},
+        "matrices": {"all": {"members": ["viewer", "given", "stages"]}},
         "layerwise": {"modalities": {"pairs": [["seeing", "reading"]]}},
     }
     project.config = config
@@ -62,6 +69,15 @@ def test_arrays_are_a_member_like_any_other(after):
     pages = contents(results / "studies/miniature/pages/data/squares/tiny/given@0")
     assert len([name for name in pages if name.endswith("/000.js")]) == LAYERS
     assert not [name for name in pages if "maps" in name]
+
+
+def test_layers_of_several_widths_are_compared_like_any_others(after):
+    results = after.folder / "results"
+    matrix = pd.read_csv(results / "studies/miniature/squares/tiny/matrices/all.csv")
+    cells = matrix[(matrix.source == "stages@0") & (matrix.target == "viewer@0")]
+    assert cells.wmppc.between(0.01, 1).all()
+    pages = contents(results / "studies/miniature/pages/data/squares/tiny/stages@0")
+    assert len([name for name in pages if name.endswith("/000.js")]) == 4
 
 
 def test_a_decoders_modalities_are_compared_layer_by_layer(after):
