@@ -97,6 +97,10 @@ class Hub:
         known = self._repositories["model", repository]
         return known.commits[known.revisions["main"]]
 
+    def commit(self, repository: str, revision: str) -> str:
+        """The commit of a model's branch or tag."""
+        return self._repositories["model", repository].revisions[revision]
+
     def rename(self, old: str, new: str) -> None:
         """Redirect requests for a model's old name to its new one."""
         self._names[old] = new

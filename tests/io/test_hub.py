@@ -261,7 +261,9 @@ def test_reports_an_unwritable_cache(hub, cache):
 
 def test_a_repository_without_matching_files_is_an_error(hub):
     hub.add("us/tiny", FILES)
-    assert "the repository has no such files" in fault("us/tiny", "model", None, ["*.gguf"])
+    message = fault("us/tiny", "model", None, ["*.gguf"])
+    assert "the repository has no such files; it has README.md, config.json, model.safetensors, notes [1].md" in message
+    assert "onnx/ and 1 more" in message
 
 
 def test_refuses_an_invalid_hub_id(hub):

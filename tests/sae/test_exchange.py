@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 from functools import partial
+from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +16,12 @@ from typer.testing import CliRunner
 from conceptshare.cli import app
 from conceptshare.config.settings import SAESettings
 from conceptshare.io import seals
-from conceptshare.io.errors import StoreError
+from conceptshare.io.errors import HubError, StoreError
 from conceptshare.sae import SAE, JumpReLU, TopK, load_sae, save_sae
 from conceptshare.sae._trainer import Trainer
 from conceptshare.sae.exchange import export_to_sparsify, import_sae
 from conceptshare.sae.folder import describe_sae
+from tests.helpers import hub
 from tests.helpers.elsewhere import run_elsewhere
 
 D, F, K = 8, 24, 4
@@ -80,7 +83,8 @@ def own(sealed):
 
 def contents(folder):
     """The files that other libraries read."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+    ours = {"manifest.json", "provenance.json"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ours}
 
 
 @pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors", "manifest.json"])
@@ -161,6 +165,12 @@ def filled(sae):
 
 for name in ("own", "own-topk", "own-batchtopk", "own-matryoshka"):
     record(SAE.load_from_disk(folder / name), name)
+def centred(sae):
+    sae.cfg.metadata.model_from_pretrained_kwargs = {"center_writing_weights": True}
+    sae.save_model(folder / "centred")
+    with torch.no_grad():
+        latents = sae.encode(x - x.mean(1, keepdim=True))
+        save_file({"latents": latents, "reconstruction": sae.decode(latents)}, folder / "centred.safetensors")
 size = {"d_in": 8, "d_sae": 24}
 variants = {
     "plain": {},
@@ -173,6 +183,7 @@ variants = {
     "expected_average_only_in": {"normalize_activations": "expected_average_only_in"},
     "covariance_whitening": {"normalize_activations": "covariance_whitening"},
 }
+centred(filled(TopKSAE(TopKSAEConfig(**size, k=4))))
 for name, keys in variants.items():
     sae = filled(TopKSAE(TopKSAEConfig(**size, k=4, **keys)))
     sae.cfg.metadata.model_name, sae.cfg.metadata.hook_name = "gpt2", "blocks.5.hook_resid_post"
@@ -287,6 +298,7 @@ def test_trains_like_sae_lens_step_by_step(sae_lens, name):
         "not-subtracted",
         "rescaled",
         "both",
+        "centred",
         "bfloat16",
         "training",
         "training-inference",
@@ -442,6 +454,167 @@ def test_refuses_sparsify_saes_that_compute_something_else(sparsify, tmp_path, n
     assert not list(tmp_path.iterdir())
 
 
+# --- saev ---
+
+
+def saev_file(path, activation, schema=5, threshold=None, pickled=None, **arrays):
+    """Write an SAE as saev does: a line of JSON, then its tensors by `torch.save`.
+
+    As `dump` of src/saev/nn/modeling.py in github.com/OSU-NLP-Group/saev at 3d73f1f7122738563404e4c50a98d897aa18a7d0.
+    """
+    config = {
+        "d_model": D,
+        "d_sae": F,
+        "activation": activation,
+        "reinit_blend": 0.8,
+        "reinit_enc_dec_tranpose": True,
+        "remove_parallel_grads": True,
+        "normalize_w_dec": True,
+    }
+    header = {"schema": schema, "cfg": config, "commit": "3d73f1f", "lib": "0.1.0"}
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    if threshold is not None:
+        tensors["activation.threshold"] = torch.tensor(threshold)
+    path.parent.mkdir(exist_ok=True, parents=True)
+    with path.open("wb") as file:
+        file.write(json.dumps(header, separators=(",", ":")).encode() + b"\n")
+        torch.save(tensors if pickled is None else pickled, file)
+
+
+def saev_activation(name, **params):
+    """An activation as saev writes it, with its penalties."""
+    aux = {"cls": "AuxK", "params": {"key": "auxk", "k_aux": 512, "alpha": 0.03125}}
+    sparsity = {"cls": "NoSparsity", "params": {"key": "no-sparsity"}}
+    return {"cls": name, "params": {"key": name.lower(), **params, "sparsity": sparsity, "aux": aux}}
+
+
+def saev_arrays(rng):
+    shapes = {"W_dec": (F, D), "b_dec": (D,), "W_enc": (D, F), "b_enc": (F,)}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+SAEV = {
+    "top-k": (saev_activation("TopK", top_k=K), None),
+    "relu": (saev_activation("Relu"), None),
+    "batch-top-k": (saev_activation("BatchTopK", top_k=K, momentum=0.1), 1.5),
+    "batch-top-k-untrained": (saev_activation("BatchTopK", top_k=K, momentum=0.1), 0.0),
+}
+
+
+@pytest.mark.parametrize("schema", [3, 4, 5])
+@pytest.mark.parametrize("name", SAEV)
+def test_imported_saev_saes_compute_the_same(tmp_path, rng, name, schema):
+    """As its `encode` and `decode` in eval mode, in NumPy and float64."""
+    arrays, (activation, threshold) = saev_arrays(rng), SAEV[name]
+    saev_file(tmp_path / "sae.pt", activation, schema, threshold, **arrays)
+    W_enc, b_enc, W_dec, b_dec = (arrays[key].astype(np.float64) for key in ("W_enc", "b_enc", "W_dec", "b_dec"))
+    h = tokens().double().numpy() @ W_enc + b_enc
+    if name == "top-k":
+        lowest = np.sort(h, axis=1)[:, -K]
+        assert (lowest > 0).all()
+        f = np.where(h >= lowest[:, None], h, 0)
+    else:
+        f = np.where(h > (threshold or 0), h, 0)
+    expected = {"latents": torch.from_numpy(f), "reconstruction": torch.from_numpy(f @ W_dec + b_dec)}
+    for n, source in enumerate((tmp_path, tmp_path / "sae.pt", str(tmp_path))):
+        import_sae(source, tmp_path / f"imported-{n}")
+        found = latents_and_reconstruction(tmp_path / f"imported-{n}", tokens())
+        assert_same({key: x.double() for key, x in found.items()}, expected)
+
+
+@pytest.mark.parametrize("schema", [None, 1, 2, 6])
+def test_refuses_saev_saes_of_another_schema(tmp_path, rng, schema):
+    """Those before 3 subtracted b_dec from the input, or did not: the schema does not say."""
+    saev_file(tmp_path / "sae.pt", SAEV["relu"][0], schema, **saev_arrays(rng))
+    with pytest.raises(StoreError, match=rf"sae.pt: its schema {schema} is not supported; load it with a newer"):
+        import_sae(tmp_path, tmp_path / "imported")
+
+
+@pytest.mark.parametrize(
+    ("activation", "more", "message"),
+    [
+        (saev_activation("BatchTopK", top_k=K), {}, "BatchTopK without a threshold"),
+        (saev_activation("Gated"), {}, "activation = 'Gated' is not supported; only saev's TopK, BatchTopK, Relu SAEs"),
+        (saev_activation("TopK"), {}, "do not match or are damaged .*'top_k'"),
+        (saev_activation("Relu"), {"W_dec": np.zeros((F, D + 1), np.float32)}, "do not match or are damaged .*W_dec"),
+        (saev_activation("Relu"), {"pickled": Path("/tmp")}, "do not match or are damaged .*Weights only load failed"),
+    ],
+)
+def test_refuses_other_and_damaged_saev_saes(tmp_path, rng, activation, more, message):
+    saev_file(tmp_path / "sae.pt", activation, **saev_arrays(rng) | more)
+    with pytest.raises(StoreError, match=message) as error:
+        import_sae(tmp_path, tmp_path / "imported")
+    assert "\n" not in str(error.value)
+    (tmp_path / "sae.pt").write_bytes(b"no JSON\n" + (tmp_path / "sae.pt").read_bytes())
+    with pytest.raises(StoreError, match="not a file of saev"):
+        import_sae(tmp_path, tmp_path / "imported")
+
+
+# --- fit ---
+
+
+@pytest.mark.parametrize(
+    ("hook", "layer"),
+    [
+        ("layer 3", 3),
+        ("blocks.3.hook_resid_post", 3),
+        ("blocks.4.hook_resid_pre", 3),
+        ("layers.3", 3),
+        ("transformer.h.3", 3),
+        ("gpt_neox.layers.3", 3),
+        ("vision_model.encoder.layers.3", 3),
+        ("encoder.layer.13", 13),
+        ("visual.transformer.resblocks.3", 3),
+        ("unknown", 3),
+    ],
+)
+def test_knows_the_layer_of_hooks(own, tmp_path, hook, layer):
+    edit(own, metadata={"hook_name": hook})
+    import_sae(own, tmp_path / "imported", D, layer)
+    assert seals.read_manifest(tmp_path / "imported", "spec", "sae", "")["spec"]["imported_from"]["source"] == str(own)
+    if hook != "unknown":
+        with pytest.raises(StoreError, match=rf"own: an SAE of {hook}, which is layer {layer} and not {layer + 1}"):
+            import_sae(own, tmp_path / "other", D, layer + 1)
+
+
+@pytest.mark.parametrize("hook", ["blocks.3.hook_mlp_out", "blocks.3.attn.hook_z", "layers.3.mlp", "embed_tokens"])
+def test_refuses_saes_of_something_else_than_the_residual_stream_after_a_block(own, tmp_path, hook):
+    edit(own, metadata={"hook_name": hook})
+    with pytest.raises(StoreError, match=rf"own: an SAE of {hook}, which is not the residual stream after a block"):
+        import_sae(own, tmp_path / "imported", D, 3)
+    import_sae(own, tmp_path / "imported")
+
+
+def test_refuses_saes_of_another_width(own, tmp_path):
+    with pytest.raises(StoreError, match=rf"own: an SAE of width {D}, but the encoder has width 9; name an SAE"):
+        import_sae(own, tmp_path / "imported", 9, 3)
+
+
+# --- from a hub ---
+
+
+def test_fetches_an_sae_from_a_folder_of_a_repository(sealed, tmp_path, monkeypatch):
+    with hub.running() as running:
+        hub.use(monkeypatch, running.endpoint, tmp_path / "cache")
+        files = {f"layer-3/{name}": content for name, content in contents(sealed).items()}
+        running.add("us/saes", files | {"layer-3/loss.csv": b"", "README.md": b"", "layer-4/sae.pt": b"{}"})
+        import_sae("us/saes:layer-3", tmp_path / "imported", D, 3)
+        assert contents(tmp_path / "imported") == contents(sealed)
+        got = {request.path.split("/main/")[-1] for request in running.asked("GET", "/resolve/")}
+        assert {name.rpartition("/")[2] for name in got} == {"cfg.json", "sae_weights.safetensors"}
+        origin = seals.read_manifest(tmp_path / "imported", "spec", "sae", "")["spec"]["imported_from"]
+        assert origin["source"] == "us/saes:layer-3"
+        assert origin["revision"] == running.commit("us/saes", "main")
+        assert origin["sha256"] == {name: sha256(text).hexdigest() for name, text in contents(sealed).items()}
+        absent = (
+            "us/saes: layer-5/cfg.json, .* the repository has no such files; it has README.md, layer-3/, layer-4/; or"
+        )
+        with pytest.raises(HubError, match=absent):
+            import_sae("us/saes:layer-5", tmp_path / "other")
+        with pytest.raises(StoreError, match="layer-3: an SAE of width 8, but the encoder has width 9"):
+            import_sae("us/saes:layer-3", tmp_path / "other", 9, 3)
+
+
 # --- our own code ---
 
 
@@ -531,7 +704,7 @@ def test_import_drops_a_scaling_factor_of_ones_and_refuses_another(own, tmp_path
     import_sae(own, tmp_path / "imported")
     assert contents(tmp_path / "imported") == before
     edit_tensors(own, scaling_factor=torch.full((F,), 2.0))
-    with pytest.raises(StoreError, match="own: scaling_factor = 'not 1'"):
+    with pytest.raises(StoreError, match="own: its scaling_factor is not 1"):
         import_sae(own, tmp_path / "other")
 
 
@@ -592,7 +765,7 @@ def with_a_strange_tensor(folder):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (without_weights, "neither sae_weights.safetensors"),
+        (without_weights, "contains none of sae_weights.safetensors"),
         (without_config, "do not match or are damaged .*cfg.json.*; fetch or save the folder again"),
         (cut_weights, "do not match or are damaged"),
         (without_k, "do not match or are damaged .*'k'"),
@@ -611,12 +784,13 @@ def test_import_refuses_a_damaged_folder(own, tmp_path, library, break_it, messa
 
 def test_never_overwrites_files(own, tmp_path):
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "notes.txt").touch()
     for write in (export_to_sparsify, import_sae):
         with pytest.raises(StoreError, match=r"there: exists already; name another folder"):
             write(own, tmp_path / "there")
         with pytest.raises(StoreError, match=r"own: exists already"):
             write(own, own)
-    assert not list((tmp_path / "there").iterdir())
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["notes.txt"]
 
 
 def test_refuses_to_export_a_folder_without_an_sae(tmp_path):

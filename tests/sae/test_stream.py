@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import signal
+from dataclasses import asdict
 from functools import partial
 
 import pytest
@@ -18,8 +19,9 @@ from conceptshare.encoders import load_encoder
 from conceptshare.io.errors import NumericsError, StoreError, StudyError
 from conceptshare.io.layout import layer_name
 from conceptshare.io.store import open_store
-from conceptshare.sae import _order, train_sae, train_stream
+from conceptshare.sae import SAE, ReLU, TopK, _order, evaluate, load_sae, save_sae, train_sae, train_stream
 from conceptshare.sae._checkpoints import PREEMPTED
+from conceptshare.sae.exchange import import_sae
 from conceptshare.sae.features import record_features
 from tests.helpers import models
 from tests.helpers.forks import run_forked
@@ -300,13 +302,13 @@ def test_an_interrupted_training_on_global_tokens_keeps_its_finished_saes(
     def interrupted(*arguments):
         if len(made) == 3:
             raise KeyboardInterrupt
-        made.append(arguments[-1])
+        made.append(arguments[4])
         train_sae(*arguments)
 
     monkeypatch.setattr("conceptshare.sae._stream.train_sae", interrupted)
     with pytest.raises(KeyboardInterrupt):
         streamed(encoder, Data(data_folder), settings, tmp_path / "one")
-    monkeypatch.setattr("conceptshare.sae._stream.train_sae", lambda *of: made.append(of[-1]) or train_sae(*of))
+    monkeypatch.setattr("conceptshare.sae._stream.train_sae", lambda *of: made.append(of[4]) or train_sae(*of))
     streamed(encoder, Data(data_folder), settings, tmp_path / "one")
     monkeypatch.undo()
     assert len(made) == len(set(made)) == len(SEEDS) * len(encoder.spec.layer_numbers())
@@ -366,3 +368,36 @@ def test_streams_from_the_command_line(encoder_of, data_folder, tmp_path):
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
     assert sorted(path.name for path in (tmp_path / "tiny").glob("*/*")) == sorted(["seed-0", "seed-3"] * spec.layers)
+
+
+@pytest.mark.parametrize("train_on", ["all", "global"])
+def test_imported_saes_are_measured_in_place_of_a_training(train_on, encoder_of, data_folder, tmp_path):
+    """With stored and with streamed tokens, they keep their weights, and get the quality that `evaluate` finds."""
+    encoder, data = encoder_of(models.bert), Data(data_folder)
+    settings = SAESettings(**SETTINGS, held_out=0.2, train_on=train_on)
+    width, places = encoder.spec.width, list(itertools.product(encoder.spec.layer_numbers(), SEEDS))
+    for n, (layer, seed) in enumerate(places):
+        sae = SAE(width, 20, TopK(3) if layer else ReLU(), torch.Generator().manual_seed(n))
+        (tmp_path / f"theirs-{n}").mkdir()
+        save_sae(sae, tmp_path / f"theirs-{n}", "theirs", f"layer {layer}")
+        import_sae(tmp_path / f"theirs-{n}", tmp_path / "imported" / layer_name(layer) / f"seed-{seed}", width, layer)
+    streamed(encoder, data, settings, tmp_path / "streamed", pretrained=tmp_path / "imported")
+    extract_activations(encoder, data, tmp_path / "stored" / "tiny.zarr", tmp_path / "tokens" / "tiny.zarr")
+    store = tmp_path / ("tokens" if train_on == "all" else "stored") / "tiny.zarr"
+    tokens = TokenReader.open if train_on == "all" else TokenReader.open_global
+    held_out = range(SAMPLES - settings.held_out_samples(SAMPLES), SAMPLES)
+    for layer, seed in places:
+        place = f"{layer_name(layer)}/seed-{seed}"
+        out = tmp_path / "stored" / "tiny" / place
+        train_sae(store, layer, settings, seed, out, tmp_path / "imported" / place)
+        imported = load_sae(tmp_path / "imported" / place)
+        weights = zip(load_sae(out).parameters(), imported.parameters(), strict=True)
+        assert all(torch.equal(*pair) for pair in weights)
+        metrics = json.loads((out / "metrics.json").read_text())
+        assert (metrics["steps"], metrics["settings"]["train_on"]) == (0, train_on)
+        quality = evaluate(imported, [tokens(store, layer).read(torch.tensor(held_out).numpy())]).quality
+        assert metrics["all_tokens"] == pytest.approx(asdict(quality))
+    assert_the_same(tmp_path / "stored", tmp_path / "streamed")
+    record_features(tmp_path / "streamed" / "tiny.zarr", tmp_path / "streamed" / "tiny", 0, tmp_path / "tiny@0.zarr")
+    with pytest.raises(StoreError, match=r"theirs-0: not an imported SAE; name a folder that"):
+        train_sae(store, 0, settings, 0, tmp_path / "other", tmp_path / "theirs-0")

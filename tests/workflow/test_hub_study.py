@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
+from conceptshare.sae import SAE, TopK, save_sae
 from tests.helpers import models
 from tests.helpers.forks import forked_python
 from tests.helpers.hub import environment, running
@@ -44,6 +46,12 @@ def finished(tmp_path_factory):
             hub.add(f"us/{name}", made / name)
             entries[name] = {key: value for key, value in spec.model_dump(exclude_defaults=True).items() if key in KEYS}
             entries[name] |= {"library": spec.library, "model": written.format(f"us/{name}"), "use_layers": "last"}
+        reader = entries["reader"]
+        for layer in range(reader["layers"]):
+            sae = SAE(reader["width"], 24, TopK(3), torch.Generator().manual_seed(layer))
+            (made / "saes" / f"layer-{layer}").mkdir(parents=True)
+            save_sae(sae, made / "saes" / f"layer-{layer}", "reader", f"layer {layer}")
+        hub.add("us/saes", made / "saes", revision="v1")
         commit = hub.add("us/squares", {"data/train.parquet": table.to_parquet()}, kind="dataset")
         project.config = {
             "study": "from-a-hub",
@@ -56,7 +64,12 @@ def finished(tmp_path_factory):
                 }
             },
             "encoders": entries,
-            "saes": {"tiny": {"expansion": 2, "k": 4, "learning_rate": 1e-2, "batch_captions": 16}},
+            "saes": {
+                "tiny": {
+                    **{"expansion": 2, "k": 4, "learning_rate": 1e-2, "batch_captions": 16},
+                    "pretrained": {"reader": "us/saes@v1:layer-{layer}"},
+                }
+            },
             "analyses": {"layerwise": {"all": {"pairs": PAIRS}}},
         }
         surroundings = environment(hub.endpoint, made / "cache") | {"PYTHONPATH": str(project.folder / "src")}
@@ -68,7 +81,7 @@ def finished(tmp_path_factory):
                 command, cwd=project.folder, env=surroundings, capture_output=True, text=True, check=False
             )
 
-        fetched = run("--until", "dataset", "weights")
+        fetched = run("--until", "dataset", "weights", "pretrained")
         assert fetched.returncode == 0, fetched.stdout + fetched.stderr
         before = len(hub.log), len(hub.other_requests)
         # Jobs that read encoders run as for users, to record their requests to the hub; the others do not use the hub.
@@ -100,7 +113,12 @@ def test_fetches_code_only_for_models_that_may_run_it(finished):
 
 
 def test_records_the_commits_that_were_read(finished):
-    project, _, _, commit = finished
+    project, hub, _, commit = finished
+    (imported,) = (project.folder / "results/pretrained/tiny/reader").glob("*/seed-0/manifest.json")
+    origin = json.loads(imported.read_text())["spec"]["imported_from"]
+    assert origin["source"] == f"us/saes@v1:layer-{int(imported.parts[-3][-2:])}"
+    assert origin["revision"] == hub.commit("us/saes", "v1")
+    assert not list((project.folder / "results/pretrained/tiny").glob("[!r]*"))
     manifest = json.loads((project.folder / "results/squares/data/manifest.json").read_text())
     assert manifest["revision"] == commit
     assert manifest["several_captions"] == "joined"

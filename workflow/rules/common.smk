@@ -236,6 +236,36 @@ def encoder_saes(wildcards, **others):
     return filled(layout.STREAMED_SAES if STUDY.stream else layout.SAES, wildcards, sae=sae, **others)
 
 
+def source_of(wildcards):
+    """The source of an imported SAE, as a list; empty if it is trained."""
+    sources = STUDY.pretrained(wildcards.sae, wildcards.encoder)
+    return [sources[int(wildcards.layer), int(wildcards.seed)]] if sources else []
+
+
+def files_of_source(wildcards):
+    """The files of an imported SAE on this machine; none if it is on a hub."""
+    return [file for source in source_of(wildcards) for file in local_files(source)]
+
+
+def imported_sae(wildcards):
+    """The weights of an imported SAE; none if it is trained."""
+    place = filled(f"{layout.PRETRAINED}/{layout.SAE}/sae_weights.safetensors", wildcards)
+    return [place for _ in source_of(wildcards)]
+
+
+def imported_saes(wildcards):
+    """The weights of all imported SAEs of an encoder; none if they are trained."""
+    folder = filled(layout.PRETRAINED, wildcards)
+    places = [layout.sae_place(*place) for place in STUDY.pretrained(wildcards.sae, wildcards.encoder)]
+    return [f"{folder}/{place}/sae_weights.safetensors" for place in places]
+
+
+def pretrained_option(wildcards):
+    """The option for an encoder's imported SAEs; a resource, as their sources are what SAEs depend on."""
+    own = STUDY.pretrained(wildcards.sae, wildcards.encoder)
+    return f"--pretrained {quote(filled(layout.PRETRAINED, wildcards))}" if own else ""
+
+
 def saes_folder(wildcards):
     """The folder of all SAEs of an SAE setting."""
     return str(Path(encoder_saes(wildcards, encoder="encoder")).parent)

@@ -1,7 +1,8 @@
-# One sparse autoencoder per layer and seed.
+# One sparse autoencoder per layer and seed: trained, or imported and measured.
 rule sae:
     input:
         tokens=training_tokens,
+        pretrained=imported_sae,
         code=code("sae/_*.py", "io/sizes.py"),
     output:
         multiext(
@@ -25,10 +26,11 @@ rule sae:
         runtime=grown(720),
         # Not a parameter: bounds of warnings change no SAE.
         settings=lambda w: STUDY.sae_settings(w.sae),
+        pretrained=pretrained_option,
     params:
-        depends_on=lambda w: STUDY.sae_key(w.sae),
+        depends_on=lambda w: STUDY.sae_key(w.sae, *source_of(w)),
         folder=subpath(output.config, parent=True),
     shell:
         "python -m conceptshare sae train --tokens {input.tokens:q} --layer {wildcards.layer}"
-        " --seed {wildcards.seed} --settings {resources.settings:q} --threads {threads} --out {params.folder:q}"
-        " --gpus {resources.gpu} > {log:q} 2>&1"
+        " --seed {wildcards.seed} --settings {resources.settings:q} {resources.pretrained} --threads {threads}"
+        " --out {params.folder:q} --gpus {resources.gpu} > {log:q} 2>&1"

@@ -4,6 +4,7 @@ rule stream:
     input:
         data=DATA,
         weights=rules.weights.output.record,
+        pretrained=imported_saes,
         code=code("activations/extraction.py", "io/sizes.py", "encoders/_*.py", "sae/_*.py"),
     output:
         saes=directory(layout.STREAMED_SAES),
@@ -19,13 +20,14 @@ rule stream:
         runtime=grown(1440),
         # Not a parameter: bounds of warnings change no SAE.
         settings=lambda w: STUDY.sae_settings(w.sae),
+        pretrained=pretrained_option,
     params:
         spec=lambda w: STUDY.encoders[w.encoder].activations_key(),
-        depends_on=lambda w: STUDY.sae_key(w.sae),
+        depends_on=lambda w: STUDY.sae_key(w.sae, *STUDY.pretrained(w.sae, w.encoder).values()),
         # All that the entry lists, needed or not, so that studies with the same entry share a stream.
         seeds=lambda w: " ".join(f"--seed {seed}" for seed in sorted(STUDY.encoders[w.encoder].seeds)),
         data=lambda w, input: folder_of(input.data),
     shell:
         "python -m conceptshare stream --encoder {params.spec:q} --weights {input.weights:q} --data {params.data:q}"
-        " --settings {resources.settings:q} {params.seeds} --workers {threads} --saes {output.saes:q}"
+        " --settings {resources.settings:q} {resources.pretrained} {params.seeds} --workers {threads} --saes {output.saes:q}"
         " --activations {output.activations:q} --gpus {resources.gpu} > {log:q} 2>&1"

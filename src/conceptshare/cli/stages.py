@@ -31,16 +31,26 @@ from conceptshare.io.files import (
     PROVENANCE_SIDECAR,
     SAE_FOLDER,
     SAES,
-    SPARSIFY,
+    SPARSIFY_FOLDER,
     WEIGHTS,
     store_kind,
 )
+from conceptshare.io.layout import sae_place
 
 app = typer.Typer()
 sae_app = typer.Typer(help="Train, inspect, import and export SAEs.", no_args_is_help=True)
 
 SAEFolders = Annotated[Path, typer.Option(help="The folder that holds layer-NN/seed-S/.")]
 Settings = Annotated[str, typer.Option(help="SAE settings as JSON; missing keys are set as in the paper.")]
+
+
+Pretrained = Annotated[
+    Path | None,
+    typer.Option(
+        help="A folder that holds layer-NN/seed-S/ of `sae import`: measure these instead of training.",
+        show_default=False,
+    ),
+]
 
 
 @app.command()
@@ -161,6 +171,7 @@ def sae_train(
     out: Annotated[Path, out_option(SAE_FOLDER)],
     settings: Settings = "{}",
     seed: Annotated[int, typer.Option(help="Seed of the initial weights.", min=0)] = 0,
+    pretrained: Pretrained = None,
     threads: Threads = 1,
     gpus: GPUs = None,
 ) -> None:
@@ -168,7 +179,8 @@ def sae_train(
     from conceptshare.sae import train_sae
 
     compute_on(gpus, threads)
-    train_sae(tokens, layer, parse(SAESettings, parse_yaml(settings, "--settings"), "settings"), seed, out)
+    imported = None if pretrained is None else pretrained / sae_place(layer, seed)
+    train_sae(tokens, layer, parse(SAESettings, parse_yaml(settings, "--settings"), "settings"), seed, out, imported)
 
 
 Folder = Annotated[Path, typer.Argument(help="The folder of an SAE.")]
@@ -186,7 +198,7 @@ def sae_info(folder: Folder) -> None:
 def sae_export(
     folder: Folder,
     to: Annotated[Literal["sparsify"], typer.Option(help="The library; SAELens can read the folder unchanged.")],
-    out: Annotated[Path, out_option(SPARSIFY)],
+    out: Annotated[Path, out_option(SPARSIFY_FOLDER)],
 ) -> None:
     """Convert an SAE to the format of another library."""
     from conceptshare.sae.exchange import export_to_sparsify
@@ -195,11 +207,22 @@ def sae_export(
 
 
 @sae_app.command("import")
-def sae_import(folder: Folder, out: Annotated[Path, out_option(SAE_FOLDER)]) -> None:
-    """Convert an SAE of SAELens or sparsify to our format."""
+def sae_import(
+    source: Annotated[
+        str, typer.Argument(help="The folder of an SAE, or saev's file; on a hub, OWNER/NAME or OWNER/NAME:FOLDER.")
+    ],
+    out: Annotated[Path, out_option(SAE_FOLDER)],
+    width: Annotated[
+        int | None, typer.Option(help="D of the encoder that it is for; others are refused.", show_default=False)
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="The layer that it is for, from 0; others are refused.", show_default=False)
+    ] = None,
+) -> None:
+    """Convert an SAE of SAELens, sparsify or saev to our format."""
     from conceptshare.sae.exchange import import_sae
 
-    import_sae(folder, out)
+    import_sae(source, out, width, layer)
 
 
 @app.command()
@@ -217,6 +240,7 @@ def stream(
         int,
         typer.Option(help="Number of threads that prepare images and, without a GPU, of SAEs trained at once.", min=1),
     ] = 1,
+    pretrained: Pretrained = None,
     threads: Threads = 1,
     gpus: GPUs = None,
 ) -> None:
@@ -229,7 +253,7 @@ def stream(
     samples = Data(data)
     source = load_source(entry(EncoderSpec, "encoders", encoder), weights, samples)
     chosen = parse(SAESettings, parse_yaml(settings, "--settings"), "settings")
-    train_stream(source, samples, chosen, sorted(set(seeds)), saes, activations, workers)
+    train_stream(source, samples, chosen, sorted(set(seeds)), saes, activations, workers, pretrained)
 
 
 @app.command()

@@ -31,7 +31,10 @@ def check(
     study: StudyFile = Path("config.yaml"),
     load: Annotated[
         bool,
-        typer.Option("--load", help="Also find or fetch each encoder, load it, and test it on two samples."),
+        typer.Option(
+            "--load",
+            help="Also find or fetch each encoder and imported SAE, load it, and test encoders on two samples.",
+        ),
     ] = False,
 ) -> None:
     """Check a study and the columns of its local data sets, and list its data sets, encoders, members and pairs."""
@@ -45,6 +48,12 @@ def check(
     sound = _all_pass("datasets", local, _check_columns)
     if load:
         sound &= _all_pass("encoders", read.encoders, partial(_try_encoder, read))
+        pretrained = {
+            f"{sae}.pretrained.{read.name_in_config(encoder)}": (spec, read.pretrained(sae, encoder))
+            for sae in read.saes
+            for encoder, spec in read.encoders.items()
+        }
+        sound &= _all_pass("saes", pretrained, _try_saes)
     if not sound:
         raise typer.Exit(1)
 
@@ -77,6 +86,15 @@ def _try_encoder(study: Study, spec: EncoderSpec) -> None:
     data = Data(made) if spec.library == "arrays" and made.exists() else None
     with TemporaryDirectory() as folder:
         try_encoder(spec, find(spec, made=Path(folder) / "model").location, data)
+
+
+def _try_saes(pretrained: tuple[EncoderSpec, dict[tuple[int, int], str]]) -> None:
+    from conceptshare.sae.exchange import import_sae
+
+    spec, sources = pretrained
+    for (layer, _), source in sources.items():
+        with TemporaryDirectory() as folder:
+            import_sae(source, Path(folder) / "sae", spec.width_of(layer), layer)
 
 
 @app.command()

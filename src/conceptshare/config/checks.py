@@ -4,19 +4,22 @@ Each check raises a ValueError, or a StudyError, that names the key and the reme
 """
 
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conceptshare.config.catalog import local_path
+from conceptshare.config.catalog import local_path, suggest
+from conceptshare.config.pretrained import Source, check_fit, read_foreign
 from conceptshare.config.products import taken_by
 from conceptshare.config.settings import paper_encoders
-from conceptshare.io.errors import StudyError
+from conceptshare.io.errors import StoreError, StudyError
 
 if TYPE_CHECKING:
     from conceptshare.config.study import Study
 
 # What `results/` and a study's folder hold next to the folders of data sets, in lower case, as some disks have it.
-_NOT_DATASETS = {"weights", "studies", "releases", "logs", "readme.md", "pages", "provenance.json", "report.zip"}
+_NOT_DATASETS = {"weights", "pretrained", "studies", "releases", "logs"}
+_NOT_DATASETS |= {"readme.md", "pages", "provenance.json", "report.zip"}
 
 # Bytes that most disks allow in a file's name. Slurm's logs join all names of a job, by an underscore each.
 _MAX_FILE_NAME_LENGTH = 255
@@ -62,6 +65,18 @@ def check_files(study: "Study") -> None:
         path = Path(text).expanduser() if is_folder else local_path(text)
         if path is not None and not path.exists():
             raise StudyError(f"{key}: {text} does not exist; paths are relative to the working directory")
+    for sae, encoder in product(study.saes, study.encoders):
+        for (layer, _), text in study.pretrained(sae, encoder).items():
+            source = Source.parse(text)
+            if source.repository is None:
+                _check_local_sae(study, sae, encoder, layer, Path(source.place).expanduser())
+
+
+def _check_local_sae(study: "Study", sae: str, encoder: str, layer: int, place: Path) -> None:
+    try:
+        check_fit(place, read_foreign(place), study.encoders[encoder].width_of(layer), layer)
+    except StoreError as error:
+        raise StudyError(f"saes.{sae}.pretrained.{study.name_in_config(encoder)}: {error}") from None
 
 
 def _named_members(study: "Study") -> Iterator[tuple[str, str]]:
@@ -220,7 +235,10 @@ def _check_saes(study: "Study") -> None:
                 f"saes.{name}.precision: tf32 would also round the products of the encoder that a stream runs; take "
                 f"bfloat16, or set stream: false"
             )
+        _check_pretrained(study, name)
         for encoder, spec in study.encoders.items():
+            if study.pretrained(name, encoder):
+                continue
             latents = settings.latents(spec.mean_width)
             if latents > _MAX_LATENTS:
                 raise ValueError(
@@ -237,3 +255,23 @@ def _check_saes(study: "Study") -> None:
                     f"saes.{name}.matryoshka: {settings.matryoshka[-1]} is more than the {latents} latents that "
                     f"{study.name_in_config(encoder)} has; leave it out, or raise expansion or features"
                 )
+
+
+def _check_pretrained(study: "Study", sae: str) -> None:
+    given = study.saes[sae].pretrained or {}
+    known = [study.name_in_config(encoder) for encoder in study.encoders]
+    for name in given.keys() - set(known):
+        raise ValueError(f"saes.{sae}.pretrained.{name}: the study has no such encoder; {suggest(name, known)}")
+    for encoder, name in zip(study.encoders, known, strict=True):
+        place = f"saes.{sae}.pretrained.{name}"
+        try:
+            sources = study.pretrained(sae, encoder)
+            for source in sources.values():
+                Source.parse(source)
+        except (ValueError, StoreError) as error:
+            raise ValueError(f"{place}: {error}") from None
+        if len(set(sources.values())) < len(sources):
+            raise ValueError(
+                f"{place}: the same SAE for several layers or seeds; write {{layer}}, and {{seed}} for the seeds "
+                f"{study.encoders[encoder].seeds}, or leave all but one seed out of encoders.{name}.seeds"
+            )

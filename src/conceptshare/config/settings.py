@@ -11,6 +11,8 @@ from conceptshare.config.catalog import Name, Positive, Spec
 
 SAE_BOUNDS = {"max_dead", "max_fvu_global"}
 """Settings of SAEs that change nothing in them."""
+NOT_OF_TRAINING = SAE_BOUNDS | {"pretrained"}
+"""Settings of SAEs that change nothing in those that are trained."""
 _LATER = {"activation", "matryoshka"}
 
 
@@ -81,6 +83,11 @@ class SAESettings(Spec):
     """Dead latents per token in the auxiliary loss."""
     dead_after: int = Field(default=10_000_000, ge=1, le=10**15)
     """Tokens without activation after which a latent counts as dead, for ``auxk``."""
+    pretrained: dict[Name, str | dict[int, str]] | None = None
+    """SAEs of SAELens, sparsify or saev to import instead of training them, by encoder: a folder per layer, or one path
+    with ``{layer}`` (or ``{layer:02d}``) for all layers and, if there are several seeds, ``{seed}``. On a hub, write
+    ``OWNER/NAME:FOLDER`` or ``OWNER/NAME@REVISION:FOLDER``. Encoders that are not named are trained. The quality is
+    measured on the tokens that ``train_on`` names."""
     max_dead: float = Field(default=0.5, ge=0, le=1)
     """Log a warning if a larger fraction of latents is active on no token, of at least 10 F / k tokens."""
     max_fvu_global: float = Field(default=0.9, ge=0)
@@ -110,14 +117,17 @@ class SAESettings(Spec):
             raise ValueError(f"{key}: train_on: global has no other tokens than global ones; leave one of both out")
         return self
 
-    def of_training(self) -> dict[str, Any]:
+    def of_training(self, source: str | None = None) -> dict[str, Any]:
         """The settings that an SAE depends on: all but the bounds above which warnings are logged and layers marked.
 
-        Later ones are left out at their default, so that records of earlier SAEs keep their bytes.
+        Later ones are left out at their default, so that records of earlier SAEs keep their bytes. For an imported SAE,
+        the settings are its ``source``, as ``pretrained``, and what it is measured on.
         """
+        if source is not None:
+            return {"pretrained": source, **self.model_dump(mode="json", include={"train_on", "held_out"})}
         unset = {name for name in _LATER if getattr(self, name) == type(self).model_fields[name].default}
         unused = "features" if self.features is None else "expansion"
-        return self.model_dump(mode="json", exclude=SAE_BOUNDS | unset | {unused})
+        return self.model_dump(mode="json", exclude=NOT_OF_TRAINING | unset | {unused})
 
     def latents(self, width: int) -> int:
         """Number of latents F of an SAE on tokens of a width."""

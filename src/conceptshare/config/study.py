@@ -28,9 +28,10 @@ from conceptshare.config.catalog import (
 )
 from conceptshare.config.checks import check_files, check_study
 from conceptshare.config.members import GroupedMember, Member, Pair, encoder_pairs, sorted_pair
+from conceptshare.config.pretrained import filled
 from conceptshare.config.products import FIGURES, TABLES, Figure, Table
 from conceptshare.config.settings import (
-    SAE_BOUNDS,
+    NOT_OF_TRAINING,
     Analyses,
     CorrelationSettings,
     NameSettings,
@@ -317,17 +318,38 @@ class Study(Spec):
     def _described(self, member: Member) -> dict[str, Any]:
         spec = self.encoders[member.encoder]
         saes = self.coded(self.features[0])
-        features = {name: self.saes[sae].latents(spec.width_of(spec.layer_numbers()[-1])) for name, sae in saes.items()}
+        width = spec.width_of(spec.layer_numbers()[-1])
+        features = {
+            name: None if self.pretrained(sae, member.encoder) else self.saes[sae].latents(width)
+            for name, sae in saes.items()
+        }
         named = {"name": str(member), "encoder": member.encoder, "seed": member.seed, "layers": spec.layer_numbers()}
         return named | {"modality": spec.modality, "kind": spec.group[1], "features": features}
 
-    def sae_key(self, name: str) -> str:
-        """What an SAE depends on, as canonical JSON."""
-        return canonical(self.saes[name], set(SAESettings.model_fields) - SAE_BOUNDS)
+    def pretrained(self, sae: str, encoder: str) -> dict[tuple[int, int], str]:
+        """The sources of an encoder's SAEs by layer and seed, if they are imported; empty if they are trained.
+
+        Raises:
+            ValueError: if there is none for a layer, or one has other braces than `filled` replaces.
+        """
+        spec, own = self.encoders[encoder], self.name_in_config(encoder)
+        given = (self.saes[sae].pretrained or {}).get(own)
+        if given is None:
+            return {}
+        layers = given if isinstance(given, dict) else dict.fromkeys(spec.layer_numbers(), given)
+        if lacking := [layer for layer in spec.layer_numbers() if layer not in layers]:
+            raise ValueError(f"no SAE for layer {lacking[0]}; add it, or leave it out of encoders.{own}.use_layers")
+        return {(n, seed): filled(layers[n], n, seed) for n in spec.layer_numbers() for seed in spec.seeds}
+
+    def sae_key(self, name: str, *sources: str) -> str:
+        """What SAEs depend on, as canonical JSON: settings of training, or for imported ones, their sources."""
+        if not sources:
+            return canonical(self.saes[name], set(SAESettings.model_fields) - NOT_OF_TRAINING)
+        return _json([self.saes[name].of_training(source) for source in sources])
 
     def sae_settings(self, name: str) -> str:
-        """All settings of an SAE, as canonical JSON."""
-        return canonical(self.saes[name])
+        """All settings of SAEs that a training or measurement needs, as canonical JSON."""
+        return canonical(self.saes[name], set(SAESettings.model_fields) - {"pretrained"})
 
     def features_options(self, sae: str) -> str:
         """Options of the job that records features of SAEs and their code, ``NAME`` or ``NAME+after_topk``."""

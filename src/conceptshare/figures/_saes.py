@@ -91,10 +91,12 @@ class _Training:
 
 def _read_training(row: Any, saes: Path) -> _Training:
     folder, record = sae_of(saes / str(row.encoder), int(row.layer), int(row.seed))
-    losses = _read_csv(sae_file(folder, "loss.csv", record), ["step", "loss"]).loss.to_numpy(np.float64)
+    losses = np.full(1, np.nan)  # an imported SAE took no steps
+    if row.steps:
+        losses = _read_csv(sae_file(folder, "loss.csv", record), ["step", "loss"]).loss.to_numpy(np.float64)
     densities = _read_csv(sae_file(folder, "density.csv", record), ["tokens", "kind", "log10_density", "latents"])
     counted = densities.groupby("tokens").latents.sum()
-    if len(losses) != row.steps or any(counted.get(tokens) != row.latents for tokens in _TOKENS):
+    if len(losses) != max(row.steps, 1) or any(counted.get(tokens) != row.latents for tokens in _TOKENS):
         raise StoreError(f"{folder}: loss.csv or density.csv is cut off, or not of this training; {REMEDY}")
     bins, never = densities[densities.kind == "bin"], densities[densities.kind == "never"]
     smoothed = _smoothed(losses)
@@ -103,7 +105,7 @@ def _read_training(row: Any, saes: Path) -> _Training:
         encoder=str(row.encoder),
         seed=int(row.seed),
         layer=int(row.layer),
-        steps=len(losses),
+        steps=int(row.steps),
         fvu={tokens: float(getattr(row, f"fvu_{tokens}")) for tokens in _TOKENS},
         l0={tokens: float(getattr(row, f"l0_{tokens}")) for tokens in _TOKENS},
         dead={tokens: float(getattr(row, f"dead_{tokens}")) for tokens in _TOKENS},
@@ -224,6 +226,8 @@ def _overview_losses(ax: Axes, saes: Sequence[_Training], lines: dict[int, Any])
         marker = "o" if sae.steps == 1 else None
         style: dict[str, Any] = {"linestyle": lines[sae.seed], "linewidth": 0.9, "marker": marker}
         ax.plot(*sae.smooth, color=colours[layers.index(sae.layer)], **style)
+    if not any(sae.steps for sae in saes):
+        ax.text(0.5, 0.6, "imported", ha="center", color="0.4", transform=ax.transAxes)
     bar = ax.inset_axes((1.02, 0, 0.03, 1))
     bar.imshow(colours[:, None], aspect="auto", origin="lower")
     bar.set_xticks([])
@@ -321,7 +325,8 @@ def _loss_panel(ax: Axes, sae: _Training) -> None:
         ax.plot(*sae.raw, color=_RAW, linewidth=0.6)
     ax.plot(*sae.smooth, color=_SMOOTH, linewidth=1.1, marker="o" if sae.steps == 1 else None, markersize=3)
     ax.set_title(f"layer {sae.layer}", loc="left")
-    ax.set_title(f"loss {sae.losses[0]:.3g} → {sae.losses[1]:.3g}", loc="right", fontsize=7, fontweight="normal")
+    loss = f"loss {sae.losses[0]:.3g} → {sae.losses[1]:.3g}" if sae.steps else "imported"
+    ax.set_title(loss, loc="right", fontsize=7, fontweight="normal")
     ax.set_ylabel("loss / first loss (log)")
 
 

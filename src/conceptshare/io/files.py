@@ -104,7 +104,7 @@ DATASET = Kind(
 )
 SAE_FOLDER = Kind("an SAE", _SAE_FILES, is_valid=lambda path: "d_sae" in read_object(path / "cfg.json"))
 SAES = Kind("a folder of SAEs", rf"layer-\d+/seed-\d+/{_SAE_FILES}")
-SPARSIFY = Kind(
+SPARSIFY_FOLDER = Kind(
     "an SAE in sparsify's format",
     r"sae\.safetensors|cfg\.json",
     is_valid=lambda path: "num_latents" in read_object(path / "cfg.json"),

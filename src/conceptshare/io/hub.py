@@ -29,6 +29,9 @@ _PAUSES = (1.0, 4.0)
 STUDY = "conceptshare_study"
 """Key of a model card that names the study whose SAEs its repository has."""
 
+# Names of files or folders that a message lists.
+_SHOWN_NAMES = 5
+
 # The key of a study's config that can name a local copy instead.
 _KEYS = {"model": "model", "dataset": "source"}
 
@@ -175,9 +178,10 @@ def _fetch(repository: str, kind: Kind, revision: str | None, patterns: Sequence
     details: Any = HfApi().repo_info(
         repository, repo_type=kind, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
     )
-    files = chosen((file.rfilename for file in details.siblings or []), patterns)
+    names = sorted(file.rfilename for file in details.siblings or [])
+    files = chosen(names, patterns)
     if not files:
-        raise _NothingError
+        raise _NothingError(_some(names))
     info(f"{repository} at {details.sha}: {len(files)} files, from {constants.ENDPOINT}")
     started = time.monotonic()
     bars: Any = None if sys.stderr.isatty() else _Lines
@@ -291,13 +295,21 @@ def _reason(error: Exception, repository: str, kind: Kind, revision: str | None)
         case HfHubHTTPError() as failed:
             return f"the hub answered {failed.response.status_code} {failed.response.reason_phrase}"
         case _NothingError():
-            return "the repository has no such files"
+            return f"the repository has no such files; it has {_root(error)}"
         case HFValidationError():
             return "this is not a hub id of the form OWNER/NAME"
         case httpx2.TransportError() as lost:
             return f"the host cannot be reached ({type(lost).__name__}: {_first_line(lost)})"
         case other:
             return f"{type(other).__name__}: {_first_line(other)}"
+
+
+def _some(names: Sequence[str]) -> str:
+    """A few names, of different folders if there are several, for a message."""
+    first = dict.fromkeys(name.rpartition("/")[0] or name for name in names)
+    shown = [f"{name}/" if name not in names else name for name in first][:_SHOWN_NAMES]
+    more = len(first) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "") if names else "none"
 
 
 def _describe(repository: str, kind: Kind, revision: str | None, patterns: Sequence[str] | None) -> str:

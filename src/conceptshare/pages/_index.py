@@ -11,6 +11,7 @@ from conceptshare.analysis.tables import read_table
 from conceptshare.data.dataset import Data
 from conceptshare.io import layout
 from conceptshare.io.files import FILE, SITE, check_replaceable, unlocked_output
+from conceptshare.io.readers import read_statistics
 from conceptshare.metrics import READINGS
 from conceptshare.pages._script import number, numbers, write_script
 
@@ -62,6 +63,7 @@ def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
     check_replaceable(out, SITE)
     write_frame(out)
     shown: dict[str, Any] = {name: study[name] for name in ("study", "saes", "members", "codes", "unexplained_layers")}
+    shown["members"] = [_with_sizes(member, study, results) for member in study["members"]]
     shown["datasets"] = [
         {"name": name, "samples": len(Data(layout.path(layout.DATA, results, dataset=name)))}
         for name in study["datasets"]
@@ -93,6 +95,16 @@ def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
                 ]
     with unlocked_output(out / "study.js", FILE) as partial:
         write_script(partial, "study", shown)
+
+
+def _with_sizes(member: dict[str, Any], study: dict[str, Any], results: Path) -> dict[str, Any]:
+    """A member with the number of features per layer of imported SAEs, which the study does not have: the largest."""
+    features = dict(member["features"])
+    for sae in [sae for sae, count in features.items() if count is None]:
+        place = {"dataset": study["datasets"][0], "sae": sae, "member": member["name"]}
+        layers = read_statistics(layout.path(layout.FEATURES, results, **place))
+        features[sae] = max(len(layer.strength) for layer in layers.values())
+    return {**member, "features": features}
 
 
 # Numbers that figures show too are rounded once, not to four digits and then to two.

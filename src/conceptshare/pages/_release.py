@@ -136,6 +136,8 @@ def _link_saes(study: Study, results: Path, out: Path) -> pd.DataFrame:
     rows = []
     pattern = layout.STREAMED_SAES if study.stream else layout.SAES
     for dataset, sae, (encoder, seed) in product(study.datasets, study.saes, study.members()):
+        if study.pretrained(sae, encoder):
+            continue  # others published it
         folder = path(pattern, results, dataset=dataset, sae=sae, encoder=encoder)
         for layer in study.encoders[encoder].layer_numbers():
             one, record = sae_of(folder, layer, seed)
@@ -150,6 +152,8 @@ def _link_saes(study: Study, results: Path, out: Path) -> pd.DataFrame:
             for key, label in (("fvu", "FVU"), ("dead", "dead")):
                 row |= {f"{label}, {which} tokens": metrics[f"{which}_tokens"][key] for which in ("all", "global")}
             rows.append(row | {"measured on": metrics["measured_on"]})
+    if not rows:
+        raise StoreError(f"{study.study}: no SAEs to publish, as all were imported; name a study that trains some")
     return pd.DataFrame(rows)
 
 

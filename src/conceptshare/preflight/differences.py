@@ -73,15 +73,22 @@ def _activations(study: Study, sae: str) -> str:
 
 
 def _of_saes(study: Study, sae: str, at: Callable[..., Path]) -> Iterator[Difference]:
-    settings, key = study.saes[sae], study.sae_key(sae)
+    settings = study.saes[sae]
     for encoder, spec in study.encoders.items():
+        sources = study.pretrained(sae, encoder)
         place = at(layout.STREAMED_SAES if study.stream else layout.SAES, encoder=encoder)
         for layer in spec.layer_numbers():
             for seed in spec.seeds:
-                one = place / sae_place(layer, seed)
+                one, source = place / sae_place(layer, seed), sources.get((layer, seed))
                 found = read_object(one / "metrics.json").get("settings")
                 file = place if study.stream else one / "cfg.json"
-                yield from _compared(place, file, key, type(settings), found, settings.of_training())
+                key = study.sae_key(sae, *(sources.values() if study.stream else filter(None, [source])))
+                yield from _compared(place, file, key, type(settings), found, settings.of_training(source))
+                if source is not None:
+                    copy = at(layout.PRETRAINED, encoder=encoder) / sae_place(layer, seed)
+                    made = read_object(copy / "manifest.json").get("spec", {}).get("imported_from")
+                    found = made and {"pretrained": made["source"]}
+                    yield from _compared(copy, copy / "cfg.json", source, None, found, {"pretrained": source})
 
 
 def _of_features(study: Study, sae: str, at: Callable[..., Path]) -> Iterator[Difference]:

@@ -13,10 +13,15 @@ from typing import Literal
 from tabulate import tabulate
 
 from conceptshare.config.catalog import DatasetSpec, EncoderSpec, is_path, local_path
+from conceptshare.config.members import Member
+from conceptshare.config.pretrained import Source, read_foreign
 from conceptshare.config.settings import CorrelationSettings, SAESettings
 from conceptshare.config.study import Study
 from conceptshare.correlations.blocks import plan_blocks
+from conceptshare.io import layout
 from conceptshare.io.errors import StudyError
+from conceptshare.io.files import read_object
+from conceptshare.io.layout import path, sae_place
 from conceptshare.io.sizes import (
     CHUNK_BYTES,
     CKA_SAMPLES,
@@ -163,13 +168,14 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
             for spec in needed.values():
                 rule = "activations" if spec.parts == 1 else "activations_part"
                 parts[rule].append(activations_cost(spec, N, data_bytes, study.stores_tokens()))
-        for settings in study.saes.values():
+        for sae in study.saes:
+            own = {encoder: _own_settings(study, sae, encoder, results) for encoder in needed}
             if study.stream:
                 parts["stream"] += [
-                    stream_cost(spec, settings, N, len(spec.seeds), data_bytes) for spec in needed.values()
+                    stream_cost(spec, own[encoder], N, len(spec.seeds), data_bytes) for encoder, spec in needed.items()
                 ]
             for member in members:
-                spec = needed[member.encoder]
+                spec, settings = needed[member.encoder], own[member.encoder]
                 if not study.stream:
                     layers = [spec.model_copy(update={"width": spec.width_of(n)}) for n in spec.layer_numbers()]
                     parts["sae"] += [sae_cost(layer, settings, N) for layer in layers]
@@ -178,20 +184,29 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
                 stored: Stored = "sparse" if code == "after_topk" else "dense" if study.keep_features else "none"
                 shown = code == study.features[0]
                 for member in members:
-                    spec = needed[member.encoder]
+                    spec, settings = needed[member.encoder], own[member.encoder]
                     parts["features"].append(features_cost(spec, settings, N, stored))
                     if shown or study.rankings_of(member):
                         parts["names"].append(names_cost(spec, settings, N, stored))
                     if shown:
                         parts["examples"].append(examples_cost(spec, settings, N, data_bytes, stored))
                 parts["correlations"] += [
-                    correlations_cost(needed[a.encoder], needed[b.encoder], settings, N, study.correlations, stored)
+                    correlations_cost(
+                        needed[a.encoder], needed[b.encoder], _larger(own, needed, a, b), N, study.correlations, stored
+                    )
                     for a, b in pairs
                 ]
                 for matrix in study.analyses.matrices:
-                    compared = [needed[member.encoder] for member in study.matrix_members(matrix)]
-                    images, texts = ([spec for spec in compared if spec.modality == one] for one in ("image", "text"))
-                    if costs := [retrieval_cost(a, b, settings, N, stored) for a in images for b in texts]:
+                    compared = study.matrix_members(matrix)
+                    images, texts = (
+                        [member for member in compared if needed[member.encoder].modality == one]
+                        for one in ("image", "text")
+                    )
+                    if costs := [
+                        retrieval_cost(needed[a.encoder], needed[b.encoder], _larger(own, needed, a, b), N, stored)
+                        for a in images
+                        for b in texts
+                    ]:
                         parts["metrics_retrieval"].append(_sum(costs))
             parts["similarity"] += [similarity_cost(needed[a], needed[b], N) for a, b in study.similarity_pairs()]
     jobs = {rule: len(costs) for rule, costs in parts.items() if costs}
@@ -209,6 +224,27 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
         costs={rule: _sum(costs) for rule, costs in parts.items() if costs},
         rates=rates,
     )
+
+
+def _own_settings(study: Study, sae: str, encoder: str, results: Path) -> SAESettings:
+    """The settings of an encoder's SAEs: imported ones have no epochs and, on this machine, a size of their own."""
+    settings, sources = study.saes[sae], study.pretrained(sae, encoder)
+    if not sources:
+        return settings
+    latents = []
+    for place, text in sources.items():
+        source = Source.parse(text)
+        if source.repository is None:
+            latents.append(read_foreign(Path(source.place).expanduser()).latents)
+        else:
+            copy = path(layout.PRETRAINED, results, sae=sae, encoder=encoder) / sae_place(*place)
+            latents.append(read_object(copy / "cfg.json").get("d_sae", 0))
+    return settings.model_copy(update={"epochs": 0, "features": max(latents) or settings.features})
+
+
+def _larger(own: dict[str, SAESettings], needed: dict[str, EncoderSpec], a: Member, b: Member) -> SAESettings:
+    """The settings of the larger SAEs of two members."""
+    return own[max((a.encoder, b.encoder), key=lambda name: own[name].latents(needed[name].mean_width))]
 
 
 def activations_cost(spec: EncoderSpec, N: int, data_bytes: float = 0, tokens: bool = True) -> Cost:
@@ -282,7 +318,7 @@ def stream_cost(spec: EncoderSpec, settings: SAESettings, N: int, seeds: int, da
     """
     kept, F = len(spec.layer_numbers()), settings.latents(spec.mean_width)
     last = settings.held_out_samples(N) or measured(N, settings)
-    passes = (settings.epochs * (N - settings.held_out_samples(N)) + last) / N
+    passes = max(1, (settings.epochs * (N - settings.held_out_samples(N)) + last) / N)
     saes = at_once = kept * seeds
     if settings.train_on == "global":
         passes, at_once = 1, 1

@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
+from conceptshare.config.pretrained import other_meaning
 from conceptshare.io.errors import NumericsError, StoreError
 from conceptshare.io.seals import seal
 from conceptshare.sae._activations import Activation, Active, TopK, saved_activation
-from conceptshare.sae.folder import ELSEWHERE, other_meaning, sae_file
+from conceptshare.sae.folder import ELSEWHERE, sae_file
 
 # The version of SAELens that this layout was tested with.
 _SAE_LENS_VERSION = "6.54.12"

@@ -34,8 +34,9 @@ from conceptshare.io.store import new_store, resuming
 from conceptshare.sae import _order
 from conceptshare.sae._checkpoints import Checkpoints
 from conceptshare.sae._metrics import Evaluation, Evaluator, evaluate
-from conceptshare.sae._train import Origin, Report, run_steps, train_sae, write_sae
+from conceptshare.sae._train import Imported, Origin, Report, run_steps, train_sae, write_sae
 from conceptshare.sae._trainer import Trainer
+from conceptshare.sae.folder import origin_of
 
 Result = TypeVar("Result")
 TokensByLayer = dict[int, Tensor]
@@ -50,6 +51,7 @@ def train_stream(
     saes: Path,
     activations: Path,
     workers: int = 1,
+    pretrained: Path | None = None,
 ) -> None:
     """Train the SAEs of all layers and seeds of an encoder during its forward passes, and store its global tokens.
 
@@ -69,6 +71,8 @@ def train_stream(
         activations: the store of global tokens to write.
         workers: number of threads that decode and prepare images and, without a GPU, of SAEs that are trained in
             parallel. With GPUs, layers are distributed over them, and each GPU trains one SAE at a time.
+        pretrained: a folder with an imported SAE at `layer-NN/seed-S/` for each of these. They are measured, and none
+            is trained.
 
     Raises:
         NumericsError: if training diverges, or an activation is not finite or does not fit float16.
@@ -82,33 +86,39 @@ def train_stream(
         raise StudyError("precision: tf32 would also round the products of the encoder; use bfloat16, or store tokens")
     spec, name, N = encoder.spec, saes.name, len(data)
     described = describe(encoder, data, name)
+    places = product(spec.layer_numbers(), seeds)
+    imported = {} if pretrained is None else {place: pretrained / sae_place(*place) for place in places}
+    made = settings.of_training() if pretrained is None else [origin_of(folder)[1] for folder in imported.values()]
     if settings.train_on == "global":
         extract_activations(encoder, data, activations, None, workers)
-        made_of = {"settings": settings.of_training(), "made_from": described}
+        made_of = {"settings": made, "made_from": described}
         with atomic_output(saes, SAES, resume=True, key=json.dumps(made_of, sort_keys=True)) as folder:
             for layer, seed in product(spec.layer_numbers(), seeds):
                 if not (out := folder / sae_place(layer, seed)).exists():
-                    train_sae(activations, layer, settings, seed, out)
+                    train_sae(activations, layer, settings, seed, out, imported.get((layer, seed)))
         return
-    steps = _order.steps(N, settings.samples_per_step(spec.modality), spec.batch_size, settings)
-    key = {"settings": settings.of_training(), "seeds": list(seeds), "made_from": described}
+    steps = [] if imported else _order.steps(N, settings.samples_per_step(spec.modality), spec.batch_size, settings)
+    key = {"settings": made, "seeds": list(seeds), "made_from": described}
     checkpoints = Checkpoints(saes.with_name(name + ".checkpoints"), key)
     with (
         atomic_output(saes, SAES, key=checkpoints.key) as folder,
         new_store(activations, KIND, described, resume=True) as store,
-        closing(_SAEGroup(encoder, settings, seeds, name, len(steps), workers)) as group,
+        closing(_SAEGroup(encoder, settings, seeds, name, len(steps), workers, imported)) as group,
     ):
         with resuming(activations):
             reader = _Reader(encoder, data, name, workers, store)
-        done = checkpoints.restore(group.trainers)
-        if done:
-            info(f"{name}: resuming at step {done:,} of {len(steps):,}")
-        with closing(reader.read(steps[done:])) as batches:
-            run_steps(batches, group.train_on, group.trainers, name, checkpoints, reader.save_progress)
+        if not imported:
+            if done := checkpoints.restore(group.trainers):
+                info(f"{name}: resuming at step {done:,} of {len(steps):,}")
+            with closing(reader.read(steps[done:])) as batches:
+                run_steps(batches, group.train_on, group.trainers, name, checkpoints, reader.save_progress)
         all_tokens, global_tokens = _evaluate(group, reader, _order.evaluated(N, settings), name)
         held_out = settings.held_out_samples(N) > 0
         for origin, trainer in group.by_origin.items():
-            report = Report(origin, all_tokens[origin], global_tokens[origin], held_out, trainer.outlying)
+            imported_from = trainer.origin if isinstance(trainer, Imported) else None
+            report = Report(
+                origin, all_tokens[origin], global_tokens[origin], held_out, trainer.outlying, imported_from
+            )
             sae_folder = folder / sae_place(origin.layer, origin.seed)
             write_sae(sae_folder, trainer.sae, trainer.losses.cpu().numpy(), settings, report, described)
         reader.close()
@@ -126,18 +136,23 @@ class _SAEGroup:
         name: str,
         steps: int,
         workers: int,
+        imported: dict[tuple[int, int], Path],
     ) -> None:
         spec, available = encoder.spec, devices()
-        self.by_origin = {
-            origin: Trainer(spec.width_of(layer), settings, origin.mixed_seed(), steps, available[n % len(available)])
-            for n, layer in enumerate(spec.layer_numbers())
-            for origin in (Origin(name, layer, seed) for seed in seeds)
-        }
-        self.trainers = {str(origin): trainer for origin, trainer in self.by_origin.items()}
+        self.by_origin: dict[Origin, Trainer | Imported] = {}
+        for n, layer in enumerate(spec.layer_numbers()):
+            device = available[n % len(available)]
+            for origin in (Origin(name, layer, seed) for seed in seeds):
+                self.by_origin[origin] = (
+                    Imported(imported[layer, origin.seed], spec.width_of(layer), device)
+                    if imported
+                    else Trainer(spec.width_of(layer), settings, origin.mixed_seed(), steps, device)
+                )
+        self.trainers = {str(origin): sae for origin, sae in self.by_origin.items() if isinstance(sae, Trainer)}
         parallel = {"cpu": workers, "cuda": 1}
         self._pools = {device: _threads(parallel[device.type]) for device in available}
 
-    def each(self, work: Callable[[Origin, Trainer], Result]) -> dict[Origin, Result]:
+    def each(self, work: Callable[[Origin, Trainer | Imported], Result]) -> dict[Origin, Result]:
         """Call a function for every SAE, sequentially for SAEs on the same GPU."""
         started = {
             origin: self._pools[trainer.losses.device].submit(work, origin, trainer)
@@ -148,7 +163,7 @@ class _SAEGroup:
     def train_on(self, batch: tuple[TokensByLayer, NDArray[np.int64]]) -> None:
         """Train every SAE for one step, on tokens with the rows of global ones."""
         tokens, global_rows = batch
-        self.each(lambda origin, trainer: trainer.train_on(tokens[origin.layer], global_rows))
+        self.each(lambda origin, _: self.trainers[str(origin)].train_on(tokens[origin.layer], global_rows))
 
     def evaluate_on(self, tokens: TokensByLayer, evaluators: dict[Origin, Evaluator]) -> None:
         """Add tokens to the evaluation of every SAE."""
@@ -228,7 +243,7 @@ def _evaluate(
                 group.evaluate_on(tokens, evaluators)
     reader.save_progress()
 
-    def on_global_tokens(origin: Origin, trainer: Trainer) -> Evaluation:
+    def on_global_tokens(origin: Origin, trainer: Trainer | Imported) -> Evaluation:
         return evaluate(trainer.sae, (reader.global_tokens(origin.layer, batch) for batch in samples))
 
     return {origin: evaluator.result() for origin, evaluator in evaluators.items()}, group.each(on_global_tokens)

@@ -27,8 +27,9 @@ from conceptshare.io.progress import info, progress, warn
 from conceptshare.sae import _order
 from conceptshare.sae._checkpoints import PREEMPTED, Checkpoints, stop_on_sigterm
 from conceptshare.sae._metrics import Evaluation, density_histogram, evaluate
-from conceptshare.sae._model import SAE, save_sae
+from conceptshare.sae._model import SAE, load_sae, save_sae
 from conceptshare.sae._trainer import Trainer
+from conceptshare.sae.folder import origin_of
 
 _SECONDS_BETWEEN_CHECKPOINTS = 300.0
 # Number of prefetched batches.
@@ -190,8 +191,33 @@ def _prefetch(
         yield from in_order((reading.submit(read, batch).result for batch in batches), _AHEAD)
 
 
+class Imported:
+    """An imported SAE in the place of a `Trainer`, which takes no steps.
+
+    Args:
+        folder: a folder that `import_sae` wrote.
+        width: D of the tokens.
+        device: the device to measure it on.
+    """
+
+    outlying = 0.0
+
+    def __init__(self, folder: Path, width: int, device: torch.device) -> None:
+        record, self.origin = origin_of(folder)
+        self.sae = load_sae(folder, record).to(device)
+        if self.sae.b_dec.shape != (width,):
+            raise StoreError(f"{folder}: an SAE of width {len(self.sae.b_dec)}, but tokens have {width}; name another")
+        self.losses = torch.zeros(0, device=device)
+
+    def finish(self) -> SAE:
+        """Return the SAE."""
+        return self.sae
+
+
 @full_float32()
-def train_sae(store: Path, layer: int, settings: SAESettings, seed: int, out: Path) -> None:
+def train_sae(
+    store: Path, layer: int, settings: SAESettings, seed: int, out: Path, pretrained: Path | None = None
+) -> None:
     """Train an SAE on one layer of a store and write its folder.
 
     The store is one of all tokens, or with ``train_on: global``, one of global tokens.
@@ -200,35 +226,47 @@ def train_sae(store: Path, layer: int, settings: SAESettings, seed: int, out: Pa
     `density.csv`. An interrupted training leaves the folder `{out}.checkpoints` and resumes from it when it is run
     again; the result is the same to the byte as that of an uninterrupted training.
 
+    Args:
+        store: the store.
+        layer: the layer.
+        settings: size and optimisation.
+        seed: seed of the initial weights.
+        out: the folder to write.
+        pretrained: a folder that `import_sae` wrote, whose SAE is taken instead of training one, and measured.
+
     Raises:
-        StoreError: if the store is incomplete, damaged or empty, or lacks the layer.
+        StoreError: if the store is incomplete, damaged or empty, lacks the layer or has another width than
+            ``pretrained``.
         NumericsError: if training diverges.
         AlreadyMadeError: if another process made the same folder while this one waited for the lock.
         SystemExit: with the status PREEMPTED, after SIGTERM.
     """
-    inputs = Unchanged(store)
+    inputs = Unchanged(store, *filter(None, [pretrained]))
     tokens = (TokenReader.open_global if settings.train_on == "global" else TokenReader.open)(store, layer)
     if not len(tokens):
         raise StoreError(f"{store}: no samples in it; run the activations stage again")
     origin = Origin(store.stem, layer, seed)
-    key = {"settings": settings.of_training(), "seed": seed, "layer": layer, "made_from": tokens.made_from}
+    imported = None if pretrained is None else Imported(pretrained, tokens.width, default_device())
+    made = settings.of_training() if imported is None else imported.origin
+    key = {"settings": made, "seed": seed, "layer": layer, "made_from": tokens.made_from}
     checkpoints = Checkpoints(out.with_name(out.name + ".checkpoints"), key)
     batch_samples = settings.samples_per_step(tokens.modality)
     with atomic_output(out, SAE_FOLDER, key=checkpoints.key) as folder, inputs:
-        trainer = _trained(tokens, settings, origin.mixed_seed(), batch_samples, str(origin), checkpoints)
+        trainer = imported or _trained(tokens, settings, origin.mixed_seed(), batch_samples, str(origin), checkpoints)
         sae = trainer.finish()
         batches = _order.evaluated(len(tokens), settings)
         all_tokens = evaluate(sae, (tokens.read(batch) for batch in batches))
         global_tokens = evaluate(sae, (tokens.read_global(batch) for batch in batches))
         held_out = settings.held_out_samples(len(tokens)) > 0
-        report = Report(origin, all_tokens, global_tokens, held_out, trainer.outlying)
+        imported_from = None if imported is None else imported.origin
+        report = Report(origin, all_tokens, global_tokens, held_out, trainer.outlying, imported_from)
         write_sae(folder, sae, trainer.losses.cpu().numpy(), settings, report, tokens.made_from)
     checkpoints.remove()
 
 
 @dataclass(frozen=True)
 class Report:
-    """Evaluation of a trained SAE."""
+    """Evaluation of an SAE."""
 
     origin: Origin
     all_tokens: Evaluation
@@ -237,6 +275,8 @@ class Report:
     """Whether it was evaluated on held-out samples."""
     outlying: float
     """Fraction of the training tokens that were left out for their norm."""
+    imported_from: dict[str, Any] | None = None
+    """The source of the SAE, if it was not trained."""
 
 
 def write_sae(
@@ -249,14 +289,15 @@ def write_sae(
 ) -> None:
     """Write an SAE's folder and log its quality; ``made_from`` is the spec of the activations."""
     folder.mkdir(parents=True)
-    origin = report.origin
+    origin, imported = report.origin, report.imported_from
+    samples = "held-out samples" if report.held_out else "samples that were trained on"
     metrics = {
         "all_tokens": asdict(report.all_tokens.quality),
         "global_tokens": asdict(report.global_tokens.quality),
-        "measured_on": "held-out samples" if report.held_out else "samples that were trained on",
+        "measured_on": samples if imported is None else "samples of this study",
         "steps": len(losses),
         "outlying": report.outlying,
-        "settings": settings.of_training(),
+        "settings": settings.of_training(None if imported is None else imported["source"]),
     }
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     _write_csv(folder / "loss.csv", ["step", "loss"], [(step, f"{loss:.6g}") for step, loss in enumerate(losses)])
@@ -266,24 +307,31 @@ def write_sae(
         for row in density_histogram(evaluation.density)
     ]
     _write_csv(folder / "density.csv", ["tokens", "kind", "log10_density", "latents"], rows)
-    spec = {"layer": origin.layer, "seed": origin.seed, "settings": metrics["settings"], "made_from": made_from}
+    spec: dict[str, Any] = {"layer": origin.layer, "seed": origin.seed}
+    spec |= {"settings": metrics["settings"]} if imported is None else {"imported_from": imported}
+    spec |= {"made_from": made_from}
     save_sae(sae.cpu(), folder, model_name=origin.encoder, hook_name=f"layer {origin.layer}", spec=spec)
     provenance.record(folder)
     quality = report.all_tokens.quality
     window = f"of {quality.tokens:,} {'held-out' if report.held_out else 'training'} tokens"
+    if imported is not None:
+        window = f"of {quality.tokens:,} tokens, from {imported['source']}"
     info(f"{report.origin}: FVU {quality.fvu:.3f}, L0 {quality.l0:.1f}, dead {quality.dead:.1%} {window}")
     measurable = quality.tokens * settings.k >= 10 * len(sae.W_dec)  # few tokens activate few latents
-    if measurable and quality.dead > settings.max_dead:
+    if imported is None and measurable and quality.dead > settings.max_dead:
         warn(
             f"{report.origin}: {quality.dead:.0%} of the latents are dead, more than max_dead = "
             f"{settings.max_dead:g}; train longer (epochs), or with fewer latents (expansion or features), a larger k "
             f"or another learning_rate"
         )
     if (fvu := report.global_tokens.quality.fvu) > settings.max_fvu_global:
+        remedy = "train on global tokens (preset: global) or on more samples"
+        if imported is not None:
+            remedy = "check that it is of this encoder, layer and normalisation"
         warn(
             f"{report.origin}: FVU {fvu:.2f} of the global tokens, more than max_fvu_global = "
-            f"{settings.max_fvu_global:g}, so its features explain little of what is compared; train on global tokens "
-            f"(preset: global) or on more samples, or do not interpret this layer"
+            f"{settings.max_fvu_global:g}, so its features explain little of what is compared; {remedy}, or do not "
+            f"interpret this layer"
         )
 
 

@@ -1,35 +1,37 @@
-"""Exchange of SAEs with other libraries: SAELens, whose layout is also ours, and EleutherAI's sparsify."""
+"""Exchange of SAEs with other libraries: SAELens, whose layout is also ours, EleutherAI's sparsify, and saev."""
 
+import hashlib
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from conceptshare.io.errors import ConceptshareError, StoreError
-from conceptshare.io.files import SAE_FOLDER, SPARSIFY, Kind, atomic_output
+from conceptshare.config.pretrained import (
+    BATCH_TOPK,
+    SAE_LENS,
+    SAEV,
+    SPARSIFY,
+    ForeignSAE,
+    Source,
+    check_fit,
+    read_foreign,
+)
+from conceptshare.io import provenance
+from conceptshare.io.errors import StoreError, reading
+from conceptshare.io.files import SAE_FOLDER, SPARSIFY_FOLDER, Kind, atomic_output
+from conceptshare.io.hub import fetch_files
 from conceptshare.sae._activations import TopK, saved_activation
 from conceptshare.sae._model import SAE, load_sae, save_sae
-from conceptshare.sae.folder import other_meaning, sae_file
+from conceptshare.sae.folder import sae_file
 
-_SAE_LENS_WEIGHTS = "sae_weights.safetensors"
-_SPARSIFY_WEIGHTS = "sae.safetensors"
-_BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")
-# Keys of sparsify's cfg.json that change what an SAE computes, with their required values. Older versions use `signed`.
-_SPARSIFY_MEANING = {"activation": "topk", "transcode": False, "skip_connection": False, "signed": False}
-
-
-class _Imported(NamedTuple):
-    """Tensors and keys of an SAE as SAELens names them, and its origin."""
-
-    tensors: dict[str, Tensor]
-    config: dict[str, Any]
-    model_name: str
-    hook_name: str
+Saved = tuple[dict[str, Tensor], dict[str, Any]]
+"""Tensors of an SAE, and keys of its activation, as SAELens saves them."""
 
 
 def export_to_sparsify(folder: Path | str, out: Path | str) -> None:
@@ -61,112 +63,122 @@ def export_to_sparsify(folder: Path | str, out: Path | str) -> None:
         "hook_name": metadata.get("hook_name", "unknown"),
     }
     tensors = {"encoder.weight": sae.W_enc_T, "encoder.bias": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
-    with _new_folder(Path(out), SPARSIFY) as partial:
-        save_file({name: tensor.detach() for name, tensor in tensors.items()}, partial / _SPARSIFY_WEIGHTS)
+    with _new_folder(Path(out), SPARSIFY_FOLDER) as partial:
+        save_file({name: tensor.detach() for name, tensor in tensors.items()}, partial / SPARSIFY)
         (partial / "cfg.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
-def import_sae(folder: Path | str, out: Path | str) -> None:
-    """Convert an SAE of SAELens or sparsify to the format of `load_sae`, with weights in float32.
+def import_sae(source: Path | str, out: Path | str, width: int | None = None, layer: int | None = None) -> None:
+    """Convert an SAE of SAELens, sparsify or saev to the format of `load_sae`, with weights in float32.
 
     Operations beyond those of `load_sae` are folded into the weights if that is exact, and rejected otherwise.
 
+    Args:
+        source: its folder, or saev's file; as text also on a hub, see `conceptshare.config.pretrained.Source`.
+        out: the folder to write. Its `manifest.json` records the source with the commit and the SHA-256 of its files.
+        width: D of an encoder, which the SAE's must equal; by default any.
+        layer: the layer of that encoder that it must read.
+
     Raises:
-        StoreError: if the folder holds no SAE or one that cannot be expressed, or if ``out`` exists.
+        StoreError: if the folder holds no SAE or one that cannot be expressed or does not fit, or if ``out`` exists.
+        HubError: if it cannot be fetched.
     """
-    folder = Path(folder)
-    if (folder / _SPARSIFY_WEIGHTS).is_file():
-        read, weights = _from_sparsify, _SPARSIFY_WEIGHTS
-    elif (folder / _SAE_LENS_WEIGHTS).is_file():
-        read, weights = _from_sae_lens, _SAE_LENS_WEIGHTS
-    else:
-        raise StoreError(
-            f"{folder}: contains neither {_SAE_LENS_WEIGHTS} (SAELens) nor {_SPARSIFY_WEIGHTS} (sparsify); "
-            "name the folder of one SAE"
-        )
-    try:
-        config = json.loads(sae_file(folder, "cfg.json").read_text(encoding="utf-8"))
-        imported = read(folder, config, load_file(sae_file(folder, weights)))
-        d_sae = len(imported.tensors["W_dec"])
-        sae = SAE(config["d_in"], d_sae, saved_activation(imported.config | {"d_sae": d_sae}))
-        sae.load_saved(imported.tensors)
-    except ConceptshareError:
-        raise
-    except Exception as error:  # damaged files raise many types
-        message = " ".join(str(error).split())
-        raise StoreError(
-            f"{folder}: cfg.json and {weights} do not match or are damaged ({type(error).__name__}: {message}); "
-            "fetch or save the folder again"
-        ) from error
+    where = Source(str(source)) if isinstance(source, Path) else Source.parse(source)
+    place, revision = Path(where.place).expanduser(), None
+    if where.repository is not None:
+        remedy = f"./{where.repository.rpartition('/')[2]}"
+        found = fetch_files(where.repository, "model", where.revision, where.patterns(), remedy).folder
+        place, revision = found / where.place, found.name
+    for name in ("cfg.json", SAE_LENS):
+        if (place / name).is_file():
+            sae_file(place, name)
+    foreign = read_foreign(place)
+    if width is not None and layer is not None:
+        check_fit(place, foreign, width, layer)
+    with reading(
+        StoreError,
+        f"{place}: its settings and {foreign.weights.name} do not match or are damaged",
+        "; fetch or save the folder again",
+    ):
+        tensors, config = _READERS[foreign.library](foreign)
+        d_sae = len(tensors["W_dec"])
+        sae = SAE(foreign.width, d_sae, saved_activation(config | {"d_sae": d_sae}))
+        sae.load_saved(tensors)
+    files = [foreign.weights, *([] if foreign.library == SAEV else [place / "cfg.json"])]
+    origin = {
+        "source": str(source),
+        "revision": revision,
+        "sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
+    }
     with _new_folder(Path(out), SAE_FOLDER) as partial:
-        save_sae(sae, partial, imported.model_name, imported.hook_name)
+        save_sae(sae, partial, foreign.model_name, foreign.hook_name, {"imported_from": origin})
+        provenance.record(partial)
 
 
-def _from_sae_lens(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> _Imported:
-    if "activation_fn_kwargs" in config:
-        raise StoreError(
-            f"{folder}: cfg.json is from SAELens before version 6; load it with a newer version (SAE.load_from_disk) "
-            "and save it again (save_model)"
-        )
-    if config.get("architecture") in _BATCH_TOPK:
+def _from_sae_lens(foreign: ForeignSAE) -> Saved:
+    folder, config, tensors = foreign.weights.parent, foreign.config, load_file(foreign.weights)
+    if config["architecture"] in BATCH_TOPK:
         # Saved in training; SAELens's own inference folder has this threshold too.
         config = config | {"architecture": "jumprelu"}
         tensors["threshold"] = tensors.pop("topk_threshold").expand(len(tensors["b_enc"]))
-    other = other_meaning(config)
-    subtracted = other.pop("apply_b_dec_to_input", True)
-    rescaled = other.pop("rescale_acts_by_decoder_norm", False)
     # Some versions of SAELens saved a factor per latent, which is 1 if unused.
     if not (tensors.pop("scaling_factor", torch.ones(1)) == 1).all():
-        other["scaling_factor"] = "not 1"
-    _reject(folder, other, "SAELens's TopK, JumpReLU and standard SAEs on unnormalised activations")
-    W_enc, W_dec = tensors.pop("W_enc"), tensors.pop("W_dec")
-    b_enc, b_dec = tensors.pop("b_enc"), tensors.pop("b_dec")
-    if not subtracted:
-        # x W + b = (x - b_dec) W + (b + b_dec W)
-        b_enc = b_enc.double() + b_dec.double() @ W_enc.double()
-    if rescaled:
+        raise StoreError(f"{folder}: its scaling_factor is not 1, which is not supported; name another SAE")
+    W_enc, W_dec, b_enc, b_dec = (tensors.pop(name).double() for name in ("W_enc", "W_dec", "b_enc", "b_dec"))
+    if not config.get("apply_b_dec_to_input", True):
+        b_enc = _subtracted(W_enc, b_enc, b_dec)
+    if ((config.get("metadata") or {}).get("model_from_pretrained_kwargs") or {}).get("center_writing_weights"):
+        # It reads tokens minus the mean of their dimensions: (x - mean(x) - b_dec) W = (x - b_dec) V + b_dec (V - W),
+        # where V is W minus the mean row of W.
+        b_enc = b_enc - b_dec @ W_enc.mean(0, keepdim=True).expand_as(W_enc)
+        W_enc = W_enc - W_enc.mean(0)
+    if config.get("rescale_acts_by_decoder_norm", False):
         # Latents are multiplied by the norm of their decoder row before TopK and divided by it before decoding.
-        lengths = W_dec.double().norm(dim=1)
+        lengths = W_dec.norm(dim=1)
         if (lengths == 0).any():
             raise StoreError(
                 f"{folder}: cfg.json has rescale_acts_by_decoder_norm, but {int((lengths == 0).sum())} decoder rows "
                 "have norm 0, by which SAELens divides; set these rows to a non-zero direction, and save the folder "
                 "again"
             )
-        W_enc, b_enc, W_dec = W_enc.double() * lengths, b_enc.double() * lengths, W_dec.double() / lengths[:, None]
-    metadata = config.get("metadata", {})
-    return _Imported(
-        {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, **tensors},
-        config,
-        metadata.get("model_name") or "unknown",
-        metadata.get("hook_name") or "unknown",
-    )
+        W_enc, b_enc, W_dec = W_enc * lengths, b_enc * lengths, W_dec / lengths[:, None]
+    return {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, **tensors}, config
 
 
-def _from_sparsify(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> _Imported:
-    settings = _SPARSIFY_MEANING | config
-    other = {key: settings[key] for key, expected in _SPARSIFY_MEANING.items() if settings[key] != expected}
-    _reject(folder, other, "sparsify's TopK SAEs, without transcoding, skips, groups or signs,")
+def _from_sparsify(foreign: ForeignSAE) -> Saved:
+    tensors = load_file(foreign.weights)
     W_enc, b_enc = tensors.pop("encoder.weight").T, tensors.pop("encoder.bias")
-    return _Imported(
-        {"W_enc": W_enc, "b_enc": b_enc, **tensors},
-        {"architecture": "topk", "k": config["k"]},
-        config.get("model_name", "unknown"),
-        # sparsify names a folder after the module that its SAE was trained on.
-        config.get("hook_name", folder.resolve().name),
-    )
+    return {"W_enc": W_enc, "b_enc": b_enc, **tensors}, {"architecture": "topk", "k": foreign.config["k"]}
 
 
-def _reject(folder: Path, other: dict[str, Any], importable: str) -> None:
-    if other:
-        settings = ", ".join(f"{key} = {value!r}" for key, value in other.items())
-        raise StoreError(f"{folder}: {settings} is not supported; only {importable} can be imported")
+def _from_saev(foreign: ForeignSAE) -> Saved:
+    with foreign.weights.open("rb") as file:
+        file.readline()
+        tensors = torch.load(io.BytesIO(file.read()), map_location="cpu", weights_only=True)
+    tensors["b_enc"] = _subtracted(*(tensors[name].double() for name in ("W_enc", "b_enc", "b_dec")))
+    activation = foreign.config["activation"]
+    if activation["cls"] == "TopK":
+        return tensors, {"architecture": "topk", "k": activation["params"]["top_k"]}
+    if activation["cls"] == "Relu":
+        return tensors, {"architecture": "standard"}
+    threshold = tensors.pop("activation.threshold", None)
+    if threshold is None:
+        raise StoreError(f"{foreign.weights}: BatchTopK without a threshold, of an older saev; name another SAE")
+    return {**tensors, "threshold": threshold.expand(len(tensors["W_dec"]))}, {"architecture": "jumprelu"}
+
+
+def _subtracted(W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+    """``[F]`` encoder bias if b_dec is subtracted from the input: x W + b = (x - b_dec) W + (b + b_dec W)."""
+    return b_enc + b_dec @ W_enc
+
+
+_READERS = {SAE_LENS: _from_sae_lens, SPARSIFY: _from_sparsify, SAEV: _from_saev}
 
 
 @contextmanager
 def _new_folder(out: Path, kind: Kind) -> Iterator[Path]:
     """Yield a temporary folder, which becomes ``out`` on success."""
-    if out.exists():
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise StoreError(f"{out}: exists already; name another folder, or remove it")
     with atomic_output(out, kind) as partial:
         partial.mkdir()

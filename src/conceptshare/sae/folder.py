@@ -5,6 +5,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from conceptshare.config.pretrained import other_meaning
 from conceptshare.io.errors import StoreError
 from conceptshare.io.layout import sae_place
 from conceptshare.io.seals import MANIFEST, read_manifest, recorded_file
@@ -16,16 +17,6 @@ ELSEWHERE = "name a folder that the sae stage or `conceptshare sae import` wrote
 
 _KEY, _STAGE = "spec", "sae"
 
-ARCHITECTURES = ("topk", "jumprelu", "standard")
-"""Architectures of SAELens that are read; `standard` is ReLU."""
-# SAELens's defaults of keys, with which its weights mean the same as ours.
-_MEANING: dict[str, Any] = {
-    "apply_b_dec_to_input": True,
-    "rescale_acts_by_decoder_norm": False,
-    "normalize_activations": "none",
-    "reshape_activations": "none",
-    "activation_fn_kwargs": None,  # of versions before 6, where the architecture does not set the activation
-}
 _QUALITY = {
     "tokens": ("tokens", ",d"),
     "fvu": ("FVU", ".4f"),
@@ -64,6 +55,18 @@ def sae_of(saes: Path, layer: int, seed: int) -> tuple[Path, dict[str, Any]]:
     return folder, record
 
 
+def origin_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the record of a folder that `import_sae` wrote, and in it, the source of the SAE with its commit and hashes.
+
+    Raises:
+        StoreError: if it is not such a folder, or its record was changed.
+    """
+    record = read_manifest(folder, _KEY, _STAGE, "delete it and import the SAE again")
+    if "imported_from" not in record["spec"]:
+        raise StoreError(f"{folder}: not an imported SAE; name a folder that `conceptshare sae import` wrote")
+    return record, record["spec"]["imported_from"]
+
+
 def sae_file(folder: Path, name: str, record: dict[str, Any] | None = None) -> Path:
     """Path of an SAE's file, checked against a record, by default the folder's own if it has one.
 
@@ -89,14 +92,6 @@ def leaves_unexplained(folder: Path, record: dict[str, Any], max_fvu_global: flo
     return bool(metrics["global_tokens"]["fvu"] > max_fvu_global)
 
 
-def other_meaning(config: dict[str, Any]) -> dict[str, Any]:
-    """The keys of SAELens's `cfg.json` with which its weights have another meaning than ours."""
-    settings = _MEANING | config
-    architecture = config.get("architecture")
-    other = {} if architecture in ARCHITECTURES else {"architecture": architecture}
-    return other | {key: settings[key] for key, expected in _MEANING.items() if settings[key] != expected}
-
-
 def describe_sae(folder: Path | str) -> str:
     """Describe an SAE, its training and its quality in aligned lines.
 
@@ -110,8 +105,8 @@ def describe_sae(folder: Path | str) -> str:
         if (folder / "metrics.json").is_file():
             lines += _training(json.loads(sae_file(folder, "metrics.json").read_text(encoding="utf-8")))
         if (folder / "loss.csv").is_file():
-            losses = sae_file(folder, "loss.csv").read_text(encoding="utf-8")
-            lines.append(_line("last loss", losses.split(",")[-1].strip()))
+            _, *losses = sae_file(folder, "loss.csv").read_text(encoding="utf-8").splitlines()
+            lines += [_line("last loss", loss.split(",")[-1]) for loss in losses[-1:]]
     except StoreError:
         raise
     except Exception as error:  # damaged files raise many types
