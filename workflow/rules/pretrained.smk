@@ -1,5 +1,5 @@
-# An SAE of another library, converted, for `saes.NAME.pretrained`. Runs on the machine that starts the workflow: it may need
-# the hub, and an SAE that does not fit its encoder is rejected before any job is queued.
+# An SAE of another library, converted, for `saes.NAME.pretrained`. Runs on the machine that starts the workflow, as it may
+# need the hub, and first, so that an SAE that does not fit its encoder is rejected early.
 localrules:
     pretrained,
 
@@ -21,6 +21,7 @@ rule pretrained:
     conda:
         "../../envs/conceptshare.yaml"
     threads: 1
+    priority: 1
     resources:
         mem_mb=grown(4000),
         runtime=grown(120),
