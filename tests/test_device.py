@@ -225,7 +225,7 @@ def test_compute_jobs_log_their_device_and_fail_without_an_allocated_gpu(
 ):
     monkeypatch.chdir(tmp_path)
     # Process state that a job changes.
-    monkeypatch.setattr(cli, "_OFFLINE", {})
+    monkeypatch.setattr("conceptshare.cli.options._OFFLINE", {})
     monkeypatch.setattr(provenance, "_job", None)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")

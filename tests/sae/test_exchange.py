@@ -1,6 +1,7 @@
 """Import from and export to other libraries, against their real code; and `sae info`."""
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -613,6 +614,15 @@ def test_fetches_an_sae_from_a_folder_of_a_repository(sealed, tmp_path, monkeypa
             import_sae("us/saes:layer-5", tmp_path / "other")
         with pytest.raises(StoreError, match="layer-3: an SAE of width 8, but the encoder has width 9"):
             import_sae("us/saes:layer-3", tmp_path / "other", 9, 3)
+
+
+@pytest.mark.parametrize(("command", "offline"), [("info", "1"), ("import", None)])
+def test_only_an_import_may_access_a_hub(sealed, tmp_path, monkeypatch, command, offline):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "restored afterwards")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    out = ["--out", str(tmp_path / "imported")] if command == "import" else []
+    assert CliRunner().invoke(app, ["sae", command, str(sealed), *out]).exit_code == 0
+    assert os.environ.get("HF_HUB_OFFLINE") == offline
 
 
 # --- our own code ---

@@ -18,10 +18,10 @@ rule pretrained:
         ),
     log:
         layout.log(f"{layout.PRETRAINED}/{layout.SAE}"),
+    priority: 1
     conda:
         "../../envs/conceptshare.yaml"
     threads: 1
-    priority: 1
     resources:
         mem_mb=grown(4000),
         runtime=grown(120),

@@ -1,12 +1,12 @@
 """The command line: one subcommand per stage. The workflow's rules call these; they also work without Snakemake."""
 
-import os
 import sys
 from typing import NoReturn
 
 import typer
 
 from conceptshare.cli import comparing, figures, pages, stages, study, tables
+from conceptshare.cli.options import go_offline
 from conceptshare.io import provenance
 from conceptshare.io.errors import AlreadyMadeError, ConceptshareError, system_error_message
 
@@ -20,9 +20,8 @@ app.add_typer(figures.app, name="figures")
 app.add_typer(pages.app, name="pages")
 
 # Commands that may access a hub. All others run offline: compute nodes often have no internet, and the files that a run
-# reads are recorded by then.
-_FETCHING = {"check", "dataset", "weights", "doctor", "publish"}
-_OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+# reads are recorded by then. Of those in `sae`, one fetches.
+_FETCHING = {"check", "dataset", "weights", "doctor", "publish", "sae"}
 
 
 @app.callback()
@@ -30,7 +29,7 @@ def _start(context: typer.Context) -> None:
     provenance.begin(sys.argv[1:])
     # The libraries read these variables when they are imported, which each command does later.
     if context.invoked_subcommand not in _FETCHING:
-        os.environ.update(_OFFLINE)
+        go_offline()
 
 
 def main() -> NoReturn:

@@ -59,6 +59,14 @@ def entry(model: type[Any], what: Any, text: str) -> Any:
     return parse(model, complete(text, None, read_catalog(what, CATALOG), what), f"{what}.{text}")
 
 
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+def go_offline() -> None:
+    """Let the libraries fetch nothing; call it before they are imported."""
+    os.environ.update(_OFFLINE)
+
+
 def in_bytes(megabytes: int | None) -> int | None:
     """Convert MiB to bytes."""
     return None if megabytes is None else megabytes * 2**20

@@ -18,6 +18,7 @@ from conceptshare.cli.options import (
     Weights,
     compute_on,
     entry,
+    go_offline,
     out_option,
 )
 from conceptshare.config.catalog import DatasetSpec, EncoderSpec, ModelSpec, parse, parse_yaml
@@ -162,6 +163,12 @@ def join(
 
 
 app.add_typer(sae_app, name="sae")
+
+
+@sae_app.callback()
+def _start(context: typer.Context) -> None:
+    if context.invoked_subcommand != "import":
+        go_offline()
 
 
 @sae_app.command("train")
