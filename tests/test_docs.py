@@ -19,9 +19,12 @@ from conceptshare.cli import app
 from conceptshare.config.catalog import DatasetSpec
 from conceptshare.config.settings import SAESettings
 from conceptshare.config.study import build_study
+from conceptshare.data.dataset import Data, make_dataset
 from conceptshare.sae import train_sae
 from tests.helpers.elsewhere import run_elsewhere
 from tests.helpers.forks import run_forked
+from tests.helpers.models import WORDS
+from tests.helpers.samples import write_rows
 
 CLONE = Path(__file__).parents[1]
 
@@ -140,18 +143,24 @@ def test_the_page_imports_the_sae_that_it_exported(page, tmp_path):
 @pytest.fixture
 def comparing(tmp_path, monkeypatch, write_features, rng):
     """The page on comparing encoders, in a folder with its features."""
-    features = tmp_path / "results/openclipart/features/small"
+    folder = tmp_path / "results/openclipart"
+    write_rows(tmp_path / "rows.parquet", 60, WORDS)
+    make_dataset(DatasetSpec(source=str(tmp_path / "rows.parquet")), folder / "data")
+    content_hash = Data(folder / "data").content_hash
     for member in ("minilm@0", "tiny-clip-text@0", "tiny-clip-image@0", "dinov2-small@0"):
-        write_features(features, member, {n: rng.random((60, 30)) for n in range(2)})
+        layers = {n: rng.random((60, 30)) for n in range(2)}
+        write_features(folder / "features/small", member, layers, content_hash)
     monkeypatch.chdir(tmp_path)
     return (CLONE / "docs/comparing-encoders.md").read_text(encoding="utf-8")
 
 
 def test_the_page_on_comparing_encoders_runs(comparing, tmp_path):
-    table, ranking = run_commands(comparing)
+    table, ranking, worst, kept = run_commands(comparing)
     assert "minilm@0" in table
     assert "tiny-clip-text@0" in table
     assert "rho_g" in ranking
+    assert "fit" in worst
+    assert kept == "kept.parquet: 48 samples\n"
     blocks = re.findall(r"^```python\n(.*?)^```", comparing, re.MULTILINE | re.DOTALL)
     run_here("".join(blocks) + "assert matches.rho_ab.shape == matches.match_ab.shape == (1, 128)\n", tmp_path)
 

@@ -81,15 +81,16 @@ def matched_retrieval(a: Any, b: Any) -> tuple[int, tuple[dict[str, float], dict
         The number of pairs, and the values of `retrieval_table` from A to B and from B to A.
     """
     N = min(a.shape[0], CKA_SAMPLES)
-    first = [_read(side, slice(0, N // 2)) for side in (a, b)]
+    first = [read_rows(side, slice(0, N // 2)) for side in (a, b)]
     pairs = matched(max_correlations(first[0], first[1], what="matches of half of the samples"))
     moments = [(half.mean(axis=0, dtype=np.float64), half.std(axis=0, dtype=np.float64)) for half in first]
     del first
-    second = [_read(side, slice(N // 2, N)) for side in (a, b)]
+    second = [read_rows(side, slice(N // 2, N)) for side in (a, b)]
     return len(pairs.rho), retrieved(_cosines(second, moments, pairs))
 
 
-def _read(side: Any, rows: slice) -> NDArray[np.float32]:
+def read_rows(side: Any, rows: slice) -> NDArray[np.float32]:
+    """``[n, F]`` rows of features, on the CPU."""
     values = side[rows, :]
     return np.asarray(values.cpu() if isinstance(values, torch.Tensor) else values, np.float32)
 

@@ -70,7 +70,8 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     ),
     "saes": ("encoder", "seed", "layer", "latents", "steps", *_QUALITY, "outlying"),
     "seeds": (*_CELL, "source_seed", "target_seed", "wmppc", "null", "excess", "pairs", "mean", "low", "high"),
-    "paper": (*_CELL, "ours", "low", "high", "paper", "difference"),
+    "paper": (*_CELL, "ours", "low", "high", "paper", "difference", "left_out"),
+    "samples": ("row", "id", "caption", "fit"),
     "names": ("layer", "feature", "name", "candidate", "score", "auc", "source"),
     "similarity": ("source_layer", "target_layer", *SIMILARITIES),
 }
@@ -78,7 +79,7 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
 _MAYBE_EMPTY = ("averages",)
 """Kinds of tables that may have no rows: if all members are of one encoder, there are no averages."""
 # Kinds of tables that other stages than `metrics` write.
-_STAGES = ("names", "similarity")
+_STAGES = ("names", "similarity", "samples")
 
 # Number of matrix cells whose intervals are computed together: 120 MB of influences for 118,287 samples.
 _CELLS_PER_BLOCK = 256

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from conceptshare.cli.options import GPUs, Threads, compute_on, in_bytes, out_option, use_threads
+from conceptshare.cli.options import DataFolder, GPUs, TableOut, Threads, compute_on, in_bytes, out_option, use_threads
 from conceptshare.io.errors import StudyError
 from conceptshare.io.files import CSV, PARQUET, PROVENANCE_SIDECAR, store_kind
 
@@ -126,3 +126,38 @@ def sharedness(
     shown = table.head(top) if top else table[table.top]
     columns = ["rank", "feature", "delta", "strength", "density", "rho_g", "rho_h"]
     typer.echo(shown[columns].to_string(index=False, float_format="%.4g"))
+
+
+@app.command()
+def samples(
+    a: Annotated[Path, typer.Argument(help="A feature store of an image encoder.")],
+    b: Annotated[Path, typer.Argument(help="A feature store of a text encoder, of the same samples.")],
+    data: DataFolder,
+    out: TableOut,
+    threads: Threads = 1,
+    gpus: GPUs = None,
+) -> None:
+    """Score how well each sample's image and caption fit by matched features, and list the worst."""
+    from conceptshare.analysis.samples import fit_table
+    from conceptshare.analysis.tables import write_table
+    from conceptshare.data.dataset import Data
+
+    compute_on(gpus, threads)
+    table = fit_table(a, b, Data(data))
+    write_table(table, out)
+    typer.echo(table.head(10).to_string(index=False, float_format="%.2f", max_colwidth=60))
+
+
+@app.command("filter")
+def filter_samples(
+    fit: Annotated[Path, typer.Argument(help="A table of `conceptshare samples`, as Parquet.")],
+    data: DataFolder,
+    keep: Annotated[float, typer.Option(help="The share of samples to keep, those with the best fit.", min=0, max=1)],
+    out: Annotated[Path, out_option(PARQUET, text="The data set to write: a Parquet file that a study can read.")],
+) -> None:
+    """Write a data set of the samples whose image and caption fit best."""
+    from conceptshare.analysis.samples import write_best
+    from conceptshare.analysis.tables import read_table
+    from conceptshare.data.dataset import Data
+
+    typer.echo(f"{out}: {write_best(read_table(fit, 'samples'), Data(data), keep, out):,} samples")

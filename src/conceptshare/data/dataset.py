@@ -118,9 +118,7 @@ class Data:
 
     def image(self, row: int) -> Image.Image:
         """The image of a sample, as RGB on white."""
-        image = self._cell("image", row)
-        if crc32(image) != self._cell("image_crc32", row):
-            raise self._damaged(row)
+        image = self.image_bytes(row)
         try:
             return decode(image)
         except Exception as error:  # PIL's decoders raise many types; every stored image was decodable once
@@ -128,6 +126,13 @@ class Data:
                 f"{self._folder}: the image of sample {row} cannot be decoded here ({type(error).__name__}: {error}); "
                 f"run with the same version of Pillow as the dataset stage"
             ) from error
+
+    def image_bytes(self, row: int) -> bytes:
+        """The image file of a sample."""
+        image: bytes = self._cell("image", row)
+        if crc32(image) != self._cell("image_crc32", row):
+            raise self._damaged(row)
+        return image
 
     def _text(self, row: int) -> tuple[str, str]:
         """The id and the caption of a sample."""

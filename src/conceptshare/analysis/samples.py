@@ -1,0 +1,148 @@
+"""How well each sample's image and caption fit, by matched features of an image encoder and a text encoder."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from conceptshare.analysis.retrieval import Pairs, matched, read_rows
+from conceptshare.correlations import FeatureStore, check_pair, max_correlations
+from conceptshare.data.dataset import Data
+from conceptshare.device import default_device
+from conceptshare.io.errors import NumericsError, StoreError
+from conceptshare.io.files import PARQUET, atomic_output
+from conceptshare.io.progress import progress
+from conceptshare.io.sizes import CKA_SAMPLES
+
+_OTHERS = 1000
+"""Number of samples that each is compared with."""
+_VALUES = 2**24
+"""Values of features per batch of samples."""
+
+
+def fit_table(a: Path, b: Path, data: Data) -> pd.DataFrame:
+    """The fit of each sample by the features of the last layers of two encoders, the worst first.
+
+    Args:
+        a: a feature store.
+        b: another one of the same samples.
+        data: the samples.
+
+    Returns:
+        ``row, id, caption, fit``: the sample's place in the data set, and the result of `fits`.
+
+    Raises:
+        StoreError: if a store is missing or damaged, or the stores or the data are of other samples.
+        NumericsError: if there are fewer than 4 samples, or no feature of one correlates with any of the other.
+    """
+    stores = FeatureStore(a), FeatureStore(b)
+    check_pair(*stores)
+    if data.content_hash != stores[0].content_hash:
+        raise StoreError(f"{a}: its features are of other samples than the data; name the data folder of its data set")
+    captions = [data.caption(row) for row in range(len(data))]
+    table = pd.DataFrame({"row": range(len(data)), "id": data.ids(), "caption": captions})
+    return table.assign(fit=fits(*(store.arrays[-1] for store in stores))).sort_values("fit", kind="stable")
+
+
+def fits(a: Any, b: Any) -> NDArray[np.float64]:
+    """How far each sample's features in A and B agree more than those of two samples.
+
+    A sample's similarity in A to a sample in B is the cosine of `retrieval.matched_retrieval`. Its fit is the mean of
+    two z-scores of its similarity to itself: among those of it in A to up to 1,000 samples in B, and the reverse.
+    Matches and scaling come from the other half of the samples, at most `CKA_SAMPLES` / 2 of them.
+
+    Args:
+        a: ``[N, F]`` features, read in slices of rows and columns.
+        b: ``[N, F']`` of the same samples.
+
+    Returns:
+        ``[N]`` float64; about 0 for a sample whose caption fits no better than another's.
+    """
+    N = a.shape[0]
+    if N < 4:
+        raise NumericsError(f"{N} samples; matches from one half of the samples and fits of the other need at least 4")
+    found = np.empty(N)
+    halves = slice(0, N // 2), slice(N // 2, N)
+    for given, scored in (halves, halves[::-1]):
+        fitted = slice(given.start, min(given.stop, given.start + CKA_SAMPLES // 2))
+        x, y = (read_rows(side, fitted) for side in (a, b))
+        pairs = matched(max_correlations(x, y, what="matches of half of the samples"))
+        if not len(pairs.rho):
+            raise NumericsError("no feature of one encoder correlates with any of the other; nothing to score by")
+        sides = [_Side(side, half, chosen, pairs) for side, half, chosen in ((a, x, pairs.of_a), (b, y, pairs.of_b))]
+        others = slice(scored.start, min(scored.stop, scored.start + _OTHERS))
+        compared = [side.vectors(others) for side in sides]
+        rows = max(1, _VALUES // len(pairs.rho))
+        starts = range(scored.start, scored.stop, rows)
+        for start in progress(starts, len(starts), "fit of samples", "batches"):
+            batch = slice(start, min(start + rows, scored.stop))
+            u, v = (side.vectors(batch) for side in sides)
+            own = (u * v).sum(1)
+            z = [
+                _z(own, mine @ theirs.T, start - others.start)
+                for mine, theirs in zip((u, v), compared[::-1], strict=True)
+            ]
+            found[batch] = ((z[0] + z[1]) / 2).cpu().numpy()
+    return found
+
+
+class _Side:
+    """One encoder's matched features, scaled as in the half that the matches come from."""
+
+    def __init__(self, features: Any, half: NDArray[np.float32], chosen: NDArray[np.int64], pairs: Pairs) -> None:
+        self._features, self._chosen = features, chosen
+        self._mean = half.mean(axis=0, dtype=np.float64)[chosen]
+        self._scale = pairs.rho**0.5 / half.std(axis=0, dtype=np.float64)[chosen]
+
+    def vectors(self, rows: slice) -> torch.Tensor:
+        """``[n, M]`` float32 vectors of length 1; 0 for a sample that has the mean of all features."""
+        values = (read_rows(self._features, rows)[:, self._chosen] - self._mean) * self._scale
+        x = torch.from_numpy(values.astype(np.float32)).to(default_device())
+        return torch.nn.functional.normalize(x, eps=1e-30)
+
+
+def _z(own: torch.Tensor, similarity: torch.Tensor, first: int) -> torch.Tensor:
+    """z-scores of ``own [n]`` among ``similarity [n, R]``, where column ``first`` + s is row s itself, and left out."""
+    rows = torch.arange(len(own), device=own.device)
+    rows = rows[rows + first < similarity.shape[1]]
+    similarity[rows, rows + first] = torch.nan
+    mean = similarity.nanmean(1)
+    deviation = (similarity - mean[:, None]).square().nanmean(1).sqrt()
+    return ((own - mean) / deviation.clamp(min=1e-12)).double()
+
+
+def write_best(fit: pd.DataFrame, data: Data, keep: float, out: Path) -> int:
+    """Write the samples with the best fit as a data set of their own, in the order of the data set.
+
+    Args:
+        fit: the table of `fit_table`.
+        data: the samples.
+        keep: share of the samples to keep.
+        out: a Parquet file with the columns ``id, image, caption``, which a study can name as a source.
+
+    Returns:
+        Their number.
+
+    Raises:
+        StoreError: if the table is not of these samples.
+    """
+    ids = data.ids()
+    if fit.sort_values("row")["id"].tolist() != ids:
+        raise StoreError("the table of fits is of other samples than the data; name the data folder of its data set")
+    kept = sorted(fit.nlargest(round(keep * len(fit)), "fit").row)
+    schema = pa.schema([("id", pa.string()), ("image", pa.binary()), ("caption", pa.string())])
+    with atomic_output(out, PARQUET) as partial, pq.ParquetWriter(partial, schema) as writer:
+        for start in range(0, len(kept), 256):
+            rows = kept[start : start + 256]
+            columns = [
+                [ids[row] for row in rows],
+                [data.image_bytes(row) for row in rows],
+                [data.caption(row) for row in rows],
+            ]
+            writer.write_table(pa.table(columns, schema))
+    return len(kept)
