@@ -103,6 +103,10 @@ def test_a_study_of_imported_saes(theirs):
     theirs.config = config
     changed = theirs.plan(*wanted)
     assert (changed["pretrained"], changed["sae"], changed["features"]) == (2, 2, 1)
+    theirs.config = config | {"stream": True}
+    streamed = theirs.plan("results/studies/miniature/squares/theirs/saes.png")
+    assert (streamed["pretrained"], streamed["stream"], "sae" in streamed) == (2, 2, False)
+    theirs.config = config
     # Without Snakemake's records, results say themselves what they were made from.
     (theirs.folder / ".snakemake").rename(theirs.folder / "moved")
     ended = theirs.run("-n", *wanted)

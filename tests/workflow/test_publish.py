@@ -75,7 +75,7 @@ def test_without_push_writes_a_card_that_agrees_with_the_results_and_sends_nothi
                 assert float(row[f"{label}, {tokens} tokens"]) == pytest.approx(
                     metrics[f"{tokens}_tokens"][key], abs=6e-4
                 )
-        assert row["measured on"] == metrics["measured_on"]
+        assert (row["measured on"], row["architecture"]) == (metrics["measured_on"], "topk")
     matrix = pd.read_csv(study.folder / "results/studies/miniature/squares/tiny/matrices/all.csv")
     floors = {(row["source"], row["target"]): row for row in rows(card, "Floors")}
     assert floors.keys() == {

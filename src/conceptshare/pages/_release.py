@@ -148,6 +148,7 @@ def _link_saes(study: Study, results: Path, out: Path) -> pd.DataFrame:
                 link(one / name, out / place / name)
             metrics, config = (json.loads((one / name).read_bytes()) for name in ("metrics.json", "cfg.json"))
             row = {"SAE": f"`{place.as_posix()}`", "width": config["d_in"], "latents": config["d_sae"]}
+            row["architecture"] = config["architecture"]
             row["trained on"] = f"{study.saes[sae].train_on} tokens"
             for key, label in (("fvu", "FVU"), ("dead", "dead")):
                 row |= {f"{label}, {which} tokens": metrics[f"{which}_tokens"][key] for which in ("all", "global")}
