@@ -757,14 +757,19 @@ def test_activations_stay_offline_even_if_the_library_tries_to_fetch(hub, tmp_pa
     assert (hub.log, hub.other_requests) == ([], [])
 
 
-@pytest.mark.parametrize("command", get_command(app).commands)
+COMMANDS = get_command(app).commands
+FETCHING = {"check", "dataset", "weights", "doctor", "publish", "sae import"}
+
+
+@pytest.mark.parametrize(
+    "command", [*sorted(COMMANDS.keys() - {"sae"}), *(f"sae {name}" for name in COMMANDS["sae"].commands)]
+)
 def test_only_fetching_commands_use_the_network(monkeypatch, command):
     switches = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
     for name in switches:
         monkeypatch.setenv(name, "0")
-    assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
-    expected = "0" if command in ("check", "dataset", "weights", "doctor") else "1"
-    assert {os.environ[name] for name in switches} == {expected}
+    assert CliRunner().invoke(app, [*command.split(), "--help"]).exit_code == 0
+    assert {os.environ[name] for name in switches} == {"0" if command in FETCHING else "1"}
 
 
 def study_of(entries):
