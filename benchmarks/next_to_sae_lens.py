@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.__main__ import TOKENS, D, F, K, seconds
 from conceptshare.config.settings import SAESettings
-from conceptshare.sae import SAE, evaluate, load_sae
+from conceptshare.sae import SAE, Quality, evaluate, load_sae
 from conceptshare.sae._trainer import Trainer
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -28,27 +28,29 @@ RATE, STEPS = 1e-3, 400
 def main() -> None:
     """Print a line per kind of SAE."""
     for kind in KINDS:
-        ours, theirs, l0 = quality(kind)
+        loss, (ours, theirs) = quality(kind)
         ratios, rates = speed(kind)
         print(
-            f"{kind} trained by us and by SAELens: FVU {ours:.4f} and {theirs:.4f}, ratio {ours / theirs:.4f}, "
-            f"L0 {l0[0]:.1f} and {l0[1]:.1f}, after {STEPS} steps; tokens/s {rates[0]:,.0f} and {rates[1]:,.0f}, "
-            f"ratio {statistics.median(ratios):.2f} (from {ratios[0]:.2f} to {ratios[-1]:.2f}), D {D}, F {F}, k {K}",
+            f"{kind} trained by us and by SAELens: loss ratio {loss:.4f} after {STEPS} steps, "
+            f"FVU {ours.fvu:.4f} and {theirs.fvu:.4f}, L0 {ours.l0:.1f} and {theirs.l0:.1f}; "
+            f"tokens/s {rates[0]:,.0f} and {rates[1]:,.0f}, ratio {statistics.median(ratios):.2f} "
+            f"(from {ratios[0]:.2f} to {ratios[-1]:.2f}), D {D}, F {F}, k {K}",
             flush=True,
         )
 
 
-def quality(kind: str) -> tuple[float, float, tuple[float, float]]:
-    """FVU on held-out sums of 64 of 4,096 directions of both SAEs, and their L0."""
+def quality(kind: str) -> tuple[float, list[Quality]]:
+    """Ratio of the losses of the last 20 steps on sums of 64 of 4,096 directions, and held-out quality of both."""
     width, batches = 256, sums_of_directions(256)
     ours = our_trainer(kind, width, 8 * width)
     theirs = sae_lens_trainer(kind, ours.sae)
+    losses = []
     for x in itertools.islice(batches, STEPS):
         ours.train_on(x)
-        theirs.step(x)
+        losses.append(theirs.step(x).losses["mse_loss"].item() / width)
     held_out = list(itertools.islice(batches, 4))
     found = [evaluate(sae, held_out).quality for sae in (ours.finish(), for_inference(theirs.sae))]
-    return found[0].fvu, found[1].fvu, (found[0].l0, found[1].l0)
+    return float(ours.losses[-20:].mean()) / statistics.mean(losses[-20:]), found
 
 
 def speed(kind: str) -> tuple[list[float], list[float]]:
