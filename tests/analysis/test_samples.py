@@ -90,6 +90,8 @@ def test_the_best_samples_are_a_data_set(scored, tmp_path):
     command = ["filter", "fit.parquet", "--data", "data", "--keep", "0.8", "--out", "kept.parquet"]
     assert CliRunner().invoke(app, command, catch_exceptions=False).output == "kept.parquet: 48 samples\n"
     make_dataset(DatasetSpec(source="./kept.parquet", id="id"), tmp_path / "kept")
+    with pytest.raises(NumericsError, match=r"keep = 0\.01 of 60 samples leaves fewer than the 2"):
+        CliRunner().invoke(app, [*command[:5], "0.01", *command[6:]], catch_exceptions=False)
     before, after = Data(folder), Data(tmp_path / "kept")
     assert sorted(after.ids()) == sorted(table["id"][12:])
     place = {sample: row for row, sample in enumerate(before.ids())}

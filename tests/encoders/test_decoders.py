@@ -101,7 +101,9 @@ def test_a_long_caption_is_cut_but_not_its_template(folder):
 
 def test_refuses_the_first_token_of_a_prompt_with_an_image(folder):
     spec = decoders.decoder_entry("PaliGemma", folder("PaliGemma"), "image", "first")
-    with pytest.raises(EncoderError, match=r"its first token is a patch or register, .*; set global_token: mean"):
+    with pytest.raises(
+        EncoderError, match=r"its first token is none for the whole image, .*; set global_token: last_token"
+    ):
         load_encoder(spec)
 
 

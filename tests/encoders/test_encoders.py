@@ -429,7 +429,7 @@ WITHOUT_CLASS_TOKEN = {
 @pytest.mark.parametrize("make", WITHOUT_CLASS_TOKEN.values(), ids=WITHOUT_CLASS_TOKEN)
 def test_refuses_a_patch_as_global_token_without_a_class_token(make, token, tmp_path):
     spec = make(tmp_path / "model")
-    with pytest.raises(EncoderError, match=r"is a patch or register.*set global_token: mean"):
+    with pytest.raises(EncoderError, match=r"token is none for the whole image.*set global_token: mean"):
         load_encoder(change(spec, global_token=token))
     load_encoder(change(spec, global_token="mean"))
     load_encoder(change(spec, global_token="reference"))
@@ -439,7 +439,7 @@ def test_refuses_a_patch_as_global_token_without_a_class_token(make, token, tmp_
 def test_refuses_the_last_patch_as_global_token_with_a_class_token(make, tmp_path):
     spec = make(tmp_path / "model").spec
     load_encoder(spec)
-    with pytest.raises(EncoderError, match=r"its last token is a patch or register.*set global_token: mean"):
+    with pytest.raises(EncoderError, match=r"its last token is none for the whole image.*set global_token: mean"):
         load_encoder(change(spec, global_token="last_token"))
 
 

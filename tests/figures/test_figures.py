@@ -714,7 +714,7 @@ def test_draws_other_scripts_with_an_installed_font(tmp_path, monkeypatch, capsy
         warnings.simplefilter("always")
         draw_sharedness(table, shown, Data(tmp_path / "cat"), 1, tmp_path / "one" / "figure.png")
     assert not warned
-    line = "no font here has 猫, drawn as boxes; install one that has, such as Noto Sans CJK, delete "
+    line = "no font here has 猫, drawn as boxes; install one, such as Noto Sans CJK or Noto Emoji, delete "
     lines = [line_ for line_ in capsys.readouterr().err.splitlines() if "font" in line_]
     assert [line in line_ for line_ in lines] == [True] * (not installed)
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from conceptshare.cli import app
-from conceptshare.io.errors import StoreError
+from conceptshare.io.errors import StoreError, StudyError
 from conceptshare.io.hub import STUDY
 from conceptshare.sae import load_sae
 from tests.helpers.elsewhere import run_elsewhere
@@ -106,7 +106,8 @@ def test_publishes_saes_that_sae_lens_loads_with_the_lines_of_the_card(study, hu
     save_file({"x": x}, tmp_path / "x.safetensors")
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("HF_HUB_OFFLINE")
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):  # other commands of this process may have set them
+        monkeypatch.delenv(name, raising=False)
     around = """
 from safetensors.torch import load_file, save_file
 x = load_file("x.safetensors")["x"]
@@ -119,6 +120,12 @@ save_file({{"latents": latents.detach()}}, "latents.safetensors")
         expected = sae.active(x).dense(32)
     assert expected.count_nonzero() > 20
     torch.testing.assert_close(load_file(tmp_path / "latents.safetensors")["latents"], expected)
+
+
+def test_needs_an_owner(study, monkeypatch):
+    monkeypatch.chdir(study.folder)
+    with pytest.raises(StudyError, match="saes: write the repository as OWNER/NAME"):
+        CliRunner().invoke(app, ["publish", "saes"], catch_exceptions=False)
 
 
 def test_names_what_an_unfinished_or_damaged_study_lacks(study, monkeypatch):

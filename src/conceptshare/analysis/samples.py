@@ -130,10 +130,13 @@ def write_best(fit: pd.DataFrame, data: Data, keep: float, out: Path) -> int:
 
     Raises:
         StoreError: if the table is not of these samples.
+        NumericsError: if fewer than 2 samples would be left.
     """
     ids = data.ids()
     if fit.sort_values("row")["id"].tolist() != ids:
         raise StoreError("the table of fits is of other samples than the data; name the data folder of its data set")
+    if round(keep * len(fit)) < 2:
+        raise NumericsError(f"keep = {keep:g} of {len(fit)} samples leaves fewer than the 2 that correlations need")
     kept = sorted(fit.nlargest(round(keep * len(fit)), "fit").row)
     schema = pa.schema([("id", pa.string()), ("image", pa.binary()), ("caption", pa.string())])
     with atomic_output(out, PARQUET) as partial, pq.ParquetWriter(partial, schema) as writer:

@@ -1,5 +1,6 @@
 """Commands for a whole study."""
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from conceptshare.cli.options import StudyFile, out_option
 from conceptshare.config.catalog import DatasetSpec, EncoderSpec, is_path
 from conceptshare.config.study import Study, load_study
 from conceptshare.io import layout, provenance
-from conceptshare.io.errors import ConceptshareError, StoreError
+from conceptshare.io.errors import ConceptshareError, StoreError, StudyError
 from conceptshare.io.files import PROVENANCE_RECORD
 from conceptshare.io.layout import path
 from conceptshare.io.progress import about
@@ -166,6 +167,8 @@ def publish(
     from conceptshare.io.hub import upload
     from conceptshare.pages import write_release
 
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise StudyError(f"{repository}: write the repository as OWNER/NAME")
     read = load_study(study)
     _check_settings(read, results)
     out = path(layout.RELEASE, results, study=read.study)

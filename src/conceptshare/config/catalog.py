@@ -78,7 +78,7 @@ def _one_or_several(fits: Callable[[Any], bool], wanted: str) -> BeforeValidator
 Widths = Annotated[
     int | list[int],
     _one_or_several(
-        lambda one: isinstance(one, int) and 1 <= one <= 10**6,
+        lambda one: str(one).isdecimal() and 1 <= int(one) <= 10**6,
         "a whole number from 1 to 1,000,000, or a list with one for each layer",
     ),
 ]
@@ -338,6 +338,8 @@ class EncoderSpec(ModelSpec, extra="forbid"):
                 f"template has {'no' if place not in template else 'more than one'} place for the "
                 f"{place.strip('{}')}; write {place} once, where it belongs in the prompt"
             )
+        if others := set(re.findall(r"\{\w+\}", template)) - {place}:
+            raise ValueError(f"template has {min(others)}, which nothing replaces; {place} is the only place in it")
         if self.library != "transformers" or self.remote_code:
             raise ValueError("template is for library: transformers without remote_code; leave it out")
         if self.global_token == "reference":

@@ -271,7 +271,6 @@ def _check_pretrained(study: "Study", sae: str) -> None:
         except (ValueError, StoreError) as error:
             raise ValueError(f"{place}: {error}") from None
         if len(set(sources.values())) < len(sources):
-            raise ValueError(
-                f"{place}: the same SAE for several layers or seeds; write {{layer}}, and {{seed}} for the seeds "
-                f"{study.encoders[encoder].seeds}, or leave all but one seed out of encoders.{name}.seeds"
-            )
+            seeds = study.encoders[encoder].seeds
+            apart = f", and {{seed}} for the seeds {seeds}, or leave all but one of these out" if seeds[1:] else ""
+            raise ValueError(f"{place}: the same SAE for several layers or seeds; write {{layer}}{apart}")

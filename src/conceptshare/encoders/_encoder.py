@@ -405,8 +405,8 @@ def _check_class_token(encoder: Encoder) -> None:
     patch = pairs and not any(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs)
     if patch or not encoder.class_token:
         raise EncoderError(
-            f"{encoder.spec.model}: its {encoder.spec.global_token.removesuffix('_token')} token is a patch or "
-            f"register, not a class token for the whole image; set global_token: mean"
+            f"{encoder.spec.model}: its {encoder.spec.global_token.removesuffix('_token')} token is none for the whole "
+            f"image, such as a class token; set global_token: {'last_token' if encoder.spec.template else 'mean'}"
         )
 
 
@@ -454,9 +454,9 @@ def find_blocks(tower: nn.Module, spec: EncoderSpec) -> list[nn.Module]:
             shown = ", ".join(stages[:4]) + (", ..." if len(stages) > 4 else "")
             raise EncoderError(
                 f"{spec.model}: its blocks are in {len(stages)} stages ({shown}), which differ in width "
-                f"or number of tokens, so it has no single residual stream and cannot be read layer by layer; use "
-                f"an encoder with one stack of blocks, such as a ViT, or record only the last stage: blocks: {last}, "
-                f"layers: {len(lists[last])}, use_layers: last; without use_layers, each stage is a layer"
+                f"or number of tokens, so it has no single residual stream; record the ends of stages, by a list of "
+                f"them as blocks and a list of their widths as width, or only the last stage: blocks: {last}, layers: "
+                f"{len(lists[last])}, use_layers: last; or use an encoder with one stack of blocks, such as a ViT"
             )
     if not blocks:
         raise EncoderError(

@@ -226,8 +226,8 @@ def _one_warning_for_missing_letters(out: Path) -> Iterator[None]:
         some, more = "".join(sorted(letters)[:20]), len(letters) - 20
         shown = f"{some} and {more} more" if more > 0 else some
         warn(
-            f"{out}: no font here has {shown}, drawn as boxes; install one that has, such as Noto Sans CJK, delete "
-            f"fontlist-*.json in {mpl.get_cachedir()}, where matplotlib lists fonts, and draw the figure again"
+            f"{out}: no font here has {shown}, drawn as boxes; install one, such as Noto Sans CJK or Noto Emoji, "
+            f"delete fontlist-*.json in {mpl.get_cachedir()}, where matplotlib lists fonts, and draw the figure again"
         )
 
 

@@ -63,6 +63,7 @@ The study compares features at one token of each sample, the global token.
 ## SAEs
 
 FVU is the fraction of variance that an SAE leaves unexplained. Dead latents reach the decoder for none of the tokens.
+SAEs that the study imported are not in this repository: the table names their sources.
 
 {of_saes}
 
@@ -70,6 +71,7 @@ FVU is the fraction of variance that an SAE leaves unexplained. Dead latents rea
 
 The share of an encoder's features that another has (wMPPC), and what to expect by chance: the floor, with the samples
 of one encoder shifted, the null, the mean over all ways to re-pair samples, and the excess (wMPPC - null) / (1 - null).
+Features are latents {code}.
 
 {of_floors}
 
@@ -118,13 +120,14 @@ def write_release(study: Study, results: Path, repository: str, licence: str, fe
         card = _CARD.format(
             data=data,
             study=study.study,
-            encoders=", ".join(study.encoders),
+            encoders=", ".join(dict.fromkeys(saes.encoder[saes.here])),
             repository=repository,
-            first=saes.SAE[0].strip("`"),
-            width=saes.width[0],
+            first=saes.SAE[saes.here].iloc[0].strip("`"),
+            width=saes.width[saes.here].iloc[0],
+            code={"before_topk": "before TopK", "after_topk": "after TopK"}[study.features[0]],
             of_encoders=_encoders(study, results).to_markdown(index=False),
             of_data=_data(study, results).to_markdown(index=False),
-            of_saes=saes.to_markdown(index=False, floatfmt=".3f"),
+            of_saes=saes.drop(columns=["encoder", "here"]).to_markdown(index=False, floatfmt=".3f"),
             of_floors=_floors(study, results).to_markdown(index=False, floatfmt=".3f"),
             licence=licence,
         )
@@ -132,28 +135,28 @@ def write_release(study: Study, results: Path, repository: str, licence: str, fe
 
 
 def _link_saes(study: Study, results: Path, out: Path) -> pd.DataFrame:
-    """Link the files of all SAEs; return the size and quality of each."""
+    """Link the files of the SAEs that the study trained; return the size and quality of all."""
     rows = []
     pattern = layout.STREAMED_SAES if study.stream else layout.SAES
     for dataset, sae, (encoder, seed) in product(study.datasets, study.saes, study.members()):
-        if study.pretrained(sae, encoder):
-            continue  # others published it
+        imported = study.pretrained(sae, encoder)
         folder = path(pattern, results, dataset=dataset, sae=sae, encoder=encoder)
         for layer in study.encoders[encoder].layer_numbers():
             one, record = sae_of(folder, layer, seed)
             place = Path("saes", dataset, sae, encoder, sae_place(layer, seed))
-            for name in record["files"]:
-                link(sae_file(one, name, record), out / place / name)
-            for name in (MANIFEST, provenance.FILE):
-                link(one / name, out / place / name)
+            for name in () if imported else (*record["files"], MANIFEST, provenance.FILE):
+                link(sae_file(one, name, record) if name in record["files"] else one / name, out / place / name)
             metrics, config = (json.loads((one / name).read_bytes()) for name in ("metrics.json", "cfg.json"))
-            row = {"SAE": f"`{place.as_posix()}`", "width": config["d_in"], "latents": config["d_sae"]}
-            row["architecture"] = config["architecture"]
-            row["trained on"] = f"{study.saes[sae].train_on} tokens"
+            name = f"`{place.as_posix()}`"
+            if imported:
+                name = f"{encoder}, layer {layer}, seed {seed}: {provenance.shown(imported[layer, seed])}"
+            row = {"encoder": encoder, "here": not imported, "SAE": name}
+            row |= {"width": config["d_in"], "latents": config["d_sae"], "architecture": config["architecture"]}
+            row["trained on"] = "imported" if imported else f"{study.saes[sae].train_on} tokens"
             for key, label in (("fvu", "FVU"), ("dead", "dead")):
                 row |= {f"{label}, {which} tokens": metrics[f"{which}_tokens"][key] for which in ("all", "global")}
             rows.append(row | {"measured on": metrics["measured_on"]})
-    if not rows:
+    if not any(row["here"] for row in rows):
         raise StoreError(f"{study.study}: no SAEs to publish, as all were imported; name a study that trains some")
     return pd.DataFrame(rows)
 
@@ -183,6 +186,7 @@ def _encoders(study: Study, results: Path) -> pd.DataFrame:
             "reads": spec.modality,
             "layers": spec.layers,
             "global token": _TOKENS[spec.global_token],
+            "prompt": f"`{spec.template!r}`" if spec.template else "",
         }
         for name, spec in study.encoders.items()
     )
