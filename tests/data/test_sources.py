@@ -611,6 +611,14 @@ def test_the_names_of_class_labels_are_captions(form, tmp_path):
     assert captions(tmp_path / "set", caption="label", max_dropped=0.5) == ["a dog", "a cat", "a dog"]
 
 
+def test_captions_may_be_lists_as_older_versions_of_datasets_noted_them(tmp_path):
+    noted = {"info": {"features": {"caption": [{"dtype": "string", "_type": "Value"}]}}}
+    columns = {"image": [png(n) for n in range(2)], "caption": [["a cat", "cats"], ["a dog"]]}
+    made = pa.table(columns).replace_schema_metadata({"huggingface": json.dumps(noted)})
+    pq.write_table(made, tmp_path / "a.parquet")
+    assert captions(tmp_path / "a.parquet") == ["a cat", "a dog"]
+
+
 def test_a_table_can_name_images_whose_names_are_not_utf_8(tmp_path):
     for name in (b"caf\xe9.png", b"0.png"):
         (tmp_path / os.fsdecode(name)).write_bytes(png(0))

@@ -350,7 +350,8 @@ def _class_names(schema: pa.Schema, columns: dict[str, str]) -> list[str]:
     """The names of the captions' classes, if the `datasets` library has noted that they are class labels."""
     noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     feature = noted.get("info", {}).get("features", {}).get(columns.get("caption"), {})
-    return feature["names"] if feature.get("_type") == "ClassLabel" else []
+    # Older versions of the library note a list of texts as a list.
+    return feature["names"] if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" else []
 
 
 def _cells(batch: pa.RecordBatch, columns: dict[str, str], names: list[str]) -> Iterator[dict[str, Any]]:
