@@ -128,6 +128,12 @@ def test_needs_an_owner(study, monkeypatch):
         CliRunner().invoke(app, ["publish", "saes"], catch_exceptions=False)
 
 
+def test_refuses_a_licence_that_the_hub_would_refuse_with_similar_ones(study, hub, monkeypatch):
+    with pytest.raises(StudyError, match=r"--licence Apache-2: not an identifier of the hub; .* such as apache-2.0, "):
+        publish(study, monkeypatch, "--licence", "Apache-2")
+    assert not (study.folder / RELEASE).exists()
+
+
 def test_names_what_an_unfinished_or_damaged_study_lacks(study, monkeypatch):
     weights = study.folder / "results/squares/saes/tiny/reader/layer-01/seed-1/sae_weights.safetensors"
     whole = weights.read_bytes()

@@ -164,11 +164,12 @@ def publish(
     push: Annotated[bool, typer.Option("--push", help="Upload; by default, only write and list the files.")] = False,
 ) -> None:
     """Publish the SAEs of a finished study on a model hub, with a model card."""
+    from conceptshare.analysis.release import check_licence, write_release
     from conceptshare.io.hub import upload
-    from conceptshare.pages import write_release
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise StudyError(f"{repository}: write the repository as OWNER/NAME")
+    check_licence(licence)
     read = load_study(study)
     _check_settings(read, results)
     out = path(layout.RELEASE, results, study=read.study)

@@ -8,7 +8,6 @@ from conceptshare.pages._index import write_index
 from conceptshare.pages._member import write_member
 from conceptshare.pages._pack import pack_site
 from conceptshare.pages._pair import write_pair
-from conceptshare.pages._release import write_release
 from conceptshare.pages._samples import write_samples
 
-__all__ = ["pack_site", "write_index", "write_member", "write_pair", "write_release", "write_samples"]
+__all__ = ["pack_site", "write_index", "write_member", "write_pair", "write_samples"]
