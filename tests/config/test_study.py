@@ -368,7 +368,10 @@ def test_bounds_of_warnings_change_no_sae(build):
         ({"template": "a dog"}, "template has no place for the image; write {image} once, where it belongs"),
         ({"template": "{caption} {image}"}, "template has {caption}, which nothing replaces; {image} is the only"),
         ({"template": ""}, "template has no place for the image; write {image} once"),
-        ({"template": "<image>"}, "template has no place for the image; write {image} once"),
+        (
+            {"template": "USER: <image>\nASSISTANT:"},
+            "write {image} once, where it belongs in the prompt, in place of the model's own token of an image",
+        ),
         ({"template": "{image} {image}"}, "template has more than one place for the image; write {image} once"),
         (
             {"template": "{image}", "modality": "text", "kind": "vlm"},

@@ -1,6 +1,7 @@
 """Activations of multimodal language models equal the hidden states of transformers, for images and captions."""
 
 from dataclasses import replace
+from shutil import copytree
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ def folder(tmp_path_factory):
     made = {}
 
     def get(kind):
+        if kind == "SmolVLM":
+            pytest.importorskip("num2words")  # in tests/requirements.txt
         if kind not in made:
             made[kind] = tmp_path_factory.mktemp(kind)
             decoders.decoder(kind, made[kind])
@@ -54,7 +57,7 @@ def test_a_sample_in_a_batch_has_the_hidden_states_that_transformers_gives_it_al
     samples = IMAGES if modality == "image" else CAPTIONS
     model = AutoModelForImageTextToText.from_pretrained(folder(kind), dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder(kind))
-    norm = (model.model.text_model if kind == "Idefics3" else model.model.language_model).norm
+    norm = (model.model.text_model if kind in {"Idefics3", "SmolVLM"} else model.model.language_model).norm
     encoder = load_encoder(spec)
     found = {
         token: replace(encoder, spec=change(spec, global_token=token)).activations(samples)
@@ -85,11 +88,52 @@ def test_tokens_of_images_are_known_and_a_grid_if_there_is_one(folder, kind):
         token = AutoConfig.from_pretrained(folder(kind)).image_token_id
         own = (ids == token).nonzero()[:, 0].tolist()
         assert batch.image_tokens[row].nonzero()[:, 0].tolist() == own
-    positions, side = _grid(batch, batch.ids.shape[1])
+    positions = _grid(batch, encoder.read(batch), 0).tolist()
     if kind in VARYING:
-        assert (len(positions), side) == (0, 0)
+        assert positions == []
     else:
-        assert (positions.tolist(), side**2) == (own, 4 if kind == "Gemma3" else 16)
+        assert positions == own
+        assert len(own) == (4 if kind == "Gemma3" else 16)
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_a_chat_template_gives_the_tokens_that_transformers_makes_with_it(folder, modality):
+    spec = decoders.decoder_entry("Llava", folder("Llava"), modality, template="chat")
+    processor = AutoProcessor.from_pretrained(folder("Llava"))
+    samples, key = (IMAGES, "image") if modality == "image" else (CAPTIONS, "text")
+    batch = load_encoder(spec).prepare(samples)
+    for row, sample in enumerate(samples):
+        messages = [{"role": "user", "content": [{"type": key, key: sample}]}]
+        own = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_tensors="pt")
+        ids = batch.ids[row] if batch.mask is None else batch.ids[row][batch.mask[row]]
+        assert ids.tolist() == own.flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("modality", "template", "fault"),
+    [
+        ("image", "a <image> {image}", r"template has <image>, .*in this model; write \{image\} in its place"),
+        ("text", "<image> {caption}", "template has <image>, which stands for an image in this model; leave it out"),
+    ],
+)
+def test_refuses_the_models_own_token_of_an_image_in_a_template(folder, modality, template, fault):
+    spec = decoders.decoder_entry("Llava", folder("Llava"), modality, template=template)
+    with pytest.raises(EncoderError, match=fault):
+        load_encoder(spec)
+
+
+@pytest.mark.parametrize(
+    ("own", "fault"),
+    [(None, "its processor has no chat template"), ("{{ bos_token }}", "its chat template has no place for the image")],
+)
+def test_refuses_a_chat_template_that_is_none_for_images(folder, tmp_path, own, fault):
+    copytree(folder("Llava"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").unlink()
+    if own:
+        (tmp_path / "chat_template.jinja").write_text(own)
+    spec = decoders.decoder_entry("Llava", tmp_path, "image", template="chat")
+    with pytest.raises(EncoderError, match=f"{fault}; write the prompt as template"):
+        load_encoder(spec)
 
 
 def test_a_long_caption_is_cut_but_not_its_template(folder):

@@ -12,6 +12,7 @@ from tests.helpers.models import IMAGE_WIDTH, LAYERS, PATCH, SIDE, WIDTH
 # Special tokens of each kind. The tokenizers of Gemma 3 and InternVL name theirs.
 _QWEN = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 _TILES = [f"<row_{row}_col_{column}>" for row in (1, 2, 3) for column in (1, 2, 3)]
+_IDEFICS = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *_TILES]
 _NAMED = {
     "Gemma3": {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<image>"},
     "InternVL": {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<image>"}
@@ -23,11 +24,17 @@ _SPECIAL = {
     "LlavaOnevision": ["<image>", "<video>"],
     "Qwen2VL": _QWEN,
     "Qwen2_5_VL": _QWEN,
-    "Idefics3": ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *_TILES],
+    "Idefics3": _IDEFICS,
+    "SmolVLM": _IDEFICS,
     "PaliGemma": ["<image>"],
     "Gemma3": [*_NAMED["Gemma3"].values()],
     "InternVL": [*_NAMED["InternVL"].values()],
 }
+# The message of a user, between the start token and words.
+_CHAT = (
+    "{{{{ bos_token }}}}a {{% for part in messages[0]['content'] %}}{{% if part['type'] == 'image' %}}{image}"
+    "{{% else %}}{{{{ part['text'] }}}}{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}} dog{{% endif %}}"
+)
 KINDS = tuple(_SPECIAL)
 VARYING = {*KINDS} - {"Llava", "PaliGemma", "Gemma3"}
 """Kinds whose images differ in their numbers of tokens."""
@@ -97,12 +104,13 @@ def decoder(kind: str, folder: Path, words: list[str] = models.WORDS) -> Any:
             images = library.Qwen2VLImageProcessor(patch_size=PATCH, size=pixels)
             videos = library.Qwen2VLVideoProcessor(patch_size=PATCH, size=pixels)
             processor = getattr(library, f"{kind}Processor")(images, tokenizer, videos)
-        case "Idefics3":
+        case "Idefics3" | "SmolVLM":
             parts |= {"text_config": text | {"model_type": "llama"}, "scale_factor": 2}
             parts |= {"image_token_id": ids["<image>"], "pad_token_id": 0}
-            tile = {"longest_edge": SIDE}
-            images = library.Idefics3ImageProcessor(size={"longest_edge": 2 * SIDE}, max_image_size=tile)
-            processor = library.Idefics3Processor(images, tokenizer, image_seq_len=4)
+            sizes = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
+            images = getattr(library, f"{kind}ImageProcessor")(**sizes)
+            videos = [library.SmolVLMVideoProcessor(**sizes)] if kind == "SmolVLM" else []
+            processor = getattr(library, f"{kind}Processor")(images, tokenizer, *videos, image_seq_len=4)
         case "PaliGemma":
             parts = {"vision_config": siglip, "text_config": text | {"head_dim": 8, "model_type": "gemma"}}
             parts |= {"projection_dim": WIDTH, "image_token_index": ids["<image>"]}
@@ -127,6 +135,7 @@ def decoder(kind: str, folder: Path, words: list[str] = models.WORDS) -> Any:
         getattr(library, f"{kind}ForConditionalGeneration")(getattr(library, f"{kind}Config")(**parts))
     )
     model.save_pretrained(folder)
+    processor.chat_template = _CHAT.format(image=processor.image_token)
     processor.save_pretrained(folder)
     return model
 

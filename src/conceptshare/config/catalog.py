@@ -208,6 +208,9 @@ class ModelSpec(Spec, extra="ignore"):
 PLACES = {"image": "{image}", "text": "{caption}"}
 """Where a sample of each modality stands in a template."""
 
+CHAT = "chat"
+"""The template that stands for a model's own chat template."""
+
 GlobalToken = Literal["first", "last_token", "last_position", "mean", "max", "reference", "given"]
 
 
@@ -231,8 +234,9 @@ class EncoderSpec(ModelSpec, extra="forbid"):
     ``library: arrays`` leave it out and have ``given``."""
     template: str | None = None
     """The prompt through which a multimodal language model of transformers, such as LLaVA, reads a sample, with a place
-    for it: ``{image}`` or ``{caption}``. Layers and width are then those of its language model. Without a template,
-    images are read by its image encoder, and captions by its language model alone."""
+    for it: ``{image}`` or ``{caption}``. ``chat`` is the model's own chat template, with the sample as the message of
+    the user. Layers and width are then those of its language model. Without a template, images are read by its image
+    encoder, and captions by its language model alone."""
     use_layers: Literal["all", "last"] | list[int] = "all"
     """The layers to record, counted from 0."""
     image_size: int | None = Field(default=None, ge=1, le=100_000)
@@ -333,10 +337,11 @@ class EncoderSpec(ModelSpec, extra="forbid"):
 
     def _check_template(self, template: str) -> None:
         place = PLACES[self.modality]
-        if template.count(place) != 1:
+        if template != CHAT and template.count(place) != 1:
+            instead = ", in place of the model's own token of an image" if self.modality == "image" else ""
             raise ValueError(
                 f"template has {'no' if place not in template else 'more than one'} place for the "
-                f"{place.strip('{}')}; write {place} once, where it belongs in the prompt"
+                f"{place.strip('{}')}; write {place} once, where it belongs in the prompt{instead}"
             )
         if others := set(re.findall(r"\{\w+\}", template)) - {place}:
             raise ValueError(f"template has {min(others)}, which nothing replaces; {place} is the only place in it")

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
-from conceptshare.config.catalog import PLACES, EncoderSpec, ModelSpec
+from conceptshare.config.catalog import CHAT, PLACES, EncoderSpec, ModelSpec
 from conceptshare.device import full_float32
 from conceptshare.encoders._encoder import (
     Batch,
@@ -72,11 +72,12 @@ def load_transformers(spec: EncoderSpec, folder: Path, device: torch.device) -> 
     takes = set(inspect.signature(runs.forward).parameters)
     config = getattr(tower, "config", model.config)  # towers of remote code may have none
     processor = _load_processor(spec, folder, config) if spec.template else None
+    template = _template(spec, processor) if processor else ""
     if spec.modality == "text":
-        tokenizer = _load_tokenizer(spec, folder, config) if processor is None else processor.tokenizer
-        prepare, words = _prepare_texts(spec, tokenizer, tower, config, takes)
-    elif processor is not None:
-        prepare, words = _prepare_prompts(spec, processor, model.config, takes), None
+        tokenizer = processor.tokenizer if processor else _load_tokenizer(spec, folder, config)
+        prepare, words = _prepare_texts(spec, tokenizer, tower, config, takes, template)
+    elif processor:
+        prepare, words = _prepare_prompts(template, processor, model.config, takes), None
     else:
         prepare, words = _prepare_images(spec, folder, model.config, takes), None
     options: dict[str, Any] = {"use_cache": False} if spec.template else {}
@@ -289,10 +290,45 @@ def _load_processor(spec: EncoderSpec, folder: Path, config: Any) -> Any:
     return processor
 
 
-def _prepare_prompts(spec: EncoderSpec, processor: Any, config: Any, takes: set[str]) -> Any:
-    """Put images into the template; prompts with fewer tokens of their image are padded on the right."""
+def _template(spec: EncoderSpec, processor: Any) -> str:
+    """The prompt, with the place of a sample."""
+    if spec.template == CHAT:
+        return _chat_template(spec, processor)
     assert spec.template is not None
-    prompt = spec.template.replace(PLACES["image"], processor.image_token)
+    token = processor.image_token
+    if token in spec.template:
+        remedy = f"write {PLACES['image']} in its place" if spec.modality == "image" else "leave it out"
+        raise EncoderError(f"{spec.model}: template has {token}, which stands for an image in this model; {remedy}")
+    return spec.template
+
+
+def _chat_template(spec: EncoderSpec, processor: Any) -> str:
+    """A sample as the message of a user, in the processor's own template."""
+    remedy = "write the prompt as template"
+    if processor.chat_template is None:
+        raise EncoderError(f"{spec.model}: its processor has no chat template; {remedy}")
+    place = PLACES[spec.modality]
+    content = {"type": "image"} if spec.modality == "image" else {"type": "text", "text": place}
+    messages = [{"role": "user", "content": [content]}]
+    prompt: str = processor.apply_chat_template(messages, add_generation_prompt=True)
+    if spec.modality == "image":
+        prompt = prompt.replace(processor.image_token, place)
+    if prompt.count(place) != 1:
+        raise EncoderError(f"{spec.model}: its chat template has no place for the {place.strip('{}')}; {remedy}")
+    info(f"{spec.model}: its chat template is {prompt!r}")
+    return prompt
+
+
+def _special_tokens(template: str, tokenizer: Any) -> dict[str, bool]:
+    """The option not to add special tokens, for a prompt that begins with the start token; else none."""
+    begun = tokenizer.bos_token is not None and template.startswith(tokenizer.bos_token)
+    return {"add_special_tokens": False} if begun else {}
+
+
+def _prepare_prompts(template: str, processor: Any, config: Any, takes: set[str]) -> Any:
+    """Put images into the template; prompts with fewer tokens of their image are padded on the right."""
+    prompt = template.replace(PLACES["image"], processor.image_token)
+    special = _special_tokens(template, processor.tokenizer)
     tokenizing = Lock()  # tokenizers are not thread-safe
 
     def prepare(samples: Samples) -> Batch:
@@ -303,6 +339,7 @@ def _prepare_prompts(spec: EncoderSpec, processor: Any, config: Any, takes: set[
                 padding=True,
                 padding_side="right",
                 return_tensors="pt",
+                **special,
             )
         mask = encoded["attention_mask"].bool()
         inputs = {name: encoded[name] for name in encoded if name in takes}
@@ -321,7 +358,9 @@ def _load_tokenizer(spec: EncoderSpec, folder: Path, config: Any) -> Any:
     return tokenizer
 
 
-def _prepare_texts(spec: EncoderSpec, tokenizer: Any, tower: Any, config: Any, takes: set[str]) -> Any:
+def _prepare_texts(
+    spec: EncoderSpec, tokenizer: Any, tower: Any, config: Any, takes: set[str], template: str = ""
+) -> Any:
     length, attends_to_padding = _length(spec, tokenizer, tower, config), _attends_to_padding(config)
     clean: Callable[[str], str] = str
     names = set(tokenizer.model_input_names) | (set() if attends_to_padding else {"attention_mask"})
@@ -329,11 +368,11 @@ def _prepare_texts(spec: EncoderSpec, tokenizer: Any, tower: Any, config: Any, t
         names &= takes
     padding = "longest"
     options: dict[str, Any] = {"truncation": True, "max_length": length}
-    if spec.template:
-        # Captions are cut before, so that the end of the template stays. Some models read by it what is a prompt.
-        clean, options = _filling(spec.template, tokenizer, length), {}
-        if "token_type_ids" in takes:
-            names, options = names | {"token_type_ids"}, {"return_token_type_ids": True}
+    if template:
+        # Captions are cut before, so that the end of the template stays.
+        clean, options = _filling(template, tokenizer, length), {**_special_tokens(template, tokenizer)}
+        if "token_type_ids" in takes:  # by which some models tell the prompt from the answer
+            names, options["return_token_type_ids"] = names | {"token_type_ids"}, True
     if spec.global_token != "reference":  # which reproduces the paper's code, even where it reads padding
         # Positions count from the left, so padding on that side would shift a caption's positions in every batch.
         tokenizer.padding_side = "right"
@@ -396,7 +435,8 @@ def _length(spec: EncoderSpec, tokenizer: Any, tower: Any, config: Any) -> int:
     if spec.context_length is not None:
         if tables and positions and spec.context_length > positions:
             raise EncoderError(
-                f"{spec.model}: context_length {spec.context_length} is more than the {positions} tokens it can read"
+                f"{spec.model}: context_length {spec.context_length} is more than the {positions} tokens it can read; "
+                f"lower it"
             )
         return spec.context_length
     bounds = [n for n in (tokenizer.model_max_length, positions) if n is not None and 0 < n < _NO_BOUND]
