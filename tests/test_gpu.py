@@ -23,7 +23,7 @@ from conceptshare.io.layout import layer_name
 from conceptshare.sae import train_sae, train_stream
 from conceptshare.sae._trainer import Trainer
 from conceptshare.sae.features import record_features
-from tests.helpers import models
+from tests.helpers import decoders, models
 from tests.helpers.samples import contents
 from tests.helpers.stages import write_inputs
 
@@ -76,7 +76,7 @@ class Stages:
     def correlations(self, out):
         store = self.made / "bert@0.zarr"
         correlate_stores(store, store, out / "whole.zarr", 2**20, full=[(0, 2)])
-        correlate_stores(store, store, out / "cut.zarr", 2**17)
+        correlate_stores(store, store, out / "cut.zarr", 180_000)  # two of three panels fit on a GPU
 
     def similarity(self, out):
         compare_stores(self.made / "bert.zarr", self.made / "vit.zarr", out / "bert__vit.csv")
@@ -160,10 +160,15 @@ def test_a_stream_trains_the_same_saes_as_stored_tokens(stages, on, tmp_path):
     assert contents(tmp_path / "bert") == contents(tmp_path / "streamed" / "bert")
 
 
+def llava(folder):
+    decoders.decoder("Llava", folder)
+    return models.Family(decoders.decoder_entry("Llava", folder, "image"), models.noise_images(), models.image_truth)
+
+
 FAMILIES = [
     *(models.vit, models.dinov2, models.clip_image, models.siglip_image, models.mambavision),
     *(models.timm_vit, models.timm_convnext, models.open_clip_image),
-    *(models.bert, models.clip_text, models.siglip2_text, models.open_clip_text),
+    *(models.bert, models.clip_text, models.siglip2_text, models.open_clip_text, llava),
 ]
 
 
@@ -189,6 +194,9 @@ OPTIONS = [
     {"clip_norm": 1.0, "unit_norm_decoder": True, "scale_inputs": True, "initial_b_dec": "mean", "encoder_bias": True},
     {"auxk": 0.1, "auxk_latents": 16, "dead_after": 1},
     {"auxk": 0.1, "auxk_latents": 16, "dead_after": 1, "global_weight": 4, "max_norm": 1.2},
+    {"activation": "batchtopk"},
+    {"matryoshka": [8, 32]},
+    {"activation": "batchtopk", "matryoshka": [8, 32], "auxk": 0.1, "auxk_latents": 16, "dead_after": 1},
 ]
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,10 @@ class SAE(nn.Module):
         order = bags.argsort(stable=True)
         starts = torch.searchsorted(bags[order], torch.arange(levels * T, device=bags.device))
         parts = _weighted_sum(indices[order], self.W_dec, active.values.flatten()[order], starts)
-        return parts.view(levels, T, -1).cumsum(0) + self.b_dec
+        of_levels = parts.view(levels, T, -1)
+        # On GPUs, torch does not promise that cumsum is deterministic; on CPUs, it sums in float64.
+        sums = torch.stack([*accumulate(of_levels)]) if parts.is_cuda else of_levels.cumsum(0)
+        return sums + self.b_dec
 
     def load_saved(self, tensors: dict[str, Tensor]) -> None:
         """Copy the tensors of SAELens's `sae_weights.safetensors`.
