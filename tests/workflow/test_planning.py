@@ -270,15 +270,16 @@ def test_parts_of_an_extraction_are_separate_jobs(new_study):
 
 def test_a_second_sae_setting_keeps_the_results_of_the_first(study):
     config = study.config
-    config["saes"]["sparser"] = {"expansion": 2, "k": 2, "learning_rate": 1e-2}
+    config["saes"]["batched"] = config["saes"]["tiny"] | {"activation": "batchtopk", "matryoshka": [8]}
     study.config = config
     new = {"sae": 3 * LAYERS, "features": 3, "correlations": 2, "similarity": 1, **SHOWN}
     assert study.plan() == {**new, **TABLES_AND_FIGURES, **CHANGED_STUDY}
 
 
-def test_a_changed_sae_setting_plans_training_and_later_stages(study):
+@pytest.mark.parametrize("changed", [{"k": 3}, {"activation": "batchtopk"}], ids=str)
+def test_a_changed_sae_setting_plans_training_and_later_stages(study, changed):
     config = study.config
-    config["saes"]["tiny"]["k"] = 3
+    config["saes"]["tiny"] |= changed
     study.config = config
     made = {"sae": 3 * LAYERS, "features": 3, "correlations": 2}
     assert study.plan() == {**made, **SHOWN, **TABLES_AND_FIGURES, **CHANGED_STUDY}
