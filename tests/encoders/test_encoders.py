@@ -429,7 +429,7 @@ WITHOUT_CLASS_TOKEN = {
 @pytest.mark.parametrize("make", WITHOUT_CLASS_TOKEN.values(), ids=WITHOUT_CLASS_TOKEN)
 def test_refuses_a_patch_as_global_token_without_a_class_token(make, token, tmp_path):
     spec = make(tmp_path / "model")
-    with pytest.raises(EncoderError, match=r"token is none for the whole image.*set global_token: mean"):
+    with pytest.raises(EncoderError, match=r"its (first|last) (token|position) is none for .*set global_token: mean"):
         load_encoder(change(spec, global_token=token))
     load_encoder(change(spec, global_token="mean"))
     load_encoder(change(spec, global_token="reference"))
@@ -663,10 +663,25 @@ def test_names_library_and_folder_if_weights_are_missing(tmp_path, make):
         load_encoder(spec)
 
 
-def test_a_folder_of_another_library_is_an_error(tmp_path):
-    spec = models.open_clip_image(tmp_path).spec
-    with pytest.raises(EncoderError, match=f"transformers cannot load {tmp_path}"):
-        load_encoder(change(spec, library="transformers"))
+@pytest.mark.parametrize(
+    ("make", "values"),
+    [
+        (models.open_clip_image, {"library": "transformers"}),
+        (models.bert, {"modality": "image", "kind": "vision"}),
+        (models.vit, {"modality": "text", "kind": "language"}),
+    ],
+    ids=str,
+)
+def test_another_library_or_modality_is_one_line_with_the_remedy(tmp_path, make, values):
+    spec = make(tmp_path).spec
+    with pytest.raises(EncoderError, match=rf"transformers cannot load {tmp_path} \(.*\); check its library, modality"):
+        load_encoder(change(spec, **values))
+
+
+def test_a_folder_of_another_library_is_an_error_for_timm(tmp_path):
+    spec = models.vit(tmp_path).spec
+    with pytest.raises(EncoderError, match=r"its config\.json is not in timm's format; use another library"):
+        load_encoder(change(spec, library="timm"))
 
 
 def test_refuses_a_context_longer_than_open_clips(tmp_path):

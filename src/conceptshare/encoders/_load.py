@@ -129,7 +129,10 @@ def load_at(spec: EncoderSpec, location: Path) -> Encoder:
     except ConceptshareError:
         raise
     except Exception as error:  # the libraries raise many types
-        raise EncoderError(f"{spec.model}: {spec.library} cannot load {location}: {in_one_line(error)}") from error
+        raise EncoderError(
+            f"{spec.model}: {spec.library} cannot load {location} ({type(error).__name__}: {in_one_line(error)}); "
+            f"check its library, modality and image_size, and that its files are complete"
+        ) from error
     return encoder
 
 

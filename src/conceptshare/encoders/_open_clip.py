@@ -96,7 +96,9 @@ def _preparing_texts(model: Any, tokenizer: Any, spec: EncoderSpec) -> Callable[
     own: int = tokenizer.context_length
     longest = spec.context_length or own
     if longest > own:
-        raise EncoderError(f"{spec.model}: context_length {longest} is more than the {own} tokens it can read")
+        raise EncoderError(
+            f"{spec.model}: context_length {longest} is more than the {own} tokens it can read; lower it"
+        )
     inner = getattr(tokenizer, "tokenizer", None)  # set if open_clip uses a tokenizer of transformers
     if inner is not None:
         ensure_pad_token(inner)

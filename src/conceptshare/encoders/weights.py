@@ -200,6 +200,8 @@ def _in_folder(spec: ModelSpec, folder: Path) -> EncoderFiles:
         raise EncoderError(f"{spec.model}: {folder} is empty; expected a model's configuration and weights there")
     if spec.library == "open_clip" and (folder / _CONFIGURATION["open_clip"]).is_file():
         _reject_external_tower(spec, _open_clip_text(folder))
+    if spec.library == "timm" and (folder / _CONFIGURATION["timm"]).is_file():
+        _check_timm(spec.model, folder)
     return EncoderFiles(folder, files)
 
 
@@ -239,8 +241,8 @@ def _in_hub(spec: ModelSpec, repository: str) -> EncoderFiles:
                 f"{repository}: has no {pattern.replace('|', ' or ')}, which {spec.library} needs; it has "
                 f"{', '.join(snapshot.files)}; name another library or repository"
             )
-    if spec.library == "timm" and "architecture" not in _configuration("timm", snapshot.folder):
-        raise EncoderError(f"{repository}: its config.json is not in timm's format; use another library")
+    if spec.library == "timm":
+        _check_timm(repository, snapshot.folder)
     if spec.library == "open_clip":
         text = _open_clip_text(snapshot.folder)
         _reject_external_tower(spec, text)
@@ -321,6 +323,11 @@ def _open_clip_text(folder: Path) -> dict[str, Any]:
     """Settings of a model's text encoder in open_clip's configuration."""
     text: dict[str, Any] = _configuration("open_clip", folder).get("model_cfg", {}).get("text_cfg", {})
     return text
+
+
+def _check_timm(name: str, folder: Path) -> None:
+    if "architecture" not in _configuration("timm", folder):
+        raise EncoderError(f"{name}: its config.json is not in timm's format; use another library")
 
 
 def _reject_external_tower(spec: ModelSpec, text: dict[str, Any]) -> None:
