@@ -1,18 +1,20 @@
 """Encoders whose layers differ in width: each is a grid of tokens, and its mean is the global token."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import timm
 import torch
 
 from conceptshare.activations.extraction import TokenReader, extract_activations
+from conceptshare.concepts.examples import _grid, record_examples
 from conceptshare.config.catalog import DatasetSpec, EncoderSpec
 from conceptshare.config.settings import SAESettings
 from conceptshare.data.dataset import Data, make_dataset
 from conceptshare.encoders import load_encoder
 from conceptshare.io.errors import EncoderError
 from conceptshare.io.store import open_store
-from conceptshare.sae import train_sae
+from conceptshare.sae import load_sae, train_sae
 from conceptshare.sae.features import read_features, record_features
 from tests.helpers import models
 from tests.helpers.models import close
@@ -116,3 +118,25 @@ def test_layers_of_several_widths_have_saes_with_one_number_of_features(tmp_path
     record_features(store, tmp_path / "saes", 0, tmp_path / "features.zarr", True)
     assert {x.shape for x in read_features(tmp_path / "features.zarr").values()} == {(9, 20)}
     assert open_store(store, "activations").attrs["spec"]["width"] == spec.width
+    record_examples(encoder, data, tmp_path / "features.zarr", tmp_path / "saes", tmp_path / "examples")
+    assert {box.tolist() == [0, 0, 1, 1] for box in pd.read_parquet(tmp_path / "examples/samples.parquet").box}
+    for layer in range(4):
+        sae = load_sae(tmp_path / "saes" / f"layer-{layer:02d}" / "seed-0")
+        with torch.no_grad():
+            latents = sae.encode(own.tokens[layer].half().float().flatten(0, 1)).unflatten(0, (9, -1)).numpy()
+        for row in pd.read_parquet(tmp_path / f"examples/layer-{layer:02d}.parquet").itertuples():
+            for one in row.top:
+                shares = np.frombuffer(one["fires"], np.uint8) / 255
+                assert len(shares) == (16, 8, 4, 2)[layer] ** 2
+                expected = latents[one["sample"], :, row.feature]
+                np.testing.assert_allclose(shares * one["fires_highest"], expected, atol=expected.max() / 250 + 1e-4)
+
+
+def test_no_place_in_an_image_is_named_for_tokens_in_another_order(tmp_path):
+    """Blocks of Hiera return the positions of a window one after the other."""
+    _, spec = hierarchy("hiera", tmp_path)
+    encoder = load_encoder(spec)
+    batch = encoder.prepare(models.noise_images(1))
+    activations = encoder.read(batch)
+    assert activations.tokens[0].shape[1] == 16**2
+    assert not len(_grid(batch, activations, 0))

@@ -56,10 +56,10 @@ def write(folder):
 def test_writes_an_image_member(tmp_path):
     """Tables, details in files of 64, and separate maps of images with known positions."""
     box = [-0.5, 0.0, 1.5, 1.0]
-    samples = [{"sample": 0, "box": box, "rows": 1, "columns": 2}, {"sample": 1, "box": None, "rows": 1, "columns": 2}]
+    samples = [{"sample": 0, "box": box}, {"sample": 1, "box": None}]
     tops = [
-        {"sample": 0, "value": 1.5, "fires": b"\x00\xff", "fires_highest": 2.0},
-        {"sample": 1, "value": 0.5, "fires": b"\xff\x00", "fires_highest": 1.0},
+        {"sample": 0, "value": 1.5, "fires": b"\x00\xff\x00\x00", "fires_highest": 2.0},
+        {"sample": 1, "value": 0.5, "fires": b"\xff\x00\x00\x00", "fires_highest": 1.0},
     ]
     write_inputs(tmp_path, samples, tops)
     site = write(tmp_path)
@@ -83,16 +83,15 @@ def test_writes_an_image_member(tmp_path):
     maps = read_data(site, f"{PLACE}/layer-03/maps-001")
     assert maps["first"] == 64
     shown, unknown = maps["maps"][0]
-    assert (shown["box"], shown["rows"], shown["columns"], shown["max"]) == (box, 1, 2, 2.0)
-    assert base64.b64decode(shown["values"]) == b"\x00\xff"
+    assert (shown["box"], shown["rows"], shown["columns"], shown["max"]) == (box, 2, 2, 2.0)
+    assert base64.b64decode(shown["values"]) == b"\x00\xff\x00\x00"
     assert unknown is None
 
 
-@pytest.mark.parametrize(("rows", "fires"), [(0, None), (1, b"\xff")], ids=["no grid", "no box"])
-def test_images_without_known_positions_have_no_maps(tmp_path, rows, fires):
+@pytest.mark.parametrize(("box", "fires"), [([0, 0, 1, 1], None), (None, b"\xff")], ids=["no grid", "no box"])
+def test_images_without_known_positions_have_no_maps(tmp_path, box, fires):
     samples = pa.Table.from_pylist(
-        [{"sample": 0, "box": None, "rows": rows, "columns": rows}],
-        pa.schema({"sample": pa.int32(), "box": pa.list_(pa.float32(), 4), "rows": pa.int32(), "columns": pa.int32()}),
+        [{"sample": 0, "box": box}], pa.schema({"sample": pa.int32(), "box": pa.list_(pa.float32(), 4)})
     )
     write_inputs(tmp_path, [], [{"sample": 0, "value": 1.5, "fires": fires, "fires_highest": 1.0}])
     pq.write_table(samples, tmp_path / "examples" / "samples.parquet")

@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from conceptshare.data.dataset import Data
 from conceptshare.device import default_device, full_float32
-from conceptshare.encoders import Arrays, Batch, Encoder
+from conceptshare.encoders import Activations, Arrays, Batch, Encoder
 from conceptshare.io import provenance
 from conceptshare.io.ahead import in_order
 from conceptshare.io.errors import StoreError
@@ -67,7 +67,7 @@ _TOP_SAMPLE = pa.struct(
     {"sample": pa.int32(), "value": pa.float32(), "fires": pa.binary(), "fires_highest": pa.float32()}
 )
 _LAYER = pa.schema({"feature": pa.int32(), "top": pa.list_(_TOP_SAMPLE), **_SPREAD})
-_IMAGES = pa.schema({"sample": pa.int32(), "box": pa.list_(pa.float32(), 4), "rows": pa.int32(), "columns": pa.int32()})
+_IMAGES = pa.schema({"sample": pa.int32(), "box": pa.list_(pa.float32(), 4)})
 _TEXTS = pa.schema({"sample": pa.int32(), "tokens": pa.list_(pa.string())})
 
 
@@ -241,8 +241,7 @@ def locate_activations(
         threads: number of threads that decode and prepare images.
 
     Returns:
-        for each of these samples: the ``box`` of the image that the encoder sees and the grid of its tokens, or the
-        ``tokens`` of a caption.
+        for each of these samples: the ``box`` of the image that the encoder sees, or the ``tokens`` of a caption.
     """
     saes = {layer: sae.to(encoder.device) for layer, sae in saes.items()}
     samples = _strongest(tops)
@@ -253,22 +252,20 @@ def locate_activations(
     for chosen, sizes, batch in _batches(encoder, data, samples, threads, name):
         activations = encoder.read(batch)
         if frame is not None:
-            grid, side = _grid(batch, activations.training.shape[1])
-            positions = [grid] * len(chosen)
-            places: list[dict[str, Any]] = [{"box": frame.box(s), "rows": side, "columns": side} for s in sizes]
+            positions = {layer: [_grid(batch, activations, layer)] * len(chosen) for layer in tops}
+            places: list[dict[str, Any]] = [{"box": frame.box(size)} for size in sizes]
         else:
             assert batch.mask is not None
-            positions = [row.nonzero()[:, 0] for row in batch.mask]
+            of_texts = [row.nonzero()[:, 0] for row in batch.mask]
+            positions = dict.fromkeys(tops, of_texts)
             places = [{"tokens": with_blanks(_pieces(encoder, batch, row), two_words)} for row in range(len(chosen))]
         described += [{"sample": sample, **place} for sample, place in zip(chosen.tolist(), places, strict=True)]
-        if not len(positions[0]):
-            continue
+        located = {layer: top for layer, top in tops.items() if len(positions[layer][0])}
         for first in range(0, len(chosen), step):
             part = slice(first, first + step)
-            shown = pad_sequence(positions[part], batch_first=True, padding_value=-1).to(encoder.device)
-            entries = {layer: top.entries(chosen[part]) for layer, top in tops.items()}
+            entries = {layer: top.entries(chosen[part]) for layer, top in located.items()}
             values = {
-                layer: _encode(saes[layer], activations.tokens[layer][part], shown, of_layer)
+                layer: _encode(saes[layer], activations.tokens[layer][part], positions[layer][part], of_layer)
                 for layer, of_layer in entries.items()
                 if len(of_layer)
             }
@@ -300,18 +297,19 @@ def _batches(
 
 
 @torch.inference_mode()
-def _encode(sae: SAE, x: Tensor, shown: Tensor, entries: NDArray[np.int64]) -> Tensor:
+def _encode(sae: SAE, x: Tensor, positions: list[Tensor], entries: NDArray[np.int64]) -> Tensor:
     """Selected latents at the tokens that are shown, which are rounded to float16 as in stored and training tokens.
 
     Args:
         sae: the SAE.
         x: ``[B, T, D]`` tokens of samples.
-        shown: ``[B, P]`` positions of the tokens to show, padded with -1.
+        positions: those of the tokens to show, for each sample.
         entries: ``[n, 3]`` the sample and latent of each row of the result, and its rank.
 
     Returns:
-        ``[n, P]`` latents, -1 at padding.
+        ``[n, P]`` latents, -1 beyond a sample's positions.
     """
+    shown = pad_sequence(positions, batch_first=True, padding_value=-1).to(x.device)
     rows, latents, _ = torch.from_numpy(entries.T.copy()).to(x.device)
     tokens = x.take_along_dim(shown.clamp(min=0)[..., None], 1).half().float() - sae.b_dec
     products = torch.addmm(sae.b_enc[latents], tokens.flatten(0, 1), sae.W_enc_T[latents].T)
@@ -319,21 +317,26 @@ def _encode(sae: SAE, x: Tensor, shown: Tensor, entries: NDArray[np.int64]) -> T
     return torch.relu(of_entries).masked_fill(shown[rows] < 0, -1)
 
 
-def _grid(batch: Batch, tokens: int) -> tuple[Tensor, int]:
-    """Positions of an image's square grid and its side; empty if there is no such grid.
+def _grid(batch: Batch, activations: Activations, layer: int) -> Tensor:
+    """Positions of an image's square grid, row by row; empty if there is no such grid.
 
     In a prompt, they are the tokens of the image, and otherwise the last tokens.
     """
+    tokens, none = activations.tokens[layer].shape[1], torch.empty(0, dtype=torch.long)
+    if layer in activations.grids:
+        return torch.arange(tokens)
+    if not activations.training.shape[1]:  # layers of several widths may have their tokens in any order
+        return none
     if batch.image_tokens is not None:
         positions = batch.image_tokens[0].nonzero()[:, 0]
         side = isqrt(len(positions))
         whole = batch.mask is None and batch.pixels.ndim == 4 and len(batch.pixels) == len(batch)  # not in tiles
-        return (positions, side) if whole and side**2 == len(positions) else (positions[:0], 0)
+        return positions if whole and side**2 == len(positions) else none
     side = isqrt(tokens)
     before = tokens - side**2
     if batch.mask is not None or before > _MAX_TOKENS_BEFORE:  # the patches keep the image's aspect ratio
-        return torch.empty(0, dtype=torch.long), 0
-    return torch.arange(before, tokens), side
+        return none
+    return torch.arange(before, tokens)
 
 
 def _pieces(encoder: Encoder, batch: Batch, row: int) -> list[str]:

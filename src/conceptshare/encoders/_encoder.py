@@ -77,6 +77,8 @@ class Activations:
     layers have several widths and numbers of tokens."""
     position: Tensor | None
     """``[B]`` position of the global token; None if it is the mean or maximum of the unpadded tokens."""
+    grids: frozenset[int] = frozenset()
+    """If layers have several widths, those whose tokens are a square grid, row by row."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,11 @@ class Encoder:
         outputs = self._observe({name: value.to(self.device) for name, value in batch.inputs.items()})
         tokens = {layer: self.residual(layer, outputs[layer], len(batch)) for layer in self.spec.layer_numbers()}
         self._check_sizes(tokens)
-        if isinstance(self.spec.width, list):  # each layer is a grid of its own
+        if isinstance(self.spec.width, list):
             whole = {layer: torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) for layer, x in tokens.items()}
             none = torch.ones(len(batch), 0, dtype=torch.bool, device=self.device)
-            return Activations(tokens, {n: self._pooled(x, whole[n]) for n, x in tokens.items()}, none, None)
+            grids = frozenset(layer for layer in tokens if outputs[layer].ndim == 4)
+            return Activations(tokens, {n: self._pooled(x, whole[n]) for n, x in tokens.items()}, none, None, grids)
         some = next(iter(tokens.values()))
         mask = torch.ones(some.shape[:2], dtype=torch.bool) if batch.mask is None else batch.mask
         mask = mask.to(self.device)
@@ -404,9 +407,10 @@ def _check_class_token(encoder: Encoder) -> None:
     pairs = [(a[0, position], b[0, position]) for a, b in zip(*entering, strict=True) if a.shape[:2] == shape]
     patch = pairs and not any(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs)
     if patch or not encoder.class_token:
+        which = "first token" if encoder.spec.global_token == "first" else encoder.spec.global_token.replace("_", " ")
         raise EncoderError(
-            f"{encoder.spec.model}: its {encoder.spec.global_token.removesuffix('_token')} token is none for the whole "
-            f"image, such as a class token; set global_token: {'last_token' if encoder.spec.template else 'mean'}"
+            f"{encoder.spec.model}: its {which} is none for the whole image, such as a class token; set global_token: "
+            f"{'last_token' if encoder.spec.template else 'mean'}"
         )
 
 

@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Mapping, Sequence
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -182,10 +183,11 @@ def _maps(row: dict[str, Any], samples: dict[int, dict[str, Any]]) -> list[dict[
 
 
 def _map(one: dict[str, Any], sample: dict[str, Any]) -> dict[str, Any]:
+    side = isqrt(len(one["fires"]))
     return {
         "box": numbers(sample["box"]),
-        "rows": sample["rows"],
-        "columns": sample["columns"],
+        "rows": side,
+        "columns": side,
         "max": number(one["fires_highest"]),
         "values": base64.b64encode(one["fires"]).decode(),
     }
