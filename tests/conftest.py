@@ -11,6 +11,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Also for processes that tests start: several test processes share the machine.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Without bytecode, each process would compile the library again.
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from conceptshare.io.store import RowWriter, new_store, save_array
 from conceptshare.sae import SAE, TopK, save_sae
 from conceptshare.sae.features import record_features
 from tests.helpers.browser import browser, open_tab  # noqa: F401 - fixtures
+from tests.helpers.forks import forked_python
 
 # The same examples on every run, so failures are reproducible on any machine.
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
@@ -36,6 +39,13 @@ if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4e9 and not os.statvfs(M
 SAME_PROCESS = ("slurm", "workflow", "pages")
 # The longest tests start first. The tests on Slurm mostly wait for it.
 FIRST = ("slurm", "workflow", "test_figures", "test_broken", "hub", "pages")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs):
+    """Fork the test processes too, so that slow imports are done once."""
+    for spec in specs:
+        spec.python = str(forked_python())
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the markers

@@ -2,12 +2,13 @@
 
 import fcntl
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 from benchmarks.gpu import PARTS, run_part
+
+from tests.helpers.forks import run_forked
 
 PRINTS = "import pathlib, sys; lines = pathlib.Path(sys.argv[1], 'gpu.jsonl').open('a'); lines.write('{\"n\": 1}\\n'); "
 
@@ -44,9 +45,8 @@ signal.pause()
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "out")]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    code = "import runpy; runpy.run_module('benchmarks.gpu', run_name='__main__')"
+    ended = run_forked(code, "--out", tmp_path / "out", environment={"CUDA_VISIBLE_DEVICES": ""})
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr.startswith("no GPU: torch ")
     assert not (tmp_path / "out").exists()

@@ -113,7 +113,7 @@ with torch.no_grad():
     assert torch.allclose(reconstruction, sae.decode(sae.active(x)), atol=1e-5)
 """
     for library, block in zip((["sae_lens", "transformer_lens"], ["sparsify"]), blocks[2:], strict=True):
-        run_elsewhere(library, block + checked, cwd=tmp_path)
+        run_elsewhere(library, block + checked, folder=tmp_path)
 
 
 def test_the_page_on_using_saes_installs_the_tested_versions(page):

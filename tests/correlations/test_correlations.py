@@ -787,27 +787,26 @@ KILLED = """if True:
 """
 
 
-@pytest.mark.parametrize(
-    ("name", "stop"),
-    [("panel", 1), ("panel", 3), ("shuffled_floor", 1), ("influences", 0), ("save_array", 0), ("save_array", 5)],
-)
-def test_a_killed_job_resumes_with_the_same_bytes(name, stop, larger_stores, tmp_path, monkeypatch):
+def test_a_killed_job_resumes_with_the_same_bytes(larger_stores, tmp_path, monkeypatch):
     path_a, path_b, *_ = larger_stores
-    out, undisturbed = tmp_path / "cut" / "pair.zarr", tmp_path / "whole" / "pair.zarr"
     blocks = []
     monkeypatch.setattr(_engine, "progress", lambda steps, count, what, unit: blocks.append(count) or steps)
-    correlate_stores(path_a, path_b, undisturbed, 700_000, full=[(0, 2)])
-    all_blocks = blocks.pop(0)
-    blocks.clear()
-    arguments = [str(stop), name, *map(str, (path_a, path_b, out))]
-    assert run_forked(KILLED, *arguments).returncode == 9
-    assert not out.exists()
-    correlate_stores(path_a, path_b, out, 700_000, full=[(0, 2)])
-    assert contents(out) == contents(undisturbed)
-    assert [path.name for path in out.parent.iterdir()] == ["pair.zarr"]
-    assert blocks[0] < all_blocks
-    if name != "panel":
-        assert blocks[0] == 0  # all matches were already found
+    correlate_stores(path_a, path_b, tmp_path / "whole/pair.zarr", 700_000, full=[(0, 2)])
+    undisturbed, all_blocks = contents(tmp_path / "whole/pair.zarr"), blocks[0]
+    for name, stop in (
+        *(("panel", 1), ("panel", 3), ("shuffled_floor", 1)),
+        *(("influences", 0), ("save_array", 0), ("save_array", 5)),
+    ):
+        out = tmp_path / f"{name}-{stop}/pair.zarr"
+        assert run_forked(KILLED, stop, name, path_a, path_b, out).returncode == 9
+        assert not out.exists()
+        blocks.clear()
+        correlate_stores(path_a, path_b, out, 700_000, full=[(0, 2)])
+        assert contents(out) == undisturbed, out
+        assert [path.name for path in out.parent.iterdir()] == ["pair.zarr"]
+        assert blocks[0] < all_blocks, out
+        if name != "panel":
+            assert blocks[0] == 0, out  # all matches were already found
 
 
 def test_does_not_resume_a_job_on_other_features(larger_stores, tmp_path, write_features, rng):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conceptshare.config.catalog import DatasetSpec
-from tests.helpers.forks import FORKS
+from tests.helpers.forks import call_forked
 from tests.helpers.studies import study_file
 
 STAGES = {
@@ -122,10 +122,8 @@ def run(arguments, watched, at=0, sent=signal.SIGKILL, before=None):
         output, touched = Path(folder) / "output", Path(folder) / "touched"
         touched.touch()
         job = (list(map(str, arguments)), str(watched), at, sent, before, output, touched)
-        process = FORKS.Process(target=_conceptshare, args=job)
-        process.start()
-        process.join()
-        return Ended(process.exitcode, output.read_text(), touched.stat().st_size)
+        ended = call_forked(_conceptshare, *job)
+        return Ended(ended.returncode, output.read_text(), touched.stat().st_size)
 
 
 def _conceptshare(arguments, watched, at, sent, before, output, touched):

@@ -1,11 +1,8 @@
 """The findings of doctor, on this machine as it is and in deliberately broken setups."""
 
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -18,21 +15,16 @@ from snakemake_executor_plugin_slurm import ExecutorSettings
 from conceptshare.config.study import load_study
 from conceptshare.preflight import doctor
 from conceptshare.preflight.plan import Rates, format_bytes, make_plan
+from tests.helpers.forks import run_forked
 from tests.helpers.hub import TOKEN, use
 
 CLONE = Path(__file__).parents[2]
 
 
-def command(*arguments, cwd=CLONE, **surroundings):
+def command(*arguments, folder=CLONE, **environment):
     """Run doctor in a separate process."""
-    return subprocess.run(
-        [sys.executable, "-m", "conceptshare", "doctor", *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(CLONE / "src"), **surroundings},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    code = "from conceptshare.cli import main; main()"
+    return run_forked(code, "doctor", *arguments, folder=folder, environment={"HF_HUB_OFFLINE": "1", **environment})
 
 
 def by_name(findings):
@@ -57,7 +49,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_reports_one_line_per_check_on_this_machine():
-    found = command(HF_HUB_OFFLINE="1")
+    found = command()
     assert found.returncode == 0, found.stdout + found.stderr
     assert found.stderr == ""
     lines = found.stdout.splitlines()
@@ -69,7 +61,7 @@ def test_reports_one_line_per_check_on_this_machine():
 
 
 def test_prints_json_without_the_token(tmp_path):
-    found = command("--json", cwd=tmp_path, HF_HUB_OFFLINE="1", HF_TOKEN=TOKEN)
+    found = command("--json", folder=tmp_path, HF_TOKEN=TOKEN)
     checks = {check["name"]: check for check in json.loads(found.stdout)}
     assert checks["hub"] == {
         "name": "hub",
@@ -83,7 +75,7 @@ def test_prints_json_without_the_token(tmp_path):
 
 def test_an_invalid_study_is_a_failure(tmp_path):
     (tmp_path / "study.yaml").write_text("study: a b\n")
-    found = command("--study", "study.yaml", cwd=tmp_path, HF_HUB_OFFLINE="1")
+    found = command("--study", "study.yaml", folder=tmp_path)
     assert found.returncode == 1
     assert "missing  study" in found.stdout
     assert "study.yaml: study: 'a b' is not a name" in found.stdout

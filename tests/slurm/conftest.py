@@ -4,13 +4,24 @@ import hashlib
 import os
 import re
 import subprocess
+import sys
 
 import pytest
+
+from tests.helpers.forks import forked_python
 
 from ..workflow.conftest import CLONE, Project, encoder_entry, fresh, new_clone  # noqa: F401 - a fixture of both folders
 from .cluster import Cluster, missing
 
 IMPATIENT = "tests.slurm.impatient_snakemake"
+# Jobs run the Python that Snakemake runs in.
+START = f"""
+import runpy, sys
+from tests.helpers.forks import reimport
+reimport("conceptshare")
+sys.executable = sys.argv.pop(1)
+runpy.run_module("{IMPATIENT}", run_name="__main__")
+"""
 OFTEN = ("--max-status-checks-per-second", "10")
 LAYER = 1
 LONG_ENOUGH = 900  # seconds, for slow and busy machines
@@ -34,10 +45,11 @@ class SlurmProject(Project):
         environment["PYTHONPATH"] += f":{CLONE}"  # where Snakemake's program is
         return environment | self.cluster.environment | self.choice
 
-    def start(self, *arguments):
-        """Start Snakemake in a separate session, so that signals reach nothing else."""
+    def start(self, *arguments, separate=False):
+        """Start Snakemake; if `separate`, not in a fork, so that signals reach it."""
+        command = [sys.executable, "-m", IMPATIENT] if separate else [forked_python(), "-c", START, self.python]
         process = subprocess.Popen(
-            [self.python, "-m", IMPATIENT, "--profile", "slurm", *OFTEN, *arguments],
+            [*command, "--profile", "slurm", *OFTEN, *arguments],
             cwd=self.folder,
             env=self.environment,
             stdout=subprocess.PIPE,

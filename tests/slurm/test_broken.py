@@ -4,13 +4,14 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.forks import run_forked
 
 from .conftest import LAYER, LONG_ENOUGH
 
@@ -28,9 +29,9 @@ def undisturbed(first_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "seed-0"
     options = {"--layer": LAYER, "--settings": json.dumps(LONG), "--out": out}
     store = project.folder / TOKENS
-    command = [sys.executable, "-m", "conceptshare", "sae", "train", "--tokens", store]
-    command += [text for option in options.items() for text in option]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    command = [text for option in options.items() for text in option]
+    code = "from conceptshare.cli import main; main()"
+    assert run_forked(code, "sae", "train", "--tokens", store, *command).returncode == 0
     return read(out)
 
 
@@ -154,21 +155,21 @@ def test_a_job_that_outlives_its_snakemake_and_its_replacement_both_succeed(trai
 
 
 def test_jobs_that_reach_their_time_limits_save_and_are_resumed(training, tmp_path):
-    """An SAE and a stream at the same time, because Slurm takes a minute to end each."""
+    """An SAE and a stream at the same time, because Slurm checks limits only every 30 seconds."""
     endless = training.config | {"saes": {"long": LONG | {"batch_captions": 1, "epochs": 10_000}}}
     streaming = training.copy(tmp_path / "streaming")
     training.config, streaming.config = endless, endless | {"stream": True}
     stream = "results/squares/streams/long/saes/reader", "results/logs/squares/streams/long/saes/reader.log"
     # The stream gets less than the notice that the profile asks for: it ends by itself, before its limit.
-    jobs = {"sae": (training, TARGET, LOG, 1, "TIMEOUT"), "stream": (streaming, *stream, 5, "FAILED")}
+    jobs = {"sae": (training, TARGET, LOG, 1, "TIMEOUT"), "stream": (streaming, *stream, 240, "FAILED")}
     stopped = []
     try:
         for project, target, *_ in jobs.values():
             project.start(target)
-        for rule, (project, _, log, minutes, _) in jobs.items():
+        for rule, (project, _, log, seconds, _) in jobs.items():
             until(lambda project=project, log=log: log_contains(project, " steps, ", log))
             job = next(str(job.id) for job in training.cluster.jobs()[::-1] if job.rule == rule)
-            training.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+            training.cluster.run("scontrol", "update", f"JobId={job}", f"EndTime=now+{seconds}")
             stopped.append(trainer(training, job))
             os.kill(stopped[-1], signal.SIGSTOP)  # so that it does not compute all the while
         for process in stopped:
@@ -200,7 +201,7 @@ def test_survives_an_outage_of_the_controller(training, undisturbed):
 def test_an_interrupted_snakemake_cancels_its_jobs_and_resumes_when_restarted(training, undisturbed):
     # While polling, it has no list of jobs to cancel, so it is interrupted before the first poll.
     training.choice = {"ASK_NOTHING": "yes"}
-    snakemake = training.start(TARGET)
+    snakemake = training.start(TARGET, separate=True)
     _, process = paused(training)
     snakemake.send_signal(signal.SIGINT)
     snakemake.communicate(timeout=LONG_ENOUGH)

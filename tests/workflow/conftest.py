@@ -188,8 +188,8 @@ def fresh(tmp_path_factory):
     write_text_encoder(project.folder / "models" / "second-reader", seed=2)
     write_image_encoder(project.folder / "models" / "viewer")
     project.config = miniature_config()
-    with forked_python() as project.python:
-        yield project
+    project.python = str(forked_python())
+    return project
 
 
 @pytest.fixture(scope="session")

@@ -11,18 +11,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.forks import forked_python
 from tests.helpers.samples import contents
 
-from .conftest import change
+from .conftest import SNAKEMAKE, change
 
-SNAKEMAKE = Path(sys.executable).parent / "snakemake"
+PROGRAM = Path(sys.executable).parent / "snakemake"
 
 
 def started(project, *arguments):
-    """Snakemake in the background."""
-    environment = os.environ | {"PYTHONPATH": str(project.folder / "src"), "HF_HUB_OFFLINE": "1"}
+    """Snakemake in the background; if it is killed, its fork is."""
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen([SNAKEMAKE, *arguments], cwd=project.folder, env=environment, **silent)
+    command = [forked_python(), "-c", SNAKEMAKE, project.python, *arguments]
+    return subprocess.Popen(command, cwd=project.folder, env=project.environment, **silent)
 
 
 def wait_until(condition):
@@ -124,7 +125,7 @@ def test_unwritable_results_are_one_message(new_study):
         pytest.skip("root may write everywhere here")
     results = new_study.folder / "results"
     results.mkdir(mode=0o555)
-    command = [*bound, SNAKEMAKE, "--cores", "1", "results/squares/data/manifest.json"]
+    command = [*bound, PROGRAM, "--cores", "1", "results/squares/data/manifest.json"]
     environment = os.environ | {"PYTHONPATH": str(new_study.folder / "src")}
     refused = subprocess.run(
         command, cwd=new_study.folder, env=environment, capture_output=True, text=True, check=False
@@ -243,7 +244,7 @@ def test_reports_a_disk_that_is_full_when_a_job_starts(new_study):
         mount -t tmpfs -o size=256k disk results
         mkdir -p results/logs/weights
         head -c 1000000 /dev/zero > results/fill
-        {SNAKEMAKE} --cores 1 results/weights/reader.json
+        {PROGRAM} --cores 1 results/weights/reader.json
     """
     refused = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", command],

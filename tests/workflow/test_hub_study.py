@@ -87,8 +87,8 @@ def finished(tmp_path_factory):
         # Jobs that read encoders run as for users, to record their requests to the hub; the others do not use the hub.
         extracted = run("--until", "activations")
         assert extracted.returncode == 0, extracted.stdout + extracted.stderr
-        with forked_python() as project.python:
-            rest = project.run("--cores", "2", "--until", "metrics_layerwise")
+        project.python = str(forked_python())
+        rest = project.run("--cores", "2", "--until", "metrics_layerwise")
         assert rest.returncode == 0, rest.stdout + rest.stderr
         return project, hub, before, commit
 

@@ -104,17 +104,17 @@ def test_publishes_saes_that_sae_lens_loads_with_the_lines_of_the_card(study, hu
     folder = re.search(r'"us/saes", "(.*?)"', lines)[1]
     x = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
     save_file({"x": x}, tmp_path / "x.safetensors")
-    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):  # other commands of this process may have set them
-        monkeypatch.delenv(name, raising=False)
     around = """
+from pathlib import Path
+import pytest
 from safetensors.torch import load_file, save_file
+from tests.helpers.hub import use
+use(pytest.MonkeyPatch(), sys.argv[1], Path("home"))
 x = load_file("x.safetensors")["x"]
 {}
 save_file({{"latents": latents.detach()}}, "latents.safetensors")
 """
-    run_elsewhere(["sae_lens", "transformer_lens"], around.format(lines), cwd=tmp_path)
+    run_elsewhere(["sae_lens", "transformer_lens"], around.format(lines), hub.endpoint, folder=tmp_path)
     sae = load_sae(release / folder)
     with torch.no_grad():
         expected = sae.active(x).dense(32)
