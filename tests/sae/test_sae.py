@@ -548,8 +548,13 @@ def test_evaluation_does_not_depend_on_batches_and_keeps_precision_far_from_zero
     assert evaluate(sae, x.split(batch)).quality.fvu == pytest.approx(expected, rel=1e-4)
 
 
-def test_fvu_of_constant_tokens_is_nan():
-    assert math.isnan(evaluate(some_sae(), [torch.full((4, 8), 0.5)]).quality.fvu)
+@pytest.mark.parametrize("tokens", [4, 7, 900])
+def test_fvu_of_constant_tokens_is_nan(tokens, rng):
+    """Also if the sums of squares are rounded."""
+    token = torch.from_numpy(rng.standard_normal(8).astype(np.float32))
+    assert math.isnan(evaluate(some_sae(), [token.expand(tokens, 8)]).quality.fvu)
+    varied = token + 1e-3 * torch.randn(tokens, 8, generator=torch.Generator().manual_seed(0))
+    assert math.isfinite(evaluate(some_sae(), [varied]).quality.fvu)
 
 
 SETTINGS = SAESettings(expansion=2, k=4, learning_rate=1e-3)

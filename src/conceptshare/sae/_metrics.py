@@ -10,6 +10,9 @@ from torch import Tensor
 
 from conceptshare.sae._model import SAE
 
+_VARIES = 1e-12
+"""Variance of tokens, as a fraction of their mean square, below which they count as constant."""
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -18,7 +21,8 @@ class Quality:
     tokens: int
     """Number of tokens."""
     fvu: float
-    """Fraction of variance unexplained, relative to the per-dimension mean: predicting the mean gives 1."""
+    """Fraction of variance unexplained, relative to the per-dimension mean: predicting the mean gives 1. NaN if the
+    tokens do not vary."""
     explained_variance: float
     """1 - FVU."""
     cosine: float
@@ -84,7 +88,8 @@ class Evaluator:
         """Return the metrics over all added batches."""
         n = self._tokens
         variance = float((self._square - self._total.square() / n).sum())
-        fvu = float(self._error) / variance if variance > 0 else float("nan")
+        # A smaller variance is the rounding error of tokens that do not vary.
+        fvu = float(self._error) / variance if variance > _VARIES * float(self._square.sum()) else float("nan")
         density = self._counts.cpu().numpy() / n
         quality = Quality(
             tokens=n,
