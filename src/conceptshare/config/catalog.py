@@ -332,7 +332,7 @@ class EncoderSpec(ModelSpec, extra="forbid"):
         if (self.modality, self.kind) in {("image", "language"), ("text", "vision")}:
             raise ValueError(f"a {self.kind} encoder does not read {self.modality}s; set modality or kind")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds names a seed twice: {self.seeds}")
+            raise ValueError(f"seeds names a seed twice: {self.seeds}; name each once")
         return self
 
     def _check_template(self, template: str) -> None:
