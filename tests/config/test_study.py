@@ -1001,7 +1001,7 @@ def test_only_matrices_need_ceilings(build):
 
 def test_rankings_need_every_seed_of_the_encoders_in_their_groups_except_the_source(build):
     encoders = {"vit": {"seeds": [0, 1]}, "bert": {"seeds": [2, 0]}, "dinov2": None}
-    analysis = {"source": "vit@1", "shared_with": ["bert", "vit@0"], "not_shared_with": ["dinov2"]}
+    analysis = {"source": "vit@1", "shared_with": ["bert", "vit@0", "bert@2"], "not_shared_with": ["dinov2"]}
     study = build(encoders=encoders, analyses={"sharedness": {"s": analysis}})
     seeds = {"bert@2": ["bert@2", "bert@0"], "dinov2@0": ["dinov2@0"], "vit@0": ["vit@0"]}
     assert study.sharedness_seeds("s") == json.loads(study.table_key("sharedness", "s"))["seeds"] == seeds

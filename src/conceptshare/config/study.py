@@ -185,7 +185,7 @@ class Study(Spec):
         """The ``source`` of a ranking, and its groups ``shared_with`` and ``not_shared_with``, each sorted, as text."""
         analysis = self._analysis("sharedness", name)
         groups = ((key, getattr(analysis, key)) for key in ("shared_with", "not_shared_with"))
-        sorted_groups = {key: sorted(str(self.member(text)) for text in group) for key, group in groups}
+        sorted_groups = {key: sorted({str(self.member(text)) for text in group}) for key, group in groups}
         return {"source": str(self.member(analysis.source)), **sorted_groups}
 
     def sharedness_seeds(self, name: str) -> dict[str, list[str]]:
