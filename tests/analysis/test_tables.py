@@ -718,6 +718,12 @@ def test_pair_table_has_every_features_best_match_in_both_directions(study):
     stores, features = study
     table = pair_table("clip-text@0", "vit@0", stores)
     assert list(table.columns) == [
+def test_layerwise_table_has_each_direction_once(study):
+    stores, _ = study
+    pairs = [("vit@0", "bert@1"), ("vit@0", "clip-text@0"), ("bert@1", "vit@0"), ("vit@0", "bert@1")]
+    pd.testing.assert_frame_equal(layerwise_table(pairs, stores), layerwise_table(pairs[:2], stores))
+
+
         *("source", "target", "layer", "feature", "strength", "density", "rho"),
         *("match_layer", "match_feature", "iou", "beyond_shuffled", "log10_p", "significant", "left_out"),
         "code",

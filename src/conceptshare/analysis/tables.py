@@ -560,7 +560,7 @@ def modality_means(matrix: pd.DataFrame) -> pd.DataFrame:
 
 
 def layerwise_table(pairs: Sequence[tuple[str, str]], stores: Stores) -> pd.DataFrame:
-    """wMPPC and MPPC between all layers of two members, in both directions.
+    """wMPPC and MPPC between all layers of two members, in both directions, each once if pairs are repeated.
 
     ``floor`` is the wMPPC with the target's samples shuffled; ``null``, ``p``, ``excess``, ``cross_fitted`` and
     ``unexplained`` are as in `matrix_table`; ``cka`` and ``mutual_knn`` compare the global tokens of the two layers,
@@ -571,7 +571,10 @@ def layerwise_table(pairs: Sequence[tuple[str, str]], stores: Stores) -> pd.Data
     """
     rows = []
     members = {member for pair in pairs for member in pair}
-    for a, b in pairs:
+    once: dict[frozenset[str], tuple[str, str]] = {}
+    for each in pairs:
+        once.setdefault(frozenset(each), each)
+    for a, b in once.values():
         statistics = {member: stores.active(member) for member in (a, b)}
         unexplained = {member: stores.unexplained(member) for member in (a, b)}
         for source, target in ((a, b), (b, a)):
