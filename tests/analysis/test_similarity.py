@@ -226,7 +226,7 @@ def test_refuses_stores_of_too_few_samples(samples, tmp_path, write_activations,
         write_activations(tmp_path / name, {0: list(rng.standard_normal((samples, 1, 4)))})
         for name in ("a.zarr", "b.zarr")
     ]
-    with pytest.raises(NumericsError, match=rf"a\.zarr: {samples} samples, where 10 neighbours need at least 11"):
+    with pytest.raises(NumericsError, match=rf"a\.zarr: {samples} samples; 10 nearest .* at least 11, so use more"):
         compare_stores(*paths, tmp_path / "out.csv")
 
 

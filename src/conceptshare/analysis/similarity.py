@@ -103,7 +103,9 @@ def compare_stores(path_a: Path, path_b: Path, out: Path) -> None:
         raise StoreError(f"{path_a} and {path_b} have different samples; make both from the same data set")
     N = specs[0]["samples"]
     if N <= NEIGHBOURS:
-        raise NumericsError(f"{path_a}: {N} samples, where {NEIGHBOURS} neighbours need at least {NEIGHBOURS + 1}")
+        raise NumericsError(
+            f"{path_a}: {N} samples; {NEIGHBOURS} nearest neighbours need at least {NEIGHBOURS + 1}, so use more"
+        )
     (store_a, store_b), (layers_a, layers_b) = stores, [spec["layers"] for spec in specs]
     what = f"similarity of {out.stem}"
     of_a = {
