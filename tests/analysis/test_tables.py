@@ -37,6 +37,7 @@ from conceptshare.cli.tables import _warn_without
 from conceptshare.config.members import GroupedMember, Member, as_member, pair_name
 from conceptshare.correlations import _store, correlate_stores
 from conceptshare.io.errors import StoreError
+from conceptshare.io.readers import source_of
 from conceptshare.io.seals import seal
 from conceptshare.io.sizes import REPAIRINGS
 from conceptshare.io.store import open_store
@@ -84,8 +85,8 @@ def made(tmp_path_factory, write_features_from):
 
 
 def activations_of(folder, member):
-    """The digest of the activations that a member's features come from."""
-    return open_store(folder / f"features/{member}.zarr", "features").attrs["spec"]["made_from"]["activations"]
+    """What the activations are of that a member's features come from."""
+    return source_of(open_store(folder / f"features/{member}.zarr", "features").attrs["spec"])
 
 
 @pytest.fixture
@@ -332,7 +333,7 @@ def test_refuses_correlations_and_similarities_of_other_features(study, write_fe
     stores, _ = study
     shutil.rmtree(stores.features / "vit@0.zarr")
     other = {layer: rng.random((60, 6)) for layer in (1, 3)}
-    write_features_from(stores.features.parent / "again", stores.features, "vit@0", other)
+    write_features_from(stores.features.parent / "again", stores.features, "vit@0", other, "other samples")
     for table in (
         lambda: matrix_table(MEMBERS[:2], stores._replace(similarity=None)),
         lambda: layerwise_table([("bert@1", "vit@0")], stores),

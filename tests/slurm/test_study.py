@@ -68,7 +68,7 @@ def test_a_job_with_a_gpu_invisible_to_torch_fails_unless_the_cpu_is_chosen(pock
         "--retries",
         "0",
         "--",
-        "results/squares/similarity/tiny/reader__viewer.csv",
+        "results/squares/similarity/reader__viewer.csv",
     )
     pocket.choice = {"DEVICE_OF_NODES": ""}
     output, _ = pocket.start(*similarity).communicate(timeout=LONG_ENOUGH)

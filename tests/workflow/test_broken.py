@@ -101,7 +101,7 @@ def test_the_remedy_for_a_damaged_store_restores_the_same_bytes(study, finished)
 
 
 def test_files_with_future_times_are_harmless_or_an_error_fixed_by_touching_them(study, finished):
-    results, similarity = study.folder / "results/squares", "results/squares/similarity/tiny/reader__viewer.csv"
+    results, similarity = study.folder / "results/squares", "results/squares/similarity/reader__viewer.csv"
     tomorrow = time.time() + 86400
     for path in (study.folder / "squares.parquet", results / "data/samples.arrow"):
         os.utime(path, (tomorrow, tomorrow))

@@ -272,7 +272,7 @@ def test_a_second_sae_setting_keeps_the_results_of_the_first(study):
     config = study.config
     config["saes"]["batched"] = config["saes"]["tiny"] | {"activation": "batchtopk", "matryoshka": [8]}
     study.config = config
-    new = {"sae": 3 * LAYERS, "features": 3, "correlations": 2, "similarity": 1, **SHOWN}
+    new = {"sae": 3 * LAYERS, "features": 3, "correlations": 2, **SHOWN}
     assert study.plan() == {**new, **TABLES_AND_FIGURES, **CHANGED_STUDY}
 
 

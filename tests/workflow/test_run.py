@@ -65,10 +65,10 @@ def test_compute_jobs_log_their_device_in_one_line(finished):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_on_a_cluster_a_job_whose_rule_asked_for_a_gpu_fails_without_one(study):
-    target = "results/squares/similarity/tiny/reader__viewer.csv"
+    target = "results/squares/similarity/reader__viewer.csv"
     node = ("--mode", "remote", "--cores", "1", "--force", "--nolock", target)  # as executors start it on nodes
     assert study.run(*node).returncode == 1
-    (line,) = (study.folder / "results/logs/squares/similarity/tiny/reader__viewer.log").read_text().splitlines()
+    (line,) = (study.folder / "results/logs/squares/similarity/reader__viewer.log").read_text().splitlines()
     assert line.startswith("error: a GPU was requested (CONCEPTSHARE_DEVICE=cuda), but torch")
     on_cpu = study.run(*node, "--set-resources", "similarity:gpu=0")
     assert on_cpu.returncode == 0, on_cpu.stdout + on_cpu.stderr

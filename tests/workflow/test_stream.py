@@ -97,8 +97,11 @@ def test_a_changed_setting_retrains_all_and_an_added_one_keeps_the_first(stream)
     config["saes"]["tiny"]["k"] = 4
     config["saes"]["sparser"] = {"expansion": 2, "k": 2, "learning_rate": 1e-2}
     stream.config = config
-    assert changed == stream.plan()
-    assert changed["stream"] == 2
+    added = stream.plan()
+    assert changed == added | {"similarity": 1}  # whose tokens are those of the first setting
+    assert added["stream"] == 2
+    result = stream.run("--cores", "2", "--until", "figures_similarity")
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_a_stream_cannot_be_split_into_parts(new_study):

@@ -281,8 +281,11 @@ def saes_of(wildcards):
 
 
 def activations_of(wildcards, encoder="encoder"):
-    """The store with the global tokens of the encoder that a wildcard names."""
-    sae = setting_of(wildcards)
+    """The store with the global tokens of the encoder that a wildcard names.
+
+    Streams for several SAE settings each write these tokens; without a setting, they are those of the first.
+    """
+    sae = setting_of(wildcards) if "sae" in wildcards.keys() else next(iter(STUDY.saes))
     pattern = layout.STREAMED_ACTIVATIONS if STUDY.stream else layout.ACTIVATIONS
     return filled(pattern, wildcards, sae=sae, encoder=wildcards[encoder])
 
@@ -352,8 +355,7 @@ def pairs_of(pairs, wildcards):
 
 def similarity_of(pairs, wildcards):
     """The tables of similarity of the encoders in pairs of members; two seeds of one encoder have none."""
-    sae = setting_of(wildcards)
-    return [filled(layout.SIMILARITY, wildcards, sae=sae, encoder_a=a, encoder_b=b) for a, b in encoder_pairs(pairs)]
+    return [filled(layout.SIMILARITY, wildcards, encoder_a=a, encoder_b=b) for a, b in encoder_pairs(pairs)]
 
 
 def similarity_option(wildcards, input):

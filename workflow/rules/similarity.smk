@@ -9,12 +9,11 @@ rule similarity:
             layout.SIMILARITY.replace(".parquet", ".csv"),
             caption="../report/similarity_table.rst",
             category="Similarity of activations",
-            subcategory="{dataset}, SAEs {sae}",
+            subcategory="{dataset}",
             labels={
                 "encoders": "{encoder_a} and {encoder_b}",
                 "shows": "CKA and mutual nearest neighbours",
                 "data set": "{dataset}",
-                "SAEs": "{sae}",
                 "type": "table",
             },
         ),

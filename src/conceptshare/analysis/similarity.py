@@ -1,6 +1,6 @@
 """Stage `similarity`: similarity of two encoders' activations, layer by layer, without SAEs.
 
-`results/{dataset}/similarity/{sae}/{a}__{b}.csv` has one row per pair of layers, with the linear CKA and the mutual
+`results/{dataset}/similarity/{a}__{b}.csv` has one row per pair of layers, with the linear CKA and the mutual
 nearest neighbours of their global tokens. If these are high, shared concepts are no surprise.
 
 Samples are shuffled, so the first ones are a random subset: CKA uses at most the first `CKA_SAMPLES`, neighbours at
@@ -25,6 +25,7 @@ from conceptshare.io import provenance
 from conceptshare.io.errors import NumericsError, StoreError
 from conceptshare.io.files import Unchanged
 from conceptshare.io.progress import progress
+from conceptshare.io.readers import source_of
 from conceptshare.io.sizes import CKA_SAMPLES, NEIGHBOUR_SAMPLES
 from conceptshare.io.store import layer_array, open_store
 
@@ -122,9 +123,7 @@ def compare_stores(path_a: Path, path_b: Path, out: Path) -> None:
             rows.append((source_layer, target_layer, cka, mutual, min(N, CKA_SAMPLES), *nulls))
     columns = ["source_layer", "target_layer", "cka", "mutual_knn", "samples", "cka_null", "mutual_knn_null"]
     table = pd.DataFrame(rows, columns=columns).sort_values(columns[:2])
-    table.attrs["activations"] = {
-        spec["name"]: store.attrs["digest"] for spec, store in zip(specs, stores, strict=True)
-    }
+    table.attrs["activations"] = {spec["name"]: source_of(spec) for spec in specs}
     with inputs:
         provenance.record(out)
         write_table(table, out)

@@ -32,6 +32,7 @@ from conceptshare.io.readers import (
     read_spec,
     read_statistics,
     unexplained_layers,
+    source_of,
 )
 from conceptshare.io.store import read_root
 from conceptshare.sae.folder import REMEDY, sae_file, sae_of
@@ -129,7 +130,7 @@ class Stores(NamedTuple):
         path = self.similarity / f"{first}__{second}.parquet"
         table = read_table(path, "similarity")
         for member in (source, target):
-            made_from = read_spec(self.features / f"{member}.zarr", FEATURES)["made_from"]["activations"]
+            made_from = source_of(read_spec(self.features / f"{member}.zarr", FEATURES))
             if table.attrs["activations"].get(as_member(member).encoder) != made_from:
                 raise StoreError(
                     f"{path}: made from other activations than the features of {member}; delete it and run the "

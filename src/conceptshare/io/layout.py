@@ -1,7 +1,7 @@
 """Layout of `results/`: every path is defined here once, and rules, pages, checks and docs use these definitions.
 
 Paths contain Snakemake wildcards. A member is an encoder with the seed of its SAEs; a pair consists of two members.
-From ``FEATURES`` on, ``sae`` is a name of `coded`, but for ``SIMILARITY``.
+From ``FEATURES`` on, ``sae`` is a name of `coded`.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ FEATURES = "results/{dataset}/features/{sae}/{member}.zarr"
 NAMES = "results/{dataset}/names/{sae}/{member}.parquet"
 EXAMPLES = "results/{dataset}/examples/{sae}/{member}"
 CORRELATIONS = "results/{dataset}/correlations/{sae}/{a}__{b}.zarr"
-SIMILARITY = "results/{dataset}/similarity/{sae}/{encoder_a}__{encoder_b}.parquet"
+SIMILARITY = "results/{dataset}/similarity/{encoder_a}__{encoder_b}.parquet"
 
 STUDY_FOLDER = "results/studies/{study}"
 STUDY = f"{STUDY_FOLDER}/study.json"

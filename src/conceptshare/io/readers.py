@@ -1,5 +1,6 @@
 """Readers for feature and correlation stores, free of torch so that tables and figures start quickly."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -112,8 +113,12 @@ def unexplained_layers(path: Path) -> list[bool]:
     Raises:
         StoreError: if the store is missing or incomplete, or its attributes were changed.
     """
-    spec = read_spec(path, FEATURES)
-    return [layer in spec["unexplained"] for layer in spec["layers"]]
+    return [fvu is not None and fvu > max_fvu_global for fvu in read_spec(path, FEATURES)["fvu_global"]]
+
+
+def source_of(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What activations are of, from their spec or that of features: the encoder, its weights, samples and layers."""
+    return {key: spec.get(key) for key in ("name", "encoder", "weights", "content_hash", "samples", "layers")}
 
 
 def check_samples(features: Path, data: Path, content_hash: str) -> None:

@@ -164,6 +164,7 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
         copies = 1 if study.datasets[name].image_url is None else 2  # downloaded files are kept
         parts["dataset"].append(Cost(written=copies * data_bytes, read=data_bytes, memory=_PROCESS_BYTES))
         parts["pages_samples"].append(Cost(written=N * _THUMBNAIL_BYTES, read=data_bytes, memory=_PROCESS_BYTES))
+        parts["similarity"] += [similarity_cost(needed[a], needed[b], N) for a, b in study.similarity_pairs()]
         if not study.stream:
             for spec in needed.values():
                 rule = "activations" if spec.parts == 1 else "activations_part"
@@ -208,7 +209,6 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
                         for b in texts
                     ]:
                         parts["metrics_retrieval"].append(_sum(costs))
-            parts["similarity"] += [similarity_cost(needed[a], needed[b], N) for a, b in study.similarity_pairs()]
     jobs = {rule: len(costs) for rule, costs in parts.items() if costs}
     if "activations_part" in jobs:  # one cost covers all parts of an encoder
         jobs["activations_part"] = len(counts) * sum(spec.parts for spec in needed.values() if spec.parts > 1)

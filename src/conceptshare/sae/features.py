@@ -39,7 +39,7 @@ from conceptshare.io.errors import StoreError
 from conceptshare.io.files import Unchanged
 from conceptshare.io.layout import Code, layer_name
 from conceptshare.io.progress import progress
-from conceptshare.io.readers import FEATURES, LayerFeatures, read_kept_features
+from conceptshare.io.readers import FEATURES, LayerFeatures, read_kept_features, source_of
 from conceptshare.io.sizes import (
     FEATURE_COLUMNS,
     FEATURE_ROWS,
@@ -104,7 +104,7 @@ def record_features(
     inputs = Unchanged(activation_store, *sorted(saes.glob(f"*/seed-{seed}")))
     source: Any = open_store(activation_store, extraction.KIND)
     spec: Any = source.attrs["spec"]
-    described = {key: spec.get(key) for key in ("name", "encoder", "weights", "content_hash", "samples", "layers")}
+    described = source_of(spec)
     records = _read_saes(saes, seed, spec)
     digests = {str(layer): sae["digest"] for layer, (_, sae) in records.items()}
     described |= {
