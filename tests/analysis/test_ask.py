@@ -108,15 +108,16 @@ def test_wmppc_equals_that_of_a_study(run, stores, tmp_path):
 
 
 def test_wmppc_leaves_unexplained_layers_out(run, tmp_path, rng, write_features):
-    """The SAE of layer n has an FVU of 0.2 n; the reading over all layers is then that of layers 1 and 2."""
+    """The SAE of layer n has an FVU of 0.2 n; the reading over all layers is then that of layers 1 and 2, or 1."""
     a, b = rng.random((2, 3, N, 4)).astype(np.float16).astype(np.float64)
     paths = [
         write_features(tmp_path, name, dict(zip((1, 2, 6), x, strict=True))) for name, x in (("a@0", a), ("b@0", b))
     ]
-    _, output, _ = run("wmppc", *paths, "--unexplained-layers", "leave_out", "--json")
-    best = [np.max([rho(x, y) for y in b[:2]], axis=0) for x in a[:2]]
-    expected = np.average(np.concatenate(best), weights=np.concatenate([x.sum(0) for x in a[:2]]))
-    assert json.loads(output)[0]["wmppc"] == pytest.approx(expected, abs=1e-5)
+    for bound, kept in (([], 2), (["--max-fvu-global", 0.3], 1)):
+        _, output, _ = run("wmppc", *paths, "--unexplained-layers", "leave_out", *bound, "--json")
+        best = [np.max([rho(x, y) for y in b[:kept]], axis=0) for x in a[:kept]]
+        expected = np.average(np.concatenate(best), weights=np.concatenate([x.sum(0) for x in a[:kept]]))
+        assert json.loads(output)[0]["wmppc"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_store_shares_all_concepts_with_itself(stores):

@@ -101,12 +101,12 @@ def stores_in(folder):
     return Stores(folder / "features", folder / "correlations", folder / "similarity")
 
 
-def correlate(stores, members, unexplained_layers="mark"):
+def correlate(stores, members, leave_out_above=None):
     """Write the correlation store of every pair of members."""
     for pair in combinations(sorted(as_member(member) for member in members), 2):
         paths = [stores.features / f"{member}.zarr" for member in pair]
         out = stores.correlations / f"{pair_name(*pair)}.zarr"
-        correlate_stores(*paths, out, unexplained_layers=unexplained_layers)
+        correlate_stores(*paths, out, leave_out_above=leave_out_above)
 
 
 def rho(x, y):
@@ -429,7 +429,16 @@ def test_tables_count_layers_whose_sae_leaves_most_of_the_global_tokens_unexplai
     cells = layerwise_table([("a@0", "b@0")], stores)
     forth = cells[cells.source == "a@0"].pivot(index="source_layer", columns="target_layer", values="unexplained")
     assert forth.to_numpy().tolist() == [[0, 1], [1, 2], [1, 2]]
-    assert set(sharedness_table("a@0", ["b@0"], ["c@0"], stores).unexplained) == {"a@0, b@0, c@0"}
+    ranking = sharedness_table("a@0", ["b@0"], ["c@0"], stores)
+    assert set(ranking.unexplained) == {"a@0, b@0, c@0"}
+    assert {table.attrs["max_fvu_global"] for table in (matrix, averages_table(matrix, tmp_path), cells, ranking)} == {
+        0.9
+    }
+    other = stores._replace(max_fvu_global=1.1)
+    assert set(sharedness_table("a@0", ["b@0"], ["c@0"], other).unexplained) == {"a@0, c@0"}
+    matrix = matrix_table(members, other)
+    assert matrix.attrs["max_fvu_global"] == 1.1
+    assert {key: cell.unexplained for key, cell in cells_of(matrix)}["a@0", "b@0", "pooled"] == 1
 
 
 # Layers from 5 on are unexplained: the SAE of layer n has an FVU of 0.2 n at global tokens.
@@ -460,9 +469,9 @@ def partly(tmp_path_factory, write_features_from):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_store, "FLOOR_FEATURES", FLOOR_FEATURES)
         for name, of, setting in (
-            ("mark", "whole", "mark"),
-            ("leave_out", "whole", "leave_out"),
-            ("kept", "kept", "mark"),
+            ("mark", "whole", None),
+            ("leave_out", "whole", 0.9),
+            ("kept", "kept", None),
         ):
             found[name] = stores_in(folder / of)._replace(correlations=folder / f"correlations-{name}")
             correlate(found[name], PARTLY, setting)
@@ -563,7 +572,7 @@ def test_refuses_to_leave_out_all_layers_of_a_member(tmp_path, write_features, r
         write_features(tmp_path, member, {n: rng.random((50, 4)) for n in layers})
     wanted = r"b@0\.zarr: the SAEs of all its layers .*; train better SAEs, raise max_fvu_global, remove the encoder"
     with pytest.raises(StoreError, match=wanted):
-        correlate(Stores(tmp_path, tmp_path), ["a@0", "b@0"], "leave_out")
+        correlate(Stores(tmp_path, tmp_path), ["a@0", "b@0"], 0.9)
 
 
 def test_tables_have_the_code_of_their_features(tmp_path, write_features_from, rng):
@@ -709,6 +718,12 @@ def test_layerwise_table_has_both_directions_for_every_pair_of_layers(study):
     assert found == {("vit@0", "clip-text@0"), ("clip-text@0", "vit@0"), ("bert@1", "vit@0"), ("vit@0", "bert@1")}
 
 
+def test_layerwise_table_has_each_direction_once(study):
+    stores, _ = study
+    pairs = [("vit@0", "bert@1"), ("vit@0", "clip-text@0"), ("bert@1", "vit@0"), ("vit@0", "bert@1")]
+    pd.testing.assert_frame_equal(layerwise_table(pairs, stores), layerwise_table(pairs[:2], stores))
+
+
 def test_layerwise_table_of_two_seeds_of_one_encoder_has_no_similarity(study):
     table = layerwise_table([("vit@0", "vit@7")], study[0])
     assert table[["cka", "mutual_knn"]].isna().all(axis=None)
@@ -719,12 +734,6 @@ def test_pair_table_has_every_features_best_match_in_both_directions(study):
     stores, features = study
     table = pair_table("clip-text@0", "vit@0", stores)
     assert list(table.columns) == [
-def test_layerwise_table_has_each_direction_once(study):
-    stores, _ = study
-    pairs = [("vit@0", "bert@1"), ("vit@0", "clip-text@0"), ("bert@1", "vit@0"), ("vit@0", "bert@1")]
-    pd.testing.assert_frame_equal(layerwise_table(pairs, stores), layerwise_table(pairs[:2], stores))
-
-
         *("source", "target", "layer", "feature", "strength", "density", "rho"),
         *("match_layer", "match_feature", "iou", "beyond_shuffled", "log10_p", "significant", "left_out"),
         "code",

@@ -359,7 +359,8 @@ def test_bounds_of_warnings_change_no_sae(build):
     studies = [build(saes={"small": {"k": 4, **bounds}}) for bounds in ({}, {"max_dead": 0.1, "max_fvu_global": 0.2})]
     assert len({study.sae_key("small") for study in studies}) == 1
     assert json.loads(studies[1].sae_settings("small")) == {"k": 4, "max_dead": 0.1, "max_fvu_global": 0.2}
-    assert [study.features_options("small") for study in studies] == ["--keep", "--keep --max-fvu-global 0.2"]
+    assert [study.features_options("small") for study in studies] == ["--keep"] * 2
+    assert [study.unexplained_options("small") for study in studies] == ["--unexplained-layers mark"] * 2
 
 
 @pytest.mark.parametrize(

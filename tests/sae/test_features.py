@@ -1,5 +1,7 @@
 """The recorded features and statistics, against NumPy over the same float16 activations."""
 
+import json
+import math
 import shutil
 from dataclasses import asdict
 from itertools import product
@@ -11,7 +13,8 @@ import torch
 from conceptshare.correlations import correlate_stores
 from conceptshare.io.errors import NumericsError, StoreError
 from conceptshare.io.layout import layer_name
-from conceptshare.io.readers import read_correlations, read_statistics
+from conceptshare.io.readers import read_correlations, read_statistics, unexplained_layers
+from conceptshare.io.seals import seal
 from conceptshare.io.store import open_store
 from conceptshare.sae import SAE, JumpReLU, TopK, features, load_sae, save_sae
 from conceptshare.sae.exchange import import_sae
@@ -136,17 +139,22 @@ def test_the_spec_records_the_inputs_of_the_features(recorded, tmp_path):
             "activations": open_store(tmp_path / "vit.zarr", "activations").attrs["digest"],
             "saes": {str(layer): sae_of(tmp_path / "saes", layer, 7)[1]["digest"] for layer in (0, 2)},
         },
-        "max_fvu_global": 0.9,
-        "unexplained": [],
+        "fvu_global": [None, None],  # these SAEs have no metrics
     }
 
 
-@pytest.mark.parametrize(("bound", "unexplained"), [(0.9, [5]), (0.3, [2, 5]), (1, [])])
-def test_layers_whose_sae_is_above_the_bound_are_unexplained(tmp_path, write_features, rng, bound, unexplained):
-    write_features(tmp_path, "a@0", {layer: rng.random((9, 3)) for layer in (1, 2, 5)})  # FVU of 0.2 per layer
-    made, out = tmp_path / "made" / "a@0", tmp_path / "again" / "a@0.zarr"
-    record_features(made / "a.zarr", made, 0, out, max_fvu_global=bound)
-    assert open_store(out, "features").attrs["spec"]["unexplained"] == unexplained
+def test_layers_whose_sae_is_above_a_bound_are_unexplained(tmp_path, write_features, rng):
+    store = write_features(tmp_path, "a@0", {layer: rng.random((9, 3)) for layer in (1, 2, 5)})  # FVU of 0.2 per layer
+    assert unexplained_layers(store, 0.9) == [False, False, True]
+    assert unexplained_layers(store, 0.3) == [False, True, True]
+    assert unexplained_layers(store, 1) == [False] * 3
+    constant = tmp_path / "made/a@0/layer-05/seed-0"  # global tokens without variance
+    metrics = json.loads((constant / "metrics.json").read_text())
+    metrics["global_tokens"]["fvu"] = math.nan
+    (constant / "metrics.json").write_text(json.dumps(metrics))
+    seal(constant, {"spec": sae_of(constant.parents[1], 5, 0)[1]["spec"]})
+    record_features(tmp_path / "made/a@0/a.zarr", constant.parents[1], 0, tmp_path / "again.zarr")
+    assert unexplained_layers(tmp_path / "again.zarr", 0.3) == [False, True, False]
 
 
 @pytest.fixture

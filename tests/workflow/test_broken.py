@@ -149,7 +149,7 @@ CHANGES = [
     (change("saes", "tiny", "k", to=5), "saes/tiny/reader: made with k: 4, not 5"),
     (
         change("saes", "tiny", "max_fvu_global", to=0.5),
-        "features/tiny/reader@0.zarr: made with max_fvu_global: 0.9, not 0.5",
+        "results/studies/miniature: made with saes.tiny.max_fvu_global: 0.9, not 0.5",
     ),
     (change("correlations", "precision", to="float32"), "reader@1.zarr: made with precision: float16, not float32"),
     (

@@ -404,11 +404,33 @@ def test_bounds_of_warnings_train_no_sae(study):
     config["saes"]["tiny"]["max_dead"] = 0.1
     study.config = config
     assert study.plan() == CHANGED_STUDY
-    config["saes"]["tiny"]["max_fvu_global"] = 0.01
+
+
+MARKED = {
+    **WITH_SIMILARITY,  # all that is made from the matrix
+    **LAYERWISE,
+    **SHAREDNESS,
+    "pages_member": 1,  # of the source of the rankings
+    "pages_index": 1,
+}
+
+
+@pytest.mark.parametrize("unexplained", ["mark", "leave_out"])
+def test_another_bound_of_unexplained_layers_plans_what_marks_or_leaves_them_out(study, unexplained):
+    config = study.config
+    if unexplained == "leave_out":
+        config["correlations"]["unexplained_layers"] = "leave_out"
+        config["saes"]["tiny"]["max_fvu_global"] = 1e9
+        study.config = config
+        result = study.run("--cores", "2", "--until", "correlations")
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "correlations" not in study.plan()
+    config["saes"]["tiny"]["max_fvu_global"] = 1e8
     study.config = config
     planned = study.plan()
-    assert planned["features"] == 3
-    assert not {"activations", "sae", "similarity"} & planned.keys()
+    later = {"correlations": 2, "pages_pair": 2, **SITE, **TABLES_AND_FIGURES}
+    del later["metrics_retrieval"]
+    assert planned == (MARKED if unexplained == "mark" else later) | CHANGED_STUDY
 
 
 def test_parsing_the_workflow_imports_no_compute_libraries(new_study):

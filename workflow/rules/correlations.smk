@@ -19,7 +19,7 @@ rule correlations:
         bound=correlations_memory,
     params:
         precision=STUDY.correlations.precision,
-        unexplained=STUDY.correlations.unexplained_layers,
+        unexplained=lambda w: STUDY.unexplained_options(w.sae),
     shell:
         "python -m conceptshare correlations {input.a:q} {input.b:q} --precision {params.precision}"
-        " --unexplained-layers {params.unexplained} {resources.bound} --threads {threads} --out {output:q} --gpus {resources.gpu} > {log:q} 2>&1"
+        " {params.unexplained} {resources.bound} --threads {threads} --out {output:q} --gpus {resources.gpu} > {log:q} 2>&1"

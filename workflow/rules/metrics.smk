@@ -27,9 +27,10 @@ for table in products.TABLES:
             runtime=grown(120 if table.gpu else 30),
         params:
             key=TABLE_KEYS.get(table.name, ""),
+            bound=bound_of(table),
             command=product_command(table),
         shell:
-            "python -m conceptshare metrics {params.command} --out {output.csv:q}"
+            "python -m conceptshare metrics {params.command} {params.bound} --out {output.csv:q}"
             + (" --gpus {resources.gpu} --threads {threads}" if table.gpu else "")
             + " > {log:q} 2>&1"
 

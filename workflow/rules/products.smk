@@ -23,6 +23,14 @@ TABLE_KEYS = {
 }
 
 
+def bound_of(table):
+    """The option of the bound of unexplained layers, if a table marks them.
+
+    A parameter of its own: Snakemake does not compare those that depend on input files, as commands do.
+    """
+    return (lambda w: STUDY.bound_option(w.sae)) if table.marks else ""
+
+
 def product_inputs(product):
     """The input files of a table or figure, by the names in its `inputs`."""
     pairs = TABLE_PAIRS.get(product.name)

@@ -16,10 +16,11 @@ from conceptshare.analysis.tables import (
     side_by_side,
     with_intervals,
 )
+from conceptshare.config.settings import MAX_FVU_GLOBAL
 from conceptshare.correlations import FeatureStore, check_pair, judged, last_layers, max_correlations
 from conceptshare.correlations.blocks import Precision
 from conceptshare.io.errors import StoreError
-from conceptshare.io.readers import Unexplained, unexplained_layers
+from conceptshare.io.readers import unexplained_layers
 
 COLUMNS = (
     "source",
@@ -45,7 +46,7 @@ def wmppc_between(
     b: Path,
     memory_bytes: int | None = None,
     precision: Precision = "float32",
-    unexplained_layers: Unexplained = "mark",
+    leave_out_above: float | None = None,
 ) -> pd.DataFrame:
     """wMPPC between two feature stores, with its interval and floor: one row per direction and reading.
 
@@ -54,7 +55,7 @@ def wmppc_between(
         b: another feature store of the same samples.
         memory_bytes: limit of the working memory, see `max_correlations`.
         precision: what standardised features are rounded to in the product.
-        unexplained_layers: whether ``pooled`` and ``layer_mean`` leave unexplained layers out.
+        leave_out_above: ``pooled`` and ``layer_mean`` leave out layers whose SAE has a larger FVU at global tokens.
 
     Returns:
         A table with the columns `COLUMNS`, as in `tables.matrix_table`.
@@ -64,7 +65,7 @@ def wmppc_between(
             different samples.
         NumericsError: if a feature is not finite.
     """
-    stores, names = _stores([a, b], unexplained_layers), _names([a, b])
+    stores, names = _stores([a, b], leave_out_above), _names([a, b])
     statistics = {path: active_statistics(path) for path in (a, b)}
     found = max_correlations(stores[a].arrays, stores[b].arrays, memory_bytes=memory_bytes, precision=precision)
     rows = []
@@ -76,7 +77,12 @@ def wmppc_between(
     return pd.DataFrame(rows)[list(COLUMNS)]
 
 
-def sharedness_of(source: Path, shared_with: Sequence[Path], not_shared_with: Sequence[Path]) -> pd.DataFrame:
+def sharedness_of(
+    source: Path,
+    shared_with: Sequence[Path],
+    not_shared_with: Sequence[Path],
+    max_fvu_global: float = MAX_FVU_GLOBAL,
+) -> pd.DataFrame:
     """Rank the last-layer features of a store by Comparative Sharedness, like `tables.sharedness_table`.
 
     Only last layers are correlated.
@@ -85,6 +91,7 @@ def sharedness_of(source: Path, shared_with: Sequence[Path], not_shared_with: Se
         source: the feature store whose features are ranked.
         shared_with: the stores of the group G, which should share them.
         not_shared_with: the stores of the group H, which should not.
+        max_fvu_global: a last layer whose SAE has a larger FVU at global tokens is marked as unexplained.
 
     Raises:
         StoreError: if a store is incomplete, damaged or without an active feature, they have different samples, one is
@@ -104,17 +111,17 @@ def sharedness_of(source: Path, shared_with: Sequence[Path], not_shared_with: Se
         of_first, of_second = last_layers(stores[first], stores[second], found)
         pairs[names[path]] = of_first if first == source else of_second
     of_g, of_h = ([names[path] for path in group] for group in (shared_with, not_shared_with))
-    unexplained = [names[path] for path in (source, *groups) if unexplained_layers(path)[-1]]
+    unexplained = [names[path] for path in (source, *groups) if unexplained_layers(path, max_fvu_global)[-1]]
     drawn = {name: [name] for name in pairs}
     table = ranking(names[source], last, statistics[last], pairs, of_g, of_h, drawn, unexplained)
     table["code"] = stores[source].code
-    table.attrs["features"] = {names[path]: stores[path].digest for path in stores}
+    table.attrs |= {"features": {names[path]: stores[path].digest for path in stores}, "max_fvu_global": max_fvu_global}
     return table
 
 
-def _stores(paths: Iterable[Path], unexplained_layers: Unexplained = "mark") -> dict[Path, FeatureStore]:
+def _stores(paths: Iterable[Path], leave_out_above: float | None = None) -> dict[Path, FeatureStore]:
     """Open feature stores, and make sure that they have the same samples."""
-    stores = {path: FeatureStore(path, unexplained_layers) for path in paths}
+    stores = {path: FeatureStore(path, leave_out_above) for path in paths}
     first, *others = stores.values()
     for store in others or [first]:
         check_pair(first, store)

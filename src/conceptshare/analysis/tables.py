@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from conceptshare import metrics
 from conceptshare.config.members import GroupedMember, Member, as_member, pair_name
+from conceptshare.config.settings import MAX_FVU_GLOBAL
 from conceptshare.io.errors import StoreError, StudyError
 from conceptshare.io.files import CSV, PARQUET, atomic_output
 from conceptshare.io.parquet import read_parquet, write_parquet
@@ -31,8 +32,8 @@ from conceptshare.io.readers import (
     read_last_layer,
     read_spec,
     read_statistics,
-    unexplained_layers,
     source_of,
+    unexplained_layers,
 )
 from conceptshare.io.store import read_root
 from conceptshare.sae.folder import REMEDY, sae_file, sae_of
@@ -93,6 +94,8 @@ class Stores(NamedTuple):
     correlations: Path
     similarity: Path | None = None
     """The tables of the `similarity` stage; without them, their columns are NaN."""
+    max_fvu_global: float = MAX_FVU_GLOBAL
+    """Layers whose SAE has a larger FVU at global tokens are marked as unexplained."""
 
     def active(self, member: str) -> dict[int, FeatureStatistics]:
         """A member's feature statistics by layer, see `active_statistics`."""
@@ -100,7 +103,7 @@ class Stores(NamedTuple):
 
     def unexplained(self, member: str) -> list[bool]:
         """For each layer of a member, whether it is unexplained; see `unexplained_layers`."""
-        return unexplained_layers(self.features / f"{member}.zarr")
+        return unexplained_layers(self.features / f"{member}.zarr", self.max_fvu_global)
 
     def digests(self, members: Iterable[str]) -> dict[str, str]:
         """The digests of members' feature stores."""
@@ -283,10 +286,12 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
     - ``cka``, ``mutual_knn``: similarity of the encoders' global tokens; for ``last`` that of the last layers, for
       ``layer_mean`` the mean over the source's layers of the best layer of the target, for ``pooled`` that of the best
       pair of layers;
-    - ``unexplained``: the number of layers that take part, of both members, whose SAE leaves more than
-      ``max_fvu_global`` of the variance of the global tokens unexplained; ``left_out``: the number of such layers, of
-      both members, that the reading leaves out;
+    - ``unexplained``: the number of layers that take part, of both members, whose SAE has an FVU above
+      ``max_fvu_global`` at global tokens; ``left_out``: the number of such layers, of both members, that the reading
+      leaves out;
     - ``code``: whether the features are ``before_topk`` or ``after_topk``, as in other tables.
+
+    Its ``attrs`` record ``max_fvu_global``, like those of other tables with ``unexplained``.
 
     Raises:
         StoreError: if a store is missing, or no feature of a member is active.
@@ -331,7 +336,7 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
         if len(cells) >= _CELLS_PER_BLOCK or source == members[-1]:
             rows += with_intervals(cells, np.concatenate(influences), np.concatenate(of_parts))
             cells, influences, of_parts = [], [], []
-    return _made_from(stores, statistics, pd.DataFrame(rows))[list(MATRIX_COLUMNS)]
+    return _marked(stores, statistics, pd.DataFrame(rows))[list(MATRIX_COLUMNS)]
 
 
 def _ceilings(source: GroupedMember, S: metrics.Array, stores: Stores) -> dict[str, float]:
@@ -368,6 +373,12 @@ def _made_from(stores: Stores, members: Iterable[str], table: pd.DataFrame) -> p
     table["code"] = read_code(stores.features / f"{next(iter(digests))}.zarr")
     table.attrs["features"] = digests
     return table
+
+
+def _marked(stores: Stores, members: Iterable[str], table: pd.DataFrame) -> pd.DataFrame:
+    """The same as `_made_from`, with the bound by which the table marks layers in its ``attrs``."""
+    table.attrs["max_fvu_global"] = stores.max_fvu_global
+    return _made_from(stores, members, table)
 
 
 def side_by_side(statistics: Mapping[int, FeatureStatistics]) -> tuple[metrics.Array, metrics.Array]:
@@ -541,7 +552,7 @@ def averages_table(matrix: pd.DataFrame, correlations: Path) -> pd.DataFrame:
         averages.insert(place + 1, low, ends[:, 0])
         averages.insert(place + 2, high, ends[:, 1])
     averages = averages.reset_index().assign(code=matrix.code.iloc[0])
-    averages.attrs = {"features": matrix.attrs.get("features", {})}
+    averages.attrs = {key: matrix.attrs[key] for key in ("features", "max_fvu_global") if key in matrix.attrs}
     return averages
 
 
@@ -613,7 +624,7 @@ def layerwise_table(pairs: Sequence[tuple[str, str]], stores: Stores) -> pd.Data
                             },
                         }
                     )
-    return _made_from(stores, sorted(members), pd.DataFrame(rows))
+    return _marked(stores, sorted(members), pd.DataFrame(rows))
 
 
 def pair_table(a: str, b: str, stores: Stores) -> pd.DataFrame:
@@ -707,7 +718,7 @@ def sharedness_table(
     pairs = {member: stores.last_layer(source, member) for member in members}
     unexplained = [member for member in (source, *drawn) if stores.unexplained(member)[-1]]
     table = ranking(source, layer, statistics[layer], pairs, shared_with, not_shared_with, drawn, unexplained)
-    return _made_from(stores, (source, *members), table)
+    return _marked(stores, (source, *members), table)
 
 
 def ranking(
@@ -737,7 +748,7 @@ def ranking(
         shared_with: the group G.
         not_shared_with: the group H.
         drawn: for each member of both groups the members of which each resample draws one in its place.
-        unexplained: the members whose layer's SAE leaves most of the global tokens unexplained.
+        unexplained: the members whose layer is unexplained.
     """
     S, F = statistics.strength, len(statistics.strength)
     groups = shared_with, not_shared_with

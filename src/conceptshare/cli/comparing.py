@@ -6,7 +6,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from conceptshare.cli.options import DataFolder, GPUs, TableOut, Threads, compute_on, in_bytes, out_option, use_threads
+from conceptshare.cli.options import (
+    DataFolder,
+    GPUs,
+    MaxFVUGlobal,
+    TableOut,
+    Threads,
+    compute_on,
+    in_bytes,
+    out_option,
+    use_threads,
+)
+from conceptshare.config.settings import MAX_FVU_GLOBAL
 from conceptshare.io.errors import StudyError
 from conceptshare.io.files import CSV, PARQUET, PROVENANCE_SIDECAR, store_kind
 
@@ -19,7 +30,7 @@ Precision = Annotated[
 UnexplainedLayers = Annotated[
     Literal["mark", "leave_out"],
     typer.Option(
-        help="leave_out: leave layers whose SAE has an FVU above max_fvu_global at global tokens out of the readings "
+        help="leave_out: leave layers whose SAE has an FVU above --max-fvu-global at global tokens out of the readings "
         "pooled and layer_mean."
     ),
 ]
@@ -44,6 +55,7 @@ def correlations(
         typer.Option(help="LAYER_A:LAYER_B, whose full correlation matrix is stored (repeatable)."),
     ] = [],  # noqa: B006 - typer copies it
     unexplained_layers: UnexplainedLayers = "mark",
+    max_fvu_global: MaxFVUGlobal = MAX_FVU_GLOBAL,
     memory_mb: MemoryMB = None,
     threads: Threads = 1,
     gpus: GPUs = None,
@@ -56,7 +68,7 @@ def correlations(
         if not re.fullmatch(r"\d+:\d+", entry):
             raise StudyError(f"--full {entry}: write LAYER_A:LAYER_B, such as 3:5")
     layers = [(int(layer_a), int(layer_b)) for layer_a, layer_b in (entry.split(":") for entry in full)]
-    correlate_stores(a, b, out, in_bytes(memory_mb), precision, layers, unexplained_layers)
+    correlate_stores(a, b, out, in_bytes(memory_mb), precision, layers, _bound(unexplained_layers, max_fvu_global))
 
 
 @app.command()
@@ -81,6 +93,7 @@ def wmppc(
     memory_mb: MemoryMB = None,
     precision: Precision = "float32",
     unexplained_layers: UnexplainedLayers = "mark",
+    max_fvu_global: MaxFVUGlobal = MAX_FVU_GLOBAL,
     threads: Threads = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -93,8 +106,14 @@ def wmppc(
     from conceptshare.analysis.ask import wmppc_between
 
     use_threads(threads)
-    table = wmppc_between(a, b, in_bytes(memory_mb), precision, unexplained_layers)
+    bound = _bound(unexplained_layers, max_fvu_global)
+    table = wmppc_between(a, b, in_bytes(memory_mb), precision, bound)
     typer.echo(table.to_json(orient="records") if as_json else table.to_string(index=False, float_format="%.4f"))
+
+
+def _bound(unexplained_layers: str, max_fvu_global: float) -> float | None:
+    """The FVU above which layers are left out, if they are."""
+    return max_fvu_global if unexplained_layers == "leave_out" else None
 
 
 @app.command()
@@ -113,6 +132,7 @@ def sharedness(
     out: Annotated[
         Path | None, out_option(CSV, PARQUET, text="Write the whole ranking to this path, as CSV and Parquet.")
     ] = None,
+    max_fvu_global: MaxFVUGlobal = MAX_FVU_GLOBAL,
     threads: Threads = 1,
 ) -> None:
     """Rank an encoder's last-layer features by Comparative Sharedness, from feature stores."""
@@ -120,7 +140,7 @@ def sharedness(
     from conceptshare.analysis.tables import write_table
 
     use_threads(threads)
-    table = sharedness_of(source, shared_with, not_shared_with)
+    table = sharedness_of(source, shared_with, not_shared_with, max_fvu_global)
     if out is not None:
         write_table(table, out)
     shown = table.head(top) if top else table[table.top]

@@ -45,6 +45,10 @@ GPUs = Annotated[
         "--gpus", help="Number of GPUs requested from the scheduler; 0 computes on the CPU.", show_default=False
     ),
 ]
+MaxFVUGlobal = Annotated[
+    float,
+    typer.Option(help="Largest FVU of an SAE at global tokens; layers of others are marked as unexplained.", min=0),
+]
 StudyFile = Annotated[
     Path, typer.Option("--study", help="A study: its config file, or the study.json among its results.")
 ]

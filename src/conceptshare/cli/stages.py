@@ -273,9 +273,6 @@ def features(
     code: Annotated[Literal["before_topk", "after_topk"], typer.Option(help="Features before or after TopK.")] = (
         "before_topk"
     ),
-    max_fvu_global: Annotated[
-        float, typer.Option(help="Layers whose SAE has a larger FVU at global tokens are marked as unexplained.", min=0)
-    ] = SAESettings().max_fvu_global,
     threads: Threads = 1,
     gpus: GPUs = None,
 ) -> None:
@@ -283,7 +280,7 @@ def features(
     from conceptshare.sae.features import record_features
 
     compute_on(gpus, threads)
-    record_features(activations, saes, seed, out, keep, code, max_fvu_global)
+    record_features(activations, saes, seed, out, keep, code)
 
 
 @app.command()

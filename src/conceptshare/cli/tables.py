@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from conceptshare.cli.options import GPUs, StudyFile, TableOut, Threads, compute_on, out_option
+from conceptshare.cli.options import GPUs, MaxFVUGlobal, StudyFile, TableOut, Threads, compute_on, out_option
 from conceptshare.config.members import as_member
+from conceptshare.config.settings import MAX_FVU_GLOBAL
 from conceptshare.config.study import load_study
 from conceptshare.io.files import MATRICES
 from conceptshare.io.progress import warn
@@ -38,13 +39,14 @@ def matrix(
     correlations: Correlations,
     out: TableOut,
     similarity: Similarity = None,
+    max_fvu_global: MaxFVUGlobal = MAX_FVU_GLOBAL,
 ) -> None:
     """The wMPPC between all members, with intervals, floors, ceilings and similarities."""
     from conceptshare.analysis.tables import Stores, matrix_table, write_table
 
     members = load_study(study).grouped_members(analysis)
     _warn_without(similarity, combinations([entry.member for entry in members], 2))
-    write_table(matrix_table(members, Stores(features, correlations, similarity)), out)
+    write_table(matrix_table(members, Stores(features, correlations, similarity, max_fvu_global)), out)
 
 
 @app.command()
@@ -129,13 +131,14 @@ def layerwise(
     correlations: Correlations,
     out: TableOut,
     similarity: Similarity = None,
+    max_fvu_global: MaxFVUGlobal = MAX_FVU_GLOBAL,
 ) -> None:
     """The wMPPC between all layers of two members."""
     from conceptshare.analysis.tables import Stores, layerwise_table, write_table
 
     pairs = load_study(study).layerwise_names(analysis)
     _warn_without(similarity, pairs)
-    write_table(layerwise_table(pairs, Stores(features, correlations, similarity)), out)
+    write_table(layerwise_table(pairs, Stores(features, correlations, similarity, max_fvu_global)), out)
 
 
 @app.command()
@@ -154,14 +157,20 @@ def pair(
 
 @app.command()
 def sharedness(
-    analysis: Analysis, study: StudyFile, features: Features, correlations: Correlations, out: TableOut
+    analysis: Analysis,
+    study: StudyFile,
+    features: Features,
+    correlations: Correlations,
+    out: TableOut,
+    max_fvu_global: MaxFVUGlobal = MAX_FVU_GLOBAL,
 ) -> None:
     """A member's features, ranked by Comparative Sharedness."""
     from conceptshare.analysis.tables import Stores, sharedness_table, write_table
 
     loaded = load_study(study)
     groups, seeds = loaded.sharedness_groups(analysis), loaded.sharedness_seeds(analysis)
-    write_table(sharedness_table(**groups, stores=Stores(features, correlations), seeds=seeds), out)
+    stores = Stores(features, correlations, max_fvu_global=max_fvu_global)
+    write_table(sharedness_table(**groups, stores=stores, seeds=seeds), out)
 
 
 @app.command()

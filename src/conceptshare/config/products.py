@@ -27,6 +27,8 @@ class Table(NamedTuple):
     when: When = "always"
     code: tuple[str, ...] = ()
     """Its modules, if that is not `analysis/tables.py` alone."""
+    marks: bool = False
+    """Whether it marks unexplained layers, which depend on ``max_fvu_global``."""
     gpu: bool = False
     """Whether it computes on a GPU if there is one, in a job like those of stages."""
     memory_mb: int = 2000
@@ -60,7 +62,7 @@ class Figure(NamedTuple):
 _STORES = ("study", "features", "correlations")
 
 TABLES = (
-    Table("matrix", "matrices/{name}", "wMPPC", (*_STORES, "similarity")),
+    Table("matrix", "matrices/{name}", "wMPPC", (*_STORES, "similarity"), marks=True),
     Table("averages", "matrices/{name}.averages", "averages by modality", ("correlations",), "matrix"),
     Table("seeds", "matrices/{name}.seeds", "wMPPC by seeds", _STORES, when="seeds", code=("analysis/seeds.py",)),
     Table(
@@ -75,8 +77,8 @@ TABLES = (
     ),
     Table("paper", "matrices/{name}.paper", "compared with the paper", ("published",), "matrix", "paper"),
     Table("agreement", "matrices/{name}.paper-agreement", "agreement with the paper", (), "paper", "paper"),
-    Table("layerwise", "layerwise/{name}", "all cells", (*_STORES, "similarity")),
-    Table("sharedness", "sharedness/{name}", "ranking", _STORES),
+    Table("layerwise", "layerwise/{name}", "all cells", (*_STORES, "similarity"), marks=True),
+    Table("sharedness", "sharedness/{name}", "ranking", _STORES, marks=True),
     Table("overlaps", "overlaps", "overlaps of rankings", ("rankings",), when="overlapping"),
     Table("saes", "saes", "quality", ("study", "features", "seeds", "saes"), code=("analysis/seeds.py",)),
 )

@@ -9,6 +9,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from conceptshare.config.catalog import Name, Positive, Spec
 
+MAX_FVU_GLOBAL = 0.9
+"""Largest FVU of an SAE at global tokens, by default, whose layer counts as explained."""
 SAE_BOUNDS = {"max_dead", "max_fvu_global"}
 """Settings of SAEs that change nothing in them."""
 NOT_OF_TRAINING = SAE_BOUNDS | {"pretrained"}
@@ -90,10 +92,11 @@ class SAESettings(Spec):
     measured on the tokens that ``train_on`` names."""
     max_dead: float = Field(default=0.5, ge=0, le=1)
     """Log a warning if a larger fraction of latents is active on no token, of at least 10 F / k tokens."""
-    max_fvu_global: float = Field(default=0.9, ge=0)
+    max_fvu_global: float = Field(default=MAX_FVU_GLOBAL, ge=0)
     """If the fraction of variance unexplained of the global tokens, which are compared, is larger, log a warning, and
-    mark the layer in tables, figures and pages. Another bound retrains no SAE. Predicting their mean gives 1.
-    ``correlations.unexplained_layers`` can leave such layers out of wMPPC over several layers."""
+    mark the layer in tables, figures and pages. Another bound reruns these alone. Predicting their mean gives 1.
+    ``correlations.unexplained_layers`` can leave such layers out of wMPPC over several layers; then correlations are
+    rerun too."""
 
     @model_validator(mode="before")
     @classmethod

@@ -308,6 +308,9 @@ class Study(Spec):
             "saes": sorted(self.coded(self.features[0])),
             "codes": self.features,
             "unexplained_layers": self.correlations.unexplained_layers,
+            "max_fvu_global": {
+                name: self.saes[sae].max_fvu_global for name, sae in self.coded(self.features[0]).items()
+            },
             "members": [self._described(member) for member in sorted(self.members(), key=self._rank)],
             "matrices": {n: [str(m) for m in self.matrix_members(n)] for n in self.analyses.matrices},
             "layerwise": {n: self.layerwise_names(n) for n in self.analyses.layerwise},
@@ -353,10 +356,18 @@ class Study(Spec):
 
     def features_options(self, sae: str) -> str:
         """Options of the job that records features of SAEs and their code, ``NAME`` or ``NAME+after_topk``."""
-        name, code = uncoded(sae)
-        stored = ("--keep" if self.keep_features else "--no-keep") if code == "before_topk" else f"--code {code}"
-        bound = self.saes[name].max_fvu_global
-        return stored if bound == SAESettings().max_fvu_global else f"{stored} --max-fvu-global {bound}"
+        code = uncoded(sae)[1]
+        return ("--keep" if self.keep_features else "--no-keep") if code == "before_topk" else f"--code {code}"
+
+    def bound_option(self, sae: str) -> str:
+        """The option of the bound above which layers are unexplained, for SAEs as in `features_options`."""
+        return f"--max-fvu-global {self.saes[uncoded(sae)[0]].max_fvu_global}"
+
+    def unexplained_options(self, sae: str) -> str:
+        """What the job that correlates features of SAEs does with unexplained layers; a bound only if it uses it."""
+        chosen = self.correlations.unexplained_layers
+        bound = f" {self.bound_option(sae)}" if chosen == "leave_out" else ""
+        return f"--unexplained-layers {chosen}{bound}"
 
     def dataset_key(self, name: str) -> str:
         """What a data set depends on, as canonical JSON."""

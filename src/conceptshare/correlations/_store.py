@@ -24,8 +24,8 @@ from conceptshare.io.readers import (
     LastLayer,
     MaxCorrelations,
     PairCorrelations,
-    Unexplained,
     read_code,
+    unexplained_layers,
 )
 from conceptshare.io.sizes import FLOOR_FEATURES
 from conceptshare.io.store import layer_array, new_array, new_store, open_store, resuming, save_array
@@ -43,7 +43,7 @@ def correlate_stores(
     memory_bytes: int | None = None,
     precision: Precision = "float32",
     full: Sequence[tuple[int, int]] = (),
-    unexplained_layers: Unexplained = "mark",
+    leave_out_above: float | None = None,
 ) -> None:
     """Correlate two feature stores and write the store ``out``, resuming an interrupted attempt if there is one.
 
@@ -54,7 +54,7 @@ def correlate_stores(
         memory_bytes: as in `max_correlations`.
         precision: as in `max_correlations`.
         full: pairs of a layer of A and one of B whose full matrix is written too.
-        unexplained_layers: as in `FeatureStore`.
+        leave_out_above: as in `FeatureStore`.
 
     Raises:
         StoreError: if a store is incomplete or damaged, has no such layer, no active feature or no layer left, or they
@@ -62,9 +62,9 @@ def correlate_stores(
         NumericsError: if a feature is not finite, or there is only one sample.
     """
     inputs = Unchanged(path_a, path_b)
-    a, b = FeatureStore(path_a, unexplained_layers), FeatureStore(path_b, unexplained_layers)
+    a, b = FeatureStore(path_a, leave_out_above), FeatureStore(path_b, leave_out_above)
     check_pair(a, b)
-    described = {
+    described: dict[str, Any] = {
         "a": path_a.stem,
         "b": path_b.stem,
         "layers_a": a.layers,
@@ -75,10 +75,12 @@ def correlate_stores(
         "full": sorted([int(layer_a), int(layer_b)] for layer_a, layer_b in full),
         "features_a": a.digest,
         "features_b": b.digest,
-        "unexplained_layers": unexplained_layers,
+        "unexplained_layers": "mark" if leave_out_above is None else "leave_out",
         "left_out_a": a.left_out,
         "left_out_b": b.left_out,
     }
+    if leave_out_above is not None:
+        described["max_fvu_global"] = leave_out_above
     for layer_a, layer_b in full:
         a.position(layer_a), b.position(layer_b)
     with new_store(out, CORRELATIONS, described, resume=True) as store, inputs:
@@ -233,13 +235,13 @@ def shuffled_floor(
 class FeatureStore:
     """A feature store, open for reading."""
 
-    def __init__(self, path: Path, unexplained_layers: Unexplained = "mark") -> None:
+    def __init__(self, path: Path, leave_out_above: float | None = None) -> None:
         """Open the store.
 
         Args:
             path: the store.
-            unexplained_layers: with ``leave_out``, unexplained layers take no part in ``pooled`` and ``layer_mean``,
-                neither as source nor as target.
+            leave_out_above: layers whose SAE has a larger FVU at global tokens take no part in ``pooled`` and
+                ``layer_mean``, neither as source nor as target.
 
         Raises:
             StoreError: if it is missing, incomplete or damaged, or all of its layers would be left out.
@@ -248,14 +250,15 @@ class FeatureStore:
         self.path, self.name, self.digest = path, path.stem, str(store.attrs["digest"])
         spec: Any = store.attrs["spec"]
         self.layers: list[int] = spec["layers"]
-        self.left_out: list[int] = spec["unexplained"] if unexplained_layers == "leave_out" else []
-        self.kept = ~np.isin(self.layers, self.left_out)
+        bound = np.inf if leave_out_above is None else leave_out_above
+        self.kept = ~np.array(unexplained_layers(path, bound))
         """``[L]`` which layers take part in ``pooled`` and ``layer_mean``."""
+        self.left_out = [layer for layer, kept in zip(self.layers, self.kept, strict=True) if not kept]
         if not self.kept.any():
             raise StoreError(
-                f"{path}: the SAEs of all its layers leave more than max_fvu_global of the global tokens' variance "
-                f"unexplained, and unexplained_layers: leave_out would leave none; train better SAEs, raise "
-                f"max_fvu_global, remove the encoder from the comparison, or set correlations.unexplained_layers: mark"
+                f"{path}: the SAEs of all its layers have an FVU above max_fvu_global = {bound:g} at global tokens, "
+                f"and unexplained_layers: leave_out would leave none; train better SAEs, raise max_fvu_global, remove "
+                f"the encoder from the comparison, or set correlations.unexplained_layers: mark"
             )
         self.samples: int = spec["samples"]
         self.content_hash: str = spec["content_hash"]

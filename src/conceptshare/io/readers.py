@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +13,6 @@ from conceptshare.io.store import StoredArray, layer_array, open_store, read_roo
 
 FEATURES, CORRELATIONS = "features", "correlations"
 """Kinds of stores."""
-
-Unexplained = Literal["mark", "leave_out"]
-"""What is done with unexplained layers: tables mark them, or ``pooled`` and ``layer_mean`` leave them out too."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +104,10 @@ def read_spec(path: Path, kind: str) -> dict[str, Any]:
     return spec
 
 
-def unexplained_layers(path: Path) -> list[bool]:
-    """Whether each layer of a feature store is unexplained: the FVU of its SAE at global tokens exceeds its bound.
+def unexplained_layers(path: Path, max_fvu_global: float) -> list[bool]:
+    """Whether each layer of a feature store is unexplained: the FVU of its SAE at global tokens is above a bound.
+
+    Layers of an unknown FVU are not.
 
     Raises:
         StoreError: if the store is missing or incomplete, or its attributes were changed.

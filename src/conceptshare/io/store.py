@@ -27,7 +27,7 @@ from conceptshare.io.layout import layer_name
 from conceptshare.io.seals import change, fingerprint, is_intact, sealed
 from conceptshare.io.sizes import CHUNK_BYTES
 
-VERSIONS = {"activations": 3, "tokens": 2, "part": 3, "features": 5, "correlations": 6}
+VERSIONS = {"activations": 3, "tokens": 2, "part": 3, "features": 6, "correlations": 6}
 """Format version of each kind, if not 1. Raise it if old readers would misread new stores, or the reverse."""
 
 _ROOT = "zarr.json"

@@ -63,7 +63,7 @@ def differences(study: Study, results: Path) -> Iterator[Difference]:
         for sae in study.coded():
             at = partial(path, results=results, dataset=dataset, sae=sae)
             yield from _of_features(study, sae, at)
-            yield from _of_correlations(study, at)
+            yield from _of_correlations(study, sae, at)
             yield from _of_names(study, at)
     yield from _of_analyses(study, results)
 
@@ -93,24 +93,26 @@ def _of_saes(study: Study, sae: str, at: Callable[..., Path]) -> Iterator[Differ
 
 def _of_features(study: Study, sae: str, at: Callable[..., Path]) -> Iterator[Difference]:
     name, code = layout.uncoded(sae)
-    wanted = {"code": code, "max_fvu_global": study.saes[name].max_fvu_global}
+    wanted = {"code": code}
     for member in study.members():
         store = at(layout.FEATURES, member=member)
         if spec := _spec(store):
-            found = {key: spec[key] for key in wanted if key in spec}
-            found.setdefault("code", "before_topk")
+            found = {"code": spec.get("code", "before_topk")}
             yield from _compared(store, store, study.features_options(sae), type(study.saes[name]), found, wanted)
 
 
-def _of_correlations(study: Study, at: Callable[..., Path]) -> Iterator[Difference]:
-    model = type(study.correlations)
+def _of_correlations(study: Study, sae: str, at: Callable[..., Path]) -> Iterator[Difference]:
+    chosen, of_saes = study.correlations, study.saes[layout.uncoded(sae)[0]]
+    wanted: list[tuple[str, str, Spec]] = [("precision", chosen.precision, chosen)]
+    wanted.append(("unexplained_layers", study.unexplained_options(sae), chosen))
+    if chosen.unexplained_layers == "leave_out":
+        wanted.append(("max_fvu_global", study.unexplained_options(sae), of_saes))
     for first, second in study.pairs():
         store = at(layout.CORRELATIONS, a=first, b=second)
         spec = _spec(store)
-        for name in ("precision", "unexplained_layers") if spec else ():
-            wanted = getattr(study.correlations, name)
+        for name, key, settings in wanted if spec else ():
             found = {name: spec[name]} if name in spec else {}
-            yield from _compared(store, store, wanted, model, found, {name: wanted})
+            yield from _compared(store, store, key, type(settings), found, {name: getattr(settings, name)})
 
 
 def _of_names(study: Study, at: Callable[..., Path]) -> Iterator[Difference]:
@@ -137,6 +139,10 @@ def _of_analyses(study: Study, results: Path) -> Iterator[Difference]:
             model = type(getattr(study.analyses, kind)[name])
             for one in _compared(folder, file, key, model, found, entry):
                 yield one._replace(setting=f"analyses.{kind}.{name}.{one.setting}")
+    for name, settings in study.saes.items():
+        found = recorded["saes"].get(name, {}).get("max_fvu_global", settings.max_fvu_global)
+        wanted_bound = {f"saes.{name}.max_fvu_global": settings.max_fvu_global}
+        yield from _compared(folder, file, key, None, dict.fromkeys(wanted_bound, found), wanted_bound)
     if any(matrix.members is None for matrix in study.analyses.matrices.values()):
         first = [
             {f"{name}@{spec['seeds'][0]}" for name, spec in asked["encoders"].items()} for asked in (recorded, wanted)

@@ -33,7 +33,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from conceptshare.activations import extraction
-from conceptshare.config.settings import SAESettings
 from conceptshare.device import default_device, full_float32
 from conceptshare.io.errors import StoreError
 from conceptshare.io.files import Unchanged
@@ -50,7 +49,7 @@ from conceptshare.io.sizes import (
 )
 from conceptshare.io.store import RowWriter, as_float16, layer_array, new_array, new_store, open_store, save_array
 from conceptshare.sae import SAE, TopK, load_sae
-from conceptshare.sae.folder import REMEDY, leaves_unexplained, sae_of
+from conceptshare.sae.folder import REMEDY, fvu_global, sae_of
 
 # Rows of global tokens that are copied to a GPU at a time, in whole blocks.
 _GPU_ROWS = 64 * FEATURE_ROWS
@@ -77,13 +76,7 @@ class Top:
 
 @full_float32()
 def record_features(
-    activation_store: Path,
-    saes: Path,
-    seed: int,
-    out: Path,
-    keep: bool = True,
-    code: Code = "before_topk",
-    max_fvu_global: float = SAESettings().max_fvu_global,
+    activation_store: Path, saes: Path, seed: int, out: Path, keep: bool = True, code: Code = "before_topk"
 ) -> None:
     """Encode the global tokens of every layer and write the feature store ``out``.
 
@@ -95,7 +88,6 @@ def record_features(
         keep: store features before TopK; otherwise only their statistics and top samples, and readers recompute them.
             Those after TopK, which are few, are stored in any case.
         code: which features: before or after TopK.
-        max_fvu_global: layers whose SAE has a larger FVU at global tokens are recorded as unexplained.
 
     Raises:
         StoreError: if the activations or an SAE are missing or damaged, or do not match.
@@ -111,8 +103,7 @@ def record_features(
         "seed": seed,
         "code": code,
         "made_from": {"activations": source.attrs["digest"], "saes": digests},
-        "max_fvu_global": max_fvu_global,
-        "unexplained": [layer for layer, sae in records.items() if leaves_unexplained(*sae, max_fvu_global)],
+        "fvu_global": [fvu_global(*sae) for sae in records.values()],
     }
     if not keep and code == "before_topk":
         inputs_by_name = {"activations": activation_store, "saes": saes}

@@ -1,6 +1,7 @@
 """Metadata of an SAE's folder, read without torch so that `conceptshare sae info` starts quickly."""
 
 import json
+import math
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -80,16 +81,17 @@ def sae_file(folder: Path, name: str, record: dict[str, Any] | None = None) -> P
     return recorded_file(folder, name, record, REMEDY)
 
 
-def leaves_unexplained(folder: Path, record: dict[str, Any], max_fvu_global: float) -> bool:
-    """Whether an SAE's FVU at global tokens is above a bound; false for one without metrics.
+def fvu_global(folder: Path, record: dict[str, Any]) -> float | None:
+    """An SAE's FVU at global tokens; None if it is undefined, or the SAE has no metrics.
 
     Raises:
         StoreError: if its metrics do not match the record.
     """
     if "metrics.json" not in record["files"]:  # imported from a library that records none
-        return False
+        return None
     metrics = json.loads(sae_file(folder, "metrics.json", record).read_text(encoding="utf-8"))
-    return bool(metrics["global_tokens"]["fvu"] > max_fvu_global)
+    fvu = float(metrics["global_tokens"]["fvu"])
+    return None if math.isnan(fvu) else fvu
 
 
 def describe_sae(folder: Path | str) -> str:
