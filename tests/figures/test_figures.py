@@ -219,23 +219,33 @@ def test_a_matrix_shows_the_excess_below_and_hatches_cells_that_are_not_above_ch
     assert any("hatched: not above" in text.get_text() for text in figure.texts)
 
 
-def corners(ax):
-    """Column and row of the cells with a marked corner."""
-    return sorted(
-        tuple(np.floor(patch.get_xy().min(axis=0) + 0.5)) for patch in ax.patches if isinstance(patch, Polygon)
-    )
+def corners(ax, x=0.5, y=-0.5):
+    """Column and row of the cells with a marked corner: the upper right one, or another relative to their centres."""
+    triangles = [patch.get_xy() for patch in ax.patches if isinstance(patch, Polygon)]
+    cells = [tuple(np.floor(triangle.min(axis=0) + 0.5)) for triangle in triangles]
+    of = zip(cells, triangles, strict=True)
+    return sorted(cell for cell, triangle in of if [cell[0] + x, cell[1] + y] in triangle.tolist())
+
+
+NOTE = "layers whose SAE has an FVU above 0.8 at global tokens"
+
+
+def bounded(table):
+    """A table that records the bound by which it marks layers."""
+    table.attrs["max_fvu_global"] = 0.8
+    return table
 
 
 def test_every_figure_marks_what_unexplained_layers_are_part_of(tmp_path, rng, drawn, unsaved):
-    table, note = matrix(FOUR, rng), "with layers whose SAE leaves most of the global tokens' variance unexplained"
+    table, note = bounded(matrix(FOUR, rng)), f"with {NOTE}"
     draw_matrix(table.assign(unexplained=(table.source == "minilm@0") * 2), tmp_path / "figure.png")
     assert corners(drawn[-1].axes[0]) == [(0, 3), (1, 3), (2, 3)]
-    assert any(f"marked corner: {note}" in text for text in written_on(drawn[-1]))
-    cells = layerwise(PAIRS[:1], 3, 4)
+    assert any(text.endswith(f"marked upper corner: {note}") for text in written_on(drawn[-1]))
+    cells = bounded(layerwise(PAIRS[:1], 3, 4))
     draw_layerwise(cells.assign(unexplained=(cells.target_layer == 2).astype(int)), PAIRS[:1], tmp_path / "figure.png")
     assert corners(drawn[-1].axes[0]) == [(2, 0), (2, 1), (2, 2)]
     assert f"marked corner: {note}" in written_on(drawn[-1])
-    whole = full_matrix(SOME["four"], rng)
+    whole = bounded(full_matrix(SOME["four"], rng))
     whole["unexplained"] = (whole.index == 0).astype(int)
     draw_intervals(whole, tmp_path / "figure.png")
     hollow = [
@@ -246,7 +256,7 @@ def test_every_figure_marks_what_unexplained_layers_are_part_of(tmp_path, rng, d
         for x in line.get_xdata()
     ]
     assert hollow == [whole.wmppc[0]]
-    assert note in written_on(drawn[-1])
+    assert f"hollow: {note}" in written_on(drawn[-1])
     whole["unexplained"] = (whole.reading == "last").astype(int)
     draw_similarity(whole, tmp_path / "figure.png")
     points = by_title(drawn[-1])["Linear CKA"].collections
@@ -255,29 +265,42 @@ def test_every_figure_marks_what_unexplained_layers_are_part_of(tmp_path, rng, d
         (whole.reading == "last").sum(),
     ]
     assert f"hollow: {note}" in written_on(drawn[-1])
-    averages = modality_averages(rng)
+    averages = bounded(modality_averages(rng))
     averages["unexplained"] = (averages.index == 1).astype(int)
     draw_averages(averages, tmp_path / "figure.png")
     assert f"{averages.wmppc[1]:.3f}*" in written_on(drawn[-1])
-    draw_scatter(scattered(60, rng).assign(unexplained="minilm@0"), tmp_path / "figure.png")
-    assert "SAEs leave most of the global tokens unexplained: minilm@0" in written_on(drawn[-1])
+    assert any(f"* cells {note}" in text for text in written_on(drawn[-1]))
+    draw_scatter(bounded(scattered(60, rng)).assign(unexplained="minilm@0"), tmp_path / "figure.png")
+    assert f"last {NOTE}: minilm@0" in written_on(drawn[-1])
+    assert_readable(drawn[-1])
 
 
 def test_every_figure_says_that_layers_are_left_out(tmp_path, rng, drawn, unsaved):
-    note = "all layers: without those whose SAE leaves most of the global tokens' variance unexplained"
-    whole, averages = full_matrix(SOME["four"], rng), modality_averages(rng)
-    matrices = matrix(FOUR, rng)
+    note = f"without {NOTE}"
+    whole, averages = bounded(full_matrix(SOME["four"], rng)), bounded(modality_averages(rng))
+    matrices = bounded(matrix(FOUR, rng))
     for draw, table in (
-        (draw_matrix, matrices),
         (draw_intervals, whole),
         (draw_similarity, whole),
         (draw_averages, averages),
+        (draw_matrix, matrices),
     ):
         for left_out in (0, 2):
             draw(table.assign(left_out=(table.reading == "pooled") * left_out), tmp_path / "figure.png")
             assert any(note in text for text in written_on(drawn[-1])) == bool(left_out)
+    some = (matrices.source == "minilm@0") & (matrices.reading != "last")
+    marks = {"left_out": some * 2, "unexplained": (matrices.target == "minilm@0") * 1}
+    draw_matrix(matrices.assign(**marks), tmp_path / "figure.png")
+    pooled, _, last = drawn[-1].axes[:3]
+    assert corners(pooled, -0.5, 0.5) == [(0, 3), (1, 3), (2, 3)]
+    assert corners(pooled) == corners(last) == [(3, 0), (3, 1), (3, 2)]
+    assert corners(last, -0.5, 0.5) == []
+    both = f"\nmarked upper corner: with {NOTE}; marked lower corner: without them"
+    assert any(text.endswith(both) for text in written_on(drawn[-1]))
+    draw_averages(averages.assign(left_out=(averages.index == 1).astype(int)), tmp_path / "figure.png")
+    assert f"{averages.wmppc[1]:.3f}†" in written_on(drawn[-1])
     features = pd.DataFrame({"source": "a@0", "target": "b@0", "strength": [1.0, 2, 3, 4], "rho": [0.1, 0.4, 0.3, 0.9]})
-    draw_strength([("a@0", "b@0", features.assign(left_out=[False, False, False, True]))], tmp_path / "figure.png")
+    draw_strength([("a@0", "b@0", features.assign(left_out=[False, False, False, True]))], tmp_path / "figure.png", 0.8)
     assert any(note in text for text in written_on(drawn[-1]))
     assert any("0 of 3 silent" in text for text in written_on(drawn[-1]))
     assert f"r {np.corrcoef([1, 2, 3], [0.1, 0.4, 0.3])[0, 1]:.2f}" in written_on(drawn[-1])
@@ -1386,14 +1409,13 @@ def test_labels_of_the_farthest_points_do_not_overlap(tmp_path, seed, drawn):
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_few_of_the_papers_cells(tmp_path, rng, drawn, count):
-    cells = compared(rng, dict(list(ELEVEN.items())[:count]))
+    cells = bounded(compared(rng, dict(list(ELEVEN.items())[:count])))
     cells.loc[cells.reading == "layer_mean", "left_out"] = count - 2
     check(lambda out: draw_paper(cells, out), tmp_path / "drawn")
     assert_readable(drawn[0])
     assert "image to image" in written_on(drawn[0])
     assert "text to image" not in written_on(drawn[0])
-    note = "all layers: without those whose SAE leaves most of the global tokens' variance unexplained"
-    assert (note in written_on(drawn[0])) == (count > 2)
+    assert (f"all layers: without {NOTE}" in written_on(drawn[0])) == (count > 2)
 
 
 def test_cells_of_the_paper_missing_from_our_results(tmp_path, rng, drawn):

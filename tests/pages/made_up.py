@@ -62,6 +62,7 @@ def make_table(rng, member, others, features, layers, rankings):
     named[: len(HOSTILE)] = True
     names[: len(HOSTILE)] = HOSTILE
     return {
+        "fvu": 0.85 if member == "reader@0" else 0.5,
         "strength": rounded(rng.gamma(0.6, 200, features)),
         "density": rounded(rng.beta(0.5, 12, features)),
         "name": [name if known else None for name, known in zip(names, named, strict=True)],
@@ -237,6 +238,7 @@ def write_site(folder, seed=0):
         "saes": [SAE],
         "codes": ["before_topk"],
         "unexplained_layers": "mark",
+        "max_fvu_global": {SAE: 0.8},
         "members": [member_entry(*member, LAYERS, FEATURES) for member in MEMBERS],
         "matrices": [
             {
@@ -326,6 +328,7 @@ def write_large_site(folder, features=8192, others=9, seed=1):
         "saes": [SAE],
         "codes": ["before_topk"],
         "unexplained_layers": "mark",
+        "max_fvu_global": {SAE: 0.8},
         "layerwise": [],
         "sharedness": [],
         "overlaps": [],

@@ -160,7 +160,8 @@ def test_published_and_calibrated_values_are_a_switch_and_cells_by_chance_are_ha
     label += ", 2 layers not explained by SAEs"
     expect(page.get_by_role("link", name=label)).to_have_class("hatched unexplained")
     assert tables.nth(1).locator("a.unexplained").count() == 3  # the cells of one layer
-    expect(page.get_by_text("Cells with a marked corner have layers whose SAE leaves most")).to_be_visible()
+    bound = "layers whose SAE has an FVU above 0.8 at global tokens"
+    expect(page.get_by_text(f"A marked upper corner: with {bound}")).to_be_visible()
     page.reload()
     expect(page.get_by_label("Value")).to_have_value("excess")
 
@@ -173,7 +174,11 @@ def test_pages_state_which_layers_are_left_out_and_which_features_are_shown(open
     write(broken_site, "study", study)
     tab = open_tab(broken_site)
     page = tab.open()
-    expect(page.get_by_text("Readings of all layers leave out layers whose SAE leaves most")).to_be_visible()
+    bound = "layers whose SAE has an FVU above 0.8 at global tokens"
+    expect(page.get_by_text(f"A marked lower corner: without {bound}")).to_be_visible()
+    label = re.compile(f"from {NAMES[0]} to {NAMES[1]}: .*, without 2 layers not explained by SAEs$")
+    expect(page.get_by_role("link", name=label)).to_have_class("left-out")
+    assert page.locator("a.left-out").count() == 1
     shown = "These pages show features after TopK; those before TopK are in the study’s tables and figures."
     expect(page.get_by_text(shown)).to_be_visible()
     expect(page.get_by_text("its best match in any explained layer of the column")).to_be_visible()
@@ -186,10 +191,19 @@ def test_pages_state_which_layers_are_left_out_and_which_features_are_shown(open
 
 def test_pages_of_all_layers_before_topk_state_neither(tab):
     page = tab.open()
-    assert page.get_by_text("leave out layers").count() == page.get_by_text("These pages show features").count() == 0
+    assert page.get_by_text("without layers").count() == page.get_by_text("These pages show features").count() == 0
     page = tab.open(f"#/feature/{SET}/reader@0/5/21")
     expect(page.get_by_text("Over all layers of the other member.")).to_be_visible()
     assert page.get_by_text("after TopK").count() == 0
+
+
+def test_pages_of_a_layer_and_its_features_state_that_its_sae_does_not_explain_it(tab):
+    note = "This layer’s SAE has an FVU of 0.85 at global tokens, above 0.8"
+    for view in (f"#/layer/{SET}/reader@0/5", f"#/feature/{SET}/reader@0/5/21"):
+        expect(tab.open(view).get_by_text(note)).to_be_visible()
+    page = tab.open(f"#/layer/{SET}/seer@0/5")
+    expect(page.get_by_text("S (strength) is a feature’s activation")).to_be_visible()
+    assert page.get_by_text("This layer’s SAE").count() == 0
 
 
 def test_all_heatmaps_share_a_scale(tab, site):

@@ -20,7 +20,7 @@ PLACE = "data/set/sae/mine@0"
 
 def write_inputs(folder, samples, tops):
     """A member of one layer, whose features all have the same strongest samples, and its matches in another."""
-    with new_store(folder / "mine@0.zarr", "features", {"layers": [3]}) as store:
+    with new_store(folder / "mine@0.zarr", "features", {"layers": [3], "fvu_global": [0.3]}) as store:
         group = store.create_group("layer-03")
         save_array(group, "strength", np.arange(FEATURES, dtype=float))
         save_array(group, "density", np.full(FEATURES, 0.25))
@@ -67,6 +67,7 @@ def test_writes_an_image_member(tmp_path):
     assert table["strength"] == list(range(FEATURES))
     assert table["score"] == [None] * FEATURES
     assert table["by_command"] is True
+    assert table["fvu"] == 0.3
     assert table["name"][:4] == ["name 0", None, "name 2", None]
     assert table["candidate"][:4] == [None, "candidate 1", None, None]
     assert table["best"]["other@0"]["rho"] == [0.1235] * FEATURES

@@ -41,7 +41,10 @@ def matrix(
     from conceptshare.analysis.tables import read_table
     from conceptshare.figures import draw_matrix
 
-    draw_matrix(pd.concat([read_table(path, "matrix") for path in table], ignore_index=True), out)
+    tables = [read_table(path, "matrix") for path in table]
+    shown = pd.concat(tables, ignore_index=True)
+    shown.attrs = tables[0].attrs
+    draw_matrix(shown, out)
 
 
 @app.command("strength")
@@ -54,8 +57,10 @@ def strength(
     from conceptshare.analysis.tables import read_direction, read_table
     from conceptshare.figures import draw_strength
 
-    cells = read_table(table, "matrix")[["source", "target"]].drop_duplicates().itertuples(index=False, name=None)
-    draw_strength([(source, target, read_direction(pairs, source, target)) for source, target in cells], out)
+    matrix = read_table(table, "matrix")
+    cells = matrix[["source", "target"]].drop_duplicates().itertuples(index=False, name=None)
+    directions = [(source, target, read_direction(pairs, source, target)) for source, target in cells]
+    draw_strength(directions, out, matrix.attrs.get("max_fvu_global"))
 
 
 @app.command("layerwise")

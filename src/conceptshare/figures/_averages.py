@@ -9,14 +9,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from conceptshare.figures._style import (
-    LEFT_OUT,
     READING_TITLES,
     STYLE,
-    UNEXPLAINED,
     annotate_empty,
     explain,
     heatmap,
     letters_on,
+    marks_note,
     save,
 )
 
@@ -24,9 +23,9 @@ from conceptshare.figures._style import (
 def draw_averages(averages: pd.DataFrame, out: Path) -> None:
     """The mean wMPPC from each modality to each: a heatmap per reading, annotated with intervals.
 
-    A star marks averages of cells with unexplained layers. The modality averages have at least ``reading,
-    source_modality, target_modality, wmppc, low, high, unexplained, left_out``. There are none if all members belong to
-    one encoder.
+    A star marks averages of cells with unexplained layers, a dagger those of cells that leave such layers out. The
+    modality averages have at least ``reading, source_modality, target_modality, wmppc, low, high, unexplained,
+    left_out``. There are none if all members belong to one encoder.
     """
     modalities = list(dict.fromkeys([*averages.source_modality, *averages.target_modality]))
     top = averages.wmppc.max()
@@ -49,17 +48,14 @@ def draw_averages(averages: pd.DataFrame, out: Path) -> None:
             for cell in cells[np.isfinite(cells.wmppc)].itertuples():
                 style: Any = {"ha": "center", "color": letters_on(images[-1], cell.wmppc)}
                 row, column = modalities.index(cell.source_modality), modalities.index(cell.target_modality)
-                ax.text(
-                    column, row, f"{cell.wmppc:.3f}{'*' * bool(cell.unexplained)}", va="bottom", fontsize=9.5, **style
-                )
+                signs = "*" * bool(cell.unexplained) + "†" * bool(cell.left_out)
+                ax.text(column, row, f"{cell.wmppc:.3f}{signs}", va="bottom", fontsize=9.5, **style)
                 ax.text(column, row + 0.06, f"{cell.low:.3f} to {cell.high:.3f}", va="top", fontsize=6.5, **style)
             ax.set_xlabel("to")
         axes[0].set_ylabel("from")
-        notes = ["* with cells " + UNEXPLAINED] if averages.unexplained.any() else []
+        notes = [*filter(None, [marks_note(averages, "* cells", "† cells")])]
         if any(np.ma.getmaskarray(image.get_array()).any() for image in images):
             notes.insert(0, "grey: no pair of different encoders")
-        if averages.left_out.any():
-            notes.append(LEFT_OUT)
         if notes:
             explain(figure, "; ".join(notes))
         if images:

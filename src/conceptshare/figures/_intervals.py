@@ -12,14 +12,13 @@ from matplotlib.lines import Line2D
 
 from conceptshare.analysis.formats import short_labels
 from conceptshare.figures._style import (
-    LEFT_OUT,
     MARKERS,
     PAGE,
     READING_TITLES,
     STYLE,
-    UNEXPLAINED,
     annotate_empty,
     explain,
+    marks_note,
     save,
     text_width,
 )
@@ -75,8 +74,8 @@ def draw_intervals(table: pd.DataFrame, out: Path) -> None:
         for (_, target), text in zip(rows, axes[0].get_yticklabels(), strict=True):
             text.set_fontweight("bold" if target is None else "normal")
         figure.legend(handles=_legend(table), loc="outside upper center", ncols=5, frameon=False)
-        if table.left_out.any():
-            explain(figure, LEFT_OUT)
+        if note := marks_note(table, "hollow:", "all layers:"):
+            explain(figure, note)
         save(figure, out)
 
 
@@ -89,8 +88,8 @@ def _panel(ax: Axes, cells: pd.DataFrame, place: dict[Any, int]) -> None:
     for modality, look in MARKERS.items():
         of = (cells.target_modality == modality).to_numpy()
         ax.hlines(y[of], cells.low[of], cells.high[of], color=look["color"], linewidth=1.4)
-        for unexplained, fill in ((False, look["color"]), (True, "white")):
-            these = of & ((cells.unexplained > 0) == unexplained).to_numpy()
+        for hollow, fill in ((False, look["color"]), (True, "white")):
+            these = of & ((cells.unexplained > 0) == hollow).to_numpy()
             ax.plot(cells.wmppc[these], y[these], linestyle="none", markersize=3.2, markerfacecolor=fill, **look)
     if cells.wmppc.isna().all():
         annotate_empty(ax, "no values")
@@ -108,10 +107,6 @@ def _legend(table: pd.DataFrame) -> list[Line2D]:
     ]
     marks.append(Line2D([], [], linewidth=0.9, label="cross-fitted", **_CROSS))
     marks.append(Line2D([], [], linestyle="none", label="floor: samples shuffled", **_FLOOR))
-    if table.unexplained.any():
-        marks.append(
-            Line2D([], [], linestyle="none", marker="o", color="0.3", markerfacecolor="white", label=UNEXPLAINED)
-        )
     if table.ceiling.notna().any():
         marks.append(Line2D([], [], linestyle="none", label="ceiling: other seeds", **_CEILING))
     return marks

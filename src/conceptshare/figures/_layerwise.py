@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from conceptshare.config.members import as_member
-from conceptshare.figures._style import ABOVE_CHANCE, STYLE, UNEXPLAINED, VALUES, explain, heatmap, layer_ticks, save
+from conceptshare.figures._style import ABOVE_CHANCE, STYLE, VALUES, explain, heatmap, layer_ticks, save, unexplained
 from conceptshare.io.errors import StudyError
 
 _PANEL = 2.15
@@ -59,7 +59,7 @@ def draw_layerwise(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], out: P
         if any((panel.p > ABOVE_CHANCE).any() for panel in chosen):
             notes.append("hatched: not above the level of samples that are re-paired at random")
         if any(panel.unexplained.any() for panel in chosen):
-            notes.append(f"marked corner: {UNEXPLAINED}")
+            notes.append(f"marked corner: with {unexplained(table)}")
         if notes:
             explain(figure, "; ".join(notes))
         save(figure, out)
@@ -75,12 +75,13 @@ def _draw_panels(
 ) -> Any:
     """Draw a column of the table for each pair, and return the last image."""
     for ax, title, (label_a, label_b), panel in zip(axes.flat, titles, labels, chosen, strict=False):
-        cells, p, unexplained = (
+        cells, p, with_unexplained = (
             panel.pivot(index="source_layer", columns="target_layer", values=column)
             for column in (value, "p", "unexplained")
         )
         letters = 6 if max(cells.shape) <= 8 else None
-        image = heatmap(ax, cells.to_numpy(), 0, top, letters, p.to_numpy() > ABOVE_CHANCE, unexplained.to_numpy() > 0)
+        hatched, marked = p.to_numpy() > ABOVE_CHANCE, with_unexplained.to_numpy() > 0
+        image = heatmap(ax, cells.to_numpy(), 0, top, letters, hatched, marked)
         # Panels have one size, so cells are oblong if the encoders differ in depth.
         ax.set_aspect("auto")
         ax.set_box_aspect(1)

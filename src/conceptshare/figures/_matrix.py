@@ -15,14 +15,13 @@ from conceptshare.analysis.formats import short_labels
 from conceptshare.figures._style import (
     ABOVE_CHANCE,
     FIXED_LAYOUT,
-    LEFT_OUT,
     PAGE,
     READING_TITLES,
     STYLE,
-    UNEXPLAINED,
     VALUES,
     fitted,
     heatmap,
+    marks_note,
     save,
     text_width,
 )
@@ -51,28 +50,30 @@ class _Group(NamedTuple):
 def draw_matrix(table: pd.DataFrame, out: Path) -> None:
     """The wMPPC matrix of each reading, and below it the excess over chance, with members in groups of one kind.
 
-    Cells that are not above their null are hatched, and those with unexplained layers have a marked corner. It fits
-    the width of a printed page. Cells show their numbers if these are large enough to read. The matrix table has at
-    least ``source, target, source_modality, source_kind, reading, wmppc, excess, p, unexplained, left_out, code``;
-    features before and after TopK have panels of their own, with the same colours.
+    Cells that are not above their null are hatched. Those with unexplained layers have a marked upper corner, and
+    those that leave such layers out a marked lower corner. It fits the width of a printed page. Cells show their
+    numbers if these are large enough to read. The matrix table has at least ``source, target, source_modality,
+    source_kind, reading, wmppc, excess, p, unexplained, left_out, code``; features before and after TopK have panels
+    of their own, with the same colours.
     """
     members, codes = (list(dict.fromkeys(table[column])) for column in ("source", "code"))
     blocks = list(product(codes, VALUES))
     groups = _groups(table.drop_duplicates("source"))
-    notes = [_note(table), *[LEFT_OUT] * bool(table.left_out.any())]
+    notes = _notes(table)
     with mpl.rc_context(STYLE | FIXED_LAYOUT):
         figure, axes, bars, cell = _panels(short_labels(members), groups, len(blocks), len(notes))
         letters = min(7.0, 72 * cell / 2.7)  # a number is 2.3 times as wide as high, and lines take some of a cell
         for n, (ax, ((code, value), reading)) in enumerate(zip(axes, product(blocks, READING_TITLES), strict=True)):
-            cells, p, unexplained = (
+            cells, p, with_unexplained, left_out = (
                 table[(table.reading == reading) & (table.code == code)]
                 .pivot(index="source", columns="target", values=column)
                 .reindex(index=members, columns=members)
                 .to_numpy()
-                for column in (value, "p", "unexplained")
+                for column in (value, "p", "unexplained", "left_out")
             )
             top = float(table[value].max()) if table[value].max() > 0 else 1.0
-            image = heatmap(ax, cells, 0, top, letters if letters >= 4.5 else None, p > ABOVE_CHANCE, unexplained > 0)
+            marks = (p > ABOVE_CHANCE, with_unexplained > 0, left_out > 0)
+            image = heatmap(ax, cells, 0, top, letters if letters >= 4.5 else None, *marks)
             ax.set_title(_title(value, reading, code if len(codes) > 1 else None), fontsize=8)
             for before, group in pairwise(groups):
                 line: Any = {"color": "white", "linewidth": 1.5 if before.modality == group.modality else 3}
@@ -87,14 +88,12 @@ def draw_matrix(table: pd.DataFrame, out: Path) -> None:
         save(figure, out)
 
 
-def _note(table: pd.DataFrame) -> str:
-    """What the marks of cells mean."""
+def _notes(table: pd.DataFrame) -> list[str]:
+    """What the marks of cells mean, in lines."""
     note = "grey: an encoder with itself" + (", or no value" if table.wmppc.isna().any() else "")
     if (table.p > ABOVE_CHANCE).any():
         note += "; hatched: not above the level of samples that are re-paired at random"
-    if table.unexplained.any():
-        note += f"; marked corner: {UNEXPLAINED}"
-    return note
+    return [*filter(None, (note, marks_note(table, "marked upper corner:", "marked lower corner:")))]
 
 
 def _title(value: str, reading: str, code: str | None) -> str:

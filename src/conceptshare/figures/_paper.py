@@ -13,7 +13,6 @@ from matplotlib.lines import Line2D
 from conceptshare.analysis.paper import agreement, modality
 from conceptshare.figures._style import (
     BLUE,
-    LEFT_OUT,
     LIGHT_BLUE,
     ORANGE,
     READING_TITLES,
@@ -23,6 +22,7 @@ from conceptshare.figures._style import (
     known,
     number,
     save,
+    unexplained,
 )
 
 _DIRECTIONS: Any = {
@@ -63,7 +63,7 @@ def draw_paper(cells: pd.DataFrame, out: Path) -> None:
         there = [direction for direction in _DIRECTIONS if direction in directions]
         marks = [Line2D([], [], linestyle="none", label=f"{a} to {b}", **_DIRECTIONS[a, b]) for a, b in there]
         if cells.left_out.any():
-            figure.supxlabel(LEFT_OUT, fontsize=7)
+            figure.supxlabel(f"all layers: without {unexplained(cells)}", fontsize=7)
         figure.legend(handles=marks, loc="outside upper center", ncols=4, frameon=False, handletextpad=0.1)
         save(figure, out)
 

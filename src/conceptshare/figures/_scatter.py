@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 from numpy.typing import NDArray
 
-from conceptshare.figures._style import PAGE, RED, STYLE, explain, number, save
+from conceptshare.figures._style import PAGE, RED, STYLE, number, save, unexplained
 
 _BINS = 40
 """Bins per axis, to count how many features are near each one."""
@@ -49,9 +49,9 @@ def draw_scatter(table: pd.DataFrame, out: Path) -> None:
         figure.suptitle(f"{table.source[0]}, layer {table.layer[0]}: {len(table):,} features", x=0.01, ha="left")
         look: Any = {"marker": "D", "color": RED, "markeredgecolor": "black", "markeredgewidth": 0.5, "markersize": 5}
         mark = Line2D([], [], linestyle="none", label=f"top 1% by $\\Delta$: {table.top.sum():,}", **look)
-        if table.unexplained[0]:
-            explain(figure, fill(f"SAEs leave most of the global tokens unexplained: {table.unexplained[0]}", 110))
-        figure.legend(handles=[mark], loc="outside lower left", frameon=False, handletextpad=0.1)
+        note = fill(f"last {unexplained(table)}: {table.unexplained[0]}", 110) if table.unexplained[0] else ""
+        words: Any = {"title": note, "title_fontsize": 7, "alignment": "left"}
+        figure.legend(handles=[mark], loc="outside lower left", frameon=False, handletextpad=0.1, **words)
         ticks = LogLocator(subs=(1, 2, 5))
         figure.colorbar(dots, ax=axes, label="features nearby", shrink=0.7, ticks=ticks, format="%d").minorticks_off()
         save(figure, out)

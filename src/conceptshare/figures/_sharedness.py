@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from conceptshare.figures._style import FIXED_LAYOUT, PAGE, STYLE, save, text_width
+from conceptshare.figures._style import FIXED_LAYOUT, PAGE, STYLE, save, text_width, unexplained
 from conceptshare.io.progress import warn
 
 if TYPE_CHECKING:  # heavy, and other figures do not need them
@@ -94,7 +94,7 @@ def draw_sharedness(
             for words, column in (
                 ("shared with (G)", "shared_with"),
                 ("more than with (H)", "not_shared_with"),
-                ("SAEs leave most of the global tokens unexplained", "unexplained"),
+                (f"last {unexplained(table)}", "unexplained"),
             )
             if column in table and table[column][0]
             for line in _wrapped(f"{words}: {table[column][0]}", width - 2 * _MARGIN, 6, 7.5).splitlines()

@@ -12,14 +12,13 @@ from matplotlib.lines import Line2D
 
 from conceptshare.figures._style import (
     BLUE,
-    LEFT_OUT,
     PAGE,
     RED,
     STYLE,
-    UNEXPLAINED,
     annotate_empty,
     explain,
     known,
+    marks_note,
     save,
 )
 from conceptshare.metrics import correlation
@@ -44,9 +43,8 @@ def draw_similarity(table: pd.DataFrame, out: Path) -> None:
             ax.set_ylabel(f"{name} of global tokens")
             ax.set_xlabel("wMPPC")
         marks = [Line2D([], [], linestyle="none", **look) for look in _LOOKS.values()]
-        notes = [f"hollow: {UNEXPLAINED}"] * bool(table.unexplained.any()) + [LEFT_OUT] * bool(table.left_out.any())
-        if notes:
-            explain(figure, "\n".join(notes))
+        if note := marks_note(table, "hollow:", "mean over layers:"):
+            explain(figure, note)
         figure.legend(handles=marks, loc="outside upper center", ncols=2, frameon=False, handletextpad=0.1)
         save(figure, out)
 
@@ -56,8 +54,8 @@ def _panel(ax: Axes, cells: pd.DataFrame, measure: str) -> None:
     for reading, look in _LOOKS.items():
         of_reading = cells[cells.reading == reading]
         if len(of_reading):
-            for unexplained, fill in ((False, look["color"]), (True, "none")):
-                these = of_reading[(of_reading.unexplained > 0) == unexplained]
+            for hollow, fill in ((False, look["color"]), (True, "none")):
+                these = of_reading[(of_reading.unexplained > 0) == hollow]
                 style: Any = {"marker": look["marker"], "facecolor": fill, "edgecolor": look["color"]}
                 ax.scatter(these.wmppc, these[measure], s=16, alpha=0.75, linewidths=0.8, **style)
             ranks = correlation(of_reading.wmppc.rank(), of_reading[measure].rank())

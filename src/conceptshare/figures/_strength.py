@@ -18,9 +18,9 @@ from conceptshare.figures._style import (
     BLUE,
     COLOURS,
     FIXED_LAYOUT,
-    LEFT_OUT,
     PAGE,
     STYLE,
+    above,
     annotate_empty,
     fitted,
     known,
@@ -37,7 +37,9 @@ _ABOVE, _HEADER, _BOTTOM = 0.33, 0.52, 0.42
 _COLUMNS = ["strength", "rho"]
 
 
-def draw_strength(pairs: Iterable[tuple[str, str, pd.DataFrame]], out: Path) -> None:
+def draw_strength(
+    pairs: Iterable[tuple[str, str, pd.DataFrame]], out: Path, max_fvu_global: float | None = None
+) -> None:
     """A row per source: how S is distributed over its features, and S against rho, in a column per target.
 
     The strength S of a feature is its sum over the samples. Features that were never active have no place on a
@@ -49,6 +51,7 @@ def draw_strength(pairs: Iterable[tuple[str, str, pd.DataFrame]], out: Path) -> 
             left_out``; rows of other pairs, and of layers that are left out, are ignored. A source's distribution is
             taken from its first pair. The tables need not be in memory together.
         out: the path of the PNG.
+        max_fvu_global: the bound above which layers are left out.
     """
     chosen, left_out = {}, False
     for a, b, table in pairs:
@@ -75,7 +78,8 @@ def draw_strength(pairs: Iterable[tuple[str, str, pd.DataFrame]], out: Path) -> 
                     other.spines[:].set_visible(False)
                 else:
                     other.set_axis_off()
-        _finish(figure, axes, [image for image in images if image is not None], edges, left_out)
+        note = f"all layers: without {above(max_fvu_global)}" if left_out else ""
+        _finish(figure, axes, [image for image in images if image is not None], edges, note)
         save(figure, out)
 
 
@@ -152,9 +156,9 @@ def _against_rho(ax: Axes, features: pd.DataFrame, edges: NDArray[np.float64]) -
 
 
 def _finish(
-    figure: Figure, axes: NDArray[Any], images: Sequence[Any], edges: NDArray[np.float64], left_out: bool
+    figure: Figure, axes: NDArray[Any], images: Sequence[Any], edges: NDArray[np.float64], left_out: str
 ) -> None:
-    """Give all panels one colour scale, and only the outer ones labels."""
+    """Give all panels one colour scale, and only the outer ones labels; a note names what is left out, if anything."""
     norm = LogNorm(1, max([2.0, *(float(image.get_array().max()) for image in images)]))
     for image in images:
         image.set_norm(norm)
@@ -181,4 +185,4 @@ def _finish(
     at: Any = {"x": 0.1 / width, "va": "top"}
     figure.text(y=1 - 0.08 / height, s="Strength S of features, and its correlation r with ρ", fontweight="bold", **at)
     note = "CV: coefficient of variation of S. r: over all features, silent ones too. Grey: an encoder with itself."
-    figure.text(y=1 - 0.26 / height, s=f"{note}\n{LEFT_OUT}" if left_out else note, fontsize=7, **at)
+    figure.text(y=1 - 0.26 / height, s="\n".join(filter(None, (note, left_out))), fontsize=7, **at)

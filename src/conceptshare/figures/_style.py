@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -56,10 +57,25 @@ VALUES = {"wmppc": "wMPPC", "excess": "excess"}
 """The columns that heatmaps of wMPPC show, and the labels of their colour bars."""
 ABOVE_CHANCE = 0.05
 """Largest p of a cell that counts as above its null."""
-UNEXPLAINED = "with layers whose SAE leaves most of the global tokens' variance unexplained"
-"""What the mark of a cell means whose ``unexplained`` is not 0."""
-LEFT_OUT = "all layers: without those whose SAE leaves most of the global tokens' variance unexplained"
-"""What a figure says if the ``left_out`` of a cell is not 0."""
+
+
+def unexplained(table: pd.DataFrame) -> str:
+    """The layers that the columns ``unexplained`` and ``left_out`` of a table count, by the bound that it records."""
+    return above(table.attrs.get("max_fvu_global"))
+
+
+def marks_note(table: pd.DataFrame, marked: str, left_out: str) -> str:
+    """What is said of cells with unexplained layers, and of those that leave them out; empty if there are neither."""
+    notes = [f"{marked} with {unexplained(table)}"] if table.unexplained.any() else []
+    if table.left_out.any():
+        notes.append(f"{left_out} without {'them' if notes else unexplained(table)}")
+    return "; ".join(notes)
+
+
+def above(max_fvu_global: float | None) -> str:
+    """The layers of an FVU above a bound, or above that of the study if it is unknown."""
+    bound = "max_fvu_global" if max_fvu_global is None else f"{max_fvu_global:g}"
+    return f"layers whose SAE has an FVU above {bound} at global tokens"
 
 
 def heatmap(
@@ -70,10 +86,11 @@ def heatmap(
     letters: float | None,
     hatched: np.ndarray[Any, Any] | None = None,
     marked: np.ndarray[Any, Any] | None = None,
+    left_out: np.ndarray[Any, Any] | None = None,
 ) -> Any:
     """A heatmap of cells, grey for NaN, with their numbers at a font size of ``letters``, if any.
 
-    Cells can be hatched, or marked with a triangle in their upper right corner.
+    Cells can be hatched, marked with a triangle in their upper right corner, or in their lower left corner.
     """
     image = ax.imshow(cells, cmap=COLOURS, vmin=low, vmax=high, aspect="equal")
     ax.spines[:].set_visible(False)
@@ -82,9 +99,10 @@ def heatmap(
     for i, j in [] if hatched is None else np.argwhere(hatched):
         lines: Any = {"hatch": "////", "edgecolor": letters_on(image, cells[i, j]), "linewidth": 0}
         ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, **lines))
-    for i, j in [] if marked is None else np.argwhere(marked & np.isfinite(cells)):
-        corner = [(j + 0.5, i - 0.5), (j + 0.22, i - 0.5), (j + 0.5, i - 0.22)]
-        ax.add_patch(Polygon(corner, color=letters_on(image, cells[i, j]), linewidth=0))
+    for mask, side in ((marked, 1), (left_out, -1)):
+        for i, j in [] if mask is None else np.argwhere(mask & np.isfinite(cells)):
+            corner = [(j + side * x, i - side * y) for x, y in ((0.5, 0.5), (0.22, 0.5), (0.5, 0.22))]
+            ax.add_patch(Polygon(corner, color=letters_on(image, cells[i, j]), linewidth=0))
     if letters:
         for (i, j), value in np.ndenumerate(cells):
             if np.isfinite(value):

@@ -62,7 +62,8 @@ def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
     """
     check_replaceable(out, SITE)
     write_frame(out)
-    shown: dict[str, Any] = {name: study[name] for name in ("study", "saes", "members", "codes", "unexplained_layers")}
+    parts = ("study", "saes", "members", "codes", "unexplained_layers", "max_fvu_global")
+    shown: dict[str, Any] = {name: study[name] for name in parts}
     shown["members"] = [_with_sizes(member, study, results) for member in study["members"]]
     shown["datasets"] = [
         {"name": name, "samples": len(Data(layout.path(layout.DATA, results, dataset=name)))}

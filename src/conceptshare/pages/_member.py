@@ -15,7 +15,7 @@ from conceptshare.config.members import as_member, pair_name
 from conceptshare.io.files import MEMBER_PAGES, atomic_output
 from conceptshare.io.layout import layer_name
 from conceptshare.io.progress import progress
-from conceptshare.io.readers import FEATURES, FeatureStatistics, read_statistics
+from conceptshare.io.readers import FEATURES, FeatureStatistics, read_spec, read_statistics
 from conceptshare.io.seals import read_manifest, recorded_file
 from conceptshare.io.store import read_root
 from conceptshare.pages._script import number, numbers, write_script
@@ -64,11 +64,14 @@ def write_member(
         return rows
 
     samples = {row.pop("sample"): row for row in read("samples.parquet")}
+    fvu = dict(zip(statistics, read_spec(features, FEATURES)["fvu_global"], strict=True))
     with atomic_output(out, MEMBER_PAGES) as partial:
         partial.mkdir()
         for layer, found in progress(statistics.items(), len(statistics), f"pages of {member}", "layers"):
             key = layer_name(layer)
-            table = _columns(found, _of_layer(named, layer))
+            table = _columns(found, _of_layer(named, layer)) | {
+                "fvu": None if fvu[layer] is None else number(fvu[layer])
+            }
             table["best"] = {other: _best(_of_layer(matches, layer)) for other, matches in best.items()}
             deltas = {name: _deltas(_of_layer(ranking, layer), len(found.strength)) for name, ranking in ranked.items()}
             table["delta"] = {name: values for name, values in deltas.items() if values is not None}

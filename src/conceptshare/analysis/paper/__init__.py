@@ -51,7 +51,9 @@ def compare(table: pd.DataFrame, dataset: str, size: str) -> pd.DataFrame:
         )
     cells = both.rename(columns={"wmppc": "ours", "wmppc_of_paper": "paper"}).reset_index(drop=True)
     cells["difference"] = cells.ours - cells.paper
-    return cells[["reading", "source", "target", "ours", "low", "high", "paper", "difference", "left_out"]]
+    cells = cells[["reading", "source", "target", "ours", "low", "high", "paper", "difference", "left_out"]]
+    cells.attrs = {key: value for key, value in table.attrs.items() if key == "max_fvu_global"}
+    return cells
 
 
 def agreement(cells: pd.DataFrame) -> pd.DataFrame:

@@ -88,6 +88,13 @@ let study = null;
 /** In front of the layers among which the best match in several layers is found. */
 const explained = () => (study.unexplained_layers === "leave_out" ? "explained " : "");
 
+/** The layers that count as unexplained, by the bound of an SAE setting. */
+const unexplained = (at) => [
+  "layers whose SAE has an ",
+  term("FVU"),
+  ` above ${study.max_fvu_global[at.sae]} at global tokens`,
+];
+
 function encode(text) {
   return encodeURIComponent(text).replaceAll("%40", "@");
 }

@@ -79,6 +79,7 @@ async function featureView(parts) {
         step(n - 1, "← Previous", "prev"),
         step(n + 1, "Next →", "next"),
       ),
+      warning(at, table),
       facts([
         [term("Name z"), fixed(table.score[n])],
         [term("Name AUC"), fixed(table.auc[n])],

@@ -23,8 +23,8 @@ let heatmaps = 0;
 /**
  * A heatmap: a table of links, between which arrow keys move, so that it is one stop of the Tab key.
  *
- * Its first row is at the top, or at the bottom if it goes `upward`. Cells that are not above chance are hatched, and
- * those with unexplained layers have a marked corner.
+ * Its first row is at the top, or at the bottom if it goes `upward`. Cells that are not above chance are hatched. Those
+ * with unexplained layers have a marked upper corner, and those that leave such layers out a marked lower corner.
  */
 function heatmap({ caption, corner, rows, columns, values, cells, scale, cellLink, cellLabel, emptyLabel, upward }) {
   const id = `heatmap-${heatmaps++}`;
@@ -57,11 +57,14 @@ function heatmap({ caption, corner, rows, columns, values, cells, scale, cellLin
               return h("td.null", { title: empty }, h("span.hidden", empty));
             }
             const { background, ink } = viridis((value - scale.low) / (scale.high - scale.low || 1));
-            const [chance, p, unexplained] = ["null", "p", "unexplained"].map((name) => cells[name]?.[row]?.[column]);
+            const [chance, p, marked, leftOut] = ["null", "p", "unexplained", "left_out"].map(
+              (name) => cells[name]?.[row]?.[column],
+            );
             const hatched = p > ABOVE_CHANCE;
             const label =
               `${cellLabel(row, column)}: ${fixed(value)}${byChance(chance)}${hatched ? ", not above chance" : ""}` +
-              (unexplained ? `, ${plural(unexplained, "layer")} not explained by SAEs` : "");
+              (marked ? `, ${plural(marked, "layer")} not explained by SAEs` : "") +
+              (leftOut ? `, without ${plural(leftOut, "layer")} not explained by SAEs` : "");
             return h(
               "td",
               h(
@@ -71,7 +74,7 @@ function heatmap({ caption, corner, rows, columns, values, cells, scale, cellLin
                   "aria-label": label,
                   title: label,
                   tabindex: "-1",
-                  class: [hatched && "hatched", unexplained && "unexplained"].filter(Boolean).join(" "),
+                  class: [hatched && "hatched", marked && "unexplained", leftOut && "left-out"].filter(Boolean).join(" "),
                   style: { backgroundColor: background, color: ink },
                 },
                 fixed(value),

@@ -7,6 +7,7 @@ const MEANINGS = {
   wMPPC: "The mean of ρ over a member’s features, weighted by S: 1 if each has a perfect match.",
   null: "The same with samples re-paired at random: what chance alone gives.",
   excess: "(wMPPC − null) / (1 − null): 0 is chance, 1 a perfect match.",
+  FVU: "Fraction of the global tokens’ variance that an SAE leaves unexplained: 0 is perfect, predicting the mean gives 1.",
   "Δ": "Comparative Sharedness: S times the difference of the squared matches in two groups of members.",
   "Name z": "How far the words of the name stand out in the captions of the strongest samples, in standard deviations.",
   "Name AUC": "How well the name predicts the feature on other samples: 0.5 is chance, 1 is perfect.",

@@ -2,6 +2,13 @@
 
 const crumb = (at) => [`${at.member}, layer ${at.layer}`, tableLink(at)];
 
+/** A note on a layer that its SAE does not explain. */
+function warning(at, { fvu }) {
+  const bound = study.max_fvu_global[at.sae];
+  const above = ` of ${size(fvu)} at global tokens, above ${bound}, so its features say little about the encoder.`;
+  return fvu > bound && h("p.note", "This layer’s SAE has an ", term("FVU"), above);
+}
+
 /** The columns that every table of features begins with. */
 const nameColumn = (label, id, at, called) => ({
   id,
@@ -125,6 +132,7 @@ async function layerView(parts) {
     crumbs: [crumb(at)],
     nodes: [
       layerLinks("Layer", member.layers, at.layer, (layer) => tableLink({ ...at, layer })),
+      warning(at, table),
       h(
         "p.note",
         "S (strength) is a feature’s activation summed over the samples, and density the fraction of samples on which " +

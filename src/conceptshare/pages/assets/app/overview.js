@@ -11,7 +11,6 @@ const VALUES = {
   wmppc: "wMPPC, as published",
   excess: "excess over chance",
 };
-const UNEXPLAINED = "whose SAE leaves most of the global tokens’ variance unexplained";
 const FORMULAS = { wmppc: "wMPPC", excess: "excess (wMPPC − null) / (1 − null)" };
 
 function rankingItem(ranking) {
@@ -87,6 +86,7 @@ function setSection(at, choices, update) {
             null: value === "wmppc" && matrix.null[reading],
             p: matrix.p[reading],
             unexplained: matrix.unexplained[reading],
+            left_out: matrix.left_out[reading],
           },
           scale: scales[value],
           cellLink: (row, column) =>
@@ -136,9 +136,12 @@ function setSection(at, choices, update) {
             `random (the null), it is ${fixed(Math.min(...nulls))} to ${fixed(Math.max(...nulls))} here. The excess over ` +
             "chance is (wMPPC − null) / (1 − null). ",
         hatched && "Hatched cells are not above their null. ",
-        matrices.some(({ left_out }) => Object.values(left_out).flat(2).some(Boolean)) &&
-          `Readings of all layers leave out layers ${UNEXPLAINED}. `,
-        every("unexplained").some(Boolean) && `Cells with a marked corner have layers ${UNEXPLAINED}. `,
+        every("unexplained").some(Boolean) && ["A marked upper corner: with ", ...unexplained(at), ". "],
+        matrices.some(({ left_out }) => Object.values(left_out).flat(2).some(Boolean)) && [
+          "A marked lower corner: without ",
+          ...unexplained(at),
+          ". ",
+        ],
         layerwise.length > 0 && "In heatmaps by layer, the first layer is at the bottom left. ",
         "Arrow keys move between the cells of a table.",
       ),

@@ -226,7 +226,7 @@ function rankingContent(published, value, at, table) {
               "re-paired at random: a wider encoder matches better by chance. "
             : "") +
           "The top share is the share of bootstrap resamples in which a feature is in the top 1%.",
-        ranking.unexplained && ` Of ${ranking.unexplained}, the last layer has an SAE that explains little of what is compared.`,
+        ranking.unexplained && [" Last ", ...unexplained(at), `: ${ranking.unexplained}.`],
       ),
       h(
         "div.split",
