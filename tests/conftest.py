@@ -38,7 +38,7 @@ if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4e9 and not os.statvfs(M
 # Folders whose tests share expensive fixtures: a Slurm, the miniature study's run, a browser.
 SAME_PROCESS = ("slurm", "workflow", "pages")
 # The longest tests start first. The tests on Slurm mostly wait for it.
-FIRST = ("slurm", "workflow", "test_figures", "test_broken", "hub", "pages")
+FIRST = ("slurm", "workflow", "test_figures", "test_correlations", "test_stream", "test_encoders", "test_broken", "hub")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -28,7 +28,7 @@ from conceptshare.encoders.weights import check_record, fetch_weights, fingerpri
 from conceptshare.io.errors import EncoderError, HubError
 from conceptshare.io.store import open_store
 from tests.helpers import models
-from tests.helpers.hub import TOKEN, environment, running, use
+from tests.helpers.hub import environment, fetching_python, running, use
 
 SCRIPT = """
 import sys
@@ -727,14 +727,12 @@ def test_activations_of_a_named_open_clip_model_read_the_recorded_files_offline(
     family = models.open_clip_siglip_text(tmp_path / "source")
     hub.add("timm/ViT-B-16-SigLIP", read_all(tmp_path / "source"))
     spec = as_json(family.spec.model_copy(update={"model": "ViT-B-16-SigLIP", "weights": "webli"}))
-    env = environment(hub.endpoint, tmp_path / "home", HF_TOKEN=TOKEN)
-    fetched = run("weights", "--encoder", spec, "--out", "tiny.json", env=env)
-    assert fetched.returncode == 0, fetched.stderr
+    fetch("ViT-B-16-SigLIP", library="open_clip", weights="webli", out="tiny.json")
     assert hub.log
-    assert TOKEN not in fetched.stdout + fetched.stderr + Path("tiny.json").read_text()
     hub.log.clear()
     hub.other_requests.clear()
     files = ["--weights", "tiny.json", "--data", data, "--out", "tiny.zarr", "--tokens", "tokens.zarr"]
+    env = environment(hub.endpoint, tmp_path / "home")
     made = run("activations", "--encoder", spec, *files, env=env)
     assert made.returncode == 0, made.stderr
     assert (hub.log, hub.other_requests) == ([], [])
@@ -826,15 +824,10 @@ def test_records_an_encoder_too_large_to_try_in_free_memory(tmp_path, monkeypatc
 
 
 def test_the_command_reports_a_failed_fetch_in_one_line(hub, tmp_path):
-    ended = run(
-        "weights",
-        "--encoder",
-        '{"library": "transformers", "model": "us/none"}',
-        "--no-load",
-        "--out",
-        "results/weights/none.json",
-        env=environment(hub.endpoint, tmp_path / "home"),
-    )
+    entry = '{"library": "transformers", "model": "us/none"}'
+    command = ["weights", "--encoder", entry, "--no-load", "--out", "results/weights/none.json"]
+    python = fetching_python(tmp_path, hub.endpoint, tmp_path / "hub")
+    ended = subprocess.run([python, "-m", "conceptshare", *command], capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert ended.stderr.startswith("error: us/none: ")
     assert ended.stderr.count("\n") == 1

@@ -152,7 +152,7 @@ def reimport(package):
     """Import a package from ``PYTHONPATH``, which may have another copy than the one already imported."""
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         del sys.modules[name]
-    sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)
+    sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
 
 
 if __name__ == "__main__":

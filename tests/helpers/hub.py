@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,10 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
+import pytest
 from huggingface_hub import constants
+
+from tests.helpers.forks import forked_python, reimport
 
 USER = "us"
 """The user whose token is `TOKEN`."""
@@ -361,3 +365,23 @@ def environment(endpoint: str, cache: Path, **more: str) -> dict[str, str]:
     """The environment of a process that uses ``endpoint``."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
     return {**own, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", **more}
+
+
+def fetching_python(folder: Path, endpoint: str, cache: Path) -> str:
+    """A ``python`` program in ``folder`` whose ``-m conceptshare`` runs in a fork that uses ``endpoint``."""
+    program = folder / "fetching" / "python"
+    program.parent.mkdir()
+    code = "from tests.helpers.hub import run_fetching; run_fetching()"
+    program.write_text(f'#!/bin/sh\nexec "{forked_python()}" -c "{code}" "{endpoint}" "{cache}" "$@"\n')
+    program.chmod(0o755)
+    return str(program)
+
+
+def run_fetching() -> None:
+    """Run the command line that follows an endpoint, a cache and ``-m conceptshare``."""
+    endpoint, cache, _, _, *sys.argv[1:] = sys.argv[1:]
+    reimport("conceptshare")
+    use(pytest.MonkeyPatch(), endpoint, Path(cache))
+    from conceptshare.cli import main
+
+    main()

@@ -1,11 +1,13 @@
-"""What forks of one process share: slow imports, and Snakemake's search for its plugins."""
+"""What test processes and the forks that tests start share: slow imports, and Snakemake's search for its plugins."""
 # ruff: noqa: F401
 
 import datasets
 import matplotlib.backends.backend_agg
 import matplotlib.backends.backend_pdf
+import open_clip
 import pyarrow.parquet
 import smart_open
+import timm
 import torch._dynamo  # optimisers import it when they are created
 import transformers.models.bert.modeling_bert
 import transformers.models.siglip.modeling_siglip

@@ -13,7 +13,7 @@ import torch
 from conceptshare.sae import SAE, TopK, save_sae
 from tests.helpers import models
 from tests.helpers.forks import forked_python
-from tests.helpers.hub import environment, running
+from tests.helpers.hub import environment, fetching_python, running
 
 from .conftest import new_clone, write_dataset
 
@@ -81,7 +81,9 @@ def finished(tmp_path_factory):
                 command, cwd=project.folder, env=surroundings, capture_output=True, text=True, check=False
             )
 
-        fetched = run("--until", "dataset", "weights", "pretrained")
+        # That users' jobs fetch from the endpoint in their environment is tested in test_safety.py.
+        project.python = fetching_python(made, hub.endpoint, made / "cache/hub")
+        fetched = project.run("--cores", "2", "--until", "dataset", "weights", "pretrained")
         assert fetched.returncode == 0, fetched.stdout + fetched.stderr
         before = len(hub.log), len(hub.other_requests)
         # Jobs that read encoders run as for users, to record their requests to the hub; the others do not use the hub.
