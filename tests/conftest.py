@@ -140,11 +140,11 @@ def write_features_from(write_activations):
     written to ``source / member``.
     """
 
-    def write(source, folder, member, layers, content_hash="the same samples", keep=True):
+    def write(source, folder, member, layers, content_hash="the same samples", keep=True, modality="image"):
         made = source / member
         encoder, _, seed = member.rpartition("@")
         store = made / f"{encoder}.zarr"
-        write_activations(store, {n: list(x[:, None, :]) for n, x in layers.items()}, content_hash)
+        write_activations(store, {n: list(x[:, None, :]) for n, x in layers.items()}, content_hash, modality)
         for layer, x in layers.items():
             width = x.shape[1]
             sae = SAE(width, width, TopK(1))

@@ -38,32 +38,34 @@ def directly(a, b, given, scored):
 @pytest.mark.parametrize("values", [2**24, 100])
 def test_fits_equal_a_direct_computation(rng, monkeypatch, values):
     monkeypatch.setattr(samples, "_VALUES", values)
+    monkeypatch.setattr(samples, "FEATURE_ROWS", 1)
     a, b = related(rng, N + 1)
     halves = np.arange(N // 2), np.arange(N // 2, N + 1)
     expected = [directly(a, b, given, scored) for given, scored in (halves[::-1], halves)]
-    np.testing.assert_allclose(fits(a, b), np.concatenate(expected), atol=1e-5)
+    np.testing.assert_allclose(fits([a], [b]), np.concatenate(expected), atol=1e-5)
+    np.testing.assert_allclose(fits([a[:, :3], a[:, 3:]], [b[:, :5], b[:, 5:]]), np.concatenate(expected), atol=1e-5)
 
 
 def test_samples_are_compared_with_some_of_the_others(rng, monkeypatch):
     a, b = related(rng, 400)
-    whole = fits(a, b)
-    monkeypatch.setattr(samples, "_OTHERS", 50)
-    assert np.corrcoef(whole, fits(a, b))[0, 1] > 0.9
+    whole = fits([a], [b])
+    monkeypatch.setattr(samples, "FIT_SAMPLES", 50)
+    assert np.corrcoef(whole, fits([a], [b]))[0, 1] > 0.9
 
 
 def test_exchanged_samples_fit_worst(rng):
     a, b = related(rng, 1000)
     exchanged = rng.permutation(1000)[:200]
     b[exchanged] = b[np.roll(exchanged, 1)]
-    worst = np.argsort(fits(a, b))[:200]
+    worst = np.argsort(fits([a], [b]))[:200]
     assert np.isin(worst, exchanged).mean() > 0.8  # by chance, a fifth
 
 
 def test_needs_samples_and_matches(rng):
     with pytest.raises(NumericsError, match="3 samples"):
-        fits(np.ones((3, 2)), np.ones((3, 2)))
+        fits([np.ones((3, 2))], [np.ones((3, 2))])
     with pytest.raises(NumericsError, match="nothing to score by"):
-        fits(np.ones((8, 2)), rng.random((8, 2)))
+        fits([np.ones((8, 2))], [rng.random((8, 2))])
 
 
 @pytest.fixture
@@ -73,15 +75,17 @@ def scored(tmp_path, monkeypatch, rng, write_features):
     write_rows(tmp_path / "rows.parquet", N, WORDS)
     make_dataset(DatasetSpec(source="./rows.parquet"), tmp_path / "data")
     content_hash = Data(tmp_path / "data").content_hash
-    stores = [
-        write_features(tmp_path, f"{name}@0", {3: x}, content_hash)
-        for name, x in zip(("vit", "bert"), related(rng, N), strict=True)
-    ]
-    command = ["samples", *map(str, stores), "--data", "data", "--out", "fit.csv"]
+    a, b = related(rng, N)
+    layers = {"vit": {3: a}, "bert": {2: b[:, :6], 5: b[:, 6:], 7: rng.random((N, 4))}}
+    for (name, values), modality in zip(layers.items(), ("image", "text"), strict=True):
+        write_features(tmp_path, f"{name}@0", values, content_hash, modality=modality)
+    command = ["samples", "vit@0.zarr", "bert@0.zarr", "--data", "data", "--out", "fit.csv"]
+    command += ["--text-layer", "2", "--text-layer", "5"]
     done = CliRunner().invoke(app, command, catch_exceptions=False)
     table = pd.read_csv("fit.csv", dtype={"id": str})
     assert table.fit.is_monotonic_increasing
     assert table.caption[0][:30] in done.output
+    np.testing.assert_allclose(table.sort_values("row").fit, fits([a], [b]), atol=1e-4)
     return tmp_path / "data", table
 
 
@@ -100,6 +104,16 @@ def test_the_best_samples_are_a_data_set(scored, tmp_path):
         assert after.caption(row) == before.caption(place[sample])
 
 
+def test_other_stores_and_layers_are_refused(scored):
+    for stores, options, words in (
+        (["bert@0.zarr", "vit@0.zarr"], [], "bert@0.zarr: its encoder reads text; name an image encoder, then a text"),
+        (["vit@0.zarr", "bert@0.zarr"], ["--text-layer", "4"], "bert@0.zarr: no layer 4; it has 2, 5, 7"),
+    ):
+        command = ["samples", *stores, "--data", "data", "--out", "other.csv", *options]
+        with pytest.raises(StoreError, match=words):
+            CliRunner().invoke(app, command, catch_exceptions=False)
+
+
 def test_other_data_are_refused(scored, tmp_path):
     write_rows(tmp_path / "others.parquet", N, WORDS[:3])
     make_dataset(DatasetSpec(source="./others.parquet", limit=N - 1), tmp_path / "others")
@@ -107,5 +121,5 @@ def test_other_data_are_refused(scored, tmp_path):
         ["samples", "vit@0.zarr", "bert@0.zarr", "--data", "others", "--out", "other.csv"],
         ["filter", "fit.parquet", "--data", "others", "--keep", "0.8", "--out", "kept.parquet"],
     ):
-        with pytest.raises(StoreError, match="other samples than the data"):
+        with pytest.raises(StoreError, match=r"different samples|other samples than the data"):
             CliRunner().invoke(app, command, catch_exceptions=False)

@@ -45,7 +45,7 @@ def test_file_names_of_analyses_are_reserved():
             "paper-agreement",
         )
     }
-    assert taken_by("sharedness", "seen") == {"seen.top", "seen.scatter"}
+    assert taken_by("sharedness", "seen") == {"seen.top", "seen.scatter", "seen.topics"}
     assert taken_by("layerwise", "seeds") == set()
 
 

@@ -530,6 +530,31 @@ def test_refuses_a_sharedness_member_in_both_groups(fault, name):
     assert message.startswith("study.yaml: analyses.sharedness.a: vit@0 is in both groups")
 
 
+def test_an_analysis_of_samples_has_an_image_and_a_text_member_and_layers_of_both(build, fault):
+    def samples(**changed):
+        return {"samples": {"fit": {"image": "vit@1", "text": "bert"} | changed}}
+
+    study = build(analyses=samples(image_layers="all", text_layers=[3, 1, 3]))
+    assert study.samples_sides("fit") == {
+        "image": "vit@1",
+        "image_layers": study.encoders["vit"].layer_numbers(),
+        "text": "bert@0",
+        "text_layers": [1, 3],
+    }
+    assert study.table_key("samples", "fit") != build(analyses=samples()).table_key("samples", "fit")
+    assert study.members() == [Member("bert", 0), Member("vit", 1)]
+    assert study.pairs() == []
+    for changed, words in (
+        ({"text": "clip-image"}, "analyses.samples.fit.text: clip-image reads images; name an encoder that reads text"),
+        ({"image": "bert"}, "analyses.samples.fit.image: bert reads text; name an encoder that reads images"),
+        ({"text": "brt"}, "analyses.samples.fit.text: 'brt': the study has no encoder 'brt'"),
+        ({"text_layers": [99]}, "analyses.samples.fit.text_layers: bert has no recorded layer 99; it has 0, 1"),
+        ({"text_layers": []}, "analyses.samples.fit.text_layers"),
+        ({"text_layers": "first"}, "analyses.samples.fit.text_layers"),
+    ):
+        assert words in fault(analyses=samples(**changed))
+
+
 def test_two_seeds_of_one_encoder_can_be_in_the_two_groups(build):
     analysis = {"source": "bert", "shared_with": ["vit@1"], "not_shared_with": ["vit@0"]}
     assert build(analyses={"sharedness": {"a": analysis}}).pairs()
@@ -861,6 +886,7 @@ ANALYSES = {
     "sharedness": {
         "seen": {"source": "vit@1", "shared_with": ["clip-text", "bert"], "not_shared_with": ["dinov2"]},
     },
+    "samples": {"fit": {"image": "vit@1", "text": "bert"}},
 }
 
 
@@ -881,6 +907,7 @@ def keys_of(study):
         "matrices": {name: study.table_key("matrix", name) for name in study.analyses.matrices},
         "layerwise": {name: study.table_key("layerwise", name) for name in study.analyses.layerwise},
         "sharedness": {name: study.table_key("sharedness", name) for name in study.analyses.sharedness},
+        "samples": {name: study.table_key("samples", name) for name in study.analyses.samples},
         "similarity": study.similarity_pairs(),
         "overlapping": study.overlapping(),
         "saes": {name: study.sae_key(name) for name in study.saes},

@@ -619,6 +619,27 @@ def test_draws_chosen_features_and_the_top_of_two_rankings(tmp_path, data, drawn
     assert "no feature is at the top of both" in draw("--also-top-of", tmp_path / "d.parquet")
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_draws_the_samples_that_fit_worst_and_best(tmp_path, data, drawn, unsaved):
+    order = [3, 0, 2, 1, 7, 6, 5, 4]
+    ids, captions = data.ids(), [data.caption(n) for n in order]
+    table = pd.DataFrame({"row": order, "id": [ids[n] for n in order], "caption": captions, "fit": np.arange(8) - 2.5})
+    write_table(table, tmp_path / "fit.csv")
+    command = ["figures", "samples", "--table", str(tmp_path / "fit.parquet"), "--out", str(tmp_path / "drawn.png")]
+    assert CliRunner().invoke(app, [*command, "--data", str(tmp_path / "data")]).exit_code == 0
+    written = written_on(drawn[0])
+    assert [words for words in written if "fit:" in words] == ["Worst fit: -2.50 to 0.50", "Best fit: 4.50 to 1.50"]
+    images = [image for ax in drawn[0].axes for image in ax.images]
+    for image, sample in zip(images, [3, 0, 2, 1, 4, 5, 6, 7], strict=True):
+        left, right, foot, head = image.get_extent()
+        width, height = data.image(sample).size
+        assert (right - left) / (foot - head) == pytest.approx(width / height)
+    assert_apart([image.get_window_extent().extents for image in images])
+    write_table(table.assign(row=range(8)), tmp_path / "fit.csv")
+    refused = CliRunner().invoke(app, [*command, "--data", str(tmp_path / "data")]).exception
+    assert "of other samples than the data" in str(refused)
+
+
 def test_refuses_features_or_samples_that_do_not_belong_to_a_ranking(tmp_path, data, write_features_from, rng):
     x = rng.random((len(CAPTIONS), 8))
 

@@ -184,7 +184,12 @@ def ranking(rng, strength, rho_g, name, shared_with, not_shared_with):
         delta = strength * (g**2 - h**2)
         order = np.argsort(-delta)
         columns = {"delta": delta, "rho_g": g, "rho_h": h, "share": np.linspace(0, 1, FEATURES) ** 2}
-        return {"features": order.tolist(), **{name: rounded(values[order]) for name, values in columns.items()}}
+        topics = [] if g is rho_g else [{"word": "flag", "features": 4, "top_share": 0.5, "share": 0.02, "q": 0.003}]
+        return {
+            "features": order.tolist(),
+            "topics": topics,
+            **{name: rounded(values[order]) for name, values in columns.items()},
+        }
 
     return {
         "dataset": DATASET,
@@ -278,6 +283,19 @@ def write_site(folder, seed=0):
             }
         ],
         "sharedness": rankings,
+        "samples": [
+            {
+                "dataset": DATASET,
+                "sae": SAE,
+                "name": "captions",
+                "image": "seer@0",
+                "image_layers": [5],
+                "text": "reader@0",
+                "text_layers": [3, 5],
+                "worst": [[n, -2.5 + n / 4] for n in range(6)],
+                "best": [[n, 7.25 - n / 4] for n in range(6, 12)],
+            }
+        ],
         "overlaps": [
             {
                 "dataset": DATASET,
@@ -331,6 +349,7 @@ def write_large_site(folder, features=8192, others=9, seed=1):
         "max_fvu_global": {SAE: 0.8},
         "layerwise": [],
         "sharedness": [],
+        "samples": [],
         "overlaps": [],
     }
     matrix = {"dataset": DATASET, "sae": SAE, "name": "everything", "members": names}

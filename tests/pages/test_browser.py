@@ -43,6 +43,7 @@ VIEWS = {
     "never active": f"#/feature/{SET}/seer@0/0/{NEVER_ACTIVE}",
     "pair": f"#/pair/{SET}/seer@0/0/reader@0/3",
     "ranking": f"#/ranking/{SET}/shared-with-text",
+    "fit": f"#/fit/{SET}/captions",
     "not found": "#/nothing/here",
 }
 BLANK = re.compile(r"[\u0000-\u0020\u0085\u2028\u2029]+")
@@ -101,7 +102,7 @@ def test_overview_shows_the_numbers(tab, site):
     assert heads > cells
     cell = page.get_by_role("link", name=f"wMPPC from seer@0 layer 3 to reader@0 layer 5: {a['wmppc'][1][2]:.2f}")
     expect(cell).to_be_visible()
-    assert seen(page.locator(".rankings a")) == ["shared-with-text", "shared-with-vlms"]
+    assert seen(page.locator(".rankings a")) == ["shared-with-text", "shared-with-vlms", "captions"]
 
 
 def test_symbols_have_hints_for_pointer_and_keyboard(tab):
@@ -605,6 +606,21 @@ def test_ranking(tab, site):
     assert texts[5].split() == [str(n) for n in both]
 
 
+def test_the_samples_that_fit_worst_and_best(tab, site):
+    page = tab.open()
+    page.get_by_role("link", name="captions").click()
+    expect(page.locator("h1")).to_have_text("Fit of samples captions")
+    expect(page.locator(".lead")).to_contain_text("seer@0 (layer 5) and of reader@0 (layers 3, 5).")
+    (fit,) = read_data(site, "study")["samples"]
+    for title in ("Worst", "Best"):
+        shown = page.locator("section", has=page.get_by_role("heading", name=f"{title} fit")).locator(".specimen")
+        expect(shown).to_have_count(6)
+        values = [float(text) for text in seen(shown.locator(".value"))]
+        assert values == [pytest.approx(value, rel=6e-3) for _, value in fit[title.lower()]]
+        sources = shown.locator("img").evaluate_all("images => images.map(image => image.src)")
+        assert all(f"{n:06d}.webp" in source for (n, _), source in zip(fit[title.lower()], sources, strict=False))
+
+
 def test_the_reader_switches_a_ranking_to_its_calibrated_form(tab, site):
     page = tab.open(VIEWS["ranking"])
     ranking = read_data(site, "study")["sharedness"][0]
@@ -619,8 +635,11 @@ def test_the_reader_switches_a_ranking_to_its_calibrated_form(tab, site):
     shown = [float(text) for text in column(page, "e H")]
     assert shown == pytest.approx(ranking["calibrated"]["rho_h"][:100], abs=5.1e-3)
     expect(page.locator(".scatter figcaption")).to_contain_text("e G > e H")
+    topics = page.locator("section", has=page.get_by_role("heading", name="Words of the top"))
+    assert seen(topics.locator("tbody th, tbody td")) == ["flag", "4", "50%", "2%", "0.003"]
     page.get_by_label("Value").select_option("published")
     assert column(page, "Feature") == [str(n) for n in ranking["features"][:100]]
+    expect(topics).to_contain_text("No word in the captions")
     page.go_back()
     assert column(page, "Feature") == [str(n) for n in ranking["calibrated"]["features"][:100]]
 

@@ -174,6 +174,7 @@ def miniature_config():
                 "seen": {"source": "reader", "shared_with": ["viewer"], "not_shared_with": ["reader@1"]},
                 "own": {"source": "reader", "shared_with": ["reader@1"], "not_shared_with": ["viewer"]},
             },
+            "samples": {"captions": {"image": "viewer", "text": "reader", "text_layers": "all"}},
         },
         "correlations": {"memory_mb": 100},
     }

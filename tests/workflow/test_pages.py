@@ -117,6 +117,7 @@ class Place:
             "pair": f"#/pair/{self.folder}/{self.a}/{self.layer}/{self.b}/{self.pair['layers_b'][0]}",
             "any layer": f"#/pair/{self.folder}/{self.a}/{self.layer}/{self.b}/any",
             "ranking": f"#/ranking/{ranking['dataset']}/{ranking['sae']}/{ranking['name']}",
+            **{fit["name"]: f"#/fit/{fit['dataset']}/{fit['sae']}/{fit['name']}" for fit in self.study["samples"]},
         }
 
 

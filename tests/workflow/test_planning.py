@@ -23,14 +23,16 @@ WITH_SIMILARITY = {job: n for job, n in MATRIX.items() if job not in {"metrics_s
 LAYERWISE = {"metrics_layerwise": 1, "figures_layerwise": 1}
 SHAREDNESS = {
     "metrics_sharedness": 2,
+    "metrics_topics": 2,
     "figures_sharedness": 2,
     "figures_top_samples": 2,
     "figures_scatter": 2,
     "metrics_overlaps": 1,
 }
+SAMPLES = {"metrics_samples": 1, "figures_samples": 1}
 SITE = {"pages_member": 3, "pages_index": 1}
 SHOWN = {"names": 3, "examples": 3, "pages_pair": 2, **SITE}
-TABLES_AND_FIGURES = {"metrics_pair": 2, **MATRIX, **LAYERWISE, **SHAREDNESS, **SAE_REPORT}
+TABLES_AND_FIGURES = {"metrics_pair": 2, **MATRIX, **LAYERWISE, **SHAREDNESS, **SAMPLES, **SAE_REPORT}
 
 
 def test_a_finished_study_plans_nothing(study):
@@ -305,9 +307,14 @@ def test_detects_swapped_settings_of_two_encoders(study):
             {"similarity": 1, "pages_index": 1, **WITH_SIMILARITY},
         ),
         ("analysis/seeds.py", {"metrics_seeds": 1, **SAE_REPORT}),
-        ("analysis/retrieval.py", {"metrics_retrieval": 1}),
+        ("analysis/retrieval.py", {"metrics_retrieval": 1, "pages_index": 1, **SAMPLES}),
+        ("analysis/samples.py", {"pages_index": 1, **SAMPLES}),
         ("pages/assets/app/page.js", {"pages_index": 1}),
-        ("concepts/names.py", {"names": 3, "pages_member": 3, "figures_sharedness": 2, "figures_top_samples": 2}),
+        (
+            "concepts/names.py",
+            {"names": 3, "metrics_topics": 2, "figures_sharedness": 2, "figures_top_samples": 2, **SITE},
+        ),
+        ("concepts/topics.py", {"metrics_topics": 2, "pages_index": 1}),
         (
             "correlations/_engine.py",
             {

@@ -379,6 +379,7 @@ def report_entry(product, kind):
         "matrices": ("wMPPC matrices", "analysis", "{name}"),
         "layerwise": ("Layerwise heatmaps", "analysis", "{name}"),
         "sharedness": ("Comparative Sharedness", "analysis", "{name}"),
+        "samples": ("Fit of samples", "analysis", "{name}"),
         "overlaps": ("Comparative Sharedness", "analysis", "all rankings"),
         "saes": ("SAE training", "encoder", "all"),
     }[product.file.partition("/")[0]]

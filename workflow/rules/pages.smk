@@ -79,7 +79,9 @@ rule pages_pair:
 rule pages_index:
     input:
         tables=[
-            file for place in SHOWN for file in products_of(*place, "matrix", "layerwise", "sharedness", "overlaps")
+            file
+            for place in SHOWN
+            for file in products_of(*place, "matrix", "layerwise", "sharedness", "topics", "overlaps", "samples")
         ],
         data=expand(DATA, dataset=STUDY.datasets),
         code=code("pages/_index.py", "pages/_script.py", "pages/assets/*.*", "pages/assets/app/*"),

@@ -9,6 +9,7 @@ TABLE_PAIRS = {
     "seeds": lambda w: STUDY.matrix_pairs(w.name) + STUDY.ceiling_pairs(w.name),
     "layerwise": lambda w: STUDY.layerwise_pairs(w.name),
     "sharedness": lambda w: STUDY.sharedness_pairs(w.name),
+    "samples": lambda w: [STUDY.samples_pair(w.name)],
     "saes": lambda w: [(member, member) for member in STUDY.members()],
 }
 
@@ -19,6 +20,7 @@ TABLE_KEYS = {
     "retrieval": lambda w: STUDY.table_key("retrieval", w.name),
     "layerwise": lambda w: STUDY.table_key("layerwise", w.name),
     "sharedness": lambda w: STUDY.table_key("sharedness", w.name),
+    "samples": lambda w: STUDY.table_key("samples", w.name),
     "saes": lambda w: STUDY.table_key("saes"),
 }
 

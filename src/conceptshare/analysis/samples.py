@@ -1,5 +1,6 @@
 """How well each sample's image and caption fit, by matched features of an image encoder and a text encoder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,45 +12,63 @@ import torch
 from numpy.typing import NDArray
 
 from conceptshare.analysis.retrieval import Pairs, matched, read_rows
+from conceptshare.analysis.tables import check_fit
 from conceptshare.correlations import FeatureStore, check_pair, max_correlations
 from conceptshare.data.dataset import Data
 from conceptshare.device import default_device
 from conceptshare.io.errors import NumericsError, StoreError
 from conceptshare.io.files import PARQUET, atomic_output
 from conceptshare.io.progress import progress
-from conceptshare.io.sizes import CKA_SAMPLES
+from conceptshare.io.readers import FEATURES, check_samples, read_spec
+from conceptshare.io.sizes import CKA_SAMPLES, FEATURE_ROWS, FIT_SAMPLES
 
-_OTHERS = 1000
-"""Number of samples that each is compared with."""
 _VALUES = 2**24
-"""Values of features per batch of samples."""
+"""Values of features per batch of samples, unless it would have fewer rows than a chunk."""
 
 
-def fit_table(a: Path, b: Path, data: Data) -> pd.DataFrame:
-    """The fit of each sample by the features of the last layers of two encoders, the worst first.
+def fit_table(
+    image: Path,
+    text: Path,
+    data: Data,
+    image_layers: Sequence[int] | None = None,
+    text_layers: Sequence[int] | None = None,
+) -> pd.DataFrame:
+    """The fit of each sample by the features of an image encoder and a text encoder, the worst first.
 
     Args:
-        a: a feature store.
-        b: another one of the same samples.
+        image: the feature store of the encoder that reads images.
+        text: that of the encoder that reads captions, of the same samples.
         data: the samples.
+        image_layers: the layers of ``image`` whose features are matched, all together; by default the last.
+        text_layers: the same of ``text``.
 
     Returns:
         ``row, id, caption, fit``: the sample's place in the data set, and the result of `fits`.
 
     Raises:
-        StoreError: if a store is missing or damaged, or the stores or the data are of other samples.
+        StoreError: if a store is missing, damaged or of the other modality, has no such layer, or the stores or the
+            data are of other samples.
         NumericsError: if there are fewer than 4 samples, or no feature of one correlates with any of the other.
     """
-    stores = FeatureStore(a), FeatureStore(b)
-    check_pair(*stores)
-    if data.content_hash != stores[0].content_hash:
-        raise StoreError(f"{a}: its features are of other samples than the data; name the data folder of its data set")
+    stores = {"image": FeatureStore(image), "text": FeatureStore(text)}
+    for modality, store in stores.items():
+        if (reads := read_spec(store.path, FEATURES)["encoder"]["modality"]) != modality:
+            raise StoreError(f"{store.path}: its encoder reads {reads}; name an image encoder, then a text encoder")
+    check_pair(*stores.values())
+    check_samples(image, data.folder, data.content_hash)
     captions = [data.caption(row) for row in range(len(data))]
     table = pd.DataFrame({"row": range(len(data)), "id": data.ids(), "caption": captions})
-    return table.assign(fit=fits(*(store.arrays[-1] for store in stores))).sort_values("fit", kind="stable")
+    chosen = {"image": image_layers, "text": text_layers}
+    arrays = (
+        [store.arrays[store.position(layer)] for layer in chosen[side] or store.layers[-1:]]
+        for side, store in stores.items()
+    )
+    table = table.assign(fit=fits(*arrays)).sort_values("fit", kind="stable")
+    table.attrs["features"] = {store.name: store.digest for store in stores.values()}
+    return table
 
 
-def fits(a: Any, b: Any) -> NDArray[np.float64]:
+def fits(a: Sequence[Any], b: Sequence[Any]) -> NDArray[np.float64]:
     """How far each sample's features in A and B agree more than those of two samples.
 
     A sample's similarity in A to a sample in B is the cosine of `retrieval.matched_retrieval`. Its fit is the mean of
@@ -57,27 +76,27 @@ def fits(a: Any, b: Any) -> NDArray[np.float64]:
     Matches and scaling come from the other half of the samples, at most `CKA_SAMPLES` / 2 of them.
 
     Args:
-        a: ``[N, F]`` features, read in slices of rows and columns.
+        a: ``[N, F]`` features of each layer, read in slices of rows and columns; layers are taken together.
         b: ``[N, F']`` of the same samples.
 
     Returns:
         ``[N]`` float64; about 0 for a sample whose caption fits no better than another's.
     """
-    N = a.shape[0]
+    N = a[0].shape[0]
     if N < 4:
         raise NumericsError(f"{N} samples; matches from one half of the samples and fits of the other need at least 4")
     found = np.empty(N)
     halves = slice(0, N // 2), slice(N // 2, N)
     for given, scored in (halves, halves[::-1]):
         fitted = slice(given.start, min(given.stop, given.start + CKA_SAMPLES // 2))
-        x, y = (read_rows(side, fitted) for side in (a, b))
+        x, y = (_rows(side, fitted) for side in (a, b))
         pairs = matched(max_correlations(x, y, what="matches of half of the samples"))
         if not len(pairs.rho):
             raise NumericsError("no feature of one encoder correlates with any of the other; nothing to score by")
         sides = [_Side(side, half, chosen, pairs) for side, half, chosen in ((a, x, pairs.of_a), (b, y, pairs.of_b))]
-        others = slice(scored.start, min(scored.stop, scored.start + _OTHERS))
+        others = slice(scored.start, min(scored.stop, scored.start + FIT_SAMPLES))
         compared = [side.vectors(others) for side in sides]
-        rows = max(1, _VALUES // len(pairs.rho))
+        rows = max(FEATURE_ROWS, _VALUES // len(pairs.rho))
         starts = range(scored.start, scored.stop, rows)
         for start in progress(starts, len(starts), "fit of samples", "batches"):
             batch = slice(start, min(start + rows, scored.stop))
@@ -91,17 +110,24 @@ def fits(a: Any, b: Any) -> NDArray[np.float64]:
     return found
 
 
+def _rows(layers: Sequence[Any], rows: slice) -> NDArray[np.float32]:
+    """``[n, F]`` rows of the features of some layers."""
+    return np.concatenate([read_rows(layer, rows) for layer in layers], axis=1)
+
+
 class _Side:
     """One encoder's matched features, scaled as in the half that the matches come from."""
 
-    def __init__(self, features: Any, half: NDArray[np.float32], chosen: NDArray[np.int64], pairs: Pairs) -> None:
+    def __init__(
+        self, features: Sequence[Any], half: NDArray[np.float32], chosen: NDArray[np.int64], pairs: Pairs
+    ) -> None:
         self._features, self._chosen = features, chosen
         self._mean = half.mean(axis=0, dtype=np.float64)[chosen]
         self._scale = pairs.rho**0.5 / half.std(axis=0, dtype=np.float64)[chosen]
 
     def vectors(self, rows: slice) -> torch.Tensor:
         """``[n, M]`` float32 vectors of length 1; 0 for a sample that has the mean of all features."""
-        values = (read_rows(self._features, rows)[:, self._chosen] - self._mean) * self._scale
+        values = (_rows(self._features, rows)[:, self._chosen] - self._mean) * self._scale
         x = torch.from_numpy(values.astype(np.float32)).to(default_device())
         return torch.nn.functional.normalize(x, eps=1e-30)
 
@@ -133,8 +159,7 @@ def write_best(fit: pd.DataFrame, data: Data, keep: float, out: Path) -> int:
         NumericsError: if fewer than 2 samples would be left.
     """
     ids = data.ids()
-    if fit.sort_values("row")["id"].tolist() != ids:
-        raise StoreError("the table of fits is of other samples than the data; name the data folder of its data set")
+    check_fit(fit, ids)
     if round(keep * len(fit)) < 2:
         raise NumericsError(f"keep = {keep:g} of {len(fit)} samples leaves fewer than the 2 that correlations need")
     kept = sorted(fit.nlargest(round(keep * len(fit)), "fit").row)

@@ -73,13 +73,14 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "saes": ("encoder", "seed", "layer", "latents", "steps", *_QUALITY, "outlying"),
     "seeds": (*_CELL, "source_seed", "target_seed", "wmppc", "null", "excess", "pairs", "mean", "low", "high"),
     "paper": (*_CELL, "ours", "low", "high", "paper", "difference", "left_out"),
+    "topics": ("calibrated", "word", "features", "top_share", "share", "p", "q"),
     "samples": ("row", "id", "caption", "fit"),
     "names": ("layer", "feature", "name", "candidate", "score", "auc", "source"),
     "similarity": ("source_layer", "target_layer", *SIMILARITIES),
 }
 """Columns that tables of a kind have at least."""
-_MAYBE_EMPTY = ("averages",)
-"""Kinds of tables that may have no rows: if all members are of one encoder, there are no averages."""
+_MAYBE_EMPTY = ("averages", "topics")
+"""Kinds of tables that may have no rows: if all members are of one encoder, or no word is in several top features."""
 # Kinds of tables that other stages than `metrics` write.
 _STAGES = ("names", "similarity", "samples")
 
@@ -237,6 +238,16 @@ def check_ranking(path: Path, ranking: pd.DataFrame, features: Path) -> None:
             f"{path}: ranks the features of {source}, but {features} is of {features.stem}; give {source}.zarr"
         )
     check_made_from(path, ranking, features, "metrics")
+
+
+def check_fit(fit: pd.DataFrame, ids: list[str]) -> None:
+    """Make sure that a table of `samples.fit_table` is of these samples.
+
+    Raises:
+        StoreError: if it is of others.
+    """
+    if fit.sort_values("row")["id"].tolist() != ids:
+        raise StoreError("the table of fits is of other samples than the data; name the data folder of its data set")
 
 
 def check_rankings(rankings: Mapping[Path, pd.DataFrame]) -> None:

@@ -150,10 +150,15 @@ def sharedness(
 
 @app.command()
 def samples(
-    a: Annotated[Path, typer.Argument(help="A feature store of an image encoder.")],
-    b: Annotated[Path, typer.Argument(help="A feature store of a text encoder, of the same samples.")],
+    image: Annotated[Path, typer.Argument(help="A feature store of an image encoder.")],
+    text: Annotated[Path, typer.Argument(help="A feature store of a text encoder, of the same samples.")],
     data: DataFolder,
     out: TableOut,
+    image_layer: Annotated[
+        list[int] | None,
+        typer.Option(help="A layer whose features are matched (repeatable); by default the last.", show_default=False),
+    ] = None,
+    text_layer: Annotated[list[int] | None, typer.Option(help="Likewise, of the other.", show_default=False)] = None,
     threads: Threads = 1,
     gpus: GPUs = None,
 ) -> None:
@@ -163,7 +168,7 @@ def samples(
     from conceptshare.data.dataset import Data
 
     compute_on(gpus, threads)
-    table = fit_table(a, b, Data(data))
+    table = fit_table(image, text, Data(data), image_layer, text_layer)
     write_table(table, out)
     typer.echo(table.head(10).to_string(index=False, float_format="%.2f", max_colwidth=60))
 

@@ -120,6 +120,18 @@ def sharedness(
     draw_sharedness(ranking, statistics, shown, features_shown, out, samples, modality, called)
 
 
+@app.command("samples")
+def samples(table: Table, data: DataFolder, out: FigureOut) -> None:
+    """The samples whose image and caption fit worst and best."""
+    from conceptshare.analysis.tables import check_fit, read_table
+    from conceptshare.data.dataset import Data
+    from conceptshare.figures import draw_samples
+
+    fit, shown = read_table(table, "samples"), Data(data)
+    check_fit(fit, shown.ids())
+    draw_samples(fit, shown, out)
+
+
 @app.command("saes")
 def saes(
     table: Table,

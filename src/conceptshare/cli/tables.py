@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from conceptshare.cli.options import GPUs, MaxFVUGlobal, StudyFile, TableOut, Threads, compute_on, out_option
+from conceptshare.cli.options import DataFolder, GPUs, MaxFVUGlobal, StudyFile, TableOut, Threads, compute_on, out_option
 from conceptshare.config.members import as_member
 from conceptshare.config.settings import MAX_FVU_GLOBAL
 from conceptshare.config.study import load_study
@@ -76,6 +76,27 @@ def retrieval(
 
     compute_on(gpus, threads)
     write_table(retrieval_table(load_study(study).grouped_members(analysis), features), out)
+
+
+@app.command()
+def samples(
+    analysis: Analysis,
+    study: StudyFile,
+    features: Features,
+    data: DataFolder,
+    out: TableOut,
+    threads: Threads = 1,
+    gpus: GPUs = None,
+) -> None:
+    """How well each sample's image and caption fit by matched features, the worst first."""
+    from conceptshare.analysis.samples import fit_table
+    from conceptshare.analysis.tables import write_table
+    from conceptshare.data.dataset import Data
+
+    compute_on(gpus, threads)
+    sides = load_study(study).samples_sides(analysis)
+    image, text = (features / f"{sides[side]}.zarr" for side in ("image", "text"))
+    write_table(fit_table(image, text, Data(data), sides["image_layers"], sides["text_layers"]), out)
 
 
 @app.command()
@@ -171,6 +192,25 @@ def sharedness(
     groups, seeds = loaded.sharedness_groups(analysis), loaded.sharedness_seeds(analysis)
     stores = Stores(features, correlations, max_fvu_global=max_fvu_global)
     write_table(sharedness_table(**groups, stores=stores, seeds=seeds), out)
+
+
+@app.command()
+def topics(
+    table: Annotated[Path, typer.Option(help="The ranking, as Parquet.")],
+    features: Annotated[Path, typer.Option(help="The source's feature store.")],
+    data: DataFolder,
+    out: TableOut,
+) -> None:
+    """Caption words that are more frequent among a ranking's top features than among all."""
+    from conceptshare.analysis.tables import check_ranking, read_table, write_table
+    from conceptshare.concepts.topics import topics_table
+    from conceptshare.data.dataset import Data
+    from conceptshare.io.readers import check_samples, read_statistics
+
+    ranking, samples = read_table(table, "sharedness"), Data(data)
+    check_ranking(table, ranking, features)
+    check_samples(features, data, samples.content_hash)
+    write_table(topics_table(ranking, read_statistics(features), samples), out)
 
 
 @app.command()

@@ -296,14 +296,20 @@ def _counts(top: csr_array, words: csr_array) -> csr_array:
     return counts
 
 
-def _read_words(data: Data) -> _Words:
-    pairs = CountVectorizer(stop_words="english", ngram_range=(1, 2)).build_analyzer()
+def splitter(longest: int) -> Callable[[str], list[str]]:
+    """Returns a function that splits a text into words, and phrases of up to ``longest`` adjacent words."""
+    phrases = CountVectorizer(stop_words="english", ngram_range=(1, longest)).build_analyzer()
 
     def split(text: str) -> list[str]:
         # Compose accented letters to one character, because combining characters would split words.
         clauses = _BREAKS.split(unicodedata.normalize("NFC", text))
-        return [word for clause in clauses for word in pairs(clause)]
+        return [word for clause in clauses for word in phrases(clause)]
 
+    return split
+
+
+def _read_words(data: Data) -> _Words:
+    split = splitter(2)
     naming, held_out = range(0, len(data), 2), range(1, min(len(data), MEASURED_SAMPLES), 2)
     bins = bytearray(_BINS)
     for row in naming:

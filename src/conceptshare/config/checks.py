@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _NOT_DATASETS = {"weights", "pretrained", "studies", "releases", "logs"}
 _NOT_DATASETS |= {"readme.md", "pages", "provenance.json", "report.zip"}
 
+_READS = {"image": "images", "text": "text"}
+
 # Bytes that most disks allow in a file's name. Slurm's logs join all names of a job, by an underscore each.
 _MAX_FILE_NAME_LENGTH = 255
 
@@ -38,6 +40,7 @@ def check_study(study: "Study") -> None:
     _check_matrices(study)
     _check_layerwise(study)
     _check_sharedness(study)
+    _check_samples(study)
     _check_analysis_names(study)
     _check_names(study)
     _check_features(study)
@@ -89,6 +92,8 @@ def _named_members(study: "Study") -> Iterator[tuple[str, str]]:
         yield f"analyses.sharedness.{name}.source", analysis.source
         yield from ((f"analyses.sharedness.{name}.shared_with", text) for text in analysis.shared_with)
         yield from ((f"analyses.sharedness.{name}.not_shared_with", text) for text in analysis.not_shared_with)
+    for name, fit in study.analyses.samples.items():
+        yield from ((f"analyses.samples.{name}.{side}", getattr(fit, side)) for side in ("image", "text"))
 
 
 def _check_members(study: "Study") -> None:
@@ -150,6 +155,24 @@ def _check_sharedness(study: "Study") -> None:
                 f"analyses.sharedness.{name}: {min(both)} is in both groups, and cannot share a feature and not share "
                 f"it; leave it out of one"
             )
+
+
+def _check_samples(study: "Study") -> None:
+    for name in study.analyses.samples:
+        sides = study.samples_sides(name)
+        for side, (encoder, _) in zip(("image", "text"), study.samples_pair(name), strict=True):
+            spec, own = study.encoders[encoder], study.name_in_config(encoder)
+            if spec.modality != side:
+                raise ValueError(
+                    f"analyses.samples.{name}.{side}: {own} reads {_READS[spec.modality]}; name an encoder that reads "
+                    f"{_READS[side]}"
+                )
+            recorded = spec.layer_numbers()
+            if absent := [layer for layer in sides[f"{side}_layers"] if layer not in recorded]:
+                raise ValueError(
+                    f"analyses.samples.{name}.{side}_layers: {own} has no recorded layer {absent[0]}; it has "
+                    f"{', '.join(map(str, recorded))}"
+                )
 
 
 def _check_analysis_names(study: "Study") -> None:

@@ -79,6 +79,23 @@ TABLES = (
     Table("agreement", "matrices/{name}.paper-agreement", "agreement with the paper", (), "paper", "paper"),
     Table("layerwise", "layerwise/{name}", "all cells", (*_STORES, "similarity"), marks=True),
     Table("sharedness", "sharedness/{name}", "ranking", _STORES, marks=True),
+    Table(
+        "topics",
+        "sharedness/{name}.topics",
+        "words of top features",
+        ("source", "data"),
+        "sharedness",
+        code=("concepts/topics.py", "concepts/names.py"),
+    ),
+    Table(
+        "samples",
+        "samples/{name}",
+        "fit of samples",
+        ("study", "features", "data"),
+        code=("analysis/samples.py", "analysis/retrieval.py", "correlations/*.py", "io/sizes.py"),
+        gpu=True,
+        memory_mb=8000,
+    ),
     Table("overlaps", "overlaps", "overlaps of rankings", ("rankings",), when="overlapping"),
     Table("saes", "saes", "quality", ("study", "features", "seeds", "saes"), code=("analysis/seeds.py",)),
 )
@@ -137,6 +154,7 @@ FIGURES = (
         "all features",
         "Every feature of a ranking by how much either group shares it.",
     ),
+    Figure("samples", "samples", "samples/{name}", "worst and best fit", inputs=("data",)),
     Figure("saes", "saes", "saes", "training and quality", inputs=("saes",)),
 )
 

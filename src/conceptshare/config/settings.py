@@ -17,6 +17,9 @@ NOT_OF_TRAINING = SAE_BOUNDS | {"pretrained"}
 """Settings of SAEs that change nothing in those that are trained."""
 _LATER = {"activation", "matryoshka"}
 
+Layers = Literal["last", "all"] | Annotated[list[int], Field(min_length=1)]
+"""Recorded layers of an encoder."""
+
 
 class SAESettings(Spec):
     """Training of sparse autoencoders; the defaults are the paper's.
@@ -211,6 +214,19 @@ class Sharedness(Spec):
     """Number of top features in the figure of their samples."""
 
 
+class Samples(Spec):
+    """How well each sample's image and caption fit, by matched features of an image encoder and a text encoder."""
+
+    image: str
+    """The member that reads images."""
+    text: str
+    """The member that reads captions."""
+    image_layers: Layers = "last"
+    """Its layers whose features are matched, all together: the last, all, or a list."""
+    text_layers: Layers = "last"
+    """Likewise."""
+
+
 def or_empty(value: Any) -> Any:
     """A part of a config that is named without keys, as one with none."""
     return {} if value is None else value
@@ -234,6 +250,8 @@ class Analyses(Spec):
     """wMPPC between all layers of two encoders."""
     sharedness: dict[Name, Sharedness] = Field(default={})
     """Rankings of features by Comparative Sharedness."""
+    samples: dict[Name, Samples] = Field(default={})
+    """Scores of how well each sample's image and caption fit."""
 
 
 @cache

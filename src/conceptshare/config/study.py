@@ -205,6 +205,23 @@ class Study(Spec):
         members = {self.member(seed) for seeds in self.sharedness_seeds(name).values() for seed in seeds}
         return [(source, member) for member in sorted(members)]
 
+    def samples_sides(self, name: str) -> dict[str, Any]:
+        """The ``image`` and ``text`` members of an analysis of samples, as text, and the layers of each."""
+        analysis = self._analysis("samples", name)
+        sides: dict[str, Any] = {}
+        for side in ("image", "text"):
+            member, chosen = self.member(getattr(analysis, side)), getattr(analysis, f"{side}_layers")
+            recorded = self.encoders[member.encoder].layer_numbers()
+            of_name = {"last": recorded[-1:], "all": recorded}
+            layers = of_name[chosen] if isinstance(chosen, str) else sorted(set(chosen))
+            sides |= {side: str(member), f"{side}_layers": layers}
+        return sides
+
+    def samples_pair(self, name: str) -> Pair:
+        """The members of an analysis of samples."""
+        analysis = self.analyses.samples[name]
+        return self.member(analysis.image), self.member(analysis.text)
+
     def overlapping(self) -> list[str]:
         """The names of Comparative Sharedness analyses that rank the features of the same member as another one."""
         sources = {name: self.sharedness_source(name) for name in self.analyses.sharedness}
@@ -245,6 +262,7 @@ class Study(Spec):
     def members(self) -> list[Member]:
         """Every member that some analysis needs, in sorted order."""
         alone = [member for name in self.analyses.matrices for member in self.matrix_members(name)]
+        alone += [member for name in self.analyses.samples for member in self.samples_pair(name)]
         return sorted({*alone, *(member for pair in self.pairs() for member in pair)})
 
     def grouped_members(self, matrix: str) -> list[GroupedMember]:
@@ -295,6 +313,7 @@ class Study(Spec):
             "retrieval": lambda: [(str(m), self.encoders[m.encoder].modality) for m in self.matrix_members(name)],
             "layerwise": lambda: self.layerwise_names(name),
             "sharedness": lambda: self.sharedness_groups(name) | {"seeds": self.sharedness_seeds(name)},
+            "samples": lambda: self.samples_sides(name),
             "saes": lambda: [self.members(), self.seed_pairs()],
             "pages": self.shown_on_pages,
         }
@@ -316,6 +335,7 @@ class Study(Spec):
             "layerwise": {n: self.layerwise_names(n) for n in self.analyses.layerwise},
             "sharedness": {n: self.sharedness_groups(n) for n in self.analyses.sharedness},
             "overlapping": bool(self.overlapping()),
+            "samples": {n: self.samples_sides(n) for n in self.analyses.samples},
         }
 
     def _described(self, member: Member) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class Data:
     """The samples of a data set in their fixed order, read lazily from `results/{dataset}/data/`."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         try:
             self.manifest = read_object(folder / "manifest.json")
             if not is_intact(self.manifest):
@@ -123,7 +123,7 @@ class Data:
             return decode(image)
         except Exception as error:  # PIL's decoders raise many types; every stored image was decodable once
             raise DatasetError(
-                f"{self._folder}: the image of sample {row} cannot be decoded here ({type(error).__name__}: {error}); "
+                f"{self.folder}: the image of sample {row} cannot be decoded here ({type(error).__name__}: {error}); "
                 f"run with the same version of Pillow as the dataset stage"
             ) from error
 
@@ -154,7 +154,7 @@ class Data:
         return chunk[row - int(self._starts[n])].as_py()
 
     def _damaged(self, row: int) -> DatasetError:
-        return DatasetError(f"{self._folder}: sample {row} in samples.arrow is damaged; {_REMEDY}")
+        return DatasetError(f"{self.folder}: sample {row} in samples.arrow is damaged; {_REMEDY}")
 
 
 def make_dataset(spec: DatasetSpec, out: Path) -> None:

@@ -10,6 +10,7 @@ from conceptshare.figures._layerwise import draw_layerwise
 from conceptshare.figures._matrix import draw_matrix
 from conceptshare.figures._paper import draw_paper
 from conceptshare.figures._saes import draw_saes
+from conceptshare.figures._samples import draw_samples
 from conceptshare.figures._scatter import draw_scatter
 from conceptshare.figures._sharedness import draw_sharedness
 from conceptshare.figures._similarity import draw_similarity
@@ -23,6 +24,7 @@ __all__ = [
     "draw_matrix",
     "draw_paper",
     "draw_saes",
+    "draw_samples",
     "draw_scatter",
     "draw_sharedness",
     "draw_similarity",

@@ -39,6 +39,9 @@ CKA_SAMPLES = 10_000
 NEIGHBOUR_SAMPLES = 4096
 """Maximum number of samples for mutual nearest neighbours."""
 
+FIT_SAMPLES = 1000
+"""Number of samples that the fit of each is measured against."""
+
 MEASURED_SAMPLES = 2**17
 """Names are evaluated on the held-out samples among this many first samples, whose values fit in memory."""
 SHOWN_SAMPLES = 9

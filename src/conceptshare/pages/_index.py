@@ -28,6 +28,7 @@ _APP = (
     "layers",
     "feature",
     "ranking",
+    "fit",
     "page",
 )
 
@@ -69,7 +70,8 @@ def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
         {"name": name, "samples": len(Data(layout.path(layout.DATA, results, dataset=name)))}
         for name in study["datasets"]
     ]
-    shown |= {"version": version("conceptshare"), "matrices": [], "layerwise": [], "sharedness": [], "overlaps": []}
+    analyses: dict[str, Any] = {kind: [] for kind in ("matrices", "layerwise", "sharedness", "samples", "overlaps")}
+    shown |= {"version": version("conceptshare"), **analyses}
     for dataset in study["datasets"]:
         for sae in study["saes"]:
             where = {"dataset": dataset, "sae": sae}
@@ -89,7 +91,11 @@ def write_index(study: dict[str, Any], results: Path, out: Path) -> None:
                 shown["layerwise"].append({**where, "name": name, "pairs": [_heatmap(table, a, b) for a, b in pairs]})
             for name, analysis in study["sharedness"].items():
                 table = read_table(place / "sharedness" / f"{name}.parquet", "sharedness")
-                shown["sharedness"].append({**where, "name": name, **analysis, **_ranking(table)})
+                topics = read_table(place / "sharedness" / f"{name}.topics.parquet", "topics")
+                shown["sharedness"].append({**where, "name": name, **analysis, **_ranking(table, topics)})
+            for name, sides in study["samples"].items():
+                table = read_table(place / "samples" / f"{name}.parquet", "samples")
+                shown["samples"].append({**where, "name": name, **sides, **_extremes(table)})
             if study["overlapping"]:
                 shown["overlaps"] += [
                     {**where, **row} for row in _rows(read_table(place / "overlaps.parquet", "overlaps"))
@@ -108,6 +114,9 @@ def _with_sizes(member: dict[str, Any], study: dict[str, Any], results: Path) ->
     return {**member, "features": features}
 
 
+_FALSE_DISCOVERIES = 0.05
+_SHOWN = 60
+"""Samples of the worst and of the best fit."""
 # Numbers that figures show too are rounded once, not to four digits and then to two.
 _EXACT = 8
 _CELL_COLUMNS = ("wmppc", "excess", "null", "p", "unexplained")
@@ -139,23 +148,40 @@ def _heatmap(table: pd.DataFrame, a: str, b: str) -> dict[str, Any]:
     }
 
 
-def _ranking(table: pd.DataFrame) -> dict[str, Any]:
-    calibrated = _ranked(
+def _ranking(table: pd.DataFrame, topics: pd.DataFrame) -> dict[str, Any]:
+    calibrated: dict[str, Any] = _ranked(
         table.sort_values("calibrated_rank"), "calibrated_delta", "excess_g", "excess_h", "calibrated_top_share"
     )
+    calibrated["topics"] = _topics(topics[topics.calibrated])
     return {
         "layer": int(table.layer.iloc[0]),
         "top": int(table.top.sum()),
         "unexplained": table.unexplained.iloc[0],
         **_ranked(table, "delta", "rho_g", "rho_h", "top_share"),
+        "topics": _topics(topics[~topics.calibrated]),
         "calibrated": calibrated,
     }
+
+
+def _topics(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The words that count at a false discovery rate of 5%."""
+    shown = table[table.q <= _FALSE_DISCOVERIES]
+    columns = {name: numbers(shown[name]) for name in ("top_share", "share", "q")}
+    rows = zip(shown.word, shown.features.tolist(), *columns.values(), strict=True)
+    return [dict(zip(("word", "features", *columns), row, strict=True)) for row in rows]
 
 
 def _ranked(table: pd.DataFrame, delta: str, g: str, h: str, share: str) -> dict[str, Any]:
     """Columns of a ranking, in its order."""
     columns = {"delta": delta, "rho_g": g, "rho_h": h, "share": share}
     return {"features": table.feature.tolist(), **{name: numbers(table[column]) for name, column in columns.items()}}
+
+
+def _extremes(table: pd.DataFrame) -> dict[str, Any]:
+    """The samples that fit worst and best, each with its fit, from the extreme on."""
+    shown = min(_SHOWN, len(table) // 2)
+    pairs = list(zip(table.row.tolist(), numbers(table.fit), strict=True))
+    return {"worst": pairs[:shown], "best": pairs[-shown:][::-1]}
 
 
 def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:

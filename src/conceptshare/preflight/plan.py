@@ -28,6 +28,7 @@ from conceptshare.io.sizes import (
     EVALUATED_SAMPLES,
     FEATURE_REPAIRINGS,
     FEATURE_ROWS,
+    FIT_SAMPLES,
     FLOOR_FEATURES,
     HISTOGRAM_BINS,
     IN_MEMORY_BYTES,
@@ -155,7 +156,8 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
     """
     counts = {name: samples or _samples(name, spec, results) for name, spec in study.datasets.items()}
     rules: tuple[str, ...] = ("dataset", "activations", "activations_part", "sae", "stream", "features")
-    rules += ("correlations", "similarity", "metrics_retrieval", "names", "examples", "pages_samples", "pages_member")
+    rules += ("correlations", "similarity", "metrics_retrieval", "metrics_samples")
+    rules += ("names", "examples", "pages_samples", "pages_member")
     parts: dict[str, list[Cost]] = {rule: [] for rule in rules}
     members, pairs, comparisons = study.members(), study.pairs(), study.comparisons()
     needed = {member.encoder: study.encoders[member.encoder] for member in members}
@@ -209,6 +211,13 @@ def make_plan(study: Study, rates: Rates, samples: int | None = None, results: P
                         for b in texts
                     ]:
                         parts["metrics_retrieval"].append(_sum(costs))
+                for fit in study.analyses.samples:
+                    sides, pair = study.samples_sides(fit), study.samples_pair(fit)
+                    image, text = (
+                        needed[member.encoder].model_copy(update={"use_layers": sides[f"{side}_layers"]})
+                        for side, member in zip(("image", "text"), pair, strict=True)
+                    )
+                    parts["metrics_samples"].append(samples_cost(image, text, _larger(own, needed, *pair), N, stored))
     jobs = {rule: len(costs) for rule, costs in parts.items() if costs}
     if "activations_part" in jobs:  # one cost covers all parts of an encoder
         jobs["activations_part"] = len(counts) * sum(spec.parts for spec in needed.values() if spec.parts > 1)
@@ -523,6 +532,27 @@ def retrieval_cost(a: EncoderSpec, b: EncoderSpec, settings: SAESettings, N: int
         flops=sum(each.flops for each in features) + 2 * n * widths[0] * widths[1] + 2 * 2 * n**2 * sum(widths),
         cpu_flops=_STANDARDISING_FLOPS * 2 * n * sum(widths),
         memory=_PROCESS_BYTES + sum(each.memory for each in features) + 4 * n * sum(widths) + 4 * 8 * n**2,
+    )
+
+
+def samples_cost(a: EncoderSpec, b: EncoderSpec, settings: SAESettings, N: int, stored: Stored = "dense") -> Cost:
+    """Fit of all samples: two matches on half of the first samples, and cosines of each with up to 1,000 others.
+
+    ``a`` and ``b`` have the layers whose features are used. Cosines are of at most F_a + F_b pairs of features, once
+    for each direction.
+    """
+    n, sides = min(N, CKA_SAMPLES) // 2, (a, b)
+    widths = [len(spec.layer_numbers()) * settings.latents(spec.mean_width) for spec in sides]
+    features = [feature_access_cost(spec, settings, N, 2, stored) for spec in sides]
+    return Cost(
+        read=sum(each.read for each in features),
+        flops=sum(each.flops for each in features)
+        + 2 * 2 * n * widths[0] * widths[1]
+        + 2 * 2 * N * min(N, FIT_SAMPLES) * sum(widths),
+        cpu_flops=_STANDARDISING_FLOPS * N * sum(widths),
+        memory=_PROCESS_BYTES
+        + sum(each.memory for each in features)
+        + 4 * (n + 2 * min(N, FIT_SAMPLES) + 2 * FEATURE_ROWS) * sum(widths),
     )
 
 

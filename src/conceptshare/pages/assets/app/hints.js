@@ -9,6 +9,7 @@ const MEANINGS = {
   excess: "(wMPPC − null) / (1 − null): 0 is chance, 1 a perfect match.",
   FVU: "Fraction of the global tokens’ variance that an SAE leaves unexplained: 0 is perfect, predicting the mean gives 1.",
   "Δ": "Comparative Sharedness: S times the difference of the squared matches in two groups of members.",
+  fit: "How much more a sample’s features in both encoders agree than those of two samples, in standard deviations: 0 is chance.",
   "Name z": "How far the words of the name stand out in the captions of the strongest samples, in standard deviations.",
   "Name AUC": "How well the name predicts the feature on other samples: 0.5 is chance, 1 is perfect.",
 };

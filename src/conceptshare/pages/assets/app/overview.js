@@ -29,8 +29,8 @@ const space = (rows, columns) => ({
 });
 
 function setSection(at, choices, update) {
-  const [matrices, layerwise, rankings] = [study.matrices, study.layerwise, study.sharedness].map((analyses) =>
-    analyses.filter(inSet(at)),
+  const [matrices, layerwise, rankings, fits] = ["matrices", "layerwise", "sharedness", "samples"].map((kind) =>
+    study[kind].filter(inSet(at)),
   );
   const every = (column) =>
     [
@@ -125,6 +125,8 @@ function setSection(at, choices, update) {
     ),
     rankings.length > 0 && h("h3", "Rankings by Comparative Sharedness"),
     rankings.length > 0 && h("ul.rankings", rankings.map(rankingItem)),
+    fits.length > 0 && h("h3", "Fit of images and captions"),
+    fits.length > 0 && h("ul.rankings", fits.map(fitItem)),
     all.length > 0 && [
       h("h3", "Shared features (wMPPC)"),
       h(

@@ -7,6 +7,7 @@ const VIEWS = {
   feature: [featureView, 5],
   pair: [pairView, 6],
   ranking: [rankingView, 3],
+  fit: [fitView, 3],
 };
 const scrolled = new Map();
 let entry = null; // of the browser's history: the one that is shown

@@ -86,6 +86,48 @@ function typology(names) {
   return [...groups].sort(([a, x], [b, y]) => (a === null) - (b === null) || y.length - x.length || (a < b ? -1 : 1));
 }
 
+/** Caption words that are more frequent among the top 1% than among all features. */
+function topics({ topics }) {
+  const most = Math.max(...topics.map((topic) => topic.top_share));
+  return section(
+    "Words of the top 1%",
+    h(
+      "p.quiet",
+      topics.length
+        ? "Words in the captions of the strongest samples that are more frequent among the top 1% than among as many " +
+            "random features, at a false discovery rate of 5%."
+        : "No word in the captions of the strongest samples is more frequent among the top 1% than among as many random " +
+            "features, at a false discovery rate of 5%.",
+    ),
+    topics.length > 0 &&
+      h(
+        "div.scroll",
+        h(
+          "table.listing",
+          h(
+            "thead",
+            h(
+              "tr",
+              ["Word", "Features", "Share in top 1%", "Share in all", "q"].map((label, at) =>
+                h("th", { scope: "col", class: at ? "number" : null }, label),
+              ),
+            ),
+          ),
+          h(
+            "tbody",
+            topics.map(({ word, features, top_share, share, q }) =>
+              h(
+                "tr",
+                h("th", { scope: "row" }, words(word), meter(top_share / most)),
+                [whole(features), percent(top_share), percent(share), size(q)].map((text) => h("td.number", text)),
+              ),
+            ),
+          ),
+        ),
+      ),
+  );
+}
+
 function overlaps(ranking, calibrated) {
   const related = study.overlaps
     .filter(inSet(ranking))
@@ -251,6 +293,7 @@ function rankingContent(published, value, at, table) {
           ),
         ),
       ),
+      topics(ranking),
       overlaps(ranking, calibrated),
       section("Ranking", list.nodes),
     ],
