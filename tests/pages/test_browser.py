@@ -1,11 +1,13 @@
 """The concept pages in a browser, from file://: content, links, keys, and safety from hostile data."""
 
+import json
 import re
 import shutil
 from collections import Counter
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
+from pathlib import Path
 from threading import Thread
 
 import numpy as np
@@ -619,6 +621,40 @@ def test_the_samples_that_fit_worst_and_best(tab, site):
         assert values == [pytest.approx(value, rel=6e-3) for _, value in fit[title.lower()]]
         sources = shown.locator("img").evaluate_all("images => images.map(image => image.src)")
         assert all(f"{n:06d}.webp" in source for (n, _), source in zip(fit[title.lower()], sources, strict=False))
+
+
+def test_marked_features_are_kept_exported_and_imported(tab, tmp_path):
+    page = tab.open(VIEWS["image"])
+    link = page.locator("#marks")
+    expect(link).to_be_hidden()
+    page.get_by_role("button", name="☆ Mark").click()
+    page.get_by_label("Note on feature 20 of seer@0, layer 3").fill("<b>wheels</b>")
+    page.keyboard.press("Tab")
+    page.reload()
+    page.get_by_role("link", name="Marked (1)").click()
+    expect(page.locator("h1")).to_have_text("Marked features")
+    expect(page.get_by_role("link", name="seer@0, layer 3, feature 20")).to_be_visible()
+    expect(page.locator("tbody .thumbnail")).to_have_count(3)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export").click()
+    marks = json.loads(Path(download.value.path()).read_text())
+    assert [(mark["member"], mark["layer"], mark["feature"], mark["note"]) for mark in marks] == [
+        ("seer@0", 3, 20, "<b>wheels</b>")
+    ]
+    page.get_by_role("button", name="Remove").click()
+    expect(page.get_by_role("status")).to_have_text("No feature is marked. Mark one on its page.")
+    others = [marks[0] | {"dataset": "../elsewhere"}, marks[0] | {"feature": FEATURES}, marks[0] | {"layer": "3/x"}, 7]
+    for written, words in (
+        (json.dumps([*marks, *others, marks[0] | {"feature": 5}]), "2 marked features read from list.json."),
+        (json.dumps(others), "list.json has no marked features of this study. Choose a file that “Export” wrote."),
+        ("nothing", "list.json has no marked features of this study. Choose a file that “Export” wrote."),
+    ):
+        (tmp_path / "list.json").write_text(written)
+        page.get_by_label("Import").set_input_files(tmp_path / "list.json")
+        expect(page.get_by_role("status")).to_have_text(words)
+    expect(page.locator("tbody tr")).to_have_count(2)
+    page.go_back()
+    expect(page.get_by_role("button", name="★ Marked")).to_have_attribute("aria-pressed", "true")
 
 
 def test_the_reader_switches_a_ranking_to_its_calibrated_form(tab, site):

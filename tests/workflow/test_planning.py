@@ -165,6 +165,7 @@ def test_an_encoders_changed_setting_plans_only_its_jobs(study):
         "pages_index": 1,
         **MATRIX,
         **SHAREDNESS,
+        **SAMPLES,
         **SAE_REPORT,
         **CHANGED_STUDY,
     }
@@ -212,6 +213,7 @@ def test_other_layers_of_an_encoder_plan_its_jobs_and_its_pairs(study):
         "pages_index": 1,
         **MATRIX,
         **SHAREDNESS,
+        **SAMPLES,
         **SAE_REPORT,
         **CHANGED_STUDY,
     }
@@ -402,7 +404,8 @@ def test_correlation_settings_plan_only_the_affected_pairs(study, changes, corre
     study.config = config
     planned = study.plan()
     later = {"pages_pair": 2, **SITE, **TABLES_AND_FIGURES, **CHANGED_STUDY}
-    del later["metrics_retrieval"]
+    for job in ("metrics_retrieval", *SAMPLES):
+        del later[job]
     assert planned == ({"correlations": 2, **later} if correlations else CHANGED_STUDY)
 
 

@@ -450,8 +450,7 @@ def pages():
 
 def analysis_names():
     """What a wildcard that names an analysis can be: its names, as their files have more dots than these."""
-    kinds = (STUDY.analyses.matrices, STUDY.analyses.layerwise, STUDY.analyses.sharedness)
-    return one_of({name for kind in kinds for name in kind})
+    return one_of({name for _, named in STUDY.analyses for name in named})
 
 
 def study_results():

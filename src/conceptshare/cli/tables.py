@@ -7,7 +7,16 @@ from typing import Annotated, Literal
 
 import typer
 
-from conceptshare.cli.options import DataFolder, GPUs, MaxFVUGlobal, StudyFile, TableOut, Threads, compute_on, out_option
+from conceptshare.cli.options import (
+    DataFolder,
+    GPUs,
+    MaxFVUGlobal,
+    StudyFile,
+    TableOut,
+    Threads,
+    compute_on,
+    out_option,
+)
 from conceptshare.config.members import as_member
 from conceptshare.config.settings import MAX_FVU_GLOBAL
 from conceptshare.config.study import load_study

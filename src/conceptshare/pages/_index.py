@@ -29,6 +29,7 @@ _APP = (
     "feature",
     "ranking",
     "fit",
+    "marks",
     "page",
 )
 

@@ -79,6 +79,7 @@ async function featureView(parts) {
         step(n - 1, "← Previous", "prev"),
         step(n + 1, "Next →", "next"),
       ),
+      marker(at),
       warning(at, table),
       facts([
         [term("Name z"), fixed(table.score[n])],

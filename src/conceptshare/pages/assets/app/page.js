@@ -8,6 +8,7 @@ const VIEWS = {
   pair: [pairView, 6],
   ranking: [rankingView, 3],
   fit: [fitView, 3],
+  marks: [marksView, 0],
 };
 const scrolled = new Map();
 let entry = null; // of the browser's history: the one that is shown
@@ -108,7 +109,9 @@ function header(view) {
         ),
       ),
     );
-  if (study) jumpTo(view.at);
+  if (!study) return;
+  jumpTo(view.at);
+  countMarks();
 }
 
 function jumpBox() {
