@@ -321,6 +321,10 @@ def write_site(folder, seed=0):
             for first in range(0, FEATURES, BLOCK):
                 details, maps = make_details(rng, modality, first, table, captions)
                 write_details(folder, layer_key(member, layer), first, details, maps)
+        for first in range(0, SAMPLES, 500):
+            chunk = range(first, min(first + 500, SAMPLES))
+            fired = [[[(sample + n) % FEATURES, n] for n in range(3)] if sample else [] for sample in chunk]
+            write(folder, f"data/{DATASET}/{SAE}/{member}/samples/{first // 500:03d}", fired)
     for a, b in [*pairs, *((b, a) for a, b in pairs)]:
         for layer in LAYERS:
             match = rng.integers(0, FEATURES, (3, FEATURES))

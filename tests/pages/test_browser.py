@@ -46,6 +46,8 @@ VIEWS = {
     "pair": f"#/pair/{SET}/seer@0/0/reader@0/3",
     "ranking": f"#/ranking/{SET}/shared-with-text",
     "fit": f"#/fit/{SET}/captions",
+    "sample": f"#/sample/{SET}/7",
+    "search": f"#/search/{SET}?q=a+red",
     "not found": "#/nothing/here",
 }
 BLANK = re.compile(r"[\u0000-\u0020\u0085\u2028\u2029]+")
@@ -655,6 +657,43 @@ def test_marked_features_are_kept_exported_and_imported(tab, tmp_path):
     expect(page.locator("tbody tr")).to_have_count(2)
     page.go_back()
     expect(page.get_by_role("button", name="★ Marked")).to_have_attribute("aria-pressed", "true")
+
+
+def test_a_sample_shows_the_features_that_fire_for_it_in_every_member(tab):
+    page = tab.open(VIEWS["image"])
+    first = page.locator(".specimen a").first
+    first.click()
+    expect(page.locator("h1")).to_contain_text("Sample")
+    page = tab.open(VIEWS["sample"])
+    expect(page.locator("h1")).to_have_text("Sample 7")
+    expect(page.locator("main > .samples .specimen")).to_have_count(1)
+    for member in NAMES:
+        card = page.locator(".match", has=page.get_by_role("heading", name=member, exact=True))
+        card.scroll_into_view_if_needed()
+        expect(card.locator(".fired")).to_have_count(3)
+        assert seen(card.locator("a")) == ["Feature 7", "Feature 8", "Feature 9"]
+        assert seen(card.locator(".fired p > .quiet")) == ["its sample 1", "its sample 2", "its sample 3"]
+    card = tab.open(f"#/sample/{SET}/0").locator(".match").first
+    card.scroll_into_view_if_needed()
+    expect(card).to_contain_text("None has these among its strongest samples.")
+
+
+def test_search_finds_samples_by_words_and_the_features_that_fire_for_them(tab, site):
+    captions = [text for n in range(2) for text in read_data(site, f"samples/{DATASET}/{n:03d}")["captions"]]
+    page = tab.open(f"#/search/{SET}")
+    expect(page.locator("main")).to_contain_text("Type what captions should say.")
+    page.get_by_label("Words or a sentence").fill(f"{captions[505]}!")
+    samples = page.locator("section", has=page.get_by_role("heading", name="Samples", exact=True))
+    expect(samples).to_contain_text("24 samples whose captions have the most of these words.")
+    found = [int(n) for n in samples.locator(".specimen a").evaluate_all("a => a.map(a => a.href.split('/').pop())")]
+    assert 505 in found
+    assert set(captions[found[0]].split()) == set(captions[505].split())
+    card = page.locator(".match").first
+    count = Counter((n + k) % FEATURES for n in found if n for k in range(3))
+    numbers = [int(text.split()[1]) for text in seen(card.locator(".fired a"))]
+    assert [count[n] for n in numbers] == sorted(count.values(), reverse=True)[:6]
+    page.get_by_label("Words or a sentence").fill("zzz")
+    expect(page.locator("main")).to_contain_text("No caption has any of these words.")
 
 
 def test_the_reader_switches_a_ranking_to_its_calibrated_form(tab, site):

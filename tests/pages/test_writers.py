@@ -9,9 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from conceptshare.analysis.tables import write_table
+from conceptshare.io.readers import FeatureStatistics
 from conceptshare.io.seals import read_manifest, seal
 from conceptshare.io.store import new_store, read_root, save_array
 from conceptshare.pages import write_member
+from conceptshare.pages._member import _fired
 from tests.helpers.browser import read_data
 
 FEATURES = 70  # two files of details
@@ -20,7 +22,7 @@ PLACE = "data/set/sae/mine@0"
 
 def write_inputs(folder, samples, tops):
     """A member of one layer, whose features all have the same strongest samples, and its matches in another."""
-    with new_store(folder / "mine@0.zarr", "features", {"layers": [3], "fvu_global": [0.3]}) as store:
+    with new_store(folder / "mine@0.zarr", "features", {"layers": [3], "samples": 3, "fvu_global": [0.3]}) as store:
         group = store.create_group("layer-03")
         save_array(group, "strength", np.arange(FEATURES, dtype=float))
         save_array(group, "density", np.full(FEATURES, 0.25))
@@ -71,6 +73,7 @@ def test_writes_an_image_member(tmp_path):
     assert table["name"][:4] == ["name 0", None, "name 2", None]
     assert table["candidate"][:4] == [None, "candidate 1", None, None]
     assert table["best"]["other@0"]["rho"] == [0.1235] * FEATURES
+    assert read_data(site, f"{PLACE}/samples/000") == [[[FEATURES - 1 - n, 0] for n in range(20)], [], []]
     details = read_data(site, f"{PLACE}/layer-03/001")
     assert (details["first"], len(details["features"])) == (64, FEATURES - 64)
     one = details["features"][0]
@@ -114,3 +117,16 @@ def test_writes_a_text_member(tmp_path):
     one = read_data(site, f"{PLACE}/layer-03/000")["features"][0]
     assert one["tokens"] == [{"text": ["a", "cat"], "values": [0.0, 2.0]}, None]
     assert one["mapped"] is False
+
+
+def test_a_samples_features_are_those_it_is_strongest_for(rng):
+    strength = rng.permutation(40).astype(float)
+    top = np.stack([rng.permutation(30)[:12] for _ in range(40)]).astype(np.int32)
+    top[3] = -1
+    top[4, 5:] = -1
+    found = _fired(FeatureStatistics(strength, strength, strength, top), 31)
+    for sample in range(31):
+        places = [
+            (int(np.flatnonzero(row == sample)[0]), -strength[n], n) for n, row in enumerate(top) if sample in row
+        ]
+        assert found[sample] == [(n, place) for place, _, n in sorted(places)[:20]]

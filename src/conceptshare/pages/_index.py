@@ -30,6 +30,7 @@ _APP = (
     "ranking",
     "fit",
     "marks",
+    "search",
     "page",
 )
 

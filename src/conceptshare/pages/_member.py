@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from conceptshare.io.progress import progress
 from conceptshare.io.readers import FEATURES, FeatureStatistics, read_spec, read_statistics
 from conceptshare.io.seals import read_manifest, recorded_file
 from conceptshare.io.store import read_root
+from conceptshare.pages._samples import TOGETHER
 from conceptshare.pages._script import number, numbers, write_script
 
 CHUNK = 64
 """Features whose details are in one file."""
+FIRED = 20
+"""Maximum number of features listed for a sample."""
 
 
 def write_member(
@@ -93,6 +97,24 @@ def write_member(
                         f"{place}/{key}/maps-{n:03d}",
                         {"first": first, "maps": [_maps(row, samples) for row in chunk]},
                     )
+        last = statistics[max(statistics)]
+        fired = _fired(last, read_spec(features, FEATURES)["samples"])
+        for first in range(0, len(fired), TOGETHER):
+            key = f"samples/{first // TOGETHER:03d}"
+            write_script(partial / f"{key}.js", f"{place}/{key}", fired[first : first + TOGETHER])
+
+
+def _fired(layer: FeatureStatistics, samples: int) -> list[list[tuple[int, int]]]:
+    """For each sample the features among whose strongest samples it is, each with its place, from 0; at most `FIRED`.
+
+    Those of which it is strongest are first, and of equal ones stronger features.
+    """
+    features, places = np.nonzero(layer.top_samples >= 0)
+    of_sample = layer.top_samples[features, places]
+    order = np.lexsort((features, -layer.strength[features], places, of_sample))
+    ends = np.searchsorted(of_sample[order], np.arange(samples + 1))
+    pairs = list(zip(features[order].tolist(), places[order].tolist(), strict=True))
+    return [pairs[start : min(stop, start + FIRED)] for start, stop in pairwise(ends.tolist())]
 
 
 def _matches(pairs: Path, features: Path, other: str) -> pd.DataFrame:

@@ -109,6 +109,7 @@ function setSection(at, choices, update) {
   return h(
     "section.set",
     h("h2", `${at.dataset}, SAE setting ${at.sae}`),
+    h("p", anchor(searchLink(at), "Search"), " for features by words in captions."),
     h("h3", "Features by layer"),
     h(
       "ul.members",

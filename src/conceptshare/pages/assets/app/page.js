@@ -9,6 +9,8 @@ const VIEWS = {
   ranking: [rankingView, 3],
   fit: [fitView, 3],
   marks: [marksView, 0],
+  sample: [sampleView, 3],
+  search: [searchView, 2],
 };
 const scrolled = new Map();
 let entry = null; // of the browser's history: the one that is shown

@@ -71,17 +71,23 @@ function heat(map, most) {
   return canvas;
 }
 
-/** A sample with its value, its caption and, for text encoders, its tokens marked by activation. */
-function specimen(sample, value, text) {
+const sampleLink = (at, sample) => link("sample", [at.dataset, at.sae, sample]);
+
+/** A sample with its value, if any, its caption and, for text encoders, its tokens marked by activation. */
+function specimen(at, sample, value, text) {
   const label = sample.caption.trim() ? words(sample.caption) : h("span.quiet", "no caption");
   // A long caption can be focused, which shows all of it.
   const long = sample.caption.length > 60;
   return h(
     "figure.specimen",
-    thumbnail(sample, `Image of sample ${sample.sample}`),
+    h(
+      "a",
+      { href: sampleLink(at, String(sample.sample)), "aria-label": `Sample ${sample.sample}` },
+      thumbnail(sample, `Image of sample ${sample.sample}`),
+    ),
     h(
       "figcaption",
-      h("span.value", size(value)),
+      value !== undefined && h("span.value", size(value)),
       h("span.caption", { tabindex: long ? 0 : null }, label),
       text && h("span.tokens", text),
     ),
@@ -93,7 +99,7 @@ function specimens(at, list, tokens) {
   const most = Math.max(0, ...(tokens ?? []).flatMap((entry) => entry?.values ?? []));
   return Promise.all(
     list.map(async ([sample, value], place) =>
-      specimen(await loadSample(at.dataset, sample), value, tokens?.[place] ? tokenText(tokens[place], most) : null),
+      specimen(at, await loadSample(at.dataset, sample), value, tokens?.[place] ? tokenText(tokens[place], most) : null),
     ),
   );
 }
