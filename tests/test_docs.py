@@ -149,7 +149,8 @@ def comparing(tmp_path, monkeypatch, write_features, rng):
     content_hash = Data(folder / "data").content_hash
     for member in ("minilm@0", "tiny-clip-text@0", "tiny-clip-image@0", "dinov2-small@0"):
         layers = {n: rng.random((60, 30)) for n in range(2)}
-        write_features(folder / "features/small", member, layers, content_hash)
+        modality = "text" if member.startswith(("minilm", "tiny-clip-text")) else "image"
+        write_features(folder / "features/small", member, layers, content_hash, modality=modality)
     monkeypatch.chdir(tmp_path)
     return (CLONE / "docs/comparing-encoders.md").read_text(encoding="utf-8")
 
@@ -169,14 +170,17 @@ def yaml_of(document):
     """The config snippets on a page, each with the key that it belongs to."""
     for block in re.findall(r"^```yaml\n(.*?)^```", (CLONE / document).read_text(encoding="utf-8"), re.M | re.S):
         piece = yaml.safe_load(block)
-        top = {"encoders", "datasets", "analyses"} & piece.keys()
+        top = {"encoders", "datasets", "analyses", "correlations"} & piece.keys()
         below = "analyses" if "sharedness" in piece else "datasets"
         yield piece if top else {below: piece}
 
 
 @pytest.mark.parametrize(
     ("document", "pieces"),
-    [("docs/adding-an-encoder.md", 7), ("docs/adding-a-data-set.md", 6), ("docs/tutorial.md", 2)],
+    [
+        *(("docs/adding-an-encoder.md", 7), ("docs/adding-a-data-set.md", 6), ("docs/tutorial.md", 2)),
+        ("docs/comparing-encoders.md", 2),
+    ],
 )
 def test_config_snippets_of_pages_are_valid(document, pieces, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -189,9 +193,10 @@ def test_config_snippets_of_pages_are_valid(document, pieces, tmp_path, monkeypa
         "encoders": encoders,
         "saes": {"some": {"preset": "global", "features": 64}},
         "analyses": {},
+        "correlations": {},
     }
     for piece in found:
-        for entry in (entry for entries in piece.values() for entry in entries.values() if entry):
+        for entry in (entry for entries in piece.values() for entry in entries.values() if isinstance(entry, dict)):
             for local in (entry.get(key) for key in ("source", "model", "image_folder")):
                 if str(local).startswith("./"):
                     (tmp_path / local).mkdir(parents=True)

@@ -717,13 +717,13 @@ def font_with(letter, family, folder):
 
 
 def test_truncates_long_words_with_few_measurements_and_drops_invisible_text(monkeypatch):
-    from conceptshare.figures import _sharedness
+    from conceptshare.figures import _cards
 
     measured = []
-    monkeypatch.setattr(_sharedness, "text_width", lambda line, *_: measured.append(line) or len(line))
-    assert _sharedness._wrapped("x" * 100_000, 10, 2, 6) == "xxxxxxxxxx\nxxxxxxxxx…"
+    monkeypatch.setattr(_cards, "text_width", lambda line, *_: measured.append(line) or len(line))
+    assert _cards.wrapped("x" * 100_000, 10, 2, 6) == "xxxxxxxxxx\nxxxxxxxxx…"
     assert len(measured) < 50
-    assert _sharedness._wrapped("a\ufeff b\x01c\u200d", 10, 2, 6) == "a b c"
+    assert _cards.wrapped("a\ufeff b\x01c\u200d", 10, 2, 6) == "a b c"
 
 
 @pytest.mark.parametrize("value", np.linspace(0, 1, 21))

@@ -55,6 +55,27 @@ def test_a_fresh_study_plans_one_job_per_stage_and_part(new_study):
     }
 
 
+def test_a_study_of_the_fit_of_samples_compares_no_members(new_study):
+    config = new_study.config
+    config["analyses"] = {"samples": config["analyses"]["samples"]}
+    new_study.config = config
+    assert new_study.plan() == {
+        "dataset": 1,
+        "weights": 2,
+        "activations": 2,
+        "sae": 2 * LAYERS,
+        "features": 2,
+        "pages_samples": 1,
+        "names": 2,
+        "examples": 2,
+        "pages_member": 2,
+        "pages_index": 1,
+        **SAMPLES,
+        **SAE_REPORT,
+        **CHANGED_STUDY,
+    }
+
+
 def test_touching_every_source_file_plans_nothing(study):
     later = time.time() + 60
     for path in [*study.folder.glob("src/**/*.py"), *study.folder.glob("workflow/**/*"), study.folder / "Snakefile"]:
@@ -439,7 +460,8 @@ def test_another_bound_of_unexplained_layers_plans_what_marks_or_leaves_them_out
     study.config = config
     planned = study.plan()
     later = {"correlations": 2, "pages_pair": 2, **SITE, **TABLES_AND_FIGURES}
-    del later["metrics_retrieval"]
+    for job in ("metrics_retrieval", *SAMPLES):
+        del later[job]
     assert planned == (MARKED if unexplained == "mark" else later) | CHANGED_STUDY
 
 

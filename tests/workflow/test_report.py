@@ -59,7 +59,7 @@ def test_has_every_figure_and_table_with_category_caption_and_labels(report, pag
     assert sorted(listed) == sorted(results)
     assert page_data["categories"].keys() == {
         *("Comparative Sharedness", "Layerwise heatmaps", "Names of features", "SAE training"),
-        *("Similarity of activations", "The study", "wMPPC matrices"),
+        *("Fit of samples", "Similarity of activations", "The study", "wMPPC matrices"),
     }
     assert [path for path in results if len(re.findall(r"\w\.(?:\s|<)", results[path]["caption"])) < 2] == []
     labels = [tuple(sorted(result["labels"].items())) for result in results.values()]

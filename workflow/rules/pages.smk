@@ -44,7 +44,8 @@ rule pages_member:
         mem_mb=grown(8000),
         runtime=grown(120),
     params:
-        pairs=lambda w, input: folder_of(input.pairs),
+        # Also if a member is compared with none, as in a study of nothing but the fit of samples.
+        pairs=lambda w: folder_of([filled(layout.PAIR, w, a="a", b="b")]),
         others=lambda w: compared_with(w.member),
         study=study_file,
         rankings=lambda w, input: " ".join(f"--ranking {quote(path)}" for path in input.rankings),

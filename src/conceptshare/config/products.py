@@ -82,7 +82,7 @@ TABLES = (
     Table(
         "topics",
         "sharedness/{name}.topics",
-        "words of top features",
+        "frequent words",
         ("source", "data"),
         "sharedness",
         code=("concepts/topics.py", "concepts/names.py"),
