@@ -156,6 +156,7 @@ def write_features_from(write_activations):
             metrics = {
                 "steps": 10 * layer,
                 "outlying": 0.125,
+                "measured_on": "held-out samples",
                 "all_tokens": {"tokens": 9, "fvu": 0.1 * layer, "l0": 4.5, "dead": 0.25},
                 "global_tokens": {"tokens": 3, "fvu": 0.2 * layer, "l0": 3.5, "dead": 0.75},
                 "settings": {},

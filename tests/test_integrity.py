@@ -102,7 +102,7 @@ class Stages:
         write_table(layerwise_table([("bert@0", "vit@0")], stores), out / "layers.csv")
         write_table(pair_table("bert@0", "vit@0", stores), out / "bert@0__vit@0.csv")
         write_table(sharedness_table("vit@0", ["vit@1"], ["bert@0"], stores), out / "shared.csv")
-        write_table(sae_table([Member("vit", 0)], study / "saes", study / "features"), out / "saes.csv")
+        write_table(sae_table([Member("vit", 0)], study / "saes", stores), out / "saes.csv")
 
     def averages(self, study, out):
         matrix = read_table(study / "tables" / "all.parquet", "matrix")

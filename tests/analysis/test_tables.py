@@ -75,8 +75,8 @@ def made(tmp_path_factory, write_features_from):
     (folder / "similarity").mkdir()
     for name, first in SIMILARITIES.items():
         layers = [(1, 1), (1, 3), (3, 1), (3, 3)]
-        rows = [(*pair, first + n / 100, first + n / 1000, 60) for n, pair in enumerate(layers)]
-        columns = ["source_layer", "target_layer", "cka", "mutual_knn", "samples"]
+        rows = [(*pair, first + n / 100, first + n / 1000, 60, n / 10, 0.02) for n, pair in enumerate(layers)]
+        columns = ["source_layer", "target_layer", "cka", "mutual_knn", "samples", "cka_null", "mutual_knn_null"]
         table = pd.DataFrame(rows, columns=columns)
         members = [next(member for member in WIDTHS if member.startswith(encoder)) for encoder in name.split("__")]
         table.attrs["activations"] = {as_member(member).encoder: activations_of(folder, member) for member in members}
@@ -308,6 +308,7 @@ def test_a_matrix_takes_the_best_layers_of_the_encoders_own_similarities(study):
                 cell = table.loc[source, target, reading]
                 assert cell.cka == pytest.approx(first + step / 100)
                 assert cell.mutual_knn == pytest.approx(first + step / 1000)
+                assert (cell.cka_null, cell.mutual_knn_null) == pytest.approx((step / 10, 0.02))
 
 
 def test_layers_with_constant_tokens_have_no_similarity_and_are_ignored(study):
@@ -404,7 +405,8 @@ def test_a_matrix_has_the_documented_columns(study):
         *("wmppc", "low", "high", "floor", "ceiling", "null", "null_error", "p", "excess", "relative"),
         *("cross_fitted", "cross_fitted_low", "cross_fitted_high"),
         *("mppc", "iou", "one_to_one", "features", "beyond_shuffled", "significant"),
-        *("strength_cv", "strength_rho", "cka", "mutual_knn", "unexplained", "left_out", "code"),
+        *("strength_cv", "strength_rho", "cka", "cka_null", "mutual_knn", "mutual_knn_null"),
+        *("unexplained", "left_out", "code"),
     ]
 
 
@@ -461,8 +463,9 @@ def partly(tmp_path_factory, write_features_from):
             write_features_from(folder / name / "made", folder / name / "features", member, of_layers)
     for name, (a, b) in product(("whole", "kept"), combinations(("a@0", "b@0", "c@0"), 2)):
         pairs = [pair for pair in product(PARTLY[a], PARTLY[b]) if name == "whole" or max(pair) < 5]
-        rows = [(n, m, (10 * n + m) / 100, (n + 10 * m) / 100) for n, m in pairs]
-        table = pd.DataFrame(rows, columns=["source_layer", "target_layer", "cka", "mutual_knn"])
+        rows = [(n, m, (10 * n + m) / 100, (n + 10 * m) / 100, 0.01, 0.02) for n, m in pairs]
+        columns = ["source_layer", "target_layer", "cka", "mutual_knn", "cka_null", "mutual_knn_null"]
+        table = pd.DataFrame(rows, columns=columns)
         table.attrs["activations"] = {member[0]: activations_of(folder / name, member) for member in (a, b)}
         (folder / name / "similarity").mkdir(exist_ok=True)
         write_table(table, folder / name / f"similarity/{a[0]}__{b[0]}.csv")
@@ -714,6 +717,7 @@ def test_layerwise_table_has_both_directions_for_every_pair_of_layers(study):
         step = [(1, 1), (1, 3), (3, 1), (3, 3)].index(layers if forward else layers[::-1])
         assert row.cka == pytest.approx(SIMILARITIES[f"{first}__{second}"] + step / 100)
         assert row.mutual_knn == pytest.approx(SIMILARITIES[f"{first}__{second}"] + step / 1000)
+        assert (row.cka_null, row.mutual_knn_null) == pytest.approx((step / 10, 0.02))
     found = set(table[["source", "target"]].itertuples(index=False, name=None))
     assert found == {("vit@0", "clip-text@0"), ("clip-text@0", "vit@0"), ("bert@1", "vit@0"), ("vit@0", "bert@1")}
 
@@ -1059,7 +1063,7 @@ def saes(tmp_path, study):
 
 def test_sae_table(study, saes):
     stores, features = study
-    table = sae_table([Member("vit", 0)], saes, stores.features)
+    table = sae_table([Member("vit", 0)], saes, stores)
     assert table.layer.tolist() == [1, 3]
     first, last = table.to_dict("records")
     silent = int((features["vit@0"][3] > 0).any(0).sum())
@@ -1076,14 +1080,19 @@ def test_sae_table(study, saes):
         "l0_global": 3.5,
         "dead_global": 0.75,
         "outlying": 0.125,
+        "measured_on": "held-out samples",
+        "unexplained": False,
         "silent_features": 6 - silent,
     }
+    table = sae_table([Member("vit", 0)], saes, stores._replace(max_fvu_global=0.5))
+    assert table.unexplained.tolist() == [False, True]
+    assert table.attrs["max_fvu_global"] == 0.5
     assert last["silent_features"] >= 1
     assert first["steps"] == 10
 
 
 def test_a_figure_of_saes_is_refused_the_table_of_other_saes_of_the_same_size(study, saes, tmp_path):
-    write_table(sae_table([Member("vit", 0)], saes, study[0].features), tmp_path / "saes.csv")
+    write_table(sae_table([Member("vit", 0)], saes, study[0]), tmp_path / "saes.csv")
     path = tmp_path / "saes.parquet"
     check_saes(path, read_table(path, "saes"), saes)
     folder = saes / "vit" / "layer-03" / "seed-0"
@@ -1100,7 +1109,7 @@ def test_refuses_an_sae_that_did_not_produce_the_features(study, saes):
     folder = saes / "vit" / "layer-03" / "seed-0"
     seal(folder, {"spec": {"trained": "again"}})
     with pytest.raises(StoreError, match=r"layer-03/seed-0: not the SAE that made the features of vit@0"):
-        sae_table([Member("vit", 0)], saes, study[0].features)
+        sae_table([Member("vit", 0)], saes, study[0])
 
 
 @pytest.mark.parametrize("content", [None, "{"])
@@ -1110,7 +1119,7 @@ def test_names_missing_or_damaged_sae_metrics(study, saes, content):
     if content:
         path.write_text(content)
     with pytest.raises(StoreError, match=r"layer-03/seed-0: metrics\.json .* run the sae stage again"):
-        sae_table([Member("vit", 0)], saes, study[0].features)
+        sae_table([Member("vit", 0)], saes, study[0])
 
 
 def test_names_a_missing_pair(study):
@@ -1167,7 +1176,7 @@ def written(study, saes, tmp_path):
         "averages": averages_table(matrix, stores.correlations),
         "layerwise": layerwise_table([("vit@0", "bert@1")], stores),
         "ranking": sharedness_table("vit@0", *groups, stores),
-        "saes": sae_table([Member("vit", 0)], saes, stores.features),
+        "saes": sae_table([Member("vit", 0)], saes, stores),
         "paper": paper.compare(matrix.replace(names), "coco", "base"),
     }
     for name, table in made.items():

@@ -51,4 +51,4 @@ def test_file_names_of_analyses_are_reserved():
 
 def test_the_help_of_a_figure_describes_it():
     shown = CliRunner().invoke(app, ["figures", "intervals", "--help"]).stdout
-    assert "interval, floor and ceiling" in " ".join(shown.split())
+    assert "interval, null and ceiling" in " ".join(shown.split())

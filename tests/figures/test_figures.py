@@ -884,7 +884,9 @@ def make_saes(folder, members=MEMBERS, steps=60, latents=512):
             pd.DataFrame(densities, columns=columns).to_csv(sae / "density.csv", index=False)
             seal(sae, {"spec": {"layer": layer, "seed": seed}})
             rows.append(row)
-    return pd.DataFrame(rows), folder
+    table = pd.DataFrame(rows)
+    table.attrs["max_fvu_global"] = 0.9
+    return table, folder
 
 
 @pytest.fixture
@@ -1131,7 +1133,7 @@ SOME = {
 
 
 def full_matrix(members, rng):
-    """A matrix table with intervals, floors and, for every second source, a ceiling."""
+    """A matrix table with intervals, nulls and, for every second source, a ceiling."""
     rows = [
         {"source": a, "target": b, "source_modality": members[a], "target_modality": members[b], "reading": reading}
         for a in members
@@ -1145,7 +1147,7 @@ def full_matrix(members, rng):
     table["high"] = table.wmppc + rng.uniform(0.001, 0.03, len(table))
     table["cross_fitted"] = table.wmppc - 0.05
     table["cross_fitted_low"], table["cross_fitted_high"] = table.low - 0.06, table.high - 0.04
-    table["floor"] = rng.uniform(0.03, 0.08, len(table))
+    table["null"] = rng.uniform(0.03, 0.08, len(table))
     table["ceiling"] = np.where(table.source.isin(list(members)[::2]), rng.uniform(0.6, 0.7, len(table)), np.nan)
     for measure in ("cka", "mutual_knn"):
         table[measure] = np.clip(table.wmppc + rng.normal(0, 0.1, len(table)), 0, 1)
@@ -1165,7 +1167,7 @@ def marked(ax, marker):
 
 
 @pytest.mark.parametrize("members", SOME.values(), ids=SOME)
-def test_intervals_show_each_cells_interval_floor_and_ceiling(tmp_path, rng, drawn, members):
+def test_intervals_show_each_cells_interval_null_and_ceiling(tmp_path, rng, drawn, members):
     table = full_matrix(members, rng)
     check(lambda out: draw_intervals(table, out), tmp_path / "drawn")
     assert_readable(drawn[0])
@@ -1184,7 +1186,7 @@ def test_intervals_show_each_cells_interval_floor_and_ceiling(tmp_path, rng, dra
     for reading, title in TITLES.items():
         of = table[table.reading == reading].set_index(["source", "target"])
         ax = panels[title]
-        assert marked(ax, "x") == {y: of.floor[cell] for cell, y in rows.items()}
+        assert marked(ax, "x") == {y: of.null[cell] for cell, y in rows.items()}
         assert marked(ax, "|") == {y: of.ceiling[cell] for cell, y in rows.items() if np.isfinite(of.ceiling[cell])}
         for modality, marker in (("image", "o"), ("text", "s")):
             to = {y: of.wmppc[cell] for cell, y in rows.items() if members[cell[1]] == modality}
@@ -1202,7 +1204,7 @@ def test_intervals_without_values_or_without_ceilings(tmp_path, rng, drawn):
     check(lambda out: draw_intervals(table, out), tmp_path / "one")
     empty = table.assign(
         **dict.fromkeys(
-            ["wmppc", "low", "high", "cross_fitted", "cross_fitted_low", "cross_fitted_high", "floor"], np.nan
+            ["wmppc", "low", "high", "cross_fitted", "cross_fitted_low", "cross_fitted_high", "null"], np.nan
         )
     )
     check(lambda out: draw_intervals(empty, out), tmp_path / "two", colours_at_least=30)

@@ -441,6 +441,8 @@ MARKED = {
     **WITH_SIMILARITY,  # all that is made from the matrix
     **LAYERWISE,
     **SHAREDNESS,
+    **SAE_REPORT,
+    **dict.fromkeys(["metrics_seeds", "metrics_retrieval"], 1),
     "pages_member": 1,  # of the source of the rankings
     "pages_index": 1,
 }
@@ -460,7 +462,7 @@ def test_another_bound_of_unexplained_layers_plans_what_marks_or_leaves_them_out
     study.config = config
     planned = study.plan()
     later = {"correlations": 2, "pages_pair": 2, **SITE, **TABLES_AND_FIGURES}
-    for job in ("metrics_retrieval", *SAMPLES):
+    for job in SAMPLES:
         del later[job]
     assert planned == (MARKED if unexplained == "mark" else later) | CHANGED_STUDY
 

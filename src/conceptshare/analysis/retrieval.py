@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from conceptshare.analysis.tables import features_digest
 from conceptshare.config.members import GroupedMember
+from conceptshare.config.settings import MAX_FVU_GLOBAL
 from conceptshare.correlations import FeatureStore, check_pair, max_correlations
 from conceptshare.device import default_device
 from conceptshare.io.progress import progress
-from conceptshare.io.readers import MaxCorrelations
+from conceptshare.io.readers import MaxCorrelations, unexplained_layers
 from conceptshare.io.sizes import CKA_SAMPLES, FEATURE_COLUMNS
 
 # Similarities that differ by less are ties: rounding can tell two equal samples apart.
@@ -33,18 +34,21 @@ class Pairs(NamedTuple):
     rho: NDArray[np.float64]
 
 
-def retrieval_table(members: Sequence[GroupedMember], features: Path) -> pd.DataFrame:
+def retrieval_table(
+    members: Sequence[GroupedMember], features: Path, max_fvu_global: float = MAX_FVU_GLOBAL
+) -> pd.DataFrame:
     """Retrieval between the last layers of every image encoder and every text encoder, one row per direction.
 
     ``source`` holds the queries, ``target`` the candidates, one per sample; ``samples`` is their number n, ``matches``
     the number of pairs of features. ``recall_1`` and ``recall_10`` are the shares of queries whose own sample is among
     the first and the first ten candidates, and ``median_rank`` is its median rank from 1; ties are in random order, of
     which these are the expected values. ``chance_1``, ``chance_10`` and ``chance_rank`` are the same for a random order
-    of all candidates.
+    of all candidates. ``unexplained`` is the number of both last layers whose SAE has an FVU above ``max_fvu_global``.
 
     Args:
         members: members of a matrix.
         features: the folder of their feature stores.
+        max_fvu_global: the bound, which ``attrs`` record.
 
     Raises:
         StoreError: if a store is missing or damaged, no feature is active, or features that were not kept cannot be
@@ -59,9 +63,13 @@ def retrieval_table(members: Sequence[GroupedMember], features: Path) -> pd.Data
             b = FeatureStore(features / f"{text}.zarr")
             check_pair(a, b)
             matches, ranks = matched_retrieval(a.arrays[-1], b.arrays[-1])
+            unexplained = sum(unexplained_layers(store.path, max_fvu_global)[-1] for store in (a, b))
             for source, target, found in zip((image, text), (text, image), ranks, strict=True):
-                rows.append({"source": source, "target": target, "matches": matches, **found})
+                rows.append(
+                    {"source": source, "target": target, "matches": matches, **found, "unexplained": unexplained}
+                )
     table = pd.DataFrame(rows).assign(code=a.code)
+    table.attrs["max_fvu_global"] = max_fvu_global
     table.attrs["features"] = {member: features_digest(features / f"{member}.zarr") for member in (*images, *texts)}
     return table
 

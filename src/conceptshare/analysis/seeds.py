@@ -8,7 +8,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from conceptshare import metrics
-from conceptshare.analysis.tables import Stores, side_by_side, wmppc_readings
+from conceptshare.analysis.tables import Stores, part_of, side_by_side, wmppc_readings
 from conceptshare.config.members import GroupedMember, Member, Pair, as_member
 from conceptshare.io.readers import read_code
 
@@ -22,7 +22,7 @@ def seeds_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFram
     One row per reading and ordered pair of seeds, for all seeds of one encoder, and for two encoders of which the
     matrix has several seeds. ``source`` and ``target`` are encoders. ``pairs`` is their number of pairs of seeds,
     ``mean`` the mean wMPPC of these, with its 95% interval ``low`` to ``high`` by `metrics.seed_interval`, and
-    ``mean_excess`` the mean of ``excess``, which is as in `tables.matrix_table`.
+    ``mean_excess`` the mean of ``excess``, which is as in `tables.matrix_table`, like ``unexplained``.
 
     Raises:
         StoreError: if a store is missing, or no feature of a member is active.
@@ -40,13 +40,14 @@ def seeds_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFram
         if len(pairs) > 1:
             rows += _rows(pairs, stores)
     table = pd.DataFrame(rows).assign(code=read_code(stores.features / f"{members[0].member}.zarr"))
+    table.attrs["max_fvu_global"] = stores.max_fvu_global
     table.attrs["features"] = stores.digests(str(member) for encoder in sorted(seeds) for member in seeds[encoder])
     return table
 
 
 def _rows(pairs: Sequence[Pair], stores: Stores) -> list[dict[str, object]]:
     """The rows of all pairs of seeds of two encoders, or of one."""
-    values, nulls = (np.empty((len(pairs), len(metrics.READINGS))) for _ in range(2))
+    values, nulls, unexplained = (np.empty((len(pairs), len(metrics.READINGS))) for _ in range(3))
     influence: metrics.Array | float = 0.0
     for n, (source, target) in enumerate(pairs):
         S, _ = side_by_side(stores.active(str(source)))
@@ -54,6 +55,9 @@ def _rows(pairs: Sequence[Pair], stores: Stores) -> list[dict[str, object]]:
         values[n] = [*wmppc_readings(found, S).values()]
         of_readings = metrics.null_readings(found.null, found.null_error, S, found.best.sizes_a, found.kept_a)
         nulls[n] = [null.mean() for null, _ in of_readings.values()]
+        marked = [np.array(stores.unexplained(str(member))) for member in (source, target)]
+        parts = [part_of(found, reading) for reading in metrics.READINGS]
+        unexplained[n] = [marked[0][part.a].sum() + marked[1][part.b].sum() for part in parts]
         influence = influence + found.influence.astype(np.float64) / len(pairs)
     rows: list[dict[str, object]] = []
     for n, reading in enumerate(metrics.READINGS):
@@ -61,10 +65,11 @@ def _rows(pairs: Sequence[Pair], stores: Stores) -> list[dict[str, object]]:
         excess = [metrics.excess(value, null) for value, null in zip(values[:, n], nulls[:, n], strict=True)]
         summary = {"pairs": len(pairs), "mean": values[:, n].mean(), "low": low, "high": high}
         summary["mean_excess"] = np.mean(excess)
-        for (source, target), value, null, above in zip(pairs, values[:, n], nulls[:, n], excess, strict=True):
+        columns = values[:, n], nulls[:, n], excess, unexplained[:, n].astype(int)
+        for (source, target), value, null, above, marks in zip(pairs, *columns, strict=True):
             cell: dict[str, object] = {"source": source.encoder, "target": target.encoder, "reading": reading}
             cell |= {"source_seed": source.seed, "target_seed": target.seed}
-            rows.append(cell | {"wmppc": value, "null": null, "excess": above} | summary)
+            rows.append(cell | {"wmppc": value, "null": null, "excess": above, "unexplained": marks} | summary)
     return rows
 
 

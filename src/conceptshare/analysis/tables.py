@@ -38,7 +38,7 @@ from conceptshare.io.readers import (
 from conceptshare.io.store import read_root
 from conceptshare.sae.folder import REMEDY, sae_file, sae_of
 
-SIMILARITIES = ("cka", "mutual_knn")
+SIMILARITIES = ("cka", "cka_null", "mutual_knn", "mutual_knn_null")
 _CROSS_FITTED = ("cross_fitted", "cross_fitted_low", "cross_fitted_high")
 MATRIX_COLUMNS = (
     *("source", "target", "source_modality", "target_modality", "source_kind", "target_kind", "reading"),
@@ -70,7 +70,7 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
         *("source", "first", "second", "top", "overlap", "expected", "log10_p"),
         *("calibrated_overlap", "calibrated_log10_p"),
     ),
-    "saes": ("encoder", "seed", "layer", "latents", "steps", *_QUALITY, "outlying"),
+    "saes": ("encoder", "seed", "layer", "latents", "steps", *_QUALITY, "outlying", "measured_on", "unexplained"),
     "seeds": (*_CELL, "source_seed", "target_seed", "wmppc", "null", "excess", "pairs", "mean", "low", "high"),
     "paper": (*_CELL, "ours", "low", "high", "paper", "difference", "left_out"),
     "topics": ("calibrated", "word", "features", "top_share", "share", "p", "q"),
@@ -333,7 +333,7 @@ def matrix_table(members: Sequence[GroupedMember], stores: Stores) -> pd.DataFra
             of_parts.append(pair.cross_fitted.influence)
             for cell in cells_of(pair, S, density, active_counts(statistics[target.member])):
                 reading = cell["reading"]
-                part = _part_of(pair, reading)
+                part = part_of(pair, reading)
                 layers = np.array(pair.layers_a)[part.a], np.array(pair.layers_b)[part.b]
                 of_tokens = {measure: _similarity(similar.get(measure), reading, *layers) for measure in SIMILARITIES}
                 calibrated = {
@@ -406,7 +406,7 @@ def cells_of(
     of_chance = S[_shuffled(pair.best.sizes_a, pair.floor_sizes)]
     cells = []
     for reading, crossed in zip(metrics.READINGS, pair.cross_fitted.readings, strict=True):
-        part, row = _part_of(pair, reading), int(reading == "last")
+        part, row = part_of(pair, reading), int(reading == "last")
         strength, sizes = S[part.features], pair.best.sizes_a[part.a]
         best, match = (_best(of, part.b, part.features) for of in (pair.best.rho_ab, pair.best.match_ab))
         by_chance = _best(pair.floor, part.b, part.by_chance)
@@ -452,7 +452,7 @@ class _Part(NamedTuple):
     """``[f_A]`` those of them that are correlated with shuffled samples."""
 
 
-def _part_of(pair: PairCorrelations, reading: str) -> _Part:
+def part_of(pair: PairCorrelations, reading: str) -> _Part:
     """The last layers for ``last``; for other readings, the layers that are not left out."""
     a, b = pair.kept_a, pair.kept_b
     if reading == "last":
@@ -475,7 +475,7 @@ def _mean(reading: str, values: NDArray[Any], S: metrics.Array, sizes: NDArray[n
 
 def wmppc_readings(pair: PairCorrelations, S: metrics.Array) -> dict[str, float]:
     """The wMPPC of each of `metrics.READINGS`; ``S [F]`` are of the features of all layers of A."""
-    parts = {reading: _part_of(pair, reading) for reading in metrics.READINGS}
+    parts = {reading: part_of(pair, reading) for reading in metrics.READINGS}
     best = {reading: _best(pair.best.rho_ab, part.b, part.features) for reading, part in parts.items()}
     return {
         reading: _mean(reading, best[reading], S[part.features], pair.best.sizes_a[part.a])
@@ -657,7 +657,7 @@ def pair_table(a: str, b: str, stores: Stores) -> pd.DataFrame:
     tables = []
     for source, target in ((a, b), (b, a)):
         pair, of_source = stores.pair(source, target), statistics[source]
-        part = _part_of(pair, "pooled")
+        part = part_of(pair, "pooled")
         of_layers, matches = (of.compress(part.b, axis=0) for of in (pair.best.rho_ab, pair.best.match_ab))
         best = of_layers.argmax(axis=0)[None]
         rho, match = (np.take_along_axis(of, best, 0)[0] for of in (of_layers, matches))
@@ -876,36 +876,43 @@ def named_features(
     return ranking[ranking.feature.isin(features) | (not features)].reset_index(drop=True)
 
 
-def sae_table(members: Sequence[Member], saes: Path, features: Path) -> pd.DataFrame:
+def sae_table(members: Sequence[Member], saes: Path, stores: Stores) -> pd.DataFrame:
     """Size and quality of every SAE: FVU, L0 and dead latents over all tokens and over global tokens.
 
-    ``outlying`` is the fraction of training tokens that ``max_norm`` left out.
+    ``measured_on`` says whether these are of held-out samples or of those that it was trained on. ``outlying`` is the
+    fraction of training tokens that ``max_norm`` left out, ``unexplained`` whether the FVU at global tokens exceeds
+    ``max_fvu_global``, which its ``attrs`` record.
 
     Raises:
         StoreError: if an SAE's metrics are missing or unreadable.
     """
     rows = []
     for member in members:
-        store = features / f"{member}.zarr"
-        digests = read_spec(store, FEATURES)["made_from"]["saes"]
-        for layer, statistics in read_statistics(store).items():
+        store = stores.features / f"{member}.zarr"
+        digests, unexplained = read_spec(store, FEATURES)["made_from"]["saes"], stores.unexplained(str(member))
+        for (layer, statistics), marked in zip(read_statistics(store).items(), unexplained, strict=True):
             folder, record = sae_of(saes / member.encoder, layer, member.seed)
             if record["digest"] != digests[str(layer)]:
                 raise StoreError(
                     f"{folder}: not the SAE that made the features of {member}; delete these and run the features "
                     f"stage again"
                 )
+            metrics = _metrics_of(folder, record)
             rows.append(
                 {
                     "encoder": member.encoder,
                     "seed": member.seed,
                     "layer": layer,
                     "latents": len(statistics.strength),
-                    **_training_of(folder, record),
+                    **_training_of(metrics),
+                    "measured_on": metrics.get("measured_on"),
+                    "unexplained": marked,
                     "silent_features": int((statistics.density == 0).sum()),
                 }
             )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    table.attrs["max_fvu_global"] = stores.max_fvu_global
+    return table
 
 
 def check_saes(path: Path, table: pd.DataFrame, saes: Path) -> None:
@@ -916,7 +923,7 @@ def check_saes(path: Path, table: pd.DataFrame, saes: Path) -> None:
     """
     for row in table.itertuples():
         folder, record = sae_of(saes / str(row.encoder), int(row.layer), int(row.seed))
-        training = _training_of(folder, record)
+        training = _training_of(_metrics_of(folder, record))
         written = [getattr(row, key) for key in training]
         if not np.array_equal(np.array(written, float), np.array([*training.values()], float), equal_nan=True):
             raise StoreError(
@@ -925,12 +932,16 @@ def check_saes(path: Path, table: pd.DataFrame, saes: Path) -> None:
             )
 
 
-def _training_of(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Number of steps and quality of an SAE, by column of `sae_table`."""
+def _metrics_of(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     try:
-        metrics = json.loads(sae_file(folder, "metrics.json", record).read_text(encoding="utf-8"))
+        metrics: dict[str, Any] = json.loads(sae_file(folder, "metrics.json", record).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StoreError(f"{folder}: no readable metrics ({error}); {REMEDY}") from None
+    return metrics
+
+
+def _training_of(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Number of steps and quality of an SAE, by column of `sae_table`."""
     quality = {name: metrics[f"{name.rpartition('_')[2]}_tokens"][name.rpartition("_")[0]] for name in _QUALITY}
     return {"steps": metrics["steps"], **quality, "outlying": metrics.get("outlying", 0.0)}
 

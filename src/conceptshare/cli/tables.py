@@ -67,24 +67,42 @@ def averages(table: Matrix, correlations: Correlations, out: TableOut) -> None:
 
 
 @app.command()
-def seeds(analysis: Analysis, study: StudyFile, features: Features, correlations: Correlations, out: TableOut) -> None:
+def seeds(
+    analysis: Analysis,
+    study: StudyFile,
+    features: Features,
+    correlations: Correlations,
+    out: TableOut,
+    max_fvu_global: MaxFVUGlobal = MAX_FVU_GLOBAL,
+) -> None:
     """The wMPPC of every pair of seeds, with intervals over seeds and samples."""
     from conceptshare.analysis.seeds import seeds_table
     from conceptshare.analysis.tables import Stores, write_table
 
-    write_table(seeds_table(load_study(study).grouped_members(analysis), Stores(features, correlations)), out)
+    write_table(
+        seeds_table(
+            load_study(study).grouped_members(analysis), Stores(features, correlations, max_fvu_global=max_fvu_global)
+        ),
+        out,
+    )
 
 
 @app.command()
 def retrieval(
-    analysis: Analysis, study: StudyFile, features: Features, out: TableOut, threads: Threads = 1, gpus: GPUs = None
+    analysis: Analysis,
+    study: StudyFile,
+    features: Features,
+    out: TableOut,
+    threads: Threads = 1,
+    gpus: GPUs = None,
+    max_fvu_global: MaxFVUGlobal = MAX_FVU_GLOBAL,
 ) -> None:
     """How often matched features find a sample's caption, or its image, among those of other samples."""
     from conceptshare.analysis.retrieval import retrieval_table
     from conceptshare.analysis.tables import write_table
 
     compute_on(gpus, threads)
-    write_table(retrieval_table(load_study(study).grouped_members(analysis), features), out)
+    write_table(retrieval_table(load_study(study).grouped_members(analysis), features, max_fvu_global), out)
 
 
 @app.command()
@@ -245,6 +263,7 @@ def saes(
         Path | None,
         typer.Option(help="The folder of correlation stores, for studies with several seeds.", show_default=False),
     ] = None,
+    max_fvu_global: MaxFVUGlobal = MAX_FVU_GLOBAL,
 ) -> None:
     """Size, quality and stability of every SAE."""
     from conceptshare.analysis.seeds import with_stability
@@ -255,5 +274,5 @@ def saes(
     if correlations is None and pairs:
         warn("without --correlations, the column of stable features is empty")
         pairs = []
-    table = sae_table(described.members(), saes, features)
-    write_table(with_stability(table, pairs, Stores(features, correlations or Path())), out)
+    stores = Stores(features, correlations or Path(), max_fvu_global=max_fvu_global)
+    write_table(with_stability(sae_table(described.members(), saes, stores), pairs, stores), out)

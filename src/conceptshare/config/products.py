@@ -64,7 +64,15 @@ _STORES = ("study", "features", "correlations")
 TABLES = (
     Table("matrix", "matrices/{name}", "wMPPC", (*_STORES, "similarity"), marks=True),
     Table("averages", "matrices/{name}.averages", "averages by modality", ("correlations",), "matrix"),
-    Table("seeds", "matrices/{name}.seeds", "wMPPC by seeds", _STORES, when="seeds", code=("analysis/seeds.py",)),
+    Table(
+        "seeds",
+        "matrices/{name}.seeds",
+        "wMPPC by seeds",
+        _STORES,
+        when="seeds",
+        code=("analysis/seeds.py",),
+        marks=True,
+    ),
     Table(
         "retrieval",
         "matrices/{name}.retrieval",
@@ -74,6 +82,7 @@ TABLES = (
         code=("analysis/retrieval.py", "correlations/*.py", "io/sizes.py"),
         gpu=True,
         memory_mb=8000,
+        marks=True,
     ),
     Table("paper", "matrices/{name}.paper", "compared with the paper", ("published",), "matrix", "paper"),
     Table("agreement", "matrices/{name}.paper-agreement", "agreement with the paper", (), "paper", "paper"),
@@ -97,7 +106,7 @@ TABLES = (
         memory_mb=8000,
     ),
     Table("overlaps", "overlaps", "overlaps of rankings", ("rankings",), when="overlapping"),
-    Table("saes", "saes", "quality", ("study", "features", "seeds", "saes"), code=("analysis/seeds.py",)),
+    Table("saes", "saes", "quality", ("study", "features", "seeds", "saes"), code=("analysis/seeds.py",), marks=True),
 )
 
 FIGURES = (
@@ -115,7 +124,7 @@ FIGURES = (
         "matrix",
         "matrices/{name}.intervals",
         "intervals",
-        "Each cell of a wMPPC matrix with its interval, floor and ceiling.",
+        "Each cell of a wMPPC matrix with its interval, null and ceiling.",
     ),
     Figure(
         "similarity",

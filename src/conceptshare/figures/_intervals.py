@@ -1,4 +1,4 @@
-"""Each cell of a matrix with its interval, its floor and its ceiling."""
+"""Each cell of a matrix with its interval, its null and its ceiling."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ _LABELS = 1.7
 """Room for the names of rows, in inches, on a page. Longer names make the figure wider."""
 _TALL = 40
 """With more rows than this, the axis is shown at the top too."""
-_FLOOR: Any = {"color": "0.45", "marker": "x", "markersize": 3.5, "markeredgewidth": 0.9}
+_NULL: Any = {"color": "0.45", "marker": "x", "markersize": 3.5, "markeredgewidth": 0.9}
 _CROSS: Any = {"color": "0.3", "marker": "d", "markersize": 2.8}
 _BELOW = 0.3
 """How far below the wMPPC the cross-fitted one is, in rows."""
@@ -40,16 +40,16 @@ def draw_intervals(table: pd.DataFrame, out: Path) -> None:
     """Each wMPPC with its 95% interval: a panel per reading and a row per cell, in blocks of one source.
 
     The points of cells with unexplained layers are hollow. Below each is the cross-fitted wMPPC with its interval. Each
-    row also shows the ``floor`` (shuffled samples) and, if there is one, the ``ceiling`` (other seeds of the source).
-    The matrix table has at least ``source, target, target_modality, reading, wmppc, low, high, cross_fitted,
-    cross_fitted_low, cross_fitted_high, floor, ceiling, unexplained, left_out``.
+    row also shows the ``null`` (samples re-paired at random) and, if there is one, the ``ceiling`` (other seeds of the
+    source). The matrix table has at least ``source, target, target_modality, reading, wmppc, low, high, cross_fitted,
+    cross_fitted_low, cross_fitted_high, null, ceiling, unexplained, left_out``.
     """
     members = list(dict.fromkeys(table["source"]))
     label = dict(zip(members, short_labels(members), strict=True))
     targets = {source: list(dict.fromkeys(of.target)) for source, of in table.groupby("source", sort=False)}
     rows = [(source, target) for source in members for target in (None, *targets[source])]
     place = {row: n for n, row in enumerate(rows)}
-    numbers = table[["wmppc", "low", "high", "cross_fitted_low", "cross_fitted_high", "floor", "ceiling"]].to_numpy(
+    numbers = table[["wmppc", "low", "high", "cross_fitted_low", "cross_fitted_high", "null", "ceiling"]].to_numpy(
         np.float64
     )
     known = numbers[np.isfinite(numbers)]
@@ -81,7 +81,7 @@ def draw_intervals(table: pd.DataFrame, out: Path) -> None:
 
 def _panel(ax: Axes, cells: pd.DataFrame, place: dict[Any, int]) -> None:
     y = np.array([place[row] for row in zip(cells.source, cells.target, strict=True)])
-    ax.plot(cells.floor, y, linestyle="none", **_FLOOR)
+    ax.plot(cells.null, y, linestyle="none", **_NULL)
     ax.plot(cells.ceiling, y, linestyle="none", **_CEILING)
     ax.hlines(y + _BELOW, cells.cross_fitted_low, cells.cross_fitted_high, color=_CROSS["color"], linewidth=0.9)
     ax.plot(cells.cross_fitted, y + _BELOW, linestyle="none", **_CROSS)
@@ -106,7 +106,7 @@ def _legend(table: pd.DataFrame) -> list[Line2D]:
         if modality in set(table.target_modality)
     ]
     marks.append(Line2D([], [], linewidth=0.9, label="cross-fitted", **_CROSS))
-    marks.append(Line2D([], [], linestyle="none", label="floor: samples shuffled", **_FLOOR))
+    marks.append(Line2D([], [], linestyle="none", label="null: samples re-paired", **_NULL))
     if table.ceiling.notna().any():
         marks.append(Line2D([], [], linestyle="none", label="ceiling: other seeds", **_CEILING))
     return marks

@@ -21,7 +21,7 @@ from matplotlib.ticker import (
 )
 from numpy.typing import NDArray
 
-from conceptshare.figures._style import COLOURS, FIXED_LAYOUT, STYLE, fitted, layer_ticks, save
+from conceptshare.figures._style import COLOURS, FIXED_LAYOUT, RED, STYLE, fitted, layer_ticks, save
 from conceptshare.io.errors import StoreError
 from conceptshare.io.files import SAE_FIGURES, atomic_output
 from conceptshare.sae.folder import REMEDY, sae_file, sae_of
@@ -47,6 +47,9 @@ _SMALL: Any = {"xtick.labelsize": 7, "ytick.labelsize": 7, "axes.labelsize": 7, 
 _Points = NDArray[Any]
 
 
+_BOUND: Any = {"color": RED, "linewidth": 0.7, "linestyle": (0, (4, 2))}
+
+
 def draw_saes(table: pd.DataFrame, saes: Path, out: Path) -> None:
     """An overview of all SAEs at ``out``, and next to it a folder of the same name with a PNG per member.
 
@@ -55,7 +58,7 @@ def draw_saes(table: pd.DataFrame, saes: Path, out: Path) -> None:
     """
     trainings = [_read_training(row, saes) for row in table.itertuples()]
     with mpl.rc_context(STYLE | FIXED_LAYOUT):
-        save(_overview(trainings), out)
+        save(_overview(trainings, table.attrs["max_fvu_global"]), out)
         with atomic_output(out.with_suffix(""), SAE_FIGURES) as folder:
             folder.mkdir()
             for member, of_member in _grouped(trainings, lambda sae: f"{sae.encoder}@{sae.seed}").items():
@@ -183,8 +186,8 @@ def _from_top(figure: Figure, inches: float) -> float:
     return float(1 - inches / figure.get_figheight())
 
 
-def _overview(trainings: Sequence[_Training]) -> Figure:
-    """For each encoder, its loss curves, a colour per layer, and its FVU and dead latents by layer."""
+def _overview(trainings: Sequence[_Training], bound: float) -> Figure:
+    """For each encoder, its loss curves, a colour per layer, and its FVU, with its bound, and dead latents by layer."""
     of_encoders = _grouped(trainings, lambda sae: sae.encoder)
     seeds = sorted({sae.seed for sae in trainings})
     lines = {seed: _SEED_LINES[n % len(_SEED_LINES)] for n, seed in enumerate(seeds)}
@@ -202,6 +205,7 @@ def _overview(trainings: Sequence[_Training]) -> Figure:
         dead.set_ylabel("dead latents")
         dead.yaxis.set_major_formatter(PercentFormatter(1))
         fvu.axhline(1, color="0.6", linewidth=0.7, zorder=0)
+        fvu.axhline(bound, zorder=0, **_BOUND)
     for ax in axes[0, :2]:
         _logarithmic(ax)
     for ax in axes[:, 0]:
@@ -214,6 +218,7 @@ def _overview(trainings: Sequence[_Training]) -> Figure:
     if len(seeds) > 1:
         handles += [Line2D([], [], color="0.3", linestyle=lines[seed], label=f"seed {seed}") for seed in seeds]
     handles.append(Line2D([], [], color="0.6", linewidth=0.7, label="FVU 1: predicting the mean"))
+    handles.append(Line2D([], [], label=f"unexplained above {bound:g}", **_BOUND))
     at = (0.995, _from_top(figure, 0.05))
     figure.legend(handles=handles, loc="upper right", bbox_to_anchor=at, ncols=len(handles), frameon=False, fontsize=8)
     return figure
