@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # heavy, and other figures do not need it
 # In inches, unless they are numbers of cells or lines.
 _COLUMNS, _ROWS, _LINES = 10, 3, 4
 _PITCH = CELL + GAP, CELL + GAP + _LINES * LINE + GAP
-_HISTOGRAM, _TITLE, _MARGIN = 1.5, 0.3, 0.08
+_HISTOGRAM, _TITLE, _MARGIN = 1.6, 0.3, 0.08
 
 
 def draw_samples(table: pd.DataFrame, data: "Data", out: Path) -> None:
@@ -33,7 +33,7 @@ def draw_samples(table: pd.DataFrame, data: "Data", out: Path) -> None:
     height = _HISTOGRAM + len(grids) * (_TITLE + rows * _PITCH[1]) + _MARGIN
     with one_warning_for_missing_letters(out), mpl.rc_context(STYLE | FIXED_LAYOUT | {"font.family": fonts()}):
         figure = Figure(figsize=(PAGE, height))
-        histogram = figure.add_axes((0.08, 1 - (_HISTOGRAM - 0.45) / height, 0.9, (_HISTOGRAM - 0.6) / height))
+        histogram = figure.add_axes((0.08, 1 - (_HISTOGRAM - 0.55) / height, 0.9, (_HISTOGRAM - 0.7) / height))
         histogram.hist(table.fit, bins=50, color=BLUE)
         histogram.set(xlabel="fit, in standard deviations", ylabel="samples")
         histogram.axvline(0, color="0.3", linewidth=0.8, linestyle=":")
