@@ -670,7 +670,7 @@ def test_names_library_and_folder_if_weights_are_missing(tmp_path, make):
         (models.bert, {"modality": "image", "kind": "vision"}),
         (models.vit, {"modality": "text", "kind": "language"}),
     ],
-    ids=str,
+    ids=["library", "text as image", "image as text"],
 )
 def test_another_library_or_modality_is_one_line_with_the_remedy(tmp_path, make, values):
     spec = make(tmp_path).spec
