@@ -13,7 +13,15 @@ from typing import get_args
 from pydantic import BaseModel
 
 from conceptshare.config.catalog import DatasetSpec, Download, EncoderSpec, Spec
-from conceptshare.config.settings import CorrelationSettings, Layerwise, Matrix, NameSettings, SAESettings, Sharedness
+from conceptshare.config.settings import (
+    CorrelationSettings,
+    Layerwise,
+    Matrix,
+    NameSettings,
+    SAESettings,
+    Samples,
+    Sharedness,
+)
 from conceptshare.config.study import Study
 
 README = Path(__file__).parents[1] / "config" / "README.md"
@@ -29,6 +37,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "`analyses.matrices.NAME`": Matrix,
     "`analyses.layerwise.NAME`": Layerwise,
     "`analyses.sharedness.NAME`": Sharedness,
+    "`analyses.samples.NAME`": Samples,
 }
 
 

@@ -73,6 +73,14 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _own_device(monkeypatch):
+    """Commands choose the device of their process by this variable; those that run in a test do for it alone."""
+    monkeypatch.setitem(os.environ, "CONCEPTSHARE_DEVICE", os.getenv("CONCEPTSHARE_DEVICE", ""))
+    if not os.environ["CONCEPTSHARE_DEVICE"]:
+        del os.environ["CONCEPTSHARE_DEVICE"]
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

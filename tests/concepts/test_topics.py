@@ -44,7 +44,7 @@ def test_planted_words_are_those_of_the_top_features(planted):
     assert set(published.index[published.q <= 0.05]) == {"tea", "pot"}
     assert published.features["tea"] == TOP
     assert published.top_share["tea"] == pytest.approx(1)
-    assert published.p["tea"] == pytest.approx(1 / 10_001)
+    assert published.p["tea"] == pytest.approx(1 / 100_001)
     assert not (table[table.calibrated].q <= 0.05).any()
 
 
@@ -66,6 +66,22 @@ def test_shares_and_p_values_equal_a_direct_computation(planted, monkeypatch):
         assert rows.top_share[word] == pytest.approx(observed)
         random = [rng.choice(shares, TOP, replace=False).mean() for _ in range(4000)]
         assert rows.p[word] == pytest.approx(np.mean(np.array(random) >= observed - 1e-9), abs=0.04)
+
+
+def test_random_tops_rarely_have_a_word_at_a_false_discovery_rate_of_5_percent(rng, monkeypatch):
+    """Rare words, of which thousands are in a few features each, are where a wrong choice of tests would show."""
+    monkeypatch.setattr(topics, "PERMUTATIONS", 5000)
+    frequency = 1 / np.arange(1, 2001)
+    captions = [" ".join(f"w{n}" for n in rng.choice(2000, 8, p=frequency / frequency.sum())) for _ in range(800)]
+    top_samples = rng.integers(0, 800, (500, 9)).astype(np.int32)
+    statistics = {4: FeatureStatistics(*np.ones((3, 500)), top_samples)}
+    found = 0
+    for _ in range(12):
+        ranks = [np.argsort(rng.permutation(500)) + 1 for _ in range(2)]
+        ranking = pd.DataFrame({"layer": 4, "feature": range(500), "rank": ranks[0], "calibrated_rank": ranks[1]})
+        table = topics_table(ranking, statistics, Captions(captions))
+        found += len(set(table.calibrated[table.q <= 0.05]))
+    assert found <= 4  # of 24; 1.2 are expected
 
 
 def test_captions_without_words_have_no_topics(planted):

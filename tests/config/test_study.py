@@ -716,8 +716,8 @@ def test_the_configs_names_take_precedence_under_the_reference_preset(build):
             {"analyses": {"matrices": {"m": {"members": ["vit", "bart"]}}}},
             "'bart': the study has no encoder 'bart'; did you mean 'bert'?",
         ),
-        ({"analyses": {"matrices": {"m": {"members": ["vit", "bert@7"]}}}}, "add '7' to encoders.bert.seeds"),
-        ({"analyses": {"matrices": {"m": {"members": ["vit", "bert.reference@7"]}}}}, "add '7' to encoders.bert.seeds"),
+        ({"analyses": {"matrices": {"m": {"members": ["vit", "bert@7"]}}}}, "add 7 to encoders.bert.seeds"),
+        ({"analyses": {"matrices": {"m": {"members": ["vit", "bert.reference@7"]}}}}, "add 7 to encoders.bert.seeds"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -885,8 +885,8 @@ def test_names_a_missing_or_truncated_chunk_of_features_and_writes_nothing(large
 def test_refuses_features_of_an_older_version(larger_stores, tmp_path):
     path_a, path_b, *_ = larger_stores
     root = path_a / "zarr.json"
-    root.write_text(root.read_text().replace('"version": 5', '"version": 4'))
-    with pytest.raises(StoreError, match=r"format version 4, but 5 is needed; .* run the features stage again"):
+    root.write_text(root.read_text().replace('"version": 6', '"version": 5'))
+    with pytest.raises(StoreError, match=r"format version 5, but 6 is needed; .* run the features stage again"):
         correlate_stores(path_a, path_b, tmp_path / "pair.zarr")
 
 

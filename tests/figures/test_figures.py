@@ -624,13 +624,19 @@ def test_draws_the_samples_that_fit_worst_and_best(tmp_path, data, drawn, unsave
     order = [3, 0, 2, 1, 7, 6, 5, 4]
     ids, captions = data.ids(), [data.caption(n) for n in order]
     table = pd.DataFrame({"row": order, "id": [ids[n] for n in order], "caption": captions, "fit": np.arange(8) - 2.5})
+    layers = {"vit@0": [11], "bert@0": [3, 5]}
+    table.attrs |= {"layers": layers, "unexplained": {"vit@0": [], "bert@0": [5]}, "max_fvu_global": 0.9}
     write_table(table, tmp_path / "fit.csv")
     command = ["figures", "samples", "--table", str(tmp_path / "fit.parquet"), "--out", str(tmp_path / "drawn.png")]
     assert CliRunner().invoke(app, [*command, "--data", str(tmp_path / "data")]).exit_code == 0
     written = written_on(drawn[0])
-    assert [words for words in written if "fit:" in words] == ["Worst fit: -2.50 to 0.50", "Best fit: 4.50 to 1.50"]
+    assert [words for words in written if "fit:" in words] == ["Worst fit: -2.50 to -2.50", "Best fit: 4.50 to 4.50"]
+    assert next(words for words in written if words.startswith("Fit by")).splitlines() == [
+        "Fit by features of vit@0, layer 11 and bert@0, layers 3, 5",
+        "SAEs with an FVU above 0.9 at global tokens: bert@0, layer 5",
+    ]
     images = [image for ax in drawn[0].axes for image in ax.images]
-    for image, sample in zip(images, [3, 0, 2, 1, 4, 5, 6, 7], strict=True):
+    for image, sample in zip(images, [3, 4], strict=True):
         left, right, foot, head = image.get_extent()
         width, height = data.image(sample).size
         assert (right - left) / (foot - head) == pytest.approx(width / height)

@@ -292,6 +292,7 @@ def write_site(folder, seed=0):
                 "image_layers": [5],
                 "text": "reader@0",
                 "text_layers": [3, 5],
+                "unexplained": {"seer@0": [], "reader@0": [3]},
                 "worst": [[n, -2.5 + n / 4] for n in range(6)],
                 "best": [[n, 7.25 - n / 4] for n in range(6, 12)],
             }
@@ -325,6 +326,7 @@ def write_site(folder, seed=0):
             chunk = range(first, min(first + 500, SAMPLES))
             fired = [[[(sample + n) % FEATURES, n] for n in range(3)] if sample else [] for sample in chunk]
             write(folder, f"data/{DATASET}/{SAE}/{member}/samples/{first // 500:03d}", fired)
+        write(folder, f"data/{DATASET}/{SAE}/{member}/samples", [1 + n % 9 for n in range(FEATURES)])
     for a, b in [*pairs, *((b, a) for a, b in pairs)]:
         for layer in LAYERS:
             match = rng.integers(0, FEATURES, (3, FEATURES))

@@ -203,12 +203,13 @@ def test_pages_of_all_layers_before_topk_state_neither(tab):
 
 
 def test_pages_of_a_layer_and_its_features_state_that_its_sae_does_not_explain_it(tab):
-    note = "This layer’s SAE has an FVU of 0.85 at global tokens, above 0.8"
+    note = "has an FVU of 0.85 at global tokens, above 0.8"
     for view in (f"#/layer/{SET}/reader@0/5", f"#/feature/{SET}/reader@0/5/21"):
         expect(tab.open(view).get_by_text(note)).to_be_visible()
     page = tab.open(f"#/layer/{SET}/seer@0/5")
     expect(page.get_by_text("S (strength) is a feature’s activation")).to_be_visible()
-    assert page.get_by_text("This layer’s SAE").count() == 0
+    assert page.get_by_text("has an FVU of").count() == 0
+    expect(tab.open(VIEWS["pair"]).locator("main")).to_contain_text(f"The SAE of reader@0, layer 3, {note}")
 
 
 def test_all_heatmaps_share_a_scale(tab, site):
@@ -454,7 +455,7 @@ def test_follows_a_match_and_goes_back(tab, site):
     expect(card.locator("figure")).to_have_count(3)
     before = page.evaluate("scrollY")
     assert before > 0
-    card.get_by_role("link").click()
+    card.locator(".where a").click()
     expect(page.locator("h1")).to_have_text(f"Feature {feature} of reader@0, layer {layer}")
     assert page.evaluate("scrollY") == 0
     page.go_back()
@@ -613,14 +614,15 @@ def test_ranking(tab, site):
 def test_the_samples_that_fit_worst_and_best(tab, site):
     page = tab.open()
     page.get_by_role("link", name="captions").click()
-    expect(page.locator("h1")).to_have_text("Fit of samples captions")
-    expect(page.locator(".lead")).to_contain_text("seer@0 (layer 5) and of reader@0 (layers 3, 5).")
+    expect(page.locator("h1")).to_have_text("Fit of samples: captions")
+    expect(page.locator(".lead")).to_contain_text("by features of seer@0 (layer 5) and of reader@0 (layers 3, 5).")
+    expect(page.locator("main")).to_contain_text("above 0.8 at global tokens: reader@0, layer 3.")
     (fit,) = read_data(site, "study")["samples"]
     for title in ("Worst", "Best"):
         shown = page.locator("section", has=page.get_by_role("heading", name=f"{title} fit")).locator(".specimen")
         expect(shown).to_have_count(6)
-        values = [float(text) for text in seen(shown.locator(".value"))]
-        assert values == [pytest.approx(value, rel=6e-3) for _, value in fit[title.lower()]]
+        values = [float(text.replace("−", "-")) for text in seen(shown.locator(".value"))]
+        assert values == [value for _, value in fit[title.lower()]]
         sources = shown.locator("img").evaluate_all("images => images.map(image => image.src)")
         assert all(f"{n:06d}.webp" in source for (n, _), source in zip(fit[title.lower()], sources, strict=False))
 
@@ -628,7 +630,7 @@ def test_the_samples_that_fit_worst_and_best(tab, site):
 def test_marked_features_are_kept_exported_and_imported(tab, tmp_path):
     page = tab.open(VIEWS["image"])
     link = page.locator("#marks")
-    expect(link).to_be_hidden()
+    expect(link).to_have_text("Marked (0)")
     page.get_by_role("button", name="☆ Mark").click()
     page.get_by_label("Note on feature 20 of seer@0, layer 3").fill("<b>wheels</b>")
     page.keyboard.press("Tab")
@@ -644,10 +646,13 @@ def test_marked_features_are_kept_exported_and_imported(tab, tmp_path):
         ("seer@0", 3, 20, "<b>wheels</b>")
     ]
     page.get_by_role("button", name="Remove").click()
-    expect(page.get_by_role("status")).to_have_text("No feature is marked. Mark one on its page.")
+    expect(page.locator("main")).to_contain_text("No feature is marked. Mark one on its page.")
     others = [marks[0] | {"dataset": "../elsewhere"}, marks[0] | {"feature": FEATURES}, marks[0] | {"layer": "3/x"}, 7]
     for written, words in (
-        (json.dumps([*marks, *others, marks[0] | {"feature": 5}]), "2 marked features read from list.json."),
+        (
+            json.dumps([*marks, *others, marks[0] | {"feature": 5}]),
+            "2 marked features read from list.json; 4 of other studies left out.",
+        ),
         (json.dumps(others), "list.json has no marked features of this study. Choose a file that “Export” wrote."),
         ("nothing", "list.json has no marked features of this study. Choose a file that “Export” wrote."),
     ):
@@ -672,7 +677,7 @@ def test_a_sample_shows_the_features_that_fire_for_it_in_every_member(tab):
         card.scroll_into_view_if_needed()
         expect(card.locator(".fired")).to_have_count(3)
         assert seen(card.locator("a")) == ["Feature 7", "Feature 8", "Feature 9"]
-        assert seen(card.locator(".fired p > .quiet")) == ["its sample 1", "its sample 2", "its sample 3"]
+        assert seen(card.locator(".fired p > .quiet")) == ["(strongest)", "(strongest but 1)", "(strongest but 2)"]
     card = tab.open(f"#/sample/{SET}/0").locator(".match").first
     card.scroll_into_view_if_needed()
     expect(card).to_contain_text("None has these among its strongest samples.")
@@ -684,14 +689,18 @@ def test_search_finds_samples_by_words_and_the_features_that_fire_for_them(tab, 
     expect(page.locator("main")).to_contain_text("Type what captions should say.")
     page.get_by_label("Words or a sentence").fill(f"{captions[505]}!")
     samples = page.locator("section", has=page.get_by_role("heading", name="Samples", exact=True))
-    expect(samples).to_contain_text("24 samples whose captions have the most of these words.")
+    expect(samples).to_contain_text("whose captions have the most of these words.")
     found = [int(n) for n in samples.locator(".specimen a").evaluate_all("a => a.map(a => a.href.split('/').pop())")]
     assert 505 in found
     assert set(captions[found[0]].split()) == set(captions[505].split())
     card = page.locator(".match").first
+    card.scroll_into_view_if_needed()
+    expect(card.locator(".fired")).to_have_count(6)
     count = Counter((n + k) % FEATURES for n in found if n for k in range(3))
     numbers = [int(text.split()[1]) for text in seen(card.locator(".fired a"))]
-    assert [count[n] for n in numbers] == sorted(count.values(), reverse=True)[:6]
+    cosines = {n: count[n] / (1 + n % 9) ** 0.5 for n in count}
+    assert [cosines[n] for n in numbers] == sorted(cosines.values(), reverse=True)[:6]
+    assert f"({count[numbers[0]]} of these, {1 + numbers[0] % 9} in all)" in seen(card.locator(".fired p > .quiet"))
     page.get_by_label("Words or a sentence").fill("zzz")
     expect(page.locator("main")).to_contain_text("No caption has any of these words.")
 

@@ -73,7 +73,8 @@ def test_writes_an_image_member(tmp_path):
     assert table["name"][:4] == ["name 0", None, "name 2", None]
     assert table["candidate"][:4] == [None, "candidate 1", None, None]
     assert table["best"]["other@0"]["rho"] == [0.1235] * FEATURES
-    assert read_data(site, f"{PLACE}/samples/000") == [[[FEATURES - 1 - n, 0] for n in range(20)], [], []]
+    assert read_data(site, f"{PLACE}/samples/000") == [[[FEATURES - 1 - n, 0] for n in range(FEATURES)], [], []]
+    assert read_data(site, f"{PLACE}/samples") == [1] * FEATURES
     details = read_data(site, f"{PLACE}/layer-03/001")
     assert (details["first"], len(details["features"])) == (64, FEATURES - 64)
     one = details["features"][0]
@@ -129,4 +130,4 @@ def test_a_samples_features_are_those_it_is_strongest_for(rng):
         places = [
             (int(np.flatnonzero(row == sample)[0]), -strength[n], n) for n, row in enumerate(top) if sample in row
         ]
-        assert found[sample] == [(n, place) for place, _, n in sorted(places)[:20]]
+        assert found[sample] == [(n, place) for place, _, n in sorted(places)]

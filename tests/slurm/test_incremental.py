@@ -41,6 +41,7 @@ A_RANKING = (
     {
         "metrics_pair": 1,
         "metrics_sharedness": 1,
+        "metrics_topics": 1,
         "figures_scatter": 1,
     },
     (),

@@ -67,7 +67,7 @@ def test_arrays_are_a_member_like_any_other(after):
     pair = matrix[(matrix.source == "given@0") & (matrix.target == "viewer@0") & (matrix.reading == "last")]
     assert pair.cka.tolist() == pytest.approx([1])
     pages = contents(results / "studies/miniature/pages/data/squares/tiny/given@0")
-    assert len([name for name in pages if name.endswith("/000.js")]) == LAYERS
+    assert len([name for name in pages if name.startswith("layer-") and name.endswith("/000.js")]) == LAYERS
     assert not [name for name in pages if "maps" in name]
 
 
@@ -77,7 +77,7 @@ def test_layers_of_several_widths_are_compared_like_any_others(after):
     cells = matrix[(matrix.source == "stages@0") & (matrix.target == "viewer@0")]
     assert cells.wmppc.between(0.01, 1).all()
     pages = contents(results / "studies/miniature/pages/data/squares/tiny/stages@0")
-    assert len([name for name in pages if name.endswith("/000.js")]) == 4
+    assert len([name for name in pages if name.startswith("layer-") and name.endswith("/000.js")]) == 4
 
 
 def test_a_decoders_modalities_are_compared_layer_by_layer(after):

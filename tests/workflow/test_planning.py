@@ -442,6 +442,7 @@ MARKED = {
     **LAYERWISE,
     **SHAREDNESS,
     **SAE_REPORT,
+    **SAMPLES,
     **dict.fromkeys(["metrics_seeds", "metrics_retrieval"], 1),
     "pages_member": 1,  # of the source of the rankings
     "pages_index": 1,
@@ -462,8 +463,6 @@ def test_another_bound_of_unexplained_layers_plans_what_marks_or_leaves_them_out
     study.config = config
     planned = study.plan()
     later = {"correlations": 2, "pages_pair": 2, **SITE, **TABLES_AND_FIGURES}
-    for job in SAMPLES:
-        del later[job]
     assert planned == (MARKED if unexplained == "mark" else later) | CHANGED_STUDY
 
 

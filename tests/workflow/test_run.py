@@ -37,8 +37,9 @@ def weighted_mean(values, weights):
 
 def test_writes_every_table_and_figure_and_a_log_per_job(finished):
     tables = {"overlaps", "pairs/reader@0__reader@1", "pairs/reader@0__viewer@0"}
-    tables |= {"matrices/all.seeds", "matrices/all.retrieval"}
+    tables |= {"matrices/all.seeds", "matrices/all.retrieval", "sharedness/seen.topics", "sharedness/own.topics"}
     both = {"matrices/all", "matrices/all.averages", "layerwise/seeds", "sharedness/seen", "sharedness/own", "saes"}
+    both.add("samples/captions")
     figures = {f"matrices/all.{part}" for part in ("intervals", "similarity", "strength")}
     figures |= {f"sharedness/{name}.{part}" for name in ("seen", "own") for part in ("top", "scatter")}
     expected = {f"{stem}.{suffix}" for stem in tables | both for suffix in ("csv", "parquet")}
@@ -51,15 +52,16 @@ def test_writes_every_table_and_figure_and_a_log_per_job(finished):
     assert found == expected
     logs = [path for path in (finished.folder / "results/logs").rglob("*.log") if path.stat().st_size >= 0]
     # From the data set to similarities; tables; figures; names, examples and pages; the study.
-    stages = (1 + 2 + 2 + 3 * LAYERS + 3 + 2 + 1) + (5 + 1 + 2 + 2 + 1 + 1)
-    assert len(logs) == stages + (5 + 1 + 3 * 2 + 1) + (3 + 3 + 1 + 3 + 2 + 1) + 1
+    stages = (1 + 2 + 2 + 3 * LAYERS + 3 + 2 + 1) + (5 + 1 + 2 + 2 + 2 + 1 + 1 + 1)
+    assert len(logs) == stages + (5 + 1 + 3 * 2 + 1 + 1) + (3 + 3 + 1 + 3 + 2 + 1) + 1
 
 
 def test_compute_jobs_log_their_device_in_one_line(finished):
     places = ("activations", "saes", "features", "correlations", "similarity", "examples")
     logs = [path for place in places for path in (finished.folder / "results/logs/squares" / place).rglob("*.log")]
-    logs += (finished.folder / "results/logs").rglob("all.retrieval.log")
-    assert len(logs) == 2 + 3 * LAYERS + 3 + 2 + 1 + 3 + 1
+    for name in ("all.retrieval.log", "captions.log"):
+        logs += (finished.folder / "results/logs").rglob(name)
+    assert len(logs) == 2 + 3 * LAYERS + 3 + 2 + 1 + 3 + 2
     assert {len(re.findall(r"^device: ", path.read_text(), re.MULTILINE)) for path in logs} == {1}
 
 

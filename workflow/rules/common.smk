@@ -353,9 +353,15 @@ def pairs_of(pairs, wildcards):
     return [filled(layout.PAIR, wildcards, a=a, b=b) for a, b in (sorted_pair(*pair) for pair in pairs)]
 
 
+# Streams for several SAE settings each write global tokens; those of the first are compared.
+SIMILARITY = layout.SIMILARITY
+if STUDY.stream:
+    SIMILARITY = layout.STREAMED_SIMILARITY.replace("{sae}", next(iter(STUDY.saes)))
+
+
 def similarity_of(pairs, wildcards):
     """The tables of similarity of the encoders in pairs of members; two seeds of one encoder have none."""
-    return [filled(layout.SIMILARITY, wildcards, encoder_a=a, encoder_b=b) for a, b in encoder_pairs(pairs)]
+    return [filled(SIMILARITY, wildcards, encoder_a=a, encoder_b=b) for a, b in encoder_pairs(pairs)]
 
 
 def similarity_option(wildcards, input):

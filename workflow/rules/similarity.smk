@@ -6,7 +6,7 @@ rule similarity:
         code=code("analysis/similarity.py", "io/sizes.py"),
     output:
         csv=report(
-            layout.SIMILARITY.replace(".parquet", ".csv"),
+            SIMILARITY.replace(".parquet", ".csv"),
             caption="../report/similarity_table.rst",
             category="Similarity of activations",
             subcategory="{dataset}",
@@ -17,10 +17,10 @@ rule similarity:
                 "type": "table",
             },
         ),
-        parquet=layout.SIMILARITY,
-        provenance=layout.SIMILARITY.replace(".parquet", ".provenance.json"),
+        parquet=SIMILARITY,
+        provenance=SIMILARITY.replace(".parquet", ".provenance.json"),
     log:
-        layout.log(layout.SIMILARITY),
+        layout.log(SIMILARITY),
     conda:
         "../../envs/conceptshare.yaml"
     threads: 1

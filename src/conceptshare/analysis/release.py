@@ -84,7 +84,8 @@ SAEs that the study imported are not in this repository: the table names their s
 ## Floors
 
 The share of an encoder's features that another has (wMPPC), and what to expect by chance: the floor, with the samples
-of one encoder shifted, the null, the mean over all ways to re-pair samples, and the excess (wMPPC - null) / (1 - null).
+of one encoder shifted, the null, the mean over 20 random orders of the samples, and the excess
+(wMPPC - null) / (1 - null).
 Features are latents {code}.
 
 {of_floors}

@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from conceptshare.analysis.retrieval import Pairs, matched, read_rows
 from conceptshare.analysis.tables import check_fit
+from conceptshare.config.settings import MAX_FVU_GLOBAL
 from conceptshare.correlations import FeatureStore, check_pair, max_correlations
 from conceptshare.data.dataset import Data
 from conceptshare.device import default_device
 from conceptshare.io.errors import NumericsError, StoreError
 from conceptshare.io.files import PARQUET, atomic_output
 from conceptshare.io.progress import progress
-from conceptshare.io.readers import FEATURES, check_samples, read_spec
+from conceptshare.io.readers import FEATURES, check_samples, read_spec, unexplained_layers
 from conceptshare.io.sizes import CKA_SAMPLES, FEATURE_ROWS, FIT_SAMPLES
 
 _VALUES = 2**24
@@ -32,6 +33,7 @@ def fit_table(
     data: Data,
     image_layers: Sequence[int] | None = None,
     text_layers: Sequence[int] | None = None,
+    max_fvu_global: float = MAX_FVU_GLOBAL,
 ) -> pd.DataFrame:
     """The fit of each sample by the features of an image encoder and a text encoder, the worst first.
 
@@ -41,9 +43,11 @@ def fit_table(
         data: the samples.
         image_layers: the layers of ``image`` whose features are matched, all together; by default the last.
         text_layers: the same of ``text``.
+        max_fvu_global: layers whose SAE has a larger FVU at global tokens are unexplained.
 
     Returns:
-        ``row, id, caption, fit``: the sample's place in the data set, and the result of `fits`.
+        ``row, id, caption, fit``: the sample's place in the data set, and the result of `fits`. ``attrs`` record
+        ``layers``, those of each member, and ``unexplained``, which of them are not explained.
 
     Raises:
         StoreError: if a store is missing, damaged or of the other modality, has no such layer, or the stores or the
@@ -59,12 +63,15 @@ def fit_table(
     captions = [data.caption(row) for row in range(len(data))]
     table = pd.DataFrame({"row": range(len(data)), "id": data.ids(), "caption": captions})
     chosen = {"image": image_layers, "text": text_layers}
-    arrays = (
-        [store.arrays[store.position(layer)] for layer in chosen[side] or store.layers[-1:]]
-        for side, store in stores.items()
-    )
+    layers = {store.name: list(chosen[side] or store.layers[-1:]) for side, store in stores.items()}
+    places = {store.name: [store.position(layer) for layer in layers[store.name]] for store in stores.values()}
+    arrays = ([store.arrays[place] for place in places[store.name]] for store in stores.values())
     table = table.assign(fit=fits(*arrays)).sort_values("fit", kind="stable")
     table.attrs["features"] = {store.name: store.digest for store in stores.values()}
+    table.attrs |= {"layers": layers, "max_fvu_global": max_fvu_global, "unexplained": {}}
+    for store in stores.values():
+        marked = unexplained_layers(store.path, max_fvu_global)
+        table.attrs["unexplained"][store.name] = [store.layers[place] for place in places[store.name] if marked[place]]
     return table
 
 

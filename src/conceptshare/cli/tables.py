@@ -114,6 +114,7 @@ def samples(
     out: TableOut,
     threads: Threads = 1,
     gpus: GPUs = None,
+    max_fvu_global: MaxFVUGlobal = MAX_FVU_GLOBAL,
 ) -> None:
     """How well each sample's image and caption fit by matched features, the worst first."""
     from conceptshare.analysis.samples import fit_table
@@ -123,7 +124,8 @@ def samples(
     compute_on(gpus, threads)
     sides = load_study(study).samples_sides(analysis)
     image, text = (features / f"{sides[side]}.zarr" for side in ("image", "text"))
-    write_table(fit_table(image, text, Data(data), sides["image_layers"], sides["text_layers"]), out)
+    layers = sides["image_layers"], sides["text_layers"]
+    write_table(fit_table(image, text, Data(data), *layers, max_fvu_global), out)
 
 
 @app.command()

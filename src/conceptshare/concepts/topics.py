@@ -16,10 +16,10 @@ from conceptshare.data.dataset import Data
 from conceptshare.io.readers import FeatureStatistics
 from conceptshare.io.sizes import SHOWN_SAMPLES
 
-PERMUTATIONS = 10_000
+PERMUTATIONS = 100_000
 """Number of random sets of features that p-values are from."""
 MIN_FEATURES = 2
-"""Minimum number of top features with a word. A word of one feature would say nothing of the others."""
+"""Minimum number of features with a word that is tested, of all and not of the top ones, for q to be valid."""
 _TOGETHER = 500
 """Random sets counted at a time."""
 
@@ -30,7 +30,8 @@ def topics_table(ranking: pd.DataFrame, statistics: dict[int, FeatureStatistics]
     A feature's share of a word is the fraction of its strongest samples, at most 9, whose captions have the word.
     ``top_share`` is the mean over the top 1% of the ranking, ``share`` over all features that are ever active. ``p`` is
     the probability that as many random ones of these have as large a mean, and ``q`` the false discovery rate at which
-    it counts (Benjamini and Hochberg, 1995). ``features`` is the number of top features with the word.
+    it counts (Benjamini and Hochberg, 1995), among the words that at least as many of all features have as the top has.
+    ``features`` is the number of top features with the word.
 
     Args:
         ranking: a table of `analysis.tables.ranking`.
@@ -71,9 +72,9 @@ def _shares(top_samples: NDArray[np.int32], data: Data) -> tuple[NDArray[np.obje
 def _enriched(
     words: NDArray[np.object_], shares: csr_array, top: NDArray[np.int64], active: NDArray[np.int64]
 ) -> pd.DataFrame:
-    """Words of the top features."""
-    features = np.asarray((shares[top] > 0).sum(axis=0)).ravel()
-    words, shares, features = (x[..., features >= MIN_FEATURES] for x in (words, shares.tocsc(), features))
+    """Words by how frequent they are among the top features; those of few features are not tested."""
+    tested = np.asarray((shares[active] > 0).sum(axis=0)).ravel() >= max(MIN_FEATURES, len(top))
+    words, shares = words[tested], csr_array(shares.tocsc()[:, tested])
     observed = np.asarray(shares[top].sum(axis=0)).ravel()
     as_large = np.ones(len(words))
     for sets in _random_sets(len(top), active, shares.shape[0]):
@@ -83,14 +84,15 @@ def _enriched(
     table = pd.DataFrame(
         {
             "word": words,
-            "features": features,
+            "features": np.asarray((shares[top] > 0).sum(axis=0)).ravel(),
             "top_share": observed / max(1, len(top)),
             "share": np.asarray(shares[active].mean(axis=0)).ravel(),
             "p": p,
             "q": false_discovery_control(p) if len(p) else p,
         }
     )
-    return table.sort_values(["p", "top_share"], ascending=[True, False], kind="stable", ignore_index=True)
+    shown = table[table.features > 0]
+    return shown.sort_values(["p", "top_share"], ascending=[True, False], kind="stable", ignore_index=True)
 
 
 def _random_sets(size: int, active: NDArray[np.int64], count: int) -> Iterator[Any]:
@@ -98,6 +100,6 @@ def _random_sets(size: int, active: NDArray[np.int64], count: int) -> Iterator[A
     rng = np.random.default_rng(0)
     for start in range(0, PERMUTATIONS, _TOGETHER):
         n = min(_TOGETHER, PERMUTATIONS - start)
-        chosen = [rng.choice(active, size, replace=False) for _ in range(n)]
+        chosen = [rng.choice(active, size, replace=False, shuffle=False) for _ in range(n)]
         ends = np.arange(0, n * size + 1, size)
         yield csr_array((np.ones(n * size), np.concatenate(chosen), ends), shape=(n, count))

@@ -104,6 +104,7 @@ TABLES = (
         code=("analysis/samples.py", "analysis/retrieval.py", "correlations/*.py", "io/sizes.py"),
         gpu=True,
         memory_mb=8000,
+        marks=True,
     ),
     Table("overlaps", "overlaps", "overlaps of rankings", ("rankings",), when="overlapping"),
     Table("saes", "saes", "quality", ("study", "features", "seeds", "saes"), code=("analysis/seeds.py",), marks=True),

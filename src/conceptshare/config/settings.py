@@ -17,7 +17,14 @@ NOT_OF_TRAINING = SAE_BOUNDS | {"pretrained"}
 """Settings of SAEs that change nothing in those that are trained."""
 _LATER = {"activation", "matryoshka"}
 
-Layers = Literal["last", "all"] | Annotated[list[int], Field(min_length=1)]
+
+def _layers(value: Any) -> Any:
+    if value in ("last", "all") or (isinstance(value, list) and value and all(type(layer) is int for layer in value)):
+        return value
+    raise ValueError("write last, all, or a list of layers such as [3, 5]")
+
+
+Layers = Annotated[Literal["last", "all"] | list[int], BeforeValidator(_layers)]
 """Recorded layers of an encoder."""
 
 
@@ -222,9 +229,9 @@ class Samples(Spec):
     text: str
     """The member that reads captions."""
     image_layers: Layers = "last"
-    """Its layers whose features are matched, all together: the last, all, or a list."""
+    """Its recorded layers whose features are matched, all together: ``last``, ``all``, or a list such as ``[3, 5]``."""
     text_layers: Layers = "last"
-    """Likewise."""
+    """The same of the other."""
 
 
 def or_empty(value: Any) -> Any:

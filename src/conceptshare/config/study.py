@@ -130,7 +130,7 @@ class Study(Spec):
             raise StudyError(f"{text!r}: no seed after '@'; write {encoder}, or {encoder}@{seeds[0]}")
         if not seed.isdecimal() or int(seed) not in seeds:
             own = self.name_in_config(name)
-            raise StudyError(f"{text!r}: {own} has the seeds {seeds}; add {seed!r} to encoders.{own}.seeds")
+            raise StudyError(f"{text!r}: {own} has the seeds {seeds}; add {seed} to encoders.{own}.seeds")
         return Member(name, int(seed))
 
     def matrix_members(self, name: str) -> list[Member]:

@@ -115,7 +115,7 @@ MATRICES = Kind("a folder of matrices", r"(pooled|layer_mean|last|averages|table
 LOCK = Kind("a lock", magic=b'{"who": ')
 SAE_FIGURES = Kind("a folder of figures of SAEs", r"[^/]+@\d+\.png")
 SAMPLE_PAGES = Kind("a folder of samples for pages", r"\d+\.js|\d+/\d+\.webp")
-MEMBER_PAGES = Kind("a folder of features for pages", r"layer-\d+\.js|(layer-\d+/(maps-)?|samples/)\d+\.js")
+MEMBER_PAGES = Kind("a folder of features for pages", r"(layer-\d+|samples)\.js|(layer-\d+/(maps-)?|samples/)\d+\.js")
 PAIR_PAGES = Kind("a folder of matches for pages", r"layer-\d+\.js")
 SITE = Kind(
     "a site of features",

@@ -29,6 +29,7 @@ NAMES = "results/{dataset}/names/{sae}/{member}.parquet"
 EXAMPLES = "results/{dataset}/examples/{sae}/{member}"
 CORRELATIONS = "results/{dataset}/correlations/{sae}/{a}__{b}.zarr"
 SIMILARITY = "results/{dataset}/similarity/{encoder_a}__{encoder_b}.parquet"
+STREAMED_SIMILARITY = "results/{dataset}/streams/{sae}/similarity/{encoder_a}__{encoder_b}.parquet"
 
 STUDY_FOLDER = "results/studies/{study}"
 STUDY = f"{STUDY_FOLDER}/study.json"

@@ -181,9 +181,9 @@ def _ranked(table: pd.DataFrame, delta: str, g: str, h: str, share: str) -> dict
 
 def _extremes(table: pd.DataFrame) -> dict[str, Any]:
     """The samples that fit worst and best, each with its fit, from the extreme on."""
-    shown = min(_SHOWN, len(table) // 2)
+    shown = min(_SHOWN, len(table) // 5)
     pairs = list(zip(table.row.tolist(), numbers(table.fit), strict=True))
-    return {"worst": pairs[:shown], "best": pairs[-shown:][::-1]}
+    return {"worst": pairs[:shown], "best": pairs[-shown:][::-1], "unexplained": table.attrs["unexplained"]}
 
 
 def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:

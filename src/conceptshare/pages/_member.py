@@ -24,8 +24,6 @@ from conceptshare.pages._script import number, numbers, write_script
 
 CHUNK = 64
 """Features whose details are in one file."""
-FIRED = 20
-"""Maximum number of features listed for a sample."""
 
 
 def write_member(
@@ -102,19 +100,20 @@ def write_member(
         for first in range(0, len(fired), TOGETHER):
             key = f"samples/{first // TOGETHER:03d}"
             write_script(partial / f"{key}.js", f"{place}/{key}", fired[first : first + TOGETHER])
+        write_script(partial / "samples.js", f"{place}/samples", (last.top_samples >= 0).sum(axis=1).tolist())
 
 
 def _fired(layer: FeatureStatistics, samples: int) -> list[list[tuple[int, int]]]:
-    """For each sample the features among whose strongest samples it is, each with its place, from 0; at most `FIRED`.
+    """For each sample the features among whose strongest samples it is, each with its place there, from 0.
 
-    Those of which it is strongest are first, and of equal ones stronger features.
+    Features with an earlier place are first, and of equal ones stronger features.
     """
     features, places = np.nonzero(layer.top_samples >= 0)
     of_sample = layer.top_samples[features, places]
     order = np.lexsort((features, -layer.strength[features], places, of_sample))
     ends = np.searchsorted(of_sample[order], np.arange(samples + 1))
     pairs = list(zip(features[order].tolist(), places[order].tolist(), strict=True))
-    return [pairs[start : min(stop, start + FIRED)] for start, stop in pairwise(ends.tolist())]
+    return [pairs[start:stop] for start, stop in pairwise(ends.tolist())]
 
 
 def _matches(pairs: Path, features: Path, other: str) -> pd.DataFrame:

@@ -6,7 +6,7 @@ const crumb = (at) => [`${at.member}, layer ${at.layer}`, tableLink(at)];
 function warning(at, { fvu }) {
   const bound = study.max_fvu_global[at.sae];
   const above = ` of ${size(fvu)} at global tokens, above ${bound}, so its features say little about the encoder.`;
-  return fvu > bound && h("p.note", "This layer’s SAE has an ", term("FVU"), above);
+  return fvu > bound && h("p.note", `The SAE of ${at.member}, layer ${at.layer}, has an `, term("FVU"), above);
 }
 
 /** The columns that every table of features begins with. */
@@ -222,6 +222,7 @@ async function pairView(parts) {
     },
   });
   const last = memberNamed(b.member).layers.at(-1);
+  const [source, target] = await Promise.all([a, ...(any ? [] : [b])].map(loadTable));
   return {
     title: `${a.member} layer ${a.layer} → ${there}`,
     at: a,
@@ -232,6 +233,8 @@ async function pairView(parts) {
         `Each feature of ${a.member}, layer ${a.layer}, and its best match in ${there}.`,
         (wmppc ?? null) !== null && ` wMPPC ${fixed(wmppc)}${byChance(chance)}.`,
       ),
+      warning(a, source),
+      !any && warning(b, target),
       layerLinks(`Layer of ${a.member}`, memberNamed(a.member).layers, a.layer, (layer) =>
         pairLink(a, a.member, layer, b.member, b.layer),
       ),

@@ -37,9 +37,7 @@ function keepMarks(list) {
 
 function countMarks() {
   const count = allMarks().length;
-  const place = document.getElementById("marks");
-  place.hidden = !count && current?.path !== "/marks";
-  place.textContent = `Marked (${count})`;
+  document.getElementById("marks").textContent = `Marked (${count})`;
 }
 
 function noteOf(mark) {
@@ -85,14 +83,16 @@ function exportMarks() {
 
 /** Add the marks of a file: notes of features that are marked already are replaced. */
 async function importMarks(file, status) {
-  let found = [];
+  let list = [];
   try {
-    found = readMarks(JSON.parse(await file.text()));
+    list = JSON.parse(await file.text());
   } catch {
     // What is no JSON has no marks.
   }
+  const found = readMarks(list);
+  const others = found.length < list.length ? `; ${list.length - found.length} of other studies left out` : "";
   status.textContent = found.length
-    ? `${plural(found.length, "marked feature")} read from ${plain(file.name)}.`
+    ? `${plural(found.length, "marked feature")} read from ${plain(file.name)}${others}.`
     : `${plain(file.name)} has no marked features of this study. Choose a file that “Export” wrote.`;
   keepMarks([...allMarks().filter((one) => !found.some((other) => same(one, other))), ...found]);
 }
@@ -117,9 +117,10 @@ function markedRow(mark, redraw) {
 function marksView() {
   const body = h("tbody");
   const status = h("p", { role: "status" });
+  const empty = h("p.quiet", "No feature is marked. Mark one on its page.");
   const redraw = () => {
     body.replaceChildren(...allMarks().map((mark) => markedRow(mark, redraw)));
-    if (!allMarks().length) status.textContent = "No feature is marked. Mark one on its page.";
+    empty.hidden = allMarks().length > 0;
   };
   const save = h("button", { type: "button" }, "Export");
   save.addEventListener("click", exportMarks);
@@ -138,6 +139,7 @@ function marksView() {
       h("p.note", "Marks and notes are kept in this browser only. Export them to share them or to keep them."),
       h("p.marker", save, " ", h("label.field", "Import", file)),
       status,
+      empty,
       h(
         "div.scroll",
         h("table.listing", h("thead", h("tr", columns.map((text) => h("th", { scope: "col" }, text)))), body),

@@ -191,7 +191,7 @@ function layerHeatmap(at, { a, b, layers_a, layers_b, ...cells }, scales, chosen
   return slot;
 }
 
-/** How to read the pages, in five sentences. */
+/** How to read the pages, in a few sentences. */
 const guide = () =>
   h(
     "details.guide",
@@ -200,9 +200,11 @@ const guide = () =>
       "ul",
       h("li", "A member is an encoder with the seed of its sparse autoencoders (SAEs); a feature is a latent of one of them."),
       h("li", "A layer lists its features. A feature’s page shows its strongest samples, and its best match in each other member."),
-      h("li", term("S"), " says how active a feature is, ", term("ρ"), " how well its best match agrees, and ", term("wMPPC"), " is the mean of ρ over features."),
+      h("li", term("S"), " says how active a feature is, ", term("ρ"), " how well its best match agrees, and ", term("wMPPC"), " is the mean of ρ over features, weighted by S."),
       h("li", "Compare cells by their ", term("excess"), ": it subtracts the ", term("null"), ", which is larger for wider targets."),
       h("li", "A ranking lists features shared with one group of members more than with another, by ", term("Δ"), "."),
+      h("li", "A click on an image shows the features that fire for this sample; Search finds samples by words."),
+      h("li", "Mark features, with notes, to list and export them: see Marked, above."),
       h("li", "Names come from words in captions. One in grey, such as “perhaps red”, does not predict the feature on other samples."),
     ),
   );

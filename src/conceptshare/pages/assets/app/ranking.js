@@ -96,8 +96,8 @@ function topics({ topics }) {
       topics.length
         ? "Words in the captions of the strongest samples that are more frequent among the top 1% than among as many " +
             "random features, at a false discovery rate of 5%."
-        : "No word in the captions of the strongest samples is more frequent among the top 1% than among as many random " +
-            "features, at a false discovery rate of 5%.",
+        : "No word in the captions of the strongest samples is clearly more frequent among the top 1% than among as many " +
+            "random features, at a false discovery rate of 5%.",
     ),
     topics.length > 0 &&
       h(

@@ -74,7 +74,7 @@ function heat(map, most) {
 const sampleLink = (at, sample) => link("sample", [at.dataset, at.sae, sample]);
 
 /** A sample with its value, if any, its caption and, for text encoders, its tokens marked by activation. */
-function specimen(at, sample, value, text) {
+function specimen(at, sample, value, text, write = size) {
   const label = sample.caption.trim() ? words(sample.caption) : h("span.quiet", "no caption");
   // A long caption can be focused, which shows all of it.
   const long = sample.caption.length > 60;
@@ -87,7 +87,7 @@ function specimen(at, sample, value, text) {
     ),
     h(
       "figcaption",
-      value !== undefined && h("span.value", size(value)),
+      value !== undefined && h("span.value", write(value)),
       h("span.caption", { tabindex: long ? 0 : null }, label),
       text && h("span.tokens", text),
     ),
@@ -95,11 +95,11 @@ function specimen(at, sample, value, text) {
 }
 
 /** A feature's values on samples, with its activations at their tokens for text encoders. */
-function specimens(at, list, tokens) {
+function specimens(at, list, tokens, write = size) {
   const most = Math.max(0, ...(tokens ?? []).flatMap((entry) => entry?.values ?? []));
   return Promise.all(
     list.map(async ([sample, value], place) =>
-      specimen(at, await loadSample(at.dataset, sample), value, tokens?.[place] ? tokenText(tokens[place], most) : null),
+      specimen(at, await loadSample(at.dataset, sample), value, tokens?.[place] ? tokenText(tokens[place], most) : null, write),
     ),
   );
 }

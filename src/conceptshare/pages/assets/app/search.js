@@ -6,33 +6,40 @@ const searchLink = (at, query) => link("search", [at.dataset, at.sae], query);
 
 const wordsOf = (text) => [...new Set(text.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? [])];
 
-/** The samples whose captions have most of some words; rarer words count more. */
+/** The samples whose captions have the most of some words; rarer words count more. */
 async function samplesWith(dataset, wanted) {
   const { samples } = study.datasets.find(({ name }) => name === dataset);
   const starts = Array.from({ length: Math.ceil(samples / SAMPLES) }, (_, n) => n);
   const files = await Promise.all(starts.map((n) => load(`samples/${dataset}/${three(n)}`)));
   const has = files.flatMap(({ captions }) => captions.map((caption) => new Set(wordsOf(caption ?? ""))));
   const weights = wanted.map((word) => Math.log(1 + samples / (1 + has.filter((own) => own.has(word)).length)));
-  return has
+  const found = has
     .map((own, sample) => ({ sample, score: wanted.reduce((sum, word, n) => sum + own.has(word) * weights[n], 0) }))
     .filter(({ score }) => score > 0)
-    .sort((a, b) => b.score - a.score || a.sample - b.sample)
+    .sort((a, b) => b.score - a.score || a.sample - b.sample);
+  // Without those that have clearly less of the words than the best.
+  return found
+    .filter(({ score }) => score > 0.7 * found[0].score)
     .slice(0, FOUND)
     .map(({ sample }) => sample);
 }
 
-/** A member's features that fire for some samples: for most of them first, and of these the strongest. */
+/** A member's features that fire for some samples and for few others: by the cosine of both sets of samples. */
 async function firing(at, samples) {
   const numbers = [...new Set(samples.map((sample) => Math.floor(sample / SAMPLES)))];
   const read = async (n) => [n, await load(`${folder(at)}/${at.member}/samples/${three(n)}`)];
-  const lists = new Map(await Promise.all(numbers.map(read)));
+  const [sizes, ...lists] = await Promise.all([load(`${folder(at)}/${at.member}/samples`), ...numbers.map(read)]);
+  const of = new Map(lists);
   const features = new Map();
   for (const sample of samples)
-    for (const [feature, place] of lists.get(Math.floor(sample / SAMPLES))[sample % SAMPLES]) {
+    for (const [feature, place] of of.get(Math.floor(sample / SAMPLES))[sample % SAMPLES]) {
       const known = features.get(feature) ?? { count: 0, place };
       features.set(feature, { feature, count: known.count + 1, place: Math.min(known.place, place) });
     }
-  return [...features.values()].sort((a, b) => b.count - a.count || a.place - b.place).slice(0, LISTED);
+  const cosine = ({ feature, count }) => count / Math.sqrt(samples.length * sizes[feature]);
+  const found = [...features.values()].map((one) => ({ ...one, size: sizes[one.feature], cosine: cosine(one) }));
+  const order = samples.length > 1 ? (a, b) => b.cosine - a.cosine : (a, b) => a.place - b.place;
+  return found.sort((a, b) => order(a, b) || a.feature - b.feature).slice(0, LISTED);
 }
 
 /** The features of every member that fire for some samples. */
@@ -44,13 +51,14 @@ function firingList(at, samples) {
       const list = lazily(h("div.firing"), async () => {
         const features = await firing(here, samples);
         if (!features.length) return h("p.quiet", "None has these among its strongest samples.");
-        return features.map(({ feature, count, place }) => {
+        return features.map(({ feature, count, place, size }) => {
           const one = { ...here, feature };
           const called = lazily(h("span.name"), async () => named(await loadFeature(one)));
-          const where = samples.length > 1 ? `${count} of ${samples.length} samples` : `its sample ${place + 1}`;
+          const where =
+            samples.length > 1 ? `${count} of these, ${size} in all` : `strongest but ${place}`.replace(/ but 0$/, "");
           return h(
             "div.fired",
-            h("p", anchor(featureLink(one), `Feature ${feature}`), " ", called, " ", h("span.quiet", where)),
+            h("p", anchor(featureLink(one), `Feature ${feature}`), ": ", called, h("span.quiet", ` (${where})`)),
             strip(one, 4),
           );
         });
@@ -74,7 +82,7 @@ async function sampleView(parts) {
       h("div.samples", specimen(at, sample)),
       section(
         "Features that fire for it",
-        h("p.note", "Features of last layers that have it among their 100 strongest samples, and its place there."),
+        h("p.note", "Features of last layers that have it among their 100 strongest samples, those for which it is strongest first."),
         firingList(at, [Number(number)]),
       ),
     ],
@@ -96,7 +104,10 @@ function searchView(parts) {
     return [
       section(
         "Features that fire for these samples",
-        h("p.note", "Features of last layers that have the most of them among their 100 strongest samples."),
+        h(
+          "p.note",
+          "Features of last layers with many of them among their up to 100 strongest samples, and with few others there.",
+        ),
         firingList(at, found),
       ),
       section(
