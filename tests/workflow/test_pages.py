@@ -52,7 +52,10 @@ def test_a_features_page_shows_its_strongest_samples_and_its_match(tab, finished
     assert all(pictures.nth(n).evaluate("image => image.decode().then(() => true)") for n in range(len(samples)))
     pairs = pd.read_parquet(finished.folder / RESULTS / "squares/tiny/pairs/reader@0__viewer@0.parquet")
     (match,) = pairs.query(f"source == 'viewer@0' and layer == 1 and feature == {feature}").itertuples()
-    page.get_by_role("link", name=f"Layer {match.match_layer}, feature {match.match_feature}").first.click()
+    card = page.locator(".match", has=page.get_by_role("heading", name="reader@0", exact=True))
+    card.scroll_into_view_if_needed()
+    expect(card.locator("figure").first).to_be_visible()  # before that, the page grows
+    card.get_by_role("link", name=f"Layer {match.match_layer}, feature {match.match_feature}", exact=True).click()
     expect(page.locator("h1")).to_have_text(f"Feature {match.match_feature} of reader@0, layer {match.match_layer}")
 
 

@@ -37,8 +37,9 @@ def test_all_results_equal_those_of_stored_tokens(finished, streamed):
     assert len(saes) == 6 * 3 * LAYERS
     stamps = {f"{encoder}/.snakemake_timestamp": b"" for encoder in ("reader", "viewer")}
     assert contents(results[1] / "squares/streams/tiny/saes") == saes | stamps
-    for place in ("studies", "squares/similarity", "squares/features"):
-        one, other = (contents(folder / place) for folder in results)
+    similarity = ("squares/similarity", "squares/streams/tiny/similarity")
+    for places in (("studies",) * 2, ("squares/features",) * 2, similarity):
+        one, other = (contents(folder / place) for folder, place in zip(results, places, strict=True))
         assert one == other
         assert one
 
