@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from conceptshare import analysis, sae
 from conceptshare.analysis import retrieval, similarity
+from conceptshare.analysis.samples import fits
 from conceptshare.cli import app
 from conceptshare.config.catalog import EncoderSpec
 from conceptshare.config.settings import CorrelationSettings, SAESettings
@@ -256,6 +257,18 @@ def test_retrieval_has_the_estimated_operations(rng):
     assert cost.read == N * 100 * 2  # of last layers alone
     computed = plan.retrieval_cost(images, texts, SAESettings(expansion=1, k=1), N, stored="none")
     assert computed.flops - cost.flops == 2 * N * (40**2 + 60**2)
+
+
+def test_the_fit_of_samples_has_the_estimated_operations(rng):
+    N, image, texts = 600, encoder(layers=1, width=40), encoder(layers=2, width=30, modality="text", kind="language")
+    layers = [[rng.random((N, width)).astype(np.float32) for width in widths] for widths in ((40,), (30, 30))]
+    with FlopCounterMode(display=False) as counted:
+        fits(*layers)
+    cost = plan.samples_cost(image, texts, SAESettings(expansion=1, k=1), N)
+    matching = 2 * 2 * 300 * 40 * 60
+    # Cosines are of the pairs of features that match: at most as many as there are features.
+    assert matching < counted.get_total_flops() <= cost.flops == matching + 2 * 2 * N * 300 * 100
+    assert cost.read == 2 * N * 100 * 2
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(257, 1024), (14, 768), (1, 64)])

@@ -541,18 +541,18 @@ def samples_cost(a: EncoderSpec, b: EncoderSpec, settings: SAESettings, N: int, 
     ``a`` and ``b`` have the layers whose features are used. Cosines are of at most F_a + F_b pairs of features, once
     for each direction.
     """
-    n, sides = min(N, CKA_SAMPLES) // 2, (a, b)
+    n, others, sides = min(N, CKA_SAMPLES) // 2, min(N // 2, FIT_SAMPLES), (a, b)
     widths = [len(spec.layer_numbers()) * settings.latents(spec.mean_width) for spec in sides]
     features = [feature_access_cost(spec, settings, N, 2, stored) for spec in sides]
     return Cost(
         read=sum(each.read for each in features),
         flops=sum(each.flops for each in features)
         + 2 * 2 * n * widths[0] * widths[1]
-        + 2 * 2 * N * min(N, FIT_SAMPLES) * sum(widths),
+        + 2 * 2 * N * others * sum(widths),
         cpu_flops=_STANDARDISING_FLOPS * N * sum(widths),
         memory=_PROCESS_BYTES
         + sum(each.memory for each in features)
-        + 4 * (n + 2 * min(N, FIT_SAMPLES) + 2 * FEATURE_ROWS) * sum(widths),
+        + 4 * (n + 2 * others + 2 * FEATURE_ROWS) * sum(widths),
     )
 
 
